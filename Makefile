@@ -1,0 +1,91 @@
+# Thin over two commands: every target is one that a person could type. `make help` lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help install pretrain finetune evaluate doctor tensorboard export test test-all lint type bench
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CONFIGS := experiments/$(EXP)/configs
+
+EXP ?=
+TASK ?=
+DATA ?=
+LAYOUT ?=
+SIZE ?=
+CKPT ?=
+RESUME ?=
+ARGS ?=
+DEEP ?=
+FORMAT ?=
+OUT ?=
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | column -t -s '|'
+
+install: $(STAMP) ## make .venv with the locked versions of everything, and this project in it
+
+$(STAMP): requirements.lock pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+# Without DATA a synthetic tree stands in, and the sizes are the smoke overlay's.
+size = $(if $(SIZE),$(SIZE),$(if $(DATA),,smoke))
+data = $(if $(DATA),--data.root "$(DATA)") $(if $(LAYOUT),--data.layout $(LAYOUT))
+pretrain_config = --config $(CONFIGS)/pretrain.yaml $(if $(size),--config $(CONFIGS)/$(size).yaml)
+task_config = --config $(CONFIGS)/finetune_$(TASK).yaml $(if $(size),--config $(CONFIGS)/finetune_$(TASK).$(size).yaml)
+need = $(if $(strip $($(1))),,$(error $(1)= is missing, such as make $@ $(2)))
+synthesize = $(if $(DATA),,$(BIN)/medmim synthesize $(1))
+
+pretrain: $(STAMP) ## EXP= [DATA= LAYOUT= SIZE= RESUME= ARGS=]: pre-train; without DATA on synthetic cases
+	$(call need,EXP,EXP=e_mim)
+	@$(if $(RESUME),,$(call synthesize,$(pretrain_config)))
+	$(BIN)/lightning fit $(if $(RESUME),--config "$(RESUME)/config.yaml" --ckpt_path "$(RESUME)",$(pretrain_config)) $(data) $(ARGS)
+
+finetune: $(STAMP) ## EXP= TASK= [CKPT= DATA= LAYOUT= SIZE= ARGS=]: a downstream task; without CKPT from scratch
+	$(call need,EXP,EXP=e_mim TASK=brats_seg)
+	$(call need,TASK,EXP=e_mim TASK=brats_seg)
+	@$(call synthesize,$(task_config))
+	$(BIN)/lightning fit $(task_config) $(if $(CKPT),--model.pretrained "$(CKPT)") $(data) $(ARGS)
+
+evaluate: $(STAMP) ## EXP= TASK= CKPT= [DATA= SIZE= ARGS=]: metrics.json and a per-case CSV
+	$(call need,EXP,EXP=e_mim TASK=brats_seg CKPT=runs/...)
+	$(call need,TASK,EXP=e_mim TASK=brats_seg CKPT=runs/...)
+	$(call need,CKPT,EXP=e_mim TASK=brats_seg CKPT=runs/...)
+	@$(call synthesize,$(task_config))
+	$(BIN)/lightning test $(task_config) --ckpt_path "$(CKPT)" $(data) $(ARGS)
+
+doctor: $(STAMP) ## EXP= DATA= [LAYOUT= DEEP=1]: what is wrong with an archive
+	$(call need,EXP,EXP=e_mim DATA=/path)
+	$(call need,DATA,EXP=e_mim DATA=/path)
+	$(BIN)/medmim doctor --config $(CONFIGS)/pretrain.yaml --root "$(DATA)" $(if $(LAYOUT),--layout $(LAYOUT)) $(if $(DEEP),--deep)
+
+tensorboard: $(STAMP) ## TensorBoard over runs/
+	$(BIN)/tensorboard --logdir runs $(ARGS)
+
+export: $(STAMP) ## EXP= CKPT= FORMAT= OUT=: the encoder as safetensors, config and card
+	$(call need,EXP,EXP=e_mim CKPT=runs/... FORMAT=monai OUT=export)
+	$(call need,CKPT,EXP=e_mim CKPT=runs/... FORMAT=monai OUT=export)
+	$(call need,FORMAT,EXP=e_mim CKPT=runs/... FORMAT=monai OUT=export)
+	$(call need,OUT,EXP=e_mim CKPT=runs/... FORMAT=monai OUT=export)
+	$(BIN)/medmim export --exp $(EXP) --ckpt "$(CKPT)" --format $(FORMAT) --out "$(OUT)"
+
+test: $(STAMP) ## fast tests
+	$(BIN)/pytest $(ARGS)
+
+test-all: $(STAMP) ## all tests: also slow, several processes, real data (MEDMIM_DATA)
+	$(BIN)/pytest -m "" $(ARGS)
+
+lint: $(STAMP) ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(STAMP) ## mypy
+	$(BIN)/mypy
+
+bench: $(STAMP) ## benchmarks: ratios of pairs measured in one run
+	$(BIN)/medmim bench $(if $(EXP),--exp $(EXP)) $(ARGS)

@@ -1,0 +1,114 @@
+"""``medmim bench``: our own pairs, side by side in one run, as ratios.
+
+Rows come from ``datamodules.bench`` and from ``bench.py`` of every experiment. An absolute time means nothing on a
+shared machine, so a row compares two things measured in turn, or a rate with the matrix-product rate of the same run.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from common.provenance import environment
+from common.reporting import say
+
+
+@dataclass
+class Row:
+    """One line of the benchmark.
+
+    Attributes:
+        name: What is compared.
+        value: The ratio, or the amount where ``unit`` says so; None = not applicable on this machine.
+        target: What the value should at least be; None = for information.
+        detail: How it came about, or why it is not applicable.
+        unit: Empty for ratios.
+    """
+
+    name: str
+    value: float | None
+    target: float | None = None
+    detail: str = ""
+    unit: str = "x"
+
+    def line(self) -> str:
+        """Return the row as text."""
+        value = "not applicable" if self.value is None else f"{self.value:.2f} {self.unit}".rstrip()
+        verdict = ""
+        if self.value is not None and self.target is not None:
+            verdict = f" (at least {self.target:g}: {'yes' if self.value >= self.target else 'NO'})"
+        return f"{self.name}: {value}{verdict}{'; ' + self.detail if self.detail else ''}"
+
+
+def seconds(function: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Return how long one call takes by a clock."""
+    begin = clock()
+    function()
+    return clock() - begin
+
+
+def in_turn(
+    *functions: Callable[[], object], rounds: int = 7, clock: Callable[[], float] = time.perf_counter
+) -> list[list[float]]:
+    """Time functions in turn, after one call each to warm up; one list of times per function."""
+    for function in functions:
+        function()
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(rounds):
+        for index, function in enumerate(functions):
+            times[index].append(seconds(function, clock))
+    return times
+
+
+def speedup(slow: list[float], fast: list[float]) -> float:
+    """Return the median over rounds of slow / fast: pairs of one round share the machine's mood."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def matmul_rate(
+    dtype: torch.dtype = torch.float32, sizes: Iterable[int] = (1024, 1536, 2048), rounds: int = 7
+) -> float:
+    """Return the best floating-point rate of ``torch.mm`` on this device, in operations per second."""
+    rates = []
+    for size in sizes:
+        a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
+        (times,) = in_turn(lambda a=a, b=b: torch.mm(a, b), rounds=rounds)
+        rates.append(2 * size**3 / min(times))
+    return max(rates)
+
+
+def bench_modules(experiment: str | None = None) -> list[str]:
+    """Return the modules with rows: the data's, and those of one or all experiments."""
+    root = importlib.util.find_spec("experiments")
+    assert root is not None
+    assert root.submodule_search_locations
+    names = sorted(p.parent.name for path in root.submodule_search_locations for p in Path(path).glob("*/bench.py"))
+    chosen = [name for name in names if experiment in (None, name)]
+    return ["datamodules.bench", *(f"experiments.{name}.bench" for name in chosen)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``medmim bench``."""
+    parser.add_argument("--exp", help="one experiment only (default: all)")
+    parser.add_argument("--out", help="JSON file to write as well")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry out ``medmim bench``."""
+    facts = environment(torch.device("cpu"))
+    say(f"{facts['device']}, {facts['torch_threads']} threads, torch {facts['versions']['torch']}")
+    rows: list[Row] = []
+    for name in bench_modules(args.exp):
+        for measure in importlib.import_module(name).ROWS:
+            for row in measure():
+                rows.append(row)
+                say(row.line())
+    if args.out:
+        Path(args.out).write_text(json.dumps({"environment": facts, "rows": [asdict(row) for row in rows]}, indent=2))

@@ -1,0 +1,1 @@
+"""Network parts without a paper's wiring."""

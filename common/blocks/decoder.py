@@ -1,0 +1,97 @@
+"""Decoders of masked modeling. Letters: B batch, N patches, K kept patches, E encoder width, F decoder width."""
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from common.blocks.attention import TransformerBlock
+from common.blocks.pos_embed import sincos_position_embedding
+from common.blocks.vit import init_transformer_weights
+
+
+class LinearDecoder(nn.Module):
+    """One projection per token (SimMIM; E-MIM section III-C).
+
+    Args:
+        embed_dim: E.
+        grid_size: Positions along each axis; unused, every decoder takes it.
+        out_features: Values per token.
+    """
+
+    def __init__(self, embed_dim: int, grid_size: Sequence[int], out_features: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(embed_dim, out_features)
+        init_transformer_weights(self.proj)
+
+    def forward(self, tokens: Tensor, ids_restore: Tensor | None = None) -> Tensor:
+        """Project ``(B, N, E)`` to ``(B, N, out_features)``.
+
+        Raises:
+            ValueError: tokens were dropped; this decoder cannot put them back.
+        """
+        if ids_restore is not None:
+            raise ValueError("LinearDecoder needs every token; use MAEDecoder where the encoder drops hidden ones.")
+        return self.proj(tokens)
+
+
+class MAEDecoder(nn.Module):
+    """Light transformer over visible tokens and mask tokens (MAE, He et al. 2022, section 3).
+
+    Args:
+        embed_dim: E.
+        grid_size: Positions along each axis.
+        out_features: Values per token.
+        decoder_dim: F.
+        depth: Number of blocks.
+        num_heads: Attention heads.
+        mlp_ratio: Width of the MLP over F.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        grid_size: Sequence[int],
+        out_features: int,
+        decoder_dim: int = 512,
+        depth: int = 8,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Linear(embed_dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.pos_embed = nn.Parameter(sincos_position_embedding(grid_size, decoder_dim), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(decoder_dim, num_heads, mlp_ratio, qkv_bias=True) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(decoder_dim)
+        self.proj = nn.Linear(decoder_dim, out_features)
+        self.apply(init_transformer_weights)
+        trunc_normal_(self.mask_token, std=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        """Name the parameters that weight decay must leave alone."""
+        return {"mask_token", "pos_embed"}
+
+    def forward(self, tokens: Tensor, ids_restore: Tensor | None = None) -> Tensor:
+        """Decode the visible tokens to all positions.
+
+        Args:
+            tokens: ``(B, K, E)``.
+            ids_restore: long ``(B, N)``, as a masker gives it; None where K = N and nothing was dropped.
+
+        Returns:
+            ``(B, N, out_features)``.
+        """
+        x = self.embed(tokens)
+        if ids_restore is not None:
+            batch, num_positions = ids_restore.shape
+            hidden = self.mask_token.expand(batch, num_positions - x.shape[1], -1)
+            x = torch.cat([x, hidden.to(x.dtype)], dim=1)
+            x = x.gather(1, ids_restore[..., None].expand(-1, -1, x.shape[2]))
+        x = x + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.proj(self.norm(x))

@@ -1,0 +1,156 @@
+"""A plain vision transformer for images and volumes, with taps.
+
+Letters: B batch, C channels, N patches, K kept patches, P voxels per patch, E width.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from common.blocks.attention import TransformerBlock
+from common.blocks.patch_embed import PatchEmbed
+from common.blocks.pos_embed import sincos_position_embedding
+from common.types import EncoderOutput
+
+
+def init_transformer_weights(module: nn.Module) -> None:
+    """Initialise Linear layers with a truncated normal of std 0.02 and zero bias, as ViT, MAE and MONAI do."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class VisionTransformer(nn.Module):
+    """Encoder of patches without a class token; the default is ViT-B with 16^d patches.
+
+    Args:
+        in_channels: C.
+        image_size: Size along each axis; two axes make an image encoder, three a volume encoder.
+        patch_size: One size for all axes, or one per axis.
+        embed_dim: E.
+        depth: Number of blocks.
+        num_heads: Attention heads; must divide ``embed_dim``.
+        mlp_ratio: Width of the MLP over E.
+        qkv_bias: Whether queries, keys and values have a bias.
+        pos_embed: ``"learnable"`` or fixed ``"sincos"``.
+        dropout: Rate after the position embedding, in the attention output and in the MLP.
+        grad_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
+
+    Raises:
+        ValueError: sizes do not divide, or ``pos_embed`` is unknown.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        image_size: Sequence[int],
+        patch_size: int | Sequence[int] = 16,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        pos_embed: str = "learnable",
+        dropout: float = 0.0,
+        grad_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"`num_heads` must divide `embed_dim`, got {num_heads} and {embed_dim}.")
+        if pos_embed not in ("learnable", "sincos"):
+            raise ValueError(f"`pos_embed` must be 'learnable' or 'sincos', got {pos_embed!r}.")
+        self.config: dict[str, Any] = {
+            "in_channels": in_channels,
+            "image_size": list(image_size),
+            "patch_size": patch_size if isinstance(patch_size, int) else list(patch_size),
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+            "qkv_bias": qkv_bias,
+            "pos_embed": pos_embed,
+        }
+        self.num_features = self.embed_dim = embed_dim
+        self.grad_checkpointing = grad_checkpointing
+        self.patch_embed = PatchEmbed(in_channels, image_size, patch_size, embed_dim)
+        if pos_embed == "learnable":
+            self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
+            trunc_normal_(self.pos_embed, std=0.02)
+        else:
+            table = sincos_position_embedding(self.patch_embed.grid_size, embed_dim)
+            self.pos_embed = nn.Parameter(table, requires_grad=False)
+        self.pos_drop = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(embed_dim, num_heads, mlp_ratio, qkv_bias, dropout) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim)
+        self.apply(init_transformer_weights)
+
+    @property
+    def grid_size(self) -> tuple[int, ...]:
+        """Patches along each axis."""
+        return self.patch_embed.grid_size
+
+    def no_weight_decay(self) -> set[str]:
+        """Name the parameters that weight decay must leave alone, as timm's models do."""
+        return {"pos_embed"}
+
+    def layer_index(self, name: str) -> int:
+        """Return the depth of a parameter for layer-wise learning rates: 0 embedding, i + 1 block i, depth + 1 rest."""
+        if name.startswith(("patch_embed", "pos_embed")):
+            return 0
+        return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else len(self.blocks) + 1
+
+    def embed(self, patches: Tensor, ids_keep: Tensor | None = None, extra: Tensor | None = None) -> Tensor:
+        """Project patches and add their positions.
+
+        Args:
+            patches: ``(B, N, C P)``, all of them.
+            ids_keep: long ``(B, K)``, the patches to encode; the others are never computed. None keeps all.
+            extra: ``(B, N, E)`` added to the embeddings, such as mask embeddings.
+
+        Returns:
+            ``(B, K, E)``, or ``(B, N, E)``.
+        """
+        positions = self.pos_embed.expand(len(patches), -1, -1)
+        positions = positions if extra is None else positions + extra
+        if ids_keep is not None:
+            patches = patches.gather(1, ids_keep[..., None].expand(-1, -1, patches.shape[2]))
+            positions = positions.gather(1, ids_keep[..., None].expand(-1, -1, positions.shape[2]))
+        return self.pos_drop(self.patch_embed(patches) + positions)
+
+    def encode(self, x: Tensor, taps: Collection[int] = ()) -> EncoderOutput:
+        """Run embedded tokens through the blocks.
+
+        Args:
+            x: ``(B, N, E)``, from :meth:`embed`.
+            taps: Blocks (1-based; 0 is the embedding) after which to return the residual stream, in this order.
+
+        Returns:
+            ``tokens`` (B, N, E) after the final LayerNorm, ``hidden`` one such tensor per tap before it.
+        """
+        stream = {0: x}
+        for index, block in enumerate(self.blocks, start=1):
+            recompute = self.grad_checkpointing and self.training and torch.is_grad_enabled()
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            if index in taps:
+                stream[index] = x
+        return EncoderOutput(self.norm(x), [stream[tap] for tap in taps])
+
+    def encode_image(self, image: Tensor, taps: Collection[int] = ()) -> EncoderOutput:
+        """Embed and encode ``(B, C, *space)``."""
+        return self.encode(self.embed(self.patch_embed.patchify(image)), taps)
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """Encode ``(B, C, *space)`` to normalised tokens ``(B, N, E)``."""
+        return self.encode_image(image).tokens
+
+    def forward(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Encode ``(B, C, *space)`` to normalised tokens and the residual stream after every block, as MONAI's ViT."""
+        tokens, hidden = self.encode_image(image, range(1, len(self.blocks) + 1))
+        return tokens, hidden

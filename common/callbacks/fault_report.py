@@ -1,0 +1,65 @@
+"""Broken samples in the run folder, in the log, and as a reason to stop."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from common.distributed import agree, gather_objects
+from common.faults import FaultLedger
+from common.reporting import say
+
+
+class FaultReport(pl.Callback):
+    """Keeps ``data_faults.csv`` up to date, logs ``data/faulty_samples``, and stops a run with too many.
+
+    Ranks tell each other what they met only where one of them met something new.
+
+    Args:
+        folder: The run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = Path(folder) / "data_faults.csv"
+
+    @staticmethod
+    def _ledger(trainer: pl.Trainer) -> FaultLedger | None:
+        return getattr(trainer.datamodule, "ledger", None)  # type: ignore[attr-defined]
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write down what indexing and caching met (Lightning hook)."""
+        ledger = self._ledger(trainer)
+        if ledger is None or trainer.fast_dev_run:
+            return
+        if ledger.num_faulty:
+            say(f"faults: {ledger.num_faulty} of {ledger.num_samples} samples. {ledger.describe()}")
+        ledger.take_news()
+        self._write(trainer, ledger)
+
+    def _write(self, trainer: pl.Trainer, ledger: FaultLedger) -> None:
+        if trainer.is_global_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            ledger.write(self.path)
+
+    def _share(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        ledger = self._ledger(trainer)
+        if ledger is None or not agree(ledger.has_news):
+            return
+        for news in gather_objects(ledger.take_news()):
+            ledger.add(news)
+        ledger.take_news()
+        if not trainer.fast_dev_run:
+            self._write(trainer, ledger)
+        module.log("data/faulty_samples", float(ledger.num_faulty), batch_size=1)
+        ledger.check()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Share news at the step boundary (Lightning hook)."""
+        self._share(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Share news after validation (Lightning hook)."""
+        if not trainer.sanity_checking:
+            self._share(trainer, pl_module)

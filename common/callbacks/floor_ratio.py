@@ -1,0 +1,115 @@
+"""Whether a reconstruction is better than the best constant (E-MIM Eqs. 2 and 3)."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from common.distributed import reduce_sums
+from common.losses.reconstruction import masked_error
+from common.module import SSLModule
+from common.reporting import log_scalars, say
+
+
+class TargetMean:
+    """Streaming mean of the target, per element, over the samples that have it; float64 on the CPU."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.count: Tensor | None = None
+        self.samples = 0
+
+    def update(self, target: Tensor, valid: Tensor) -> None:
+        """Add ``target`` ``(B, ..., P)`` where ``valid`` ``(B, ...)``."""
+        weight = valid.cpu().double()
+        total = (target.detach().cpu().double() * weight[..., None]).sum(0)
+        self.total = total if self.total is None else self.total + total
+        self.count = weight.sum(0) if self.count is None else self.count + weight.sum(0)
+        self.samples += len(target)
+
+    def value(self) -> Tensor:
+        """Return the mean ``(..., P)`` float32; 0 where no sample had the element."""
+        assert self.total is not None
+        assert self.count is not None
+        return (self.total / self.count.clamp(min=1)[..., None]).float()
+
+
+class FloorRatio(pl.Callback):
+    """Logs ``collapse/floor_ratio``: validation reconstruction loss over that of the best constant.
+
+    The constant is, for every target element, the mean of training samples in the target's own units, cut and never
+    mirrored like validation samples; it is scored on the same validation samples and the same masks. 1 means no better
+    than a constant, which is complete collapse. Logged before the first step too.
+
+    Subsets that the method names (``Reconstruction.groups``) get a ratio each, ``collapse/floor_ratio_<group>``. Where
+    samples carry ``control_image``, ``collapse/floor_ratio_control`` is the ratio where another subject's visible
+    content stands in the same places: a model that reads its input must do worse, well above 1.
+
+    Args:
+        num_reference: Training samples behind the constant, at least 200.
+
+    Raises:
+        ValueError: ``num_reference`` is below 200.
+    """
+
+    def __init__(self, num_reference: int = 256) -> None:
+        if num_reference < 200:
+            raise ValueError(f"`num_reference` must be at least 200 for a constant that is best, got {num_reference}.")
+        self.num_reference = num_reference
+        self._constant: Tensor | None = None
+        self._sums: dict[str, list[Tensor]] = {}
+
+    def _measure_constant(self, trainer: pl.Trainer, module: SSLModule) -> Tensor:
+        mean = TargetMean()
+        for batch in trainer.datamodule.reference_samples(self.num_reference):  # type: ignore[attr-defined]
+            mean.update(*module.reconstruction_target(batch))
+        say(f"floor: the best constant is the mean of {mean.samples} training samples")
+        return mean.value().to(module.device)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure the constant once (Lightning hook)."""
+        self._sums = {}
+        if self._constant is None and isinstance(pl_module, SSLModule):
+            self._constant = self._measure_constant(trainer, pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add one batch (Lightning hook)."""
+        if self._constant is None or not isinstance(pl_module, SSLModule):
+            return
+        output = outputs["reconstruction"]
+        masks = {"": output.mask} | {f"_{name}": mask for name, mask in output.groups.items()}
+        constant = self._constant.expand_as(output.target)
+        for name, mask in masks.items():
+            self._add(f"loss{name}", *masked_error(output.pred, output.target, mask))
+            self._add(f"floor{name}", *masked_error(constant, output.target, mask))
+        if "control_image" in batch:
+            control = pl_module.reconstruct(batch, image="control_image")
+            self._add("loss_control", *masked_error(control.pred, control.target, control.mask))
+            self._add("floor_control", *masked_error(constant, control.target, control.mask))
+
+    def _add(self, name: str, total: Tensor, count: Tensor) -> None:
+        pair = torch.stack([total, count]).double()
+        self._sums.setdefault(name, []).append(pair)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the ratios over all samples of all ranks (Lightning hook)."""
+        sums = {name: torch.stack(pairs).sum(0).tolist() for name, pairs in self._sums.items()}
+        means = reduce_sums({name: (total, count) for name, (total, count) in sums.items()})
+        ratios = {
+            f"collapse/floor_ratio{name}": means[f"loss{name}"] / max(floor, 1e-12)
+            for name, floor in (
+                (key.removeprefix("floor"), value) for key, value in means.items() if key.startswith("floor")
+            )
+        }
+        if "floor" in means:
+            ratios["collapse/floor"] = means["floor"]
+        log_scalars(pl_module, ratios, prog_bar=("collapse/floor_ratio",))

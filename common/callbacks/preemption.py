@@ -1,0 +1,97 @@
+"""Stopping when the cluster says so, without losing a step."""
+
+import os
+import shutil
+import signal
+import subprocess
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
+
+from common.callbacks.last_checkpoint import LastCheckpoint
+from common.distributed import agree
+from common.errors import PreemptedError
+from common.reporting import say
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Preemption(Checkpoint):
+    """On SIGTERM or SIGUSR1, finishes the step, saves ``last.ckpt``, asks SLURM to requeue, and stops with 143.
+
+    The handler only sets a flag. All ranks agree on it at the next step boundary (over a CPU group, so that the
+    accelerator is never waited for), or between validation batches. Lightning's own handling is replaced: it saves
+    inside the handler and can hang. A second signal, or one during a save, changes nothing.
+
+    A subclass of ``Checkpoint`` so that Lightning calls it after all other callbacks.
+
+    Args:
+        checkpoint: Writes the checkpoint.
+    """
+
+    def __init__(self, checkpoint: LastCheckpoint) -> None:
+        self.checkpoint = checkpoint
+        self.requested = False
+        self._old_handlers: dict[int, Any] = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+    def _install(self, trainer: pl.Trainer) -> None:
+        """Take over the signals; Lightning has installed its own handlers just before."""
+        if not self._old_handlers:
+            self._old_handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        # Lightning broadcasts its own flag from the device at every step of a distributed run: a host sync for a flag
+        # that can no longer be set.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take over the signals (Lightning hook)."""
+        self._install(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take over the signals (Lightning hook)."""
+        self._install(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop at a step boundary if any rank was asked to (Lightning hook)."""
+        if not trainer.fit_loop._should_accumulate() and agree(self.requested):
+            self.checkpoint.save(trainer)
+            self._stop(trainer)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Stop inside validation: the step before it is complete (Lightning hook)."""
+        loader = trainer.val_dataloaders
+        shared = getattr(getattr(loader, "sampler", None), "common_length", 0)
+        if (trainer.world_size == 1 or batch_idx < shared) and agree(self.requested):
+            if not trainer.sanity_checking and trainer.state.fn == "fit" and not trainer.fit_loop._should_accumulate():
+                self.checkpoint.save(trainer)
+            self._stop(trainer)
+
+    def _stop(self, trainer: pl.Trainer) -> None:
+        message = (
+            f"stopped on request at step {trainer.global_step}; resume with RESUME={self.checkpoint.path.parent.parent}"
+        )
+        if trainer.is_global_zero and "SLURM_JOB_ID" in os.environ and shutil.which("scontrol"):
+            job = os.environ.get("SLURM_ARRAY_JOB_ID")
+            job = f"{job}_{os.environ['SLURM_ARRAY_TASK_ID']}" if job else os.environ["SLURM_JOB_ID"]
+            done = subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0
+            message += f"; SLURM job {job} {'is requeued' if done else 'could not be requeued'}"
+        say(message)
+        raise PreemptedError(message)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the signals back (Lightning hook)."""
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._old_handlers = {}
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give the signals back when a run dies (Lightning hook)."""
+        self.teardown(trainer, pl_module, "fit")

@@ -1,0 +1,263 @@
+"""Checkpoints: finding them, reading them safely, and carrying an encoder into another network."""
+
+import importlib
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from common.blocks.monai_keys import from_monai
+from common.blocks.patch_embed import grid_of
+from common.blocks.pos_embed import resize_position_embedding
+from common.errors import CheckpointError
+
+
+def resolve_checkpoint(path: str | Path, prefer: str = "best") -> Path:
+    """Find the checkpoint file that a path means.
+
+    Args:
+        path: A file, a run folder or its ``checkpoints`` folder.
+        prefer: Which file of a folder: ``"best"`` to evaluate or transfer, ``"last"`` to resume.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    names = ["best.ckpt", "last.ckpt"] if prefer == "best" else ["last.ckpt", "best.ckpt"]
+    for folder in (path / "checkpoints", path):
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+    if path.is_dir():
+        raise CheckpointError(f"The folder {path} holds neither checkpoints/best.ckpt nor checkpoints/last.ckpt.")
+    raise CheckpointError(f"There is no checkpoint at {path}: give a file or a run folder.")
+
+
+def read_checkpoint(path: str | Path, prefer: str = "best") -> dict[str, Any]:
+    """Read a checkpoint on the CPU without unpickling anything but tensors and plain values.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds objects that would have to be executed.
+    """
+    file = resolve_checkpoint(path, prefer)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{file} holds more than tensors and plain values and was not opened: {reason}"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+
+
+def check_shapes(loaded: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Compare a state dict with the network's.
+
+    Raises:
+        CheckpointError: keys or shapes differ; names the first and how many.
+    """
+    problems = [f"{key} is {tuple(value.shape)} there and {tuple(wanted[key].shape)} here"
+                for key, value in loaded.items() if key in wanted and value.shape != wanted[key].shape]  # fmt: skip
+    problems += [f"{key} is missing there" for key in wanted if key not in loaded]
+    problems += [f"{key} is unknown here" for key in loaded if key not in wanted]
+    if problems:
+        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
+        raise CheckpointError(
+            f"The checkpoint does not fit this network: {problems[0]}{more}. Use the configuration it was trained "
+            f"with, or start from its encoder with a fine-tuning configuration."
+        )
+
+
+def encoder_record(module: nn.Module) -> dict[str, Any]:
+    """Describe the encoder inside a module so that it can be rebuilt from the checkpoint alone.
+
+    The encoder is the first submodule called ``encoder`` that carries its ``config``.
+    """
+    for name, child in module.named_modules():
+        if name.rsplit(".", 1)[-1] in ("encoder", "vit") and hasattr(child, "config"):
+            hparams = getattr(module, "hparams", {})
+            return {
+                "class_path": f"{type(child).__module__}.{type(child).__qualname__}",
+                "init_args": dict(child.config),
+                "prefix": f"{name}.",
+                "channels": list(hparams.get("channels") or []),
+                "preprocessing": dict(getattr(module, "preprocessing", {})),
+            }
+    return {}
+
+
+class StoredEncoder(NamedTuple):
+    """An encoder as a file holds it: how to build it, its weights, and what its input was."""
+
+    class_path: str
+    init_args: dict[str, Any]
+    state: dict[str, Tensor]
+    channels: list[str]
+    preprocessing: dict[str, Any]
+
+
+def read_encoder(path: str | Path) -> StoredEncoder:
+    """Read the encoder of a run, of a checkpoint, or of a folder written by ``medmim export``.
+
+    Raises:
+        CheckpointError: the file holds no encoder of ours.
+    """
+    if (Path(path) / "config.json").is_file():
+        return _read_export(Path(path))
+    checkpoint = read_checkpoint(path)
+    record = checkpoint.get("encoder")
+    if not record:
+        raise CheckpointError(f"{path} holds no encoder: it was not written by a pre-training of this project.")
+    prefix = record["prefix"]
+    state = {key[len(prefix) :]: value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)}
+    return StoredEncoder(record["class_path"], record["init_args"], state, record["channels"], record["preprocessing"])
+
+
+def _read_export(folder: Path) -> StoredEncoder:
+    """Read back what ``medmim export --format monai`` wrote."""
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("format") != "monai" or "encoder" not in config:
+        raise CheckpointError(f"{folder} is no export in the format monai; start from the run it came from.")
+    state = from_monai(load_file(folder / "model.safetensors"))
+    record = config["encoder"]
+    return StoredEncoder(record["class_path"], record["init_args"], state, config["channels"], config["preprocessing"])
+
+
+class LoadReport(NamedTuple):
+    """What happened when weights were carried into a network.
+
+    Attributes:
+        loaded: keys taken as they were.
+        adapted: keys changed on the way, with the reason.
+        missing: keys of the network that kept their initial value.
+        unexpected: keys of the file that found no place.
+    """
+
+    loaded: list[str]
+    adapted: dict[str, str]
+    missing: list[str]
+    unexpected: list[str]
+
+    def __str__(self) -> str:
+        adapted = "; ".join(f"{key}: {reason}" for key, reason in self.adapted.items()) or "none"
+        return (
+            f"encoder weights: {len(self.loaded)} loaded, adapted: {adapted}, "
+            f"missing: {', '.join(self.missing) or 'none'}, unexpected: {', '.join(self.unexpected) or 'none'}"
+        )
+
+
+def _adapt_channels(weight: Tensor, fresh: Tensor, old: Sequence[str], new: Sequence[str]) -> Tensor:
+    """Move the columns of a patch embedding ``(E, C P)`` to other channels; unknown channels stay fresh."""
+    source = weight.reshape(weight.shape[0], len(old), -1)
+    target = fresh.detach().clone().reshape(fresh.shape[0], len(new), -1)
+    for index, name in enumerate(new):
+        if name in old:
+            target[:, index] = source[:, list(old).index(name)]
+    return target.flatten(1)
+
+
+def _channel_names(stored: StoredEncoder, count: int, names: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    old_count = stored.init_args["in_channels"]
+    old = stored.channels or [str(index) for index in range(old_count)]
+    if names is not None and stored.channels:
+        return old, list(names)
+    # Without names on both sides the first channels are taken to be the same ones.
+    return old, [old[index] if index < old_count else f"new {index}" for index in range(count)]
+
+
+def transfer_encoder(stored: StoredEncoder, encoder: nn.Module, channels: Sequence[str] | None = None) -> LoadReport:
+    """Carry stored weights into ``encoder``, which may differ in channels and image size.
+
+    Learned positions are resampled to the new grid; patch-embedding columns follow the channels' names.
+
+    Args:
+        stored: The weights.
+        encoder: Where they go; must have ``config``.
+        channels: Names of the new input's channels; None matches them by position.
+
+    Raises:
+        CheckpointError: another key differs in shape.
+    """
+    wanted = encoder.state_dict()
+    config: Mapping[str, Any] = encoder.config  # type: ignore[assignment]
+    state, adapted = dict(stored.state), {}
+    old_names, new_names = _channel_names(stored, config["in_channels"], channels)
+    key = "patch_embed.proj.weight"
+    if old_names != new_names:
+        state[key] = _adapt_channels(state[key], wanted[key], old_names, new_names)
+        adapted[key] = f"channels {old_names} to {new_names}"
+    old_size, new_size = list(stored.init_args["image_size"]), list(config["image_size"])
+    if old_size != new_size and "pos_embed" in state:
+        patch = config["patch_size"]
+        patch = [patch] * len(new_size) if isinstance(patch, int) else patch
+        grids = grid_of(old_size, patch), grid_of(new_size, patch)
+        state["pos_embed"] = resize_position_embedding(state["pos_embed"], *grids)
+        adapted["pos_embed"] = f"resampled from {old_size} to {new_size}"
+    check_shapes({k: v for k, v in state.items() if k in wanted}, {k: wanted[k] for k in state if k in wanted})
+    report = LoadReport(
+        loaded=[k for k in state if k in wanted and k not in adapted],
+        adapted=adapted,
+        missing=[k for k in wanted if k not in state],
+        unexpected=[k for k in state if k not in wanted],
+    )
+    encoder.load_state_dict({k: v for k, v in state.items() if k in wanted}, strict=False)
+    return report
+
+
+def build_encoder(class_path: str, init_args: Mapping[str, Any]) -> nn.Module:
+    """Build an encoder from its record.
+
+    Raises:
+        CheckpointError: the class is not one of this project's: files name data, never code to run.
+    """
+    module_name, _, class_name = class_path.rpartition(".")
+    if module_name.split(".")[0] not in ("common", "experiments"):
+        raise CheckpointError(f"The file asks for the class {class_path}, which is not one of this project's encoders.")
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise CheckpointError(
+            f"The file asks for the encoder {class_path}, which this version does not have."
+        ) from error
+    return cls(**init_args)
+
+
+def load_encoder(
+    path: str | Path,
+    in_channels: int | None = None,
+    image_size: Sequence[int] | None = None,
+    channels: Sequence[str] | None = None,
+) -> nn.Module:
+    """Load a pre-trained encoder by itself.
+
+    Args:
+        path: A run folder, a checkpoint, or a folder written by ``medmim export``.
+        in_channels: Channels of the new input; None keeps the pre-training's.
+        image_size: Size of the new input; None keeps the pre-training's. Positions are resampled.
+        channels: Names of the new input's channels, to match them by name instead of by position.
+
+    Returns:
+        A module with ``num_features`` and ``forward_features``; its ``load_report`` says what was adapted.
+
+    Raises:
+        CheckpointError: there is no encoder at ``path``, or it does not fit.
+    """
+    stored = read_encoder(path)
+    arguments = dict(stored.init_args)
+    if channels is not None:
+        in_channels = len(channels)
+    if in_channels is not None:
+        arguments["in_channels"] = in_channels
+    if image_size is not None:
+        arguments["image_size"] = list(image_size)
+    encoder = build_encoder(stored.class_path, arguments)
+    encoder.load_report = transfer_encoder(stored, encoder, channels)  # type: ignore[assignment]
+    return encoder

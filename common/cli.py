@@ -1,0 +1,258 @@
+"""The ``lightning`` command: LightningCLI with our defaults, run folder and one-sentence refusals."""
+
+import logging
+import os
+import sys
+import time
+import warnings
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from common.callbacks.fault_report import FaultReport
+from common.callbacks.last_checkpoint import LastCheckpoint
+from common.callbacks.preemption import Preemption
+from common.callbacks.run_record import RunRecord
+from common.checkpoint import read_checkpoint, resolve_checkpoint
+from common.checkpoint_io import AtomicCheckpointIO
+from common.data_config import package_file
+from common.errors import PreemptedError, UserError
+from common.loggers import RunCSVLogger, RunTensorBoardLogger, SummaryLogger
+from common.module import SIZES
+from common.randomness import DEFAULT_SEED
+from common.reporting import say
+
+PREEMPTED = 143
+
+
+def resolve_config_arguments(arguments: list[str]) -> list[str]:
+    """Make every ``--config experiments/...`` work from any folder."""
+    result = list(arguments)
+    for index, argument in enumerate(result):
+        if argument in ("--config", "-c") and index + 1 < len(result):
+            result[index + 1] = package_file(result[index + 1])
+        elif argument.startswith("--config="):
+            result[index] = "--config=" + package_file(argument.removeprefix("--config="))
+    return result
+
+
+def run_name(arguments: list[str], class_path: str) -> tuple[str, str]:
+    """Return experiment and stage of a run.
+
+    They are read off the first configuration, ``experiments/<experiment>/configs/<stage>.yaml``; the config of an
+    earlier run, ``runs/<experiment>/<stage>/<time>/config.yaml``, keeps its names; else the model's package serves.
+    """
+    configs = [value for name, value in pairwise(arguments) if name in ("--config", "-c")]
+    configs += [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
+    for config in (Path(name).resolve() for name in configs):
+        parts = config.parts
+        if config.name == "config.yaml" and len(parts) > 4:
+            return parts[-4], parts[-3]
+        if config.parent.name == "configs":
+            return config.parent.parent.name, config.name.split(".")[0]
+    package = class_path.split(".")
+    return (package[1] if package[0] == "experiments" and len(package) > 1 else "custom"), "run"
+
+
+def supports_bfloat16(device_type: str) -> bool:
+    """Whether bfloat16 matrix products are faster than float32's on the device."""
+    if device_type != "cpu":
+        return True
+    features = torch.cpu.get_capabilities()
+    return bool(
+        features.get("avx512_bf16") or features.get("amx_bf16") or features.get("arm_bf16") or features.get("bf16")
+    )
+
+
+class RunConfig(SaveConfigCallback):
+    """Saves the resolved configuration as ``config.yaml`` in the run folder."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file once, under a temporary name (Lightning hook)."""
+        if self.already_saved or not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / "config.tmp.yaml"
+        self.parser.save(self.config, str(temporary), skip_none=False, overwrite=True)
+        temporary.replace(folder / "config.yaml")
+        self.already_saved = True
+
+
+class MedmimCLI(LightningCLI):
+    """LightningCLI that owns the run folder and what must never be switched off by another callback list."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self._arguments = arguments
+        defaults = str(files("experiments").joinpath("configs/defaults.yaml"))
+        super().__init__(
+            save_config_callback=RunConfig,
+            seed_everything_default=DEFAULT_SEED,
+            parser_kwargs={name: {"default_config_files": [defaults]} for name in self.subcommands()},
+            auto_configure_optimizers=False,
+            args=arguments,
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """Let a run folder stand for its checkpoint, and take sizes and architecture from it.
+
+        A folder means the last checkpoint to resume and the best for all else. Everything but what the weights' shapes
+        hang on stays as the configuration has it, so that a model can be scored under other settings.
+        """
+        command = self.config["subcommand"]
+        config = self.config[command]
+        if not config.get("ckpt_path"):
+            return
+        path = resolve_checkpoint(config["ckpt_path"], "last" if command == "fit" else "best")
+        config["ckpt_path"] = str(path)
+        hparams = read_checkpoint(path).get("hyper_parameters", {})
+        sizes = {name: hparams[name] for name in (*SIZES, "encoder_record") if hparams.get(name) is not None}
+        if sizes and config["model"].get("class_path") == hparams.get("_class_path", config["model"]["class_path"]):
+            model = {"class_path": config["model"]["class_path"], "init_args": sizes}
+            self.config = self.parser.parse_object({command: {"model": model}}, self.config)
+
+    def run_folder(self) -> Path:
+        """Return the folder of this run; a resumed run continues in its own."""
+        ckpt_path = self._get(self.config, "ckpt_path")
+        if self.subcommand == "fit" and ckpt_path and Path(ckpt_path).parent.name == "checkpoints":
+            return Path(ckpt_path).parent.parent
+        class_path = self._get(self.config, "model").get("class_path", "")
+        experiment, stage = run_name(self._arguments, class_path)
+        if self.subcommand != "fit":
+            stage = f"{'evaluate' if self.subcommand == 'test' else self.subcommand}_{stage.removeprefix('finetune_')}"
+        # Ranks that this process starts inherit the name through the environment.
+        stamp = os.environ.setdefault("MEDMIM_RUN_TIME", time.strftime("%Y-%m-%d_%H-%M-%S"))
+        folder = Path("runs") / experiment / stage / stamp
+        for number in range(2, 1000):
+            if rank_zero_only.rank != 0 or not folder.exists():
+                break
+            folder = folder.with_name(f"{stamp}_{number}")
+        return folder
+
+    def _check_precision(self, trainer_config: dict[str, Any]) -> None:
+        """Refuse float16 on a CPU, and fall back to float32 where bfloat16 is only emulated."""
+        on_cpu = trainer_config["accelerator"] == "cpu" or (
+            trainer_config["accelerator"] == "auto" and not torch.accelerator.is_available()
+        )
+        precision = str(trainer_config["precision"])
+        if on_cpu and precision in ("16", "16-mixed", "16-true"):
+            raise UserError(
+                f"Precision {precision} is float16, which CPUs do not compute fast: use bf16-mixed or 32-true."
+            )
+        if on_cpu and precision == "bf16-mixed" and not supports_bfloat16("cpu"):
+            say("precision: this CPU has no bfloat16 instructions, training in 32-true instead of bf16-mixed")
+            trainer_config["precision"] = "32-true"
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer with our loggers, checkpoints and callbacks."""
+        folder = self.run_folder()
+        config = dict(self._get(self.config_init, "trainer"))
+        self._check_precision(config)
+        if config["logger"] in (None, True):
+            config["logger"] = [RunTensorBoardLogger(str(folder)), RunCSVLogger(str(folder))]
+        if config["logger"]:
+            given = config["logger"] if isinstance(config["logger"], list) else [config["logger"]]
+            config["logger"] = [*given, SummaryLogger(str(folder))]
+        config["default_root_dir"] = str(folder)
+        config["plugins"] = [*(config["plugins"] or []), AtomicCheckpointIO()]
+        if SLURMEnvironment.detect():
+            config["plugins"].append(SLURMEnvironment(auto_requeue=False))
+        callbacks: list[Any] = [RunRecord(folder), FaultReport(folder)]
+        if config["enable_progress_bar"] is not False and not any(
+            isinstance(c, ProgressBar) for c in config["callbacks"]
+        ):
+            # Every refresh reads values off the device, so not at every step.
+            callbacks.append(TQDMProgressBar(refresh_rate=10))
+        if self.subcommand == "fit" and config["enable_checkpointing"] is not False:
+            callbacks += self._checkpoint_callbacks(folder)
+        self.trainer_defaults = {"callbacks": callbacks}
+        return self._instantiate_trainer({**config, **kwargs}, [])
+
+    def _checkpoint_callbacks(self, folder: Path) -> list[Any]:
+        last = LastCheckpoint(folder / "checkpoints")
+        monitor, mode = getattr(self.model, "monitor", ("val/loss", "min"))
+        best = ModelCheckpoint(
+            dirpath=folder / "checkpoints",
+            filename="best",
+            monitor=monitor,
+            mode=mode,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+            auto_insert_metric_name=False,
+        )
+        return [best, last, Preemption(last)]
+
+
+def _fail(message: str) -> NoReturn:
+    """Print one line and exit with 1."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+#: Advice that is not for the person who runs a command.
+_SILENCED = (
+    ".*does not have many workers.*",
+    ".*LightningCLI's args parameter.*",
+    ".*is already saved during checkpointing.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*isinstance\\(treespec, LeafSpec\\).*",
+    ".*module\\(s\\) in eval mode at the start of training.*",
+)
+
+
+_SILENCED_LINES = ("Tip: ", "`weights_only` was not set", "Loading `train_dataloader` to estimate", "Seed set to")
+
+
+def _silence_advice() -> None:
+    """Leave on the terminal what the person who runs a command needs."""
+    for pattern in _SILENCED:
+        warnings.filterwarnings("ignore", pattern)
+    for name in (
+        "pytorch.utilities.rank_zero",
+        "pytorch.trainer.connectors.checkpoint_connector",
+        "fabric.utilities.seed",
+    ):
+        logger = logging.getLogger(f"lightning.{name}")
+        logger.addFilter(lambda record: not any(text in record.getMessage() for text in _SILENCED_LINES))
+
+
+def execute(arguments: list[str]) -> Path:
+    """Run a command inside this process and return its run folder.
+
+    Raises:
+        UserError: refused.
+        PreemptedError: stopped on request; the state is saved.
+    """
+    _silence_advice()
+    os.environ.pop("MEDMIM_RUN_TIME", None) if rank_zero_only.rank == 0 else None
+    return Path(MedmimCLI(resolve_config_arguments(arguments)).trainer.default_root_dir)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run ``lightning {fit,validate,test,predict}``.
+
+    Exit codes: 0 done, 1 refused or failed with one line, 2 wrong usage, 143 pre-empted. ``--debug`` shows tracebacks.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in arguments
+    try:
+        execute([argument for argument in arguments if argument != "--debug"])
+    except PreemptedError:
+        sys.exit(PREEMPTED)
+    except (UserError, MisconfigurationException) as error:
+        if debug:
+            raise
+        _fail(str(error))
+
+
+if __name__ == "__main__":
+    main()

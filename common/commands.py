@@ -1,0 +1,51 @@
+"""The ``medmim`` command: everything around training. Each subcommand lives where its subject does."""
+
+import argparse
+import importlib
+import sys
+
+#: Subcommand to (module with ``add_arguments`` and ``run``, what it does). Modules are imported when they are needed.
+COMMANDS = {
+    "synthesize": ("datamodules.synthetic", "write a small synthetic tree in an official layout"),
+    "doctor": ("datamodules.doctor", "read an archive's headers (--deep: every byte) and say what is wrong with it"),
+    "prepare": ("datamodules.prepare_command", "build or verify the cache of an archive"),
+    "split": ("datamodules.split_command", "write a split by patient as a file"),
+    "export": ("common.export", "write a pre-trained encoder for use without this project"),
+    "embed": ("common.embed", "write the features of every case to Parquet"),
+    "study": ("common.study", "run the arms of a comparison over seeds and write its results"),
+    "bench": ("common.bench", "time our own pairs side by side and print the ratios"),
+}
+
+
+def build_parser(wanted: str | None = None) -> argparse.ArgumentParser:
+    """Make the parser; only the wanted subcommand's module is imported."""
+    parser = argparse.ArgumentParser(prog="medmim", description=__doc__.splitlines()[0])
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        if name == wanted:
+            importlib.import_module(module).add_arguments(subparser)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run ``medmim``. Exit codes: 0 done, 1 refused or failed with one line, 2 wrong usage."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    wanted = next((argument for argument in arguments if argument in COMMANDS), None)
+    args = build_parser(wanted).parse_args(arguments)
+    from common.errors import UserError
+
+    try:
+        importlib.import_module(COMMANDS[args.command][0]).run(args)
+    except UserError as error:
+        if debug:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

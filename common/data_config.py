@@ -1,0 +1,89 @@
+"""The data section of configurations, for commands that need an archive but no model."""
+
+import argparse
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule
+
+from common.errors import UserError
+
+
+def package_file(path: str) -> str:
+    """Resolve ``experiments/...`` against the installed package where the working directory does not hold it."""
+    if not Path(path).exists() and path.startswith("experiments/"):
+        installed = Path(str(files("experiments"))).joinpath(path.removeprefix("experiments/"))
+        if installed.exists():
+            return str(installed)
+    return path
+
+
+def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    """Merge two nested mappings; the overlay wins."""
+    result = dict(base)
+    for key, value in overlay.items():
+        old = result.get(key)
+        result[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--config``, ``--root``, ``--layout`` and ``--set``."""
+    parser.add_argument(
+        "--config", action="append", required=True, help="configuration with a data section; repeat to overlay"
+    )
+    parser.add_argument("--root", help="the archive (default: the configuration's)")
+    parser.add_argument("--layout", help="force a layout instead of recognising it")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="another data setting, such as cache=b2nd"
+    )
+
+
+def read_data_section(configs: Sequence[str]) -> dict[str, Any]:
+    """Merge the data sections of configurations, later ones over earlier ones.
+
+    Raises:
+        UserError: a configuration is missing or none names a data module.
+    """
+    section: dict[str, Any] = {}
+    for name in configs:
+        path = Path(package_file(name))
+        if not path.is_file():
+            raise UserError(f"The configuration {name} does not exist.")
+        section = merge(section, (yaml.safe_load(path.read_text()) or {}).get("data") or {})
+    if "class_path" not in section:
+        raise UserError(f"{', '.join(configs)} names no data module (data.class_path).")
+    return section
+
+
+def data_options(configs: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments that configurations give to their data module."""
+    return read_data_section(configs).get("init_args", {})
+
+
+def data_section(args: argparse.Namespace) -> dict[str, Any]:
+    """Merge the data sections of the configurations and the switches.
+
+    Raises:
+        UserError: as :func:`read_data_section`, or a setting has no ``=``.
+    """
+    section = read_data_section(args.config)
+    options = section.setdefault("init_args", {})
+    options |= {name: value for name, value in (("root", args.root), ("layout", args.layout)) if value is not None}
+    for setting in args.set:
+        name, sign, value = setting.partition("=")
+        if not sign:
+            raise UserError(f"--set takes NAME=VALUE, got {setting!r}.")
+        options[name.removeprefix("data.")] = yaml.safe_load(value)
+    return section
+
+
+def make_datamodule(args: argparse.Namespace) -> Any:
+    """Instantiate the data module that the arguments describe."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False)
+    return parser.instantiate_classes(parser.parse_object({"data": data_section(args)})).data

@@ -1,0 +1,185 @@
+"""Ranks: gradient-carrying collectives, agreement between hosts, and a pool of ranks for tests.
+
+The convention for gradients: a loss that looks across samples is summed over ranks with :func:`all_reduce_sum`, every
+rank then holds the loss of the joined batch, and the mean over ranks of the parameter gradients, which DDP takes, is
+the gradient one rank would have had. On one rank everything here is the identity.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+import torch.multiprocessing as mp
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Return the number of ranks; 1 outside a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return this process's rank; 0 outside a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum a tensor over ranks; the gradient is summed over ranks too."""
+    if world_size() == 1:
+        return x
+    return dist_nn.all_reduce(x, op=dist.ReduceOp.SUM)
+
+
+def all_gather_cat(x: Tensor, dim: int = 0) -> Tensor:
+    """Concatenate the equally shaped tensors of all ranks along ``dim``, with gradients."""
+    if world_size() == 1:
+        return x
+    return torch.cat(dist_nn.all_gather(x.contiguous()), dim=dim)
+
+
+_control: dict[Any, Any] = {}
+
+
+def control_group() -> Any:
+    """Return a CPU group for messages between hosts, so that agreeing never waits for the accelerator.
+
+    It is made at the first call, which all ranks must reach together.
+    """
+    default = dist.group.WORLD
+    if default not in _control:
+        _control.clear()
+        _control[default] = default if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    return _control[default]
+
+
+def agree(flag: bool) -> bool:
+    """Return whether any rank raised its flag."""
+    if world_size() == 1:
+        return flag
+    value = torch.tensor(int(flag))
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=control_group())
+    return bool(value.item())
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return the values of all ranks, in rank order, on every rank. For small records at epoch ends."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=control_group())
+    return values
+
+
+def reduce_sums(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Merge ``name -> (weighted sum, weight)`` over ranks and divide: never a mean of means.
+
+    Ranks may hold different names, or none: a rank without a validation sample adds nothing.
+    """
+    merged: dict[str, tuple[float, float]] = {}
+    for part in gather_objects(dict(sums)):
+        for name, (total, weight) in part.items():
+            old_total, old_weight = merged.get(name, (0.0, 0.0))
+            merged[name] = (old_total + total, old_weight + weight)
+    return {name: total / weight for name, (total, weight) in merged.items() if weight > 0}
+
+
+def loss_and_gradients(
+    loss: Callable[..., Any], tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor], **settings: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run a loss and its backward pass on this rank's part of a batch: what a two-rank test compares.
+
+    Args:
+        loss: Called with ``tensors``, ``weights`` and ``settings`` as keywords; returns a scalar.
+        tensors: This rank's samples.
+        weights: What the gradient is wanted for; equal on every rank.
+        **settings: Further keywords.
+
+    Returns:
+        The loss, and the gradient of each weight, averaged over ranks as DDP does.
+    """
+    leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
+    value = loss(**tensors, **leaves, **settings)
+    value.backward()
+    gradients = {}
+    for name, leaf in leaves.items():
+        gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        gradients[name] = all_reduce_sum(gradient) / world_size()
+    return value.detach(), gradients
+
+
+def _serve_rank(rank_: int, world: int, store: str, inbox: Any, outbox: Any) -> None:
+    """Run the jobs of one rank until told to stop."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank_, world_size=world)
+    while (job := inbox.get()) is not None:
+        function, args = job
+        try:
+            outbox.put((rank_, True, function(*args)))
+        except Exception as error:
+            outbox.put((rank_, False, f"{type(error).__name__}: {error}"))
+    dist.destroy_process_group()
+
+
+class RankPool:
+    """Processes joined by gloo on this machine, kept for many jobs because each takes seconds to start.
+
+    Functions and arguments are pickled, so functions must live in an importable module. If one rank fails where others
+    wait for it, the pool is of no further use.
+
+    Args:
+        world_size: Number of ranks.
+    """
+
+    def __init__(self, world_size: int = 2) -> None:
+        context = mp.get_context("spawn")
+        self.world_size = world_size
+        self._folder = tempfile.TemporaryDirectory()
+        self._outbox = context.Queue()
+        self._inboxes = [context.Queue() for _ in range(world_size)]
+        store = os.path.join(self._folder.name, "store")
+        self._processes = [
+            context.Process(target=_serve_rank, args=(i, world_size, store, inbox, self._outbox), daemon=True)
+            for i, inbox in enumerate(self._inboxes)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], args_per_rank: Sequence[Sequence[Any]], timeout: float = 120) -> list:
+        """Call ``function`` with its own arguments on every rank and return the results in rank order.
+
+        Raises:
+            RuntimeError: the function failed on a rank; names rank and error.
+        """
+        for inbox, args in zip(self._inboxes, args_per_rank, strict=True):
+            inbox.put((function, tuple(args)))
+        results: dict[int, Any] = {}
+        for _ in self._inboxes:
+            index, succeeded, value = self._outbox.get(timeout=timeout)
+            if not succeeded:
+                raise RuntimeError(f"{function.__qualname__} failed on rank {index}: {value}")
+            results[index] = value
+        return [results[i] for i in range(self.world_size)]
+
+    def close(self) -> None:
+        """Stop the processes."""
+        for inbox in self._inboxes:
+            inbox.put(None)
+        for process in self._processes:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
+        self._folder.cleanup()
+
+
+def run_ranks(function: Callable[..., Any], args_per_rank: Sequence[Sequence[Any]]) -> list:
+    """Run ``function`` once on as many ranks as there are argument lists; see :class:`RankPool`."""
+    pool = RankPool(len(args_per_rank))
+    try:
+        return pool.run(function, args_per_rank)
+    finally:
+        pool.close()

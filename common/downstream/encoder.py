@@ -1,0 +1,55 @@
+"""The encoder of a downstream task: pre-trained, from scratch, or as a checkpoint remembers it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from common.blocks.vit import VisionTransformer
+from common.checkpoint import build_encoder, load_encoder
+from common.errors import UserError
+from common.reporting import say
+from common.types import InputSpec
+
+EncoderFactory = Callable[[int, Sequence[int]], VisionTransformer]
+
+
+def make_encoder(
+    spec: InputSpec,
+    pretrained: str | None,
+    factory: EncoderFactory,
+    record: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Make the encoder for inputs of ``spec``.
+
+    Args:
+        spec: Channels and size of the input.
+        pretrained: Run folder, checkpoint or export to start from; None or empty starts from scratch.
+        factory: Makes an encoder from (channels, image size), for scratch.
+        record: Architecture of an encoder whose weights a task's checkpoint will bring; wins over the others.
+
+    Raises:
+        CheckpointError: nothing usable at ``pretrained``.
+    """
+    if record is not None:
+        return build_encoder(record["class_path"], record["init_args"])
+    if pretrained:
+        encoder = load_encoder(pretrained, image_size=spec.image_size, channels=spec.channels)
+        say(f"encoder from {pretrained}: {encoder.load_report}")
+        return encoder
+    say("encoder from scratch (no CKPT given)")
+    return factory(len(spec.channels), spec.image_size)
+
+
+def encoder_architecture(encoder: nn.Module) -> dict[str, Any]:
+    """Return what :func:`make_encoder` takes as ``record``.
+
+    Raises:
+        UserError: the encoder does not carry its ``config``.
+    """
+    config = getattr(encoder, "config", None)
+    if config is None:
+        raise UserError(
+            f"{type(encoder).__name__} carries no `config` of its arguments, so no checkpoint could rebuild it."
+        )
+    return {"class_path": f"{type(encoder).__module__}.{type(encoder).__qualname__}", "init_args": dict(config)}

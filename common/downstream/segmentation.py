@@ -1,0 +1,243 @@
+"""Segmentation of regions in volumes, from a pre-trained encoder or from scratch."""
+
+import csv
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from monai.inferers import SlidingWindowInferer
+from torch import Tensor, nn
+
+from common.blocks.unetr import UNETR
+from common.blocks.vit import VisionTransformer
+from common.distributed import gather_objects
+from common.downstream.encoder import EncoderFactory, encoder_architecture, make_encoder
+from common.losses.region import RegionDiceBCE
+from common.metrics import region_dice, region_hd95
+from common.module import BuiltFromData
+from common.optim import Schedule, WarmupCosine, param_groups
+from common.reporting import log_scalars, say
+from common.types import InputSpec
+
+NetworkFactory = Callable[[VisionTransformer, int], nn.Module]
+
+_FLIPS = ((), (2,), (3,), (4,), (2, 3), (2, 4), (3, 4), (2, 3, 4))
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return mean, standard deviation over cases and n of every numeric column, and how often a region was empty."""
+    summary: dict[str, Any] = {"n": len(rows)}
+    for name in rows[0] if rows else ():
+        values = [row[name] for row in rows]
+        if name.startswith("empty_"):
+            summary[name] = {kind: values.count(kind) for kind in ("neither", "prediction", "reference", "both")}
+        elif isinstance(values[0], float):
+            mean = sum(values) / len(values)
+            spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else 0.0
+            summary[name] = {"mean": mean, "std": spread, "n": len(values)}
+    return summary
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write one line per case."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["subject_id"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+class SegmentationModule(BuiltFromData):
+    """Trains a segmentation network on crops and scores whole volumes through a sliding window.
+
+    Validation logs ``val/dice`` and one Dice per region. Testing adds HD95 and writes ``metrics.json`` and
+    ``per_case.csv`` into the run folder; predicting gives label volumes on the source grid.
+
+    Args:
+        pretrained: Run folder, checkpoint or export whose encoder to start from; None trains from scratch.
+        network: Makes the network from (encoder, regions).
+        encoder: Makes the encoder from (channels, image size) where nothing is pre-trained.
+        dropout: Rate of every dropout in the encoder.
+        loss: Compares logits and targets ``(B, R, *space)``.
+        overlap: Overlap of neighbouring windows.
+        window_batch: Windows computed at once.
+        flip_ensemble: Whether to average over all mirrorings at test time.
+        layer_decay: Factor of the learning rate per encoder layer towards the input.
+        optimizer: Makes the optimiser.
+        schedule: Attaches the learning-rate schedule.
+        compile_network: Whether to compile the network.
+        channels: Names of the modalities; None = as the data say.
+        image_size: Size of a crop; None = as the data say.
+        regions: Region to label values; None = as the data say.
+        encoder_record: Architecture of the encoder; filled in for checkpoints.
+    """
+
+    monitor = ("val/dice", "max")
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        network: NetworkFactory = UNETR,
+        encoder: EncoderFactory = VisionTransformer,
+        dropout: float = 0.0,
+        loss: nn.Module | None = None,
+        overlap: float = 0.5,
+        window_batch: int = 2,
+        flip_ensemble: bool = False,
+        layer_decay: float = 1.0,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule | None = None,
+        compile_network: bool = False,
+        channels: list[str] | None = None,
+        image_size: list[int] | None = None,
+        regions: dict[str, list[int]] | None = None,
+        encoder_record: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.network = None
+        self.loss = loss or RegionDiceBCE()
+        self.compile_network = compile_network
+        self._pretrained, self._record = pretrained, encoder_record
+        self._make_network, self._make_encoder = network, encoder
+        self._overlap, self._window_batch, self._flip_ensemble = overlap, window_batch, flip_ensemble
+        self._dropout, self._layer_decay, self._make_optimizer = dropout, layer_decay, optimizer
+        self._make_schedule = schedule or WarmupCosine()
+        self._rows: list[dict[str, Any]] = []
+        self._predict: SlidingWindowInferer | None = None
+
+    def build_network(self, spec: InputSpec) -> nn.Module:
+        """Make the network around the encoder."""
+        encoder = make_encoder(spec, self._pretrained, self._make_encoder, self._record)
+        self.hparams["encoder_record"] = encoder_architecture(encoder)
+        for module in encoder.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = self._dropout
+        return self._make_network(encoder, len(spec.regions))  # type: ignore[arg-type]
+
+    @property
+    def regions(self) -> Mapping[str, list[int]]:
+        """Region to label values, in the order of the output channels."""
+        return self.hparams["regions"]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return logits ``(B, R, H, W, D)`` for crops."""
+        return self.network(image)  # type: ignore[misc]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a batch of crops (Lightning hook)."""
+        loss = self.loss(self(batch["image"]), batch["label"])
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
+        return loss
+
+    def segment(self, image: Tensor) -> Tensor:
+        """Segment whole volumes ``(B, C, X, Y, Z)`` to bool ``(B, R, X, Y, Z)``."""
+        if self._predict is None:
+            size = [int(n) for n in self.hparams["image_size"]]
+            self._predict = SlidingWindowInferer(size, self._window_batch, self._overlap, mode="gaussian")
+        logits = torch.zeros(())
+        flips = _FLIPS if self._flip_ensemble else _FLIPS[:1]
+        for axes in flips:
+            output = self._predict(image.flip(axes) if axes else image, self.network)  # type: ignore[arg-type]
+            logits = logits.to(output) + (output.flip(axes) if axes else output)  # type: ignore[union-attr]
+        return logits > 0
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Score one volume by Dice (Lightning hook)."""
+        self._score(batch, distance=False)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Score one volume by Dice and HD95 (Lightning hook)."""
+        self._score(batch, distance=True)
+
+    def _score(self, batch: Any, distance: bool) -> None:
+        pred, target = self.segment(batch["image"]), batch["label"] > 0.5
+        dice = region_dice(pred, target)
+        for index, subject in enumerate(batch["subject_id"]):
+            row: dict[str, Any] = {"subject_id": subject}
+            row |= {f"dice_{name}": float(dice[index, r]) for r, name in enumerate(self.regions)}
+            if distance:
+                diagonal = math.hypot(*batch["record"][index].source_shape)
+                hd95 = region_hd95(pred[index : index + 1], target[index : index + 1], diagonal)[0]
+                row |= {f"hd95_{name}": float(hd95[r]) for r, name in enumerate(self.regions)}
+                row |= {
+                    f"empty_{name}": self._emptiness(pred[index, r], target[index, r])
+                    for r, name in enumerate(self.regions)
+                }
+            self._rows.append(row)
+
+    @staticmethod
+    def _emptiness(pred: Tensor, target: Tensor) -> str:
+        return {(True, True): "neither", (False, True): "prediction", (True, False): "reference"}.get(
+            (bool(pred.any()), bool(target.any())), "both"
+        )
+
+    def _take_rows(self) -> list[dict[str, Any]]:
+        rows = [row for part in gather_objects(self._rows) for row in part]
+        self._rows = []
+        return sorted(rows, key=lambda row: row["subject_id"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log mean Dice over the cases of all ranks (Lightning hook)."""
+        summary = summarise(self._take_rows())
+        dice = {f"val/{name}": value["mean"] for name, value in summary.items() if name.startswith("dice_")}
+        if dice:
+            log_scalars(self, {**dice, "val/dice": sum(dice.values()) / len(dice)}, prog_bar=("val/dice",))
+
+    def on_test_epoch_end(self) -> None:
+        """Write ``metrics.json`` and ``per_case.csv``, and print the table (Lightning hook)."""
+        rows = self._take_rows()
+        summary = summarise(rows)
+        if self.trainer.is_global_zero:
+            folder = Path(self.trainer.default_root_dir)
+            write_rows(folder / "per_case.csv", rows)
+            (folder / "metrics.json").write_text(json.dumps(summary, indent=2))
+            for name in self.regions:
+                dice, hd95 = summary[f"dice_{name}"], summary[f"hd95_{name}"]
+                say(f"{name}: Dice {100 * dice['mean']:.2f} +- {100 * dice['std']:.2f} %, HD95 {hd95['mean']:.2f} +- "
+                    f"{hd95['std']:.2f} voxels, {summary['n']} cases, empty {summary[f'empty_{name}']}")  # fmt: skip
+        log_scalars(
+            self, {f"test/{name}": v["mean"] for name, v in summary.items() if name.startswith(("dice", "hd95"))}
+        )
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
+        """Return one label volume per case, with what is needed to put it on its source grid (Lightning hook)."""
+        regions = self.segment(batch["image"])
+        names = zip(batch["subject_id"], batch["record"], strict=True)
+        return [
+            {"subject_id": subject, "record": record, "label": merge_regions(regions[index], self.regions)}
+            for index, (subject, record) in enumerate(names)
+        ]
+
+    def configure_optimizers(self) -> Any:
+        """Make the optimiser and its schedule (Lightning hook)."""
+        optimizer = self._make_optimizer(param_groups(self, self._layer_decay))
+        schedule = self._make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def merge_regions(regions: Tensor, values: Mapping[str, list[int]]) -> Tensor:
+    """Turn region masks into one label volume.
+
+    Larger regions are written first, smaller ones over them; each writes the value that the regions inside it do not
+    have (whole tumour 2, core 1, enhancing 3 in BraTS 2023).
+
+    Args:
+        regions: bool ``(R, X, Y, Z)``.
+        values: Region to label values, in the order of the channels.
+
+    Returns:
+        uint8 ``(X, Y, Z)`` on the CPU.
+    """
+    label = torch.zeros(regions.shape[1:], dtype=torch.uint8)
+    order = sorted(range(len(values)), key=lambda i: -len(list(values.values())[i]))
+    sets = [set(v) for v in values.values()]
+    for index in order:
+        inside = set().union(*(s for i, s in enumerate(sets) if i != index and s < sets[index]))
+        own = sorted(sets[index] - inside) or sorted(sets[index])
+        label[regions[index].cpu()] = own[0]
+    return label

@@ -1,0 +1,38 @@
+"""``medmim embed``: the features of every case, as Parquet."""
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from common.checkpoint import load_encoder
+from common.data_config import add_data_arguments, make_datamodule
+from common.reporting import say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``medmim embed``."""
+    add_data_arguments(parser)
+    parser.add_argument("--ckpt", required=True, help="run folder, checkpoint or export")
+    parser.add_argument("--out", required=True, help="Parquet file to write: subject_id, split, feature")
+
+
+@torch.no_grad()
+def run(args: argparse.Namespace) -> None:
+    """Carry out ``medmim embed``: mean over the tokens of the central crop, one row a case."""
+    datamodule = make_datamodule(args)
+    datamodule.prepare_data()
+    datamodule.setup("predict")
+    spec = datamodule.input_spec
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    encoder = load_encoder(args.ckpt, image_size=spec.image_size, channels=spec.channels).eval().to(device)
+    rows = []
+    for split in ("train", "val", "test"):
+        for batch in datamodule.central_samples((split,)):
+            features = encoder.forward_features(batch["image"].to(device)).mean(1).float().cpu()  # type: ignore[operator]
+            names = zip(batch["subject_id"], features.tolist(), strict=True)
+            rows += [{"subject_id": name, "split": split, "feature": feature} for name, feature in names]
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_parquet(args.out)
+    say(f"embedded {len(rows)} cases, {encoder.num_features} features each, to {args.out}")

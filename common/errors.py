@@ -1,0 +1,21 @@
+"""Errors that are a user's to mend: one sentence that says what was wrong, where, and what to do."""
+
+
+class UserError(ValueError):
+    """A setting or an input that cannot work. The commands print its text alone and exit with 1."""
+
+
+class DataError(UserError):
+    """A data root, split or archive that training must refuse before its first step."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, unreadable or of another shape than the network."""
+
+
+class TooManyFaultsError(DataError):
+    """More distinct samples are broken than the run tolerates."""
+
+
+class PreemptedError(Exception):
+    """The run was asked to stop (SIGTERM, SIGUSR1); its state is saved."""

@@ -1,0 +1,133 @@
+"""Loggers of the run folder that Lightning lacks: a CSV that a resumed run continues, and a summary."""
+
+import csv
+import json
+import math
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities import rank_zero_only
+
+#: Scalars whose best value is the smallest.
+_SMALLER_IS_BETTER = ("loss", "floor", "hd95", "data_wait", "faulty")
+
+
+class _AppendingWriter(ExperimentWriter):
+    """Continues an existing ``metrics.csv``; Lightning's deletes it."""
+
+    def _check_log_dir_exists(self) -> None:
+        path = Path(self.metrics_file_path)
+        if path.is_file():
+            with path.open(newline="") as file:
+                self.metrics_keys = next(csv.reader(file), [])
+
+
+class RunTensorBoardLogger(TensorBoardLogger):
+    """Writes TensorBoard events directly into the run folder, and no second copy of the settings.
+
+    Args:
+        save_dir: The run folder.
+    """
+
+    def __init__(self, save_dir: str) -> None:
+        super().__init__(save_dir, name="", version="")
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Flush the events; ``config.yaml`` holds the settings."""
+        self.experiment.flush()
+
+
+class RunCSVLogger(CSVLogger):
+    """Writes ``metrics.csv`` directly into the run folder and appends when a run is resumed.
+
+    Args:
+        save_dir: The run folder.
+        flush_logs_every_n_steps: Steps between writes.
+    """
+
+    def __init__(self, save_dir: str, flush_logs_every_n_steps: int = 50) -> None:
+        super().__init__(save_dir, name="", version="", flush_logs_every_n_steps=flush_logs_every_n_steps)
+
+    @property
+    def experiment(self) -> ExperimentWriter:
+        """The writer, made at first use."""
+        if rank_zero_only.rank != 0:
+            return super().experiment
+        if self._experiment is None:
+            Path(self.log_dir).mkdir(parents=True, exist_ok=True)
+            self._experiment = _AppendingWriter(log_dir=self.log_dir)
+        return self._experiment  # type: ignore[return-value]
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any = None) -> None:
+        """Write nothing: ``config.yaml`` holds the settings."""
+
+
+class SummaryLogger(Logger):
+    """Keeps the final and the best value of every scalar for ``summary.json``.
+
+    Args:
+        save_dir: The run folder.
+    """
+
+    def __init__(self, save_dir: str) -> None:
+        super().__init__()
+        self._folder = Path(save_dir)
+        self._scalars: dict[str, dict[str, float]] = {}
+        self._begin = time.perf_counter()
+        self.facts: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """Lightning asks for one."""
+        return "summary"
+
+    @property
+    def version(self) -> str:
+        """Lightning asks for one."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The run folder."""
+        return str(self._folder)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Write nothing: ``config.yaml`` holds the settings."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Take note of scalars."""
+        for name, value in metrics.items():
+            value = float(value)
+            if name == "epoch" or not math.isfinite(value):
+                continue
+            entry = self._scalars.setdefault(
+                name, {"first": value, "final": value, "best": value, "best_step": step or 0}
+            )
+            smaller = any(word in name for word in _SMALLER_IS_BETTER)
+            entry["final"] = value
+            if value < entry["best"] if smaller else value > entry["best"]:
+                entry |= {"best": value, "best_step": step or 0}
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write ``summary.json``."""
+        if not self._folder.is_dir():
+            return
+        facts = {**self.facts, "wall_seconds": round(time.perf_counter() - self._begin, 3)}
+        content = json.dumps({**facts, "scalars": self._scalars}, indent=2)
+        temporary = self._folder / "summary.tmp"
+        temporary.write_text(content)
+        temporary.replace(self._folder / "summary.json")
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write ``summary.json`` at the end."""
+        self.save()

@@ -1,0 +1,98 @@
+"""Parameter groups and learning-rate schedules."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+
+def _modules_with(module: nn.Module, method: str) -> Iterable[tuple[str, nn.Module]]:
+    """Yield (prefix, module) for the submodules that have ``method``."""
+    for name, child in module.named_modules():
+        if child is not module and callable(getattr(child, method, None)):
+            yield (f"{name}." if name else "", child)
+
+
+def param_groups(module: nn.Module, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Sort the trainable parameters into groups for an optimiser.
+
+    Biases, norms and whatever a submodule names in ``no_weight_decay()`` (positions, mask tokens) get a weight decay
+    of 0; all others keep the optimiser's. Encoders that know ``layer_index(name)`` get learning rates that fall by
+    ``layer_decay`` per layer towards the input, stored as ``lr_scale`` for :class:`WarmupCosine`.
+
+    Args:
+        module: The module to train.
+        layer_decay: Factor per layer in (0, 1]; 1 means equal rates.
+
+    Raises:
+        ValueError: ``layer_decay`` is outside (0, 1].
+    """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"`layer_decay` must lie in (0, 1], got {layer_decay}.")
+    exempt = {
+        prefix + name for prefix, child in _modules_with(module, "no_weight_decay") for name in child.no_weight_decay()
+    }
+    layered = list(_modules_with(module, "layer_index"))
+
+    def scale(name: str) -> float:
+        for prefix, child in layered:
+            if name.startswith(prefix):
+                last = len(child.blocks) + 1
+                return layer_decay ** (last - child.layer_index(name[len(prefix) :]))
+        return 1.0
+
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        plain = parameter.ndim > 1 and name not in exempt
+        key = (plain, scale(name))
+        group = groups.setdefault(key, {"params": [], "lr_scale": key[1]} | ({} if plain else {"weight_decay": 0.0}))
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+class Schedule(ABC):
+    """How the learning rate runs over a training of known length, stepped once per optimiser step."""
+
+    @abstractmethod
+    def factor(self, step: int, total_steps: int) -> float:
+        """Return the rate at ``step`` (from 0) over the highest."""
+
+    def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+        """Attach the schedule to ``optimizer``, honouring each group's ``lr_scale``."""
+
+        def with_scale(scale: float) -> Callable[[int], float]:
+            return lambda step: scale * self.factor(step, total_steps)
+
+        return LambdaLR(optimizer, [with_scale(group.get("lr_scale", 1.0)) for group in optimizer.param_groups])
+
+
+class WarmupCosine(Schedule):
+    """Linear warm-up, then a cosine down to a fraction of the highest rate.
+
+    Args:
+        warmup: Share of all steps spent warming up, in [0, 1).
+        final: Last rate over the highest.
+
+    Raises:
+        ValueError: ``warmup`` is outside [0, 1).
+    """
+
+    def __init__(self, warmup: float = 0.05, final: float = 0.0) -> None:
+        if not 0 <= warmup < 1:
+            raise ValueError(f"`warmup` is a share of all steps in [0, 1), got {warmup}.")
+        self.warmup = warmup
+        self.final = final
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """Return the rate at ``step`` (from 0) over the highest."""
+        warmup_steps = round(self.warmup * total_steps)
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))

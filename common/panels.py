@@ -1,0 +1,51 @@
+"""Slices of volumes, turned as a radiologist looks at them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.types import Panel
+
+
+def axial(volume: Tensor, index: int) -> NDArray:
+    """Return an axial slice of a RAS volume ``(X, Y, Z)`` in radiological display.
+
+    Rows run from anterior to posterior, columns from the patient's right to the left: the patient faces the reader.
+    """
+    return np.flipud(np.fliplr(volume[:, :, index].detach().float().cpu().numpy().T)).copy()
+
+
+def fullest_slice(volume: Tensor) -> int:
+    """Return the axial slice of ``(C, X, Y, Z)`` with the most foreground, the one nearest the middle on a tie."""
+    count = (volume != 0).any(0).sum((0, 1)).double()
+    middle = (volume.shape[-1] - 1) / 2
+    offset = [abs(index - middle) for index in range(volume.shape[-1])]
+    return int(max(range(volume.shape[-1]), key=lambda i: (float(count[i]), -offset[i])))
+
+
+def volume_panels(
+    subject: str, names: Sequence[str], acquired: Tensor, target: Tensor, hidden: Tensor, prediction: Tensor
+) -> dict[str, Panel]:
+    """Cut one axial slice out of each modality.
+
+    Args:
+        subject: Name for the title.
+        names: Modalities.
+        acquired: bool ``(C,)``; a modality that was not acquired gets no panel.
+        target: ``(C, X, Y, Z)``, RAS.
+        hidden: ``(C, X, Y, Z)``, nonzero where hidden.
+        prediction: ``(C, X, Y, Z)``, true values where visible.
+    """
+    index = fullest_slice(target)
+    return {
+        name: Panel(
+            f"{subject}, axial slice {index + 1} of {target.shape[-1]}",
+            axial(target[channel], index),
+            axial(hidden[channel], index) > 0.5,
+            axial(prediction[channel], index),
+        )
+        for channel, name in enumerate(names)
+        if bool(acquired[channel])
+    }

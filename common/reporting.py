@@ -1,0 +1,38 @@
+"""Scalars, figures and lines for a person, from any hook and on any logger."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.figure import Figure
+
+
+def log_scalars(module: pl.LightningModule, scalars: Mapping[str, float], prog_bar: Collection[str] = ()) -> None:
+    """Log values that are already equal on all ranks.
+
+    The validation before the first step (Lightning's sanity check) normally leaves no trace; here its values are the
+    curves' first points, at step 0.
+    """
+    trainer = module.trainer
+    if trainer.sanity_checking:
+        for logger in trainer.loggers:
+            logger.log_metrics(dict(scalars), step=trainer.global_step)
+        return
+    for name, value in scalars.items():
+        module.log(name, value, prog_bar=name in prog_bar, on_step=False, on_epoch=True, batch_size=1)
+
+
+def log_figure(trainer: pl.Trainer, tag: str, figure: Figure) -> None:
+    """Give a figure to every logger that shows images (TensorBoard; Weights and Biases and alike by ``log_image``)."""
+    for logger in trainer.loggers:
+        if callable(add := getattr(getattr(logger, "experiment", None), "add_figure", None)):
+            add(tag, figure, global_step=trainer.global_step)
+        elif callable(log := getattr(logger, "log_image", None)):
+            log(key=tag, images=[figure], step=trainer.global_step)
+
+
+@rank_zero_only
+def say(*words: Any) -> None:
+    """Print one line to the person at the terminal, once for all ranks."""
+    print(*words, flush=True)

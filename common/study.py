@@ -1,0 +1,237 @@
+"""``medmim study``: comparisons over arms and seeds, from one file, into one result.
+
+A study is a YAML file: arms, each a list of steps (``fit``, ``validate``, ``test``), run once per seed. Arms see equal
+samples because they share their configurations; what each cost stands beside what it reached. Results are JSON rows;
+the tables of an experiment's README are made from these and from nothing else.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from common.data_config import package_file
+from common.errors import UserError
+from common.provenance import environment
+from common.reporting import say
+
+
+@dataclass
+class Step:
+    """One command of an arm.
+
+    Attributes:
+        run: ``fit``, ``validate`` or ``test``.
+        config: Configurations, in order, relative to the experiment's ``configs`` folder.
+        args: Further arguments; ``{name}`` stands for the run folder of an earlier step, ``{data}`` for the archive,
+            ``{seed}`` for the seed.
+        name: How later steps refer to this one.
+        score: Name under which its metrics are reported; None reports nothing.
+    """
+
+    run: str
+    config: list[str]
+    args: list[str]
+    name: str = ""
+    score: str | None = None
+
+    def arguments(self, configs: Path, places: Mapping[str, str]) -> list[str]:
+        """Return the command line."""
+        files = [package_file(str(configs / name)) for name in self.config]
+        given = [argument.format(**places) for argument in self.args]
+        return [self.run, *(word for file in files for word in ("--config", file)), *given]
+
+
+def read_study(path: Path) -> dict[str, Any]:
+    """Read a study and its steps.
+
+    Raises:
+        UserError: the file is missing, or an arm has no step with a score.
+    """
+    if not path.is_file():
+        raise UserError(f"The study {path} does not exist.")
+    study = yaml.safe_load(path.read_text())
+    study["arms"] = {
+        name: [Step(**{"config": [], "args": [], **step}) for step in steps] for name, steps in study["arms"].items()
+    }
+    silent = [name for name, steps in study["arms"].items() if not any(step.score for step in steps)]
+    if silent:
+        raise UserError(f"{path}: the arm {silent[0]} has no step with a score.")
+    return study
+
+
+def _metrics(folder: Path, columns: Mapping[str, str]) -> dict[str, float]:
+    """Collect the wanted metrics of a run: scalars by name, ``metrics.json`` by dotted path."""
+    found: dict[str, Any] = {}
+    if (folder / "metrics.json").is_file():
+        for name, value in json.loads((folder / "metrics.json").read_text()).items():
+            if isinstance(value, dict) and "mean" in value:
+                found[name] = value["mean"]
+            elif isinstance(value, int | float):
+                found[name] = value
+    if (folder / "summary.json").is_file():
+        scalars = json.loads((folder / "summary.json").read_text())["scalars"]
+        found |= {name: value["final"] for name, value in scalars.items() if name not in found}
+    return {name: float(found[name]) for name in columns if name in found}
+
+
+_COSTS = ("samples", "train_seconds", "flops_per_sample")
+
+
+def run_arm(steps: list[Step], configs: Path, data: str, seed: int, columns: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Run the steps of one arm under one seed and return one row per score."""
+    from common.cli import execute
+
+    places = {"data": data, "seed": str(seed)}
+    rows: list[dict[str, Any]] = []
+    cost: dict[str, float] = dict.fromkeys(_COSTS, 0.0)
+    for step in steps:
+        folder = execute(step.arguments(configs, places))
+        places[step.name or step.run] = str(folder)
+        if step.run == "fit":
+            summary = json.loads((folder / "summary.json").read_text())
+            cost = {name: float(summary.get(name) or 0) for name in _COSTS}
+        if step.score:
+            rows.append({"score": step.score, "seed": seed, "metrics": _metrics(folder, columns), "cost": cost})
+    return rows
+
+
+def summarise(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return mean and standard deviation over seeds, one entry per arm and score."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["arm"], row["score"]), []).append(row)
+    result = []
+    for (arm, score), members in groups.items():
+        entry: dict[str, Any] = {"arm": arm, "score": score, "seeds": [row["seed"] for row in members]}
+        for name in columns:
+            values = [row["metrics"][name] for row in members if name in row["metrics"]]
+            if values:
+                spread = statistics.stdev(values) if len(values) > 1 else None
+                entry[name] = {"mean": statistics.fmean(values), "std": spread, "n": len(values)}
+        entry["cost"] = {name: statistics.fmean(row["cost"][name] for row in members) for name in _COSTS}
+        result.append(entry)
+    return result
+
+
+def _cell(value: Mapping[str, Any] | None, digits: int) -> str:
+    if value is None:
+        return "not run"
+    spread = "" if value["std"] is None else f" ± {value['std']:.{digits}f}"
+    return f"{value['mean']:.{digits}f}{spread}"
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Return a result as a Markdown table: one line per arm and score, mean ± standard deviation over seeds."""
+    columns, digits = result["columns"], result.get("digits", 3)
+    paper = result.get("paper", {})
+    header = ["arm", "scored on", *columns.values(), "samples", "training TFLOP", "training s"]
+    if paper:
+        header.append("paper")
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for entry in result["summary"]:
+        cost = entry["cost"]
+        operations = cost["samples"] * cost["flops_per_sample"] / 1e12
+        cells = [entry["arm"], entry["score"], *(_cell(entry.get(name), digits) for name in columns)]
+        cells += [f"{cost['samples']:.0f}", f"{operations:.0f}", f"{cost['train_seconds']:.0f}"]
+        if paper:
+            cells.append(paper.get(entry["arm"], "-"))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def update_readme(readme: Path, results: Path) -> str:
+    """Return a README with every table between its markers made anew from the results folder.
+
+    A marker is ``<!-- results: FILE -->`` ... ``<!-- end -->``.
+    """
+    parts = readme.read_text().split("<!-- results: ")
+    text = parts[0]
+    for part in parts[1:]:
+        name, rest = part.split(" -->", 1)
+        _, tail = rest.split("<!-- end -->", 1)
+        body = table(json.loads((results / name).read_text()))
+        text += f"<!-- results: {name} -->\n{body}\n<!-- end -->{tail}"
+    return text
+
+
+def _plain(value: Any) -> Any:
+    """Round floats for the file, and refuse what JSON cannot say."""
+    if isinstance(value, dict):
+        return {name: _plain(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float):
+        return None if not math.isfinite(value) else float(f"{value:.6g}")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``medmim study``."""
+    parser.add_argument("study", nargs="?", help="YAML file, such as experiments/e_mim/configs/studies/collapse.yaml")
+    parser.add_argument("--data", help="the archive")
+    parser.add_argument("--out", help="JSON file to write (default: into the experiment's results folder)")
+    parser.add_argument("--arms", nargs="+", help="only these arms")
+    parser.add_argument(
+        "--readme", metavar="EXPERIMENT", help="make the tables of this experiment's README anew and stop"
+    )
+
+
+def _results_folder(configs: Path) -> Path:
+    return configs.parent / "results"
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry out ``medmim study``.
+
+    Raises:
+        UserError: the study, its data or an arm is missing.
+    """
+    if args.readme:
+        folder = Path(package_file(f"experiments/{args.readme}"))
+        (folder / "README.md").write_text(update_readme(folder / "README.md", folder / "results"))
+        say(f"tables of {folder / 'README.md'} made anew")
+        return
+    if not args.study or not args.data:
+        raise UserError("medmim study needs a study file and --data.")
+    path = Path(package_file(args.study)).resolve()
+    study = read_study(path)
+    unknown = set(args.arms or []) - study["arms"].keys()
+    if unknown:
+        raise UserError(f"{path.name} has no arm {sorted(unknown)[0]!r}; it has {', '.join(study['arms'])}.")
+    configs = path.parent.parent
+    rows: list[dict[str, Any]] = []
+    for seed in study["seeds"]:
+        for arm, steps in study["arms"].items():
+            if args.arms and arm not in args.arms:
+                continue
+            say(f"study {path.stem}: seed {seed}, {arm}")
+            rows += [{"arm": arm, **row} for row in run_arm(steps, configs, args.data, seed, study["columns"])]
+    facts = environment(torch.device("cpu"))
+    result = {
+        **{name: study[name] for name in ("title", "columns", "digits", "paper", "notes") if name in study},
+        "command": f"medmim study experiments/{configs.parent.name}/configs/studies/{path.name} --data DATA",
+        "environment": facts,
+        "date": time.strftime("%Y-%m-%d"),
+        "rows": rows,
+        "summary": summarise(rows, study["columns"]),
+    }
+    out = Path(args.out) if args.out else _results_folder(configs) / _file_name(path.stem, facts)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(_plain(result), indent=1) + "\n")
+    say(table(result))
+    say(f"written to {out}")
+
+
+def _file_name(task: str, facts: Mapping[str, Any]) -> str:
+    hardware = "-".join(word for word in facts["device"].replace("(R)", "").split() if word not in ("Processor", "CPU"))
+    torch_version = facts["versions"]["torch"].split("+")[0]
+    return f"{task}_{hardware}_torch{torch_version}_{time.strftime('%Y-%m-%d')}.json".lower()

@@ -1,0 +1,126 @@
+"""Types that pass between data, maskers, networks and callbacks.
+
+Letters: B batch, M modalities, C channels, H W D space, N patches, K kept patches, P values per patch, E encoder width.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, TypedDict
+
+from torch import Tensor
+
+
+class MaskOutput(NamedTuple):
+    """What a masker returns.
+
+    Attributes:
+        mask: bool ``(B, N)`` or ``(B, M, N)``, True = hidden from the encoder.
+        ids_keep: long ``(B, K)``, the visible positions in drawn order; None where every token is encoded.
+        ids_restore: long ``(B, N)``, undoes the order of visible positions followed by hidden ones; None likewise.
+    """
+
+    mask: Tensor
+    ids_keep: Tensor | None = None
+    ids_restore: Tensor | None = None
+
+
+class EncoderOutput(NamedTuple):
+    """What an encoder returns.
+
+    Attributes:
+        tokens: ``(B, N, E)`` or ``(B, K, E)``, after the final normalisation.
+        hidden: the residual stream ``(B, N, E)`` after each requested block, before the final normalisation.
+    """
+
+    tokens: Tensor
+    hidden: list[Tensor]
+
+
+class VolumeBatch(TypedDict, total=False):
+    """A batch of multi-modal volumes.
+
+    Attributes:
+        image: float ``(B, M, H, W, D)``, RAS, absent modalities are 0.
+        modality_mask: bool ``(B, M)``, True = acquired.
+        key: int64 ``(B,)``, what the randomness of each sample hangs on.
+        subject_id: one name per sample.
+        label: ``(B, R, H, W, D)`` float, one channel a region.
+        target: ``(B,)`` class index of a classification task.
+        control_image: float ``(B, M, H, W, D)``, a crop of another patient.
+    """
+
+    image: Tensor
+    modality_mask: Tensor
+    key: Tensor
+    subject_id: list[str]
+    label: Tensor
+    target: Tensor
+    control_image: Tensor
+
+
+class Reconstruction(NamedTuple):
+    """A masked reconstruction, as the loss sees it.
+
+    Attributes:
+        pred: ``(B, ..., P)``.
+        target: ``(B, ..., P)``, in the units of the loss.
+        mask: bool ``(B, ...)``, True = scored.
+        groups: named subsets of ``mask``, such as positions where nothing was visible.
+    """
+
+    pred: Tensor
+    target: Tensor
+    mask: Tensor
+    groups: dict[str, Tensor]
+
+
+class TokenFeatures(NamedTuple):
+    """Token features of unmasked inputs, for the collapse diagnostics.
+
+    Attributes:
+        features: by tap, ``(B, N, E)``; the first entry is the representation that is transferred.
+        keep: bool ``(B, N)``, tokens that hold anything.
+    """
+
+    features: dict[str, Tensor]
+    keep: Tensor
+
+
+class Panel(NamedTuple):
+    """One row of a reconstruction picture, each image ``(H, W)`` in display orientation.
+
+    Attributes:
+        title: what the row shows (subject, slice).
+        input: the true image.
+        hidden: bool, where it was hidden from the encoder.
+        prediction: the reconstruction, true values where they were visible.
+    """
+
+    title: str
+    input: Any
+    hidden: Any
+    prediction: Any
+
+
+class InputSpec(NamedTuple):
+    """What a data module promises about its images, enough to build a network for them.
+
+    Attributes:
+        channels: the names of the channels, in order.
+        image_size: the size of one crop, in voxels or pixels.
+        regions: label channel to the label values it is made of; empty without labels.
+        preprocessing: what was done to the intensities and the grid, for the card of an exported encoder.
+    """
+
+    channels: tuple[str, ...]
+    image_size: tuple[int, ...]
+    regions: Mapping[str, tuple[int, ...]] = {}
+    preprocessing: dict[str, Any] = {}
+
+
+class HasInputSpec(Protocol):
+    """A data module that knows what it will deliver."""
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """What the batches will hold; known once the root has been indexed."""
+        ...

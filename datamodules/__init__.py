@@ -1,0 +1,1 @@
+"""Official on-disk layouts in, typed batches out. Knows no model."""

@@ -1,0 +1,71 @@
+"""The known layouts, and which of them a root is."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from common.errors import DataError
+from datamodules.brats import BRATS2021, BRATS2023
+from datamodules.cases import Case, Layout
+from datamodules.folder import FOLDER, LUNG
+from datamodules.pi_cai import PI_CAI
+
+VOLUME_LAYOUTS: tuple[Layout, ...] = (BRATS2023, BRATS2021, PI_CAI, LUNG, FOLDER)
+
+
+def _found(root: Path) -> str:
+    """Say what lies directly under a root."""
+    entries = sorted(path.name + ("/" if path.is_dir() else "") for path in root.iterdir() if path.name[0] != ".")
+    shown = ", ".join(entries[:4]) + (f", ... ({len(entries)} entries)" if len(entries) > 4 else "")
+    return shown or "nothing"
+
+
+def recognise(
+    root: str | Path, layout: str = "auto", known: Sequence[Layout] = VOLUME_LAYOUTS
+) -> tuple[Layout, list[Case]]:
+    """Find out which layout a root has, and list its cases.
+
+    Args:
+        root: The archive.
+        layout: A layout's name, or ``"auto"``.
+        known: The layouts to choose from.
+
+    Raises:
+        DataError: the root does not exist, is of no known layout, of several, or not of the one asked for.
+    """
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise DataError(f"The data root {root} is not a folder.")
+    by_name = {candidate.name: candidate for candidate in known}
+    trees = "; ".join(f"{candidate.name}: {candidate.tree}" for candidate in known)
+    if layout != "auto":
+        if layout not in by_name:
+            raise DataError(f"There is no layout {layout!r}; known are {', '.join(by_name)}.")
+        cases = by_name[layout].find(root)
+        if not cases:
+            raise DataError(f"{root} is not of the layout {layout} ({by_name[layout].tree}); it holds {_found(root)}.")
+        return by_name[layout], cases
+    matches = [(candidate, cases) for candidate in known if (cases := candidate.recognised(root))]
+    if not matches:
+        raise DataError(f"{root} is of no known layout. It holds {_found(root)}. Known layouts: {trees}.")
+    best = max(candidate.prefer for candidate, _ in matches)
+    matches = [match for match in matches if match[0].prefer == best]
+    if len(matches) > 1:
+        names = ", ".join(candidate.name for candidate, _ in matches)
+        raise DataError(f"{root} could be of several layouts ({names}): choose one with LAYOUT=.")
+    return matches[0][0], matches[0][1]
+
+
+def with_modalities(layout: Layout, cases: Sequence[Case], wanted: Sequence[str] | None) -> Layout:
+    """Settle a layout's channels: those asked for, its own, or all that its cases have.
+
+    Raises:
+        DataError: no case has a modality that is asked for.
+    """
+    present = sorted({name for case in cases for name in case.images})
+    names = tuple(wanted) if wanted else layout.modalities or tuple(present)
+    unknown = [name for name in names if name not in present]
+    if wanted and unknown:
+        raise DataError(f"No case has the modalities {', '.join(unknown)}; present are {', '.join(present)}.")
+    intensity = {name: layout.preprocessing.intensity.get(name, "percentile") for name in names}
+    return replace(layout, modalities=names, preprocessing=replace(layout.preprocessing, intensity=intensity))

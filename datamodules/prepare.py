@@ -1,0 +1,239 @@
+"""From the files of a case to one array on one grid, with every broken member named.
+
+MONAI resamples; the rules of what may be used, and what is refused, are ours.
+"""
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import ResampleToMatch, ResizeWithPadOrCrop, Spacing
+from numpy.typing import NDArray
+
+from common.faults import Fault, SampleFaultError
+from datamodules.cases import Case, Layout
+from datamodules.intensity import rescale
+from datamodules.volume_io import Volume, VolumeError, read_volume
+
+
+class PreparedCase(NamedTuple):
+    """A case on its final grid.
+
+    Attributes:
+        image: float32 ``(M, X, Y, Z)``, absent modalities 0.
+        modality_mask: Per modality, whether it can be used.
+        label: uint8 ``(X, Y, Z)``, or None.
+        affine: ``(4, 4)`` of the final grid, RAS.
+        source_shape: Shape of the reference volume in RAS, before cropping or resampling.
+        source_affine: Its affine.
+        file_affine: Its affine as the file has it, before its axes were turned to RAS.
+        offset: First voxel of the final grid in the reference grid; None where it was resampled.
+        faults: Broken image members that the case does without.
+        label_faults: What is wrong with the label; the case has none then.
+        sources: Size and check sum by path of every file read.
+    """
+
+    image: NDArray[np.float32]
+    modality_mask: list[bool]
+    label: NDArray[np.uint8] | None
+    affine: NDArray[np.float64]
+    source_shape: tuple[int, ...]
+    source_affine: NDArray[np.float64]
+    file_affine: NDArray[np.float64]
+    offset: tuple[int, int, int] | None
+    faults: list[Fault]
+    label_faults: list[Fault]
+    sources: dict[str, dict[str, Any]]
+
+
+def _check_values(data: NDArray) -> None:
+    if data.dtype.kind == "f" and not np.isfinite(data).all():
+        raise VolumeError("nan", f"{int((~np.isfinite(data)).sum())} voxels are not finite")
+    if data.min() == data.max():
+        raise VolumeError("constant", f"every voxel is {data.flat[0]:g}")
+
+
+def _same_grid(a: Volume, b: Volume) -> bool:
+    return a.data.shape == b.data.shape and np.allclose(a.affine, b.affine, atol=1e-2)
+
+
+def _read_members(case: Case, modalities: tuple[str, ...]) -> tuple[dict[str, Volume], list[Fault], dict[str, Any]]:
+    volumes: dict[str, Volume] = {}
+    faults, sources = [], {}
+    for modality in modalities:
+        if (path := case.images.get(modality)) is None:
+            continue
+        try:
+            volume = read_volume(path)
+            sources[str(path)] = volume.source
+            _check_values(volume.data)
+        except VolumeError as error:
+            faults.append(Fault(str(path), error.kind, error.detail, case.case_id))
+        else:
+            volumes[modality] = volume
+    return volumes, faults, sources
+
+
+def _describe(volume: Volume) -> str:
+    spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
+    return f"{'x'.join(map(str, volume.data.shape))} voxels of {' x '.join(f'{s:.3g}' for s in spacing)} mm"
+
+
+def _drop_other_grids(case: Case, volumes: dict[str, Volume]) -> tuple[dict[str, Volume], list[Fault]]:
+    """Keep the members on the grid that most share; a case without such a grid cannot be stacked."""
+    names = list(volumes)
+    votes = Counter({name: sum(_same_grid(volumes[name], other) for other in volumes.values()) for name in names})
+    reference, agreeing = votes.most_common(1)[0]
+    if agreeing == 1 and len(names) > 1:
+        grids = ", ".join(f"{name} {_describe(volume)}" for name, volume in volumes.items())
+        detail = f"the modalities lie on different grids ({grids}); co-register and resample them to one grid first"
+        raise SampleFaultError([Fault(str(case.images[reference].parent), "grid", detail, case.case_id)])
+    kept = {name: volume for name, volume in volumes.items() if _same_grid(volume, volumes[reference])}
+    where = f"{reference} ({_describe(volumes[reference])})"
+    faults = [
+        Fault(str(case.images[name]), "grid", f"{_describe(volumes[name])} at another place than {where}", case.case_id)
+        for name in names
+        if name not in kept
+    ]
+    return kept, faults
+
+
+def _meta(data: NDArray, affine: NDArray) -> MetaTensor:
+    return MetaTensor(
+        torch.as_tensor(np.ascontiguousarray(data, dtype=np.float32))[None], affine=torch.as_tensor(affine)
+    )
+
+
+def _on_reference_grid(volumes: dict[str, Volume], layout: Layout) -> tuple[dict[str, MetaTensor], Volume]:
+    """Resample every modality to the reference's grid, then to the layout's spacing and size."""
+    settings = layout.preprocessing
+    reference = volumes[settings.reference or next(iter(volumes))]
+    target = _meta(reference.data, reference.affine)
+    images = {}
+    for name, volume in volumes.items():
+        image = _meta(volume.data, volume.affine)
+        if not _same_grid(volume, reference):
+            image = ResampleToMatch(mode="bilinear", padding_mode="zeros")(image, target)
+        images[name] = _to_final_grid(image, layout, "bilinear")
+    return images, reference
+
+
+def _to_final_grid(image: MetaTensor, layout: Layout, mode: str) -> MetaTensor:
+    settings = layout.preprocessing
+    if settings.spacing is not None:
+        padding = "border" if mode == "bilinear" else "zeros"
+        image = Spacing(pixdim=settings.spacing, mode=mode, padding_mode=padding)(image)
+    if settings.size is not None:
+        image = ResizeWithPadOrCrop(settings.size)(image)
+    return image
+
+
+def _label_volume(case: Case, layout: Layout, reference: Volume, sources: dict[str, Any]) -> NDArray[np.uint8]:
+    """Read the label; several binary masks become the bits of one integer."""
+    merged: NDArray | None = None
+    for bit, path in enumerate(case.labels.values()):
+        volume = read_volume(path)
+        sources[str(path)] = volume.source
+        rounded = np.rint(volume.data)
+        if volume.data.dtype.kind == "f" and not (np.abs(volume.data - rounded) <= 1e-3).all():
+            raise VolumeError("label", "some voxels are not integers")
+        if not _same_grid(volume, reference):
+            raise VolumeError("grid", f"the label has {_describe(volume)}, the image {_describe(reference)}")
+        values = rounded.astype(np.int64)
+        if len(case.labels) > 1 and not set(np.unique(values)) <= {0, 1}:
+            raise VolumeError("label", f"a mask must hold 0 and 1 only, {path.name} holds {np.unique(values).tolist()}")
+        merged = values if merged is None else merged | (values << bit)
+    assert merged is not None
+    found = set(np.unique(merged).tolist())
+    if layout.label_values and not found <= layout.label_values:
+        raise VolumeError(
+            "label",
+            f"holds the values {sorted(found)}, but {layout.name} allows {sorted(layout.label_values)} only"
+            + (": is this another release of the data? LAYOUT= chooses one" if layout.name.startswith("brats") else ""),
+        )
+    return merged.astype(np.uint8)
+
+
+def _foreground_box(image: NDArray, label: NDArray | None) -> tuple[slice, ...]:
+    """Return the box outside of which every modality, and the label, is 0."""
+    present = (image != 0).any(0)
+    if label is not None:
+        present |= label > 0
+    box = []
+    for axis in range(3):
+        indices = np.flatnonzero(present.any(tuple(other for other in range(3) if other != axis)))
+        box.append(slice(int(indices[0]), int(indices[-1]) + 1))
+    return tuple(box)
+
+
+def prepare_case(case: Case, layout: Layout, modalities: tuple[str, ...]) -> PreparedCase:
+    """Read a case to the last byte and bring it to its final grid and intensities.
+
+    Raises:
+        SampleFaultError: no usable modality, or grids that cannot be stacked.
+    """
+    volumes, faults, sources = _read_members(case, modalities)
+    settings = layout.preprocessing
+    try:
+        if volumes and settings.reference is None:
+            volumes, grid_faults = _drop_other_grids(case, volumes)
+            faults += grid_faults
+    except SampleFaultError as error:
+        raise SampleFaultError([*faults, *error.faults]) from error
+    if not volumes or (settings.reference is not None and settings.reference not in volumes):
+        raise SampleFaultError(faults or [_nothing_left(case, layout)])
+    images, reference = _on_reference_grid(volumes, layout)
+    final = next(iter(images.values()))
+    stack = np.zeros((len(modalities), *final.shape[1:]), dtype=np.float32)
+    for index, name in enumerate(modalities):
+        if name in images:
+            stack[index] = rescale(images[name][0].numpy(), settings.intensity[name])
+    label, label_faults = _prepare_label(case, layout, reference, stack, sources)
+    affine, offset = np.asarray(final.affine, dtype=np.float64), None
+    if settings.crop_foreground:
+        box = _foreground_box(stack, label)
+        stack = stack[:, *box]
+        label = None if label is None else label[box]
+        start = [edge.start for edge in box]
+        offset = (start[0], start[1], start[2])
+        affine = affine @ np.block([[np.eye(3), np.array(start)[:, None]], [np.zeros((1, 3)), np.ones((1, 1))]])
+    return PreparedCase(
+        image=stack,
+        modality_mask=[name in images for name in modalities],
+        label=label,
+        affine=affine,
+        source_shape=reference.data.shape,
+        source_affine=reference.affine,
+        file_affine=reference.file_affine,
+        offset=offset,
+        faults=faults,
+        label_faults=label_faults,
+        sources=sources,
+    )
+
+
+def _nothing_left(case: Case, layout: Layout) -> Fault:
+    needed = layout.preprocessing.reference or "any modality"
+    return Fault(case.case_id, "missing", f"the case has no {needed}", case.case_id)
+
+
+def _prepare_label(
+    case: Case, layout: Layout, reference: Volume, image: NDArray, sources: dict[str, Any]
+) -> tuple[NDArray[np.uint8] | None, list[Fault]]:
+    if not case.labels:
+        return None, []
+    try:
+        values = _label_volume(case, layout, reference, sources)
+        resampled = _to_final_grid(_meta(values, reference.affine), layout, "nearest")[0].numpy()
+        label = np.rint(resampled).astype(np.uint8)
+        marked = label > 0
+        outside = int((marked & (image == 0).all(0)).sum())
+        if layout.preprocessing.crop_foreground and 2 * outside > int(marked.sum()):
+            raise VolumeError(
+                "label", f"{outside} of {int(marked.sum())} labelled voxels lie where every modality is 0"
+            )
+    except VolumeError as error:
+        return None, [Fault(str(next(iter(case.labels.values()))), error.kind, error.detail, case.case_id)]
+    return label, []

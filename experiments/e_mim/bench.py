@@ -1,0 +1,99 @@
+"""How fast E-MIM's training step is: ViT-B, 96^3 crops of four modalities, batch 1."""
+
+import resource
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.bench import Row, in_turn, matmul_rate, speedup
+from common.blocks.attention import SelfAttention
+from common.cli import supports_bfloat16
+from common.optim import param_groups
+from experiments.e_mim.model import EMIM
+from experiments.e_mim.module import EMIMPretrain
+
+_CHANNELS = ["t1c", "t1n", "t2f", "t2w"]
+
+
+class _TwoPasses(EMIM):
+    """The same network with one encoder pass per branch, for comparison only."""
+
+    def encode_branches(self, clean: torch.Tensor, masked: torch.Tensor) -> tuple:
+        return self.encoder.encode(clean, self.taps), self.encoder.encode(masked, self.taps)
+
+
+def _training_step(two_passes: bool = False) -> Callable[..., None]:
+    """Return a whole training step: forward, backward, clipping, AdamW."""
+    module = EMIMPretrain(channels=_CHANNELS, image_size=[96, 96, 96])
+    module.configure_model()
+    if two_passes:
+        module.network.__class__ = _TwoPasses  # type: ignore[union-attr]
+    optimizer = torch.optim.AdamW(param_groups(module), lr=1e-4, fused=True)
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "image": torch.rand(1, 4, 96, 96, 96, generator=generator),
+        "modality_mask": torch.ones(1, 4, dtype=torch.bool),
+        "key": torch.tensor([1]),
+    }
+    module.train()
+
+    def step(bfloat16: bool = False) -> None:
+        with torch.autocast("cpu", torch.bfloat16) if bfloat16 else nullcontext():
+            loss = module.total(module.step(batch, sync=False).losses)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _count(step: Callable[[], None]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return float(counter.get_total_flops())
+
+
+def training_step() -> list[Row]:
+    """Compare the step with the matrix-product peak, with two passes, and with bfloat16; report its memory."""
+    stacked, separate = _training_step(), _training_step(two_passes=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    operations = _count(stacked)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    one, two = in_turn(stacked, separate, rounds=5)
+    peak = matmul_rate()
+    share = operations / min(one) / peak
+    rows = [
+        Row("training step, share of the fp32 torch.mm peak", share, 0.75,
+            f"{operations / 1e9:.0f} GFLOP a step, peak {peak / 1e9:.0f} GFLOP/s", ""),
+        Row("both branches stacked against two passes", speedup(two, one), 1.05),
+    ]  # fmt: skip
+    if supports_bfloat16("cpu"):
+        single, half = in_turn(stacked, partial(stacked, bfloat16=True), rounds=5)
+        rows.append(Row("bf16 against fp32", speedup(single, half), 2.3))
+    else:
+        rows.append(Row("bf16 against fp32", None, 2.3, "this CPU has neither avx512_bf16 nor AMX"))
+    rows.append(Row("peak memory of the fp32 step", memory / 2**20, None, f"{before / 2**20:.2f} GiB before it", "GiB"))
+    return rows
+
+
+def attention_step() -> list[Row]:
+    """Compare our attention with the fused kernel alone, in the one case where it is not used: 16 bits on a CPU."""
+    if not supports_bfloat16("cpu"):
+        return [Row("plain attention against the fused CPU kernel, bf16", None, 1.0, "no bf16 instructions")]
+    layer = SelfAttention(768, 12).bfloat16()
+    x = torch.randn(2, 216, 768, dtype=torch.bfloat16, requires_grad=True)
+
+    def fused() -> None:
+        q, k, v = layer.qkv(x).reshape(2, 216, 3, 12, 64).permute(2, 0, 3, 1, 4).unbind(0)
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 216, 768)
+        layer.proj(y).sum().backward()
+
+    slow, fast = in_turn(fused, lambda: layer(x).sum().backward(), rounds=15)
+    return [Row("attention layer at 216 tokens, ours against the fused CPU kernel, bf16", speedup(slow, fast), 1.0)]
+
+
+ROWS: list[Callable[[], list[Row]]] = [training_step, attention_step]
