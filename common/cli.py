@@ -83,7 +83,7 @@ class RunConfig(SaveConfigCallback):
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / "config.tmp.yaml"
-        self.parser.save(self.config, str(temporary), skip_none=False, overwrite=True)
+        self.parser.save(self.config, str(temporary), skip_unset=False, overwrite=True)
         temporary.replace(folder / "config.yaml")
         self.already_saved = True
 

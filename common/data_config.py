@@ -86,4 +86,4 @@ def make_datamodule(args: argparse.Namespace) -> Any:
     """Instantiate the data module that the arguments describe."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False)
-    return parser.instantiate_classes(parser.parse_object({"data": data_section(args)})).data
+    return parser.instantiate(parser.parse_object({"data": data_section(args)})).data

@@ -7,7 +7,7 @@ the gradient one rank would have had. On one rank everything here is the identit
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,28 +87,33 @@ def reduce_sums(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     return {name: total / weight for name, (total, weight) in merged.items() if weight > 0}
 
 
-def loss_and_gradients(
-    loss: Callable[..., Any], tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor], **settings: Any
-) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_and_gradient(
+    loss: Callable[..., Tensor],
+    tensors: Mapping[str, Tensor],
+    projected: Collection[str],
+    weight: Tensor,
+    **settings: Any,
+) -> tuple[Tensor, Tensor]:
     """Run a loss and its backward pass on this rank's part of a batch: what a two-rank test compares.
 
+    A linear layer stands in for the network.
+
     Args:
-        loss: Called with ``tensors``, ``weights`` and ``settings`` as keywords; returns a scalar.
+        loss: Called with the tensors and settings by name; returns a scalar.
         tensors: This rank's samples.
-        weights: What the gradient is wanted for; equal on every rank.
-        **settings: Further keywords.
+        projected: Which of them pass through the layer first, along their last axis.
+        weight: The layer, ``(D, D)``; equal on every rank.
+        **settings: Further arguments of the loss.
 
     Returns:
-        The loss, and the gradient of each weight, averaged over ranks as DDP does.
+        The loss, and the gradient of the layer, averaged over ranks as DDP does.
     """
-    leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
-    value = loss(**tensors, **leaves, **settings)
+    leaf = weight.detach().clone().requires_grad_()
+    inputs = {name: tensor @ leaf if name in projected else tensor for name, tensor in tensors.items()}
+    value = loss(**inputs, **settings)
     value.backward()
-    gradients = {}
-    for name, leaf in leaves.items():
-        gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-        gradients[name] = all_reduce_sum(gradient) / world_size()
-    return value.detach(), gradients
+    assert leaf.grad is not None
+    return value.detach(), all_reduce_sum(leaf.grad) / world_size()
 
 
 def _serve_rank(rank_: int, world: int, store: str, inbox: Any, outbox: Any) -> None:

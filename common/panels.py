@@ -45,6 +45,7 @@ def volume_panels(
             axial(target[channel], index),
             axial(hidden[channel], index) > 0.5,
             axial(prediction[channel], index),
+            ("R", "L"),
         )
         for channel, name in enumerate(names)
         if bool(acquired[channel])

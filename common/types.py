@@ -93,12 +93,14 @@ class Panel(NamedTuple):
         input: the true image.
         hidden: bool, where it was hidden from the encoder.
         prediction: the reconstruction, true values where they were visible.
+        sides: what lies at the left and the right edge, such as the patient's right and left.
     """
 
     title: str
     input: Any
     hidden: Any
     prediction: Any
+    sides: tuple[str, str] = ("", "")
 
 
 class InputSpec(NamedTuple):

@@ -34,18 +34,22 @@ class Preemption(Checkpoint):
     def __init__(self, checkpoint: LastCheckpoint) -> None:
         self.checkpoint = checkpoint
         self.requested = False
-        self._old_handlers: dict[int, Any] = {}
+        self._original: dict[int, Any] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
 
     def _install(self, trainer: pl.Trainer) -> None:
         """Take over the signals; Lightning has installed its own handlers just before."""
-        if not self._old_handlers:
-            self._old_handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
         # Lightning broadcasts its own flag from the device at every step of a distributed run: a host sync for a flag
         # that can no longer be set.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Remember the handlers of before this run (Lightning hook)."""
+        self._original = {number: signal.getsignal(number) for number in SIGNALS}
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take over the signals (Lightning hook)."""
@@ -88,9 +92,9 @@ class Preemption(Checkpoint):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give the signals back (Lightning hook)."""
-        for number, handler in self._old_handlers.items():
+        for number, handler in self._original.items():
             signal.signal(number, handler)
-        self._old_handlers = {}
+        self._original = {}
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give the signals back when a run dies (Lightning hook)."""

@@ -5,49 +5,80 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from numpy.typing import NDArray
 
 from common.module import SSLModule
 from common.reporting import log_figure
 from common.types import Panel
 
-_COLUMNS = ("input", "visible (hidden in blue)", "prediction where hidden", "prediction - input")
+_COLUMNS = ("input", "visible (hidden in blue)", "prediction where hidden", "prediction - input where hidden")
 _HIDDEN_COLOR = np.array([0.16, 0.30, 0.55])
+#: Pixels of one picture's longer side, and between pictures.
+_SIDE, _GAP = 224, 8
+
+_OUTLINE = [withStroke(linewidth=2, foreground="black")]
+
+Image = NDArray[np.float64]
 
 
-def _hide(image: np.ndarray, hidden: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Return an RGB image with the hidden part painted over, so that it cannot be taken for dark tissue."""
-    grey = np.clip((image - low) / max(high - low, 1e-6), 0, 1)[..., None].repeat(3, -1)
-    return np.where(hidden[..., None], _HIDDEN_COLOR, grey)
+def _enlarge(image: NDArray, side: int) -> NDArray:
+    """Repeat pixels, without smoothing, until the longer side has about ``side`` of them."""
+    factor = max(1, round(side / max(image.shape[:2])))
+    return image.repeat(factor, 0).repeat(factor, 1)
+
+
+def _grey(image: NDArray, low: float, high: float) -> Image:
+    return np.clip((image - low) / (high - low), 0, 1)[..., None].repeat(3, -1)
+
+
+def _row(panel: Panel) -> tuple[list[Image], str]:
+    """Return the four pictures of a case, RGB, and the line of text under them.
+
+    All grey pictures share one window, the input's range; the difference has its own, symmetric about 0. What is hidden
+    is painted over, so that it cannot be taken for dark tissue.
+    """
+    low = float(panel.input.min())
+    high = max(float(np.percentile(panel.input, 99.8)), low + 1e-6)
+    difference = np.where(panel.hidden, panel.prediction - panel.input, 0)
+    limit = (high - low) / 2
+    grey = _grey(panel.input, low, high)
+    pictures = [
+        grey,
+        np.where(panel.hidden[..., None], _HIDDEN_COLOR, grey),
+        _grey(panel.prediction, low, high),
+        colormaps["RdBu_r"](np.clip(difference / limit, -1, 1) / 2 + 0.5)[..., :3],
+    ]
+    error = float(np.abs(difference[panel.hidden]).mean()) if panel.hidden.any() else 0.0
+    text = f"{panel.title}; grey {low:.2f} to {high:.2f}; blue -{limit:.2f}, red +{limit:.2f}; mean error {error:.3f}"
+    return [_enlarge(picture, _SIDE) for picture in pictures], text
 
 
 def panel_figure(modality: str, rows: Sequence[Panel]) -> Figure:
-    """Draw the rows of one modality.
-
-    All images of a row share one grey window (the input's range); the difference has its own, symmetric about 0.
-    """
-    figure = Figure(figsize=(11, 0.5 + 2.8 * len(rows)), layout="constrained", facecolor="white")
-    grid = figure.subplots(len(rows), len(_COLUMNS), squeeze=False)
-    for axes, panel in zip(grid, rows, strict=True):
-        low, high = float(panel.input.min()), float(max(np.percentile(panel.input, 99.8), panel.input.min() + 1e-6))
-        difference = np.where(panel.hidden, panel.prediction - panel.input, 0)
-        limit = (high - low) / 2
-        axes[0].imshow(panel.input, cmap="gray", vmin=low, vmax=high)
-        axes[1].imshow(_hide(panel.input, panel.hidden, low, high))
-        axes[2].imshow(panel.prediction, cmap="gray", vmin=low, vmax=high)
-        last = axes[3].imshow(difference, cmap="RdBu_r", vmin=-limit, vmax=limit)
-        figure.colorbar(last, ax=axes[3], fraction=0.046)
-        error = float(np.abs(difference[panel.hidden]).mean()) if panel.hidden.any() else 0.0
-        axes[0].set_ylabel(panel.title, fontsize=8)
-        axes[3].set_xlabel(f"mean |difference| where hidden {error:.3f}", fontsize=8)
-        axes[0].text(0.02, 0.5, "R", color="yellow", transform=axes[0].transAxes, va="center", fontsize=9)
-        axes[0].text(0.98, 0.5, "L", color="yellow", transform=axes[0].transAxes, va="center", ha="right", fontsize=9)
-        for axis in axes:
-            axis.set_xticks([])
-            axis.set_yticks([])
-    for axis, title in zip(grid[0], _COLUMNS, strict=True):
-        axis.set_title(title, fontsize=9)
-    figure.suptitle(modality, fontsize=11, fontweight="bold")
+    """Draw the rows of one modality as one mosaic: a figure with many axes takes ten times as long."""
+    drawn = [_row(panel) for panel in rows]
+    height, width = drawn[0][0][0].shape[:2]
+    step_y, step_x = height + 3 * _GAP, width + _GAP
+    mosaic = np.ones((len(rows) * step_y, len(_COLUMNS) * step_x - _GAP, 3))
+    for y, (pictures, _) in enumerate(drawn):
+        for x, picture in enumerate(pictures):
+            mosaic[y * step_y : y * step_y + height, x * step_x : x * step_x + width] = picture
+    top = 48
+    figure = Figure(figsize=(mosaic.shape[1] / 100, (mosaic.shape[0] + top) / 100), dpi=100, facecolor="white")
+    axes = figure.add_axes((0, 0, 1, mosaic.shape[0] / (mosaic.shape[0] + top)))
+    axes.imshow(mosaic, interpolation="nearest")
+    axes.set_axis_off()
+    for x, title in enumerate(_COLUMNS):
+        axes.text(x * step_x + width / 2, -4, title, ha="center", va="bottom", fontsize=8)
+    for y, (_, text) in enumerate(drawn):
+        axes.text(2, y * step_y + height + _GAP, text, ha="left", va="center", fontsize=7)
+        left, right = rows[y].sides
+        style = {"va": "center", "color": "yellow", "fontsize": 10, "fontweight": "bold", "path_effects": _OUTLINE}
+        axes.text(4, y * step_y + height / 2, left, ha="left", **style)
+        axes.text(width - 4, y * step_y + height / 2, right, ha="right", **style)
+    figure.text(0.5, 1 - 4 / (mosaic.shape[0] + top), modality, ha="center", va="top", fontsize=10, fontweight="bold")
     return figure
 
 

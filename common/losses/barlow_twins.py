@@ -69,7 +69,9 @@ def cross_correlation(
         product, norm_a, norm_b = rows_a @ rows_b.T, rows_a.square().sum(1), rows_b.square().sum(1)
         if sync:
             product, norm_a, norm_b = all_reduce_sum(product), all_reduce_sum(norm_a), all_reduce_sum(norm_b)
-        return product / (norm_a.sqrt()[:, None] * norm_b.sqrt()[None, :] + _EPS_POSITION)
+        # The root of 0 has an infinite slope: a dead token must not turn every gradient into NaN.
+        norm_a, norm_b = (norm.clamp(min=_EPS_POSITION**2).sqrt() for norm in (norm_a, norm_b))
+        return product / (norm_a[:, None] * norm_b[None, :] + _EPS_POSITION)
 
 
 def _combine(on: Tensor, off: Tensor, n: int, reduction: Literal["mean", "sum"], weight: float) -> Tensor:

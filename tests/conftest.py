@@ -1,0 +1,93 @@
+"""Fixtures: tiny official trees, a pool of two ranks, real samples where there are any."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.distributed import RankPool
+from datamodules.synthetic import write_brats, write_lung, write_pi_cai
+
+
+@pytest.fixture(autouse=True)
+def _isolated(tmp_path, monkeypatch):
+    """Give every test its own working directory, cache and seeds."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MEDMIM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    monkeypatch.delenv("MEDMIM_RUN_TIME", raising=False)
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002
+
+
+@pytest.fixture(scope="session")
+def brats_root(tmp_path_factory) -> Path:
+    """Eight tiny BraTS 2023 cases of seven patients; the third lacks FLAIR."""
+    root = tmp_path_factory.mktemp("brats")
+    write_brats(root, 8, seed=0, shape=(40, 44, 36))
+    return root
+
+
+@pytest.fixture(scope="session")
+def pi_cai_root(tmp_path_factory) -> Path:
+    """Eight small prostate studies of seven patients; the seventh has no zonal mask."""
+    root = tmp_path_factory.mktemp("pi_cai")
+    write_pi_cai(root, 8, seed=0, shape=(96, 96, 8))
+    return root
+
+
+@pytest.fixture(scope="session")
+def lung_root(tmp_path_factory) -> Path:
+    """Eight small chests."""
+    root = tmp_path_factory.mktemp("lung")
+    write_lung(root, 8, seed=0, shape=(32, 32, 16))
+    return root
+
+
+@pytest.fixture(scope="session")
+def rank_pool():
+    """Two ranks joined by gloo, started once."""
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def real_data():
+    """Return the path of a real sample set; without one skip, or fail where MEDMIM_REQUIRE_DATA is 1."""
+
+    def path_of(name: str) -> Path:
+        root = os.environ.get("MEDMIM_DATA")
+        path = Path(root) / name if root else None
+        if path is None or not path.exists():
+            reason = f"MEDMIM_DATA does not point to a folder that holds {name}"
+            if os.environ.get("MEDMIM_REQUIRE_DATA") == "1":
+                pytest.fail(reason)
+            pytest.skip(reason)
+        return path
+
+    return path_of
+
+
+TINY = {
+    "encoder": ["--model.encoder.embed_dim=32", "--model.encoder.depth=2", "--model.encoder.num_heads=2"],
+    "taps": ["--model.taps=[1,2]"],
+    "data": ["--data.crop_size=[32,32,32]", "--data.batch_size=2", "--data.crops_per_case=2", "--data.num_workers=0",
+             "--data.val_crops_per_case=2"],
+    "trainer": ["--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=1", "--trainer.enable_progress_bar=false",
+                "--trainer.precision=32-true", "--trainer.log_every_n_steps=1"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def pretrain_arguments(brats_root):
+    """Return the command line of a pre-training that takes about a second, with further arguments appended."""
+
+    def arguments(*more: str, root: Path = brats_root, command: str = "fit") -> list[str]:
+        config = ["--config", "experiments/e_mim/configs/pretrain.yaml"]
+        tiny = [*TINY["encoder"], *TINY["taps"], *TINY["data"], *TINY["trainer"]]
+        return [command, *config, f"--data.root={root}", *tiny, *more]
+
+    return arguments

@@ -1,0 +1,94 @@
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from common.errors import DataError
+from datamodules.loading import Draw, EvaluationBatches, ResumableLoader, TrainBatches
+
+
+class Echo(Dataset):
+    def __getitem__(self, draw):
+        return draw
+
+
+def indices(batches):
+    return [[(draw.index, draw.draw) for draw in batch] for batch in batches]
+
+
+def test_every_subject_once_a_pass_in_an_order_of_its_own():
+    batches = TrainBatches(10, 2, 5, 0, 1, seed=1)
+    epoch = [draw for batch in batches for draw in batch]
+    assert sorted((d.index, d.draw) for d in epoch) == [(i, d) for i in range(10) for d in range(2)]
+    first, second = [d.index for d in epoch[:10]], [d.index for d in epoch[10:]]
+    assert first != second
+    batches.set_epoch(1)
+    assert [d.index for batch in batches for d in batch][:10] != first
+    batches.set_epoch(0)
+    assert [d for batch in batches for d in batch] == epoch
+
+
+def test_two_ranks_with_half_the_batch_see_what_one_rank_sees():
+    whole = list(TrainBatches(12, 1, 4, 0, 1, seed=3))
+    halves = [list(TrainBatches(12, 1, 2, rank, 2, seed=3)) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*halves, strict=True)] == whole
+
+
+def test_too_few_samples_for_the_ranks():
+    with pytest.raises(
+        DataError, match=r"gives 3 samples an epoch \(3 subjects x 1 crops\), fewer than one batch of 2 on each of 2"
+    ):
+        TrainBatches(3, 1, 2, 0, 2, seed=0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_repeats_nothing_and_leaves_nothing_out(world_size):
+    parts = [EvaluationBatches(5, 2, 3, rank, world_size) for rank in range(world_size)]
+    seen = [draw for part in parts for batch in part for draw in batch]
+    assert sorted(seen) == [Draw(i, 0, d) for i in range(5) for d in range(2)]
+    whole = list(EvaluationBatches(5, 2, 3))
+    assert all(batch in whole for part in parts for batch in part)
+    assert parts[0].common_length == 4 // world_size
+
+
+def test_more_ranks_than_batches():
+    assert len(EvaluationBatches(1, 1, 4, 1, 2)) == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_position_counts_consumed_batches_and_continues(workers):
+    def loader():
+        return ResumableLoader(Echo(), TrainBatches(12, 1, 2, 0, 1, seed=0), list, num_workers=workers)
+
+    whole = loader()
+    expected = list(whole)
+    broken = loader()
+    iterator = iter(broken)
+    begun = [next(iterator) for _ in range(2)]
+    state = broken.state_dict()
+    assert state == {"epoch": 0, "consumed": 2}
+    resumed = loader()
+    resumed.load_state_dict(state)
+    assert begun + list(resumed) == expected
+    resumed.sampler.set_epoch(1)
+    assert len(list(resumed)) == 6
+
+
+def test_a_finished_epoch_leaves_the_next_one_whole():
+    loader = ResumableLoader(Echo(), TrainBatches(6, 1, 2, 0, 1, seed=0), list)
+    loader.load_state_dict({"epoch": 0, "consumed": 3})
+    loader.sampler.set_epoch(1)
+    assert len(list(loader)) == 3
+
+
+def test_the_epoch_is_read_when_the_first_batch_is_asked_for():
+    """Lightning makes the iterator before it tells the epoch."""
+    loader = ResumableLoader(Echo(), TrainBatches(6, 1, 2, 0, 1, seed=0), list)
+    iterator = iter(loader)
+    loader.sampler.set_epoch(4)
+    assert next(iterator)[0].epoch == 4
+
+
+def test_waiting_is_measured():
+    loader = ResumableLoader(Echo(), TrainBatches(4, 1, 2, 0, 1, seed=0), torch.tensor)
+    list(loader)
+    assert loader.wait_seconds > 0

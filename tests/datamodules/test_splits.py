@@ -1,0 +1,95 @@
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from common.errors import DataError
+from datamodules.cases import Case
+from datamodules.splits import assign_splits, nested_fraction, seeded_split, write_split_file
+
+
+def cases(*names, split=None):
+    """Make cases called PATIENT-VISIT."""
+    return [Case(name, name.split("-")[0], {"t1": Path("x")}, split=split) for name in names]
+
+
+MANY = cases(*[f"p{i}-{visit}" for i in range(40) for visit in range(1 + i % 2)])
+
+
+def test_visits_of_a_patient_stay_together():
+    parts = seeded_split(MANY, (0.8, 0.1, 0.1), 0)
+    by_patient = {}
+    for case in MANY:
+        by_patient.setdefault(case.patient_id, set()).add(parts[case.case_id])
+    assert all(len(found) == 1 for found in by_patient.values())
+    counts = [sum(next(iter(v)) == name for v in by_patient.values()) for name in ("train", "val", "test")]
+    assert counts == [32, 4, 4]
+
+
+def test_seed_and_order():
+    assert seeded_split(MANY, (0.8, 0.1, 0.1), 0) == seeded_split(MANY[::-1], (0.8, 0.1, 0.1), 0)
+    assert seeded_split(MANY, (0.8, 0.1, 0.1), 0) != seeded_split(MANY, (0.8, 0.1, 0.1), 1)
+
+
+@pytest.mark.parametrize(("total", "counts"), [(1, (1, 0, 0)), (2, (1, 1, 0)), (3, (1, 1, 1)), (6, (4, 1, 1))])
+def test_few_patients(total, counts):
+    parts = list(seeded_split(cases(*[f"p{i}-0" for i in range(total)]), (0.8, 0.1, 0.1), 0).values())
+    assert tuple(parts.count(name) for name in ("train", "val", "test")) == counts
+
+
+def test_fractions_must_be_shares():
+    with pytest.raises(DataError, match="sum to 1"):
+        seeded_split(MANY, (0.8, 0.3, 0.1), 0)
+
+
+def test_a_file_wins_and_may_leave_cases_out(tmp_path):
+    some = cases("a-0", "b-0", "c-0")
+    (tmp_path / "split.csv").write_text("case_id,split\na-0,train\nb-0,Validation\n")
+    assert assign_splits(some, (0.8, 0.1, 0.1), 0, tmp_path / "split.csv") == {"a-0": "train", "b-0": "val"}
+
+
+def test_a_written_file_reads_back(tmp_path):
+    parts = assign_splits(MANY, (0.6, 0.2, 0.2), 5)
+    write_split_file(tmp_path / "split.csv", MANY, parts)
+    assert assign_splits(MANY, (1, 0, 0), 0, tmp_path / "split.csv") == parts
+
+
+def test_the_archives_own_split_is_used():
+    own = cases("a-0", "b-0", split="train") + cases("c-0", split="test")
+    assert assign_splits(own, (0.8, 0.1, 0.1), 0) == {"a-0": "train", "b-0": "train", "c-0": "test"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "case_id,split\np1-0,train\np1-1,val\n",
+            r"1 patients are in several splits, first p1: train \(p1-0\) and val",
+        ),
+        ("case_id,split\np1-0,train\np1-0,val\n", "puts p1-0 into both train and val"),
+        ("case_id,split\np1-0,dev\n", "into the split 'dev'"),
+        ("case_id,part\np1-0,train\n", "needs the columns split and case_id or patient_id, it has case_id, part"),
+        ("case_id,split\nzz,train\n", "names none of the 60 cases"),
+        ("case_id,split\np1-0,val\n", "training split is empty"),
+    ],
+)
+def test_bad_files(tmp_path, content, message):
+    (tmp_path / "split.csv").write_text(content)
+    with pytest.raises(DataError, match=message):
+        assign_splits(MANY, (0.8, 0.1, 0.1), 0, tmp_path / "split.csv")
+
+
+def test_missing_file_and_double_case():
+    with pytest.raises(DataError, match="does not exist"):
+        assign_splits(MANY, (0.8, 0.1, 0.1), 0, "nowhere.csv")
+    with pytest.raises(DataError, match="p0-0 is there twice"):
+        assign_splits(MANY + cases("p0-0"), (0.8, 0.1, 0.1), 0)
+
+
+def test_fractions_are_nested_by_patient():
+    kept = [{case.case_id for case in nested_fraction(MANY, f, 3)} for f in (0.2, 0.4, 0.6, 0.8, 1.0)]
+    for smaller, larger in pairwise(kept):
+        assert smaller < larger
+    assert len({name.split("-")[0] for name in kept[0]}) == 8
+    with pytest.raises(DataError, match="label_fraction"):
+        nested_fraction(MANY, 0, 3)
