@@ -105,6 +105,7 @@ class ArchiveDataModule(pl.LightningDataModule):
         self.seed = run_seed() if seed is None else seed
         self.ledger = FaultLedger(max_fault_fraction, anonymise)
         self._train_loader: ResumableLoader | None = None
+        self._loaders: list[ResumableLoader] = []
         self._position: dict[str, int] | None = None
 
     @property
@@ -128,7 +129,7 @@ class ArchiveDataModule(pl.LightningDataModule):
         self.ledger.check()
         global_rank, world_size = self._ranks()
         batches = TrainBatches(len(dataset), draws, self.batch_size, global_rank, world_size, self.seed)
-        loader = ResumableLoader(dataset, batches, collate_samples, self.num_workers, self._pin_memory())
+        loader = self._make_loader(dataset, batches)
         if self._position is not None:
             loader.load_state_dict(self._position)
         self._train_loader = loader
@@ -140,7 +141,22 @@ class ArchiveDataModule(pl.LightningDataModule):
         """Make a loader that reads everything once, shared out over the ranks."""
         global_rank, world_size = self._ranks() if all_ranks else (0, 1)
         batches = EvaluationBatches(len(dataset), draws, batch_size or self.batch_size, global_rank, world_size)
-        return ResumableLoader(dataset, batches, collate_samples, self.num_workers, self._pin_memory())
+        return self._make_loader(dataset, batches)
+
+    def _make_loader(self, dataset: FaultTolerantDataset, batches: TrainBatches | EvaluationBatches) -> ResumableLoader:
+        loader = ResumableLoader(dataset, batches, collate_samples, self.num_workers, self._pin_memory())
+        self._loaders.append(loader)
+        return loader
+
+    def teardown(self, stage: str) -> None:
+        """Stop the loaders' workers (Lightning hook)."""
+        for loader in self._loaders:
+            loader.close()
+        self._loaders = []
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Stop the loaders' workers (Lightning hook)."""
+        self.teardown("exception")
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Take the faults out of a batch and into the ledger (Lightning hook)."""

@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
 
 import torch
@@ -111,6 +112,13 @@ def _start_worker(worker_id: int) -> None:
     torch.set_num_threads(1)
 
 
+def _stop_workers(loader: DataLoader) -> None:
+    iterator = loader._iterator
+    if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+    loader._iterator = None
+
+
 class ResumableLoader:
     """A loader that can tell how many batches were consumed, and continue from there.
 
@@ -147,6 +155,12 @@ class ResumableLoader:
             persistent_workers=num_workers > 0,
             worker_init_fn=_start_worker,
         )
+        # At exit Python terminates daemons by the signal that our workers ignore, and waits for them: stop them first.
+        Finalize(self, _stop_workers, (self._loader,), exitpriority=100)
+
+    def close(self) -> None:
+        """Stop the worker processes; iterating again starts new ones."""
+        _stop_workers(self._loader)
 
     def __len__(self) -> int:
         return len(self.sampler)
