@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 import torch.multiprocessing as mp
 from torch import Tensor
 
@@ -27,18 +26,32 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over ranks, forwards and backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        result = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return _AllReduceSum.apply(gradient)
+
+
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum a tensor over ranks; the gradient is summed over ranks too."""
-    if world_size() == 1:
-        return x
-    return dist_nn.all_reduce(x, op=dist.ReduceOp.SUM)
+    return x if world_size() == 1 else _AllReduceSum.apply(x)
 
 
 def all_gather_cat(x: Tensor, dim: int = 0) -> Tensor:
-    """Concatenate the equally shaped tensors of all ranks along ``dim``, with gradients."""
+    """Concatenate the equally shaped tensors of all ranks along ``dim``; the gradient is summed over ranks."""
     if world_size() == 1:
         return x
-    return torch.cat(dist_nn.all_gather(x.contiguous()), dim=dim)
+    # A sum of zero-padded parts: its gradient is right because the sum's is.
+    parts = [x if index == rank() else torch.zeros_like(x) for index in range(world_size())]
+    return all_reduce_sum(torch.cat(parts, dim=dim))
 
 
 _control: dict[Any, Any] = {}

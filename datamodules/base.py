@@ -85,9 +85,6 @@ class ArchiveDataModule(pl.LightningDataModule):
         seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
     """
 
-    #: A rank may have nothing to validate; Lightning would refuse that otherwise.
-    allow_zero_length_dataloader_with_multiple_devices = True
-
     def __init__(
         self,
         batch_size: int = 4,

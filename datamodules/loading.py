@@ -79,18 +79,28 @@ class TrainBatches(Sampler[list[Draw]]):
 class EvaluationBatches(Sampler[list[Draw]]):
     """The same batches every time, dealt to the ranks in turn.
 
-    What a batch holds does not depend on the number of ranks, no sample is repeated to make ranks equal, and a rank
-    may get none.
+    What a batch holds does not depend on the number of ranks, and no sample is repeated to make ranks equal. Only where
+    there would be fewer batches than ranks are the batches smaller: Lightning runs no hook on a rank without any.
 
     Args:
         num_subjects: Subjects in the set.
         draws: Draws per subject.
-        batch_size: Samples per batch.
+        batch_size: Samples per batch, at most.
         rank: This rank.
         world_size: Number of ranks.
+
+    Raises:
+        DataError: there are samples, but fewer than ranks.
     """
 
     def __init__(self, num_subjects: int, draws: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        samples = num_subjects * draws
+        if 0 < samples < world_size:
+            raise DataError(
+                f"The validation or test set gives {samples} samples, fewer than the {world_size} ranks: "
+                f"use fewer ranks, or more cases."
+            )
+        batch_size = max(min(batch_size, samples // world_size), 1)
         draws_in_order = [Draw(index, 0, draw) for index in range(num_subjects) for draw in range(draws)]
         batches = [draws_in_order[i : i + batch_size] for i in range(0, len(draws_in_order), batch_size)]
         self.batches = batches[rank::world_size]

@@ -50,8 +50,11 @@ def test_evaluation_repeats_nothing_and_leaves_nothing_out(world_size):
     assert parts[0].common_length == 4 // world_size
 
 
-def test_more_ranks_than_batches():
-    assert len(EvaluationBatches(1, 1, 4, 1, 2)) == 0
+def test_every_rank_gets_a_batch_or_the_run_is_refused():
+    assert [len(EvaluationBatches(1, 3, 4, rank, 2)) for rank in (0, 1)] == [2, 1]
+    with pytest.raises(DataError, match="gives 1 samples, fewer than the 2 ranks"):
+        EvaluationBatches(1, 1, 4, 1, 2)
+    assert len(EvaluationBatches(0, 1, 4, 1, 2)) == 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])
