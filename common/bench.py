@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -79,7 +80,7 @@ def matmul_rate(
     rates = []
     for size in sizes:
         a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
-        (times,) = in_turn(lambda a=a, b=b: torch.mm(a, b), rounds=rounds)
+        (times,) = in_turn(partial(torch.mm, a, b), rounds=rounds)
         rates.append(2 * size**3 / min(times))
     return max(rates)
 

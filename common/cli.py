@@ -15,7 +15,6 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from common.callbacks.fault_report import FaultReport
@@ -25,11 +24,12 @@ from common.callbacks.run_record import RunRecord
 from common.checkpoint import read_checkpoint, resolve_checkpoint
 from common.checkpoint_io import AtomicCheckpointIO
 from common.data_config import package_file
+from common.distributed import launched_rank
 from common.errors import PreemptedError, UserError
 from common.loggers import RunCSVLogger, RunTensorBoardLogger, SummaryLogger
 from common.module import SIZES
 from common.randomness import DEFAULT_SEED
-from common.reporting import say
+from common.reporting import is_dry_run, say
 
 PREEMPTED = 143
 
@@ -78,7 +78,7 @@ class RunConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file once, under a temporary name (Lightning hook)."""
-        if self.already_saved or not trainer.is_global_zero or trainer.fast_dev_run:
+        if self.already_saved or not trainer.is_global_zero or is_dry_run(trainer):
             return
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ class MedmimCLI(LightningCLI):
         stamp = os.environ.setdefault("MEDMIM_RUN_TIME", time.strftime("%Y-%m-%d_%H-%M-%S"))
         folder = Path("runs") / experiment / stage / stamp
         for number in range(2, 1000):
-            if rank_zero_only.rank != 0 or not folder.exists():
+            if launched_rank() != 0 or not folder.exists():
                 break
             folder = folder.with_name(f"{stamp}_{number}")
         return folder
@@ -233,7 +233,7 @@ def execute(arguments: list[str]) -> Path:
         PreemptedError: stopped on request; the state is saved.
     """
     _silence_advice()
-    os.environ.pop("MEDMIM_RUN_TIME", None) if rank_zero_only.rank == 0 else None
+    os.environ.pop("MEDMIM_RUN_TIME", None) if launched_rank() == 0 else None
     return Path(MedmimCLI(resolve_config_arguments(arguments)).trainer.default_root_dir)
 
 

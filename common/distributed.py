@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 
@@ -26,6 +27,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def launched_rank() -> int:
+    """Return the rank this process was launched as, known before there is a process group."""
+    return int(getattr(rank_zero_only, "rank", 0))
+
+
 class _AllReduceSum(torch.autograd.Function):
     """Sum over ranks, forwards and backwards."""
 
@@ -36,7 +42,7 @@ class _AllReduceSum(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return _AllReduceSum.apply(gradient)
 
 

@@ -12,6 +12,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
+from common.distributed import launched_rank
+
 #: Scalars whose best value is the smallest.
 _SMALLER_IS_BETTER = ("loss", "floor", "hd95", "data_wait", "faulty")
 
@@ -56,7 +58,7 @@ class RunCSVLogger(CSVLogger):
     @property
     def experiment(self) -> ExperimentWriter:
         """The writer, made at first use."""
-        if rank_zero_only.rank != 0:
+        if launched_rank() != 0:
             return super().experiment
         if self._experiment is None:
             Path(self.log_dir).mkdir(parents=True, exist_ok=True)

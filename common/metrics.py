@@ -77,6 +77,7 @@ def region_hd95(pred: Tensor, target: Tensor, diagonal: float) -> Tensor:
     result = torch.where(has_pred == has_target, 0.0, float(diagonal))
     both = has_pred & has_target
     for sample, region in both.nonzero().tolist():
-        pair = (x[sample, region][None, None] for x in (pred, target))
-        result[sample, region] = compute_hausdorff_distance(*pair, include_background=True, percentile=95).item()
+        one, other = pred[sample, region][None, None], target[sample, region][None, None]
+        distance = compute_hausdorff_distance(one, other, include_background=True, percentile=95)
+        result[sample, region] = distance.item()
     return result

@@ -68,7 +68,7 @@ class BuiltFromData(pl.LightningModule):
     are written in callbacks' ``on_train_batch_end``, which Lightning runs before the module's.
     """
 
-    network: nn.Module | None
+    network: Any
     compile_network: bool = False
     preprocessing: Mapping[str, Any] = {}
 
@@ -99,8 +99,8 @@ class BuiltFromData(pl.LightningModule):
                 raise CheckpointError("The input's `channels` and `image_size` are unknown: attach a data module.")
             return InputSpec(**stored)
         spec: InputSpec = datamodule.input_spec
-        given = {"channels": list(spec.channels), "image_size": list(spec.image_size)}
-        given["regions"] = {name: list(values) for name, values in spec.regions.items()}  # type: ignore[assignment]
+        given: dict[str, Any] = {"channels": list(spec.channels), "image_size": list(spec.image_size)}
+        given["regions"] = {name: list(values) for name, values in spec.regions.items()}
         for name, value in stored.items():
             if _plain(value) != given[name]:
                 raise CheckpointError(

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 
-def _modules_with(module: nn.Module, method: str) -> Iterable[tuple[str, nn.Module]]:
+def _modules_with(module: nn.Module, method: str) -> Iterable[tuple[str, Any]]:
     """Yield (prefix, module) for the submodules that have ``method``."""
     for name, child in module.named_modules():
         if child is not module and callable(getattr(child, method, None)):
@@ -33,9 +33,8 @@ def param_groups(module: nn.Module, layer_decay: float = 1.0) -> list[dict[str, 
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"`layer_decay` must lie in (0, 1], got {layer_decay}.")
-    exempt = {
-        prefix + name for prefix, child in _modules_with(module, "no_weight_decay") for name in child.no_weight_decay()
-    }
+    exempt = {prefix + name for prefix, child in _modules_with(module, "no_weight_decay")
+              for name in child.no_weight_decay()}  # fmt: skip
     layered = list(_modules_with(module, "layer_index"))
 
     def scale(name: str) -> float:

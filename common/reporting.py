@@ -32,6 +32,11 @@ def log_figure(trainer: pl.Trainer, tag: str, figure: Figure) -> None:
             log(key=tag, images=[figure], step=trainer.global_step)
 
 
+def is_dry_run(trainer: pl.Trainer) -> bool:
+    """Return whether the trainer only tries a few batches (``--trainer.fast_dev_run``) and must leave no files."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
 @rank_zero_only
 def say(*words: Any) -> None:
     """Print one line to the person at the terminal, once for all ranks."""

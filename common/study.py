@@ -216,7 +216,7 @@ def run(args: argparse.Namespace) -> None:
             say(f"study {path.stem}: seed {seed}, {arm}")
             rows += [{"arm": arm, **row} for row in run_arm(steps, configs, args.data, seed, study["columns"])]
     facts = environment(torch.device("cpu"))
-    result = {
+    result: dict[str, Any] = {
         **{name: study[name] for name in ("title", "columns", "digits", "paper", "notes") if name in study},
         "command": f"medmim study experiments/{configs.parent.name}/configs/studies/{path.name} --data DATA",
         "environment": facts,

@@ -95,7 +95,7 @@ def _tumour(
     center = (side * rng.uniform(0.25, 0.5), rng.uniform(-0.45, 0.45), rng.uniform(-0.2, 0.45))
     size = rng.uniform(0.16, 0.3)
     rough = 0.18 * _noise(rng, shape, 3.0)
-    radius = _ellipsoid(grid, center, size * rng.uniform(0.8, 1.25, 3)) + rough
+    radius = _ellipsoid(grid, center, (size * rng.uniform(0.8, 1.25, 3)).tolist()) + rough
     rim = 0.12 if mutant else rng.uniform(0.3, 0.5)
     label = np.zeros(shape, dtype=np.uint8)
     label[radius < rng.uniform(1.5, 2.0)] = 2

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -48,7 +49,7 @@ class FaultTolerantDataset(Dataset):
         index = draw.index
         for attempt in range(1, 2 * len(self) + 8):
             try:
-                item = self.read(draw._replace(index=index))
+                item = self.read(replace(draw, index=index))
             except SampleFaultError as error:
                 faults += error.faults
                 parts = ("substitute", self.seed, draw.epoch, self.subject(draw.index), draw.draw, attempt)

@@ -40,7 +40,7 @@ def cached_crop() -> list[Row]:
 
         def read_files() -> None:
             for path in case.images.values():
-                np.asanyarray(nib.load(path).dataobj)
+                np.asanyarray(nib.Nifti1Image.from_filename(path).dataobj)
 
         targets: list[tuple[CacheFormat, float]] = [("npy", 40), ("b2nd", 10)]
         for format, target in targets:

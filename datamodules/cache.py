@@ -71,28 +71,29 @@ class Record:
     source_affine: list[list[float]] = field(default_factory=list)
     file_affine: list[list[float]] = field(default_factory=list)
     offset: list[int] | None = None
-    faults: list[list[str]] = field(default_factory=list)
-    label_faults: list[list[str]] = field(default_factory=list)
+    faults: list[tuple[str, str, str]] = field(default_factory=list)
+    label_faults: list[tuple[str, str, str]] = field(default_factory=list)
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     label_values: dict[str, int] = field(default_factory=dict)
 
     def image_faults(self) -> list[Fault]:
         """Return the faults of the image members."""
-        return [Fault(*fault, sample=self.case_id) for fault in self.faults]
+        return [Fault(*fault, self.case_id) for fault in self.faults]
 
     def all_faults(self) -> list[Fault]:
         """Return the faults of image and label."""
-        return [Fault(*fault, sample=self.case_id) for fault in [*self.faults, *self.label_faults]]
+        return [Fault(*fault, self.case_id) for fault in [*self.faults, *self.label_faults]]
 
 
-def _plain(faults: Iterable[Fault]) -> list[list[str]]:
-    return [[fault.path, fault.kind, fault.detail] for fault in faults]
+def _plain(faults: Iterable[Fault]) -> list[tuple[str, str, str]]:
+    return [(fault.path, fault.kind, fault.detail) for fault in faults]
 
 
 def record_of(prepared: PreparedCase, case: Case) -> Record:
     """Describe a prepared case, without cache files."""
-    values, counts = ([], []) if prepared.label is None else np.unique(prepared.label, return_counts=True)
+    label = np.zeros(0, np.uint8) if prepared.label is None else prepared.label
+    values, counts = np.unique(label, return_counts=True)
     return Record(
         case_id=case.case_id,
         usable=True,

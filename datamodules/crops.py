@@ -70,4 +70,4 @@ def cut(array: Any, start: Sequence[int], size: Sequence[int]) -> NDArray[Any]:
 
 def flip(array: NDArray[Any], axes: Sequence[int]) -> NDArray[Any]:
     """Mirror the given ones of the last three axes (0, 1, 2)."""
-    return np.flip(array, [axis - 3 for axis in axes]) if axes else array
+    return np.flip(array, tuple(axis - 3 for axis in axes)) if axes else array

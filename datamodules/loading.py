@@ -3,8 +3,9 @@
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from multiprocessing.util import Finalize
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -13,7 +14,8 @@ from common.errors import DataError
 from common.randomness import numpy_generator
 
 
-class Draw(NamedTuple):
+@dataclass(frozen=True, order=True)
+class Draw:
     """One request to a data set.
 
     Attributes:

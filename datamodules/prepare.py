@@ -113,14 +113,14 @@ def _on_reference_grid(volumes: dict[str, Volume], layout: Layout) -> tuple[dict
     target = _meta(reference.data, reference.affine)
     images = {}
     for name, volume in volumes.items():
-        image = _meta(volume.data, volume.affine)
+        image: Any = _meta(volume.data, volume.affine)
         if not _same_grid(volume, reference):
             image = ResampleToMatch(mode="bilinear", padding_mode="zeros")(image, target)
         images[name] = _to_final_grid(image, layout, "bilinear")
     return images, reference
 
 
-def _to_final_grid(image: MetaTensor, layout: Layout, mode: str) -> MetaTensor:
+def _to_final_grid(image: Any, layout: Layout, mode: str) -> MetaTensor:
     settings = layout.preprocessing
     if settings.spacing is not None:
         padding = "border" if mode == "bilinear" else "zeros"

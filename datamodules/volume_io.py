@@ -170,7 +170,7 @@ def read_header(path: Path) -> Header:
             reader.ReadImageInformation()
             shape, affine = tuple(reader.GetSize()), _itk_affine(reader)
         else:
-            image = nib.load(path)
+            image = nib.Nifti1Image.from_filename(path)
             shape, affine = _squeeze(image.shape), image.affine
     except FileNotFoundError as error:
         raise VolumeError("missing", "the file is not there") from error

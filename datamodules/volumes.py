@@ -119,7 +119,7 @@ class VolumeDataset(FaultTolerantDataset):
         return sample
 
     def _label_faults(self, case: Case, record: Record) -> list[Fault]:
-        listed = [Fault(*fault, sample=case.case_id) for fault in record.label_faults]
+        listed = [Fault(*fault, case.case_id) for fault in record.label_faults]
         return listed or [Fault(case.case_id, "missing", "the case has no label", case.case_id)]
 
     def _place(self, opened: OpenCase, generator: np.random.Generator) -> tuple[list[int], tuple[int, ...]]:

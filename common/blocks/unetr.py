@@ -1,6 +1,7 @@
 """UNETR on any of our volume encoders (Hatamizadeh et al. 2022)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import monai.networks.nets
 from torch import Tensor
@@ -50,7 +51,7 @@ class UNETR(monai.networks.nets.UNETR):
             num_heads=1,
             norm_name=norm_name,
         )
-        self.vit = encoder
+        self.vit: Any = encoder
         self.skip_blocks = tuple(skip_blocks)
 
     def forward(self, x_in: Tensor) -> Tensor:

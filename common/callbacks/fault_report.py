@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 
 from common.distributed import agree, gather_objects
 from common.faults import FaultLedger
-from common.reporting import say
+from common.reporting import is_dry_run, say
 
 
 class FaultReport(pl.Callback):
@@ -29,7 +29,7 @@ class FaultReport(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write down what indexing and caching met (Lightning hook)."""
         ledger = self._ledger(trainer)
-        if ledger is None or trainer.fast_dev_run:
+        if ledger is None or is_dry_run(trainer):
             return
         if ledger.num_faulty:
             say(f"faults: {ledger.num_faulty} of {ledger.num_samples} samples. {ledger.describe()}")
@@ -48,7 +48,7 @@ class FaultReport(pl.Callback):
         for news in gather_objects(ledger.take_news()):
             ledger.add(news)
         ledger.take_news()
-        if not trainer.fast_dev_run:
+        if not is_dry_run(trainer):
             self._write(trainer, ledger)
         module.log("data/faulty_samples", float(ledger.num_faulty), batch_size=1)
         ledger.check()

@@ -6,6 +6,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
+from common.reporting import is_dry_run
+
 
 class LastCheckpoint(Checkpoint):
     """Writes ``checkpoints/last.ckpt`` every n optimiser steps and at the end of every epoch.
@@ -25,7 +27,7 @@ class LastCheckpoint(Checkpoint):
 
     def save(self, trainer: pl.Trainer) -> None:
         """Write the checkpoint; all ranks must call it."""
-        if not trainer.fast_dev_run:
+        if not is_dry_run(trainer):
             trainer.save_checkpoint(self.path, weights_only=False)
 
     def on_train_batch_end(

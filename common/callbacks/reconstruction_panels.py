@@ -75,7 +75,8 @@ def panel_figure(modality: str, rows: Sequence[Panel]) -> Figure:
     for y, (_, text) in enumerate(drawn):
         axes.text(2, y * step_y + height + _GAP, text, ha="left", va="center", fontsize=7)
         left, right = rows[y].sides
-        style = {"va": "center", "color": "yellow", "fontsize": 10, "fontweight": "bold", "path_effects": _OUTLINE}
+        style: dict[str, Any] = {"va": "center", "color": "yellow", "fontsize": 10, "fontweight": "bold"}
+        style["path_effects"] = _OUTLINE
         axes.text(4, y * step_y + height / 2, left, ha="left", **style)
         axes.text(width - 4, y * step_y + height / 2, right, ha="right", **style)
     figure.text(0.5, 1 - 4 / (mosaic.shape[0] + top), modality, ha="center", va="top", fontsize=10, fontweight="bold")

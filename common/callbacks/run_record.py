@@ -12,7 +12,7 @@ from common.callbacks.throughput import Throughput
 from common.loggers import SummaryLogger
 from common.provenance import environment
 from common.randomness import run_seed
-from common.reporting import say
+from common.reporting import is_dry_run, say
 
 
 def _encoder(module: torch.nn.Module) -> torch.nn.Module | None:
@@ -31,7 +31,7 @@ class RunRecord(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write ``environment.json`` (Lightning hook)."""
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero or is_dry_run(trainer):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         facts = environment(trainer.strategy.root_device)

@@ -20,7 +20,7 @@ from common.downstream.encoder import EncoderFactory, encoder_architecture, make
 from common.downstream.segmentation import write_rows
 from common.errors import DataError
 from common.module import BuiltFromData
-from common.reporting import log_scalars, say
+from common.reporting import is_dry_run, log_scalars, say
 from common.types import InputSpec
 
 
@@ -138,7 +138,7 @@ class LinearProbe(BuiltFromData):
         patients: list[str] = []
         for batch in batches:
             with torch.autocast(self.device.type, torch.bfloat16, enabled="bf16" in str(self.trainer.precision)):
-                features.append(self.network.features(batch["image"].to(self.device)))  # type: ignore[union-attr, operator]
+                features.append(self.network.features(batch["image"].to(self.device)))
             targets.append(batch["target"])
             names += batch["subject_id"]
             patients += batch["patient_id"]
@@ -154,14 +154,14 @@ class LinearProbe(BuiltFromData):
         self._folds = torch.stack(folds).to(self.device)
         held_out = self._folds[:, None, :] == torch.arange(self.num_folds, device=self.device)[:, None]
         self._members = ~held_out.flatten(0, 1)
-        self.network.fit_scale(self._features, self._members)  # type: ignore[union-attr, operator]
+        self.network.fit_scale(self._features, self._members)
         say(f"probe: {len(self._names)} cases of {len(set(patients))} patients, {int(self._targets.sum())} positive, "
             f"{self.num_seeds} seeds x {self.num_folds} folds")  # fmt: skip
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of all heads on a batch of cases, each head on its own training folds (Lightning hook)."""
         index = torch.tensor([self._names.index(name) for name in batch["subject_id"]], device=self.device)
-        logits, members = self.network(self._features[index]), self._members[:, index].T.float()  # type: ignore[misc]
+        logits, members = self.network(self._features[index]), self._members[:, index].T.float()
         target = self._targets[index].float()[:, None].expand_as(logits)
         positive = self._targets.float()
         share = (self._members * positive).sum(1) / self._members.sum(1)
@@ -174,7 +174,7 @@ class LinearProbe(BuiltFromData):
 
     def out_of_fold(self) -> Tensor:
         """Return the logit of each case from the head that has not seen it, ``(seeds, S)``."""
-        logits = self.network(self._features).unflatten(1, (self.num_seeds, self.num_folds))  # type: ignore[misc]
+        logits = self.network(self._features).unflatten(1, (self.num_seeds, self.num_folds))
         return logits.permute(1, 0, 2).gather(2, self._folds[:, :, None])[:, :, 0].detach()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -194,7 +194,7 @@ class LinearProbe(BuiltFromData):
 
     def on_train_end(self) -> None:
         """Write the out-of-fold scores (Lightning hook)."""
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+        if self.trainer.is_global_zero and not is_dry_run(self.trainer):
             scores = self.out_of_fold().sigmoid().mean(0)
             rows = zip(self._names, self._targets.tolist(), scores.tolist(), strict=True)
             write_rows(Path(self.trainer.default_root_dir) / "out_of_fold.csv",
@@ -202,7 +202,7 @@ class LinearProbe(BuiltFromData):
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Score one batch of cases by the mean of all heads (Lightning hook)."""
-        logits = self.network(self.network.features(batch["image"]))  # type: ignore[misc, union-attr, operator]
+        logits = self.network(self.network.features(batch["image"]))
         rows = zip(batch["subject_id"], batch["target"].tolist(), logits.sigmoid().mean(1).tolist(), strict=True)
         self._rows += [{"subject_id": name, "target": target, "score": score} for name, target, score in rows]
 
@@ -225,4 +225,4 @@ class LinearProbe(BuiltFromData):
 
     def configure_optimizers(self) -> Any:
         """Make the optimiser of the heads (Lightning hook)."""
-        return self._make_optimizer([p for p in self.network.parameters() if p.requires_grad])  # type: ignore[union-attr]
+        return self._make_optimizer([p for p in self.network.parameters() if p.requires_grad])

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -117,7 +117,7 @@ class SegmentationModule(BuiltFromData):
         for module in encoder.modules():
             if isinstance(module, nn.Dropout):
                 module.p = self._dropout
-        return self._make_network(encoder, len(spec.regions))  # type: ignore[arg-type]
+        return self._make_network(cast(VisionTransformer, encoder), len(spec.regions))
 
     @property
     def regions(self) -> Mapping[str, list[int]]:
@@ -126,7 +126,7 @@ class SegmentationModule(BuiltFromData):
 
     def forward(self, image: Tensor) -> Tensor:
         """Return logits ``(B, R, H, W, D)`` for crops."""
-        return self.network(image)  # type: ignore[misc]
+        return self.network(image)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch of crops (Lightning hook)."""
@@ -142,8 +142,8 @@ class SegmentationModule(BuiltFromData):
         logits = torch.zeros(())
         flips = _FLIPS if self._flip_ensemble else _FLIPS[:1]
         for axes in flips:
-            output = self._predict(image.flip(axes) if axes else image, self.network)  # type: ignore[arg-type]
-            logits = logits.to(output) + (output.flip(axes) if axes else output)  # type: ignore[union-attr]
+            output = cast(Tensor, self._predict(image.flip(axes) if axes else image, self.network))
+            logits = logits.to(output) + (output.flip(axes) if axes else output)
         return logits > 0
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

@@ -30,7 +30,7 @@ def _training_step(two_passes: bool = False) -> Callable[..., None]:
     module = EMIMPretrain(channels=_CHANNELS, image_size=[96, 96, 96])
     module.configure_model()
     if two_passes:
-        module.network.__class__ = _TwoPasses  # type: ignore[union-attr]
+        module.network.__class__ = _TwoPasses
     optimizer = torch.optim.AdamW(param_groups(module), lr=1e-4, fused=True)
     generator = torch.Generator().manual_seed(0)
     batch = {

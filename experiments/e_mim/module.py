@@ -98,7 +98,7 @@ class EMIMPretrain(SSLModule):
 
     def draw_mask(self, batch: Mapping[str, Any], masker: HybridMasker) -> MaskOutput:
         """Draw the masks that belong to the batch's samples."""
-        grid = self.network.encoder.grid_size  # type: ignore[union-attr]
+        grid = self.network.encoder.grid_size
         batch_size, modalities = batch["modality_mask"].shape
         generator = KeyedGenerator(batch["key"])
         return masker(batch_size, grid, modalities, batch["modality_mask"], generator)
@@ -107,7 +107,7 @@ class EMIMPretrain(SSLModule):
         self, batch: Mapping[str, Any], clean: CleanBranch, image: str = "image"
     ) -> tuple[EMIMOutput, Reconstruction]:
         mask = self.draw_mask(batch, self.masker if self.training else self.val_masker)
-        output = self.network(batch[image], mask, clean, batch["image"])  # type: ignore[misc]
+        output = self.network(batch[image], mask, clean, batch["image"])
         scored = mask.mask & batch["modality_mask"][:, :, None]
         nothing_visible = mask.mask.all(1, keepdim=True)
         groups = {"fully_hidden": scored & nothing_visible, "partly_visible": scored & ~nothing_visible}
@@ -137,13 +137,13 @@ class EMIMPretrain(SSLModule):
         """Return Eq. 8 at one level."""
         axis, summed, center, reduction, weight = self._correlation
         if summed == "sample":
-            return sample_barlow_twins(clean, masked, reduction, weight, sync)  # type: ignore[arg-type]
-        return token_barlow_twins(clean, masked, axis, reduction, weight, center, sync)  # type: ignore[arg-type]
+            return sample_barlow_twins(clean, masked, reduction, weight, sync)
+        return token_barlow_twins(clean, masked, axis, reduction, weight, center, sync)
 
     def _diagonals(self, output: EMIMOutput) -> dict[str, Tensor]:
         """Return the mean diagonal and mean absolute off-diagonal of the last level's matrix."""
         axis, _, center, _, _ = self._correlation
-        matrix = cross_correlation(output.clean[-1], output.masked[-1], axis, center, sync=False)  # type: ignore[arg-type]
+        matrix = cross_correlation(output.clean[-1], output.masked[-1], axis, center, sync=False)
         diagonal, n = matrix.diagonal(), len(matrix)
         off = (matrix.abs().sum() - diagonal.abs().sum()) / max(n * (n - 1), 1)
         return {"correlation_diagonal": diagonal.mean(), "correlation_off_diagonal": off}
@@ -154,12 +154,12 @@ class EMIMPretrain(SSLModule):
 
     def reconstruction_target(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return the patches ``(B, C, N, P)`` and which of them were acquired ``(B, C, N)``."""
-        target = self.network.patches(batch["image"])  # type: ignore[union-attr, operator]
+        target = self.network.patches(batch["image"])
         return target, batch["modality_mask"][:, :, None].expand(target.shape[:3])
 
     def token_features(self, batch: Any) -> TokenFeatures:
         """Encode unmasked volumes; tokens of air alone are left out."""
-        network: EMIM = self.network  # type: ignore[assignment]
+        network: EMIM = self.network
         taps = tuple(tap for tap in self.taps if tap != len(network.encoder.blocks))
         output = network.encoder.encode_image(batch["image"], taps)
         features = {"final": output.tokens} | {f"tap{t}": h for t, h in zip(taps, output.hidden, strict=True)}
@@ -167,7 +167,7 @@ class EMIMPretrain(SSLModule):
 
     def panels(self, batch: Any, output: Reconstruction, index: int) -> dict[str, Panel]:
         """Draw the middle axial slice of sample ``index``, one panel a modality."""
-        network: EMIM = self.network  # type: ignore[assignment]
+        network: EMIM = self.network
         hidden = output.mask[index][..., None].expand_as(output.target[index])
         filled = torch.where(hidden, output.pred[index], output.target[index])
         volumes = [network.volume(x[None].float())[0] for x in (output.target[index], hidden, filled)]
