@@ -206,6 +206,10 @@ _SILENCED = (
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*isinstance\\(treespec, LeafSpec\\).*",
     ".*module\\(s\\) in eval mode at the start of training.*",
+    ".*callbacks used to create the checkpoint need to be provided.*",
+    ".*number of training batches .* is smaller than the logging interval.*",
+    ".*Couldn't infer the batch indices fetched from your dataloader.*",
+    ".*always_return_as_numpy.*",
 )
 
 

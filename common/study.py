@@ -1,8 +1,9 @@
 """``medmim study``: comparisons over arms and seeds, from one file, into one result.
 
-A study is a YAML file: arms, each a list of steps (``fit``, ``validate``, ``test``), run once per seed. Arms see equal
-samples because they share their configurations; what each cost stands beside what it reached. Results are JSON rows;
-the tables of an experiment's README are made from these and from nothing else.
+A study is a YAML file: arms, each a list of steps (``fit``, ``validate``, ``test``), run once per seed, and the
+configurations and arguments that all steps share. Arms see equal samples because they share these; what each cost
+stands beside what it reached. Results are JSON rows; the tables of an experiment's README are made from these and from
+nothing else.
 """
 
 import argparse
@@ -59,9 +60,13 @@ def read_study(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"The study {path} does not exist.")
     study = yaml.safe_load(path.read_text())
-    study["arms"] = {
-        name: [Step(**{"config": [], "args": [], **step}) for step in steps] for name, steps in study["arms"].items()
-    }
+    config, args = study.get("config", []), study.get("args", [])
+
+    def make(entry: dict[str, Any]) -> Step:
+        entry = {"config": [], "args": [], **entry}
+        return Step(**entry | {"config": config + entry["config"], "args": args + entry["args"]})
+
+    study["arms"] = {name: [make(entry) for entry in steps] for name, steps in study["arms"].items()}
     silent = [name for name, steps in study["arms"].items() if not any(step.score for step in steps)]
     if silent:
         raise UserError(f"{path}: the arm {silent[0]} has no step with a score.")

@@ -111,5 +111,5 @@ class FloorRatio(pl.Callback):
             )
         }
         if "floor" in means:
-            ratios["collapse/floor"] = means["floor"]
+            ratios |= {"collapse/floor": means["floor"], "collapse/masked_mse": means["loss"]}
         log_scalars(pl_module, ratios, prog_bar=("collapse/floor_ratio",))

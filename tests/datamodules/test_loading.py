@@ -92,6 +92,6 @@ def test_the_epoch_is_read_when_the_first_batch_is_asked_for():
 
 
 def test_waiting_is_measured():
-    loader = ResumableLoader(Echo(), TrainBatches(4, 1, 2, 0, 1, seed=0), torch.tensor)
+    loader = ResumableLoader(Echo(), TrainBatches(4, 1, 2, 0, 1, seed=0), list)
     list(loader)
     assert loader.wait_seconds > 0
