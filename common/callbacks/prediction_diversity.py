@@ -12,36 +12,43 @@ from common.reporting import log_scalars
 
 
 class _Moments:
-    """Count, mean and sum of squared deviations of samples, merged by Chan's rule; float64 on the CPU."""
+    """Count, mean and sum of squared deviations of every entry, merged by Chan's rule; float64 on the CPU."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self.mean: Tensor | None = None
-        self.deviation: Tensor | None = None
+        self.parts: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def update(self, x: Tensor) -> None:
-        """Add ``(B, ...)``."""
-        x = x.detach().cpu().double()
-        mean = x.mean(0)
-        self.merge(len(x), mean, (x - mean).square().sum(0))
+    def update(self, x: Tensor, mask: Tensor) -> None:
+        """Add the entries ``mask`` ``(B, ...)`` of ``x`` ``(B, ..., P)``."""
+        x, member = x.detach().cpu().double(), mask[..., None].cpu().double()
+        count = member.sum(0)
+        mean = (x * member).sum(0) / count.clamp(min=1)
+        self.merge(count, mean, ((x - mean).square() * member).sum(0))
 
-    def merge(self, count: int, mean: Tensor, deviation: Tensor) -> None:
+    def merge(self, count: Tensor, mean: Tensor, deviation: Tensor) -> None:
         """Add another set of moments."""
-        if self.mean is None or self.deviation is None:
-            self.count, self.mean, self.deviation = count, mean, deviation
+        if self.parts is None:
+            self.parts = count, mean, deviation
             return
-        total = self.count + count
-        delta = mean - self.mean
-        self.deviation = self.deviation + deviation + delta.square() * (self.count * count / total)
-        self.mean = self.mean + delta * (count / total)
-        self.count = total
+        old_count, old_mean, old_deviation = self.parts
+        total = old_count + count
+        share, delta = count / total.clamp(min=1), mean - old_mean
+        deviation = old_deviation + deviation + delta.square() * old_count * share
+        self.parts = total, old_mean + delta * share, deviation
+
+    def spread(self) -> Tensor:
+        """Return the summed deviations of entries that were seen at least twice."""
+        if self.parts is None:
+            return torch.zeros(())
+        count, _, deviation = self.parts
+        return (deviation * (count >= 2)).sum()
 
 
 class PredictionDiversity(pl.Callback):
     """Logs ``collapse/prediction_diversity``: variance of predictions across samples over that of their targets.
 
-    All samples get one and the same mask, and only hidden entries count. Near 0 the model answers with a constant: it
-    finds complete collapse without knowing the floor. A good model stays below 1: it cannot know all of the variance.
+    All samples get one and the same mask (but for what a sample lacks), and only hidden entries count. Near 0 the model
+    answers with a constant: it finds complete collapse without knowing the floor. A good model stays below 1: it cannot
+    know all of the variance.
 
     Args:
         max_samples: Validation samples to use, over all ranks.
@@ -70,28 +77,22 @@ class PredictionDiversity(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Reconstruct complete samples under the common mask (Lightning hook)."""
+        """Reconstruct under the common mask (Lightning hook)."""
         if self._seen * trainer.world_size >= self.max_samples or not isinstance(pl_module, SSLModule):
             return
         output = pl_module.reconstruct(batch | {"key": torch.full_like(batch["key"], self.KEY)})
-        # A sample that lacks a modality hides another set of entries: only equal masks can be compared.
-        complete = batch["modality_mask"].all(1)
-        if not bool(complete.any()):
-            return
-        chosen = output.mask[complete][0]
-        self._pred.update(output.pred[complete][:, chosen])
-        self._target.update(output.target[complete][:, chosen])
-        self._seen += int(complete.sum())
+        self._pred.update(output.pred, output.mask)
+        self._target.update(output.target, output.mask)
+        self._seen += len(output.mask)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the ratio (Lightning hook)."""
-        parts = gather_objects([(m.count, m.mean, m.deviation) for m in (self._pred, self._target)])
-        merged = [_Moments(), _Moments()]
+        parts = gather_objects((self._pred.parts, self._target.parts))
+        merged = _Moments(), _Moments()
         for part in parts:
-            for moments, (count, mean, deviation) in zip(merged, part, strict=True):
-                if count:
-                    moments.merge(count, mean, deviation)
-        pred, target = merged
-        if pred.count >= 2 and pred.deviation is not None and target.deviation is not None:
-            value = float(pred.deviation.sum() / target.deviation.sum().clamp(min=1e-12))
-            log_scalars(pl_module, {"collapse/prediction_diversity": value})
+            for moments, values in zip(merged, part, strict=True):
+                if values is not None:
+                    moments.merge(*values)
+        spread, total = (moments.spread() for moments in merged)
+        if total > 0:
+            log_scalars(pl_module, {"collapse/prediction_diversity": float(spread / total)})

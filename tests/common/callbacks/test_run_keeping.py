@@ -1,0 +1,80 @@
+"""What the callbacks of every run leave behind: throughput, faults, checkpoints, the run's record."""
+
+import csv
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common.callbacks.fault_report import FaultReport
+from common.callbacks.last_checkpoint import LastCheckpoint
+from common.callbacks.throughput import Throughput
+from common.cli import execute
+from common.errors import TooManyFaultsError
+from common.faults import Fault, FaultLedger
+
+
+def test_throughput_counts_what_was_trained(pretrain_arguments):
+    folder = execute(pretrain_arguments())
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["samples"] == summary["steps"] * 2
+    assert 0 < summary["train_seconds"] <= summary["wall_seconds"]
+    assert summary["flops_per_sample"] > 0
+    assert 0 <= summary["scalars"]["throughput/data_wait_fraction"]["final"] <= 1
+
+
+def test_operations_are_counted_once(pretrain_arguments, monkeypatch):
+    entered = []
+    from torch.utils.flop_counter import FlopCounterMode
+
+    enter = FlopCounterMode.__enter__
+    monkeypatch.setattr(FlopCounterMode, "__enter__", lambda self: entered.append(1) or enter(self))
+    execute(pretrain_arguments())
+    assert len(entered) == 1
+
+
+@pytest.mark.parametrize("batch", [{"name": ["a"], "image": torch.zeros(3, 2)}, (torch.zeros(3),)])
+def test_batch_size_is_the_first_tensors(batch):
+    assert Throughput._batch_size(batch) == 3
+
+
+def test_a_checkpoint_every_so_many_steps(tmp_path):
+    saved = []
+    trainer = SimpleNamespace(global_step=0, fast_dev_run=False, save_checkpoint=lambda *a, **k: saved.append(a))
+    trainer.fit_loop = SimpleNamespace(_should_accumulate=lambda: False)
+    callback = LastCheckpoint(tmp_path, every_n_train_steps=3)
+    for step in range(1, 8):
+        trainer.global_step = step
+        callback.on_train_batch_end(trainer, None, None, None, step)
+    assert len(saved) == 2
+    assert saved[0][0] == tmp_path / "last.ckpt"
+
+
+def test_faults_met_while_training_are_written_and_counted(tmp_path):
+    ledger = FaultLedger()
+    ledger.num_samples = 100
+    logged = {}
+    trainer = SimpleNamespace(datamodule=SimpleNamespace(ledger=ledger), is_global_zero=True, fast_dev_run=False)
+    module = SimpleNamespace(log=lambda name, value, **_: logged.update({name: value}))
+    report = FaultReport(tmp_path)
+    report.setup(trainer, module, "fit")
+    report.on_train_batch_end(trainer, module, None, None, 0)
+    assert logged == {}
+    ledger.add([Fault("a.nii.gz", "nan", "1 voxel is not finite", "a")])
+    report.on_train_batch_end(trainer, module, None, None, 1)
+    assert logged == {"data/faulty_samples": 1.0}
+    assert [row["path"] for row in csv.DictReader((tmp_path / "data_faults.csv").open())] == ["a.nii.gz"]
+    ledger.add([Fault(f"{i}.nii.gz", "nan", "", str(i)) for i in range(5)])
+    with pytest.raises(TooManyFaultsError):
+        report.on_train_batch_end(trainer, module, None, None, 2)
+    assert len(list(csv.DictReader((tmp_path / "data_faults.csv").open()))) == 6
+
+
+def test_the_record_names_versions_seed_and_source(pretrain_arguments):
+    folder = execute(pretrain_arguments("--trainer.max_epochs=1", "--seed_everything=11"))
+    facts = json.loads((folder / "environment.json").read_text())
+    assert facts["seed"] == 11
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["world_size"] == 1
+    assert {"commit", "dirty", "device"} <= facts.keys()

@@ -1,0 +1,142 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from common.cli import execute, main, resolve_config_arguments, run_name
+from common.errors import UserError
+
+CONFIG = "experiments/e_mim/configs/pretrain.yaml"
+
+
+def refused(capsys, arguments):
+    """Run the command, expect exit code 1, and return the one line it printed."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_configurations_are_found_from_any_folder():
+    resolved = resolve_config_arguments(["fit", "--config", CONFIG, f"--config={CONFIG}", "--config", "mine.yaml"])
+    assert Path(resolved[2]).is_file()
+    assert Path(resolved[3].removeprefix("--config=")).is_file()
+    assert resolved[-1] == "mine.yaml"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["fit", "--config", CONFIG, "--config", "other.yaml"], ("e_mim", "pretrain")),
+        (["fit", "--config=experiments/umd/configs/finetune_vqa.small.yaml"], ("umd", "finetune_vqa")),
+        (["fit", "--config", "runs/e_mim/pretrain/2026-01-01_00-00-00/config.yaml"], ("e_mim", "pretrain")),
+        (["fit", "--config", "mine.yaml"], ("e_mim", "run")),
+        (["fit"], ("e_mim", "run")),
+    ],
+)
+def test_run_name(arguments, expected):
+    assert run_name(arguments, "experiments.e_mim.module.EMIMPretrain") == expected
+
+
+def test_run_name_of_a_module_from_elsewhere():
+    assert run_name(["fit"], "mine.Module") == ("custom", "run")
+
+
+def test_a_run_leaves_a_complete_folder(pretrain_arguments):
+    folder = execute(pretrain_arguments("--trainer.max_epochs=1"))
+    assert folder.parts[:3] == ("runs", "e_mim", "pretrain")
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    expected = {"config.yaml", "environment.json", "metrics.csv", "summary.json", "data_faults.csv",
+                "checkpoints/last.ckpt", "checkpoints/best.ckpt"}  # fmt: skip
+    assert expected <= files
+    assert any(name.startswith("events.out.tfevents") for name in files)
+    assert files - expected == {name for name in files if name.startswith("events.")}
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["model"]["init_args"]["taps"] == [1, 2]
+    assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
+
+
+def test_the_saved_configuration_runs_again(pretrain_arguments):
+    folder = execute(pretrain_arguments("--trainer.max_epochs=1"))
+    again = execute(["fit", "--config", str(folder / "config.yaml")])
+    assert again != folder
+    assert again.parent == folder.parent
+    same = [json.loads((f / "summary.json").read_text())["scalars"]["train/loss"] for f in (folder, again)]
+    assert same[0] == same[1]
+
+
+def test_names_in_the_log(pretrain_arguments):
+    folder = execute(pretrain_arguments())
+    scalars = json.loads((folder / "summary.json").read_text())["scalars"]
+    wanted = {"train/loss", "train/loss_reconstruction", "train/loss_barlow_twins", "val/loss",
+              "val/loss_reconstruction", "lr", "throughput/samples_per_second", "throughput/data_wait_fraction",
+              "collapse/effective_rank", "collapse/floor_ratio", "collapse/prediction_diversity"}  # fmt: skip
+    assert wanted <= scalars.keys()
+
+
+def test_the_curves_start_before_training(pretrain_arguments):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = execute(pretrain_arguments())
+    events = EventAccumulator(str(folder)).Reload()
+    assert events.Scalars("collapse/floor_ratio")[0].step == 0
+    assert {"reconstruction/t1c", "reconstruction/t2w", "collapse/spectrum"} <= set(events.Tags()["images"])
+
+
+def test_a_dry_run_leaves_nothing(pretrain_arguments):
+    execute(pretrain_arguments("--trainer.fast_dev_run=true"))
+    assert not Path("runs").exists()
+
+
+def test_limits_of_lightning_hold(pretrain_arguments):
+    folder = execute(pretrain_arguments("--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"))
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 2
+
+
+def test_float16_on_a_cpu_is_refused(capsys, pretrain_arguments):
+    line = refused(capsys, pretrain_arguments("--trainer.accelerator=cpu", "--trainer.precision=16-mixed"))
+    assert "float16" in line
+    assert "bf16-mixed" in line
+
+
+def test_a_cpu_without_bfloat16_trains_in_float32(monkeypatch, pretrain_arguments, capsys):
+    monkeypatch.setattr("common.cli.supports_bfloat16", lambda device: False)
+    arguments = [a for a in pretrain_arguments("--trainer.accelerator=cpu") if "precision" not in a]
+    folder = execute([*arguments, "--trainer.fast_dev_run=true"])
+    assert "32-true instead of bf16-mixed" in capsys.readouterr().out
+    assert not folder.exists()
+
+
+def test_a_missing_archive_is_one_line(capsys, pretrain_arguments):
+    line = refused(capsys, pretrain_arguments("--data.root=/nowhere"))
+    assert "/nowhere" in line
+
+
+def test_debug_shows_the_traceback(pretrain_arguments):
+    with pytest.raises(UserError):
+        main(pretrain_arguments("--data.root=/nowhere", "--debug"))
+
+
+def test_a_missing_checkpoint_is_one_line(capsys, pretrain_arguments):
+    assert "no/such/run" in refused(capsys, pretrain_arguments("--ckpt_path=no/such/run"))
+
+
+@pytest.mark.parametrize("wrong", ["--model.tapz=[1]", "--trainer.precision=fast", "--config=missing.yaml"])
+def test_wrong_usage_exits_with_2_and_names_what_is_wrong(capsys, pretrain_arguments, wrong):
+    with pytest.raises(SystemExit) as stop:
+        main(pretrain_arguments(wrong))
+    assert stop.value.code == 2
+    words = capsys.readouterr().err
+    assert any(word in words for word in ("tapz", "precision", "missing.yaml"))
+
+
+def test_help_costs_no_torch():
+    """The small command must answer at once."""
+    code = "import sys; from common.commands import build_parser; build_parser(None); print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"

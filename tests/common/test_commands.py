@@ -1,0 +1,24 @@
+import pytest
+
+from common.commands import COMMANDS, main
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert COMMANDS[command][1].split("(")[0][:30] in " ".join(capsys.readouterr().out.split())
+
+
+def test_unknown_commands_exit_with_2():
+    with pytest.raises(SystemExit) as stop:
+        main(["dance"])
+    assert stop.value.code == 2
+
+
+def test_a_refusal_is_one_line_and_exits_with_1(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", "--config", "nowhere.yaml"])
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error: The configuration nowhere.yaml does not exist.\n"
