@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from common.distributed import launched_rank
 
 #: Scalars whose best value is the smallest.
-_SMALLER_IS_BETTER = ("loss", "floor", "hd95", "data_wait", "faulty")
+_SMALLER_IS_BETTER = ("loss", "mse", "floor", "hd95", "data_wait", "faulty")
 
 
 class _AppendingWriter(ExperimentWriter):
