@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
     datamodule.prepare_data()
     datamodule.setup("predict")
     spec = datamodule.input_spec
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     encoder = load_encoder(args.ckpt, image_size=spec.image_size, channels=spec.channels).eval().to(device)
     rows = []
     for split in ("train", "val", "test"):

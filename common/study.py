@@ -153,17 +153,17 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def update_readme(readme: Path, results: Path) -> str:
-    """Return a README with every table between its markers made anew from the results folder.
+def update_readme(readme: Path) -> str:
+    """Return a README with every table between its markers made anew from the results.
 
-    A marker is ``<!-- results: FILE -->`` ... ``<!-- end -->``.
+    A marker is ``<!-- results: FILE -->`` ... ``<!-- end -->``, where FILE is relative to the README.
     """
     parts = readme.read_text().split("<!-- results: ")
     text = parts[0]
     for part in parts[1:]:
         name, rest = part.split(" -->", 1)
         _, tail = rest.split("<!-- end -->", 1)
-        body = table(json.loads((results / name).read_text()))
+        body = table(json.loads((readme.parent / name).read_text()))
         text += f"<!-- results: {name} -->\n{body}\n<!-- end -->{tail}"
     return text
 
@@ -185,9 +185,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="the archive")
     parser.add_argument("--out", help="JSON file to write (default: into the experiment's results folder)")
     parser.add_argument("--arms", nargs="+", help="only these arms")
-    parser.add_argument(
-        "--readme", metavar="EXPERIMENT", help="make the tables of this experiment's README anew and stop"
-    )
+    parser.add_argument("--readme", nargs="+", metavar="FILE", help="make the tables of these READMEs anew and stop")
 
 
 def _results_folder(configs: Path) -> Path:
@@ -201,9 +199,11 @@ def run(args: argparse.Namespace) -> None:
         UserError: the study, its data or an arm is missing.
     """
     if args.readme:
-        folder = Path(package_file(f"experiments/{args.readme}"))
-        (folder / "README.md").write_text(update_readme(folder / "README.md", folder / "results"))
-        say(f"tables of {folder / 'README.md'} made anew")
+        for readme in map(Path, args.readme):
+            if not readme.is_file():
+                raise UserError(f"There is no README at {readme}.")
+            readme.write_text(update_readme(readme))
+            say(f"tables of {readme} made anew")
         return
     if not args.study or not args.data:
         raise UserError("medmim study needs a study file and --data.")

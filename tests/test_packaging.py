@@ -4,12 +4,14 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from importlib.metadata import distribution
+from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
 import pytest
 
 import common
+import datamodules
+import experiments
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -25,8 +27,10 @@ def test_the_lightning_command_is_ours():
     assert "common.cli" in script.read_text()
 
 
-def test_imports_come_from_this_checkout():
-    assert Path(next(iter(common.__path__))).resolve() == (REPOSITORY / "common").resolve()
+@pytest.mark.parametrize("package", [common, datamodules, experiments], ids=lambda package: package.__name__)
+def test_imports_come_from_this_checkout_and_no_one_else_owns_the_name(package):
+    assert Path(next(iter(package.__path__))).resolve() == (REPOSITORY / package.__name__).resolve()
+    assert set(packages_distributions().get(package.__name__, ["medmim"])) == {"medmim"}
 
 
 def test_the_lock_covers_every_requirement():

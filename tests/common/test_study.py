@@ -80,12 +80,12 @@ def test_tables_in_a_readme_are_made_from_the_results(experiment, tmp_path):
     run_study(path, "--out", str(tmp_path / "result.json"))
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- results: result.json -->\nold\n<!-- end -->\nafter\n")
-    text = study.update_readme(readme, tmp_path)
+    text = study.update_readme(readme)
     assert text.startswith("before\n<!-- results: result.json -->\n| arm |")
     assert text.endswith("\n<!-- end -->\nafter\n")
     assert "old" not in text
     readme.write_text(text)
-    assert study.update_readme(readme, tmp_path) == text
+    assert study.update_readme(readme) == text
 
 
 def test_one_arm_alone(experiment, tmp_path):

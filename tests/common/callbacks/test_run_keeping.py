@@ -2,6 +2,7 @@
 
 import csv
 import json
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
@@ -75,6 +76,6 @@ def test_the_record_names_versions_seed_and_source(pretrain_arguments):
     folder = execute(pretrain_arguments("--trainer.max_epochs=1", "--seed_everything=11"))
     facts = json.loads((folder / "environment.json").read_text())
     assert facts["seed"] == 11
-    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["torch"] == version("torch")
     assert facts["world_size"] == 1
     assert {"commit", "dirty", "device"} <= facts.keys()

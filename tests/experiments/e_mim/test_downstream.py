@@ -2,7 +2,8 @@
 
 import csv
 import json
-from itertools import pairwise
+import os
+import signal
 
 import nibabel as nib
 import numpy as np
@@ -12,6 +13,8 @@ import torch
 from common.checkpoint import load_encoder
 from common.cli import execute
 from common.commands import main as medmim
+from common.downstream.segmentation import SegmentationModule
+from common.errors import PreemptedError
 
 TINY = ["--data.num_workers=0", "--data.batch_size=2", "--trainer.enable_progress_bar=false",
         "--trainer.precision=32-true", "--trainer.log_every_n_steps=1"]  # fmt: skip
@@ -33,7 +36,9 @@ SPLIT = "--data.split_fractions=[0.5,0.25,0.25]"
 
 @pytest.fixture
 def pretrained(pretrain_arguments):
-    return execute(pretrain_arguments("--trainer.max_steps=2", "--trainer.limit_val_batches=1"))
+    return execute(
+        pretrain_arguments("--model.encoder.depth=4", "--trainer.max_steps=2", "--trainer.limit_val_batches=1")
+    )
 
 
 def test_segmentation_from_a_pretrained_encoder(pretrained, brats_root, capsys):
@@ -81,6 +86,8 @@ def test_probes(pretrained, name, request):
     root = request.getfixturevalue({"i": "brats_root", "c": "pi_cai_root", "l": "lung_root"}[name[0]])
     crop = "--data.crop_size=" + ("[32,32,32]" if name[0] == "i" else "[32,32,16]")
     sizes = ["--model.num_folds=2", "--model.num_seeds=2", crop, "--data.split_fractions=[0.75,0.0,0.25]"]
+    if name == "idh_probe":
+        sizes.append(f"--data.target_file={root / 'idh.csv'}")
     before = load_encoder(pretrained).state_dict()
     folder = execute(task(name, root, *sizes, *EPOCH, f"--model.pretrained={pretrained}"))
     scalars = json.loads((folder / "summary.json").read_text())["scalars"]
@@ -95,28 +102,26 @@ def test_probes(pretrained, name, request):
     assert json.loads((tested / "metrics.json").read_text())["n"] >= 1
 
 
-def test_a_run_resumes_downstream(brats_root):
-    arguments = segmentation("brats_seg", brats_root, "[32,32,32]", SPLIT, "--trainer.check_val_every_n_epoch=1")
-    whole = execute([*arguments, "--trainer.max_epochs=2", "--model.schedule.total_steps=4"])
-    part = execute([*arguments, "--trainer.max_epochs=1", "--model.schedule.total_steps=4"])
-    resumed = execute([*arguments, "--trainer.max_epochs=2", "--model.schedule.total_steps=4", f"--ckpt_path={part}"])
-    assert resumed == part
-    a, b = (torch.load(f / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for f in (whole, resumed))
+def test_a_run_resumes_downstream(brats_root, monkeypatch):
+    arguments = segmentation("brats_seg", brats_root, "[32,32,32]", SPLIT, "--trainer.check_val_every_n_epoch=1",
+                             "--trainer.max_epochs=2", "--data.crops_per_case=2")  # fmt: skip
+    whole = execute(arguments)
+    training_step = SegmentationModule.training_step
+
+    def stop_in_the_second_epoch(self, batch, batch_idx):
+        if self.trainer.current_epoch == 1 and batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return training_step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SegmentationModule, "training_step", stop_in_the_second_epoch)
+        with pytest.raises(PreemptedError):
+            execute(arguments)
+    part = max(whole.parent.iterdir(), key=lambda path: path.stat().st_mtime)
+    assert part != whole
+    assert execute([*arguments, f"--ckpt_path={part}"]) == part
+    a, b = (torch.load(f / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for f in (whole, part))
     assert max(float((a[k] - b[k]).abs().max()) for k in a) == 0.0
-
-
-def test_labels_come_in_nested_shares(brats_root):
-    """20 to 100 % of the patients (Fig. 11): what a smaller share trains on, a larger one does too."""
-    from datamodules.volumes import VolumeDataModule
-
-    shares = []
-    for fraction in (0.2, 0.4, 0.6, 0.8, 1.0):
-        data = VolumeDataModule(str(brats_root), labels=True, label_fraction=fraction, crop_size=(32, 32, 32))
-        data.prepare_data()
-        data.setup("fit")
-        shares.append({case.patient_id for case in data.splits["train"]})
-    assert all(a <= b for a, b in pairwise(shares))
-    assert len(shares[0]) < len(shares[-1])
 
 
 def test_export_loads_in_monai_and_computes_the_same(pretrained, tmp_path, capsys):
