@@ -13,7 +13,7 @@ from datamodules.anatomy import make_brain
 from datamodules.brats import BRATS2023
 from datamodules.cache import CacheFormat, VolumeCache
 from datamodules.cases import Case
-from datamodules.crops import cut
+from datamodules.crops import cut, to_tensor
 from datamodules.volume_io import write_nifti
 
 _SHAPE, _CROP = (240, 240, 155), (96, 96, 96)
@@ -51,7 +51,7 @@ def cached_crop() -> list[Row]:
             def crop(cache: VolumeCache = cache, rng: np.random.Generator = rng) -> None:
                 image = cache.open(case).image
                 start = [int(rng.integers(0, size - n + 1)) for size, n in zip(image.shape[1:], _CROP, strict=True)]
-                np.ascontiguousarray(cut(image, start, _CROP), dtype=np.float32)
+                to_tensor(cut(image, start, _CROP))
 
             slow, fast = in_turn(read_files, crop, clock=time.process_time)
             size = sum(path.stat().st_size for path in cache.case_folder(case.case_id).iterdir())

@@ -278,7 +278,8 @@ class VolumeCache:
             mode="w",
             chunks=chunks,
             blocks=blocks,
-            cparams={"codec": blosc2.Codec.ZSTD, "clevel": 5},
+            # Inflates three times as fast as Zstandard and is a fifth larger.
+            cparams={"codec": blosc2.Codec.LZ4HC, "clevel": 9},
         )
 
     def open_array(self, case_id: str, name: str) -> Any:

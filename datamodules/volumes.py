@@ -16,7 +16,7 @@ from common.types import InputSpec
 from datamodules.base import ArchiveDataModule, FaultTolerantDataset
 from datamodules.cache import CacheFormat, OpenCase, Record, SourceVolumes, VolumeCache
 from datamodules.cases import Case, Layout
-from datamodules.crops import center_start, cut, flip, random_start, start_around
+from datamodules.crops import center_start, cut, flip, random_start, start_around, to_tensor
 from datamodules.layouts import recognise, with_modalities
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.splits import assign_splits, nested_fraction
@@ -100,7 +100,7 @@ class VolumeDataset(FaultTolerantDataset):
         axes = [axis for axis in self.flip_axes if self.domain == "train" and generator.random() < 0.5]
         image = flip(cut(opened.image, start, size), axes)
         sample: dict[str, Any] = {
-            "image": torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)),
+            "image": to_tensor(image),
             "modality_mask": torch.tensor(opened.record.modality_mask),
             "key": torch.tensor(stable_hash("mask", *self._parts(draw))),
             "subject_id": pseudonym(case.case_id) if self.anonymise else case.case_id,
@@ -152,7 +152,7 @@ class VolumeDataset(FaultTolerantDataset):
             generator = numpy_generator("crop", "val", other.case_id, draw.draw)
             start, size = self._place(opened, generator)
             piece = cut(opened.image, start, size)
-            return {"control_image": torch.from_numpy(np.ascontiguousarray(piece, dtype=np.float32))}
+            return {"control_image": to_tensor(piece)}
         return {}
 
 

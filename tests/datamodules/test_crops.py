@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+import torch
 
-from datamodules.crops import center_start, cut, flip, random_start, start_around
+from datamodules.crops import center_start, cut, flip, random_start, start_around, to_tensor
 
 
 def test_cut_equals_padding_and_slicing():
@@ -57,3 +58,15 @@ def test_flip_mirrors_space_and_not_modalities(axes):
     flipped = flip(array, axes)
     expected = array[:, :: -1 if 0 in axes else 1, :: -1 if 1 in axes else 1, :: -1 if 2 in axes else 1]
     assert np.array_equal(flipped, expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.uint8])
+def test_a_tensor_has_the_values_and_none_of_the_memory(dtype):
+    array = np.arange(24, dtype=dtype).reshape(2, 3, 4)
+    array.flags.writeable = False
+    for piece in (array, array[:, ::-1], array[..., 1:3]):
+        tensor = to_tensor(piece)
+        assert tensor.dtype == torch.float32
+        assert np.array_equal(tensor.numpy(), piece.astype(np.float32))
+        tensor += 1
+    assert array[0, 0, 0] == 0

@@ -36,9 +36,8 @@ SPLIT = "--data.split_fractions=[0.5,0.25,0.25]"
 
 @pytest.fixture
 def pretrained(pretrain_arguments):
-    return execute(
-        pretrain_arguments("--model.encoder.depth=4", "--trainer.max_steps=2", "--trainer.limit_val_batches=1")
-    )
+    short = ["--model.encoder.depth=4", "--trainer.max_steps=2", "--trainer.limit_val_batches=1"]
+    return execute(pretrain_arguments(*short))
 
 
 def test_segmentation_from_a_pretrained_encoder(pretrained, brats_root, capsys):
