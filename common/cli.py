@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from common.callbacks.fault_report import FaultReport
@@ -88,6 +88,36 @@ class RunConfig(SaveConfigCallback):
         self.already_saved = True
 
 
+#: Lines of jsonargparse's messages that only say how it tried.
+_NOISE = (
+    "Does not validate against",
+    "Subtypes:",
+    "Errors:",
+    "- Expected a <class 'NoneType'>",
+    "Given value type:",
+    "Given value: N",
+)
+
+
+def one_line(message: str) -> str:
+    """Return what a message of jsonargparse over many lines says."""
+    lines = [line.strip() for line in message.splitlines()]
+    words = [line.removeprefix("- ") for line in lines if line and not line.startswith(_NOISE)]
+    return "; ".join(words).replace(":; ", ": ").removesuffix(".")
+
+
+class OneLineParser(LightningArgumentParser):
+    """Says what is wrong with the usage in one line, without the page of all options."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong and exit with 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        command = getattr(ex, "subcommand_parser", self).prog.replace(" [options]", "")
+        print(f"error: {one_line(message)}. `{command} --help` lists the options.", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
 class MedmimCLI(LightningCLI):
     """LightningCLI that owns the run folder and what must never be switched off by another callback list."""
 
@@ -99,6 +129,7 @@ class MedmimCLI(LightningCLI):
             seed_everything_default=DEFAULT_SEED,
             parser_kwargs={name: {"default_config_files": [defaults]} for name in self.subcommands()},
             auto_configure_optimizers=False,
+            parser_class=OneLineParser,
             args=arguments,
         )
 
@@ -119,6 +150,15 @@ class MedmimCLI(LightningCLI):
         if sizes and config["model"].get("class_path") == hparams.get("_class_path", config["model"]["class_path"]):
             model = {"class_path": config["model"]["class_path"], "init_args": sizes}
             self.config = self.parser.parse_object({command: {"model": model}}, self.config)
+
+    def instantiate_classes(self) -> None:
+        """Make model, data and trainer; a value that one of them refuses is the user's to change."""
+        try:
+            super().instantiate_classes()
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"{one_line(str(error))}.") from error
 
     def run_folder(self) -> Path:
         """Return the folder of this run; a resumed run continues in its own."""

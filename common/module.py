@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from common.checkpoint import check_shapes, encoder_record
 from common.distributed import reduce_sums
-from common.errors import CheckpointError
+from common.errors import CheckpointError, UserError
 from common.optim import Schedule, WarmupCosine, param_groups
 from common.randomness import run_seed, seed_step, stable_hash
 from common.reporting import log_scalars
@@ -81,8 +81,13 @@ class BuiltFromData(pl.LightningModule):
         if self.network is not None:
             return
         spec = self.resolve_input()
-        with seeded_init(type(self).__name__):
-            self.network = self.build_network(spec)
+        try:
+            with seeded_init(type(self).__name__):
+                self.network = self.build_network(spec)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(str(error)) from error
         if self.compile_network:
             self.network.compile()
 

@@ -91,8 +91,14 @@ class EMIMPretrain(SSLModule):
         self._correlation = (correlation_axis, correlation_sum, correlation_center, reduction, off_diagonal_weight)
 
     def build_network(self, spec: InputSpec) -> EMIM:
-        """Make encoder and decoder for inputs of ``spec``."""
+        """Make encoder and decoder for inputs of ``spec``.
+
+        Raises:
+            ValueError: sizes that do not fit; a masker that cannot hide what it is asked to of these modalities.
+        """
         encoder = self._make_encoder(len(spec.channels), spec.image_size)
+        for masker in (self.masker, self.val_masker):
+            masker(1, encoder.grid_size, len(spec.channels), generator=torch.Generator())
         decoder = self._make_decoder(encoder.embed_dim, encoder.grid_size, encoder.patch_embed.proj.in_features)
         return EMIM(encoder, decoder, self.taps, self.mask_fill)
 

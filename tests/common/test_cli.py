@@ -131,8 +131,23 @@ def test_wrong_usage_exits_with_2_and_names_what_is_wrong(capsys, pretrain_argum
     with pytest.raises(SystemExit) as stop:
         main(pretrain_arguments(wrong))
     assert stop.value.code == 2
-    words = capsys.readouterr().err
-    assert any(word in words for word in ("tapz", "precision", "missing.yaml"))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert any(word in line for word in ("tapz", "precision", "missing.yaml"))
+    assert "--help" in line
+    assert "Union" not in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["--model.mask_fill=drop"], "set barlow_twins_weight to 0"),
+        (["--model.taps=[99]"], "`taps` must lie in 0..2"),
+        (["--data.crop_size=[50,64,64]"], "cannot be cut into patches"),
+        (["--model.masker.hidden_per_position=3"], "`hidden_per_position` must be at most 2"),
+    ],
+)
+def test_values_that_cannot_work_are_one_line(capsys, pretrain_arguments, settings, words):
+    assert words in refused(capsys, pretrain_arguments(*settings))
 
 
 def test_help_costs_no_torch():
