@@ -1,6 +1,8 @@
-"""Scalars, figures and lines for a person, from any hook and on any logger."""
+"""Scalars, figures, lines and tables for a person, from any hook and on any logger."""
 
-from collections.abc import Collection, Mapping
+import csv
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -35,6 +37,15 @@ def log_figure(trainer: pl.Trainer, tag: str, figure: Figure) -> None:
 def is_dry_run(trainer: pl.Trainer) -> bool:
     """Return whether the trainer only tries a few batches (``--trainer.fast_dev_run``) and must leave no files."""
     return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a CSV with one line per case."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["subject_id"])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 @rank_zero_only

@@ -7,10 +7,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from common.callbacks.validation import ValidationCallback
 from common.distributed import gather_objects
 from common.metrics import singular_values, spectrum_rank
 from common.module import SSLModule
 from common.reporting import log_figure, log_scalars
+from common.types import Reconstruction
 
 
 def spectrum_figure(spectra: dict[str, Tensor], initial: dict[str, Tensor], step: int) -> Figure:
@@ -29,7 +31,7 @@ def spectrum_figure(spectra: dict[str, Tensor], initial: dict[str, Tensor], step
     return figure
 
 
-class EffectiveRank(pl.Callback):
+class EffectiveRank(ValidationCallback):
     """Logs ``collapse/effective_rank`` of the encoder's output, one more per tap, and the spectrum as a picture.
 
     Features are those of unmasked validation inputs, tokens that hold anything, always the same ones. The value before
@@ -49,22 +51,14 @@ class EffectiveRank(pl.Callback):
         """Forget the last validation (Lightning hook)."""
         self._features, self._count = {}, 0
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Collect this rank's share of the tokens (Lightning hook)."""
+    def observe(self, trainer: pl.Trainer, module: SSLModule, output: Reconstruction, batch: Any) -> None:
+        """Collect this rank's share of the tokens."""
         share = -(-self.max_tokens // trainer.world_size)
-        if self._count >= share or not isinstance(pl_module, SSLModule):
+        if self._count >= share:
             return
-        output = pl_module.token_features(batch)
-        for name, features in output.features.items():
-            kept = features[output.keep][: share - self._count].float().cpu()
+        tokens = module.token_features(batch)
+        for name, features in tokens.features.items():
+            kept = features[tokens.keep][: share - self._count].float().cpu()
             self._features.setdefault(name, []).append(kept)
         self._count += len(kept)
 

@@ -6,10 +6,12 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from common.callbacks.validation import ValidationCallback
 from common.distributed import reduce_sums
 from common.losses.reconstruction import masked_error
 from common.module import SSLModule
 from common.reporting import log_scalars, say
+from common.types import Reconstruction
 
 
 class TargetMean:
@@ -35,7 +37,7 @@ class TargetMean:
         return (self.total / self.count.clamp(min=1)[..., None]).float()
 
 
-class FloorRatio(pl.Callback):
+class FloorRatio(ValidationCallback):
     """Logs ``collapse/floor_ratio``: validation reconstruction loss over that of the best constant.
 
     The constant is, for every target element, the mean of training samples in the target's own units, cut and never
@@ -73,26 +75,16 @@ class FloorRatio(pl.Callback):
         if self._constant is None and isinstance(pl_module, SSLModule):
             self._constant = self._measure_constant(trainer, pl_module)
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Add one batch (Lightning hook)."""
-        if self._constant is None or not isinstance(pl_module, SSLModule):
-            return
-        output = outputs["reconstruction"]
+    def observe(self, trainer: pl.Trainer, module: SSLModule, output: Reconstruction, batch: Any) -> None:
+        """Add one batch."""
+        assert self._constant is not None
         masks = {"": output.mask} | {f"_{name}": mask for name, mask in output.groups.items()}
         constant = self._constant.expand_as(output.target)
         for name, mask in masks.items():
             self._add(f"loss{name}", *masked_error(output.pred, output.target, mask))
             self._add(f"floor{name}", *masked_error(constant, output.target, mask))
         if "control_image" in batch:
-            control = pl_module.reconstruct(batch, image="control_image")
+            control = module.reconstruct(batch, image="control_image")
             self._add("loss_control", *masked_error(control.pred, control.target, control.mask))
             self._add("floor_control", *masked_error(constant, control.target, control.mask))
 

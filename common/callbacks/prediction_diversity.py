@@ -6,9 +6,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from common.callbacks.validation import ValidationCallback
 from common.distributed import gather_objects
 from common.module import SSLModule
 from common.reporting import log_scalars
+from common.types import Reconstruction
 
 
 class _Moments:
@@ -43,7 +45,7 @@ class _Moments:
         return (deviation * (count >= 2)).sum()
 
 
-class PredictionDiversity(pl.Callback):
+class PredictionDiversity(ValidationCallback):
     """Logs ``collapse/prediction_diversity``: variance of predictions across samples over that of their targets.
 
     All samples get one and the same mask (but for what a sample lacks), and only hidden entries count. Near 0 the model
@@ -68,19 +70,11 @@ class PredictionDiversity(pl.Callback):
         """Forget the last validation (Lightning hook)."""
         self._reset()
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Reconstruct under the common mask (Lightning hook)."""
-        if self._seen * trainer.world_size >= self.max_samples or not isinstance(pl_module, SSLModule):
+    def observe(self, trainer: pl.Trainer, module: SSLModule, output: Reconstruction, batch: Any) -> None:
+        """Reconstruct under the common mask."""
+        if self._seen * trainer.world_size >= self.max_samples:
             return
-        output = pl_module.reconstruct(batch | {"key": torch.full_like(batch["key"], self.KEY)})
+        output = module.reconstruct(batch | {"key": torch.full_like(batch["key"], self.KEY)})
         self._pred.update(output.pred, output.mask)
         self._target.update(output.target, output.mask)
         self._seen += len(output.mask)

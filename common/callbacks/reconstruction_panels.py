@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
+from common.callbacks.validation import ValidationCallback
 from common.module import SSLModule
 from common.reporting import log_figure
-from common.types import Panel
+from common.types import Panel, Reconstruction
 
 _COLUMNS = ("input", "visible (hidden in blue)", "prediction where hidden", "prediction - input where hidden")
 _HIDDEN_COLOR = np.array([0.16, 0.30, 0.55])
@@ -83,7 +84,7 @@ def panel_figure(modality: str, rows: Sequence[Panel]) -> Figure:
     return figure
 
 
-class ReconstructionPanels(pl.Callback):
+class ReconstructionPanels(ValidationCallback):
     """Logs ``reconstruction/<modality>`` at every validation, always the same samples.
 
     Args:
@@ -101,22 +102,13 @@ class ReconstructionPanels(pl.Callback):
         """Forget the last validation (Lightning hook)."""
         self._panels = {}
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Draw the first samples of rank 0 (Lightning hook)."""
+    def observe(self, trainer: pl.Trainer, module: SSLModule, output: Reconstruction, batch: Any) -> None:
+        """Draw the first samples of rank 0."""
         wanted = trainer.is_global_zero and self._validations % self.every_n_validations == 0
-        if not wanted or not isinstance(pl_module, SSLModule) or self._drawn() >= self.num_samples:
+        if not wanted or self._drawn() >= self.num_samples:
             return
-        output = outputs["reconstruction"]
         for index in range(min(len(output.target), self.num_samples - self._drawn())):
-            for name, panel in pl_module.panels(batch, output, index).items():
+            for name, panel in module.panels(batch, output, index).items():
                 self._panels.setdefault(name, []).append(panel)
 
     def _drawn(self) -> int:

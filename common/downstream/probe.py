@@ -17,10 +17,9 @@ from torchmetrics.functional.classification import binary_accuracy, binary_auroc
 
 from common.blocks.vit import VisionTransformer
 from common.downstream.encoder import EncoderFactory, encoder_architecture, make_encoder
-from common.downstream.segmentation import write_rows
 from common.errors import DataError
 from common.module import BuiltFromData
-from common.reporting import is_dry_run, log_scalars, say
+from common.reporting import is_dry_run, log_scalars, say, write_rows
 from common.types import InputSpec
 
 

@@ -1,6 +1,5 @@
 """Segmentation of regions in volumes, from a pre-trained encoder or from scratch."""
 
-import csv
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from common.losses.region import RegionDiceBCE
 from common.metrics import region_dice, region_hd95
 from common.module import BuiltFromData
 from common.optim import Schedule, WarmupCosine, param_groups
-from common.reporting import log_scalars, say
+from common.reporting import log_scalars, say, write_rows
 from common.types import InputSpec
 
 NetworkFactory = Callable[[VisionTransformer, int], nn.Module]
@@ -40,15 +39,6 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
             spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else 0.0
             summary[name] = {"mean": mean, "std": spread, "n": len(values)}
     return summary
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write one line per case."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["subject_id"])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 class SegmentationModule(BuiltFromData):
