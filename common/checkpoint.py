@@ -113,7 +113,7 @@ def read_encoder(path: str | Path) -> StoredEncoder:
     if (Path(path) / "config.json").is_file():
         return _read_export(Path(path))
     checkpoint = read_checkpoint(path)
-    record = checkpoint.get("encoder")
+    record = checkpoint.get("encoder") if isinstance(checkpoint, dict) else None
     if not record:
         raise CheckpointError(f"{path} holds no encoder: it was not written by a pre-training of this project.")
     prefix = record["prefix"]
@@ -126,7 +126,10 @@ def _read_export(folder: Path) -> StoredEncoder:
     config = json.loads((folder / "config.json").read_text())
     if config.get("format") != "monai" or "encoder" not in config:
         raise CheckpointError(f"{folder} is no export in the format monai; start from the run it came from.")
-    state = from_monai(load_file(folder / "model.safetensors"))
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise CheckpointError(f"{folder} has a config.json but no model.safetensors: export the encoder again.")
+    state = from_monai(load_file(weights))
     record = config["encoder"]
     return StoredEncoder(record["class_path"], record["init_args"], state, config["channels"], config["preprocessing"])
 
@@ -199,8 +202,9 @@ def transfer_encoder(stored: StoredEncoder, encoder: nn.Module, channels: Sequen
         patch = config["patch_size"]
         patch = [patch] * len(new_size) if isinstance(patch, int) else patch
         grids = grid_of(old_size, patch), grid_of(new_size, patch)
-        state["pos_embed"] = resize_position_embedding(state["pos_embed"], *grids)
-        adapted["pos_embed"] = f"resampled from {old_size} to {new_size}"
+        fixed = config.get("pos_embed") == "sincos"
+        state["pos_embed"] = wanted["pos_embed"] if fixed else resize_position_embedding(state["pos_embed"], *grids)
+        adapted["pos_embed"] = f"{'computed' if fixed else 'resampled'} from {old_size} to {new_size}"
     check_shapes({k: v for k, v in state.items() if k in wanted}, {k: wanted[k] for k in state if k in wanted})
     report = LoadReport(
         loaded=[k for k in state if k in wanted and k not in adapted],

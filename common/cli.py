@@ -1,5 +1,6 @@
 """The ``lightning`` command: LightningCLI with our defaults, run folder and one-sentence refusals."""
 
+import json
 import logging
 import os
 import sys
@@ -15,15 +16,16 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from common.callbacks.fault_report import FaultReport
 from common.callbacks.last_checkpoint import LastCheckpoint
-from common.callbacks.preemption import Preemption
+from common.callbacks.preemption import Preemption, slurm_job
 from common.callbacks.run_record import RunRecord
 from common.checkpoint import read_checkpoint, resolve_checkpoint
 from common.checkpoint_io import AtomicCheckpointIO
-from common.data_config import package_file
+from common.data_config import one_line, package_file
 from common.distributed import launched_rank
 from common.errors import PreemptedError, UserError
 from common.loggers import RunCSVLogger, RunTensorBoardLogger, SummaryLogger
@@ -88,24 +90,6 @@ class RunConfig(SaveConfigCallback):
         self.already_saved = True
 
 
-#: Lines of jsonargparse's messages that only say how it tried.
-_NOISE = (
-    "Does not validate against",
-    "Subtypes:",
-    "Errors:",
-    "- Expected a <class 'NoneType'>",
-    "Given value type:",
-    "Given value: N",
-)
-
-
-def one_line(message: str) -> str:
-    """Return what a message of jsonargparse over many lines says."""
-    lines = [line.strip() for line in message.splitlines()]
-    words = [line.removeprefix("- ") for line in lines if line and not line.startswith(_NOISE)]
-    return "; ".join(words).replace(":; ", ": ").removesuffix(".")
-
-
 class OneLineParser(LightningArgumentParser):
     """Says what is wrong with the usage in one line, without the page of all options."""
 
@@ -141,6 +125,8 @@ class MedmimCLI(LightningCLI):
         """
         command = self.config["subcommand"]
         config = self.config[command]
+        if command == "fit" and not config.get("ckpt_path") and int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+            config["ckpt_path"] = self._requeued_run(config["model"].get("class_path", ""))
         if not config.get("ckpt_path"):
             return
         path = resolve_checkpoint(config["ckpt_path"], "last" if command == "fit" else "best")
@@ -150,6 +136,14 @@ class MedmimCLI(LightningCLI):
         if sizes and config["model"].get("class_path") == hparams.get("_class_path", config["model"]["class_path"]):
             model = {"class_path": config["model"]["class_path"], "init_args": sizes}
             self.config = self.parser.parse_object({command: {"model": model}}, self.config)
+
+    def _requeued_run(self, class_path: str) -> str | None:
+        """Return the folder of this SLURM job's run before it was requeued, if that run saved anything."""
+        for record in Path("runs", *run_name(self._arguments, class_path)).glob("*/environment.json"):
+            saved = (record.parent / "checkpoints/last.ckpt").is_file()
+            if saved and json.loads(record.read_text()).get("slurm_job") == slurm_job():
+                return str(record.parent)
+        return None
 
     def instantiate_classes(self) -> None:
         """Make model, data and trainer; a value that one of them refuses is the user's to change."""
@@ -176,6 +170,7 @@ class MedmimCLI(LightningCLI):
             if launched_rank() != 0 or not folder.exists():
                 break
             folder = folder.with_name(f"{stamp}_{number}")
+        os.environ["MEDMIM_RUN_TIME"] = folder.name
         return folder
 
     def _check_precision(self, trainer_config: dict[str, Any]) -> None:
@@ -215,7 +210,13 @@ class MedmimCLI(LightningCLI):
         if self.subcommand == "fit" and config["enable_checkpointing"] is not False:
             callbacks += self._checkpoint_callbacks(folder)
         self.trainer_defaults = {"callbacks": callbacks}
-        return self._instantiate_trainer({**config, **kwargs}, [])
+        trainer = self._instantiate_trainer({**config, **kwargs}, [])
+        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise UserError(
+                f"The strategy {config['strategy']} splits the model over devices; losses over all ranks and exact "
+                f"resuming do not allow that: use ddp."
+            )
+        return trainer
 
     def _checkpoint_callbacks(self, folder: Path) -> list[Any]:
         last = LastCheckpoint(folder / "checkpoints")

@@ -1,6 +1,7 @@
 """The data section of configurations, for commands that need an archive but no model."""
 
 import argparse
+from argparse import ArgumentError
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -11,6 +12,23 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 
 from common.errors import UserError
+
+#: Lines of jsonargparse's messages that only say how it tried.
+_NOISE = (
+    "Does not validate against",
+    "Subtypes:",
+    "Errors:",
+    "- Expected a <class 'NoneType'>",
+    "Given value type:",
+    "Given value: N",
+)
+
+
+def one_line(message: str) -> str:
+    """Return what a message of jsonargparse over many lines says."""
+    lines = [line.strip() for line in message.splitlines()]
+    words = [line.removeprefix("- ") for line in lines if line and not line.startswith(_NOISE)]
+    return "; ".join(words).replace(":; ", ": ").removesuffix(".")
 
 
 def package_file(path: str) -> str:
@@ -83,7 +101,15 @@ def data_section(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_datamodule(args: argparse.Namespace) -> Any:
-    """Instantiate the data module that the arguments describe."""
+    """Instantiate the data module that the arguments describe.
+
+    Raises:
+        UserError: a setting does not exist or cannot have this value.
+    """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False)
-    return parser.instantiate(parser.parse_object({"data": data_section(args)})).data
+    section = data_section(args)
+    try:
+        return parser.instantiate(parser.parse_object({"data": section})).data
+    except (ArgumentError, ValueError) as error:
+        raise UserError(f"{one_line(str(error))}.") from error

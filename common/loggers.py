@@ -83,6 +83,12 @@ class SummaryLogger(Logger):
         self._scalars: dict[str, dict[str, float]] = {}
         self._begin = time.perf_counter()
         self.facts: dict[str, Any] = {}
+        # A resumed run goes on in its folder: what it reached before the stop still counts.
+        path = self._folder / "summary.json"
+        if path.is_file():
+            before = json.loads(path.read_text())
+            self._scalars = before["scalars"]
+            self._begin -= before["wall_seconds"]
 
     @property
     def name(self) -> str:

@@ -106,6 +106,10 @@ class BuiltFromData(pl.LightningModule):
         spec: InputSpec = datamodule.input_spec
         given: dict[str, Any] = {"channels": list(spec.channels), "image_size": list(spec.image_size)}
         given["regions"] = {name: list(values) for name, values in spec.regions.items()}
+        if "regions" in stored and not spec.regions:
+            # An archive without labels, to predict: the checkpoint knows what it was trained to find.
+            given["regions"] = _plain(stored["regions"])
+            spec = spec._replace(regions=stored["regions"])
         for name, value in stored.items():
             if _plain(value) != given[name]:
                 raise CheckpointError(

@@ -213,6 +213,8 @@ class VolumeCache:
             record: What was stored.
             full: Whether to compare check sums of the cache files, not only their sizes.
         """
+        if any("cannot be opened" in detail for _, _, detail in (*record.faults, *record.label_faults)):
+            return False  # a mount or a permission, which may have come back without a trace in the file
         current = {str(path) for path in (*self._image_paths(case), *case.labels.values())}
         if current != set(record.sources):
             return False

@@ -27,10 +27,12 @@ class Findings(NamedTuple):
     Attributes:
         faults: What is broken.
         sums: Check sum to path of every image file that was read to its end.
+        usable: Whether anything is left to train on.
     """
 
     faults: list[Fault]
     sums: dict[str, str]
+    usable: bool
 
 
 def _headers(case: Case, paths: dict[str, str]) -> Iterator[tuple[str, Header | Fault]]:
@@ -41,10 +43,10 @@ def _headers(case: Case, paths: dict[str, str]) -> Iterator[tuple[str, Header | 
             yield name, Fault(path, error.kind, error.detail, case.case_id)
 
 
-def check_headers(case: Case, layout: Layout) -> Findings:
+def check_headers(case: Case, layout: Layout, labels: bool) -> Findings:
     """Look at the headers of a case: readable, three axes, on one grid where the layout needs one."""
     paths = {name: str(path) for name, path in case.images.items() if name in layout.modalities}
-    paths |= {name: str(path) for name, path in case.labels.items()}
+    paths |= {name: str(path) for name, path in case.labels.items() if labels}
     found = dict(_headers(case, paths))
     faults = [entry for entry in found.values() if isinstance(entry, Fault)]
     headers = {name: entry for name, entry in found.items() if isinstance(entry, Header)}
@@ -56,18 +58,24 @@ def check_headers(case: Case, layout: Layout) -> Findings:
             if entry.shape != shape or not np.allclose(entry.affine, affine, atol=1e-2):
                 detail = f"its grid of {entry.shape} differs from the others' {shape} in size or place"
                 faults.append(Fault(paths[name], "grid", detail, case.case_id))
-    return Findings(faults, {})
+    reference = layout.preprocessing.reference
+    if reference is not None and reference not in case.images:
+        faults.append(Fault(case.case_id, "missing", f"the case has no {reference}", case.case_id))
+    readable = [name for name in headers if name in case.images]
+    usable = reference in readable if reference is not None else bool(readable)
+    return Findings(faults, {}, usable and not (labels and any(name not in headers for name in case.labels)))
 
 
-def check_bytes(case: Case, layout: Layout) -> Findings:
+def check_bytes(case: Case, layout: Layout, labels: bool) -> Findings:
     """Read every byte of a case and prepare it as training would."""
     try:
         prepared = prepare_case(case, layout, layout.modalities)
     except SampleFaultError as error:
-        return Findings(error.faults, {})
+        return Findings(error.faults, {}, usable=False)
     images = {str(path) for path in case.images.values()}
     sums = {source["xxh3"]: path for path, source in prepared.sources.items() if path in images and "xxh3" in source}
-    return Findings([*prepared.faults, *prepared.label_faults], sums)
+    label_faults = prepared.label_faults if labels else []
+    return Findings([*prepared.faults, *label_faults], sums, usable=not label_faults)
 
 
 def find_copies(findings: Sequence[tuple[Case, Findings]]) -> list[list[str]]:
@@ -90,13 +98,20 @@ def examine(datamodule: VolumeDataModule, deep: bool, workers: int) -> list[str]
         + f"; labels in {sum(bool(case.labels) for case in cases)}")  # fmt: skip
     check = check_bytes if deep else check_headers
     with ThreadPoolExecutor(workers) as pool:
-        results = pool.map(lambda case: check(case, layout), cases)
+        results = pool.map(lambda case: check(case, layout, datamodule.labels), cases)
         title = "reading every byte" if deep else "reading headers"
         findings = list(zip(cases, tqdm(results, total=len(cases), desc=title, unit="case"), strict=True))
     ledger = FaultLedger(datamodule.ledger.max_fraction, datamodule.ledger.anonymise)
     ledger.num_samples = len(cases)
     ledger.add(fault for _, found in findings for fault in found.faults)
     reasons = []
+    lost = {case.case_id for case, found in findings if not found.usable}
+    split = datamodule.splits["train"]
+    if split and all(case.case_id in lost for case in split):
+        reasons.append("no case of the training split can be used")
+    samples = len(split) * datamodule.crops_per_case
+    if 0 < samples < datamodule.batch_size:
+        reasons.append(f"the training split gives {samples} samples, fewer than one batch of {datamodule.batch_size}")
     if ledger.num_faulty:
         say(f"faults: {ledger.num_faulty} of {len(cases)} cases. {ledger.describe()}")
         if ledger.num_faulty > ledger.limit:

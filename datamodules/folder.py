@@ -37,13 +37,19 @@ def read_case_table(path: Path) -> dict[str, dict[str, str]]:
     return rows
 
 
-def find_cases(root: Path, labels: tuple[str, ...] = LABEL_STEMS, required: frozenset[str] = frozenset()) -> list[Case]:
+def find_cases(
+    root: Path,
+    labels: tuple[str, ...] = LABEL_STEMS,
+    required: frozenset[str] = frozenset(),
+    all_labels: bool = False,
+) -> list[Case]:
     """List the cases of a generic folder.
 
     Args:
         root: The archive.
         labels: Stems that are labels; their order gives the bits.
         required: Stems of which a case must have one to count.
+        all_labels: Whether a case is labelled only if it has all of ``labels``.
 
     Raises:
         DataError: ``cases.csv`` names a case that has no folder.
@@ -60,6 +66,9 @@ def find_cases(root: Path, labels: tuple[str, ...] = LABEL_STEMS, required: froz
         facts.pop("case_id", None)
         patient, split = facts.pop("patient_id", "") or folder.name, facts.pop("split", "") or None
         found = {stem: files[stem] for stem in labels if stem in files}
+        # A mask's place among the labels is its bit: with one missing, the others would mean something else.
+        if all_labels and len(found) < len(labels):
+            found = {}
         cases.append(Case(folder.name, patient, images, found, split, facts))
     if cases and table:
         raise DataError(
@@ -82,7 +91,7 @@ FOLDER = Layout(
 LUNG = Layout(
     name="lung",
     tree="ROOT/CASE/{1h,xe[,cavity,vent]}.nii.gz [+ ROOT/cases.csv with case_id, disease, split]",
-    find=partial(find_cases, labels=LUNG_LABELS, required=frozenset(LUNG_MODALITIES)),
+    find=partial(find_cases, labels=LUNG_LABELS, required=frozenset(LUNG_MODALITIES), all_labels=True),
     modalities=LUNG_MODALITIES,
     # Bit 0 is the thoracic cavity, bit 1 what is ventilated; the defect is cavity without ventilation.
     regions={"TC": (1, 3), "VD": (1,)},

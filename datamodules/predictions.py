@@ -12,6 +12,7 @@ from monai.data import MetaTensor
 from monai.transforms import ResampleToMatch
 from numpy.typing import NDArray
 
+from common.distributed import gather_objects
 from common.reporting import say
 from datamodules.cache import Record
 from datamodules.volume_io import write_nifti
@@ -49,6 +50,11 @@ class SegmentationWriter(BasePredictionWriter):
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
         self._count = 0
+        self._folder = Path("predictions")
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Agree on one folder: ranks that a scheduler started read the time for themselves (Lightning hook)."""
+        self._folder = Path(trainer.strategy.broadcast(trainer.default_root_dir)) / "predictions"
 
     def write_on_batch_end(
         self,
@@ -61,12 +67,12 @@ class SegmentationWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Write the cases of one batch (Lightning hook)."""
-        folder = Path(trainer.default_root_dir) / "predictions"
         for entry in prediction:
             label, affine = to_source_grid(entry["label"].numpy(), entry["record"])
-            write_nifti(folder / f"{entry['subject_id']}.nii.gz", label, affine)
+            write_nifti(self._folder / f"{entry['subject_id']}.nii.gz", label, affine)
             self._count += 1
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say where they are (Lightning hook)."""
-        say(f"predictions: {self._count} label volumes in {Path(trainer.default_root_dir) / 'predictions'}")
+        total = sum(gather_objects(self._count))
+        say(f"predictions: {total} label volumes in {self._folder}")

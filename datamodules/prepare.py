@@ -55,6 +55,17 @@ def _check_values(data: NDArray) -> None:
         raise VolumeError("constant", f"every voxel is {data.flat[0]:g}")
 
 
+def _rescaled(data: NDArray, rule: str) -> NDArray[np.float32]:
+    """Scale what lies on the final grid; it may be another part of the file than the one that was checked."""
+    if data.min() == data.max():
+        raise VolumeError("grid", "no part of it lies on the grid that the case is brought to")
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scaled = rescale(data, rule)
+    if not np.isfinite(scaled).all() or scaled.min() == scaled.max():
+        raise VolumeError("constant", f"nothing is left of it on the intensity scale {rule!r}")
+    return scaled
+
+
 def _same_grid(a: Volume, b: Volume) -> bool:
     return a.data.shape == b.data.shape and np.allclose(a.affine, b.affine, atol=1e-2)
 
@@ -187,9 +198,17 @@ def prepare_case(case: Case, layout: Layout, modalities: tuple[str, ...]) -> Pre
     images, reference = _on_reference_grid(volumes, layout)
     final = next(iter(images.values()))
     stack = np.zeros((len(modalities), *final.shape[1:]), dtype=np.float32)
+    there = [False] * len(modalities)
     for index, name in enumerate(modalities):
-        if name in images:
-            stack[index] = rescale(images[name][0].numpy(), settings.intensity[name])
+        if name not in images:
+            continue
+        try:
+            stack[index] = _rescaled(images[name][0].numpy(), settings.intensity[name])
+            there[index] = True
+        except VolumeError as error:
+            faults.append(Fault(str(case.images[name]), error.kind, error.detail, case.case_id))
+    if not any(there):
+        raise SampleFaultError(faults)
     label, label_faults = _prepare_label(case, layout, reference, stack, sources)
     affine, offset = np.asarray(final.affine, dtype=np.float64), None
     if settings.crop_foreground:
@@ -201,7 +220,7 @@ def prepare_case(case: Case, layout: Layout, modalities: tuple[str, ...]) -> Pre
         affine = affine @ np.block([[np.eye(3), np.array(start)[:, None]], [np.zeros((1, 3)), np.ones((1, 1))]])
     return PreparedCase(
         image=stack,
-        modality_mask=[name in images for name in modalities],
+        modality_mask=there,
         label=label,
         affine=affine,
         source_shape=reference.data.shape,

@@ -266,7 +266,7 @@ class VolumeDataModule(ArchiveDataModule):
             fractions, split_seed, split_file = self._split
             parts = assign_splits(self.cases, fractions, split_seed, split_file)
             self.targets = self._read_targets()
-            usable = [case for case in self.cases if self.targets is None or case.case_id in self.targets]
+            usable = [case for case in self.cases if self._is_wanted(case)]
             self.splits = {
                 name: [c for c in usable if parts.get(c.case_id) == name] for name in ("train", "val", "test")
             }
@@ -277,12 +277,19 @@ class VolumeDataModule(ArchiveDataModule):
             self.store = SourceVolumes(layout) if self._cache == "none" else VolumeCache(self.root, layout, self._cache)
         return self._layout
 
+    def _is_wanted(self, case: Case) -> bool:
+        """Whether a case has the class or the label that is asked for; to have none is no fault."""
+        if self.targets is not None:
+            return case.case_id in self.targets
+        return bool(case.labels) or not self.labels
+
     def _check_regions(self, layout: Layout) -> None:
         if self.labels and not (self._regions or layout.regions):
             raise DataError(f"The layout {layout.name} does not say what its labels mean: give data.regions, "
                             f"such as {{lesion: [1]}}.")  # fmt: skip
         if self.labels and not any(case.labels for case in self.cases):
-            raise DataError(f"No case under {self.root} has a label file; looked for {layout.tree}.")
+            raise DataError(f"No case under {self.root} has a label file; looked for {layout.tree}. "
+                            f"To predict without labels, set data.labels to false.")  # fmt: skip
 
     def _read_targets(self) -> dict[str, int] | None:
         """Return the class of each case that has one."""
@@ -357,6 +364,8 @@ class VolumeDataModule(ArchiveDataModule):
         counts = ", ".join(f"{len(part)} {name}" for name, part in self.splits.items() if part)
         say(f"data: {layout.name} at {self.root}, cases {counts}, modalities {', '.join(layout.modalities)}, "
             f"crops {'x'.join(map(str, self.crop_size))}")  # fmt: skip
+        if stage == "fit" and not self.splits["val"]:
+            say("note: the val split is empty, so nothing will be measured and there will be no best checkpoint")
 
     def _dataset(self, cases: Sequence[Case], domain: Domain, **options: Any) -> VolumeDataset:
         return VolumeDataset(
@@ -394,10 +403,7 @@ class VolumeDataModule(ArchiveDataModule):
         return self.train_loader(dataset, self.crops_per_case)
 
     def _whole(self, split: str) -> ResumableLoader:
-        cases = self._usable(self.splits[split])
-        if self.labels:
-            cases = [case for case in cases if case.labels]
-        return self.evaluation_loader(self._dataset(cases, "full"), batch_size=1)
+        return self.evaluation_loader(self._dataset(self._usable(self.splits[split]), "full"), batch_size=1)
 
     def val_dataloader(self) -> ResumableLoader:
         """Return fixed validation crops, or whole volumes for a labelled set (Lightning hook)."""
@@ -409,7 +415,14 @@ class VolumeDataModule(ArchiveDataModule):
         return self.evaluation_loader(dataset, self.val_crops_per_case)
 
     def test_dataloader(self) -> ResumableLoader:
-        """Return whole test volumes, or central crops where a class is wanted (Lightning hook)."""
+        """Return whole test volumes, or central crops where a class is wanted (Lightning hook).
+
+        Raises:
+            DataError: the test split is empty.
+        """
+        if not self._usable(self.splits["test"]):
+            raise DataError(f"There is no case to test on under {self.root}: none is in the test split"
+                            + (", with a label." if self.labels else "."))  # fmt: skip
         if self.targets is not None:
             return self.evaluation_loader(self._dataset(self._usable(self.splits["test"]), "center"))
         return self._whole("test")

@@ -12,8 +12,8 @@ from common.reporting import is_dry_run
 class LastCheckpoint(Checkpoint):
     """Writes ``checkpoints/last.ckpt`` every n optimiser steps and at the end of every epoch.
 
-    It is written before validation, so that a run that dies in it resumes behind the step, and nowhere else: a
-    checkpoint written after ``fit`` has lost the loader's position.
+    It is written inside training and nowhere else: a checkpoint written after ``fit`` has lost the loader's position.
+    At the end of an epoch that is behind its validation.
 
     Args:
         folder: Where to write.

@@ -18,8 +18,16 @@ from common.reporting import say
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
+def slurm_job() -> str | None:
+    """Return the id of the SLURM job (and array task) that this process belongs to; it survives requeueing."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
+
+
 class Preemption(Checkpoint):
     """On SIGTERM or SIGUSR1, finishes the step, saves ``last.ckpt``, asks SLURM to requeue, and stops with 143.
+
+    A requeued job goes on from what it saved: the command looks for the run of its own job.
 
     The handler only sets a flag. All ranks agree on it at the next step boundary (over a CPU group, so that the
     accelerator is never waited for), or between validation batches. Lightning's own handling is replaced: it saves
@@ -79,12 +87,11 @@ class Preemption(Checkpoint):
             self._stop(trainer)
 
     def _stop(self, trainer: pl.Trainer) -> None:
-        message = (
-            f"stopped on request at step {trainer.global_step}; resume with RESUME={self.checkpoint.path.parent.parent}"
-        )
-        if trainer.is_global_zero and "SLURM_JOB_ID" in os.environ and shutil.which("scontrol"):
-            job = os.environ.get("SLURM_ARRAY_JOB_ID")
-            job = f"{job}_{os.environ['SLURM_ARRAY_TASK_ID']}" if job else os.environ["SLURM_JOB_ID"]
+        message = f"stopped on request at step {trainer.global_step}; "
+        saved = self.checkpoint.path.is_file()
+        message += f"resume with RESUME={self.checkpoint.path.parent.parent}" if saved else "nothing was trained yet"
+        job = slurm_job()
+        if trainer.is_global_zero and job is not None and shutil.which("scontrol"):
             done = subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0
             message += f"; SLURM job {job} {'is requeued' if done else 'could not be requeued'}"
         say(message)

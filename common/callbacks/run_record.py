@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from common.callbacks.preemption import slurm_job
 from common.callbacks.throughput import Throughput
 from common.loggers import SummaryLogger
 from common.provenance import environment
@@ -39,6 +40,7 @@ class RunRecord(pl.Callback):
             "seed": run_seed(),
             "world_size": trainer.world_size,
             "precision": str(trainer.precision),
+            "slurm_job": slurm_job(),
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         }
         (self.folder / "environment.json").write_text(json.dumps(facts, indent=2))

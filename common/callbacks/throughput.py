@@ -30,6 +30,14 @@ class Throughput(pl.Callback):
         self._begin: float | None = None
         self._window = (0, 0.0, 0.0)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run adds to (Lightning hook)."""
+        return {"samples": self.samples, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting (Lightning hook)."""
+        self.samples, self.seconds = state_dict["samples"], state_dict["seconds"]
+
     @staticmethod
     def _batch_size(batch: Any) -> int:
         values = batch.values() if isinstance(batch, dict) else batch

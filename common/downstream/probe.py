@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_accuracy, binary_auroc
 
 from common.blocks.vit import VisionTransformer
+from common.distributed import all_reduce_sum, gather_objects
 from common.downstream.encoder import EncoderFactory, encoder_architecture, make_encoder
 from common.errors import DataError
 from common.module import BuiltFromData
@@ -37,8 +38,9 @@ class ProbeNetwork(nn.Module):
         width = int(encoder.num_features)  # type: ignore[arg-type]
         self.weight = nn.Parameter(torch.zeros(num_heads, width))
         self.bias = nn.Parameter(torch.zeros(num_heads))
-        self.register_buffer("mean", torch.zeros(num_heads, width))
-        self.register_buffer("std", torch.ones(num_heads, width))
+        # Parameters, not buffers: every rank has the same, and DDP would broadcast buffers at every step.
+        self.mean = nn.Parameter(torch.zeros(num_heads, width), requires_grad=False)
+        self.std = nn.Parameter(torch.ones(num_heads, width), requires_grad=False)
 
     def train(self, mode: bool = True) -> "ProbeNetwork":
         """Switch the heads; the encoder stays in evaluation mode."""
@@ -54,13 +56,13 @@ class ProbeNetwork(nn.Module):
     def fit_scale(self, features: Tensor, members: Tensor) -> None:
         """Take mean and std of each head's own training cases; ``members`` bool ``(H, S)``."""
         weight = members.float() / members.sum(1, keepdim=True)
-        self.mean.copy_(weight @ features)  # type: ignore[operator]
-        variance = weight @ features.square() - self.mean.square()  # type: ignore[operator]
-        self.std.copy_(variance.clamp(min=1e-8).sqrt())  # type: ignore[operator]
+        self.mean.copy_(weight @ features)
+        variance = weight @ features.square() - self.mean.square()
+        self.std.copy_(variance.clamp(min=1e-8).sqrt())
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits ``(B, H)`` of features ``(B, E)``."""
-        scaled = (features[:, None] - self.mean) / self.std  # type: ignore[operator]
+        scaled = (features[:, None] - self.mean) / self.std
         return (scaled * self.weight).sum(2) + self.bias
 
 
@@ -166,7 +168,8 @@ class LinearProbe(BuiltFromData):
         share = (self._members * positive).sum(1) / self._members.sum(1)
         loss = nn.functional.binary_cross_entropy_with_logits(
             logits, target, weight=members, pos_weight=(1 - share) / share.clamp(min=1e-6), reduction="sum"
-        ) / members.sum().clamp(min=1)
+        )
+        loss = all_reduce_sum(loss) / all_reduce_sum(members.sum()).clamp(min=1)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
         # Each head's gradient must not shrink with the number of heads.
         return loss * logits.shape[1]
@@ -180,14 +183,15 @@ class LinearProbe(BuiltFromData):
         """Scored over all cases at the end of the epoch (Lightning hook)."""
 
     def on_validation_epoch_end(self) -> None:
-        """Log out-of-fold AUROC and accuracy (Lightning hook)."""
+        """Log out-of-fold loss, AUROC and accuracy (Lightning hook)."""
         if not len(self._names):
             return
         logits = self.out_of_fold()
         target = self._targets.long()
         auroc = torch.stack([binary_auroc(row, target) for row in logits])
         accuracy = torch.stack([binary_accuracy(row.sigmoid(), target) for row in logits])
-        scalars = {"auroc": auroc.mean(), "auroc_std": auroc.std(unbiased=len(auroc) > 1),
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, target.float().expand_as(logits))
+        scalars = {"loss": loss, "auroc": auroc.mean(), "auroc_std": auroc.std(unbiased=len(auroc) > 1),
                    "accuracy": accuracy.mean(), "accuracy_std": accuracy.std(unbiased=len(accuracy) > 1)}  # fmt: skip
         log_scalars(self, {f"val/{name}": float(value) for name, value in scalars.items()}, prog_bar=("val/auroc",))
 
@@ -207,20 +211,21 @@ class LinearProbe(BuiltFromData):
 
     def on_test_epoch_end(self) -> None:
         """Write ``metrics.json`` and ``per_case.csv`` (Lightning hook)."""
-        scores = torch.tensor([row["score"] for row in self._rows])
-        target = torch.tensor([row["target"] for row in self._rows]).long()
+        rows = sorted((row for part in gather_objects(self._rows) for row in part), key=lambda row: row["subject_id"])
+        self._rows = []
+        scores = torch.tensor([row["score"] for row in rows])
+        target = torch.tensor([row["target"] for row in rows]).long()
         auroc = float(binary_auroc(scores, target)) if len(target.unique()) == 2 else None
         metrics = {"n": len(target), "auroc": auroc, "accuracy": float(binary_accuracy(scores, target))}
         if self.trainer.is_global_zero:
             folder = Path(self.trainer.default_root_dir)
-            write_rows(folder / "per_case.csv", self._rows)
+            write_rows(folder / "per_case.csv", rows)
             (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
             say(
                 f"test: {metrics['n']} cases, accuracy {metrics['accuracy']:.3f}, "
                 + (f"AUROC {auroc:.3f}" if auroc is not None else "AUROC undefined: the test cases are of one class")
             )
         log_scalars(self, {f"test/{name}": float(value) for name, value in metrics.items() if value is not None})
-        self._rows = []
 
     def configure_optimizers(self) -> Any:
         """Make the optimiser of the heads (Lightning hook)."""

@@ -124,8 +124,8 @@ class SegmentationModule(BuiltFromData):
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
         return loss
 
-    def segment(self, image: Tensor) -> Tensor:
-        """Segment whole volumes ``(B, C, X, Y, Z)`` to bool ``(B, R, X, Y, Z)``."""
+    def logits(self, image: Tensor) -> Tensor:
+        """Return logits ``(B, R, X, Y, Z)`` of whole volumes ``(B, C, X, Y, Z)``."""
         if self._predict is None:
             size = [int(n) for n in self.hparams["image_size"]]
             self._predict = SlidingWindowInferer(size, self._window_batch, self._overlap, mode="gaussian")
@@ -134,7 +134,11 @@ class SegmentationModule(BuiltFromData):
         for axes in flips:
             output = cast(Tensor, self._predict(image.flip(axes) if axes else image, self.network))
             logits = logits.to(output) + (output.flip(axes) if axes else output)
-        return logits > 0
+        return logits / len(flips)
+
+    def segment(self, image: Tensor) -> Tensor:
+        """Segment whole volumes ``(B, C, X, Y, Z)`` to bool ``(B, R, X, Y, Z)``."""
+        return self.logits(image) > 0
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Score one volume by Dice (Lightning hook)."""
@@ -145,11 +149,12 @@ class SegmentationModule(BuiltFromData):
         self._score(batch, distance=True)
 
     def _score(self, batch: Any, distance: bool) -> None:
-        pred, target = self.segment(batch["image"]), batch["label"] > 0.5
-        dice = region_dice(pred, target)
+        logits, target = self.logits(batch["image"]), batch["label"] > 0.5
+        pred, dice = logits > 0, region_dice(logits > 0, target)
         for index, subject in enumerate(batch["subject_id"]):
             row: dict[str, Any] = {"subject_id": subject}
             row |= {f"dice_{name}": float(dice[index, r]) for r, name in enumerate(self.regions)}
+            row["loss"] = float(self.loss(logits[index : index + 1], batch["label"][index : index + 1]))
             if distance:
                 diagonal = math.hypot(*batch["record"][index].source_shape)
                 hd95 = region_hd95(pred[index : index + 1], target[index : index + 1], diagonal)[0]
@@ -172,11 +177,12 @@ class SegmentationModule(BuiltFromData):
         return sorted(rows, key=lambda row: row["subject_id"])
 
     def on_validation_epoch_end(self) -> None:
-        """Log mean Dice over the cases of all ranks (Lightning hook)."""
+        """Log mean loss and Dice over the cases of all ranks (Lightning hook)."""
         summary = summarise(self._take_rows())
         dice = {f"val/{name}": value["mean"] for name, value in summary.items() if name.startswith("dice_")}
         if dice:
-            log_scalars(self, {**dice, "val/dice": sum(dice.values()) / len(dice)}, prog_bar=("val/dice",))
+            means = {"val/dice": sum(dice.values()) / len(dice), "val/loss": summary["loss"]["mean"]}
+            log_scalars(self, dice | means, prog_bar=("val/dice",))
 
     def on_test_epoch_end(self) -> None:
         """Write ``metrics.json`` and ``per_case.csv``, and print the table (Lightning hook)."""
@@ -191,7 +197,8 @@ class SegmentationModule(BuiltFromData):
                 say(f"{name}: Dice {100 * dice['mean']:.2f} +- {100 * dice['std']:.2f} %, HD95 {hd95['mean']:.2f} +- "
                     f"{hd95['std']:.2f} voxels, {summary['n']} cases, empty {summary[f'empty_{name}']}")  # fmt: skip
         log_scalars(
-            self, {f"test/{name}": v["mean"] for name, v in summary.items() if name.startswith(("dice", "hd95"))}
+            self,
+            {f"test/{name}": v["mean"] for name, v in summary.items() if name.startswith(("dice", "hd95", "loss"))},
         )
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:

@@ -39,3 +39,12 @@ def test_what_is_wrong_is_named(tmp_path):
         read_data_section([str(tmp_path / "model_only.yaml")])
     with pytest.raises(UserError, match="NAME=VALUE"):
         data_section(Namespace(config=[f"{CONFIGS}/pretrain.yaml"], root=None, layout=None, set=["cache"]))
+
+
+@pytest.mark.parametrize("setting", ["cash=b2nd", "batch_size=many", "batch_size=0"])
+def test_settings_that_cannot_be_are_one_line(setting):
+    args = Namespace(config=[f"{CONFIGS}/pretrain.yaml"], root=None, layout=None, set=[setting])
+    with pytest.raises(UserError) as error:
+        make_datamodule(args)
+    assert setting.split("=")[0] in str(error.value)
+    assert "\n" not in str(error.value)

@@ -89,3 +89,35 @@ def test_wrong_usage():
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2
+
+
+def test_a_few_cases_all_broken_are_no_archive(copy, capsys):
+    for folder in sorted(p for p in copy.iterdir() if p.is_dir())[5:]:
+        shutil.rmtree(folder)
+    for path in copy.glob("*/*.nii.gz"):
+        path.write_bytes(b"x")
+    with pytest.raises(SystemExit):
+        doctor(copy)
+    assert "no case of the training split can be used" in capsys.readouterr().err
+
+
+def test_less_than_a_batch_is_refused(copy, capsys):
+    with pytest.raises(SystemExit):
+        doctor(copy, "--set", "batch_size=16")
+    assert "gives 6 samples, fewer than one batch of 16" in capsys.readouterr().err
+
+
+def test_broken_labels_matter_where_labels_are_used(copy, capsys):
+    for path in copy.glob("*/*-seg.nii.gz"):
+        path.write_bytes(b"x")
+    doctor(copy)
+    assert "faults: none" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        doctor(copy, "--set", "labels=true")
+
+
+def test_a_study_without_its_reference_is_named(pi_cai_root, tmp_path, capsys):
+    root = shutil.copytree(pi_cai_root, tmp_path / "pi_cai")
+    next(root.rglob("*_t2w.mha")).unlink()
+    doctor(root)
+    assert "the case has no t2w" in capsys.readouterr().out

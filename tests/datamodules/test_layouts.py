@@ -135,3 +135,13 @@ def test_synthetic_trees_are_written_once(tmp_path):
     assert (tmp_path / "mine/precious.nii").exists()
     with pytest.raises(ValueError, match="no synthetic 'knee'"):
         synthesize("knee", tmp_path / "knee", 2)
+
+
+def test_a_chest_with_one_mask_of_two_is_not_labelled(tmp_path, lung_root):
+    """A mask's bit is its place: alone, ventilation would be read as a defect."""
+    root = shutil.copytree(lung_root, tmp_path / "lung")
+    (root / "lung001/cavity.nii.gz").unlink()
+    (root / "lung002/vent.nii.gz").unlink()
+    _, cases = recognise(root)
+    assert [bool(case.labels) for case in cases[:4]] == [True, False, False, True]
+    assert all(set(case.images) == {"1h", "xe"} for case in cases)

@@ -3,6 +3,7 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 
 from common.faults import SampleFaultError
 from datamodules.layouts import recognise
@@ -153,3 +154,26 @@ def test_lung_masks_become_bits(lung_root):
     ventilated = read_volume(cases[0].labels["vent"]).data > 0
     assert np.array_equal(np.isin(prepared.label, layout.regions["TC"]), cavity)
     assert np.array_equal(np.isin(prepared.label, layout.regions["VD"]), cavity & ~ventilated)
+
+
+@pytest.mark.parametrize("modality", ["adc", "hbv"])
+def test_what_lies_beside_the_reference_is_dropped_with_a_row(pi_cai_root, tmp_path, modality):
+    layout, cases = recognise(shutil.copytree(pi_cai_root, tmp_path / "pi_cai"))
+    path = cases[0].images[modality]
+    image = SimpleITK.ReadImage(str(path))
+    image.SetOrigin([value + 900 for value in image.GetOrigin()])
+    SimpleITK.WriteImage(image, str(path))
+    prepared = prepare_case(cases[0], layout, layout.modalities)
+    (fault,) = prepared.faults
+    assert (fault.kind, fault.path) == ("grid", str(path))
+    assert prepared.modality_mask == [True, modality != "adc", modality != "hbv"]
+    assert np.isfinite(prepared.image).all()
+
+
+def test_a_modality_with_nothing_above_zero_is_dropped_with_a_row(case_folder):
+    path = next(case_folder.glob("*-t2w.nii.gz"))
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(-np.abs(np.asarray(image.dataobj, dtype=np.float32)), image.affine), path)
+    prepared = prepare(case_folder)
+    assert [fault.kind for fault in prepared.faults] == ["constant"]
+    assert np.isfinite(prepared.image).all()

@@ -238,3 +238,18 @@ def test_batches_are_mostly_head(brats_root):
     images = torch.cat([b["image"] for b in batches(datamodule.train_dataloader(), datamodule)])
     assert 0.2 < float((images != 0).any(1).float().mean()) < 1
     assert np.isfinite(images.numpy()).all()
+
+
+def test_a_case_without_a_label_is_left_out_and_no_fault(pi_cai_root):
+    datamodule = make(pi_cai_root, labels=True, crop_size=(32, 32, 16), split_fractions=(1.0, 0.0, 0.0))
+    assert len(datamodule.splits["train"]) == 7
+    seen = {name for batch in datamodule.train_dataloader() for name in batch["subject_id"]}
+    assert seen <= {case.case_id for case in datamodule.splits["train"]}
+    assert datamodule.ledger.faults == []
+
+
+def test_a_test_without_cases_is_refused(brats_root, capsys):
+    datamodule = make(brats_root, split_fractions=(1.0, 0.0, 0.0))
+    assert "the val split is empty" in capsys.readouterr().out
+    with pytest.raises(DataError, match="no case to test on"):
+        datamodule.test_dataloader()

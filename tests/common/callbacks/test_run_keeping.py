@@ -79,3 +79,29 @@ def test_the_record_names_versions_seed_and_source(pretrain_arguments):
     assert facts["versions"]["torch"] == version("torch")
     assert facts["world_size"] == 1
     assert {"commit", "dirty", "device"} <= facts.keys()
+
+
+def test_a_resumed_run_adds_to_its_summary(pretrain_arguments):
+    """What a run reached and cost before it was stopped still counts."""
+    folder = execute(pretrain_arguments("--trainer.max_epochs=1"))
+    before = json.loads((folder / "summary.json").read_text())
+    assert execute(pretrain_arguments("--trainer.max_epochs=2", f"--ckpt_path={folder}")) == folder
+    after = json.loads((folder / "summary.json").read_text())
+    assert after["samples"] == 2 * before["samples"]
+    assert after["wall_seconds"] > before["wall_seconds"]
+    ratio = "collapse/floor_ratio"
+    assert after["scalars"][ratio]["first"] == before["scalars"][ratio]["first"]
+    assert after["scalars"][ratio]["final"] != before["scalars"][ratio]["final"]
+
+
+def test_a_requeued_job_goes_on_where_it_stopped(pretrain_arguments, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    first = execute(pretrain_arguments("--trainer.max_epochs=1"))
+    other = execute(pretrain_arguments("--trainer.max_epochs=1"))
+    assert other != first
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    third = execute(pretrain_arguments("--trainer.max_epochs=1"))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert execute(pretrain_arguments("--trainer.max_epochs=2")) == third
+    monkeypatch.setenv("SLURM_JOB_ID", "19")
+    assert execute(pretrain_arguments("--trainer.max_epochs=1")) not in (first, other, third)

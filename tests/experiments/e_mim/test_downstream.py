@@ -3,7 +3,10 @@
 import csv
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 
 import nibabel as nib
 import numpy as np
@@ -155,3 +158,29 @@ def test_embeddings_are_the_encoders(pretrained, brats_root, tmp_path):
     assert len(table) == 8
     assert {len(feature) for feature in table["feature"]} == {32}
     assert set(table["split"]) <= {"train", "val", "test"}
+
+
+def test_new_scans_are_predicted_without_labels(brats_root, tmp_path):
+    """The archive in the clinic has no segmentations; the checkpoint knows what it was trained to find."""
+    folder = execute(segmentation("brats_seg", brats_root, "[32,32,32]", SPLIT, *EPOCH))
+    root = shutil.copytree(brats_root, tmp_path / "new", ignore=shutil.ignore_patterns("*-seg.nii.gz"))
+    arguments = segmentation("brats_seg", root, "[32,32,32]", f"--ckpt_path={folder}", command="predict")
+    predicted = execute([*arguments, "--data.labels=false", "--data.split_fractions=[1,0,0]"])
+    assert len(list((predicted / "predictions").glob("*.nii.gz"))) == 8
+
+
+@pytest.mark.ddp
+def test_two_ranks_score_all_test_cases(pretrained, brats_root):
+    """Each rank sees its share; what is written is of all of them."""
+    sizes = ["--model.num_folds=2", "--model.num_seeds=2", "--data.crop_size=[32,32,32]", SPLIT,
+             f"--data.target_file={brats_root / 'idh.csv'}"]  # fmt: skip
+    folder = execute(task("idh_probe", brats_root, *sizes, *EPOCH, f"--model.pretrained={pretrained}"))
+    test = task("idh_probe", brats_root, *sizes, "--data.batch_size=1", f"--ckpt_path={folder}", command="test")
+    one = execute(test)
+    subprocess.run([sys.executable, "-m", "common.cli", *test, "--trainer.devices=2", "--trainer.accelerator=cpu"],
+                   check=True, timeout=300)  # fmt: skip
+    two = max(one.parent.iterdir(), key=lambda path: path.stat().st_mtime)
+    assert two != one
+    rows = [list(csv.DictReader((run / "per_case.csv").open())) for run in (one, two)]
+    assert len(rows[0]) >= 2
+    assert [row["subject_id"] for row in rows[0]] == [row["subject_id"] for row in rows[1]]

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -26,7 +27,7 @@ def test_brats_2023_is_read_voxel_by_voxel(real_data):
     assert {len(case.images) for case in cases} == {4}
     assert "001" in {case.case_id[-3:] for case in cases}
     case = cases[0]
-    prepared = prepare_case(case, layout)
+    prepared = prepare_case(case, layout, layout.modalities)
     assert prepared.faults == prepared.label_faults == []
     source = nib.load(case.labels["seg"])
     counts = dict(zip(*np.unique(np.asarray(source.dataobj), return_counts=True), strict=True))
@@ -49,7 +50,7 @@ def test_prostates_come_to_the_t2_grid_and_train(real_data, pretrain_arguments):
     layout, cases = recognise(root)
     assert layout.name == "pi_cai"
     assert len(cases) == 3
-    prepared = prepare_case(cases[0], layout)
+    prepared = prepare_case(cases[0], layout, layout.modalities)
     assert prepared.faults == []
     assert prepared.image.shape[0] == 3
     assert all(float(channel.astype(np.float32).std()) > 0 for channel in prepared.image)
@@ -66,7 +67,9 @@ def test_the_official_marksheet(real_data):
     assert sum(row["csPCa"] == "1" for row in rows.values()) == 425
 
 
-def test_a_raw_case_is_not_recognised_flat_and_refused_on_its_grids(real_data, tmp_path, capsys, pretrain_arguments):
+def test_a_raw_case_is_refused_flat_and_only_what_shares_a_grid_is_stacked(
+    real_data, tmp_path, capsys, pretrain_arguments
+):
     root = real_data("tcga_fg_6692")
     with pytest.raises(SystemExit):
         main(pretrain_arguments(root=root))
@@ -76,14 +79,32 @@ def test_a_raw_case_is_not_recognised_flat_and_refused_on_its_grids(real_data, t
     case.mkdir(parents=True)
     for path in root.glob("*.nii.gz"):
         shutil.copy(path, case / f"{path.name.removesuffix('.nii.gz').rpartition('_')[2]}.nii.gz")
-    layout, _ = recognise(tmp_path / "raw")
-    assert layout.name == "folder"
-    data = VolumeDataModule(str(tmp_path / "raw"), crop_size=(32, 32, 16), split_fractions=(1.0, 0.0, 0.0))
+    data = VolumeDataModule(
+        str(tmp_path / "raw"), crop_size=(32, 32, 16), split_fractions=(1.0, 0.0, 0.0), batch_size=1
+    )
     data.prepare_data()
     data.setup("fit")
-    with pytest.raises(DataError, match="grid") as error:
-        data.train_dataloader()
-    assert "TCGA-FG-6692" in str(error.value)
+    assert [(fault.kind, Path(fault.path).name) for fault in data.ledger.faults] == [
+        ("grid", "fla.nii.gz"),
+        ("grid", "t2.nii.gz"),
+    ]
+    batch = next(iter(data.train_dataloader()))
+    names = data.input_spec.channels
+    assert {name for name, there in zip(names, batch["modality_mask"][0].tolist(), strict=True) if there} == {
+        "t1",
+        "t1c",
+    }
+    for name in ("t1c",):
+        (case / f"{name}.nii.gz").unlink()
+    with pytest.raises(DataError, match="the modalities lie on different grids"):
+        train_on(tmp_path / "raw")
+
+
+def train_on(root):
+    """Set up a data module as a run does."""
+    data = VolumeDataModule(str(root), crop_size=(32, 32, 16), split_fractions=(1.0, 0.0, 0.0), batch_size=1)
+    data.prepare_data()
+    data.setup("fit")
 
 
 def test_flat_slices_are_no_volumes(real_data, pretrain_arguments, capsys):
