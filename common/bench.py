@@ -10,9 +10,9 @@ import importlib.util
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,21 +68,34 @@ def in_turn(
     return times
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread inside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def speedup(slow: list[float], fast: list[float]) -> float:
     """Return the median over rounds of slow / fast: pairs of one round share the machine's mood."""
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
-def matmul_rate(
-    dtype: torch.dtype = torch.float32, sizes: Iterable[int] = (1024, 1536, 2048), rounds: int = 7
-) -> float:
-    """Return the best floating-point rate of ``torch.mm`` on this device, in operations per second."""
-    rates = []
-    for size in sizes:
-        a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
-        (times,) = in_turn(partial(torch.mm, a, b), rounds=rounds)
-        rates.append(2 * size**3 / min(times))
-    return max(rates)
+def matrix_products(size: int = 2048, count: int = 8) -> tuple[Callable[[], None], float]:
+    """Return fp32 products that a step is held against, and their floating-point operations.
+
+    They last as long as a part of a step does, so that neither gains from a short burst of the clock.
+    """
+    a, b = torch.randn(size, size), torch.randn(size, size)
+
+    def multiply() -> None:
+        for _ in range(count):
+            torch.mm(a, b)
+
+    return multiply, 2.0 * size**3 * count
 
 
 def bench_modules(experiment: str | None = None) -> list[str]:

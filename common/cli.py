@@ -1,5 +1,9 @@
 """The ``lightning`` command: LightningCLI with our defaults, run folder and one-sentence refusals."""
 
+from common.commands import ask_for_huge_pages
+
+ask_for_huge_pages()
+
 import json
 import logging
 import os

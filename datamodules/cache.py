@@ -292,7 +292,7 @@ class VolumeCache:
         """
         path = self.case_folder(case_id) / f"{name}.{self.format}"
         if self.format == "npy":
-            return np.load(path, mmap_mode="r")
+            return np.load(path, mmap_mode="c")  # private: nothing that is written to it reaches the file
         if not path.is_file():
             raise FileNotFoundError(path)
         return blosc2.open(str(path), mode="r", mmap_mode="r")

@@ -73,9 +73,12 @@ def cut(array: Any, start: Sequence[int], size: Sequence[int]) -> NDArray[Any]:
 def to_tensor(array: NDArray[Any]) -> Tensor:
     """Return a float32 tensor of a piece of a memory-mapped array.
 
-    PyTorch widens float16 three times as fast as NumPy, which checks every number for overflow.
+    PyTorch widens float16 three times as fast as NumPy, which checks every number for overflow, but it cannot read
+    mirrored or read-only memory.
     """
-    return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(torch.float32, copy=True)
+    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+        array = np.array(array)
+    return torch.from_numpy(array).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def flip(array: NDArray[Any], axes: Sequence[int]) -> NDArray[Any]:

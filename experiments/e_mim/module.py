@@ -115,10 +115,19 @@ class EMIMPretrain(SSLModule):
         mask = self.draw_mask(batch, self.masker if self.training else self.val_masker)
         output = self.network(batch[image], mask, clean, batch["image"])
         scored = mask.mask & batch["modality_mask"][:, :, None]
-        nothing_visible = mask.mask.all(1, keepdim=True)
-        groups = {"fully_hidden": scored & nothing_visible, "partly_visible": scored & ~nothing_visible}
-        groups["foreground"] = scored & (output.target != 0).any(3).any(1, keepdim=True)
+        groups = {} if self.training else self._groups(mask, scored, output.target)
         return output, Reconstruction(output.pred.float(), output.target, scored, groups)
+
+    @staticmethod
+    def _groups(mask: MaskOutput, scored: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Return the parts of the hidden entries that are scored apart."""
+        nothing_visible = mask.mask.all(1, keepdim=True)
+        foreground = (target != 0).any(3).any(1, keepdim=True)
+        return {
+            "fully_hidden": scored & nothing_visible,
+            "partly_visible": scored & ~nothing_visible,
+            "foreground": scored & foreground,
+        }
 
     def step(self, batch: Any, sync: bool) -> StepOutput:
         """Compute reconstruction error and pyramid of one batch."""
