@@ -41,7 +41,11 @@ def test_stages_build(monkeypatch, path):
     assert isinstance(cli.datamodule, LightningDataModule)
 
 
-@pytest.mark.parametrize("path", OVERLAYS, ids=name_of)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=[pytest.mark.slow] if p.name.startswith("finetune") else []) for p in OVERLAYS],
+    ids=[name_of(p) for p in OVERLAYS],
+)
 def test_overlays_build_on_their_stage(monkeypatch, path):
     cli = build(monkeypatch, base_of(path), path)
     plain = yaml.safe_load(path.read_text())

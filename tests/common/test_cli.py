@@ -61,6 +61,7 @@ def test_a_run_leaves_a_complete_folder(pretrain_arguments):
     assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_the_saved_configuration_runs_again(pretrain_arguments):
     folder = execute(pretrain_arguments("--trainer.max_epochs=1"))
     again = execute(["fit", "--config", str(folder / "config.yaml")])
@@ -70,6 +71,7 @@ def test_the_saved_configuration_runs_again(pretrain_arguments):
     assert same[0] == same[1]
 
 
+@pytest.mark.slow
 def test_names_in_the_log(pretrain_arguments):
     folder = execute(pretrain_arguments())
     scalars = json.loads((folder / "summary.json").read_text())["scalars"]
@@ -79,6 +81,7 @@ def test_names_in_the_log(pretrain_arguments):
     assert wanted <= scalars.keys()
 
 
+@pytest.mark.slow
 def test_the_curves_start_before_training(pretrain_arguments):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -93,6 +96,7 @@ def test_a_dry_run_leaves_nothing(pretrain_arguments):
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_limits_of_lightning_hold(pretrain_arguments):
     folder = execute(pretrain_arguments("--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"))
     assert json.loads((folder / "summary.json").read_text())["steps"] == 2

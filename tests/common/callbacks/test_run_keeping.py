@@ -16,6 +16,7 @@ from common.errors import TooManyFaultsError
 from common.faults import Fault, FaultLedger
 
 
+@pytest.mark.slow
 def test_throughput_counts_what_was_trained(pretrain_arguments):
     folder = execute(pretrain_arguments())
     summary = json.loads((folder / "summary.json").read_text())
@@ -25,6 +26,7 @@ def test_throughput_counts_what_was_trained(pretrain_arguments):
     assert 0 <= summary["scalars"]["throughput/data_wait_fraction"]["final"] <= 1
 
 
+@pytest.mark.slow
 def test_operations_are_counted_once(pretrain_arguments, monkeypatch):
     entered = []
     from torch.utils.flop_counter import FlopCounterMode
@@ -72,6 +74,7 @@ def test_faults_met_while_training_are_written_and_counted(tmp_path):
     assert len(list(csv.DictReader((tmp_path / "data_faults.csv").open()))) == 6
 
 
+@pytest.mark.slow
 def test_the_record_names_versions_seed_and_source(pretrain_arguments):
     folder = execute(pretrain_arguments("--trainer.max_epochs=1", "--seed_everything=11"))
     facts = json.loads((folder / "environment.json").read_text())
@@ -81,6 +84,7 @@ def test_the_record_names_versions_seed_and_source(pretrain_arguments):
     assert {"commit", "dirty", "device"} <= facts.keys()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_adds_to_its_summary(pretrain_arguments):
     """What a run reached and cost before it was stopped still counts."""
     folder = execute(pretrain_arguments("--trainer.max_epochs=1"))
@@ -94,6 +98,7 @@ def test_a_resumed_run_adds_to_its_summary(pretrain_arguments):
     assert after["scalars"][ratio]["final"] != before["scalars"][ratio]["final"]
 
 
+@pytest.mark.slow
 def test_a_requeued_job_goes_on_where_it_stopped(pretrain_arguments, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     first = execute(pretrain_arguments("--trainer.max_epochs=1"))

@@ -8,6 +8,8 @@ import yaml
 
 from common.cli import execute
 
+pytestmark = pytest.mark.slow
+
 #: Table IV at the paper's depth of 12: level l of L taps block 12 l / L.
 LEVELS = {1: [12], 2: [6, 12], 3: [4, 8, 12], 4: [3, 6, 9, 12], 12: list(range(1, 13))}
 

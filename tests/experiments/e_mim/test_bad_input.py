@@ -81,6 +81,7 @@ def other_place(path):
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj), affine), path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "kinds"),
     [(truncate, {"unreadable"}), (flip_byte, {"unreadable", "checksum"}), (not_finite, {"nan"}),
@@ -96,6 +97,7 @@ def test_one_broken_file_is_one_row_and_training_goes_on(copy, pretrain_argument
     assert rows[0]["detail"]
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_that_still_unpacks_is_found_by_its_checksum(copy, pretrain_arguments):
     """gzip's own check sum is the only witness; nibabel alone may return the wrong voxels."""
     path = member(copy, 1, "t1c")
@@ -112,6 +114,7 @@ def test_a_missing_modality_trains_without_a_row(copy, pretrain_arguments):
     assert rows_after_training(pretrain_arguments(ALL, "--trainer.max_epochs=1", root=copy)) == []
 
 
+@pytest.mark.slow
 def test_a_label_outside_the_releases_set(copy, tmp_path):
     for case in (1, 4):
         rewrite(member(copy, case, "seg"), lambda data: np.where(data == 3, 4, data))
@@ -152,6 +155,7 @@ def test_a_checkpoint_of_another_shape(capsys, pretrain_arguments):
     assert "blocks.2" in refusal(capsys, deeper)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_for_other_data(capsys, pretrain_arguments, lung_root):
     folder = execute(pretrain_arguments("--trainer.max_steps=1", "--trainer.limit_val_batches=1"))
     arguments = [*pretrain_arguments(f"--ckpt_path={folder}", root=lung_root), "--data.crop_size=[32,32,16]"]

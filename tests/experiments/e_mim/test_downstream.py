@@ -43,6 +43,7 @@ def pretrained(pretrain_arguments):
     return execute(pretrain_arguments(*short))
 
 
+@pytest.mark.slow
 def test_segmentation_from_a_pretrained_encoder(pretrained, brats_root, capsys):
     weights = load_encoder(pretrained).state_dict()
     arguments = segmentation("brats_seg", brats_root, "[32,32,32]", SPLIT, *EPOCH, f"--model.pretrained={pretrained}")
@@ -58,6 +59,7 @@ def test_segmentation_from_a_pretrained_encoder(pretrained, brats_root, capsys):
     assert "empty" in report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "crop", "regions"),
     [("brats_seg", "[32,32,32]", ("WT", "TC", "ET")), ("picai_seg", "[32,32,16]", ("TZ", "PZ")),
@@ -83,6 +85,7 @@ def test_segmentation_from_scratch_to_metrics_and_volumes(name, crop, regions, r
     assert np.asarray(nib.load(volumes[0]).dataobj).dtype == np.uint8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["idh_probe", "cspca_probe", "lung_probe"])
 def test_probes(pretrained, name, request):
     root = request.getfixturevalue({"i": "brats_root", "c": "pi_cai_root", "l": "lung_root"}[name[0]])
@@ -104,6 +107,7 @@ def test_probes(pretrained, name, request):
     assert json.loads((tested / "metrics.json").read_text())["n"] >= 1
 
 
+@pytest.mark.slow
 def test_a_run_resumes_downstream(brats_root, monkeypatch):
     arguments = segmentation("brats_seg", brats_root, "[32,32,32]", SPLIT, "--trainer.check_val_every_n_epoch=1",
                              "--trainer.max_epochs=2", "--data.crops_per_case=2")  # fmt: skip
@@ -160,6 +164,7 @@ def test_embeddings_are_the_encoders(pretrained, brats_root, tmp_path):
     assert set(table["split"]) <= {"train", "val", "test"}
 
 
+@pytest.mark.slow
 def test_new_scans_are_predicted_without_labels(brats_root, tmp_path):
     """The archive in the clinic has no segmentations; the checkpoint knows what it was trained to find."""
     folder = execute(segmentation("brats_seg", brats_root, "[32,32,32]", SPLIT, *EPOCH))

@@ -71,7 +71,7 @@ def kill():
 @pytest.mark.parametrize(
     ("more", "step", "action"),
     [
-        pytest.param([], 3, terminate, id="inside an epoch"),
+        pytest.param([], 3, terminate, id="inside an epoch", marks=pytest.mark.slow),
         pytest.param([], 5, terminate, id="last step of an epoch", marks=pytest.mark.slow),
         pytest.param([], 6, kill, id="epoch boundary", marks=pytest.mark.slow),
         pytest.param(["--data.num_workers=2"], 3, terminate, id="two workers", marks=pytest.mark.slow),
