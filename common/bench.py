@@ -87,7 +87,7 @@ def speedup(slow: list[float], fast: list[float]) -> float:
 def matrix_products(size: int = 2048, count: int = 8) -> tuple[Callable[[], None], float]:
     """Return fp32 products that a step is held against, and their floating-point operations.
 
-    They last as long as a part of a step does, so that neither gains from a short burst of the clock.
+    One product shows the peak, a short burst of the clock; several, what is sustained as long as a part of a step.
     """
     a, b = torch.randn(size, size), torch.randn(size, size)
 

@@ -70,11 +70,14 @@ def training_step() -> list[Row]:
         functions.append(partial(step, bfloat16=True))
     single, product, *half = in_turn(*functions, rounds=5)
     share = speedup(product, single) * operations / product_operations
-    rate = product_operations / statistics.median(product) / 1e9
-    detail = f"ViT-B, 96^3, batch 4: {operations / 1e9:.0f} GFLOP a step, torch.mm {rate:.0f} GFLOP/s"
+    rate = product_operations / statistics.median(product)
+    burst, burst_operations = matrix_products(count=1)
+    peak = burst_operations / min(in_turn(burst, rounds=30)[0])
+    detail = f"ViT-B, 96^3, batch 4: {operations / 1e9:.0f} GFLOP a step, peak {peak / 1e9:.0f} GFLOP/s"
     size = f"{before / 2**20:.2f} GiB before it"
     return [
-        Row("training step, share of the fp32 torch.mm rate", share, 0.75, detail, ""),
+        Row("training step, share of the fp32 torch.mm peak", operations / min(single) / peak, 0.75, detail, ""),
+        Row("training step, share of sustained torch.mm", share, None, f"torch.mm {rate / 1e9:.0f} GFLOP/s", ""),
         Row("training step, bf16 against fp32", speedup(single, half[0]), 2.3)
         if half
         else Row("training step, bf16 against fp32", None, 2.3, "this CPU has neither avx512_bf16 nor AMX"),
