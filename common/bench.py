@@ -56,15 +56,25 @@ def seconds(function: Callable[[], object], clock: Callable[[], float] = time.pe
 
 
 def in_turn(
-    *functions: Callable[[], object], rounds: int = 7, clock: Callable[[], float] = time.perf_counter
+    *functions: Callable[[], object],
+    rounds: int = 7,
+    calls: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
-    """Time functions in turn, after one call each to warm up; one list of times per function."""
+    """Time functions in turn, after one call each to warm up; one list of times per function.
+
+    Args:
+        functions: What to time.
+        rounds: How often each gets its turn.
+        calls: Calls of a turn, one after the other as a training would make them; their median is the turn's time.
+        clock: Where the time comes from.
+    """
     for function in functions:
         function()
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds):
         for index, function in enumerate(functions):
-            times[index].append(seconds(function, clock))
+            times[index].append(statistics.median(seconds(function, clock) for _ in range(calls)))
     return times
 
 
@@ -85,10 +95,7 @@ def speedup(slow: list[float], fast: list[float]) -> float:
 
 
 def matrix_products(size: int = 2048, count: int = 8) -> tuple[Callable[[], None], float]:
-    """Return fp32 products that a step is held against, and their floating-point operations.
-
-    One product shows the peak, a short burst of the clock; several, what is sustained as long as a part of a step.
-    """
+    """Return fp32 products that a step is held against, and their floating-point operations."""
     a, b = torch.randn(size, size), torch.randn(size, size)
 
     def multiply() -> None:
