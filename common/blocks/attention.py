@@ -5,7 +5,7 @@ Letters: B batch, N tokens, E width, H heads, d width of a head.
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
+from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 #: Up to this many tokens the plain form is faster on a CPU in 16 bits; see :func:`attention`.
@@ -68,18 +68,28 @@ class TransformerBlock(nn.Module):
         mlp_ratio: Width of the MLP over E.
         qkv_bias: Whether queries, keys and values have a bias.
         dropout: Rate after the attention's projection and inside the MLP.
+        drop_path: Rate at which a sample skips a residual branch in training (stochastic depth).
+        norm_eps: Added to the variance in LayerNorm.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = False, dropout: float = 0.0
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim, norm_eps)
         self.attn = SelfAttention(dim, num_heads, qkv_bias, dropout)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim, norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=dropout)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform ``(B, N, E)``."""
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))

@@ -47,6 +47,9 @@ class MAEDecoder(nn.Module):
         depth: Number of blocks.
         num_heads: Attention heads.
         mlp_ratio: Width of the MLP over F.
+        num_prefix_tokens: Tokens before the patches, such as a class token; they have no position.
+        pos_span: Exponent that the frequencies of the positions run to.
+        norm_eps: Added to the variance in LayerNorm.
     """
 
     def __init__(
@@ -58,15 +61,20 @@ class MAEDecoder(nn.Module):
         depth: int = 8,
         num_heads: int = 16,
         mlp_ratio: float = 4.0,
+        num_prefix_tokens: int = 0,
+        pos_span: float = 1.0,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
         self.embed = nn.Linear(embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        self.pos_embed = nn.Parameter(sincos_position_embedding(grid_size, decoder_dim), requires_grad=False)
+        table = sincos_position_embedding(grid_size, decoder_dim, span=pos_span)
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.blocks = nn.ModuleList(
-            TransformerBlock(decoder_dim, num_heads, mlp_ratio, qkv_bias=True) for _ in range(depth)
+            TransformerBlock(decoder_dim, num_heads, mlp_ratio, qkv_bias=True, norm_eps=norm_eps) for _ in range(depth)
         )
-        self.norm = nn.LayerNorm(decoder_dim)
+        self.norm = nn.LayerNorm(decoder_dim, norm_eps)
         self.proj = nn.Linear(decoder_dim, out_features)
         self.apply(init_transformer_weights)
         trunc_normal_(self.mask_token, std=0.02)
@@ -75,23 +83,27 @@ class MAEDecoder(nn.Module):
         """Name the parameters that weight decay must leave alone."""
         return {"mask_token", "pos_embed"}
 
-    def forward(self, tokens: Tensor, ids_restore: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, ids_restore: Tensor | None = None, predict: Tensor | None = None) -> Tensor:
         """Decode the visible tokens to all positions.
 
         Args:
-            tokens: ``(B, K, E)``.
+            tokens: ``(B, K, E)``, after any prefix tokens.
             ids_restore: long ``(B, N)``, as a masker gives it; None where K = N and nothing was dropped.
+            predict: long ``(B, S)``, the positions to predict; None predicts all.
 
         Returns:
-            ``(B, N, out_features)``.
+            ``(B, N, out_features)``, or ``(B, S, out_features)``.
         """
-        x = self.embed(tokens)
+        prefix, x = self.embed(tokens).tensor_split([self.num_prefix_tokens], dim=1)
         if ids_restore is not None:
             batch, num_positions = ids_restore.shape
             hidden = self.mask_token.expand(batch, num_positions - x.shape[1], -1)
             x = torch.cat([x, hidden.to(x.dtype)], dim=1)
             x = x.gather(1, ids_restore[..., None].expand(-1, -1, x.shape[2]))
-        x = x + self.pos_embed
+        x = torch.cat([prefix, x + self.pos_embed], dim=1) if self.num_prefix_tokens else x + self.pos_embed
         for block in self.blocks:
             x = block(x)
+        x = x[:, self.num_prefix_tokens :]
+        if predict is not None:
+            x = x.gather(1, predict[..., None].expand(-1, -1, x.shape[2]))
         return self.proj(self.norm(x))

@@ -7,15 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def sincos_position_embedding(grid_size: Sequence[int], embed_dim: int, temperature: float = 10000.0) -> Tensor:
+def sincos_position_embedding(
+    grid_size: Sequence[int], embed_dim: int, temperature: float = 10000.0, span: float = 1.0
+) -> Tensor:
     """Make fixed sine-cosine positions (Vaswani et al. 2017; MAE's 2D form, for any number of axes).
 
-    The width is shared equally by the axes, half sines and half cosines; a rest that does not divide stays 0.
+    The width is shared equally by the axes, the last axis first (an image's columns before its rows), half sines and
+    half cosines; a rest that does not divide stays 0.
 
     Args:
         grid_size: Positions along each axis.
         embed_dim: E.
         temperature: Longest wavelength over 2 pi.
+        span: Exponent that the frequencies run to; 1/4 is what the published code of masked record modeling computes,
+            whose frequencies end at a tenth.
 
     Returns:
         ``(1, N, E)`` float32, positions in row-major order.
@@ -26,9 +31,9 @@ def sincos_position_embedding(grid_size: Sequence[int], embed_dim: int, temperat
     num_frequencies = embed_dim // (2 * len(grid_size))
     if num_frequencies < 1:
         raise ValueError(f"`embed_dim` must be at least {2 * len(grid_size)}, got {embed_dim}.")
-    frequency = temperature ** (-torch.arange(num_frequencies, dtype=torch.float64) / num_frequencies)
+    frequency = temperature ** (-span * torch.arange(num_frequencies, dtype=torch.float64) / num_frequencies)
     axes = torch.meshgrid(*[torch.arange(size, dtype=torch.float64) for size in grid_size], indexing="ij")
-    angles = [axis.reshape(-1, 1) * frequency for axis in axes]
+    angles = [axis.reshape(-1, 1) * frequency for axis in reversed(axes)]
     parts = [part for angle in angles for part in (angle.sin(), angle.cos())]
     table = torch.cat(parts, dim=1).float()
     return F.pad(table, (0, embed_dim - table.shape[1]))[None]

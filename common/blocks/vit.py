@@ -25,8 +25,16 @@ def init_transformer_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+def init_xavier_weights(module: nn.Module) -> None:
+    """Initialise Linear layers with Xavier's uniform distribution and zero bias, as the code of MAE does."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 class VisionTransformer(nn.Module):
-    """Encoder of patches without a class token; the default is ViT-B with 16^d patches.
+    """Encoder of patches; the default is ViT-B with 16^d patches and no class token.
 
     Args:
         in_channels: C.
@@ -38,7 +46,11 @@ class VisionTransformer(nn.Module):
         mlp_ratio: Width of the MLP over E.
         qkv_bias: Whether queries, keys and values have a bias.
         pos_embed: ``"learnable"`` or fixed ``"sincos"``.
+        pos_span: Exponent that the frequencies of ``"sincos"`` run to; see :mod:`common.blocks.pos_embed`.
+        class_token: Whether a learned token, without position, goes before the patches.
+        norm_eps: Added to the variance in LayerNorm; timm has 1e-6.
         dropout: Rate after the position embedding, in the attention output and in the MLP.
+        drop_path: Rate of stochastic depth in the last block; it rises linearly from 0 in the first.
         grad_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
 
     Raises:
@@ -56,7 +68,11 @@ class VisionTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         qkv_bias: bool = False,
         pos_embed: str = "learnable",
+        pos_span: float = 1.0,
+        class_token: bool = False,
+        norm_eps: float = 1e-5,
         dropout: float = 0.0,
+        drop_path: float = 0.0,
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -74,6 +90,9 @@ class VisionTransformer(nn.Module):
             "mlp_ratio": mlp_ratio,
             "qkv_bias": qkv_bias,
             "pos_embed": pos_embed,
+            "pos_span": pos_span,
+            "class_token": class_token,
+            "norm_eps": norm_eps,
         }
         self.num_features = self.embed_dim = embed_dim
         self.grad_checkpointing = grad_checkpointing
@@ -82,13 +101,20 @@ class VisionTransformer(nn.Module):
             self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
             trunc_normal_(self.pos_embed, std=0.02)
         else:
-            table = sincos_position_embedding(self.patch_embed.grid_size, embed_dim)
+            table = sincos_position_embedding(self.patch_embed.grid_size, embed_dim, span=pos_span)
             self.pos_embed = nn.Parameter(table, requires_grad=False)
+        self.num_prefix_tokens = int(class_token)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=0.02)
         self.pos_drop = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
-            TransformerBlock(embed_dim, num_heads, mlp_ratio, qkv_bias, dropout) for _ in range(depth)
+            TransformerBlock(
+                embed_dim, num_heads, mlp_ratio, qkv_bias, dropout, drop_path * index / max(depth - 1, 1), norm_eps
+            )
+            for index in range(depth)
         )
-        self.norm = nn.LayerNorm(embed_dim)
+        self.norm = nn.LayerNorm(embed_dim, norm_eps)
         self.apply(init_transformer_weights)
 
     @property
@@ -98,11 +124,11 @@ class VisionTransformer(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Name the parameters that weight decay must leave alone, as timm's models do."""
-        return {"pos_embed"}
+        return {"pos_embed"} | ({"cls_token"} if self.num_prefix_tokens else set())
 
     def layer_index(self, name: str) -> int:
         """Return the depth of a parameter for layer-wise learning rates: 0 embedding, i + 1 block i, depth + 1 rest."""
-        if name.startswith(("patch_embed", "pos_embed")):
+        if name.startswith(("patch_embed", "pos_embed", "cls_token")):
             return 0
         return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else len(self.blocks) + 1
 
@@ -115,14 +141,17 @@ class VisionTransformer(nn.Module):
             extra: ``(B, N, E)`` added to the embeddings, such as mask embeddings.
 
         Returns:
-            ``(B, K, E)``, or ``(B, N, E)``.
+            ``(B, K, E)``, or ``(B, N, E)``; one token more, the first, where there is a class token.
         """
         positions = self.pos_embed.expand(len(patches), -1, -1)
         positions = positions if extra is None else positions + extra
         if ids_keep is not None:
             patches = patches.gather(1, ids_keep[..., None].expand(-1, -1, patches.shape[2]))
             positions = positions.gather(1, ids_keep[..., None].expand(-1, -1, positions.shape[2]))
-        return self.pos_drop(self.patch_embed(patches) + positions)
+        x = self.patch_embed(patches) + positions
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        return self.pos_drop(x)
 
     def encode(self, x: Tensor, taps: Collection[int] = ()) -> EncoderOutput:
         """Run embedded tokens through the blocks.
@@ -147,7 +176,7 @@ class VisionTransformer(nn.Module):
         return self.encode(self.embed(self.patch_embed.patchify(image)), taps)
 
     def forward_features(self, image: Tensor) -> Tensor:
-        """Encode ``(B, C, *space)`` to normalised tokens ``(B, N, E)``."""
+        """Encode ``(B, C, *space)`` to normalised tokens ``(B, N, E)``, as timm after any class token."""
         return self.encode_image(image).tokens
 
     def forward(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -14,12 +14,21 @@ def mae_sincos_2d(width, height, columns):
         return np.concatenate([np.sin(out), np.cos(out)], axis=1)
 
     rows, cols = np.meshgrid(np.arange(height), np.arange(columns), indexing="ij")
-    return np.concatenate([one_axis(rows), one_axis(cols)], axis=1)
+    return np.concatenate([one_axis(cols), one_axis(rows)], axis=1)
 
 
 def test_two_axes_equal_mae():
     table = sincos_position_embedding((3, 5), 16)
     assert torch.allclose(table[0], torch.from_numpy(mae_sincos_2d(16, 3, 5)).float(), atol=1e-6)
+
+
+def test_numbers_by_hand():
+    """R7 of the specification of masked record modeling."""
+    table = sincos_position_embedding((2, 2), 8)[0]
+    assert torch.allclose(table[1], torch.tensor([0.841471, 0.01, 0.540302, 0.99995, 0, 0, 1, 1]), atol=1e-6)
+    assert torch.allclose(table[2], torch.tensor([0, 0, 1, 1, 0.841471, 0.01, 0.540302, 0.99995]), atol=1e-6)
+    upstream = sincos_position_embedding((2, 2), 8, span=0.25)[0]
+    assert torch.allclose(upstream[1], torch.tensor([0.841471, 0.310984, 0.540302, 0.950415, 0, 0, 1, 1]), atol=1e-6)
 
 
 def test_positions_differ_and_the_rest_is_zero():
