@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from common.blocks.monai_keys import from_monai
 from common.blocks.patch_embed import grid_of
 from common.blocks.pos_embed import resize_position_embedding
+from common.blocks.timm_keys import from_timm
 from common.errors import CheckpointError
 
 
@@ -214,6 +216,36 @@ def transfer_encoder(stored: StoredEncoder, encoder: nn.Module, channels: Sequen
     )
     encoder.load_state_dict({k: v for k, v in state.items() if k in wanted}, strict=False)
     return report
+
+
+def init_encoder(encoder: nn.Module, path: str | Path) -> LoadReport:
+    """Start an image encoder from the weights of MAE, of timm, or of the published code of masked record modeling.
+
+    Args:
+        encoder: Where they go; must have ``config``.
+        path: A ``.safetensors`` file, or one of ``torch.save`` that holds tensors and plain values alone.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, no ViT, or of another shape.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"There are no weights at {path}: download them, and give the file.")
+    loaded = load_file(path) if path.suffix == ".safetensors" else read_checkpoint(path)
+    config: Mapping[str, Any] = encoder.config  # type: ignore[assignment]
+    try:
+        state = from_timm(loaded, class_token=bool(config.get("class_token")))
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot start this encoder: {error}") from error
+    arguments = dict(config)
+    if "pos_embed" in state:
+        side = math.isqrt(state["pos_embed"].shape[1])
+        patch = config["patch_size"]
+        first, second = (patch, patch) if isinstance(patch, int) else patch
+        if side**2 == state["pos_embed"].shape[1] != math.prod(grid_of(config["image_size"], (first, second))):
+            arguments["image_size"] = [side * first, side * second]
+    stored = StoredEncoder("", arguments, state, [], {})
+    return transfer_encoder(stored, encoder)
 
 
 def build_encoder(class_path: str, init_args: Mapping[str, Any]) -> nn.Module:

@@ -11,6 +11,7 @@ COMMANDS = {
     "doctor": ("datamodules.doctor", "read an archive's headers (--deep: every byte) and say what is wrong with it"),
     "prepare": ("datamodules.prepare_command", "build or verify the cache of an archive"),
     "split": ("datamodules.split_command", "write a split by patient as a file"),
+    "tokenizer": ("datamodules.tokens", "learn a vocabulary from the training texts of an archive"),
     "export": ("common.export", "write a pre-trained encoder for use without this project"),
     "embed": ("common.embed", "write the features of every case to Parquet"),
     "study": ("common.study", "run the arms of a comparison over seeds and write its results"),

@@ -8,6 +8,7 @@ import torch
 
 from common.checkpoint import load_encoder
 from common.data_config import add_data_arguments, make_datamodule
+from common.downstream.encoder import mean_features
 from common.reporting import say
 
 
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     rows = []
     for split in ("train", "val", "test"):
         for batch in datamodule.central_samples((split,)):
-            features = encoder.forward_features(batch["image"].to(device)).mean(1).float().cpu()  # type: ignore[operator]
+            features = mean_features(encoder, batch["image"].to(device)).cpu()
             names = zip(batch["subject_id"], features.tolist(), strict=True)
             rows += [{"subject_id": name, "split": split, "feature": feature} for name, feature in names]
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ class Fault(NamedTuple):
 
     Attributes:
         path: The file.
-        kind: unreadable, checksum, shape, grid, nan, constant, label, missing or space.
+        kind: unreadable, checksum, shape, grid, nan, constant, label, missing, empty or space.
         detail: What was found, in words.
         sample: The subject it belongs to.
         rank: Rank that met it.

@@ -16,7 +16,7 @@ from common.errors import CheckpointError, UserError
 from common.optim import Schedule, WarmupCosine, param_groups
 from common.randomness import run_seed, seed_step, stable_hash
 from common.reporting import log_scalars
-from common.types import InputSpec, Panel, Reconstruction, TokenFeatures
+from common.types import HiddenTokens, InputSpec, Panel, Reconstruction, TokenFeatures
 
 
 class StepOutput(NamedTuple):
@@ -48,14 +48,17 @@ def seeded_init(name: str) -> Any:
 
 
 #: Arguments that say what a network's input is like; None in the configuration, filled in from the data.
-SIZES = ("channels", "image_size", "regions")
+SIZES = ("channels", "image_size", "regions", "vocabulary")
+
+
+_OTHER_WORDS = "set data.tokenizer to the tokenizer.json of the checkpoint's run, and text_length to its length."
 
 
 def _plain(value: Any) -> Any:
     """Return lists and dicts of plain values, as YAML and checkpoints have them."""
     if isinstance(value, Mapping):
-        return {name: list(entry) for name, entry in value.items()}
-    return list(value)
+        return {name: _plain(entry) for name, entry in value.items()}
+    return list(value) if isinstance(value, list | tuple) else value
 
 
 class BuiltFromData(pl.LightningModule):
@@ -105,7 +108,7 @@ class BuiltFromData(pl.LightningModule):
             return InputSpec(**stored)
         spec: InputSpec = datamodule.input_spec
         given: dict[str, Any] = {"channels": list(spec.channels), "image_size": list(spec.image_size)}
-        given["regions"] = {name: list(values) for name, values in spec.regions.items()}
+        given |= {"regions": _plain(spec.regions), "vocabulary": _plain(spec.vocabulary)}
         if "regions" in stored and not spec.regions:
             # An archive without labels, to predict: the checkpoint knows what it was trained to find.
             given["regions"] = _plain(stored["regions"])
@@ -114,7 +117,11 @@ class BuiltFromData(pl.LightningModule):
             if _plain(value) != given[name]:
                 raise CheckpointError(
                     f"The model was made for {name} {_plain(value)}, but the data give {given[name]}: "
-                    f"choose matching data, or start from its encoder with a fine-tuning configuration."
+                    + (
+                        _OTHER_WORDS
+                        if name == "vocabulary"
+                        else "choose matching data, or start from its encoder with a fine-tuning configuration."
+                    )
                 )
         self.hparams.update({name: given[name] for name in SIZES if name in self.hparams})
         self.preprocessing = spec.preprocessing
@@ -196,6 +203,14 @@ class SSLModule(BuiltFromData, ABC):
     @abstractmethod
     def panels(self, batch: Any, output: Reconstruction, index: int) -> dict[str, Panel]:
         """Draw sample ``index`` of a batch, by modality."""
+
+    def hidden_tokens(self, batch: Any) -> HiddenTokens:
+        """Predict the words that were hidden from a batch; only methods with text have any.
+
+        Raises:
+            UserError: the method has no text.
+        """
+        raise UserError(f"{type(self).__name__} has no text: leave the callbacks of text out of its configuration.")
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Sum the losses with their weights."""

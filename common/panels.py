@@ -1,4 +1,4 @@
-"""Slices of volumes, turned as a radiologist looks at them."""
+"""Images, and slices of volumes, turned as a radiologist looks at them."""
 
 from collections.abc import Sequence
 
@@ -23,6 +23,19 @@ def fullest_slice(volume: Tensor) -> int:
     middle = (volume.shape[-1] - 1) / 2
     offset = [abs(index - middle) for index in range(volume.shape[-1])]
     return int(max(range(volume.shape[-1]), key=lambda i: (float(count[i]), -offset[i])))
+
+
+def image_panel(subject: str, target: Tensor, hidden: Tensor, prediction: Tensor) -> Panel:
+    """Show an image as it is stored: for a frontal radiograph, the patient's right on the left.
+
+    Args:
+        subject: Name for the title.
+        target: ``(H, W)``.
+        hidden: bool ``(H, W)``.
+        prediction: ``(H, W)``, true values where visible.
+    """
+    arrays = [x.detach().float().cpu().numpy() for x in (target, prediction)]
+    return Panel(subject, arrays[0], hidden.detach().cpu().numpy().astype(bool), arrays[1])
 
 
 def volume_panels(

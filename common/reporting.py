@@ -34,6 +34,15 @@ def log_figure(trainer: pl.Trainer, tag: str, figure: Figure) -> None:
             log(key=tag, images=[figure], step=trainer.global_step)
 
 
+def log_text(trainer: pl.Trainer, tag: str, markdown: str) -> None:
+    """Give Markdown to every logger that shows text (TensorBoard; Weights and Biases and alike by ``log_text``)."""
+    for logger in trainer.loggers:
+        if callable(add := getattr(getattr(logger, "experiment", None), "add_text", None)):
+            add(tag, markdown, global_step=trainer.global_step)
+        elif callable(log := getattr(logger, "log_text", None)):
+            log(key=tag, columns=["text"], data=[[markdown]], step=trainer.global_step)
+
+
 def is_dry_run(trainer: pl.Trainer) -> bool:
     """Return whether the trainer only tries a few batches (``--trainer.fast_dev_run``) and must leave no files."""
     return bool(getattr(trainer, "fast_dev_run", False))

@@ -57,6 +57,50 @@ class VolumeBatch(TypedDict, total=False):
     control_image: Tensor
 
 
+class ImageTextBatch(TypedDict, total=False):
+    """A batch of images with texts, words hidden; T is the longest text of the batch.
+
+    Attributes:
+        image: float ``(B, 1, H, W)``, standardised, 0 where there is none.
+        modality_mask: bool ``(B, 2)``, whether image and text are there.
+        key: int64 ``(B,)``, what the randomness of each sample hangs on.
+        subject_id: one name per sample.
+        patient_id: one name per sample.
+        input_ids: long ``(B, T)``, the class token first, hidden tokens replaced.
+        attention_mask: long ``(B, T)``, 1 = token, 0 = padding.
+        labels: long ``(B, T)``, the true token where it is hidden, -100 elsewhere.
+        hidden_index: long ``(S,)``, hidden positions, counted through the flattened ``(B, T)``.
+        hidden_ids: long ``(S,)``, the true tokens there.
+        control_image: float ``(B, 1, H, W)``, the image of another patient.
+    """
+
+    image: Tensor
+    modality_mask: Tensor
+    key: Tensor
+    subject_id: list[str]
+    patient_id: list[str]
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    hidden_index: Tensor
+    hidden_ids: Tensor
+    control_image: Tensor
+
+
+class HiddenTokens(NamedTuple):
+    """What a method makes of the words that were hidden.
+
+    Attributes:
+        logits: ``(S, V)`` at the hidden positions.
+        targets: long ``(S,)``, the true tokens.
+        sample: long ``(S,)``, which sample of the batch each belongs to.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    sample: Tensor
+
+
 class Reconstruction(NamedTuple):
     """A masked reconstruction, as the loss sees it.
 
@@ -111,12 +155,14 @@ class InputSpec(NamedTuple):
         image_size: the size of one crop, in voxels or pixels.
         regions: label channel to the label values it is made of; empty without labels.
         preprocessing: what was done to the intensities and the grid, for the card of an exported encoder.
+        vocabulary: size, length and fingerprint of the text's tokens; empty without text.
     """
 
     channels: tuple[str, ...]
     image_size: tuple[int, ...]
     regions: Mapping[str, tuple[int, ...]] = {}
     preprocessing: dict[str, Any] = {}
+    vocabulary: Mapping[str, Any] = {}
 
 
 class HasInputSpec(Protocol):

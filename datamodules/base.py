@@ -1,7 +1,7 @@
 """What every archive shares: loaders, faults, replacement of broken samples, and the position for resuming."""
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -112,6 +112,15 @@ class ArchiveDataModule(pl.LightningDataModule):
         """What the batches will hold; known once the root has been indexed."""
 
     @abstractmethod
+    def examine(self, deep: bool, workers: int) -> list[str]:
+        """Print a report on the archive and return the reasons why training would refuse it.
+
+        Args:
+            deep: Whether to read every byte, not only headers.
+            workers: Threads.
+        """
+
+    @abstractmethod
     def reference_samples(self, count: int) -> Iterable[Any]:
         """Yield batches with at least ``count`` training samples, drawn and cut as validation samples are."""
 
@@ -141,8 +150,12 @@ class ArchiveDataModule(pl.LightningDataModule):
         batches = EvaluationBatches(len(dataset), draws, batch_size or self.batch_size, global_rank, world_size)
         return self._make_loader(dataset, batches)
 
+    def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """Return what makes a batch from samples."""
+        return collate_samples
+
     def _make_loader(self, dataset: FaultTolerantDataset, batches: TrainBatches | EvaluationBatches) -> ResumableLoader:
-        loader = ResumableLoader(dataset, batches, collate_samples, self.num_workers, self._pin_memory())
+        loader = ResumableLoader(dataset, batches, self.collate_function(), self.num_workers, self._pin_memory())
         self._loaders.append(loader)
         return loader
 

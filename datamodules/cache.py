@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from common.faults import Fault, SampleFaultError
 from common.randomness import stable_hash
+from common.reporting import say
 from datamodules.cases import Case, Layout
 from datamodules.prepare import PreparedCase, prepare_case
 from datamodules.volume_io import DECODERS, fingerprint
@@ -39,6 +40,13 @@ STALE_SECONDS = 24 * 3600
 def cache_root() -> Path:
     """Return the cache folder: ``MEDMIM_CACHE``, else ``~/.cache/medmim``."""
     return Path(os.environ.get("MEDMIM_CACHE") or "~/.cache/medmim").expanduser()
+
+
+def say_cache(size: int, folder: Path) -> None:
+    """Print how large a finished cache would be at most, in bytes ``size``, and how much room there is."""
+    existing = next(path for path in (cache_root(), *cache_root().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    say(f"cache: at most {size / 2**30:.2f} GiB at {folder} ({free / 2**30:.0f} GiB free)")
 
 
 @dataclass

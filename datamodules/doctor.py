@@ -1,11 +1,10 @@
 """``medmim doctor``: what is wrong with an archive, before a week of training finds out."""
 
 import argparse
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -14,11 +13,13 @@ from common.data_config import add_data_arguments, make_datamodule
 from common.errors import DataError
 from common.faults import Fault, FaultLedger, SampleFaultError
 from common.reporting import say
-from datamodules.cache import VolumeCache, cache_root
+from datamodules.cache import VolumeCache, say_cache
 from datamodules.cases import Case, Layout
 from datamodules.prepare import prepare_case
 from datamodules.volume_io import Header, VolumeError, read_header
-from datamodules.volumes import VolumeDataModule
+
+if TYPE_CHECKING:
+    from datamodules.volumes import VolumeDataModule
 
 
 class Findings(NamedTuple):
@@ -87,7 +88,7 @@ def find_copies(findings: Sequence[tuple[Case, Findings]]) -> list[list[str]]:
     return [list(group.values()) for group in owners.values() if len(group) > 1]
 
 
-def examine(datamodule: VolumeDataModule, deep: bool, workers: int) -> list[str]:
+def examine(datamodule: "VolumeDataModule", deep: bool, workers: int) -> list[str]:
     """Print a report on an archive and return the reasons why training would refuse it."""
     layout = datamodule.index()
     cases = datamodule.cases_in_use()
@@ -123,15 +124,8 @@ def examine(datamodule: VolumeDataModule, deep: bool, workers: int) -> list[str]
     for name in [name for name, part in datamodule.splits.items() if not part and name != "test"]:
         reasons.append(f"the {name} split is empty") if name == "train" else say(f"note: the {name} split is empty")
     if isinstance(datamodule.store, VolumeCache):
-        _say_cache(datamodule.store, cases)
+        say_cache(datamodule.store.estimated_bytes(cases), datamodule.store.folder)
     return reasons
-
-
-def _say_cache(store: VolumeCache, cases: Sequence[Case]) -> None:
-    size = store.estimated_bytes(cases)
-    existing = next(path for path in (cache_root(), *cache_root().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    say(f"cache: at most {size / 2**30:.2f} GiB at {store.folder} ({free / 2**30:.0f} GiB free)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         DataError: training would refuse this archive.
     """
-    reasons = examine(make_datamodule(args), args.deep, args.workers)
+    reasons = make_datamodule(args).examine(args.deep, args.workers)
     if reasons:
         raise DataError(f"Training would refuse this archive: {'; '.join(reasons)}.")
     say("training would accept this archive")

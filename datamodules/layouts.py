@@ -3,14 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from common.errors import DataError
 from datamodules.brats import BRATS2021, BRATS2023
 from datamodules.cases import Case, Layout
 from datamodules.folder import FOLDER, LUNG
+from datamodules.manifest import COVID_CXR, MANIFEST
+from datamodules.mimic_cxr import MIMIC_CXR
+from datamodules.open_i import OPEN_I
 from datamodules.pi_cai import PI_CAI
+from datamodules.studies import StudyLayout
 
 VOLUME_LAYOUTS: tuple[Layout, ...] = (BRATS2023, BRATS2021, PI_CAI, LUNG, FOLDER)
+STUDY_LAYOUTS: tuple[StudyLayout, ...] = (MIMIC_CXR, OPEN_I, COVID_CXR, MANIFEST)
 
 
 def _found(root: Path) -> str:
@@ -20,15 +26,13 @@ def _found(root: Path) -> str:
     return shown or "nothing"
 
 
-def recognise(
-    root: str | Path, layout: str = "auto", known: Sequence[Layout] = VOLUME_LAYOUTS
-) -> tuple[Layout, list[Case]]:
-    """Find out which layout a root has, and list its cases.
+def recognise(root: str | Path, layout: str = "auto", known: Sequence[Any] = VOLUME_LAYOUTS) -> tuple[Any, list[Any]]:
+    """Find out which layout a root has, and list its cases or studies.
 
     Args:
         root: The archive.
         layout: A layout's name, or ``"auto"``.
-        known: The layouts to choose from.
+        known: The layouts to choose from, of volumes or of studies.
 
     Raises:
         DataError: the root does not exist, is of no known layout, of several, or not of the one asked for.

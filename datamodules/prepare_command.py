@@ -5,7 +5,6 @@ import argparse
 from common.data_config import add_data_arguments, make_datamodule
 from common.errors import DataError
 from common.reporting import say
-from datamodules.cache import VolumeCache
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,9 +21,10 @@ def run(args: argparse.Namespace) -> None:
     """
     datamodule = make_datamodule(args)
     datamodule.index()
-    if not isinstance(datamodule.store, VolumeCache):
+    if not hasattr(datamodule.store, "folder"):
         raise DataError("These settings use no cache (cache: none), so there is nothing to prepare.")
-    datamodule.store.ensure(datamodule.cases_in_use(), args.workers)
+    datamodule.num_workers = args.workers
+    datamodule.prepare_data()
     datamodule.setup("prepare")
     ledger = datamodule.ledger
     size = sum(path.stat().st_size for path in datamodule.store.folder.rglob("*") if path.is_file())

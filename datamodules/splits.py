@@ -4,13 +4,34 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from common.errors import DataError
 from common.randomness import numpy_generator
-from datamodules.cases import Case
 
+
+class Member(Protocol):
+    """What a split is made of: a case, a study or a sample."""
+
+    @property
+    def case_id(self) -> str:
+        """Unique name."""
+        ...
+
+    @property
+    def patient_id(self) -> str:
+        """Splits are by this."""
+        ...
+
+    @property
+    def split(self) -> str | None:
+        """As the archive says."""
+        ...
+
+
+MemberT = TypeVar("MemberT", bound=Member)
 SPLITS = ("train", "val", "test")
 _SYNONYMS = {"training": "train", "validation": "val", "valid": "val", "testing": "test"}
 
@@ -31,7 +52,7 @@ def _counts(total: int, fractions: Sequence[float]) -> list[int]:
     return [total - counts[1] - counts[2], counts[1], counts[2]]
 
 
-def seeded_split(cases: Sequence[Case], fractions: Sequence[float], seed: int) -> dict[str, str]:
+def seeded_split(cases: Sequence[Member], fractions: Sequence[float], seed: int) -> dict[str, str]:
     """Assign every case to train, val or test by its patient.
 
     Args:
@@ -77,7 +98,7 @@ def read_split_file(path: Path) -> dict[str, str]:
     return parts
 
 
-def check_patients(cases: Sequence[Case], parts: Mapping[str, str]) -> None:
+def check_patients(cases: Sequence[Member], parts: Mapping[str, str]) -> None:
     """Refuse a split that shares a patient.
 
     Raises:
@@ -94,7 +115,7 @@ def check_patients(cases: Sequence[Case], parts: Mapping[str, str]) -> None:
         raise DataError(f"{len(leaks)} patients are in several splits, first {patient}: {where}. Split by patient.")
 
 
-def check_unique(cases: Sequence[Case]) -> None:
+def check_unique(cases: Sequence[Member]) -> None:
     """Refuse two cases of one name.
 
     Raises:
@@ -108,7 +129,7 @@ def check_unique(cases: Sequence[Case]) -> None:
 
 
 def assign_splits(
-    cases: Sequence[Case], fractions: Sequence[float], seed: int, split_file: str | Path | None = None
+    cases: Sequence[Member], fractions: Sequence[float], seed: int, split_file: str | Path | None = None
 ) -> dict[str, str]:
     """Settle the split of every case: from a file, else the archive's own, else seeded.
 
@@ -140,7 +161,7 @@ def assign_splits(
     return parts
 
 
-def nested_fraction(cases: Sequence[Case], fraction: float, seed: int) -> list[Case]:
+def nested_fraction(cases: Sequence[MemberT], fraction: float, seed: int) -> list[MemberT]:
     """Keep a share of the patients; a smaller share is always a subset of a larger one.
 
     Raises:
@@ -153,12 +174,12 @@ def nested_fraction(cases: Sequence[Case], fraction: float, seed: int) -> list[C
     return [case for case in cases if case.patient_id in kept]
 
 
-def write_split_file(path: Path, cases: Sequence[Case], parts: Mapping[str, str]) -> None:
+def write_split_file(path: Path, cases: Sequence[Member], parts: Mapping[str, str]) -> None:
     """Write a split as CSV: case_id, patient_id, split."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["case_id", "patient_id", "split"])
-        for case in sorted(cases):
+        for case in sorted(cases, key=lambda case: case.case_id):
             if case.case_id in parts:
                 writer.writerow([case.case_id, case.patient_id, parts[case.case_id]])

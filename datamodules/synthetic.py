@@ -19,6 +19,7 @@ from common.errors import UserError
 from common.randomness import numpy_generator
 from common.reporting import say
 from datamodules.anatomy import make_brain, make_lung, make_prostate
+from datamodules.synthetic_cxr import write_mimic_cxr
 from datamodules.volume_io import write_nifti
 
 NOTE = "SYNTHETIC.json"
@@ -136,6 +137,7 @@ WRITERS: dict[str, Callable[[Path, int, int], None]] = {
     "brats2021": write_brats_legacy,
     "pi_cai": write_pi_cai,
     "lung": write_lung,
+    "mimic_cxr": write_mimic_cxr,
 }
 
 

@@ -449,6 +449,12 @@ class VolumeDataModule(ArchiveDataModule):
         for batch in self.evaluation_loader(dataset, draws, all_ranks=False):
             yield self.on_before_batch_transfer(batch, 0)
 
+    def examine(self, deep: bool, workers: int) -> list[str]:
+        """Print a report on the archive and return the reasons why training would refuse it."""
+        from datamodules.doctor import examine
+
+        return examine(self, deep, workers)
+
     def central_samples(self, splits: Sequence[str] = ("train", "val", "test")) -> Iterable[Any]:
         """Yield batches with the central crop of every case of some splits, for probes and embeddings."""
         cases = [case for part in splits for case in self._usable(self.splits[part])]

@@ -1,6 +1,6 @@
 """Weights of :class:`common.blocks.vit.VisionTransformer` in the names of timm's and transformers' ViT, and back.
 
-timm's ViT has a class token first in its position table; ours has none there, and the table's first row is that token's.
+timm's ViT gives its class token the first row of the position table; ours has no position for it.
 """
 
 import re

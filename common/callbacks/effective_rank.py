@@ -59,7 +59,8 @@ class EffectiveRank(ValidationCallback):
         tokens = module.token_features(batch)
         for name, features in tokens.features.items():
             kept = features[tokens.keep][: share - self._count].float().cpu()
-            self._features.setdefault(name, []).append(kept)
+            if len(kept):
+                self._features.setdefault(name, []).append(kept)
         self._count += len(kept)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

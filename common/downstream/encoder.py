@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from common.blocks.vit import VisionTransformer
 from common.checkpoint import build_encoder, load_encoder
@@ -39,6 +39,20 @@ def make_encoder(
         return encoder
     say("encoder from scratch (no CKPT given)")
     return factory(len(spec.channels), spec.image_size)
+
+
+def mean_features(encoder: nn.Module, image: Tensor) -> Tensor:
+    """Return the mean ``(B, E)`` over the normalised tokens of patches, float32; a class token does not count.
+
+    Args:
+        encoder: With ``forward_features``.
+        image: ``(B, C, *space)``; one channel stands for all of them.
+    """
+    channels = getattr(encoder, "config", {}).get("in_channels", image.shape[1])
+    if image.shape[1] == 1 < channels:
+        image = image.expand(-1, channels, *image.shape[2:])
+    tokens = encoder.forward_features(image)  # type: ignore[operator]
+    return tokens[:, getattr(encoder, "num_prefix_tokens", 0) :].float().mean(1)
 
 
 def encoder_architecture(encoder: nn.Module) -> dict[str, Any]:

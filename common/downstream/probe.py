@@ -17,7 +17,7 @@ from torchmetrics.functional.classification import binary_accuracy, binary_auroc
 
 from common.blocks.vit import VisionTransformer
 from common.distributed import all_reduce_sum, gather_objects
-from common.downstream.encoder import EncoderFactory, encoder_architecture, make_encoder
+from common.downstream.encoder import EncoderFactory, encoder_architecture, make_encoder, mean_features
 from common.errors import DataError
 from common.module import BuiltFromData
 from common.reporting import is_dry_run, log_scalars, say, write_rows
@@ -51,7 +51,7 @@ class ProbeNetwork(nn.Module):
     @torch.no_grad()
     def features(self, image: Tensor) -> Tensor:
         """Return the mean over all tokens of the normalised output, ``(B, E)``."""
-        return self.encoder.forward_features(image).float().mean(1)  # type: ignore[operator]
+        return mean_features(self.encoder, image)
 
     def fit_scale(self, features: Tensor, members: Tensor) -> None:
         """Take mean and std of each head's own training cases; ``members`` bool ``(H, S)``."""

@@ -5,7 +5,6 @@ Letters: B texts, T tokens.
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from common.randomness import RandomSource, uniform

@@ -68,7 +68,7 @@ def training_step() -> list[Row]:
     bfloat16 = supports_bfloat16("cpu")
     # Products on both sides of the steps that are held against them, and each precision for several steps on end, as
     # a training has it: a shared machine's clock drifts by a fifth within a minute.
-    turns = [product, step, product, *([partial(step, bfloat16=True)] if bfloat16 else [])]
+    turns: list[Callable[[], None]] = [product, step, product, *([partial(step, bfloat16=True)] if bfloat16 else [])]
     before_step, single, after_step, *half = in_turn(*turns, rounds=4, calls=3)
     around = [(a + b) / 2 for a, b in zip(before_step, after_step, strict=True)]
     share = speedup(around, single) * operations / product_operations

@@ -1,0 +1,69 @@
+"""Crops of radiographs: which box, and how it becomes a square of the wanted size."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+#: Left, top, right, bottom in pixels; fractions of a pixel are meant.
+Box = tuple[float, float, float, float]
+
+
+def random_box(
+    shape: Sequence[int],
+    scale: Sequence[float],
+    generator: np.random.Generator,
+    ratio: Sequence[float] = (3 / 4, 4 / 3),
+) -> Box:
+    """Draw a box as torchvision's ``RandomResizedCrop`` does: a share of the area, a ratio of the sides.
+
+    Args:
+        shape: Height and width.
+        scale: Smallest and largest share of the area.
+        generator: Source of the draw.
+        ratio: Smallest and largest width over height.
+
+    Returns:
+        The box; the central one of an allowed ratio where ten draws did not fit.
+    """
+    height, width = shape
+    for _ in range(10):
+        area = height * width * generator.uniform(scale[0], scale[1])
+        aspect = math.exp(generator.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(generator.integers(0, width - w + 1)), int(generator.integers(0, height - h + 1))
+            return (left, top, left + w, top + h)
+    inner_width, inner_height = min(width, height * ratio[1]), min(height, width / ratio[0])
+    left_rest, top_rest = (width - inner_width) / 2, (height - inner_height) / 2
+    return (left_rest, top_rest, width - left_rest, height - top_rest)
+
+
+def center_box(shape: Sequence[int], size: Sequence[int]) -> Box:
+    """Return the largest central box of ``size``'s ratio: a resize of the shorter side and a central crop."""
+    height, width = shape
+    factor = min(height / size[0], width / size[1])
+    h, w = size[0] * factor, size[1] * factor
+    return ((width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2)
+
+
+def cut_box(image: NDArray[np.uint8], box: Box, size: Sequence[int], mirror: bool = False) -> Tensor:
+    """Resize a box of ``(H, W)`` to ``(1, *size)`` float32 in [0, 1], bicubic and antialiased.
+
+    Args:
+        image: 8 bits a pixel.
+        box: What to cut.
+        size: Height and width of the result.
+        mirror: Whether to swap left and right.
+    """
+    left, top = math.floor(box[0]), math.floor(box[1])
+    part = np.ascontiguousarray(image[top : math.ceil(box[3]), left : math.ceil(box[2])])
+    inner = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
+    resized = np.asarray(Image.fromarray(part).resize((size[1], size[0]), Image.Resampling.BICUBIC, box=inner))
+    if mirror:
+        resized = resized[:, ::-1]
+    return torch.from_numpy(resized.astype(np.float32) / 255.0)[None]

@@ -1,0 +1,605 @@
+"""Images with reports for pre-training: one data module for every layout."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import DataError
+from common.faults import Fault, SampleFaultError, pseudonym
+from common.maskers.words import WordMasker
+from common.randomness import KeyedGenerator, numpy_generator, stable_hash
+from common.reporting import is_dry_run, say
+from common.types import InputSpec
+from datamodules.base import ArchiveDataModule, FaultTolerantDataset, collate_samples
+from datamodules.cache import cache_root
+from datamodules.image_cache import ImageCache, SourceImages
+from datamodules.image_crops import center_box, cut_box, random_box
+from datamodules.layouts import STUDY_LAYOUTS, recognise
+from datamodules.loading import Draw, ResumableLoader
+from datamodules.manifest import find_manifest
+from datamodules.reports import ReportError, read_report
+from datamodules.splits import assign_splits
+from datamodules.studies import Study, StudyLayout
+from datamodules.tokens import ReportTokenizer, load_tokenizer, train_tokenizer
+
+Flip = Literal["off", "swap_words", "naive"]
+#: Grayscale is repeated on the device.
+CHANNELS = ("red", "green", "blue")
+_OTHER_SIDE = {"left": "right", "right": "left"}
+_SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
+
+
+def swap_sides(text: str) -> str:
+    """Exchange left and right, also inside longer words such as ``right-sided``; capitals stay."""
+
+    def other(match: re.Match[str]) -> str:
+        word = _OTHER_SIDE[match[0].lower()]
+        return (
+            word.upper()
+            if match[0].isupper() and len(match[0]) > 1
+            else word.title()
+            if match[0][0].isupper()
+            else word
+        )
+
+    return _SIDES.sub(other, text)
+
+
+class TextSettings(NamedTuple):
+    """How a report becomes tokens.
+
+    Attributes:
+        part: ``"findings_impression"`` or ``"full"``; see :mod:`datamodules.reports`.
+        length: T, tokens at most, the class token included.
+        masker: Draws which words are hidden.
+    """
+
+    part: str
+    length: int
+    masker: WordMasker
+
+
+class Sample(NamedTuple):
+    """An image with its report, or a study whose views take turns.
+
+    Attributes:
+        case_id: Unique name.
+        patient_id: Splits are by this.
+        images: The views to choose from; empty = text alone.
+        study: Where the text lies.
+        split: As the archive says.
+    """
+
+    case_id: str
+    patient_id: str
+    images: tuple[Path, ...]
+    study: Study
+    split: str | None
+
+
+def samples_of(studies: Sequence[Study], pair: str, views: Sequence[str] | None) -> list[Sample]:
+    """Make the samples of studies: one an image, or one a study; only of the wanted views.
+
+    Raises:
+        DataError: no image shows a wanted view.
+    """
+    samples = []
+    wanted = None if views is None else {view.upper() for view in views}
+    for study in studies:
+        shown = study.views or ("",) * len(study.images)
+        images = [
+            path for path, view in zip(study.images, shown, strict=True) if wanted is None or view.upper() in wanted
+        ]
+        if study.images and not images:
+            continue
+        if pair == "study" or len(study.images) <= 1:
+            samples.append(Sample(study.case_id, study.patient_id, tuple(images), study, study.split))
+        else:
+            samples += [
+                Sample(f"{study.case_id}/{path.stem}", study.patient_id, (path,), study, study.split) for path in images
+            ]
+    if not samples:
+        found = sorted({view for study in studies for view in study.views})
+        raise DataError(f"No image shows any of the views {', '.join(views or ())}; there are {', '.join(found)}.")
+    return samples
+
+
+def distinct(samples: Sequence[Sample], layout: StudyLayout, text: str) -> list[Sample]:
+    """Keep the first sample of each distinct text; samples without a readable text go."""
+    kept: dict[str, Sample] = {}
+    for sample in samples:
+        try:
+            kept.setdefault(study_text(sample.study, layout, text), sample)
+        except ReportError:
+            continue
+    kept.pop("", None)
+    return list(kept.values())
+
+
+def study_text(study: Study, layout: StudyLayout, part: str) -> str:
+    """Return the text of a study that is used; empty where it has none.
+
+    Raises:
+        ReportError: a report that is listed cannot be read.
+    """
+    if study.text is None:
+        return ""
+    text = study.text if isinstance(study.text, str) else read_report(study.text)
+    return layout.extract(text, part)
+
+
+class ImageTextDataset(FaultTolerantDataset):
+    """Crops of images and tokens of their reports, words hidden.
+
+    Args:
+        samples: The samples.
+        layout: Makes the text from a report.
+        store: Opens images.
+        tokenizer: Makes tokens.
+        text: How.
+        image_size: Height and width of a crop.
+        train: Whether crops, views and hidden words are drawn anew every epoch under the run's seed; else they are
+            fixed per subject whatever the run.
+        seed: Seed of the training draws.
+        crop_scale: Share of the image's area that a training crop has.
+        flip: Whether training crops are mirrored, with the words for the sides exchanged or without.
+        mean: Subtracted from pixels in [0, 1].
+        std: What they are divided by then.
+        controls: Other patients' samples, for the control of the collapse diagnostics; None leaves it out.
+        anonymise: Whether subjects get pseudonyms.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        layout: StudyLayout,
+        store: ImageCache | SourceImages,
+        tokenizer: ReportTokenizer,
+        text: TextSettings,
+        image_size: Sequence[int],
+        train: bool,
+        seed: int,
+        crop_scale: Sequence[float] = (0.2, 1.0),
+        flip: Flip = "off",
+        mean: float = 0.0,
+        std: float = 1.0,
+        controls: Sequence[Sample] | None = None,
+        anonymise: bool = False,
+    ) -> None:
+        super().__init__(seed)
+        self.samples = list(samples)
+        self.layout, self.store, self.tokenizer, self.text = layout, store, tokenizer, text
+        self.image_size = tuple(image_size)
+        self.train = train
+        self.crop_scale, self.flip = tuple(crop_scale), flip
+        self.mean, self.std = mean, std
+        self.controls = [sample for sample in controls or () if sample.images]
+        self.anonymise = anonymise
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def subject(self, index: int) -> str:
+        """Return the sample's name."""
+        return self.samples[index].case_id
+
+    def _parts(self, draw: Draw) -> tuple[Any, ...]:
+        """Return what the randomness of a draw hangs on."""
+        subject = self.subject(draw.index)
+        return ("train", self.seed, draw.epoch, subject, draw.draw) if self.train else ("val", subject, draw.draw)
+
+    def read(self, draw: Draw) -> dict[str, Any]:
+        """Return one sample; see :class:`common.types.ImageTextBatch`.
+
+        Raises:
+            SampleFaultError: neither image nor text can be used.
+        """
+        sample = self.samples[draw.index]
+        generator = numpy_generator("crop", *self._parts(draw))
+        mirror = self.train and self.flip != "off" and generator.random() < 0.5
+        faults: list[Fault] = []
+        image = self._image(sample, generator, mirror, faults)
+        text = self._text(sample, faults)
+        if image is None and not text:
+            raise SampleFaultError(faults or [Fault(sample.case_id, "empty", "neither image nor text", sample.case_id)])
+        if mirror and self.flip == "swap_words":
+            text = swap_sides(text)
+        key = torch.tensor(stable_hash("mask", *self._parts(draw)))
+        result: dict[str, Any] = {
+            "image": self._standardised(image),
+            "modality_mask": torch.tensor([image is not None, bool(text)]),
+            "key": key,
+            "subject_id": pseudonym(sample.case_id) if self.anonymise else sample.case_id,
+            "patient_id": pseudonym(sample.patient_id) if self.anonymise else sample.patient_id,
+            "faults": faults,
+        }
+        result |= self._tokens(text, key)
+        if self.controls:
+            result["control_image"] = self._standardised(self._control(sample, draw))
+        return result
+
+    def _image(
+        self, sample: Sample, generator: np.random.Generator, mirror: bool, faults: list[Fault]
+    ) -> Tensor | None:
+        """Return a crop of one view; None, and a fault, where it cannot be read."""
+        if not sample.images:
+            return None
+        path = sample.images[int(generator.integers(len(sample.images))) if self.train else 0]
+        try:
+            pixels = self.store.open(path)
+        except SampleFaultError as error:
+            faults += [fault._replace(sample=sample.case_id) for fault in error.faults]
+            return None
+        if self.train:
+            box = random_box(pixels.shape, self.crop_scale, generator)
+        else:
+            box = center_box(pixels.shape, self.image_size)
+        return cut_box(pixels, box, self.image_size, mirror)
+
+    def _text(self, sample: Sample, faults: list[Fault]) -> str:
+        """Return the text; empty where there is none, with a fault where one is listed but damaged."""
+        try:
+            return study_text(sample.study, self.layout, self.text.part)
+        except ReportError as error:
+            if error.kind != "empty":
+                faults.append(Fault(str(sample.study.text), error.kind, error.detail, sample.case_id))
+            return ""
+
+    def _tokens(self, text: str, key: Tensor) -> dict[str, Tensor]:
+        encoded = self.tokenizer.encode(text, self.text.length)
+        generator = KeyedGenerator(key[None])
+        hidden = self.text.masker(encoded.starts[None], encoded.maskable[None], generator)[0]
+        return {
+            "input_ids": encoded.ids.masked_fill(hidden, self.tokenizer.mask_id),
+            "labels": encoded.ids.masked_fill(~hidden, -100),
+        }
+
+    def _standardised(self, image: Tensor | None) -> Tensor:
+        """Return the image in the encoder's units; the mean, which is 0, where there is none."""
+        return torch.zeros(1, *self.image_size) if image is None else (image - self.mean) / self.std
+
+    def _control(self, sample: Sample, draw: Draw) -> Tensor | None:
+        """Cut the image of another patient, the same one every time; None where none can be read."""
+        others = [other for other in self.controls if other.patient_id != sample.patient_id]
+        first = stable_hash("control", sample.case_id, draw.draw)
+        for attempt in range(len(others)):
+            other = others[(first + attempt) % len(others)]
+            image = self._image(other, numpy_generator("control"), False, [])
+            if image is not None:
+                return image
+        return None
+
+
+def collate_image_text(samples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
+    """Join samples; texts are padded to the longest of the batch, not to T.
+
+    Hidden positions are listed here, on the CPU, so that no step has to wait for their number: ``hidden_index`` counts
+    through the flattened ``(B, T)``, ``hidden_ids`` are the true tokens there.
+    """
+    ids = [sample.pop("input_ids") for sample in samples]
+    labels = [sample.pop("labels") for sample in samples]
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    batch = collate_samples(samples)
+    batch["input_ids"] = pad(ids, padding_value=pad_id)
+    batch["attention_mask"] = pad([torch.ones_like(row) for row in ids], padding_value=0)
+    batch["labels"] = pad(labels, padding_value=-100)
+    batch["hidden_index"] = (batch["labels"] != -100).flatten().nonzero()[:, 0]
+    batch["hidden_ids"] = batch["labels"].flatten()[batch["hidden_index"]]
+    return batch
+
+
+class ImageTextDataModule(ArchiveDataModule):
+    """Radiographs, or other images, with their reports, in any known layout; split by patient.
+
+    Args:
+        root: The archive.
+        layout: Name of its layout; ``"auto"`` recognises it from the tree.
+        columns: Columns of a manifest by role (image, text, subject, split, view, folder); None = their names.
+        image_size: Height and width of the crops, which are the target; the encoder may see fewer pixels.
+        cache_side: Shorter side of the cached copies, in pixels.
+        cache: ``"npy"``, or ``"none"`` to decode the sources at every access.
+        pair: ``"image"`` makes every image a sample with its study's report; ``"study"`` one sample a study, whose
+            views are drawn anew every epoch.
+        views: Views to keep, such as ``[AP, PA]``; None keeps all.
+        text: ``"findings_impression"`` or ``"full"``.
+        unique_texts: Whether to keep one sample of each distinct text and none without, before splitting: for archives
+            whose reports repeat from person to person.
+        tokenizer: JSON file or folder; None learns a WordPiece from the training split and keeps it in the cache.
+        vocab_size: Tokens at most, where the tokenizer is learned.
+        text_length: Tokens of a report at most, the class token included.
+        text_mask_ratio: Probability that a word is hidden.
+        mask_unit: ``"word"`` or ``"token"``.
+        mask_last: Whether the last of ``text_length`` positions may be hidden.
+        crop_scale: Share of an image's area that a training crop has.
+        mean: Subtracted from pixels in [0, 1].
+        std: What they are divided by then.
+        flip: ``"off"``; ``"swap_words"`` mirrors half of the training crops and exchanges left and right in the report;
+            ``"naive"`` mirrors only, so that the words for the sides become wrong.
+        batch_size: Samples per device.
+        draws_per_image: Times that an image is drawn in an epoch.
+        num_workers: Loader processes per rank; also threads that build the cache.
+        split_fractions: Shares of patients for train, val and test where neither file nor archive says.
+        split_file: CSV with ``split`` and ``case_id`` or ``patient_id``.
+        max_fault_fraction: Share of faulty samples at which training stops.
+        anonymise: Whether subjects and texts stay out of logs, pictures and fault files.
+        seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
+        split_seed: Seed of the split alone.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        layout: str = "auto",
+        columns: dict[str, str] | None = None,
+        image_size: tuple[int, int] = (448, 448),
+        cache_side: int = 512,
+        cache: Literal["npy", "none"] = "npy",
+        pair: Literal["image", "study"] = "image",
+        views: list[str] | None = None,
+        text: Literal["findings_impression", "full"] = "findings_impression",
+        unique_texts: bool = False,
+        tokenizer: str | None = None,
+        vocab_size: int = 30000,
+        text_length: int = 100,
+        text_mask_ratio: float = 0.5,
+        mask_unit: Literal["word", "token"] = "word",
+        mask_last: bool = True,
+        crop_scale: tuple[float, float] = (0.2, 1.0),
+        mean: float = 0.4978,
+        std: float = 0.2449,
+        flip: Flip = "off",
+        batch_size: int = 256,
+        draws_per_image: int = 1,
+        num_workers: int = 0,
+        split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
+        split_file: str | None = None,
+        max_fault_fraction: float = 0.01,
+        anonymise: bool = False,
+        seed: int | None = None,
+        split_seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, num_workers, max_fault_fraction, anonymise, seed)
+        if text_length < 2:
+            raise ValueError(f"`text_length` must be at least 2, the class token and one more, got {text_length}.")
+        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
+        self.root = root
+        self.image_size, self.crop_scale, self.flip = tuple(image_size), crop_scale, flip
+        self.text = TextSettings(text, text_length, WordMasker(text_mask_ratio, mask_unit, mask_last))
+        self.mean, self.std = mean, std
+        self.vocab_size = vocab_size
+        self.draws_per_image = draws_per_image
+        self._tokenizer_path = tokenizer
+        self._tokenizer: ReportTokenizer | None = None
+        self._layout_name, self._columns, self._pair, self._views = layout, columns, pair, views
+        self._unique_texts = unique_texts
+        self._split = (split_fractions, split_seed, split_file)
+        self._cache, self._cache_side = cache, cache_side
+        self._layout: StudyLayout | None = None
+        self.splits: dict[str, list[Sample]] = {}
+        self._counts: Tensor | None = None
+
+    def index(self) -> StudyLayout:
+        """Recognise the layout, list and split the samples. Reads names and tables, no image.
+
+        Raises:
+            DataError: unknown layout, missing columns, a patient in two splits, and the like.
+        """
+        if self._layout is None:
+            layout, studies = recognise(self.root, self._layout_name, self._known_layouts())
+            samples = samples_of(studies, self._pair, self._views)
+            if self._unique_texts:
+                samples = distinct(samples, layout, text=self.text.part)
+            parts = assign_splits(samples, *self._split)
+            self.splits = {
+                name: [sample for sample in samples if parts.get(sample.case_id) == name]
+                for name in ("train", "val", "test")
+            }
+            self.ledger.num_samples = len(parts)
+            root = Path(self.root).expanduser()
+            self.store = SourceImages(self._cache_side) if self._cache == "none" else ImageCache(root, self._cache_side)
+            self._layout = layout
+        return self._layout
+
+    def _known_layouts(self) -> Sequence[StudyLayout]:
+        """Return the layouts, the manifest's with the user's columns."""
+        if self._columns is None:
+            return STUDY_LAYOUTS
+        named = partial(find_manifest, columns=self._columns)
+        return [
+            StudyLayout(entry.name, entry.tree, named, entry.extract, entry.prefer)
+            if entry.name == "manifest"
+            else entry
+            for entry in STUDY_LAYOUTS
+        ]
+
+    def text_of(self, sample: Sample) -> str:
+        """Return the text of a sample that is used; empty where it has none.
+
+        Raises:
+            ReportError: a report that is listed cannot be read.
+        """
+        return study_text(sample.study, self.index(), self.text.part)
+
+    def training_texts(self) -> list[str]:
+        """Return the texts of the training studies, each once, in a fixed order; unreadable ones are left out."""
+        self.index()
+        texts = {}
+        for sample in self.splits["train"]:
+            if sample.study.case_id not in texts:
+                try:
+                    texts[sample.study.case_id] = self.text_of(sample)
+                except ReportError:
+                    texts[sample.study.case_id] = ""
+        return [text for text in texts.values() if text]
+
+    @property
+    def tokenizer(self) -> ReportTokenizer:
+        """The tokenizer: the given one, or one learned from the training texts and kept in the cache.
+
+        Raises:
+            DataError: there is none at the given path, or there is no text to learn one from.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._tokenizer_path) if self._tokenizer_path else self._learned()
+        return self._tokenizer
+
+    def _learned(self) -> ReportTokenizer:
+        texts = self.training_texts()
+        digest = stable_hash(self.vocab_size, *sorted(texts))
+        path = cache_root() / "tokenizers" / f"wordpiece-{digest:016x}.json"
+        if not path.is_file():
+            train_tokenizer(texts, self.vocab_size).save(path)
+        return load_tokenizer(path)
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """Channels, crop size, vocabulary and preprocessing of the batches."""
+        layout = self.index()
+        preprocessing = {
+            "layout": layout.name,
+            "intensity": "grayscale in [0, 1], minus mean, over std, repeated three times",
+            "mean": self.mean,
+            "std": self.std,
+            "resize": "bicubic, antialiased",
+            "text": self.text.part,
+        }
+        tokenizer = self.tokenizer
+        vocabulary = {
+            "size": tokenizer.vocab_size,
+            "length": self.text.length,
+            "fingerprint": tokenizer.fingerprint,
+        }
+        return InputSpec(CHANNELS, self.image_size, {}, preprocessing, vocabulary)
+
+    def paths_in_use(self) -> list[Path]:
+        """Return the images of all splits, each once."""
+        return list(dict.fromkeys(path for part in self.splits.values() for sample in part for path in sample.images))
+
+    def prepare_data(self) -> None:
+        """Build and verify the cache and the tokenizer, once per machine (Lightning hook)."""
+        self.index()
+        self.store.ensure(self.paths_in_use(), max(self.num_workers, 1))
+        _ = self.tokenizer
+
+    def setup(self, stage: str) -> None:
+        """Put what is broken into the ledger, keep the tokenizer with the run, and say what there is (Lightning hook).
+
+        Raises:
+            DataError: no sample can be used.
+        """
+        layout = self.index()
+        if isinstance(self.store, ImageCache):
+            known = self.store.faults()
+            self.ledger.add(
+                known[path]._replace(sample=sample.case_id)
+                for part in self.splits.values()
+                for sample in part
+                for path in sample.images
+                if path in known
+            )
+        if not any(self._usable(part) for part in self.splits.values()):
+            raise DataError(f"None of the {self.ledger.num_samples} samples under {self.root} can be used. "
+                            f"{self.ledger.describe()}")  # fmt: skip
+        counts = ", ".join(f"{len(part)} {name}" for name, part in self.splits.items() if part)
+        with_text = sum(sample.study.text is not None for part in self.splits.values() for sample in part)
+        size = "x".join(map(str, self.image_size))
+        say(f"data: {layout.name} at {self.root}, samples {counts}, {with_text} with a report, crops {size}, "
+            f"vocabulary of {self.tokenizer.vocab_size}")  # fmt: skip
+        if stage == "fit":
+            self._say_cut_texts()
+        trainer = self.trainer
+        if stage == "fit" and trainer is not None and trainer.is_global_zero and not is_dry_run(trainer):
+            self.tokenizer.save(Path(trainer.default_root_dir) / "tokenizer.json")
+
+    def _say_cut_texts(self) -> None:
+        texts = self.training_texts()
+        cut = sum(self.tokenizer.encode(text, self.text.length).cut for text in texts)
+        if cut:
+            say(f"note: {cut} of {len(texts)} training reports are longer than text_length {self.text.length} "
+                f"and lose their end")  # fmt: skip
+        if not self.splits["val"]:
+            say("note: the val split is empty, so nothing will be measured and there will be no best checkpoint")
+
+    def _dataset(self, samples: Sequence[Sample], train: bool, controls: bool = False) -> ImageTextDataset:
+        return ImageTextDataset(
+            samples,
+            self.index(),
+            self.store,
+            self.tokenizer,
+            self.text,
+            self.image_size,
+            train,
+            self.seed,
+            crop_scale=self.crop_scale,
+            flip=self.flip,
+            mean=self.mean,
+            std=self.std,
+            controls=self.splits["train"] if controls else None,
+            anonymise=self.ledger.anonymise,
+        )
+
+    def _usable(self, samples: Iterable[Sample]) -> list[Sample]:
+        """Leave out samples known to be broken: evaluation replaces nothing."""
+        bad = {fault.sample for fault in self.ledger.faults}
+        return [sample for sample in samples if sample.case_id not in bad or sample.study.text is not None]
+
+    def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """Return what joins samples and pads their texts."""
+        return partial(collate_image_text, pad_id=self.tokenizer.pad_id)
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Return the training samples (Lightning hook)."""
+        return self.train_loader(self._dataset(self.splits["train"], train=True), self.draws_per_image)
+
+    def val_dataloader(self) -> ResumableLoader:
+        """Return the validation samples, with fixed crops and hidden words (Lightning hook)."""
+        return self.evaluation_loader(self._dataset(self._usable(self.splits["val"]), train=False, controls=True))
+
+    def test_dataloader(self) -> ResumableLoader:
+        """Return the test samples, as those of validation (Lightning hook).
+
+        Raises:
+            DataError: the test split is empty.
+        """
+        samples = self._usable(self.splits["test"])
+        if not samples:
+            raise DataError(f"There is no sample to test on under {self.root}: none is in the test split.")
+        return self.evaluation_loader(self._dataset(samples, train=False, controls=True))
+
+    def reference_samples(self, count: int) -> Iterable[Any]:
+        """Yield batches with at least ``count`` training samples, cut as validation samples are."""
+        samples = self._usable(self.splits["train"])
+        step = max(len(samples) // max(count, 1), 1)
+        dataset = self._dataset(samples[::step], train=False)
+        draws = -(-count // max(len(dataset), 1))
+        for batch in self.evaluation_loader(dataset, draws, all_ranks=False):
+            yield self.on_before_batch_transfer(batch, 0)
+
+    def token_counts(self) -> Tensor:
+        """Count the tokens of the training texts that could be hidden, ``(V,)`` long."""
+        if self._counts is None:
+            counts = torch.zeros(self.tokenizer.vocab_size, dtype=torch.long)
+            for text in self.training_texts():
+                encoded = self.tokenizer.encode(text, self.text.length)
+                counts += torch.bincount(encoded.ids[encoded.maskable], minlength=len(counts))
+            self._counts = counts
+        return self._counts
+
+    def central_samples(self, splits: Sequence[str] = ("train", "val", "test")) -> Iterable[Any]:
+        """Yield batches with the central crop of every image of some splits, for probes and embeddings."""
+        samples = [sample for part in splits for sample in self._usable(self.splits[part]) if sample.images]
+        for batch in self.evaluation_loader(self._dataset(samples, train=False), all_ranks=False):
+            yield self.on_before_batch_transfer(batch, 0)
+
+    def examine(self, deep: bool, workers: int) -> list[str]:
+        """Print a report on the archive and return the reasons why training would refuse it."""
+        from datamodules.image_text_doctor import examine
+
+        return examine(self, deep, workers)

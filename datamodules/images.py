@@ -1,0 +1,260 @@
+"""Reading 2D medical images as 8-bit grayscale, to their last byte: every way in which a file can be broken has a kind.
+
+An EXIF orientation is ignored: radiographs carry none that means anything. Of several frames or pages the first is
+read. Pillow's ``LOAD_TRUNCATED_IMAGES`` must stay off, as it is by default.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError, features
+
+from common.errors import UserError
+
+#: What is opened; PostScript and the like, which run programs, are not.
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
+DICOM_SUFFIXES = (".dcm", ".dicom")
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+#: Goes into the cache key: another decoder may give other pixels.
+DECODERS = {
+    "Pillow": Image.__version__,
+    "libjpeg_turbo": features.version("libjpeg_turbo") or "",
+    **{package: _installed(package) for package in ("pydicom", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg")},
+}
+
+
+class ImageError(Exception):
+    """A file that cannot be used.
+
+    Args:
+        kind: unreadable, checksum, shape, nan, constant or missing.
+        detail: What was found.
+    """
+
+    def __init__(self, kind: str, detail: str) -> None:
+        self.kind, self.detail = kind, detail
+        super().__init__(detail)
+
+
+class UnreachableImageError(ImageError):
+    """A file that is not there or cannot be opened: a mount or a permission, which may come back by itself."""
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn whatever a decoder raises into an :class:`ImageError`."""
+    try:
+        if not path.is_file():
+            raise UnreachableImageError("missing", "the file is not there")
+        if path.stat().st_size == 0:
+            raise ImageError("unreadable", "the file is empty")
+        yield
+    except (ImageError, UserError, MemoryError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError("shape", f"more pixels than are opened here ({error})") from error
+    except UnidentifiedImageError as error:
+        raise ImageError("unreadable", "not an image of a known format, or its header is damaged") from error
+    except Exception as error:  # decoders raise many kinds for broken files; all mean the same to us
+        if isinstance(error, OSError) and error.errno is not None:
+            detail = f"the file cannot be opened ({error.strerror or error})"
+            raise UnreachableImageError("unreadable", detail) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ImageError("unreadable", f"not a readable image ({reason})") from error
+
+
+def _is_dicom(path: Path) -> bool:
+    return path.suffix.lower() in DICOM_SUFFIXES
+
+
+def read_header(path: Path) -> tuple[int, int]:
+    """Read height and width without decoding pixels.
+
+    Raises:
+        ImageError: missing, empty, or of no known format.
+        UserError: a DICOM file, and pydicom is not installed.
+    """
+    with _reading(path):
+        if _is_dicom(path):
+            dataset = _pydicom().dcmread(path, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
+            return int(dataset.Rows), int(dataset.Columns)
+        with Image.open(path, formats=FORMATS) as image:
+            return image.height, image.width
+
+
+def reduced_size(height: int, width: int, shorter_side: int | None) -> tuple[int, int]:
+    """Return the size at which the shorter side is ``shorter_side``; never an enlarged one."""
+    scale = (shorter_side or min(height, width)) / min(height, width)
+    if scale >= 1:
+        return height, width
+    return round(height * scale), round(width * scale)
+
+
+def read_gray(
+    path: Path, shorter_side: int | None = None, min_side: int = 32, max_pixels: int = 200_000_000
+) -> NDArray[np.uint8]:
+    """Read an image as grayscale.
+
+    Colour becomes luma and alpha is dropped, whatever it hides. More than 8 bits are stretched from the image's own
+    minimum and maximum to 0 .. 255. DICOM: rescaled and cut to its first linear window where it has more than 8 bits,
+    and MONOCHROME1 is inverted.
+
+    Args:
+        path: The file; DICOM by its suffix, any of ``FORMATS`` by its content.
+        shorter_side: Shorter side in pixels of the result, the aspect kept; smaller images stay as they are. A JPEG is
+            then decoded at the smallest of 1, 1/2, 1/4 and 1/8 that is no smaller than that.
+        min_side: Images with a smaller side are refused.
+        max_pixels: Images with more are refused before they are decoded; Pillow's own limit of
+            ``2 * PIL.Image.MAX_IMAGE_PIXELS`` holds as well.
+
+    Returns:
+        ``(H, W)``.
+
+    Raises:
+        ImageError: missing, empty, truncated, damaged, too small, too large or constant.
+        UserError: a DICOM file, and what it takes to read it is not installed.
+    """
+    if shorter_side is not None and shorter_side < 1:
+        raise ValueError(f"`shorter_side` must be at least 1 pixel, got {shorter_side}.")
+    limits = (min_side, max_pixels)
+    with _reading(path):
+        if _is_dicom(path):
+            gray, full, box = _read_dicom(path, limits)
+        else:
+            gray, full, box = _read_picture(path, shorter_side, limits)
+        height, width = reduced_size(*full, shorter_side)
+        if (gray.height, gray.width) != (height, width):
+            gray = gray.resize((width, height), Image.Resampling.BICUBIC, box)
+        pixels = np.array(gray)
+    if pixels.min() == pixels.max():
+        raise ImageError("constant", f"every pixel is {pixels.flat[0]}")
+    return pixels
+
+
+def _check_size(height: int, width: int, limits: tuple[int, int]) -> None:
+    min_side, max_pixels = limits
+    if min(height, width) < min_side:
+        raise ImageError("shape", f"{height} x {width} pixels, a side of at least {min_side} is needed")
+    if height * width > max_pixels:
+        raise ImageError("shape", f"the header promises {height} x {width} pixels, more than is opened here")
+
+
+class _Decoded(NamedTuple):
+    """An image in gray, height and width as its file has them, and the part of it (pixels) that shows the picture."""
+
+    gray: Image.Image
+    full: tuple[int, int]
+    box: tuple[float, float, float, float] | None = None
+
+
+def _read_picture(path: Path, shorter_side: int | None, limits: tuple[int, int]) -> _Decoded:
+    with Image.open(path, formats=FORMATS) as image:
+        full = (image.height, image.width)
+        _check_size(*full, limits)
+        if image.format == "PNG":
+            _check_png(path)
+        if not image.mode.startswith("I") and any(";16" in str(tile.args) for tile in image.tile):
+            raise ImageError("unreadable", "16 bits are read in grayscale alone, not in colour")
+        drafted = None
+        if shorter_side is not None and min(full) > shorter_side:
+            drafted = image.draft("L", (shorter_side, shorter_side))
+        # The last row and column of a draft may lie partly beyond the picture, hence the box.
+        return _Decoded(_to_gray(image), full, drafted[1] if drafted else None)
+
+
+def _check_png(path: Path) -> None:
+    """Compare the check sums of a PNG's chunks, which nothing looks at while its pixels are decoded."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            image.verify()
+    except SyntaxError as error:
+        kind = "checksum" if "bad" in str(error) else "unreadable"
+        raise ImageError(kind, f"the file is damaged or ends early ({error})") from error
+
+
+def _to_gray(image: Image.Image) -> Image.Image:
+    if image.mode == "L":
+        image.load()  # the file is about to be closed
+        return image
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return Image.fromarray(_stretch(np.asarray(image)))
+    # Through RGBA, a palette keeps the colours of transparent entries; dropping alpha leaves what lies under it.
+    return image.convert("RGBA" if image.mode in ("P", "PA") else "RGB").convert("L")
+
+
+def _stretch(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Map minimum .. maximum to 0 .. 255."""
+    wide = values.astype(np.promote_types(values.dtype, np.float32))
+    if not np.isfinite(wide).all():
+        raise ImageError("nan", "there are pixels that are no number")
+    low, high = wide.min(), wide.max()
+    if low == high:
+        raise ImageError("constant", f"every pixel is {low:g}")
+    return np.rint((wide - low) * (255 / (high - low))).astype(np.uint8)
+
+
+def _pydicom() -> Any:
+    try:
+        import pydicom
+    except ImportError as error:
+        raise UserError("Reading DICOM images needs pydicom: install it with pip install 'medmim[dicom]'.") from error
+    return pydicom
+
+
+def _read_dicom(path: Path, limits: tuple[int, int]) -> _Decoded:
+    dataset = _pydicom().dcmread(path)
+    full = (int(dataset.Rows), int(dataset.Columns))
+    _check_size(*full, limits)
+    if int(dataset.get("NumberOfFrames") or 1) != 1:
+        raise ImageError("shape", f"expected one frame, found {dataset.NumberOfFrames}")
+    pixels = _dicom_pixels(dataset)
+    meaning = dataset.PhotometricInterpretation
+    if pixels.ndim == 3:
+        return _Decoded(_to_gray(Image.fromarray(pixels)), full)
+    if meaning not in ("MONOCHROME1", "MONOCHROME2"):
+        raise ImageError("unreadable", f"a DICOM image of {meaning} is not read here")
+    if int(dataset.BitsStored) > 8 or pixels.min() < 0 or pixels.max() > 255:
+        pixels = _stretch(_window(pixels, dataset))
+    gray = pixels.astype(np.uint8)
+    return _Decoded(Image.fromarray(255 - gray if meaning == "MONOCHROME1" else gray), full)
+
+
+def _dicom_pixels(dataset: Any) -> NDArray[Any]:
+    """Decode ``(H, W)``, or ``(H, W, 3)`` in RGB."""
+    from pydicom.pixels import get_decoder, pixel_array
+
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if not get_decoder(syntax).is_available:
+        raise UserError(
+            f"Reading DICOM images of transfer syntax {syntax.name} needs further decoders: "
+            "install them with pip install 'medmim[dicom]'."
+        )
+    return pixel_array(dataset)
+
+
+def _window(pixels: NDArray[Any], dataset: Any) -> NDArray[np.float64]:
+    """Rescale, and clip to the first window where there is a linear one."""
+    values = pixels * float(dataset.get("RescaleSlope") or 1) + float(dataset.get("RescaleIntercept") or 0)
+    center, width = (_first(dataset.get(name)) for name in ("WindowCenter", "WindowWidth"))
+    if center is None or not width or dataset.get("VOILUTFunction", "LINEAR") == "SIGMOID":
+        return values
+    return np.clip(values, center - width / 2, center + width / 2)
+
+
+def _first(value: Any) -> float | None:
+    """Return a DICOM number, the first where there are several."""
+    several = value if isinstance(value, Sequence) else [value]
+    return None if not several or several[0] is None else float(several[0])

@@ -1,0 +1,1 @@
+"""Masked record modeling: radiographs and their reports (Zhou et al., ICLR 2023)."""

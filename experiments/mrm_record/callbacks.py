@@ -1,0 +1,93 @@
+"""Does the image help to fill in the report?"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.callbacks.validation import ValidationCallback
+from common.distributed import gather_objects
+from common.module import SSLModule
+from common.randomness import numpy_generator
+from common.reporting import log_scalars
+from common.types import Reconstruction
+
+#: What the report decoder is given in place of the sample's own image.
+_IMAGES = {"right_image": "image", "other_image": "control_image", "no_image": "none"}
+
+
+def bootstrap_interval(totals: np.ndarray, counts: np.ndarray, draws: int = 1000) -> tuple[float, float]:
+    """Return the central 95 % of a ratio of sums under resampling of persons.
+
+    Args:
+        totals: Sum of each person, ``(P,)``.
+        counts: Terms in each sum, ``(P,)``.
+        draws: Resamplings.
+    """
+    chosen = numpy_generator("bootstrap", len(totals)).integers(0, len(totals), (draws, len(totals)))
+    ratios = totals[chosen].sum(1) / np.maximum(counts[chosen].sum(1), 1)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return float(low), float(high)
+
+
+class ImageReportGap(ValidationCallback):
+    """Logs the loss of the hidden words with the right image, with another patient's, and with none.
+
+    ``report/loss_right_image``, ``report/loss_other_image``, ``report/loss_no_image`` (nats per hidden token, the same
+    words hidden), and the gaps ``report/gap_other_image`` and ``report/gap_no_image`` (above 0: the image helps) with
+    the bounds ``_low`` and ``_high`` of their 95 % interval, persons resampled.
+
+    Args:
+        words: Score these words alone, such as the names of findings; None scores all. Only words that are one token.
+    """
+
+    def __init__(self, words: Sequence[str] | None = None) -> None:
+        self.words = words
+        self._wanted: Tensor | None = None
+        self._sums: dict[str, np.ndarray] = {}
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the last validation (Lightning hook)."""
+        self._sums = defaultdict(lambda: np.zeros(len(_IMAGES) + 1))
+        if self.words is not None and self._wanted is None:
+            backend = trainer.datamodule.tokenizer.backend  # type: ignore[attr-defined]
+            found = [backend.token_to_id(word) for word in self.words]
+            self._wanted = torch.tensor([index for index in found if index is not None], device=pl_module.device)
+
+    def observe(self, trainer: pl.Trainer, module: SSLModule, output: Reconstruction, batch: Any) -> None:
+        """Add one batch."""
+        if "control_image" not in batch:
+            return
+        losses = []
+        for image in _IMAGES.values():
+            hidden = module.hidden_tokens(batch, image)  # type: ignore[call-arg]
+            losses.append(F.cross_entropy(hidden.logits.float(), hidden.targets, reduction="none"))
+        scored = batch["modality_mask"][:, 0][hidden.sample]
+        if self._wanted is not None:
+            scored = scored & torch.isin(hidden.targets, self._wanted)
+        rows = torch.stack([*losses, torch.ones_like(losses[0])], 1)[scored].double().cpu().numpy()
+        for sample, row in zip(hidden.sample[scored].tolist(), rows, strict=True):
+            self._sums[batch["patient_id"][sample]] += row
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log over all patients of all ranks (Lightning hook)."""
+        merged: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(_IMAGES) + 1))
+        for part in gather_objects(dict(self._sums)):
+            for patient, row in part.items():
+                merged[patient] += row
+        if not merged:
+            return
+        table = np.stack([merged[patient] for patient in sorted(merged)])
+        counts = table[:, -1]
+        scalars = {f"report/loss_{name}": table[:, i].sum() / counts.sum() for i, name in enumerate(_IMAGES)}
+        for column, name in ((1, "other_image"), (2, "no_image")):
+            gaps = table[:, column] - table[:, 0]
+            low, high = bootstrap_interval(gaps, counts)
+            scalars |= {f"report/gap_{name}": gaps.sum() / counts.sum()}
+            scalars |= {f"report/gap_{name}_low": low, f"report/gap_{name}_high": high}
+        log_scalars(pl_module, {name: float(value) for name, value in scalars.items()})

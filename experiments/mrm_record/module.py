@@ -1,0 +1,222 @@
+"""Pre-training by masked record modeling (paper section 3)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from common.blocks.decoder import MAEDecoder
+from common.blocks.vit import VisionTransformer
+from common.checkpoint import init_encoder
+from common.losses.reconstruction import masked_mse
+from common.losses.text import masked_cross_entropy
+from common.maskers.random import RandomMasker
+from common.module import SSLModule, StepOutput
+from common.optim import Schedule
+from common.panels import image_panel
+from common.randomness import KeyedGenerator
+from common.reporting import say
+from common.types import HiddenTokens, InputSpec, MaskOutput, Panel, Reconstruction, TokenFeatures
+from experiments.mrm_record.model import MRM, Pool, ReportDecoder, TargetNorm
+
+EncoderFactory = Callable[[int, Sequence[int]], VisionTransformer]
+DecoderFactory = Callable[[int, Sequence[int], int], MAEDecoder]
+ReportFactory = Callable[[int, int], ReportDecoder]
+
+
+class MRMPretrain(SSLModule):
+    """Hidden patches at twice the resolution, and hidden words given the visible ones and the image (Eq. 3).
+
+    Args:
+        encoder: Makes the encoder from (channels, image size).
+        decoder: Makes the image decoder from (width, grid, values per patch).
+        report: Makes the report decoder from (vocabulary, length).
+        masker: Hides patches.
+        mlm_weight: Weight of the report's loss, Eq. 3's sum being 1 to lambda; 0 is the ablation without reports.
+        mim_weight: Lambda, the weight of the image's loss; 0 is the ablation without images as a target.
+        mlm_scope: Tokens that are scored: the hidden ones (Eq. 1), all real ones, or padding too (published code).
+        sr_factor: How many times finer the target is than the input; 1 is the ablation without super-resolution.
+        target_norm: ``"patch"``, ``"unit"`` or ``"dataset"``; see :class:`experiments.mrm_record.model.MRM`.
+        pool: ``"gap"`` or ``"gmp"``.
+        text_to_image: Whether the visible words are fed to the image decoder.
+        antialias: Whether the low-resolution copy is low-pass filtered.
+        init_from: File of MAE, timm or published weights to start the encoder from; None starts from scratch.
+        optimizer: Makes the optimiser.
+        schedule: Attaches the learning-rate schedule.
+        compile_network: Whether to compile the network.
+        channels: Names of the channels; None = as the data say.
+        image_size: Size of the target; None = as the data say.
+        vocabulary: Size, length and fingerprint of the tokens; None = as the data say.
+
+    Raises:
+        ValueError: both weights are 0, or an option is unknown.
+    """
+
+    def __init__(
+        self,
+        encoder: EncoderFactory = VisionTransformer,
+        decoder: DecoderFactory = MAEDecoder,
+        report: ReportFactory = ReportDecoder,
+        masker: RandomMasker | None = None,
+        mlm_weight: float = 1.0,
+        mim_weight: float = 1.0,
+        mlm_scope: Literal["masked", "real", "all"] = "masked",
+        sr_factor: Literal[1, 2] = 2,
+        target_norm: TargetNorm = "patch",
+        pool: Pool = "gap",
+        text_to_image: bool = False,
+        antialias: bool = True,
+        init_from: str | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule | None = None,
+        compile_network: bool = False,
+        channels: list[str] | None = None,
+        image_size: list[int] | None = None,
+        vocabulary: dict[str, Any] | None = None,
+    ) -> None:
+        if mlm_weight == mim_weight == 0:
+            raise ValueError("mlm_weight and mim_weight are both 0: there is nothing to train on.")
+        super().__init__({"reconstruction": mim_weight, "report": mlm_weight}, optimizer, schedule)
+        self.save_hyperparameters()
+        self.masker = masker or RandomMasker(0.75)
+        self.mlm_scope = mlm_scope
+        self.init_from = init_from
+        self.compile_network = compile_network
+        self._factories = (encoder, decoder, report)
+        self._options: dict[str, Any] = {
+            "sr_factor": sr_factor,
+            "target_norm": target_norm,
+            "pool": pool,
+            "text_to_image": text_to_image,
+            "antialias": antialias,
+        }
+
+    def build_network(self, spec: InputSpec) -> MRM:
+        """Make the networks for inputs of ``spec``.
+
+        Raises:
+            ValueError: sizes that do not fit.
+        """
+        factor = self._options["sr_factor"]
+        if any(side % factor for side in spec.image_size):
+            raise ValueError(f"image_size must be a multiple of sr_factor {factor}, got {list(spec.image_size)}.")
+        make_encoder, make_decoder, make_report = self._factories
+        channels = len(spec.channels)
+        encoder = make_encoder(channels, [side // factor for side in spec.image_size])
+        first, second = encoder.patch_embed.patch_size
+        values = first * second * factor**2 * channels
+        decoder = make_decoder(encoder.embed_dim, encoder.grid_size, values)
+        report = make_report(spec.vocabulary["size"], spec.vocabulary["length"])
+        self.masker(1, encoder.patch_embed.num_patches, generator=torch.Generator())
+        scale = {name: spec.preprocessing[name] for name in ("mean", "std") if name in spec.preprocessing}
+        return MRM(encoder, decoder, report, **self._options, **scale)
+
+    def on_fit_start(self) -> None:
+        """Take the encoder's first weights from a file, unless a checkpoint brings all (Lightning hook)."""
+        if self.trainer.ckpt_path is not None:
+            return
+        if self.init_from:
+            say(f"encoder from {self.init_from}: {init_encoder(self.network.encoder, self.init_from)}")
+        else:
+            say("note: the encoder starts from scratch; the published runs started from MAE's ImageNet weights "
+                "(model.init_from)")  # fmt: skip
+
+    def draw_mask(self, batch: Any) -> MaskOutput:
+        """Draw the masks that belong to the batch's samples."""
+        patches = self.network.encoder.patch_embed.num_patches
+        return self.masker(len(batch["key"]), patches, generator=KeyedGenerator(batch["key"]))
+
+    def _hidden(self, mask: MaskOutput) -> Tensor | None:
+        """Return the hidden patches ``(B, S)``; None, which means all, where nothing is hidden."""
+        assert mask.ids_keep is not None
+        assert mask.ids_restore is not None
+        visible, total = mask.ids_keep.shape[1], mask.ids_restore.shape[1]
+        return None if visible == total else torch.argsort(mask.ids_restore, dim=1)[:, visible:]
+
+    def _scored_text(self, batch: Any) -> Any:
+        """Return the batch with the positions that the report's loss is taken over."""
+        if self.mlm_scope == "masked":
+            return batch
+        truth = torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"]).flatten()
+        if self.mlm_scope == "real":
+            index = batch["attention_mask"].flatten().nonzero()[:, 0]
+        else:
+            index = torch.arange(len(truth), device=truth.device)
+        return batch | {"hidden_index": index, "hidden_ids": truth[index]}
+
+    def step(self, batch: Any, sync: bool) -> StepOutput:
+        """Compute both losses of one batch."""
+        mask = self.draw_mask(batch)
+        index = self._hidden(mask) if self.training else None
+        scored = self._scored_text(batch)
+        output = self.network(scored, mask, index)
+        reconstruction = self._reconstruction(output.pred, output.target, mask, batch, index)
+        losses = {
+            "reconstruction": masked_mse(reconstruction.pred, reconstruction.target, reconstruction.mask, sync),
+            "report": masked_cross_entropy(output.logits, scored["hidden_ids"], sync),
+        }
+        words = torch.tensor(float(len(scored["hidden_ids"])))
+        weights = {"reconstruction": reconstruction.mask.sum().float(), "report": words}
+        return StepOutput(losses, weights, reconstruction, {})
+
+    @staticmethod
+    def _reconstruction(
+        pred: Tensor, target: Tensor, mask: MaskOutput, batch: Any, index: Tensor | None
+    ) -> Reconstruction:
+        """Pair predictions with what is scored: the hidden patches of images that are there; all if none is hidden."""
+        present = batch["modality_mask"][:, :1]
+        everything = index is not None or (mask.ids_keep is not None and mask.ids_keep.shape[1] == mask.mask.shape[1])
+        scored = present.expand(pred.shape[:2]) if everything else mask.mask & present
+        return Reconstruction(pred, target, scored, {})
+
+    def reconstruct(self, batch: Any, image: str = "image") -> Reconstruction:
+        """Reconstruct a batch from what is visible of ``batch[image]``."""
+        network: MRM = self.network
+        mask = self.draw_mask(batch)
+        words = None
+        if network.to_image is not None:
+            words = network.visible_words(batch, network.report.embed(batch["input_ids"]))
+        pred = network.decode(network.encode(batch[image], mask), mask, words, None)
+        return self._reconstruction(pred.float(), network.target(batch["image"]), mask, batch, None)
+
+    def reconstruction_target(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the target patches ``(B, N, P)`` and which of them are of an image that is there ``(B, N)``."""
+        target = self.network.target(batch["image"])
+        return target, batch["modality_mask"][:, :1].expand(target.shape[:2])
+
+    def hidden_tokens(self, batch: Any, image: str = "image") -> HiddenTokens:
+        """Predict the hidden words, given ``batch[image]``; ``image="none"`` gives the report decoder a zero vector."""
+        network: MRM = self.network
+        present = batch["modality_mask"][:, 0]
+        if image == "none":
+            vector = torch.zeros(len(present), network.report.dim, device=present.device)
+        else:
+            vector = network.image_vector(network.encode(batch[image], self.draw_mask(batch)), present)
+        sample = batch["hidden_index"] // batch["input_ids"].shape[1]
+        return HiddenTokens(network.report_logits(batch, vector), batch["hidden_ids"], sample)
+
+    def token_features(self, batch: Any) -> TokenFeatures:
+        """Encode whole images."""
+        encoder = self.network.encoder
+        tokens = encoder.forward_features(self.network.low_resolution(batch["image"]))
+        patches = tokens[:, encoder.num_prefix_tokens :]
+        keep = batch["modality_mask"][:, :1].expand(patches.shape[:2])
+        return TokenFeatures({"final": patches}, keep)
+
+    def panels(self, batch: Any, output: Reconstruction, index: int) -> dict[str, Panel]:
+        """Draw sample ``index`` at the resolution of the target and at that of the input."""
+        network: MRM = self.network
+        if not bool(batch["modality_mask"][index, 0]):
+            return {}
+        image = batch["image"][index : index + 1].float()
+        hidden = network.spread(output.mask[index : index + 1])
+        filled = torch.where(hidden, network.pixels(output.pred[index : index + 1].float(), image), image)
+        name, factor = batch["subject_id"][index], network.sr_factor
+        panels = {"high_resolution": image_panel(name, image[0, 0], hidden[0, 0], filled[0, 0])}
+        if factor > 1:
+            small = [F.avg_pool2d(x.float(), factor)[0, 0] for x in (image, hidden, filled)]
+            panels["low_resolution"] = image_panel(name, small[0], small[1] > 0.5, small[2])
+        return panels
