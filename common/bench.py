@@ -8,15 +8,22 @@ import argparse
 import importlib
 import importlib.util
 import json
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from common.cli import supports_bfloat16
+from common.module import SSLModule
+from common.optim import param_groups
 from common.provenance import environment
 from common.reporting import say
 
@@ -94,15 +101,62 @@ def speedup(slow: list[float], fast: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
-def matrix_products(size: int = 2048, count: int = 8) -> tuple[Callable[[], None], float]:
-    """Return fp32 products that a step is held against, and their floating-point operations."""
+def matrix_products(size: int = 2048) -> tuple[Callable[[], None], float]:
+    """Return an fp32 product that a step is held against, and its floating-point operations."""
     a, b = torch.randn(size, size), torch.randn(size, size)
 
     def multiply() -> None:
-        for _ in range(count):
-            torch.mm(a, b)
+        torch.mm(a, b)
 
-    return multiply, 2.0 * size**3 * count
+    return multiply, 2.0 * size**3
+
+
+def training_step(module: SSLModule, batch: Any) -> Callable[..., None]:
+    """Return a whole training step of a built module on one batch: forward, backward, clipping, AdamW.
+
+    The function takes ``bfloat16=True`` for mixed precision.
+    """
+    optimizer = torch.optim.AdamW(param_groups(module), lr=1e-4, fused=True)
+    module.train()
+
+    def step(bfloat16: bool = False) -> None:
+        with torch.autocast("cpu", torch.bfloat16) if bfloat16 else nullcontext():
+            loss = module.total(module.step(batch, sync=False).losses)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def training_rows(step: Callable[..., None], what: str) -> list[Row]:
+    """Compare a training step with the matrix products of the same minutes and with bfloat16; report its memory.
+
+    Products stand on both sides of the steps that are held against them, and each precision runs for several steps on
+    end, as a training has it: a shared machine's clock drifts by a fifth within a minute.
+    """
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with FlopCounterMode(display=False) as counter:
+        step()
+    operations = float(counter.get_total_flops())
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    product, product_operations = matrix_products()
+    bfloat16 = supports_bfloat16("cpu")
+    turns: list[Callable[[], None]] = [product, step, product, *([partial(step, bfloat16=True)] if bfloat16 else [])]
+    before_step, single, after_step, *half = in_turn(*turns, rounds=4, calls=3)
+    around = [(a + b) / 2 for a, b in zip(before_step, after_step, strict=True)]
+    share = speedup(around, single) * operations / product_operations
+    rate, best = (product_operations / seconds / 1e9 for seconds in (statistics.median(around), min(around)))
+    detail = f"{what}: {operations / 1e9:.0f} GFLOP a step, torch.mm {rate:.0f} GFLOP/s, at best {best:.0f}"
+    size = f"{before / 2**20:.2f} GiB before it"
+    return [
+        Row("training step, share of the fp32 torch.mm peak", share, 0.75, detail, ""),
+        Row("training step, bf16 against fp32", speedup(single, half[0]), 2.3)
+        if half
+        else Row("training step, bf16 against fp32", None, 2.3, "this CPU has neither avx512_bf16 nor AMX"),
+        Row("training step, peak memory in fp32", memory / 2**20, None, size, "GiB"),
+    ]
 
 
 def bench_modules(experiment: str | None = None) -> list[str]:

@@ -1,18 +1,12 @@
-"""How fast E-MIM's training step is: ViT-B, 96^3 crops of four modalities, batch 1."""
+"""How fast E-MIM's training step is: ViT-B, 96^3 crops of four modalities."""
 
-import resource
-import statistics
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import partial
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from common.bench import Row, in_turn, matrix_products, speedup
+from common.bench import Row, in_turn, speedup, training_rows, training_step
 from common.blocks.attention import SelfAttention
 from common.cli import supports_bfloat16
-from common.optim import param_groups
 from experiments.e_mim.model import EMIM
 from experiments.e_mim.module import EMIMPretrain
 
@@ -32,57 +26,18 @@ def _training_step(batch_size: int, two_passes: bool = False) -> Callable[..., N
     module.configure_model()
     if two_passes:
         module.network.__class__ = _TwoPasses
-    optimizer = torch.optim.AdamW(param_groups(module), lr=1e-4, fused=True)
     generator = torch.Generator().manual_seed(0)
     batch = {
         "image": torch.rand(batch_size, 4, 96, 96, 96, generator=generator),
         "modality_mask": torch.ones(batch_size, 4, dtype=torch.bool),
         "key": torch.arange(batch_size),
     }
-    module.train()
-
-    def step(bfloat16: bool = False) -> None:
-        with torch.autocast("cpu", torch.bfloat16) if bfloat16 else nullcontext():
-            loss = module.total(module.step(batch, sync=False).losses)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return training_step(module, batch)
 
 
-def _count(step: Callable[[], None]) -> float:
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return float(counter.get_total_flops())
-
-
-def training_step() -> list[Row]:
-    """Compare the step with the matrix-product peak and with bfloat16, at the configured batch; report its memory."""
-    step = _training_step(batch_size=4)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    operations = _count(step)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    product, product_operations = matrix_products(count=1)
-    bfloat16 = supports_bfloat16("cpu")
-    # Products on both sides of the steps that are held against them, and each precision for several steps on end, as
-    # a training has it: a shared machine's clock drifts by a fifth within a minute.
-    turns: list[Callable[[], None]] = [product, step, product, *([partial(step, bfloat16=True)] if bfloat16 else [])]
-    before_step, single, after_step, *half = in_turn(*turns, rounds=4, calls=3)
-    around = [(a + b) / 2 for a, b in zip(before_step, after_step, strict=True)]
-    share = speedup(around, single) * operations / product_operations
-    peak = product_operations / statistics.median(around)
-    detail = f"ViT-B, 96^3, batch 4: {operations / 1e9:.0f} GFLOP a step, torch.mm {peak / 1e9:.0f} GFLOP/s"
-    best = f"best single product {product_operations / min(before_step + after_step) / 1e9:.0f} GFLOP/s"
-    size = f"{before / 2**20:.2f} GiB before it"
-    return [
-        Row("training step, share of the fp32 torch.mm peak", share, 0.75, f"{detail}, {best}", ""),
-        Row("training step, bf16 against fp32", speedup(single, half[0]), 2.3)
-        if half
-        else Row("training step, bf16 against fp32", None, 2.3, "this CPU has neither avx512_bf16 nor AMX"),
-        Row("training step, peak memory in fp32", memory / 2**20, None, size, "GiB"),
-    ]
+def configured_step() -> list[Row]:
+    """Hold the step at the configured batch against matrix products and bfloat16."""
+    return training_rows(_training_step(batch_size=4), "ViT-B, 96^3, batch 4")
 
 
 def stacked_branches() -> list[Row]:
@@ -107,4 +62,4 @@ def attention_step() -> list[Row]:
     return [Row("attention layer at 216 tokens, ours against the fused CPU kernel, bf16", speedup(slow, fast), 1.0)]
 
 
-ROWS: list[Callable[[], list[Row]]] = [training_step, stacked_branches, attention_step]
+ROWS: list[Callable[[], list[Row]]] = [configured_step, stacked_branches, attention_step]
