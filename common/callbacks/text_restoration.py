@@ -13,9 +13,15 @@ from common.types import Reconstruction
 _RIGHT, _WRONG = "\N{LARGE GREEN SQUARE}", "\N{LARGE RED SQUARE}"
 
 
-def _joined(tokens: list[str]) -> str:
-    """Write tokens as words: continuations (``##`` or no blank mark) stick to the word before."""
-    return " ".join(tokens).replace(" ##", "")
+def _plain(token: str) -> str:
+    """Return a token as it may stand in a cell of a Markdown table."""
+    return escape(token.removeprefix("##")).replace("|", "&#124;")
+
+
+def _joined(tokens: list[str], written: list[str]) -> str:
+    """Join what was written for each token; continuations stick to the word before."""
+    parts = [("" if token.startswith("##") else " ") + text for token, text in zip(tokens, written, strict=True)]
+    return "".join(parts).strip()
 
 
 def restored_row(tokens: list[str], truth: dict[int, str], predicted: dict[int, str]) -> tuple[str, str]:
@@ -30,16 +36,17 @@ def restored_row(tokens: list[str], truth: dict[int, str], predicted: dict[int, 
         Markdown: the true text, hidden tokens bold; and the prediction, green where right, red with the truth where
         not.
     """
-    shown = [f"**{escape(truth[i])}**" if i in truth else escape(token) for i, token in enumerate(tokens)]
+    true = [truth.get(index, token) for index, token in enumerate(tokens)]
+    shown = [f"**{_plain(token)}**" if i in truth else _plain(token) for i, token in enumerate(true)]
     filled = []
-    for index, token in enumerate(tokens):
+    for index, token in enumerate(true):
         if index not in truth:
-            filled.append(escape(token))
-        elif predicted[index] == truth[index]:
-            filled.append(f"{_RIGHT}**{escape(truth[index])}**")
+            filled.append(_plain(token))
+        elif predicted[index] == token:
+            filled.append(f"{_RIGHT}**{_plain(token)}**")
         else:
-            filled.append(f"{_WRONG}**{escape(predicted[index])}** (~~{escape(truth[index])}~~)")
-    return _joined(shown), _joined(filled)
+            filled.append(f"{_WRONG}**{_plain(predicted[index])}** (~~{_plain(token)}~~)")
+    return _joined(true, shown), _joined(true, filled)
 
 
 class TextRestoration(ValidationCallback):

@@ -282,10 +282,11 @@ class MRM(nn.Module):
         Returns:
             ``(B, 1, H, W)``.
         """
-        grey = pred.unflatten(2, (-1, self.encoder.patch_embed.in_channels)).mean(3)
-        true = record_patches(image, self.target_patch)
+        channels = self.encoder.patch_embed.in_channels
+        grey = pred.unflatten(2, (-1, channels)).mean(3)
         if self.target_norm == "patch":
-            grey = grey * true.std(2, keepdim=True) + true.mean(2, keepdim=True)
+            true = record_patches(image.expand(-1, channels, -1, -1), self.target_patch)
+            grey = grey * (true.var(2, keepdim=True) + _EPS).sqrt() + true.mean(2, keepdim=True)
         elif self.target_norm == "unit":
             grey = (grey - self.mean) / self.std
         return unpatchify(grey, self.encoder.grid_size, self.target_patch)
