@@ -204,9 +204,10 @@ def transfer_encoder(stored: StoredEncoder, encoder: nn.Module, channels: Sequen
         patch = config["patch_size"]
         patch = [patch] * len(new_size) if isinstance(patch, int) else patch
         grids = grid_of(old_size, patch), grid_of(new_size, patch)
-        fixed = config.get("pos_embed") == "sincos"
-        state["pos_embed"] = wanted["pos_embed"] if fixed else resize_position_embedding(state["pos_embed"], *grids)
-        adapted["pos_embed"] = f"{'computed' if fixed else 'resampled'} from {old_size} to {new_size}"
+        # A crop of another size has voxels as large as before: fixed positions go on. A whole image has not.
+        go_on = config.get("pos_embed") == "sincos" and len(new_size) == 3
+        state["pos_embed"] = wanted["pos_embed"] if go_on else resize_position_embedding(state["pos_embed"], *grids)
+        adapted["pos_embed"] = f"{'computed' if go_on else 'resampled'} from {old_size} to {new_size}"
     check_shapes({k: v for k, v in state.items() if k in wanted}, {k: wanted[k] for k in state if k in wanted})
     report = LoadReport(
         loaded=[k for k in state if k in wanted and k not in adapted],

@@ -39,18 +39,27 @@ def build_parser(wanted: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+def execute(arguments: list[str]) -> None:
+    """Run a subcommand inside this process.
+
+    Raises:
+        UserError: refused.
+        SystemExit: wrong usage.
+    """
+    wanted = next((argument for argument in arguments if argument in COMMANDS), None)
+    args = build_parser(wanted).parse_args(arguments)
+    importlib.import_module(COMMANDS[args.command][0]).run(args)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run ``medmim``. Exit codes: 0 done, 1 refused or failed with one line, 2 wrong usage."""
     ask_for_huge_pages()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
-    wanted = next((argument for argument in arguments if argument in COMMANDS), None)
-    args = build_parser(wanted).parse_args(arguments)
     from common.errors import UserError
 
     try:
-        importlib.import_module(COMMANDS[args.command][0]).run(args)
+        execute([argument for argument in arguments if argument != "--debug"])
     except UserError as error:
         if debug:
             raise

@@ -22,7 +22,7 @@ def param_groups(module: nn.Module, layer_decay: float = 1.0) -> list[dict[str, 
 
     Biases, norms and whatever a submodule names in ``no_weight_decay()`` (positions, mask tokens) get a weight decay
     of 0; all others keep the optimiser's. Encoders that know ``layer_index(name)`` get learning rates that fall by
-    ``layer_decay`` per layer towards the input, stored as ``lr_scale`` for :class:`WarmupCosine`.
+    ``layer_decay`` per layer towards the input, stored as ``lr_scale`` for :class:`Schedule`.
 
     Args:
         module: The module to train.
@@ -71,27 +71,47 @@ class Schedule(ABC):
         return LambdaLR(optimizer, [with_scale(group.get("lr_scale", 1.0)) for group in optimizer.param_groups])
 
 
-class WarmupCosine(Schedule):
-    """Linear warm-up, then a cosine down to a fraction of the highest rate.
+class WarmupSchedule(Schedule):
+    """Linear warm-up, then a fall from the highest rate to a fraction of it; subclasses give the fall its shape.
 
     Args:
-        warmup: Share of all steps spent warming up, in [0, 1).
+        warmup: Steps spent warming up: their share of all steps in [0, 1), or their whole number from 1 on.
         final: Last rate over the highest.
 
     Raises:
-        ValueError: ``warmup`` is outside [0, 1).
+        ValueError: ``warmup`` is neither.
     """
 
     def __init__(self, warmup: float = 0.05, final: float = 0.0) -> None:
-        if not 0 <= warmup < 1:
-            raise ValueError(f"`warmup` is a share of all steps in [0, 1), got {warmup}.")
+        if warmup < 0 or (warmup >= 1 and warmup != int(warmup)):
+            raise ValueError(f"`warmup` is a share of all steps in [0, 1) or a whole number of steps, got {warmup}.")
         self.warmup = warmup
         self.final = final
 
+    @abstractmethod
+    def remaining(self, progress: float) -> float:
+        """Return how much of the fall is still ahead, 1 to 0, at ``progress`` (0 to 1) after the warm-up."""
+
     def factor(self, step: int, total_steps: int) -> float:
         """Return the rate at ``step`` (from 0) over the highest."""
-        warmup_steps = round(self.warmup * total_steps)
+        warmup_steps = int(self.warmup) if self.warmup >= 1 else round(self.warmup * total_steps)
         if step < warmup_steps:
             return (step + 1) / warmup_steps
         progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
-        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.final + (1 - self.final) * self.remaining(progress)
+
+
+class WarmupCosine(WarmupSchedule):
+    """Linear warm-up, then half a cosine; the arguments are those of :class:`WarmupSchedule`."""
+
+    def remaining(self, progress: float) -> float:
+        """Return how much of the fall is still ahead, 1 to 0, at ``progress`` (0 to 1) after the warm-up."""
+        return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class WarmupLinear(WarmupSchedule):
+    """Linear warm-up, then a straight line; the arguments are those of :class:`WarmupSchedule`."""
+
+    def remaining(self, progress: float) -> float:
+        """Return how much of the fall is still ahead, 1 to 0, at ``progress`` (0 to 1) after the warm-up."""
+        return 1 - progress

@@ -57,6 +57,13 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def contents(folder: Path) -> str:
+    """Return what lies directly in a folder, in words."""
+    entries = sorted(path.name + ("/" if path.is_dir() else "") for path in folder.iterdir() if path.name[0] != ".")
+    shown = ", ".join(entries[:4]) + (f", ... ({len(entries)} entries)" if len(entries) > 4 else "")
+    return shown or "nothing"
+
+
 @rank_zero_only
 def say(*words: Any) -> None:
     """Print one line to the person at the terminal, once for all ranks."""

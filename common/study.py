@@ -11,17 +11,21 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 import yaml
+from sklearn.metrics import roc_auc_score
 
 from common.data_config import package_file
 from common.errors import UserError
 from common.provenance import environment
+from common.randomness import numpy_generator
 from common.reporting import say
 
 
@@ -30,10 +34,10 @@ class Step:
     """One command of an arm.
 
     Attributes:
-        run: ``fit``, ``validate`` or ``test``.
+        run: ``fit``, ``validate`` or ``test``, or a subcommand of ``medmim``.
         config: Configurations, in order, relative to the experiment's ``configs`` folder.
         args: Further arguments; ``{name}`` stands for the run folder of an earlier step, ``{data}`` for the archive,
-            ``{seed}`` for the seed.
+            ``{seed}`` for the seed, ``{fold}`` for the fold, ``{folder}`` for a folder of the study's own.
         name: How later steps refer to this one.
         score: Name under which its metrics are reported; None reports nothing.
     """
@@ -49,6 +53,51 @@ class Step:
         files = [package_file(str(configs / name)) for name in self.config]
         given = [argument.format(**places) for argument in self.args]
         return [self.run, *(word for file in files for word in ("--config", file)), *given]
+
+
+@dataclass
+class Pool:
+    """How the scores of all folds become one figure.
+
+    Attributes:
+        score: Column of ``per_case.csv`` with the score.
+        target: Column with the truth, 0 or 1.
+    """
+
+    score: str
+    target: str
+
+    def metrics(self, folders: Sequence[Path]) -> dict[str, float]:
+        """Return the AUROC over the cases of all folds with the bounds of its 95 % interval, persons resampled.
+
+        Scores of different folds come from different models, so each is replaced by its rank within its fold.
+        """
+        tables = [pd.read_csv(folder / "per_case.csv").dropna(subset=[self.target]) for folder in folders]
+        for table in tables:
+            table["rank"] = table[self.score].rank(pct=True)
+        cases = pd.concat(tables)
+        twice = cases.loc[cases["subject_id"].duplicated(), "subject_id"]
+        if len(twice):
+            raise UserError(f"{twice.iloc[0]} was tested in two folds.")
+        low, high = bootstrap_auroc(cases["rank"], cases[self.target], cases["patient_id"])
+        auroc = float(roc_auc_score(cases[self.target], cases["rank"]))
+        by_fold = [float(roc_auc_score(table[self.target], table[self.score])) for table in tables]
+        return {"auroc": auroc, "auroc_low": low, "auroc_high": high, "auroc_folds": statistics.fmean(by_fold),
+                "cases": float(len(cases)), "patients": float(cases["patient_id"].nunique())}  # fmt: skip
+
+
+def bootstrap_auroc(scores: pd.Series, target: pd.Series, persons: pd.Series, draws: int = 2000) -> tuple[float, float]:
+    """Return the central 95 % of the AUROC under resampling of persons; draws of one class are drawn again."""
+    members = [np.flatnonzero(codes) for codes in np.eye(persons.nunique(), dtype=bool)[:, pd.factorize(persons)[0]]]
+    generator = numpy_generator("bootstrap", len(members))
+    score, truth = scores.to_numpy(), target.to_numpy()
+    values: list[float] = []
+    while len(values) < draws:
+        chosen = np.concatenate([members[index] for index in generator.integers(0, len(members), len(members))])
+        if 0 < truth[chosen].sum() < len(chosen):
+            values.append(float(roc_auc_score(truth[chosen], score[chosen])))
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def read_study(path: Path) -> dict[str, Any]:
@@ -91,22 +140,53 @@ def _metrics(folder: Path, columns: Mapping[str, str]) -> dict[str, float]:
 _COSTS = ("samples", "train_seconds", "flops_per_sample")
 
 
-def run_arm(steps: list[Step], configs: Path, data: str, seed: int, columns: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Run the steps of one arm under one seed and return one row per score."""
+def run_arm(
+    steps: list[Step], configs: Path, places: Mapping[str, str], columns: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Run the steps of one arm and return one row per score: its metrics, what its last fit cost and its folder."""
     from common.cli import execute
+    from common.commands import COMMANDS
+    from common.commands import execute as execute_medmim
 
-    places = {"data": data, "seed": str(seed)}
+    places = dict(places)
     rows: list[dict[str, Any]] = []
     cost: dict[str, float] = dict.fromkeys(_COSTS, 0.0)
     for step in steps:
-        folder = execute(step.arguments(configs, places))
+        arguments = step.arguments(configs, places)
+        if step.run in COMMANDS:
+            execute_medmim(arguments)
+            continue
+        folder = execute(arguments)
         places[step.name or step.run] = str(folder)
         if step.run == "fit":
             summary = json.loads((folder / "summary.json").read_text())
             cost = {name: float(summary.get(name) or 0) for name in _COSTS}
         if step.score:
-            rows.append({"score": step.score, "seed": seed, "metrics": _metrics(folder, columns), "cost": cost})
+            rows.append({"score": step.score, "metrics": _metrics(folder, columns), "cost": cost, "folder": folder})
     return rows
+
+
+def run_folds(
+    steps: list[Step], configs: Path, places: Mapping[str, str], folds: int, pool: Pool
+) -> list[dict[str, Any]]:
+    """Run one arm on every fold and return one row per score, its metrics those of all folds together."""
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for fold in range(folds):
+        say(f"fold {fold} of {folds}")
+        for row in run_arm(steps, configs, {**places, "fold": str(fold)}, {}):
+            parts.setdefault(row["score"], []).append(row)
+    return [
+        {
+            "score": score,
+            "metrics": pool.metrics([row["folder"] for row in rows]),
+            "cost": {
+                "samples": sum(row["cost"]["samples"] for row in rows),
+                "train_seconds": sum(row["cost"]["train_seconds"] for row in rows),
+                "flops_per_sample": statistics.fmean(row["cost"]["flops_per_sample"] for row in rows),
+            },
+        }
+        for score, rows in parts.items()
+    ]
 
 
 def summarise(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -213,13 +293,19 @@ def run(args: argparse.Namespace) -> None:
     if unknown:
         raise UserError(f"{path.name} has no arm {sorted(unknown)[0]!r}; it has {', '.join(study['arms'])}.")
     configs = path.parent.parent
+    folder = Path("runs") / configs.parent.name / f"study_{path.stem}"
     rows: list[dict[str, Any]] = []
     for seed in study["seeds"]:
+        places = {"data": args.data, "seed": str(seed), "folder": str(folder)}
         for arm, steps in study["arms"].items():
             if args.arms and arm not in args.arms:
                 continue
             say(f"study {path.stem}: seed {seed}, {arm}")
-            rows += [{"arm": arm, **row} for row in run_arm(steps, configs, args.data, seed, study["columns"])]
+            if "folds" in study:
+                found = run_folds(steps, configs, places, study["folds"], Pool(**study["pool"]))
+            else:
+                found = run_arm(steps, configs, places, study["columns"])
+            rows += [{"arm": arm, "seed": seed, **{k: v for k, v in row.items() if k != "folder"}} for row in found]
     facts = environment(torch.device("cpu"))
     result: dict[str, Any] = {
         **{name: study[name] for name in ("title", "columns", "digits", "paper", "notes") if name in study},

@@ -87,6 +87,24 @@ class ImageTextBatch(TypedDict, total=False):
     control_image: Tensor
 
 
+class LabelledBatch(TypedDict, total=False):
+    """A batch of labelled images; K classes.
+
+    Attributes:
+        image: float ``(B, 1, H, W)``, standardised.
+        target: float ``(B, K)``, 0 or 1.
+        target_mask: bool ``(B, K)``, whether the target is known.
+        subject_id: one name per sample.
+        patient_id: one name per sample.
+    """
+
+    image: Tensor
+    target: Tensor
+    target_mask: Tensor
+    subject_id: list[str]
+    patient_id: list[str]
+
+
 class HiddenTokens(NamedTuple):
     """What a method makes of the words that were hidden.
 
@@ -156,6 +174,7 @@ class InputSpec(NamedTuple):
         regions: label channel to the label values it is made of; empty without labels.
         preprocessing: what was done to the intensities and the grid, for the card of an exported encoder.
         vocabulary: size, length and fingerprint of the text's tokens; empty without text.
+        classes: names of the classes that images are labelled with; empty without such labels.
     """
 
     channels: tuple[str, ...]
@@ -163,6 +182,7 @@ class InputSpec(NamedTuple):
     regions: Mapping[str, tuple[int, ...]] = {}
     preprocessing: dict[str, Any] = {}
     vocabulary: Mapping[str, Any] = {}
+    classes: tuple[str, ...] = ()
 
 
 class HasInputSpec(Protocol):

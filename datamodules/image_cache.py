@@ -11,6 +11,7 @@ Several threads, processes and ranks may build at once: a rename is atomic, and 
 """
 
 import json
+import math
 import os
 import time
 import uuid
@@ -23,12 +24,23 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
 from common.faults import Fault, SampleFaultError
 from common.randomness import stable_hash
 from datamodules.cache import STALE_SECONDS, cache_root
-from datamodules.images import DECODERS, ImageError, UnreachableImageError, read_gray, read_header, reduced_size
+from datamodules.image_crops import Box, cut_box
+from datamodules.images import (
+    DECODERS,
+    MIN_SIDE,
+    ImageError,
+    UnreachableImageError,
+    read_gray,
+    read_header,
+    read_reduced,
+    reduced_size,
+)
 from datamodules.volume_io import fingerprint
 
 VERSION = 1
@@ -88,15 +100,12 @@ def _each(function: Callable[[_Item], _Result], items: Iterable[_Item], workers:
             yield waiting.popleft().result()
 
 
+#: Chooses a box for an image of some height and width.
+BoxChoice = Callable[[Sequence[int]], Box]
+
+
 class SourceImages:
-    """Images without a cache: every access reads the source anew.
-
-    Args:
-        shorter_side: Shorter side in pixels to which images are reduced.
-    """
-
-    def __init__(self, shorter_side: int) -> None:
-        self.shorter_side = shorter_side
+    """Images without a cache: every access reads the source anew, a JPEG at no more pixels than its crop needs."""
 
     def ensure(
         self, paths: Sequence[Path], workers: int = 1, progress: bool = True, full: bool = False
@@ -104,16 +113,26 @@ class SourceImages:
         """Return no fault for any image without looking at it; what is broken shows when it is read."""
         return dict.fromkeys(paths)
 
-    def open(self, path: Path) -> NDArray[np.uint8]:
-        """Read an image, ``(H, W)``.
+    def crop(self, path: Path, choose: BoxChoice, size: Sequence[int], mirror: bool = False) -> Tensor:
+        """Read the crop of an image that ``choose`` wants, ``(1, *size)`` in [0, 1].
+
+        The box is chosen from the header, and the image decoded at the smallest scale at which the box still has
+        ``size`` pixels.
 
         Raises:
-            SampleFaultError: it cannot be used.
+            SampleFaultError: the image cannot be used.
         """
         try:
-            return read_gray(path, self.shorter_side)
+            shape = read_header(path)
+            if min(shape) < MIN_SIDE:
+                raise ImageError("shape", f"{shape[0]} x {shape[1]} pixels, a side of at least {MIN_SIDE} is needed")
+            box = choose(shape)
+            needed = max(size[0] / (box[3] - box[1]), size[1] / (box[2] - box[0]))
+            pixels, scale = read_reduced(path, min(math.ceil(min(shape) * needed), min(shape)))
         except ImageError as error:
             raise SampleFaultError([_fault(path, error.kind, error.detail)]) from error
+        left, top, right, bottom = (scale * edge for edge in box)
+        return cut_box(pixels, (left, top, right, bottom), size, mirror)
 
 
 def _append(manifest: Path, line: str) -> None:
@@ -315,6 +334,15 @@ class ImageCache:
         if fault is not None:
             raise SampleFaultError([fault])
         return _load(file)
+
+    def crop(self, path: Path, choose: BoxChoice, size: Sequence[int], mirror: bool = False) -> Tensor:
+        """Cut the box that ``choose`` wants out of an image's copy, ``(1, *size)`` in [0, 1].
+
+        Raises:
+            SampleFaultError: the image cannot be used.
+        """
+        pixels = self.open(path)
+        return cut_box(pixels, choose(pixels.shape), size, mirror)
 
     def faults(self) -> dict[Path, Fault]:
         """Return the images that cannot be used: those on record, by whichever run, and those of :meth:`ensure`."""

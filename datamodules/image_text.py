@@ -18,8 +18,9 @@ from common.reporting import is_dry_run, say
 from common.types import InputSpec
 from datamodules.base import ArchiveDataModule, FaultTolerantDataset, collate_samples
 from datamodules.cache import cache_root
-from datamodules.image_cache import ImageCache, SourceImages
-from datamodules.image_crops import center_box, cut_box, random_box
+from datamodules.image_cache import BoxChoice, ImageCache, SourceImages
+from datamodules.image_crops import center_box, random_box
+from datamodules.images import CHANNELS
 from datamodules.layouts import STUDY_LAYOUTS, recognise
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.manifest import find_manifest
@@ -29,8 +30,6 @@ from datamodules.studies import Study, StudyLayout
 from datamodules.tokens import ReportTokenizer, load_tokenizer, train_tokenizer
 
 Flip = Literal["off", "swap_words", "naive"]
-#: Grayscale is repeated on the device.
-CHANNELS = ("red", "green", "blue")
 _OTHER_SIDE = {"left": "right", "right": "left"}
 _SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
 
@@ -231,16 +230,14 @@ class ImageTextDataset(FaultTolerantDataset):
         if not sample.images:
             return None
         path = sample.images[int(generator.integers(len(sample.images))) if self.train else 0]
+        choose: BoxChoice = partial(center_box, size=self.image_size)
+        if self.train:
+            choose = partial(random_box, scale=self.crop_scale, generator=generator)
         try:
-            pixels = self.store.open(path)
+            return self.store.crop(path, choose, self.image_size, mirror)
         except SampleFaultError as error:
             faults += [fault._replace(sample=sample.case_id) for fault in error.faults]
             return None
-        if self.train:
-            box = random_box(pixels.shape, self.crop_scale, generator)
-        else:
-            box = center_box(pixels.shape, self.image_size)
-        return cut_box(pixels, box, self.image_size, mirror)
 
     def _text(self, sample: Sample, faults: list[Fault]) -> str:
         """Return the text; empty where there is none, with a fault where one is listed but damaged."""
@@ -382,6 +379,7 @@ class ImageTextDataModule(ArchiveDataModule):
         self._split = (split_fractions, split_seed, split_file)
         self._cache, self._cache_side = cache, cache_side
         self._layout: StudyLayout | None = None
+        self.samples: list[Sample] = []
         self.splits: dict[str, list[Sample]] = {}
         self._counts: Tensor | None = None
 
@@ -397,13 +395,14 @@ class ImageTextDataModule(ArchiveDataModule):
             if self._unique_texts:
                 samples = distinct(samples, layout, text=self.text.part)
             parts = assign_splits(samples, *self._split)
+            self.samples = samples
             self.splits = {
                 name: [sample for sample in samples if parts.get(sample.case_id) == name]
                 for name in ("train", "val", "test")
             }
             self.ledger.num_samples = len(parts)
             root = Path(self.root).expanduser()
-            self.store = SourceImages(self._cache_side) if self._cache == "none" else ImageCache(root, self._cache_side)
+            self.store = SourceImages() if self._cache == "none" else ImageCache(root, self._cache_side)
             self._layout = layout
         return self._layout
 
@@ -477,6 +476,11 @@ class ImageTextDataModule(ArchiveDataModule):
             "fingerprint": tokenizer.fingerprint,
         }
         return InputSpec(CHANNELS, self.image_size, {}, preprocessing, vocabulary)
+
+    def all_cases(self) -> list[Sample]:
+        """Return every sample of the archive, whether or not it is used."""
+        self.index()
+        return self.samples
 
     def paths_in_use(self) -> list[Path]:
         """Return the images of all splits, each once."""

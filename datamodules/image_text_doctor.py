@@ -12,14 +12,11 @@ from common.faults import Fault, FaultLedger
 from common.reporting import say
 from datamodules.cache import say_cache
 from datamodules.image_cache import ImageCache
-from datamodules.images import ImageError, read_gray, read_header
+from datamodules.image_checks import check_image, copies
 from datamodules.reports import ReportError
-from datamodules.volume_io import fingerprint
 
 if TYPE_CHECKING:
     from datamodules.image_text import ImageTextDataModule, Sample
-
-_MIN_SIDE = 32
 
 
 class Findings(NamedTuple):
@@ -42,15 +39,13 @@ def check_sample(datamodule: "ImageTextDataModule", sample: "Sample", deep: bool
     """Look at the headers of a sample's images, or (``deep``) at every pixel, and read its report."""
     faults, sums, readable = [], {}, 0
     for path in sample.images:
-        try:
-            if deep:
-                read_gray(path)
-                sums[fingerprint(path)["xxh3"]] = str(path)
-            elif min(read_header(path)) < _MIN_SIDE:
-                raise ImageError("shape", f"smaller than {_MIN_SIDE} pixels")
-            readable += 1
-        except ImageError as error:
-            faults.append(Fault(str(path), error.kind, error.detail, sample.case_id))
+        found = check_image(path, sample.case_id, deep)
+        if isinstance(found, Fault):
+            faults.append(found)
+            continue
+        readable += 1
+        if found:
+            sums[found] = str(path)
     try:
         text = datamodule.text_of(sample)
     except ReportError as error:
@@ -60,15 +55,6 @@ def check_sample(datamodule: "ImageTextDataModule", sample: "Sample", deep: bool
     if not sample.images and not text:
         faults.append(Fault(sample.case_id, "empty", "neither image nor text", sample.case_id))
     return Findings(faults, text, sums, bool(readable or text))
-
-
-def _copies(samples: Sequence["Sample"], findings: Sequence[Findings]) -> list[list[str]]:
-    """Return groups of images of different patients that are equal byte by byte."""
-    owners: dict[str, dict[str, str]] = defaultdict(dict)
-    for sample, found in zip(samples, findings, strict=True):
-        for checksum, path in found.sums.items():
-            owners[checksum].setdefault(sample.patient_id, path)
-    return [list(group.values()) for group in owners.values() if len(group) > 1]
 
 
 def _say_texts(datamodule: "ImageTextDataModule", samples: Sequence["Sample"], findings: Sequence[Findings]) -> None:
@@ -126,8 +112,9 @@ def examine(datamodule: "ImageTextDataModule", deep: bool, workers: int) -> list
             reasons.append(f"{ledger.num_faulty} faulty samples, more than the {ledger.limit:g} that are tolerated")
     else:
         say("faults: none" + ("" if deep else " in the headers; only a deep examination reads the pixels"))
-    if copies := _copies(samples, findings):
-        reasons.append(f"{len(copies)} images occur in several patients, first {' = '.join(copies[0])}")
+    pairs = zip(samples, findings, strict=True)
+    if same := copies((sample.patient_id, found.sums) for sample, found in pairs):
+        reasons.append(f"{len(same)} images occur in several patients, first {' = '.join(same[0])}")
     if not datamodule.splits["val"]:
         say("note: the val split is empty")
     if isinstance(datamodule.store, ImageCache):

@@ -18,6 +18,10 @@ from common.errors import UserError
 
 #: What is opened; PostScript and the like, which run programs, are not.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
+#: What an encoder is given: gray, repeated on the device.
+CHANNELS = ("red", "green", "blue")
+#: Images with a smaller side, in pixels, are refused.
+MIN_SIDE = 32
 DICOM_SUFFIXES = (".dcm", ".dicom")
 
 
@@ -104,7 +108,7 @@ def reduced_size(height: int, width: int, shorter_side: int | None) -> tuple[int
 
 
 def read_gray(
-    path: Path, shorter_side: int | None = None, min_side: int = 32, max_pixels: int = 200_000_000
+    path: Path, shorter_side: int | None = None, min_side: int = MIN_SIDE, max_pixels: int = 200_000_000
 ) -> NDArray[np.uint8]:
     """Read an image as grayscale.
 
@@ -129,19 +133,45 @@ def read_gray(
     """
     if shorter_side is not None and shorter_side < 1:
         raise ValueError(f"`shorter_side` must be at least 1 pixel, got {shorter_side}.")
-    limits = (min_side, max_pixels)
     with _reading(path):
-        if _is_dicom(path):
-            gray, full, box = _read_dicom(path, limits)
-        else:
-            gray, full, box = _read_picture(path, shorter_side, limits)
+        gray, full, box = _decode(path, shorter_side, (min_side, max_pixels))
         height, width = reduced_size(*full, shorter_side)
         if (gray.height, gray.width) != (height, width):
             gray = gray.resize((width, height), Image.Resampling.BICUBIC, box)
-        pixels = np.array(gray)
+        return _varied(np.array(gray))
+
+
+def read_reduced(
+    path: Path, shorter_side: int, min_side: int = MIN_SIDE, max_pixels: int = 200_000_000
+) -> tuple[NDArray[np.uint8], float]:
+    """Read an image as :func:`read_gray` does, but leave it at the scale at which it was decoded.
+
+    Args:
+        path: The file.
+        shorter_side: Pixels that the shorter side must keep; only a JPEG is decoded at fewer than it has.
+        min_side: As in :func:`read_gray`.
+        max_pixels: As in :func:`read_gray`.
+
+    Returns:
+        ``(H, W)``, and its pixels per pixel of the file.
+
+    Raises:
+        ImageError: as :func:`read_gray`.
+        UserError: as :func:`read_gray`.
+    """
+    with _reading(path):
+        gray, full, box = _decode(path, shorter_side, (min_side, max_pixels))
+        return _varied(np.array(gray)), 1.0 if box is None else box[2] / full[1]
+
+
+def _varied(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if pixels.min() == pixels.max():
         raise ImageError("constant", f"every pixel is {pixels.flat[0]}")
     return pixels
+
+
+def _decode(path: Path, shorter_side: int | None, limits: tuple[int, int]) -> "_Decoded":
+    return _read_dicom(path, limits) if _is_dicom(path) else _read_picture(path, shorter_side, limits)
 
 
 def _check_size(height: int, width: int, limits: tuple[int, int]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import DataError
+from common.reporting import contents
 from datamodules.brats import BRATS2021, BRATS2023
 from datamodules.cases import Case, Layout
 from datamodules.folder import FOLDER, LUNG
@@ -17,13 +18,6 @@ from datamodules.studies import StudyLayout
 
 VOLUME_LAYOUTS: tuple[Layout, ...] = (BRATS2023, BRATS2021, PI_CAI, LUNG, FOLDER)
 STUDY_LAYOUTS: tuple[StudyLayout, ...] = (MIMIC_CXR, OPEN_I, COVID_CXR, MANIFEST)
-
-
-def _found(root: Path) -> str:
-    """Say what lies directly under a root."""
-    entries = sorted(path.name + ("/" if path.is_dir() else "") for path in root.iterdir() if path.name[0] != ".")
-    shown = ", ".join(entries[:4]) + (f", ... ({len(entries)} entries)" if len(entries) > 4 else "")
-    return shown or "nothing"
 
 
 def recognise(root: str | Path, layout: str = "auto", known: Sequence[Any] = VOLUME_LAYOUTS) -> tuple[Any, list[Any]]:
@@ -47,11 +41,12 @@ def recognise(root: str | Path, layout: str = "auto", known: Sequence[Any] = VOL
             raise DataError(f"There is no layout {layout!r}; known are {', '.join(by_name)}.")
         cases = by_name[layout].find(root)
         if not cases:
-            raise DataError(f"{root} is not of the layout {layout} ({by_name[layout].tree}); it holds {_found(root)}.")
+            tree = by_name[layout].tree
+            raise DataError(f"{root} is not of the layout {layout} ({tree}); it holds {contents(root)}.")
         return by_name[layout], cases
     matches = [(candidate, cases) for candidate in known if (cases := candidate.recognised(root))]
     if not matches:
-        raise DataError(f"{root} is of no known layout. It holds {_found(root)}. Known layouts: {trees}.")
+        raise DataError(f"{root} is of no known layout. It holds {contents(root)}. Known layouts: {trees}.")
     best = max(candidate.prefer for candidate, _ in matches)
     matches = [match for match in matches if match[0].prefer == best]
     if len(matches) > 1:

@@ -2,11 +2,13 @@
 
 import csv
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
+from sklearn.model_selection import StratifiedGroupKFold
 
 from common.errors import DataError
 from common.randomness import numpy_generator
@@ -33,13 +35,32 @@ class Member(Protocol):
 
 MemberT = TypeVar("MemberT", bound=Member)
 SPLITS = ("train", "val", "test")
+#: A number after the last point of an identifier is no suffix, so only these are.
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm")
 _SYNONYMS = {"training": "train", "validation": "val", "valid": "val", "testing": "test"}
 
 
-def permuted_patients(patients: Sequence[str], seed: int) -> list[str]:
-    """Return the distinct patients in one seeded order, which does not depend on the order they came in."""
+def permuted_patients(patients: Sequence[str], seed: int, strata: Mapping[str, str] | None = None) -> list[str]:
+    """Return the distinct patients in one seeded order, which does not depend on the order they came in.
+
+    Args:
+        patients: Names, which may repeat.
+        seed: Seed of the order.
+        strata: Stratum of each patient; every stretch of the order then has about the same share of each.
+    """
     names = np.array(sorted(set(patients)))
-    return [str(name) for name in numpy_generator("split", seed).permutation(names)]
+    generator = numpy_generator("split", seed)
+    order = [str(name) for name in generator.permutation(names)]
+    if strata is None:
+        return order
+    members: dict[str, list[str]] = {}
+    for name in order:
+        members.setdefault(strata[name], []).append(name)
+    place: dict[str, float] = {}
+    for stratum in sorted(members):
+        offset = generator.random()
+        place |= {name: (index + offset) / len(members[stratum]) for index, name in enumerate(members[stratum])}
+    return sorted(order, key=place.__getitem__)
 
 
 def _counts(total: int, fractions: Sequence[float]) -> list[int]:
@@ -52,13 +73,16 @@ def _counts(total: int, fractions: Sequence[float]) -> list[int]:
     return [total - counts[1] - counts[2], counts[1], counts[2]]
 
 
-def seeded_split(cases: Sequence[Member], fractions: Sequence[float], seed: int) -> dict[str, str]:
+def seeded_split(
+    cases: Sequence[Member], fractions: Sequence[float], seed: int, strata: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Assign every case to train, val or test by its patient.
 
     Args:
         cases: The cases.
         fractions: Shares of train, val and test; must sum to 1.
         seed: Seed of the order of patients.
+        strata: Stratum of each patient, such as a class, of which every part gets its share.
 
     Raises:
         DataError: the fractions are no shares.
@@ -67,7 +91,7 @@ def seeded_split(cases: Sequence[Member], fractions: Sequence[float], seed: int)
         raise DataError(
             f"split_fractions must be three shares that sum to 1 (train, val, test), got {list(fractions)}."
         )
-    patients = permuted_patients([case.patient_id for case in cases], seed)
+    patients = permuted_patients([case.patient_id for case in cases], seed, strata)
     edges = np.cumsum(_counts(len(patients), fractions))
     part = {name: SPLITS[int(np.searchsorted(edges, index, side="right"))] for index, name in enumerate(patients)}
     return {case.case_id: part[case.patient_id] for case in cases}
@@ -129,11 +153,24 @@ def check_unique(cases: Sequence[Member]) -> None:
 
 
 def assign_splits(
-    cases: Sequence[Member], fractions: Sequence[float], seed: int, split_file: str | Path | None = None
+    cases: Sequence[Member],
+    fractions: Sequence[float],
+    seed: int,
+    split_file: str | Path | None = None,
+    strata: Mapping[str, str] | None = None,
+    cut_validation: bool = False,
 ) -> dict[str, str]:
     """Settle the split of every case: from a file, else the archive's own, else seeded.
 
     Cases that a file or the archive leaves out belong to no split and are not used.
+
+    Args:
+        cases: The cases.
+        fractions: Shares of train, val and test where the split is seeded.
+        seed: Seed of the order of patients.
+        split_file: CSV with ``split`` and ``case_id`` or ``patient_id``.
+        strata: Stratum of each patient, for the seeded split.
+        cut_validation: Whether to take validation patients out of training where the archive names none.
 
     Raises:
         DataError: a patient in two splits, an empty training split, or a file that names none of the cases.
@@ -153,33 +190,130 @@ def assign_splits(
         unknown = sorted(set(parts.values()) - set(SPLITS))
         if unknown:
             raise DataError(f"The archive names the splits {', '.join(unknown)}; known are {', '.join(SPLITS)}.")
+        check_patients(cases, parts)
+        if cut_validation and "val" not in parts.values():
+            train = [case for case in cases if parts.get(case.case_id) == "train"]
+            share = fractions[1] / (fractions[0] + fractions[1])
+            parts |= seeded_split(train, (1 - share, share, 0.0), seed, strata)
     else:
-        parts = seeded_split(cases, fractions, seed)
+        parts = seeded_split(cases, fractions, seed, strata)
     check_patients(cases, parts)
     if "train" not in parts.values():
         raise DataError("The training split is empty.")
     return parts
 
 
-def nested_fraction(cases: Sequence[MemberT], fraction: float, seed: int) -> list[MemberT]:
-    """Keep a share of the patients; a smaller share is always a subset of a larger one.
+def nested_fraction(
+    cases: Sequence[MemberT], fraction: float, seed: int, strata: Mapping[str, str] | None = None
+) -> list[MemberT]:
+    """Keep a share of the patients, of each stratum alike; a smaller share is always a subset of a larger one.
 
     Raises:
         DataError: the fraction is outside (0, 1].
     """
     if not 0 < fraction <= 1:
         raise DataError(f"label_fraction must lie in (0, 1], got {fraction}.")
-    patients = permuted_patients([case.patient_id for case in cases], seed)
+    patients = permuted_patients([case.patient_id for case in cases], seed, strata)
     kept = set(patients[: math.ceil(fraction * len(patients) - 1e-9)])
     return [case for case in cases if case.patient_id in kept]
 
 
-def write_split_file(path: Path, cases: Sequence[Member], parts: Mapping[str, str]) -> None:
-    """Write a split as CSV: case_id, patient_id, split."""
+def joined_groups(memberships: Sequence[Sequence[str]]) -> list[int]:
+    """Number the groups of items that share a name, directly or through others.
+
+    Args:
+        memberships: The names of each item; empty names join nothing.
+    """
+    leader: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while leader.setdefault(name, name) != name:
+            name = leader[name]
+        return name
+
+    for names in memberships:
+        roots = [find(name) for name in names if name]
+        for root in roots[1:]:
+            leader[root] = roots[0]
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(find(next(name for name in names if name)), len(numbers)) for names in memberships]
+
+
+def fold_of_each(strata: Sequence[str], groups: Sequence[int], num_folds: int, seed: int) -> list[int]:
+    """Deal items into folds: no group in two of them, strata spread evenly.
+
+    Args:
+        strata: Stratum of each item, such as its class.
+        groups: Group of each item.
+        num_folds: How many.
+        seed: Seed of the shuffle.
+
+    Raises:
+        DataError: a stratum has fewer groups than there are folds.
+    """
+    for stratum in sorted(set(strata)):
+        found = len({group for group, other in zip(groups, strata, strict=True) if other == stratum})
+        if found < num_folds:
+            raise DataError(f"{num_folds} folds need as many patients of each class; {stratum} has {found}.")
+    splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
+    folds = np.zeros(len(strata), dtype=int)
+    for index, (_, held_out) in enumerate(splitter.split(np.zeros(len(strata)), list(strata), groups=list(groups))):
+        folds[held_out] = index
+    return folds.tolist()
+
+
+def listed_split(cases: Sequence[Member], lists: Sequence[Path]) -> dict[str, list[str]]:
+    """Read which of the lists for train, val and test name a case; lines may go on after the name.
+
+    A case may be named by its whole name or, if no other case shares it, by the last parts of its path, with or
+    without an image's suffix.
+
+    Returns:
+        Case to the splits whose lists name it.
+
+    Raises:
+        DataError: a list does not exist, or names nothing of the archive.
+    """
+    names = Counter(end for case in cases for end in _ends(case.case_id))
+    known = {end: case.case_id for case in cases for end in _ends(case.case_id) if names[end] == 1}
+    found: dict[str, list[str]] = {}
+    for split, path in zip(SPLITS, lists, strict=True):
+        if not path.is_file():
+            raise DataError(f"The list {path} does not exist.")
+        words = [line.split()[0] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        named = [known[end] for word in words if (end := next(filter(known.__contains__, _ends(word)), None))]
+        if not named:
+            raise DataError(f"{path} names none of the {len(cases)} cases, such as {cases[0].case_id}.")
+        for name in dict.fromkeys(named):
+            found.setdefault(name, []).append(split)
+    return found
+
+
+def _ends(name: str) -> list[str]:
+    """Return what a path may be called by: its ends, longest first, each with and without an image's suffix."""
+    parts = Path(name).parts
+    ends = ["/".join(parts[start:]) for start in range(len(parts))]
+    bare = [end.rsplit(".", 1)[0] if Path(end).suffix.lower() in _IMAGE_SUFFIXES else end for end in ends]
+    return list(dict.fromkeys(end for pair in zip(ends, bare, strict=True) for end in pair))
+
+
+def repaired_split(cases: Sequence[Member], listed: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Keep every patient in one split: test before val before train."""
+    rank: dict[str, int] = {}
+    for case in cases:
+        for split in listed.get(case.case_id, ()):
+            rank[case.patient_id] = max(rank.get(case.patient_id, 0), SPLITS.index(split))
+    kept = {case.case_id: SPLITS[rank[case.patient_id]] for case in cases if case.case_id in listed}
+    return {name: split for name, split in kept.items() if split in listed[name]}
+
+
+def write_split_file(path: Path, cases: Sequence[Member], parts: Mapping[str, str], by_patient: bool = False) -> None:
+    """Write a split as CSV: case_id, patient_id, split; or patient_id, split."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [[case.case_id, case.patient_id, parts[case.case_id]] for case in cases if case.case_id in parts]
+    if by_patient:
+        rows = [list(row) for row in {(patient, split) for _, patient, split in rows}]
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["case_id", "patient_id", "split"])
-        for case in sorted(cases, key=lambda case: case.case_id):
-            if case.case_id in parts:
-                writer.writerow([case.case_id, case.patient_id, parts[case.case_id]])
+        writer.writerow(["case_id", "patient_id", "split"][int(by_patient) :])
+        writer.writerows(sorted(rows))

@@ -20,6 +20,7 @@ from common.randomness import numpy_generator
 from common.reporting import say
 from datamodules.anatomy import make_brain, make_lung, make_prostate
 from datamodules.synthetic_cxr import write_mimic_cxr
+from datamodules.synthetic_labels import write_chexpert, write_covid_cxr, write_nih, write_rsna, write_siim
 from datamodules.volume_io import write_nifti
 
 NOTE = "SYNTHETIC.json"
@@ -138,6 +139,11 @@ WRITERS: dict[str, Callable[[Path, int, int], None]] = {
     "pi_cai": write_pi_cai,
     "lung": write_lung,
     "mimic_cxr": write_mimic_cxr,
+    "chexpert": write_chexpert,
+    "nih_cxr": write_nih,
+    "rsna": write_rsna,
+    "covid_cxr": write_covid_cxr,
+    "siim": write_siim,
 }
 
 

@@ -342,6 +342,11 @@ class VolumeDataModule(ArchiveDataModule):
         self.index()
         self.store.ensure(self.cases_in_use(), max(self.num_workers, 1))
 
+    def all_cases(self) -> list[Case]:
+        """Return every case of the archive, whether or not it is used."""
+        self.index()
+        return self.cases
+
     def cases_in_use(self) -> list[Case]:
         """Return the cases of all splits."""
         return [case for part in self.splits.values() for case in part]

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from timm.layers import trunc_normal_
+from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -109,11 +109,10 @@ class VisionTransformer(nn.Module):
             nn.init.normal_(self.cls_token, std=0.02)
         self.pos_drop = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
-            TransformerBlock(
-                embed_dim, num_heads, mlp_ratio, qkv_bias, dropout, drop_path * index / max(depth - 1, 1), norm_eps
-            )
-            for index in range(depth)
+            TransformerBlock(embed_dim, num_heads, mlp_ratio, qkv_bias, dropout, norm_eps=norm_eps)
+            for _ in range(depth)
         )
+        self.set_drop_path(drop_path)
         self.norm = nn.LayerNorm(embed_dim, norm_eps)
         self.apply(init_transformer_weights)
 
@@ -121,6 +120,12 @@ class VisionTransformer(nn.Module):
     def grid_size(self) -> tuple[int, ...]:
         """Patches along each axis."""
         return self.patch_embed.grid_size
+
+    def set_drop_path(self, rate: float) -> None:
+        """Set the rate of stochastic depth in the last block; it rises linearly from 0 in the first."""
+        for index, block in enumerate(self.blocks):
+            share = rate * index / max(len(self.blocks) - 1, 1)
+            block.drop_path = DropPath(share) if share else nn.Identity()
 
     def no_weight_decay(self) -> set[str]:
         """Name the parameters that weight decay must leave alone, as timm's models do."""

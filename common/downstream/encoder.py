@@ -5,13 +5,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from common.blocks.vit import VisionTransformer
 from common.checkpoint import build_encoder, load_encoder
 from common.errors import UserError
 from common.reporting import say
 from common.types import InputSpec
 
-EncoderFactory = Callable[[int, Sequence[int]], VisionTransformer]
+EncoderFactory = Callable[[int, Sequence[int]], nn.Module]
 
 
 def make_encoder(

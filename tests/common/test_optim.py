@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from common.blocks.vit import VisionTransformer
-from common.optim import WarmupCosine, param_groups
+from common.optim import WarmupCosine, WarmupLinear, param_groups
 
 
 class Wrapper(torch.nn.Module):
@@ -52,8 +52,34 @@ def test_warmup_then_cosine():
     assert factors[55] == pytest.approx(0.55)
     assert factors[100] == pytest.approx(0.1)
     assert WarmupCosine(0).factor(0, 10) == 1
-    with pytest.raises(ValueError, match="warmup"):
-        WarmupCosine(300)
+
+
+@pytest.mark.parametrize("schedule", [WarmupCosine(50), WarmupLinear(50)])
+def test_warmup_in_steps(schedule):
+    """R6 of masked record modeling, fine-tuning; in its warm-up, steps are counted from 1."""
+    rates = {step: 0.03 * schedule.factor(step, 3000) for step in (0, 24, 49, 50, 1525, 3000)}
+    assert rates == pytest.approx({0: 6e-4, 24: 0.015, 49: 0.03, 50: 0.03, 1525: 0.015, 3000: 0.0})
+
+
+def test_the_two_falls_differ_between_their_middle_and_ends():
+    """A quarter into the fall; the cosine's numbers are R6 of masked record modeling, pre-training."""
+    assert 1.5e-4 * WarmupCosine(40).factor(80, 200) == pytest.approx(1.280330e-4)
+    assert 1.5e-4 * WarmupCosine(40).factor(160, 200) == pytest.approx(2.196699e-5)
+    assert WarmupLinear(40).factor(80, 200) == pytest.approx(0.75)
+    assert WarmupLinear(40, final=0.2).factor(160, 200) == pytest.approx(0.2 + 0.8 * 0.25)
+
+
+def test_a_share_is_rounded_to_steps_and_a_single_step_is_no_share():
+    assert [WarmupLinear(0.02).factor(step, 100) for step in (0, 1)] == [0.5, 1]
+    assert WarmupLinear(1).factor(0, 100) == 1
+    assert WarmupLinear(1).factor(1, 100) == 1
+    assert WarmupLinear(1).factor(100, 100) == 0
+
+
+@pytest.mark.parametrize("warmup", [-0.1, 1.5, -3])
+def test_no_other_warmup_is_taken(warmup):
+    with pytest.raises(ValueError, match=r"share of all steps in \[0, 1\) or a whole number of steps, got"):
+        WarmupCosine(warmup)
 
 
 def test_schedule_honours_scales():

@@ -103,3 +103,51 @@ def test_a_missing_study_and_a_silent_arm_are_refused(experiment):
     path.write_text(STUDY.replace(", score: one}]", "}]"))
     with pytest.raises(UserError, match="short has no step with a score"):
         study.read_study(path)
+
+
+FOLDS = """
+title: Folds
+columns: {auroc: AUROC, auroc_low: from, auroc_high: to}
+seeds: [0]
+folds: 2
+pool: {score: score_x, target: target_x}
+config: [pretrain.yaml]
+arms:
+  one:
+    - {run: fit, name: first, args: ["--data.fold={fold}", "--seed_everything={seed}"]}
+    - {run: test, args: ["--ckpt_path={first}", "--seed_everything={seed}"], score: held-out folds}
+"""
+
+
+def test_folds_are_pooled_by_rank(experiment, tmp_path, monkeypatch):
+    path, calls = experiment
+    path.write_text(FOLDS)
+    plain = study.run_arm
+
+    def run_arm(steps, configs, places, columns):
+        rows = plain(steps, configs, places, columns)
+        fold = int(places["fold"])
+        # The second fold's scores are all higher, which must not matter.
+        lines = [f"s{fold}{i},p{fold}{i},{fold * 10 + i},{int(i >= 3)}" for i in range(6)]
+        header = "subject_id,patient_id,score_x,target_x"
+        (rows[0]["folder"] / "per_case.csv").write_text("\n".join([header, *lines, f"u{fold},p,3,"]))
+        return rows
+
+    monkeypatch.setattr(study, "run_arm", run_arm)
+    run_study(path, "--out", str(tmp_path / "result.json"))
+    assert [next(a for a in c if a.startswith("--data.fold")) for c in calls[::2]] == ["--data.fold=0", "--data.fold=1"]
+    metrics = json.loads((tmp_path / "result.json").read_text())["rows"][0]["metrics"]
+    assert metrics["auroc"] == metrics["auroc_folds"] == 1.0
+    assert metrics["cases"] == 12
+
+
+def test_an_interval_of_noise_holds_one_half():
+    import numpy as np
+    import pandas as pd
+
+    generator = np.random.default_rng(0)
+    persons = pd.Series(np.repeat(np.arange(60), 2))
+    target, score = pd.Series(generator.integers(0, 2, 120)), pd.Series(generator.random(120))
+    low, high = study.bootstrap_auroc(score, target, persons)
+    assert low < 0.5 < high
+    assert (low, high) == study.bootstrap_auroc(score, target, persons)

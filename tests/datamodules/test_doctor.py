@@ -73,7 +73,7 @@ def test_another_grid(copy, capsys):
 def test_prepare_split_and_unknown_roots(copy, tmp_path, capsys):
     main(["prepare", *CONFIG, "--root", str(copy), "--set", "cache=b2nd"])
     assert "faults: none" in capsys.readouterr().out
-    main(["split", "--root", str(copy), "--out", str(tmp_path / "split.csv")])
+    main(["split", *CONFIG, "--root", str(copy), "--out", str(tmp_path / "split.csv")])
     assert len((tmp_path / "split.csv").read_text().splitlines()) == 9
     with pytest.raises(SystemExit) as stop:
         main(["prepare", *CONFIG, "--root", str(tmp_path / "nowhere")])

@@ -11,6 +11,7 @@ from PIL import Image
 from common.faults import SampleFaultError
 from datamodules import image_cache
 from datamodules.image_cache import ImageCache, SourceImages
+from datamodules.image_crops import cut_box
 from datamodules.images import read_gray, read_header
 
 
@@ -63,7 +64,6 @@ def test_copies_are_the_reduced_images(root, paths):
         opened = cache.open(path)
         assert isinstance(opened, np.memmap)
         assert np.array_equal(opened, read_gray(path, 40))
-        assert np.array_equal(opened, SourceImages(40).open(path))
     opened[:] = 0
     assert np.array_equal(cache.open(path), read_gray(path, 40))
 
@@ -265,11 +265,35 @@ def test_settings_have_caches_of_their_own(root, tmp_path):
 
 def test_without_a_cache_faults_show_when_an_image_is_read(root, paths):
     paths[0].write_bytes(b"broken")
-    images = SourceImages(40)
+    images = SourceImages()
     assert images.ensure(paths) == dict.fromkeys(paths)
     with pytest.raises(SampleFaultError) as error:
-        images.open(paths[0])
+        images.crop(paths[0], whole, (16, 16))
     assert error.value.faults[0].sample == str(paths[0])
+
+
+def whole(shape):
+    return (0, 0, shape[1], shape[0])
+
+
+def test_a_crop_is_decoded_at_no_more_pixels_than_it_needs(tmp_path, monkeypatch):
+    rows, columns = np.mgrid[:640, :800]
+    picture = (128 + 60 * np.sin(rows / 40) + 60 * np.cos(columns / 50)).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "large.jpg", quality=95)
+    decoded = []
+    real = Image.Image.draft
+
+    def draft(image, mode, size):
+        decoded.append(size)
+        return real(image, mode, size)
+
+    monkeypatch.setattr("PIL.JpegImagePlugin.JpegImageFile.draft", draft)
+    boxes = {"whole": whole, "part": lambda shape: (200, 100, 360, 260)}
+    crops = {name: SourceImages().crop(tmp_path / "large.jpg", box, (80, 80)) for name, box in boxes.items()}
+    assert decoded == [(80, 80), (320, 320)]
+    for name, box in boxes.items():
+        exact = cut_box(picture, box(picture.shape), (80, 80))
+        assert (crops[name] - exact).abs().max() < 0.05
 
 
 def test_size_estimate(root, paths, monkeypatch):

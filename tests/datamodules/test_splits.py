@@ -5,7 +5,15 @@ import pytest
 
 from common.errors import DataError
 from datamodules.cases import Case
-from datamodules.splits import assign_splits, nested_fraction, seeded_split, write_split_file
+from datamodules.splits import (
+    assign_splits,
+    fold_of_each,
+    joined_groups,
+    nested_fraction,
+    permuted_patients,
+    seeded_split,
+    write_split_file,
+)
 
 
 def cases(*names, split=None):
@@ -57,6 +65,33 @@ def test_a_written_file_reads_back(tmp_path):
 def test_the_archives_own_split_is_used():
     own = cases("a-0", "b-0", split="train") + cases("c-0", split="test")
     assert assign_splits(own, (0.8, 0.1, 0.1), 0) == {"a-0": "train", "b-0": "train", "c-0": "test"}
+
+
+def test_validation_patients_can_be_cut_out_of_training():
+    own = [*cases(*[f"a{i}-0" for i in range(20)], split="train"), *cases("t-0", "t-1", split="test")]
+    parts = assign_splits(own, (0.8, 0.2, 0.0), 0, cut_validation=True)
+    assert [list(parts.values()).count(name) for name in ("train", "val", "test")] == [16, 4, 2]
+    assert parts["t-0"] == parts["t-1"] == "test"
+    assert assign_splits(own, (0.8, 0.2, 0.0), 0, cut_validation=True) == parts
+
+
+def test_every_stretch_of_a_stratified_order_has_its_share():
+    names = [f"p{i}" for i in range(100)]
+    strata = {name: "rare" if i % 10 == 0 else "common" for i, name in enumerate(names)}
+    order = permuted_patients(names, 3, strata)
+    assert sorted(order) == sorted(names)
+    assert [sum(strata[name] == "rare" for name in order[i : i + 20]) for i in range(0, 100, 20)] == [2] * 5
+    assert order != permuted_patients(names, 4, strata)
+    assert order == permuted_patients(names[::-1], 3, strata)
+
+
+def test_groups_are_joined_through_what_they_share():
+    assert joined_groups([("a", ""), ("b", "x"), ("c", "x"), ("a", "y"), ("d", "y"), ("e", "")]) == [0, 1, 1, 0, 0, 2]
+
+
+def test_folds_need_enough_patients_of_each_class():
+    with pytest.raises(DataError, match="3 folds need as many patients of each class; b has 2"):
+        fold_of_each(["a"] * 6 + ["b"] * 2, list(range(8)), 3, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,251 @@
+"""Classification of images by a fine-tuned encoder: one logit a class, scored by AUROC.
+
+Letters: B batch, C channels, K classes, E feature width.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+from torchmetrics.functional.classification import binary_auroc
+
+from common.blocks.vit import VisionTransformer
+from common.distributed import all_reduce_sum, gather_objects
+from common.downstream.encoder import EncoderFactory, encoder_architecture, make_encoder, mean_features
+from common.errors import UserError
+from common.module import BuiltFromData
+from common.optim import Schedule, WarmupCosine, param_groups
+from common.reporting import is_dry_run, log_scalars, say, write_rows
+from common.types import InputSpec
+
+
+class ClassifierNetwork(nn.Module):
+    """An encoder, the mean over its patch tokens, a fresh LayerNorm and a linear layer (MRM, fine-tuning recipe).
+
+    The encoder's own final norm is left out, its positions are trained.
+
+    Args:
+        encoder: With ``num_features`` and ``forward_features``.
+        num_classes: K.
+        norm_eps: Added to the variance in the LayerNorm.
+    """
+
+    def __init__(self, encoder: nn.Module, num_classes: int, norm_eps: float = 1e-6) -> None:
+        super().__init__()
+        if isinstance(encoder, VisionTransformer):
+            encoder.norm = nn.Identity()  # type: ignore[assignment]
+            encoder.pos_embed.requires_grad_(True)
+        self.encoder = encoder
+        width = int(encoder.num_features)  # type: ignore[arg-type]
+        self.norm = nn.LayerNorm(width, norm_eps)
+        self.head = nn.Linear(width, num_classes)
+        trunc_normal_(self.head.weight, std=2e-5)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return logits ``(B, K)`` of images ``(B, C, H, W)``; one channel stands for all."""
+        return self.head(self.norm(mean_features(self.encoder, image)))
+
+
+def masked_binary_cross_entropy(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Binary cross-entropy, mean over the known targets of all ranks, float32.
+
+    Args:
+        logits: ``(B, K)``.
+        target: ``(B, K)``, 0 or 1.
+        mask: bool ``(B, K)``, True = known. Nothing known gives 0 with a graph.
+    """
+    losses = F.binary_cross_entropy_with_logits(logits.float(), target, weight=mask.float(), reduction="sum")
+    return all_reduce_sum(losses) / all_reduce_sum(mask.sum()).clamp(min=1)
+
+
+def auroc_by_class(scores: Tensor, target: Tensor, mask: Tensor) -> list[float | None]:
+    """Return the AUROC of each class; None where its known targets are all equal.
+
+    torchmetrics gives such a class 0, which would pull a mean down without a word.
+
+    Args:
+        scores: ``(S, K)``.
+        target: ``(S, K)``, 0 or 1.
+        mask: bool ``(S, K)``, True = known.
+    """
+    result: list[float | None] = []
+    for index in range(scores.shape[1]):
+        known = mask[:, index]
+        truth = target[known, index].long()
+        both = len(truth.unique()) == 2
+        result.append(float(binary_auroc(scores[known, index], truth)) if both else None)
+    return result
+
+
+class ImageClassifier(BuiltFromData):
+    """Fine-tunes all weights on labelled images.
+
+    Validation logs ``val/auroc``, the mean over the classes that have both values, ``val/auroc_<class>``,
+    ``val/classes_left_out`` and ``val/loss``. Testing writes ``metrics.json`` and ``per_case.csv``.
+
+    Args:
+        pretrained: Run folder, checkpoint or export whose encoder to start from; None trains from scratch.
+        encoder: Makes the encoder from (channels, image size) where nothing is pre-trained.
+        drop_path: Rate of stochastic depth in the last block of the encoder.
+        layer_decay: Factor of the learning rate per encoder layer towards the input.
+        optimizer: Makes the optimiser.
+        schedule: Attaches the learning-rate schedule.
+        compile_network: Whether to compile the network.
+        channels: Names of the channels; None = as the data say.
+        image_size: Size of the images; None = as the data say.
+        classes: Names of the classes; None = as the data say.
+        encoder_record: Architecture of the encoder; filled in for checkpoints.
+    """
+
+    monitor = ("val/auroc", "max")
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        encoder: EncoderFactory = VisionTransformer,
+        drop_path: float = 0.1,
+        layer_decay: float = 1.0,
+        optimizer: OptimizerCallable = torch.optim.SGD,
+        schedule: Schedule | None = None,
+        compile_network: bool = False,
+        channels: list[str] | None = None,
+        image_size: list[int] | None = None,
+        classes: list[str] | None = None,
+        encoder_record: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.network = None
+        self.compile_network = compile_network
+        self._pretrained, self._record, self._make_encoder = pretrained, encoder_record, encoder
+        self._drop_path, self._layer_decay = drop_path, layer_decay
+        self._make_optimizer, self._make_schedule = optimizer, schedule or WarmupCosine()
+        self._rows: list[dict[str, Any]] = []
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, in the order of the logits."""
+        return list(self.hparams["classes"])
+
+    def build_network(self, spec: InputSpec) -> ClassifierNetwork:
+        """Make encoder and head.
+
+        Raises:
+            UserError: the data have no classes.
+        """
+        if not spec.classes:
+            raise UserError("The data name no classes to tell apart; classification needs labelled images.")
+        encoder = make_encoder(spec, self._pretrained, self._make_encoder, self._record)
+        self.hparams["encoder_record"] = encoder_architecture(encoder)
+        if isinstance(encoder, VisionTransformer):
+            encoder.set_drop_path(self._drop_path)
+        return ClassifierNetwork(encoder, len(spec.classes))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return logits ``(B, K)``."""
+        return self.network(image)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a batch (Lightning hook)."""
+        loss = masked_binary_cross_entropy(self(batch["image"]), batch["target"], batch["target_mask"])
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
+        return loss
+
+    def _collect(self, batch: Any) -> None:
+        """Keep logits, targets and names of a batch."""
+        logits = self(batch["image"]).float().cpu()
+        columns = (batch["subject_id"], batch["patient_id"], logits, batch["target"].cpu(), batch["target_mask"].cpu())
+        for subject, patient, row, target, known in zip(*columns, strict=True):
+            self._rows.append(
+                {"subject_id": subject, "patient_id": patient, "logits": row.tolist(),
+                 "target": target.where(known, math.nan).tolist()}
+            )  # fmt: skip
+
+    def _take_rows(self) -> list[dict[str, Any]]:
+        rows = [row for part in gather_objects(self._rows) for row in part]
+        self._rows = []
+        return sorted(rows, key=lambda row: row["subject_id"])
+
+    def _scores(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Return loss and AUROC over collected rows; the mean is NaN where no class has both values."""
+        logits = torch.tensor([row["logits"] for row in rows])
+        target = torch.tensor([row["target"] for row in rows])
+        known = ~target.isnan()
+        target = target.where(known, 0.0)
+        losses = F.binary_cross_entropy_with_logits(logits, target, weight=known.float(), reduction="sum")
+        by_class = dict(zip(self.classes, auroc_by_class(logits, target, known), strict=True))
+        scored = {name: value for name, value in by_class.items() if value is not None}
+        mean = sum(scored.values()) / len(scored) if scored else math.nan
+        scores = {"loss": float(losses / known.sum().clamp(min=1)), "auroc": mean}
+        scores["classes_left_out"] = float(len(by_class) - len(scored))
+        return scores | ({f"auroc_{name}": value for name, value in scored.items()} if len(by_class) > 1 else {})
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Collect a batch (Lightning hook)."""
+        self._collect(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss and AUROC over the images of all ranks (Lightning hook)."""
+        rows = self._take_rows()
+        if rows:
+            scores = {f"val/{name}": value for name, value in self._scores(rows).items()}
+            log_scalars(self, scores, prog_bar=("val/auroc",))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Collect a batch (Lightning hook)."""
+        self._collect(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Write ``metrics.json`` and ``per_case.csv``, and say the result (Lightning hook)."""
+        rows = self._take_rows()
+        scores = self._scores(rows)
+        if self.trainer.is_global_zero:
+            folder = Path(self.trainer.default_root_dir)
+            write_rows(folder / "per_case.csv", [self._line(row) for row in rows])
+            finite = {name: value for name, value in scores.items() if math.isfinite(value)}
+            (folder / "metrics.json").write_text(json.dumps({"n": len(rows), **finite}, indent=2))
+            left_out = int(scores["classes_left_out"])
+            over = f"{len(self.classes) - left_out} of {len(self.classes)} classes (those with both values)"
+            say(f"test: {len(rows)} images, mean AUROC {scores['auroc']:.3f} over {over}")
+        log_scalars(self, {f"test/{name}": value for name, value in scores.items()})
+
+    def _line(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return one line of the table: names, then score and target (empty = unknown) of each class."""
+        line = {"subject_id": row["subject_id"], "patient_id": row["patient_id"]}
+        scores = torch.tensor(row["logits"]).sigmoid().tolist()
+        for name, score, target in zip(self.classes, scores, row["target"], strict=True):
+            line |= {f"score_{name}": score, f"target_{name}": "" if math.isnan(target) else target}
+        return line
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
+        """Return the scores of a batch by image, and keep them for ``predictions.csv`` (Lightning hook)."""
+        scores = self(batch["image"]).float().sigmoid().tolist()
+        names = [f"score_{name}" for name in self.classes]
+        rows = [
+            {"subject_id": subject, **dict(zip(names, row, strict=True))}
+            for subject, row in zip(batch["subject_id"], scores, strict=True)
+        ]
+        self._rows += rows
+        return rows
+
+    def on_predict_epoch_end(self) -> None:
+        """Write ``predictions.csv`` (Lightning hook)."""
+        rows = self._take_rows()
+        if self.trainer.is_global_zero and not is_dry_run(self.trainer):
+            path = Path(self.trainer.default_root_dir) / "predictions.csv"
+            write_rows(path, rows)
+            say(f"predicted {len(rows)} images: {path}")
+
+    def configure_optimizers(self) -> Any:
+        """Make the optimiser and its schedule (Lightning hook)."""
+        optimizer = self._make_optimizer(param_groups(self, self._layer_decay))
+        schedule = self._make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

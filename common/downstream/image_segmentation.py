@@ -1,0 +1,212 @@
+"""Segmentation of one kind of region in images, scored on the grid of their files.
+
+Letters: B batch, C channels, H W the network's grid, X Y the grid of a file.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+
+from common.blocks.upernet import UPerNet
+from common.blocks.vit import VisionTransformer
+from common.distributed import gather_objects
+from common.downstream.encoder import EncoderFactory, encoder_architecture, make_encoder
+from common.errors import UserError
+from common.losses.focal_dice import FocalDice
+from common.metrics import region_dice
+from common.module import BuiltFromData
+from common.optim import Schedule, WarmupLinear, param_groups
+from common.reporting import log_scalars, say, write_rows
+from common.types import InputSpec
+
+NetworkFactory = Callable[[VisionTransformer, int], nn.Module]
+
+
+def on_source_grid(logits: Tensor, size: Sequence[int], source_shape: Sequence[int]) -> Tensor:
+    """Take the padding off the logits of an image and find the region on the grid of its file.
+
+    Args:
+        logits: ``(2, H, W)``, background and region.
+        size: Height and width that the image takes up, at the top left.
+        source_shape: X and Y.
+
+    Returns:
+        bool ``(X, Y)``, where the region's probability is above a half.
+    """
+    image = logits[None, :, : size[0], : size[1]].float()
+    resized = F.interpolate(image, size=tuple(source_shape), mode="bilinear")
+    return resized.softmax(1)[0, 1] > 0.5
+
+
+def dice_scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Average over images.
+
+    Args:
+        rows: ``dice``, ``loss`` and ``reference_pixels`` of each image; at least one.
+
+    Returns:
+        ``dice`` over all images, ``dice_positive`` over those with a region (left out where there are none),
+        ``dice_all_empty`` of a prediction that finds nothing anywhere, and ``loss``.
+    """
+    positive = [row["dice"] for row in rows if row["reference_pixels"]]
+    scores = {"dice": math.fsum(row["dice"] for row in rows) / len(rows)}
+    if positive:
+        scores["dice_positive"] = math.fsum(positive) / len(positive)
+    scores["dice_all_empty"] = 1 - len(positive) / len(rows)
+    return scores | {"loss": math.fsum(row["loss"] for row in rows) / len(rows)}
+
+
+class ImageSegmentation(BuiltFromData):
+    """Fine-tunes all weights on images with masks, a softmax over background and region.
+
+    Validation logs ``val/dice`` (per image; 1 where neither prediction nor truth has a region, 0 where one has),
+    ``val/dice_positive``, ``val/dice_all_empty`` and ``val/loss``. Testing writes ``metrics.json`` and
+    ``per_case.csv``; predicting gives masks on the grid of the files.
+
+    Args:
+        pretrained: Run folder, checkpoint or export whose encoder to start from; None trains from scratch.
+        encoder: Makes the encoder from (channels, image size) where nothing is pre-trained.
+        network: Makes the network from (encoder, regions). It returns a tuple of logits, any after the first for
+            training alone.
+        drop_path: Rate of stochastic depth in the last block of the encoder.
+        loss: Compares logits ``(B, 2, H, W)`` and labels ``(B, 1, H, W)``, and takes ``sync``.
+        auxiliary_weight: Weight of the loss of every further output.
+        layer_decay: Factor of the learning rate per encoder layer towards the input.
+        optimizer: Makes the optimiser.
+        schedule: Attaches the learning-rate schedule.
+        compile_network: Whether to compile the network.
+        channels: Names of the channels; None = as the data say.
+        image_size: Size of the images; None = as the data say.
+        regions: Region to label values; None = as the data say.
+        encoder_record: Architecture of the encoder; filled in for checkpoints.
+    """
+
+    monitor = ("val/dice", "max")
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        encoder: EncoderFactory = VisionTransformer,
+        network: NetworkFactory = UPerNet,
+        drop_path: float = 0.1,
+        loss: nn.Module | None = None,
+        auxiliary_weight: float = 0.4,
+        layer_decay: float = 0.65,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule | None = None,
+        compile_network: bool = False,
+        channels: list[str] | None = None,
+        image_size: list[int] | None = None,
+        regions: dict[str, list[int]] | None = None,
+        encoder_record: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.network = None
+        self.loss = loss or FocalDice()
+        self.compile_network = compile_network
+        self._pretrained, self._record = pretrained, encoder_record
+        self._make_encoder, self._make_network = encoder, network
+        self._drop_path, self._layer_decay, self._auxiliary_weight = drop_path, layer_decay, auxiliary_weight
+        self._make_optimizer, self._make_schedule = optimizer, schedule or WarmupLinear()
+        self._rows: list[dict[str, Any]] = []
+
+    def build_network(self, spec: InputSpec) -> nn.Module:
+        """Make the network around the encoder.
+
+        Raises:
+            UserError: the data do not have one region.
+        """
+        if len(spec.regions) != 1:
+            raise UserError(f"One region is segmented here, the data have {len(spec.regions)}.")
+        encoder = make_encoder(spec, self._pretrained, self._make_encoder, self._record)
+        self.hparams["encoder_record"] = encoder_architecture(encoder)
+        vit = cast(VisionTransformer, encoder)
+        vit.set_drop_path(self._drop_path)
+        return self._make_network(vit, len(spec.regions))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return logits ``(B, 2, H, W)`` of images ``(B, C, H, W)``."""
+        return self.network(image)[0]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a batch (Lightning hook)."""
+        logits, *further = self.network(batch["image"])
+        loss = self.loss(logits, batch["label"])
+        for auxiliary in further:
+            loss = loss + self._auxiliary_weight * self.loss(auxiliary, batch["label"])
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
+        return loss
+
+    def _score(self, batch: Any) -> None:
+        """Score the images of a batch."""
+        logits = self(batch["image"])
+        for index, mask in enumerate(batch["region"]):
+            truth = torch.as_tensor(mask, device=logits.device) > 0
+            pred = on_source_grid(logits[index], batch["size"][index], truth.shape)
+            one = slice(index, index + 1)
+            self._rows.append(
+                {
+                    "subject_id": batch["subject_id"][index],
+                    "patient_id": batch["patient_id"][index],
+                    "dice": float(region_dice(pred[None, None], truth[None, None])),
+                    "loss": float(self.loss(logits[one], batch["label"][one], sync=False)),
+                    "reference_pixels": int(truth.sum()),
+                    "predicted_pixels": int(pred.sum()),
+                }
+            )
+
+    def _take_rows(self) -> list[dict[str, Any]]:
+        rows = [row for part in gather_objects(self._rows) for row in part]
+        self._rows = []
+        return sorted(rows, key=lambda row: row["subject_id"])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Score a batch (Lightning hook)."""
+        self._score(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log Dice and loss over the images of all ranks (Lightning hook)."""
+        rows = self._take_rows()
+        if rows:
+            scores = {f"val/{name}": value for name, value in dice_scores(rows).items()}
+            log_scalars(self, scores, prog_bar=("val/dice",))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Score a batch (Lightning hook)."""
+        self._score(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Write ``metrics.json`` and ``per_case.csv``, and say the result (Lightning hook)."""
+        rows = self._take_rows()
+        scores = dice_scores(rows)
+        if self.trainer.is_global_zero:
+            folder = Path(self.trainer.default_root_dir)
+            write_rows(folder / "per_case.csv", rows)
+            positive = sum(row["reference_pixels"] > 0 for row in rows)
+            (folder / "metrics.json").write_text(json.dumps({"n": len(rows), "positive": positive, **scores}, indent=2))
+            among = f", {100 * scores['dice_positive']:.2f} % in the {positive} with a region" if positive else ""
+            say(f"test: {len(rows)} images, Dice {100 * scores['dice']:.2f} %{among}; "
+                f"finding nothing would score {100 * scores['dice_all_empty']:.2f} %")  # fmt: skip
+        log_scalars(self, {f"test/{name}": value for name, value in scores.items()})
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
+        """Return each image's region as uint8 ``(X, Y)`` on the CPU (Lightning hook)."""
+        columns = zip(batch["subject_id"], self(batch["image"]), batch["size"], batch["region"], strict=True)
+        return [
+            {"subject_id": subject, "region": on_source_grid(logits, size, mask.shape).to(torch.uint8).cpu()}
+            for subject, logits, size, mask in columns
+        ]
+
+    def configure_optimizers(self) -> Any:
+        """Make the optimiser and its schedule (Lightning hook)."""
+        optimizer = self._make_optimizer(param_groups(self, self._layer_decay))
+        schedule = self._make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
