@@ -124,15 +124,19 @@ def read_encoder(path: str | Path) -> StoredEncoder:
 
 
 def _read_export(folder: Path) -> StoredEncoder:
-    """Read back what ``medmim export --format monai`` wrote."""
+    """Read back what ``medmim export`` wrote in the format monai or timm."""
     config = json.loads((folder / "config.json").read_text())
-    if config.get("format") != "monai" or "encoder" not in config:
-        raise CheckpointError(f"{folder} is no export in the format monai; start from the run it came from.")
+    if config.get("format") not in ("monai", "timm") or "encoder" not in config:
+        raise CheckpointError(f"{folder} is no export in the format monai or timm; start from the run it came from.")
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise CheckpointError(f"{folder} has a config.json but no model.safetensors: export the encoder again.")
-    state = from_monai(load_file(weights))
     record = config["encoder"]
+    state = load_file(weights)
+    if config["format"] == "monai":
+        state = from_monai(state)
+    else:
+        state = from_timm(state, class_token=bool(record["init_args"].get("class_token")))
     return StoredEncoder(record["class_path"], record["init_args"], state, config["channels"], config["preprocessing"])
 
 
@@ -219,6 +223,26 @@ def transfer_encoder(stored: StoredEncoder, encoder: nn.Module, channels: Sequen
     return report
 
 
+def read_foreign(path: str | Path, class_token: bool = True) -> dict[str, Tensor]:
+    """Read the weights of a ViT from a file of MAE, of timm, or of the published code of masked record modeling.
+
+    Args:
+        path: A ``.safetensors`` file, or one of ``torch.save`` that holds tensors and plain values alone.
+        class_token: Whether the encoder they are for has a class token.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or no ViT.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"There are no weights at {path}: download them, and give the file.")
+    loaded = load_file(path) if path.suffix == ".safetensors" else read_checkpoint(path)
+    try:
+        return from_timm(loaded, class_token=class_token)
+    except ValueError as error:
+        raise CheckpointError(f"{path} holds no weights for this encoder: {error}") from error
+
+
 def init_encoder(encoder: nn.Module, path: str | Path) -> LoadReport:
     """Start an image encoder from the weights of MAE, of timm, or of the published code of masked record modeling.
 
@@ -229,15 +253,8 @@ def init_encoder(encoder: nn.Module, path: str | Path) -> LoadReport:
     Raises:
         CheckpointError: the file is missing, damaged, no ViT, or of another shape.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"There are no weights at {path}: download them, and give the file.")
-    loaded = load_file(path) if path.suffix == ".safetensors" else read_checkpoint(path)
     config: Mapping[str, Any] = encoder.config  # type: ignore[assignment]
-    try:
-        state = from_timm(loaded, class_token=bool(config.get("class_token")))
-    except ValueError as error:
-        raise CheckpointError(f"{path} cannot start this encoder: {error}") from error
+    state = read_foreign(path, class_token=bool(config.get("class_token")))
     arguments = dict(config)
     if "pos_embed" in state:
         side = math.isqrt(state["pos_embed"].shape[1])

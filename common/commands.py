@@ -13,6 +13,7 @@ COMMANDS = {
     "split": ("datamodules.split_command", "write a split by patient as a file"),
     "tokenizer": ("datamodules.tokens", "learn a vocabulary from the training texts of an archive"),
     "export": ("common.export", "write a pre-trained encoder for use without this project"),
+    "convert": ("common.convert", "turn the weights of MAE, timm or published code into an encoder for CKPT="),
     "embed": ("common.embed", "write the features of every case to Parquet"),
     "study": ("common.study", "run the arms of a comparison over seeds and write its results"),
     "bench": ("common.bench", "time our own pairs side by side and print the ratios"),

@@ -23,7 +23,7 @@ Pre-trained with the experiment `{experiment}`, written in the format `{format}`
 
 - weights: `{weights_file}`, sha256 `{sha256}`
 - channels, in this order: {channels}
-- input size: {image_size} voxels
+- input size: {image_size}
 - preprocessing: `{preprocessing}`
 - checkpoint: `{checkpoint}`
 - commit of the code: {commit}{dirty}
@@ -81,8 +81,20 @@ def export(experiment: str, checkpoint: Path, format: str, out: Path) -> Path:
     writers = formats_of(experiment)
     if format not in writers:
         raise UserError(f"{experiment} cannot be exported as {format!r}; valid: {', '.join(sorted(writers))}.")
-    stored = read_encoder(checkpoint)
-    exported = writers[format](stored)
+    return write_export(read_encoder(checkpoint), experiment, format, out, resolve_checkpoint(checkpoint).name)
+
+
+def write_export(stored: StoredEncoder, experiment: str, format: str, out: Path, source: str) -> Path:
+    """Write an encoder as safetensors, ``config.json`` and a card.
+
+    Args:
+        stored: The encoder.
+        experiment: Whose encoder it is.
+        format: One of the experiment's formats.
+        out: Folder to write.
+        source: The file it came from, for the card.
+    """
+    exported = formats_of(experiment)[format](stored)
     out.mkdir(parents=True, exist_ok=True)
     weights = out / "model.safetensors"
     save_file({key: value.detach().contiguous().clone() for key, value in exported.tensors.items()}, weights)
@@ -97,11 +109,11 @@ def export(experiment: str, checkpoint: Path, format: str, out: Path) -> Path:
         **source_state(),
     }
     (out / "config.json").write_text(json.dumps(facts, indent=2))
-    (out / "README.md").write_text(_card(facts, checkpoint, exported.usage))
+    (out / "README.md").write_text(_card(facts, source, exported.usage))
     return out
 
 
-def _card(facts: dict[str, Any], checkpoint: Path, usage: str) -> str:
+def _card(facts: dict[str, Any], source: str, usage: str) -> str:
     return _CARD.format(
         experiment=facts["experiment"],
         format=facts["format"],
@@ -110,7 +122,7 @@ def _card(facts: dict[str, Any], checkpoint: Path, usage: str) -> str:
         channels=", ".join(facts["channels"]) or "unknown",
         image_size=" x ".join(map(str, facts["encoder"]["init_args"]["image_size"])),
         preprocessing=json.dumps(facts["preprocessing"]),
-        checkpoint=resolve_checkpoint(checkpoint).name,
+        checkpoint=source,
         commit=facts["commit"] or "unknown",
         dirty=" (with local changes)" if facts["dirty"] else "",
         usage=usage.strip(),

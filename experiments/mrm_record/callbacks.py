@@ -44,10 +44,11 @@ class ImageReportGap(ValidationCallback):
 
     Args:
         words: Score these words alone, such as the names of findings; None scores all. Only words that are one token.
+        name: What stands for ``report`` in the names.
     """
 
-    def __init__(self, words: Sequence[str] | None = None) -> None:
-        self.words = words
+    def __init__(self, words: Sequence[str] | None = None, name: str = "report") -> None:
+        self.words, self.name = words, name
         self._wanted: Tensor | None = None
         self._sums: dict[str, np.ndarray] = {}
 
@@ -84,10 +85,10 @@ class ImageReportGap(ValidationCallback):
             return
         table = np.stack([merged[patient] for patient in sorted(merged)])
         counts = table[:, -1]
-        scalars = {f"report/loss_{name}": table[:, i].sum() / counts.sum() for i, name in enumerate(_IMAGES)}
+        losses = table[:, :-1].sum(0) / counts.sum()
+        scalars = {f"loss_{name}": loss for name, loss in zip(_IMAGES, losses, strict=True)}
         for column, name in ((1, "other_image"), (2, "no_image")):
             gaps = table[:, column] - table[:, 0]
             low, high = bootstrap_interval(gaps, counts)
-            scalars |= {f"report/gap_{name}": gaps.sum() / counts.sum()}
-            scalars |= {f"report/gap_{name}_low": low, f"report/gap_{name}_high": high}
-        log_scalars(pl_module, {name: float(value) for name, value in scalars.items()})
+            scalars |= {f"gap_{name}": gaps.sum() / counts.sum(), f"gap_{name}_low": low, f"gap_{name}_high": high}
+        log_scalars(pl_module, {f"{self.name}/{name}": float(value) for name, value in scalars.items()})
