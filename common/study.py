@@ -7,6 +7,7 @@ nothing else.
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -268,6 +269,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--readme", nargs="+", metavar="FILE", help="make the tables of these READMEs anew and stop")
 
 
+def _rows(study: Mapping[str, Any], arm: str, configs: Path, places: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Run one arm, on every fold where there are folds, and return its rows."""
+    steps = study["arms"][arm]
+    if "folds" in study:
+        return run_folds(steps, configs, places, study["folds"], Pool(**study["pool"]))
+    rows = run_arm(steps, configs, places, study["columns"])
+    return [{name: value for name, value in row.items() if name != "folder"} for row in rows]
+
+
 def _results_folder(configs: Path) -> Path:
     return configs.parent / "results"
 
@@ -294,30 +304,23 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{path.name} has no arm {sorted(unknown)[0]!r}; it has {', '.join(study['arms'])}.")
     configs = path.parent.parent
     folder = Path("runs") / configs.parent.name / f"study_{path.stem}"
-    rows: list[dict[str, Any]] = []
-    for seed in study["seeds"]:
-        places = {"data": args.data, "seed": str(seed), "folder": str(folder)}
-        for arm, steps in study["arms"].items():
-            if args.arms and arm not in args.arms:
-                continue
-            say(f"study {path.stem}: seed {seed}, {arm}")
-            if "folds" in study:
-                found = run_folds(steps, configs, places, study["folds"], Pool(**study["pool"]))
-            else:
-                found = run_arm(steps, configs, places, study["columns"])
-            rows += [{"arm": arm, "seed": seed, **{k: v for k, v in row.items() if k != "folder"}} for row in found]
     facts = environment(torch.device("cpu"))
     result: dict[str, Any] = {
         **{name: study[name] for name in ("title", "columns", "digits", "paper", "notes") if name in study},
         "command": f"medmim study experiments/{configs.parent.name}/configs/studies/{path.name} --data DATA",
         "environment": facts,
         "date": time.strftime("%Y-%m-%d"),
-        "rows": rows,
-        "summary": summarise(rows, study["columns"]),
+        "rows": [],
     }
     out = Path(args.out) if args.out else _results_folder(configs) / _file_name(path.stem, facts)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(_plain(result), indent=1) + "\n")
+    for seed, arm in itertools.product(study["seeds"], args.arms or study["arms"]):
+        say(f"study {path.stem}: seed {seed}, {arm}")
+        places = {"data": args.data, "seed": str(seed), "folder": str(folder)}
+        result["rows"] += [{"arm": arm, "seed": seed, **row} for row in _rows(study, arm, configs, places)]
+        result["summary"] = summarise(result["rows"], study["columns"])
+        # After every arm, so that a study that is stopped keeps what it has.
+        out.write_text(json.dumps(_plain(result), indent=1) + "\n")
     say(table(result))
     say(f"written to {out}")
 

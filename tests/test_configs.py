@@ -8,6 +8,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 
 import experiments
 from common.cli import MedmimCLI, resolve_config_arguments
+from common.commands import COMMANDS
 from common.study import read_study
 
 ROOT = Path(next(iter(experiments.__path__)))
@@ -57,7 +58,7 @@ def test_overlays_build_on_their_stage(monkeypatch, path):
 def test_studies_name_configurations_that_exist(path):
     for steps in read_study(path)["arms"].values():
         for step in steps:
-            assert step.run in ("fit", "validate", "test")
+            assert step.run in ("fit", "validate", "test") or step.run in COMMANDS
             assert all((path.parent.parent / config).is_file() for config in step.config)
 
 
