@@ -35,18 +35,19 @@ def base_of(overlay):
     return own if own in STAGES else overlay.with_name("pretrain.yaml")
 
 
-@pytest.mark.parametrize("path", STAGES, ids=name_of)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=[pytest.mark.slow] if p.name.startswith("finetune") else []) for p in STAGES],
+    ids=[name_of(p) for p in STAGES],
+)
 def test_stages_build(monkeypatch, path):
     cli = build(monkeypatch, path)
     assert isinstance(cli.model, LightningModule)
     assert isinstance(cli.datamodule, LightningDataModule)
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, marks=[pytest.mark.slow] if p.name.startswith("finetune") else []) for p in OVERLAYS],
-    ids=[name_of(p) for p in OVERLAYS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", OVERLAYS, ids=name_of)
 def test_overlays_build_on_their_stage(monkeypatch, path):
     cli = build(monkeypatch, base_of(path), path)
     plain = yaml.safe_load(path.read_text())

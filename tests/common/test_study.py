@@ -144,10 +144,17 @@ def test_folds_are_pooled_by_rank(experiment, tmp_path, monkeypatch):
 def test_an_interval_of_noise_holds_one_half():
     import numpy as np
     import pandas as pd
+    from sklearn.metrics import roc_auc_score
 
     generator = np.random.default_rng(0)
     persons = pd.Series(np.repeat(np.arange(60), 2))
     target, score = pd.Series(generator.integers(0, 2, 120)), pd.Series(generator.random(120))
     low, high = study.bootstrap_auroc(score, target, persons)
     assert low < 0.5 < high
+    slow = []
+    for _ in range(300):
+        drawn = generator.integers(0, 60, 60)
+        chosen = np.concatenate([np.flatnonzero(persons == person) for person in drawn])
+        slow.append(roc_auc_score(target[chosen], score[chosen]))
+    assert np.percentile(slow, [2.5, 97.5]) == pytest.approx([low, high], abs=0.04)
     assert (low, high) == study.bootstrap_auroc(score, target, persons)

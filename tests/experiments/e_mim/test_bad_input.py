@@ -108,6 +108,7 @@ def test_a_flipped_byte_that_still_unpacks_is_found_by_its_checksum(copy, pretra
     assert [row["kind"] for row in rows] in (["unreadable"], ["checksum"])
 
 
+@pytest.mark.slow
 def test_a_missing_modality_trains_without_a_row(copy, pretrain_arguments):
     member(copy, 1, "t1n").unlink()
     member(copy, 4, "t2f").unlink()
@@ -145,6 +146,7 @@ def test_too_many_broken_cases(capsys, copy, pretrain_arguments):
     assert "6 of 8 samples are faulty" in line
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_shape(capsys, pretrain_arguments):
     folder = execute(pretrain_arguments("--trainer.max_steps=1", "--trainer.limit_val_batches=1"))
     other = pretrain_arguments("--model.encoder.embed_dim=48", f"--ckpt_path={folder}")

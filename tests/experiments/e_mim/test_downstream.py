@@ -130,6 +130,7 @@ def test_a_run_resumes_downstream(brats_root, monkeypatch):
     assert max(float((a[k] - b[k]).abs().max()) for k in a) == 0.0
 
 
+@pytest.mark.slow
 def test_export_loads_in_monai_and_computes_the_same(pretrained, tmp_path, capsys):
     from monai.networks.nets import ViT
     from safetensors.torch import load_file
@@ -152,6 +153,7 @@ def test_export_loads_in_monai_and_computes_the_same(pretrained, tmp_path, capsy
     assert "valid: monai" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_embeddings_are_the_encoders(pretrained, brats_root, tmp_path):
     import pandas as pd
 

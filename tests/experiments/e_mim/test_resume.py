@@ -153,6 +153,7 @@ def test_a_second_signal_and_one_during_the_save_change_nothing(pretrain_argumen
     assert_equal(weights(folder), whole)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_in_its_folder(pretrain_arguments, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     folder = stop_and_resume(pretrain_arguments(), monkeypatch, 3, terminate, PreemptedError)
