@@ -71,7 +71,7 @@ class MaskedImageDataset(LabelledImageDataset):
 
         ``image`` ``(1, H, W)`` is resized to fit and lies at the top left, with the mean, which is 0, around it;
         ``label`` ``(1, H, W)`` is 1 inside a region, 0 outside and ``IGNORED`` around the image. For evaluation there
-        are ``mask``, uint8 on the grid of the file, and ``size``, the height and width that the image takes up.
+        are ``region``, uint8 on the grid of the file, and ``size``, the height and width that the image takes up.
 
         Raises:
             SampleFaultError: the image or its mask cannot be used.
