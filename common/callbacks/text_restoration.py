@@ -45,7 +45,7 @@ def restored_row(tokens: list[str], truth: dict[int, str], predicted: dict[int, 
         elif predicted[index] == token:
             filled.append(f"{_RIGHT}**{_plain(token)}**")
         else:
-            filled.append(f"{_WRONG}**{_plain(predicted[index])}** (~~{_plain(token)}~~)")
+            filled.append(f"{_WRONG}**{_plain(predicted[index])}** (*{_plain(token)}*)")
     return _joined(true, shown), _joined(true, filled)
 
 
@@ -86,6 +86,6 @@ class TextRestoration(ValidationCallback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the texts to the loggers (Lightning hook)."""
         if self._rows:
-            lines = ["| sample | report, hidden words bold | prediction |", "|---|---|---|"]
+            lines = ["| sample | report, hidden words bold | prediction, truth in italics |", "|---|---|---|"]
             lines += [f"| {escape(name)} | {text} | {filled} |".replace("\n", " ") for name, text, filled in self._rows]
             log_text(trainer, "reconstruction/report", "\n".join(lines))

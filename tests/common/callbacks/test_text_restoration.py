@@ -15,7 +15,7 @@ def test_a_row_by_hand():
     truth, predicted = {2: "large", 3: "left", 7: "cm>"}, {2: "large", 3: "right", 7: "&"}
     shown, filled = restored_row(tokens, truth, predicted)
     assert shown == "[CLS] no **large** **left** effusion &lt;5 **cm&gt;**"
-    assert filled == "[CLS] no 🟩**large** 🟥**right** (~~left~~) effusion &lt;5 🟥**&amp;** (~~cm&gt;~~)"
+    assert filled == "[CLS] no 🟩**large** 🟥**right** (*left*) effusion &lt;5 🟥**&amp;** (*cm&gt;*)"
 
 
 def test_a_hidden_continuation_joins_its_word():
@@ -68,7 +68,7 @@ def test_reports_are_written_with_their_predictions():
     assert len(lines) == 4
     assert lines[2] == "| s1 | [CLS] **large** &lt;5 | [CLS] 🟩**large** &lt;5 |"
     assert lines[3].startswith("| &lt;s3&gt; | [CLS] no **left** ")
-    assert "🟥**right** (~~left~~) 🟩" in lines[3]
+    assert "🟥**right** (*left*) 🟩" in lines[3]
 
 
 def test_a_report_stays_in_its_cell():
