@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from common.errors import DataError
 from common.faults import SampleFaultError, pseudonym
@@ -84,6 +85,17 @@ class LabelledImageDataset(FaultTolerantDataset):
         hide = pseudonym if self.anonymise else str
         return {"subject_id": hide(item.case_id), "patient_id": hide(item.patient_id)}
 
+    def crop(self, item: LabelledImage, choose: BoxChoice, size: Sequence[int], mirror: bool) -> Tensor:
+        """Cut the box that ``choose`` wants out of an image, ``(1, *size)`` in [0, 1].
+
+        Raises:
+            SampleFaultError: the image cannot be used.
+        """
+        try:
+            return self.store.crop(item.image, choose, size, mirror)
+        except SampleFaultError as error:
+            raise SampleFaultError(fault._replace(sample=item.case_id) for fault in error.faults) from error
+
     def read(self, draw: Draw) -> dict[str, Any]:
         """Return one sample; see :class:`common.types.LabelledBatch`.
 
@@ -97,10 +109,7 @@ class LabelledImageDataset(FaultTolerantDataset):
             generator = self.generator(draw)
             mirror = self.flip and generator.random() < 0.5
             choose = partial(random_box, scale=self.crop_scale, generator=generator)
-        try:
-            image = self.store.crop(item.image, choose, self.image_size, mirror)
-        except SampleFaultError as error:
-            raise SampleFaultError(fault._replace(sample=item.case_id) for fault in error.faults) from error
+        image = self.crop(item, choose, self.image_size, mirror)
         target = torch.tensor(item.targets, dtype=torch.float32)
         known = ~target.isnan()
         return {
@@ -194,6 +203,8 @@ class LabelledImageDataModule(ArchiveDataModule):
             raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
         if fold is not None and not 0 <= fold < num_folds:
             raise ValueError(f"`fold` counts from 0 to num_folds - 1 = {num_folds - 1}, got {fold}.")
+        if fold is not None and split_file is not None:
+            raise ValueError("`fold` and `split_file` both say what is tested on: set one of them to null.")
         self.root, self.labels = root, labels
         self.image_size, self.crop_scale, self.flip = tuple(image_size), crop_scale, flip
         self.mean, self.std = mean, std

@@ -80,7 +80,7 @@ class MaskedImageDataset(LabelledImageDataset):
         mask = read_mask(item)
         size = fitted_size(mask.shape, self.image_size)
         mirror = self.train and self.flip and self.generator(draw).random() < 0.5
-        image = self.store.crop(item.image, whole_box, size, mirror)
+        image = self.crop(item, whole_box, size, mirror)
         padding = (0, self.image_size[1] - size[1], 0, self.image_size[0] - size[0])
         sample = {
             "image": F.pad((image - self.mean) / self.std, padding),

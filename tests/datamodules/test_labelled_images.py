@@ -8,9 +8,11 @@ from PIL import Image
 
 from common import commands
 from common.errors import DataError
+from common.faults import SampleFaultError
 from datamodules.image_cache import SourceImages
 from datamodules.labelled_images import LabelledImageDataModule, shuffled_targets, strata_of
 from datamodules.labels import UNKNOWN, LabelledImage, LabelledTable
+from datamodules.loading import Draw
 
 
 @pytest.fixture
@@ -135,8 +137,6 @@ def test_unknown_targets_are_masked(root):
 def test_training_crops_change_with_the_epoch_and_evaluation_does_not(root):
     datamodule = ready(root)
     dataset = datamodule._dataset(datamodule.splits["train"], train=True)
-    from datamodules.loading import Draw
-
     first, second, again = (dataset[Draw(0, epoch, 0)]["image"] for epoch in (0, 1, 0))
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
@@ -158,6 +158,21 @@ def test_a_broken_image_is_a_row_and_is_not_evaluated(root):
     assert datamodule.ledger.num_faulty == 2
     seen = [name for batch in datamodule.central_samples() for name in batch["subject_id"]]
     assert len(seen) == 58
+
+
+def test_a_fault_met_while_reading_names_its_case(root):
+    (root / "00.png").write_bytes(b"broken")
+    dataset = module(root, cache="none", split_fractions=(1.0, 0.0, 0.0))
+    dataset.index()
+    images = dataset._dataset(dataset.splits["train"], train=False)
+    with pytest.raises(SampleFaultError) as error:
+        images.read(Draw(0, 0, 0))
+    assert error.value.faults[0].sample == "00.png"
+
+
+def test_a_fold_and_a_split_file_exclude_each_other(root):
+    with pytest.raises(ValueError, match="set one of them to null"):
+        module(root, fold=0, split_file="split.csv")
 
 
 @pytest.mark.parametrize(
