@@ -111,10 +111,15 @@ def matrix_products(size: int = 2048) -> tuple[Callable[[], None], float]:
     return multiply, 2.0 * size**3
 
 
-def training_step(module: SSLModule, batch: Any) -> Callable[..., None]:
+def training_step(module: SSLModule, batch: Any, clip: float | None = 1.0) -> Callable[..., None]:
     """Return a whole training step of a built module on one batch: forward, backward, clipping, AdamW.
 
     The function takes ``bfloat16=True`` for mixed precision.
+
+    Args:
+        module: With its network.
+        batch: As its data module gives it.
+        clip: Norm of all gradients at most; None where the experiment's configuration does not clip.
     """
     optimizer = torch.optim.AdamW(param_groups(module), lr=1e-4, fused=True)
     module.train()
@@ -123,7 +128,8 @@ def training_step(module: SSLModule, batch: Any) -> Callable[..., None]:
         with torch.autocast("cpu", torch.bfloat16) if bfloat16 else nullcontext():
             loss = module.total(module.step(batch, sync=False).losses)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
 

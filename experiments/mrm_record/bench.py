@@ -36,7 +36,7 @@ def configured_step() -> list[Row]:
         "hidden_index": hidden.flatten().nonzero()[:, 0],
         "hidden_ids": ids[hidden],
     }
-    return training_rows(training_step(module, batch), f"ViT-B, 448 to 224 pixels, batch {_BATCH}")
+    return training_rows(training_step(module, batch, clip=None), f"ViT-B, 448 to 224 pixels, batch {_BATCH}")
 
 
 ROWS: list[Callable[[], list[Row]]] = [configured_step]
