@@ -3,7 +3,6 @@
 Letters: B batch, C channels, K classes, E feature width.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,11 +16,11 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_auroc
 
 from common.blocks.vit import VisionTransformer
-from common.distributed import all_reduce_sum, gather_objects
-from common.downstream.encoder import EncoderFactory, encoder_architecture, make_encoder, mean_features
+from common.distributed import all_reduce_sum
+from common.downstream.base import FineTuning
+from common.downstream.encoder import EncoderFactory, mean_features
 from common.errors import UserError
-from common.module import BuiltFromData
-from common.optim import Schedule, WarmupCosine, param_groups
+from common.optim import Schedule
 from common.reporting import is_dry_run, log_scalars, say, write_rows
 from common.types import InputSpec
 
@@ -85,7 +84,7 @@ def auroc_by_class(scores: Tensor, target: Tensor, mask: Tensor) -> list[float |
     return result
 
 
-class ImageClassifier(BuiltFromData):
+class ImageClassifier(FineTuning):
     """Fine-tunes all weights on labelled images.
 
     Validation logs ``val/auroc``, the mean over the classes that have both values, ``val/auroc_<class>``,
@@ -121,14 +120,17 @@ class ImageClassifier(BuiltFromData):
         classes: list[str] | None = None,
         encoder_record: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            pretrained,
+            encoder,
+            optimizer=optimizer,
+            schedule=schedule,
+            layer_decay=layer_decay,
+            compile_network=compile_network,
+            encoder_record=encoder_record,
+        )
         self.save_hyperparameters()
-        self.network = None
-        self.compile_network = compile_network
-        self._pretrained, self._record, self._make_encoder = pretrained, encoder_record, encoder
-        self._drop_path, self._layer_decay = drop_path, layer_decay
-        self._make_optimizer, self._make_schedule = optimizer, schedule or WarmupCosine()
-        self._rows: list[dict[str, Any]] = []
+        self._drop_path = drop_path
 
     @property
     def classes(self) -> list[str]:
@@ -143,8 +145,7 @@ class ImageClassifier(BuiltFromData):
         """
         if not spec.classes:
             raise UserError("The data name no classes to tell apart; classification needs labelled images.")
-        encoder = make_encoder(spec, self._pretrained, self._make_encoder, self._record)
-        self.hparams["encoder_record"] = encoder_architecture(encoder)
+        encoder = self.build_encoder(spec)
         if isinstance(encoder, VisionTransformer):
             encoder.set_drop_path(self._drop_path)
         return ClassifierNetwork(encoder, len(spec.classes))
@@ -164,15 +165,10 @@ class ImageClassifier(BuiltFromData):
         logits = self(batch["image"]).float().cpu()
         columns = (batch["subject_id"], batch["patient_id"], logits, batch["target"].cpu(), batch["target_mask"].cpu())
         for subject, patient, row, target, known in zip(*columns, strict=True):
-            self._rows.append(
+            self.rows.append(
                 {"subject_id": subject, "patient_id": patient, "logits": row.tolist(),
                  "target": target.where(known, math.nan).tolist()}
             )  # fmt: skip
-
-    def _take_rows(self) -> list[dict[str, Any]]:
-        rows = [row for part in gather_objects(self._rows) for row in part]
-        self._rows = []
-        return sorted(rows, key=lambda row: row["subject_id"])
 
     def _scores(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Return loss and AUROC over collected rows; the mean is NaN where no class has both values."""
@@ -194,7 +190,7 @@ class ImageClassifier(BuiltFromData):
 
     def on_validation_epoch_end(self) -> None:
         """Log loss and AUROC over the images of all ranks (Lightning hook)."""
-        rows = self._take_rows()
+        rows = self.take_rows()
         if rows:
             scores = {f"val/{name}": value for name, value in self._scores(rows).items()}
             log_scalars(self, scores, prog_bar=("val/auroc",))
@@ -205,13 +201,11 @@ class ImageClassifier(BuiltFromData):
 
     def on_test_epoch_end(self) -> None:
         """Write ``metrics.json`` and ``per_case.csv``, and say the result (Lightning hook)."""
-        rows = self._take_rows()
+        rows = self.take_rows()
         scores = self._scores(rows)
         if self.trainer.is_global_zero:
-            folder = Path(self.trainer.default_root_dir)
-            write_rows(folder / "per_case.csv", [self._line(row) for row in rows])
             finite = {name: value for name, value in scores.items() if math.isfinite(value)}
-            (folder / "metrics.json").write_text(json.dumps({"n": len(rows), **finite}, indent=2))
+            self.write_scores([self._line(row) for row in rows], {"n": len(rows), **finite})
             left_out = int(scores["classes_left_out"])
             over = f"{len(self.classes) - left_out} of {len(self.classes)} classes (those with both values)"
             say(f"test: {len(rows)} images, mean AUROC {scores['auroc']:.3f} over {over}")
@@ -233,19 +227,13 @@ class ImageClassifier(BuiltFromData):
             {"subject_id": subject, **dict(zip(names, row, strict=True))}
             for subject, row in zip(batch["subject_id"], scores, strict=True)
         ]
-        self._rows += rows
+        self.rows += rows
         return rows
 
     def on_predict_epoch_end(self) -> None:
         """Write ``predictions.csv`` (Lightning hook)."""
-        rows = self._take_rows()
+        rows = self.take_rows()
         if self.trainer.is_global_zero and not is_dry_run(self.trainer):
             path = Path(self.trainer.default_root_dir) / "predictions.csv"
             write_rows(path, rows)
             say(f"predicted {len(rows)} images: {path}")
-
-    def configure_optimizers(self) -> Any:
-        """Make the optimiser and its schedule (Lightning hook)."""
-        optimizer = self._make_optimizer(param_groups(self, self._layer_decay))
-        schedule = self._make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

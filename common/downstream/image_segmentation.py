@@ -3,10 +3,8 @@
 Letters: B batch, C channels, H W the network's grid, X Y the grid of a file.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,14 +14,13 @@ from torch import Tensor, nn
 
 from common.blocks.upernet import UPerNet
 from common.blocks.vit import VisionTransformer
-from common.distributed import gather_objects
-from common.downstream.encoder import EncoderFactory, encoder_architecture, make_encoder
+from common.downstream.base import FineTuning
+from common.downstream.encoder import EncoderFactory
 from common.errors import UserError
 from common.losses.focal_dice import FocalDice
 from common.metrics import region_dice
-from common.module import BuiltFromData
-from common.optim import Schedule, WarmupLinear, param_groups
-from common.reporting import log_scalars, say, write_rows
+from common.optim import Schedule, WarmupLinear
+from common.reporting import log_scalars, say
 from common.types import InputSpec
 
 NetworkFactory = Callable[[VisionTransformer, int], nn.Module]
@@ -63,7 +60,7 @@ def dice_scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return scores | {"loss": math.fsum(row["loss"] for row in rows) / len(rows)}
 
 
-class ImageSegmentation(BuiltFromData):
+class ImageSegmentation(FineTuning):
     """Fine-tunes all weights on images with masks, a softmax over background and region.
 
     Validation logs ``val/dice`` (per image; 1 where neither prediction nor truth has a region, 0 where one has),
@@ -107,16 +104,18 @@ class ImageSegmentation(BuiltFromData):
         regions: dict[str, list[int]] | None = None,
         encoder_record: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            pretrained,
+            encoder,
+            optimizer=optimizer,
+            schedule=schedule or WarmupLinear(),
+            layer_decay=layer_decay,
+            compile_network=compile_network,
+            encoder_record=encoder_record,
+        )
         self.save_hyperparameters()
-        self.network = None
         self.loss = loss or FocalDice()
-        self.compile_network = compile_network
-        self._pretrained, self._record = pretrained, encoder_record
-        self._make_encoder, self._make_network = encoder, network
-        self._drop_path, self._layer_decay, self._auxiliary_weight = drop_path, layer_decay, auxiliary_weight
-        self._make_optimizer, self._make_schedule = optimizer, schedule or WarmupLinear()
-        self._rows: list[dict[str, Any]] = []
+        self._make_network, self._drop_path, self._auxiliary_weight = network, drop_path, auxiliary_weight
 
     def build_network(self, spec: InputSpec) -> nn.Module:
         """Make the network around the encoder.
@@ -126,8 +125,7 @@ class ImageSegmentation(BuiltFromData):
         """
         if len(spec.regions) != 1:
             raise UserError(f"One region is segmented here, the data have {len(spec.regions)}.")
-        encoder = make_encoder(spec, self._pretrained, self._make_encoder, self._record)
-        self.hparams["encoder_record"] = encoder_architecture(encoder)
+        encoder = self.build_encoder(spec)
         vit = cast(VisionTransformer, encoder)
         vit.set_drop_path(self._drop_path)
         return self._make_network(vit, len(spec.regions))
@@ -152,7 +150,7 @@ class ImageSegmentation(BuiltFromData):
             truth = torch.as_tensor(mask, device=logits.device) > 0
             pred = on_source_grid(logits[index], batch["size"][index], truth.shape)
             one = slice(index, index + 1)
-            self._rows.append(
+            self.rows.append(
                 {
                     "subject_id": batch["subject_id"][index],
                     "patient_id": batch["patient_id"][index],
@@ -163,18 +161,13 @@ class ImageSegmentation(BuiltFromData):
                 }
             )
 
-    def _take_rows(self) -> list[dict[str, Any]]:
-        rows = [row for part in gather_objects(self._rows) for row in part]
-        self._rows = []
-        return sorted(rows, key=lambda row: row["subject_id"])
-
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Score a batch (Lightning hook)."""
         self._score(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log Dice and loss over the images of all ranks (Lightning hook)."""
-        rows = self._take_rows()
+        rows = self.take_rows()
         if rows:
             scores = {f"val/{name}": value for name, value in dice_scores(rows).items()}
             log_scalars(self, scores, prog_bar=("val/dice",))
@@ -185,13 +178,11 @@ class ImageSegmentation(BuiltFromData):
 
     def on_test_epoch_end(self) -> None:
         """Write ``metrics.json`` and ``per_case.csv``, and say the result (Lightning hook)."""
-        rows = self._take_rows()
+        rows = self.take_rows()
         scores = dice_scores(rows)
         if self.trainer.is_global_zero:
-            folder = Path(self.trainer.default_root_dir)
-            write_rows(folder / "per_case.csv", rows)
             positive = sum(row["reference_pixels"] > 0 for row in rows)
-            (folder / "metrics.json").write_text(json.dumps({"n": len(rows), "positive": positive, **scores}, indent=2))
+            self.write_scores(rows, {"n": len(rows), "positive": positive, **scores})
             among = f", {100 * scores['dice_positive']:.2f} % in the {positive} with a region" if positive else ""
             say(f"test: {len(rows)} images, Dice {100 * scores['dice']:.2f} %{among}; "
                 f"finding nothing would score {100 * scores['dice_all_empty']:.2f} %")  # fmt: skip
@@ -204,9 +195,3 @@ class ImageSegmentation(BuiltFromData):
             {"subject_id": subject, "region": on_source_grid(logits, size, mask.shape).to(torch.uint8).cpu()}
             for subject, logits, size, mask in columns
         ]
-
-    def configure_optimizers(self) -> Any:
-        """Make the optimiser and its schedule (Lightning hook)."""
-        optimizer = self._make_optimizer(param_groups(self, self._layer_decay))
-        schedule = self._make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -3,7 +3,6 @@
 Letters: S cases, E feature width, H heads, one per seed and fold.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_accuracy, binary_auroc
 
 from common.blocks.vit import VisionTransformer
-from common.distributed import all_reduce_sum, gather_objects
-from common.downstream.encoder import EncoderFactory, encoder_architecture, make_encoder, mean_features
+from common.distributed import all_reduce_sum
+from common.downstream.base import FineTuning
+from common.downstream.encoder import EncoderFactory, mean_features
 from common.errors import DataError
-from common.module import BuiltFromData
 from common.reporting import is_dry_run, log_scalars, say, write_rows
 from common.types import InputSpec
 
@@ -84,7 +83,7 @@ def folds_by_patient(targets: Tensor, patients: list[str], num_folds: int, seed:
     return torch.from_numpy(folds)
 
 
-class LinearProbe(BuiltFromData):
+class LinearProbe(FineTuning):
     """Trains one linear layer per seed and fold on features computed once, and scores the held-out cases.
 
     Features are the mean over all tokens of the encoder's normalised output for the central crop, standardised per head
@@ -115,21 +114,16 @@ class LinearProbe(BuiltFromData):
         image_size: list[int] | None = None,
         encoder_record: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(pretrained, encoder, optimizer=optimizer, encoder_record=encoder_record)
         self.save_hyperparameters()
-        self.network = None
         self.num_folds, self.num_seeds = num_folds, num_seeds
-        self._pretrained, self._record, self._make_encoder = pretrained, encoder_record, encoder
-        self._make_optimizer = optimizer
         self._features = self._targets = torch.zeros(0)
         self._names: list[str] = []
         self._folds = self._members = torch.zeros(0)
-        self._rows: list[dict[str, Any]] = []
 
     def build_network(self, spec: InputSpec) -> ProbeNetwork:
         """Make encoder and heads."""
-        encoder = make_encoder(spec, self._pretrained, self._make_encoder, self._record)
-        self.hparams["encoder_record"] = encoder_architecture(encoder)
+        encoder = self.build_encoder(spec)
         return ProbeNetwork(encoder, self.num_folds * self.num_seeds)
 
     def _extract(self, batches: Iterable[Any]) -> tuple[Tensor, Tensor, list[str], list[str]]:
@@ -207,20 +201,17 @@ class LinearProbe(BuiltFromData):
         """Score one batch of cases by the mean of all heads (Lightning hook)."""
         logits = self.network(self.network.features(batch["image"]))
         rows = zip(batch["subject_id"], batch["target"].tolist(), logits.sigmoid().mean(1).tolist(), strict=True)
-        self._rows += [{"subject_id": name, "target": target, "score": score} for name, target, score in rows]
+        self.rows += [{"subject_id": name, "target": target, "score": score} for name, target, score in rows]
 
     def on_test_epoch_end(self) -> None:
         """Write ``metrics.json`` and ``per_case.csv`` (Lightning hook)."""
-        rows = sorted((row for part in gather_objects(self._rows) for row in part), key=lambda row: row["subject_id"])
-        self._rows = []
+        rows = self.take_rows()
         scores = torch.tensor([row["score"] for row in rows])
         target = torch.tensor([row["target"] for row in rows]).long()
         auroc = float(binary_auroc(scores, target)) if len(target.unique()) == 2 else None
         metrics = {"n": len(target), "auroc": auroc, "accuracy": float(binary_accuracy(scores, target))}
         if self.trainer.is_global_zero:
-            folder = Path(self.trainer.default_root_dir)
-            write_rows(folder / "per_case.csv", rows)
-            (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+            self.write_scores(rows, metrics)
             say(
                 f"test: {metrics['n']} cases, accuracy {metrics['accuracy']:.3f}, "
                 + (f"AUROC {auroc:.3f}" if auroc is not None else "AUROC undefined: the test cases are of one class")

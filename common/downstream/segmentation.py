@@ -1,9 +1,7 @@
 """Segmentation of regions in volumes, from a pre-trained encoder or from scratch."""
 
-import json
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,13 +11,12 @@ from torch import Tensor, nn
 
 from common.blocks.unetr import UNETR
 from common.blocks.vit import VisionTransformer
-from common.distributed import gather_objects
-from common.downstream.encoder import EncoderFactory, encoder_architecture, make_encoder
+from common.downstream.base import FineTuning
+from common.downstream.encoder import EncoderFactory
 from common.losses.region import RegionDiceBCE
 from common.metrics import region_dice, region_hd95
-from common.module import BuiltFromData
-from common.optim import Schedule, WarmupCosine, param_groups
-from common.reporting import log_scalars, say, write_rows
+from common.optim import Schedule
+from common.reporting import log_scalars, say
 from common.types import InputSpec
 
 NetworkFactory = Callable[[VisionTransformer, int], nn.Module]
@@ -41,7 +38,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-class SegmentationModule(BuiltFromData):
+class SegmentationModule(FineTuning):
     """Trains a segmentation network on crops and scores whole volumes through a sliding window.
 
     Validation logs ``val/dice`` and one Dice per region. Testing adds HD95 and writes ``metrics.json`` and
@@ -87,23 +84,24 @@ class SegmentationModule(BuiltFromData):
         regions: dict[str, list[int]] | None = None,
         encoder_record: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            pretrained,
+            encoder,
+            optimizer=optimizer,
+            schedule=schedule,
+            layer_decay=layer_decay,
+            compile_network=compile_network,
+            encoder_record=encoder_record,
+        )
         self.save_hyperparameters()
-        self.network = None
         self.loss = loss or RegionDiceBCE()
-        self.compile_network = compile_network
-        self._pretrained, self._record = pretrained, encoder_record
-        self._make_network, self._make_encoder = network, encoder
+        self._make_network, self._dropout = network, dropout
         self._overlap, self._window_batch, self._flip_ensemble = overlap, window_batch, flip_ensemble
-        self._dropout, self._layer_decay, self._make_optimizer = dropout, layer_decay, optimizer
-        self._make_schedule = schedule or WarmupCosine()
-        self._rows: list[dict[str, Any]] = []
         self._predict: SlidingWindowInferer | None = None
 
     def build_network(self, spec: InputSpec) -> nn.Module:
         """Make the network around the encoder."""
-        encoder = make_encoder(spec, self._pretrained, self._make_encoder, self._record)
-        self.hparams["encoder_record"] = encoder_architecture(encoder)
+        encoder = self.build_encoder(spec)
         for module in encoder.modules():
             if isinstance(module, nn.Dropout):
                 module.p = self._dropout
@@ -163,7 +161,7 @@ class SegmentationModule(BuiltFromData):
                     f"empty_{name}": self._emptiness(pred[index, r], target[index, r])
                     for r, name in enumerate(self.regions)
                 }
-            self._rows.append(row)
+            self.rows.append(row)
 
     @staticmethod
     def _emptiness(pred: Tensor, target: Tensor) -> str:
@@ -171,14 +169,9 @@ class SegmentationModule(BuiltFromData):
             (bool(pred.any()), bool(target.any())), "both"
         )
 
-    def _take_rows(self) -> list[dict[str, Any]]:
-        rows = [row for part in gather_objects(self._rows) for row in part]
-        self._rows = []
-        return sorted(rows, key=lambda row: row["subject_id"])
-
     def on_validation_epoch_end(self) -> None:
         """Log mean loss and Dice over the cases of all ranks (Lightning hook)."""
-        summary = summarise(self._take_rows())
+        summary = summarise(self.take_rows())
         dice = {f"val/{name}": value["mean"] for name, value in summary.items() if name.startswith("dice_")}
         if dice:
             means = {"val/dice": sum(dice.values()) / len(dice), "val/loss": summary["loss"]["mean"]}
@@ -186,12 +179,10 @@ class SegmentationModule(BuiltFromData):
 
     def on_test_epoch_end(self) -> None:
         """Write ``metrics.json`` and ``per_case.csv``, and print the table (Lightning hook)."""
-        rows = self._take_rows()
+        rows = self.take_rows()
         summary = summarise(rows)
         if self.trainer.is_global_zero:
-            folder = Path(self.trainer.default_root_dir)
-            write_rows(folder / "per_case.csv", rows)
-            (folder / "metrics.json").write_text(json.dumps(summary, indent=2))
+            self.write_scores(rows, summary)
             for name in self.regions:
                 dice, hd95 = summary[f"dice_{name}"], summary[f"hd95_{name}"]
                 say(f"{name}: Dice {100 * dice['mean']:.2f} +- {100 * dice['std']:.2f} %, HD95 {hd95['mean']:.2f} +- "
@@ -209,12 +200,6 @@ class SegmentationModule(BuiltFromData):
             {"subject_id": subject, "record": record, "label": merge_regions(regions[index], self.regions)}
             for index, (subject, record) in enumerate(names)
         ]
-
-    def configure_optimizers(self) -> Any:
-        """Make the optimiser and its schedule (Lightning hook)."""
-        optimizer = self._make_optimizer(param_groups(self, self._layer_decay))
-        schedule = self._make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def merge_regions(regions: Tensor, values: Mapping[str, list[int]]) -> Tensor:

@@ -129,14 +129,14 @@ def test_images_of_a_batch_are_scored_one_by_one():
     names = {"subject_id": ["c", "a", "b"], "patient_id": ["p", "p", "q"]}
     batch = {"image": torch.zeros(3, 1, 64, 64), "label": label, "region": masks, "size": sizes, **names}
     ours.validation_step(batch, 0)
-    rows = {entry["subject_id"]: entry for entry in ours._rows}
+    rows = {entry["subject_id"]: entry for entry in ours.rows}
     assert rows["c"]["dice"] == rows["b"]["dice"] == 1
     predicted, reference = 8 * 24 + 4 * 64, 8 * 24
     assert rows["a"]["dice"] == pytest.approx(2 * reference / (predicted + reference))
     assert [rows["a"][f"{name}_pixels"] for name in ("reference", "predicted")] == [reference, predicted]
     assert rows["a"]["loss"] == pytest.approx(FocalDice()(logits[1:2], label[1:2]).item())
     assert rows["c"]["loss"] < 1e-3
-    assert [entry["subject_id"] for entry in ours._take_rows()] == ["a", "b", "c"]
+    assert [entry["subject_id"] for entry in ours.take_rows()] == ["a", "b", "c"]
     found = ours.predict_step(batch, 0)
     assert torch.equal(found[0]["region"], torch.from_numpy(masks[0]))
     assert found[2]["region"].shape == (20, 20)
