@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PYTEST = $(BIN)/pytest --numprocesses auto --dist loadscope
 CONFIGS := experiments/$(EXP)/configs
 
 EXP ?=
@@ -75,10 +76,10 @@ export: $(STAMP) ## EXP= CKPT= FORMAT= OUT=: the encoder as safetensors, config 
 	$(BIN)/medmim export --exp $(EXP) --ckpt "$(CKPT)" --format $(FORMAT) --out "$(OUT)"
 
 test: $(STAMP) ## fast tests
-	$(BIN)/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: $(STAMP) ## all tests: also slow, several processes, real data (MEDMIM_DATA)
-	$(BIN)/pytest -m "" $(ARGS)
+	$(PYTEST) -m "" $(ARGS)
 
 lint: $(STAMP) ## ruff
 	$(BIN)/ruff check .

@@ -11,6 +11,13 @@ from common.distributed import RankPool
 from datamodules.synthetic import write_brats, write_lung, write_pi_cai
 
 
+def pytest_configure():
+    """Share the cores among the workers of pytest-xdist instead of giving each of them all."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+
+
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path, monkeypatch):
     """Give every test its own working directory, cache and seeds."""
