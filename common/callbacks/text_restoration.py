@@ -1,5 +1,6 @@
 """Reports as the model fills them in, to read."""
 
+from collections.abc import Collection, Iterator
 from html import escape
 from typing import Any
 
@@ -18,10 +19,21 @@ def _plain(token: str) -> str:
     return escape(token.removeprefix("##")).replace("|", "&#124;")
 
 
-def _joined(tokens: list[str], written: list[str]) -> str:
-    """Join what was written for each token; continuations stick to the word before."""
-    parts = [("" if token.startswith("##") else " ") + text for token, text in zip(tokens, written, strict=True)]
-    return "".join(parts).strip()
+def _joined(tokens: list[str]) -> str:
+    """Join tokens to text; continuations stick to the word before."""
+    return "".join(("" if token.startswith("##") else " ") + _plain(token) for token in tokens).strip()
+
+
+def _words(tokens: list[str], hidden: Collection[int]) -> Iterator[list[int]]:
+    """Group positions into words; one that is hidden in part falls apart into its hidden and its visible pieces."""
+    word: list[int] = []
+    for index, token in enumerate(tokens):
+        if word and not (token.startswith("##") and (index in hidden) == (word[-1] in hidden)):
+            yield word
+            word = []
+        word.append(index)
+    if word:
+        yield word
 
 
 def restored_row(tokens: list[str], truth: dict[int, str], predicted: dict[int, str]) -> tuple[str, str]:
@@ -33,20 +45,22 @@ def restored_row(tokens: list[str], truth: dict[int, str], predicted: dict[int, 
         predicted: Position to the likeliest token there.
 
     Returns:
-        Markdown: the true text, hidden tokens bold; and the prediction, green where right, red with the truth where
+        Markdown: the true text, hidden words bold; and the prediction, green where right, red with the truth where
         not.
     """
     true = [truth.get(index, token) for index, token in enumerate(tokens)]
-    shown = [f"**{_plain(token)}**" if i in truth else _plain(token) for i, token in enumerate(true)]
-    filled = []
-    for index, token in enumerate(true):
-        if index not in truth:
-            filled.append(_plain(token))
-        elif predicted[index] == token:
-            filled.append(f"{_RIGHT}**{_plain(token)}**")
-        else:
-            filled.append(f"{_WRONG}**{_plain(predicted[index])}** (*{_plain(token)}*)")
-    return _joined(true, shown), _joined(true, filled)
+    shown, filled = "", ""
+    for word in _words(true, truth):
+        pieces = [true[index] for index in word]
+        gap = "" if pieces[0].startswith("##") or word[0] == 0 else " "
+        text = _joined(pieces)
+        guess = _joined([predicted[index] for index in word]) if word[0] in truth else text
+        if word[0] not in truth:
+            shown, filled = shown + gap + text, filled + gap + text
+            continue
+        shown += f"{gap}**{text}**"
+        filled += f"{gap}{_RIGHT}**{guess}**" if guess == text else f"{gap}{_WRONG}**{guess}** (*{text}*)"
+    return shown, filled
 
 
 class TextRestoration(ValidationCallback):

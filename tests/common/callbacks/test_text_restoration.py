@@ -18,12 +18,16 @@ def test_a_row_by_hand():
     assert filled == "[CLS] no 🟩**large** 🟥**right** (*left*) effusion &lt;5 🟥**&amp;** (*cm&gt;*)"
 
 
-def test_a_hidden_continuation_joins_its_word():
-    """Whole words are hidden, so most hidden continuations follow a hidden token."""
-    shown, filled = restored_row(["no", "[MASK]", "[MASK]"], {1: "eff", 2: "##usion"}, {1: "eff", 2: "##usion"})
-    for text in (shown, filled):
-        assert "##" not in text
-        assert re.sub(r"[*🟩]", "", text) == "no effusion"
+def test_a_hidden_word_is_one_word():
+    """Whole words are hidden, so their pieces are read together."""
+    tokens, truth = ["no", "[MASK]", "[MASK]"], {1: "eff", 2: "##usion"}
+    assert restored_row(tokens, truth, {1: "eff", 2: "##usion"}) == ("no **effusion**", "no 🟩**effusion**")
+    assert restored_row(tokens, truth, {1: "eff", 2: "left"})[1] == "no 🟥**eff left** (*effusion*)"
+
+
+def test_a_word_hidden_in_part_falls_apart():
+    shown, filled = restored_row(["eff", "[MASK]", "left"], {1: "##usion"}, {1: "##ace"})
+    assert (shown, filled) == ("eff**usion** left", "eff🟥**ace** (*usion*) left")
 
 
 def batch():
