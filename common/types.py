@@ -57,6 +57,37 @@ class VolumeBatch(TypedDict, total=False):
     control_image: Tensor
 
 
+class PairBatch(TypedDict, total=False):
+    """A batch of crops of one sequence each, with another sequence of the same study at the same place.
+
+    Attributes:
+        image: float ``(B, 1, H, W, D)``, the target sequence.
+        partner: the same of another sequence, 0 where the study has none.
+        paired: bool ``(B,)``, whether there is a partner.
+        modality: long ``(B,)``, index of the target sequence among the data's channels.
+        partner_modality: long ``(B,)``, of the partner; that of the target where there is none.
+        place: one ``(modality, x, y, z)`` of integers per sample: where the crop begins in the atlas.
+        key: int64 ``(B,)``, what the randomness of each sample hangs on.
+        subject_id: one name per sample.
+        lesion: bool ``(B, 1, H, W, D)``, voxels of a lesion, where it was asked for.
+        control_image: a crop of the target sequence of another patient, ``control_partner`` and ``control_paired`` its
+            partner.
+    """
+
+    image: Tensor
+    partner: Tensor
+    paired: Tensor
+    modality: Tensor
+    partner_modality: Tensor
+    place: list[tuple[int, int, int, int]]
+    key: Tensor
+    subject_id: list[str]
+    lesion: Tensor
+    control_image: Tensor
+    control_partner: Tensor
+    control_paired: Tensor
+
+
 class ImageTextBatch(TypedDict, total=False):
     """A batch of images with texts, words hidden; T is the longest text of the batch.
 
@@ -156,6 +187,7 @@ class Panel(NamedTuple):
         hidden: bool, where it was hidden from the encoder.
         prediction: the reconstruction, true values where they were visible.
         sides: what lies at the left and the right edge, such as the patient's right and left.
+        filled: what the encoder saw, where hidden parts were replaced by something; None where they were left out.
     """
 
     title: str
@@ -163,6 +195,7 @@ class Panel(NamedTuple):
     hidden: Any
     prediction: Any
     sides: tuple[str, str] = ("", "")
+    filled: Any = None
 
 
 class InputSpec(NamedTuple):

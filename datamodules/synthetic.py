@@ -133,6 +133,38 @@ def write_brats_legacy(root: Path, num_cases: int, seed: int) -> None:
     write_brats(root, num_cases, seed, legacy=True)
 
 
+#: Folder, study and file of each source of :func:`write_brain_archive`, and what it calls its sequences.
+_SOURCES = (
+    ("brats", "BraTS2021_{:05d}", "{0}/{0}_{1}",
+     {"t1n": "t1", "t1c": "t1ce", "t2w": "t2", "t2f": "flair"}, "seg"),
+    ("ucsf_pdgm", "UCSF-PDGM-{:04d}", "{0}_nifti/{0}_{1}",
+     {"t1n": "T1", "t1c": "T1c", "t2w": "T2", "t2f": "FLAIR", "dwi": "DWI", "adc": "ADC"}, "tumor_segmentation"),
+    ("ixi", "IXI{:03d}-Guys-0828", "{0}-{1}", {"t1n": "T1", "t2w": "T2", "pd": "PD", "mra": "MRA"}, None),
+)  # fmt: skip
+
+
+def write_brain_archive(
+    root: Path, num_cases: int, seed: int, shape: Sequence[int] = (96, 112, 88), half_incomplete: bool = False
+) -> None:
+    """Write brains of three sources with different sets of sequences, each in its official layout, on one grid.
+
+    Of every eight studies one lacks a sequence and one has a single sequence; or every second lacks two.
+    """
+    for index in range(num_cases):
+        folder, study, file, names, label = _SOURCES[index % len(_SOURCES)]
+        brain = make_brain(
+            numpy_generator("synthetic", "brain_archive", seed, index), shape, ("mra", "pd", "dwi", "adc")
+        )
+        case = study.format(index)
+        missing = 2 * (index % 2) if half_incomplete else {3: 1, 6: len(names) - 1}.get(index % 8, 0)
+        for modality in list(names)[: len(names) - missing]:
+            image = np.rint(brain.images[modality]).astype(np.int16)
+            write_nifti(root / folder / f"{file.format(case, names[modality])}.nii.gz", *_to_lps(image))
+        if label is not None:
+            values = np.where(brain.label == 3, 4, brain.label).astype(np.uint8)
+            write_nifti(root / folder / f"{file.format(case, label)}.nii.gz", *_to_lps(values))
+
+
 WRITERS: dict[str, Callable[[Path, int, int], None]] = {
     "brats2023": write_brats,
     "brats2021": write_brats_legacy,
@@ -144,6 +176,7 @@ WRITERS: dict[str, Callable[[Path, int, int], None]] = {
     "rsna": write_rsna,
     "covid_cxr": write_covid_cxr,
     "siim": write_siim,
+    "brain_archive": write_brain_archive,
 }
 
 
