@@ -169,7 +169,7 @@ class BrainDataModule(VolumeDataModule):
         super().__init__(root, overhang=overhang, flip_axes=flip_axes, **options)
         if flip_axes:
             raise ValueError("Templates lie in the atlas, which has a left and a right: flip_axes must be empty.")
-        self.atlas, self.lesions = tuple(atlas), lesions
+        self.atlas, self.lesions = atlas, lesions
 
     def settle(self, layout: Layout) -> Layout:
         """Keep each study's own sequences, prepared by BrainMVP's chain."""

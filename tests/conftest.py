@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.distributed import RankPool
-from datamodules.synthetic import write_brats, write_lung, write_pi_cai
+from datamodules.synthetic import write_brain_archive, write_brats, write_lung, write_pi_cai
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +43,14 @@ def lung_root(tmp_path_factory) -> Path:
     """Eight small chests."""
     root = tmp_path_factory.mktemp("lung")
     write_lung(root, 8, seed=0, shape=(32, 32, 16))
+    return root
+
+
+@pytest.fixture(scope="session")
+def brain_root(tmp_path_factory) -> Path:
+    """Twelve tiny studies of three sources with different sets of sequences; one has a single sequence."""
+    root = tmp_path_factory.mktemp("brain")
+    write_brain_archive(root, 12, seed=0, shape=(40, 44, 36))
     return root
 
 

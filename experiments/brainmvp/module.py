@@ -25,7 +25,7 @@ from common.types import InputSpec, Panel, Reconstruction, TokenFeatures
 from experiments.brainmvp.model import BrainMVP, Views
 
 EncoderFactory = Callable[[int, Sequence[int]], nn.Module]
-DecoderFactory = Callable[[nn.Module], nn.Module]
+DecoderFactory = Callable[[Any], nn.Module]
 Fill = Literal["cross", "template", "zero"]
 
 
