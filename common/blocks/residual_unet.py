@@ -40,13 +40,12 @@ class ResidualUNetEncoder(nn.Module):
         image_size: Voxels of the crops it is trained on, multiples of 8; other sizes work as well.
         width: E of the finest level; every level doubles it.
         depths: Blocks of the levels.
+        patch_size: Side of the patches that the stem embeds; 1, the paper's, convolves at full resolution.
 
     Raises:
-        ValueError: a side of the crop is no multiple of 8.
+        ValueError: a side of the crop is no multiple of the coarsest level's step.
     """
 
-    #: Step of the coarsest level.
-    STRIDE = 8
     #: The weight that sees the input's channels.
     input_kernel = "stem.weight"
 
@@ -56,20 +55,25 @@ class ResidualUNetEncoder(nn.Module):
         image_size: Sequence[int] = (96, 96, 96),
         width: int = 32,
         depths: Sequence[int] = (1, 2, 2, 4),
+        patch_size: int = 1,
     ) -> None:
         super().__init__()
-        if any(size % self.STRIDE for size in image_size):
-            raise ValueError(f"Every side of the UNet's input must be a multiple of {self.STRIDE}, "
+        step = patch_size * 2 ** (len(depths) - 1)
+        if any(size % step for size in image_size):
+            raise ValueError(f"Every side of the UNet's input must be a multiple of {step}, "
                              f"got {'x'.join(map(str, image_size))}.")  # fmt: skip
         self.config: dict[str, Any] = {
             "in_channels": in_channels,
             "image_size": list(image_size),
             "width": width,
             "depths": list(depths),
+            "patch_size": patch_size,
         }
+        self.patch_size = patch_size
         self.stage_dims = tuple(width * 2**level for level in range(len(depths)))
         self.num_features = self.embed_dim = self.stage_dims[-1]
-        self.stem = nn.Conv3d(in_channels, width, 3, padding=1)
+        kernel, padding = (3, 1) if patch_size == 1 else (patch_size, 0)
+        self.stem = nn.Conv3d(in_channels, width, kernel, patch_size, padding)
         self.levels = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(dim) for _ in range(depth)))
             for dim, depth in zip(self.stage_dims, depths, strict=True)
@@ -107,7 +111,8 @@ class ResidualUNetDecoder(nn.Module):
         pairs = list(itertools.pairwise(widths))
         self.reduce = nn.ModuleList(nn.Conv3d(wide, narrow, 1) for wide, narrow in pairs)
         self.blocks = nn.ModuleList(ResidualBlock(narrow) for _, narrow in pairs)
-        self.out = nn.Conv3d(widths[-1], out_channels, 1)
+        head = nn.Conv3d if encoder.patch_size == 1 else nn.ConvTranspose3d
+        self.out = head(widths[-1], out_channels, encoder.patch_size, encoder.patch_size)
 
     def levels(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Return the maps of all levels on the way up, coarsest first; skips, where there are any, are added.

@@ -51,6 +51,13 @@ def test_the_unets_maps():
     assert not torch.allclose(decoder.levels(maps)[-1], decoder.levels(maps[-1:])[-1])
 
 
+def test_the_unet_on_patches():
+    encoder = ResidualUNetEncoder(1, (16, 16, 16), width=8, depths=(1, 1), patch_size=2)
+    maps = encoder.stages(torch.randn(1, 1, 16, 16, 16))
+    assert [m.shape[-1] for m in maps] == [8, 4]
+    assert ResidualUNetDecoder(encoder)(maps[-1]).shape == (1, 1, 16, 16, 16)
+
+
 def test_memory_layout_and_recomputing_change_nothing():
     results = []
     for settings in ({}, {"channels_last": False}, {"recompute_stages": 2}):
