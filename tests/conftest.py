@@ -99,3 +99,20 @@ def pretrain_arguments(brats_root):
         return [command, *config, f"--data.root={root}", *tiny, *more]
 
     return arguments
+
+
+BRAIN = ["--model.encoder.embed_dims=[8,8,16,16]", "--model.encoder.depths=[1,1,1,1]", "--model.encoder.head_dim=8",
+         "--model.encoder.recompute_stages=0", "--data.atlas=[40,44,36]", "--data.crop_size=[16,16,16]",
+         "--data.batch_size=2", "--data.crops_per_case=1", "--data.val_crops_per_case=2", "--data.num_workers=0",
+         "--data.split_fractions=[0.7,0.3,0.0]"]  # fmt: skip
+
+
+@pytest.fixture
+def brain_arguments(brain_root):
+    """Return the command line of a BrainMVP pre-training of a few seconds, with further arguments appended."""
+
+    def arguments(*more: str, root: Path = brain_root, command: str = "fit") -> list[str]:
+        config = ["--config", "experiments/brainmvp/configs/pretrain.yaml"]
+        return [command, *config, f"--data.root={root}", *BRAIN, *TINY["trainer"], *more]
+
+    return arguments
