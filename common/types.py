@@ -43,6 +43,7 @@ class VolumeBatch(TypedDict, total=False):
         modality_mask: bool ``(B, M)``, True = acquired.
         key: int64 ``(B,)``, what the randomness of each sample hangs on.
         subject_id: one name per sample.
+        place: six integers per sample: the first voxel of the crop, and the voxels of the whole case.
         label: ``(B, R, H, W, D)`` float, one channel a region.
         target: ``(B,)`` class index of a classification task.
         control_image: float ``(B, M, H, W, D)``, a crop of another patient.
@@ -52,6 +53,7 @@ class VolumeBatch(TypedDict, total=False):
     modality_mask: Tensor
     key: Tensor
     subject_id: list[str]
+    place: list[tuple[int, ...]]
     label: Tensor
     target: Tensor
     control_image: Tensor

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import ResampleToMatch, ResizeWithPadOrCrop, Spacing
+from monai.transforms import ResampleToMatch, Resize, ResizeWithPadOrCrop, Spacing
 from numpy.typing import NDArray
 
 from common.faults import Fault, SampleFaultError
@@ -140,6 +140,8 @@ def _to_final_grid(image: Any, layout: Layout, mode: str) -> MetaTensor:
         image = Spacing(pixdim=settings.spacing, mode=mode, padding_mode=padding)(image)
     if settings.size is not None:
         image = ResizeWithPadOrCrop(settings.size)(image)
+    if settings.resize is not None:
+        image = Resize(settings.resize, mode="trilinear" if mode == "bilinear" else "nearest")(image)
     return image
 
 

@@ -19,9 +19,10 @@ from common.errors import UserError
 from common.randomness import numpy_generator
 from common.reporting import say
 from datamodules.anatomy import make_brain, make_lung, make_prostate
+from datamodules.synthetic_brain import BRAIN_WRITERS
 from datamodules.synthetic_cxr import write_mimic_cxr
 from datamodules.synthetic_labels import write_chexpert, write_covid_cxr, write_nih, write_rsna, write_siim
-from datamodules.volume_io import write_nifti
+from datamodules.volume_io import to_lps, write_nifti
 
 NOTE = "SYNTHETIC.json"
 _MARKSHEET = ("patient_id", "study_id", "mri_date", "patient_age", "psa", "psad", "prostate_volume", "histopath_type",
@@ -34,13 +35,6 @@ def _write_table(path: Path, header: Sequence[str], rows: Sequence[Sequence[obje
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)
-
-
-def _to_lps(array: NDArray) -> tuple[NDArray, NDArray[np.float64]]:
-    """Turn a RAS array to LPS, as BraTS stores it, with its affine at 1 mm."""
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0])
-    affine[:2, 3] = array.shape[0] - 1, array.shape[1] - 1
-    return np.ascontiguousarray(array[::-1, ::-1]), affine
 
 
 def write_brats(
@@ -64,9 +58,9 @@ def write_brats(
             if modality == "t2f" and index % 8 == 2:
                 continue
             data = image if modality == "t2f" else np.rint(image).astype(np.int16)
-            write_nifti(root / case / f"{case}{joint}{names.get(modality, modality)}.nii.gz", *_to_lps(data))
+            write_nifti(root / case / f"{case}{joint}{names.get(modality, modality)}.nii.gz", *to_lps(data))
         label = np.where(brain.label == 3, 4, brain.label).astype(np.uint8) if legacy else brain.label
-        write_nifti(root / case / f"{case}{joint}seg.nii.gz", *_to_lps(label))
+        write_nifti(root / case / f"{case}{joint}seg.nii.gz", *to_lps(label))
         rows.append((case, int(brain.mutant)))
     _write_table(root / "idh.csv", ("case_id", "idh"), rows)
 
@@ -133,38 +127,6 @@ def write_brats_legacy(root: Path, num_cases: int, seed: int) -> None:
     write_brats(root, num_cases, seed, legacy=True)
 
 
-#: Folder, study and file of each source of :func:`write_brain_archive`, and what it calls its sequences.
-_SOURCES = (
-    ("brats", "BraTS2021_{:05d}", "{0}/{0}_{1}",
-     {"t1n": "t1", "t1c": "t1ce", "t2w": "t2", "t2f": "flair"}, "seg"),
-    ("ucsf_pdgm", "UCSF-PDGM-{:04d}", "{0}_nifti/{0}_{1}",
-     {"t1n": "T1", "t1c": "T1c", "t2w": "T2", "t2f": "FLAIR", "dwi": "DWI", "adc": "ADC"}, "tumor_segmentation"),
-    ("ixi", "IXI{:03d}-Guys-0828", "{0}-{1}", {"t1n": "T1", "t2w": "T2", "pd": "PD", "mra": "MRA"}, None),
-)  # fmt: skip
-
-
-def write_brain_archive(
-    root: Path, num_cases: int, seed: int, shape: Sequence[int] = (96, 112, 88), half_incomplete: bool = False
-) -> None:
-    """Write brains of three sources with different sets of sequences, each in its official layout, on one grid.
-
-    Of every eight studies one lacks a sequence and one has a single sequence; or every second lacks two.
-    """
-    for index in range(num_cases):
-        folder, study, file, names, label = _SOURCES[index % len(_SOURCES)]
-        brain = make_brain(
-            numpy_generator("synthetic", "brain_archive", seed, index), shape, ("mra", "pd", "dwi", "adc")
-        )
-        case = study.format(index)
-        missing = 2 * (index % 2) if half_incomplete else {3: 1, 6: len(names) - 1}.get(index % 8, 0)
-        for modality in list(names)[: len(names) - missing]:
-            image = np.rint(brain.images[modality]).astype(np.int16)
-            write_nifti(root / folder / f"{file.format(case, names[modality])}.nii.gz", *_to_lps(image))
-        if label is not None:
-            values = np.where(brain.label == 3, 4, brain.label).astype(np.uint8)
-            write_nifti(root / folder / f"{file.format(case, label)}.nii.gz", *_to_lps(values))
-
-
 WRITERS: dict[str, Callable[[Path, int, int], None]] = {
     "brats2023": write_brats,
     "brats2021": write_brats_legacy,
@@ -176,7 +138,7 @@ WRITERS: dict[str, Callable[[Path, int, int], None]] = {
     "rsna": write_rsna,
     "covid_cxr": write_covid_cxr,
     "siim": write_siim,
-    "brain_archive": write_brain_archive,
+    **BRAIN_WRITERS,
 }
 
 

@@ -104,6 +104,7 @@ class VolumeDataset(FaultTolerantDataset):
             "modality_mask": torch.tensor(opened.record.modality_mask),
             "key": torch.tensor(stable_hash("mask", *self._parts(draw))),
             "subject_id": pseudonym(case.case_id) if self.anonymise else case.case_id,
+            "place": (*start, *opened.image.shape[-3:]),
             "faults": opened.record.image_faults(),
         }
         if self.regions is not None:

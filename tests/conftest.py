@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from common.distributed import RankPool
-from datamodules.synthetic import write_brain_archive, write_brats, write_lung, write_pi_cai
+from datamodules.synthetic import write_brats, write_lung, write_pi_cai
+from datamodules.synthetic_brain import write_brain_archive
 
 
 @pytest.fixture(autouse=True)

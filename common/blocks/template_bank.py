@@ -50,6 +50,16 @@ def _overlap(start: Sequence[int], size: Sequence[int], shape: Sequence[int]) ->
     return (x, y, z), (i, j, k)
 
 
+def crop_of(volume: Tensor, start: Sequence[int], size: Sequence[int]) -> Tensor:
+    """Cut a crop from the last three axes of ``(..., H, W, D)``; beyond the volume it is 0."""
+    shape = volume.shape[-3:]
+    (x, y, z), within = _overlap(start, size, shape)
+    piece = volume[..., x, y, z]
+    padding = [edge for part, n in zip(reversed(within), reversed(size), strict=True)
+               for edge in (part.start, n - part.stop)]  # fmt: skip
+    return nn.functional.pad(piece, padding) if any(padding) else piece
+
+
 class TemplateBank(nn.Module):
     """Templates, and Adam for them that touches nothing but what crops looked at.
 
