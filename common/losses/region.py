@@ -47,13 +47,13 @@ class BatchDiceBCE(nn.Module):
         super().__init__()
         self.dice_weight, self.bce_weight = dice_weight, bce_weight
 
-    def forward(self, logits: Tensor, target: Tensor, sync: bool = True) -> Tensor:
+    def forward(self, logits: Tensor, target: Tensor, sync: bool | None = None) -> Tensor:
         """Compare logits ``(B, R, *space)`` with targets of the same shape, in float32 (float64 stays).
 
         Args:
             logits: ``(B, R, *space)``.
             target: ``(B, R, *space)``, 0 or 1.
-            sync: Whether to reduce over ranks.
+            sync: Whether to reduce over ranks; None does in training, where all ranks take the same steps.
         """
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -63,7 +63,7 @@ class BatchDiceBCE(nn.Module):
             entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(axes)
             sums = torch.stack([(p * target).sum(axes), (p.square() + target.square()).sum(axes), entropy])
             count = torch.full_like(sums[0, 0], logits[:, 0].numel())
-            if sync:
+            if self.training if sync is None else sync:
                 sums, count = all_reduce_sum(sums), all_reduce_sum(count)
             both, squares, entropy = sums
             dice = 1 - (2 * both + 1) / (squares + 1)
