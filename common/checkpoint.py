@@ -1,6 +1,7 @@
 """Checkpoints: finding them, reading them safely, and carrying an encoder into another network."""
 
 import importlib
+import importlib.util
 import json
 import math
 import pickle
@@ -97,13 +98,14 @@ def encoder_record(module: nn.Module) -> dict[str, Any]:
 
 
 class StoredEncoder(NamedTuple):
-    """An encoder as a file holds it: how to build it, its weights, and what its input was."""
+    """An encoder as a file holds it: how to build it, its weights, what its input was, and the weights beside it."""
 
     class_path: str
     init_args: dict[str, Any]
     state: dict[str, Tensor]
     channels: list[str]
     preprocessing: dict[str, Any]
+    rest: dict[str, Tensor] = {}
 
 
 def read_encoder(path: str | Path) -> StoredEncoder:
@@ -119,18 +121,25 @@ def read_encoder(path: str | Path) -> StoredEncoder:
     if not record:
         raise CheckpointError(f"{path} holds no encoder: it was not written by a pre-training of this project.")
     prefix = record["prefix"]
-    state = {key[len(prefix) :]: value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)}
-    return StoredEncoder(record["class_path"], record["init_args"], state, record["channels"], record["preprocessing"])
+    weights = checkpoint["state_dict"]
+    state = {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
+    rest = {key.removeprefix("network."): value for key, value in weights.items() if not key.startswith(prefix)}
+    return StoredEncoder(
+        record["class_path"], record["init_args"], state, record["channels"], record["preprocessing"], rest
+    )
 
 
 def _read_export(folder: Path) -> StoredEncoder:
-    """Read back what ``medmim export`` wrote in the format monai or timm."""
+    """Read back what ``medmim export`` wrote in the format monai or timm, or in one its experiment can read."""
     config = json.loads((folder / "config.json").read_text())
-    if config.get("format") not in ("monai", "timm") or "encoder" not in config:
+    reader = _reader_of(config)
+    if "encoder" not in config or (config.get("format") not in ("monai", "timm") and reader is None):
         raise CheckpointError(f"{folder} is no export in the format monai or timm; start from the run it came from.")
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise CheckpointError(f"{folder} has a config.json but no model.safetensors: export the encoder again.")
+    if reader is not None:
+        return reader(folder, config)
     record = config["encoder"]
     state = load_file(weights)
     if config["format"] == "monai":
@@ -138,6 +147,17 @@ def _read_export(folder: Path) -> StoredEncoder:
     else:
         state = from_timm(state, class_token=bool(record["init_args"].get("class_token")))
     return StoredEncoder(record["class_path"], record["init_args"], state, config["channels"], config["preprocessing"])
+
+
+def _reader_of(config: Mapping[str, Any]) -> Any:
+    """Return the experiment's own reader of an export's format, if there is one."""
+    experiment = str(config.get("experiment", ""))
+    name = f"experiments.{experiment}.export"
+    if not experiment.isidentifier() or importlib.util.find_spec(f"experiments.{experiment}") is None:
+        return None
+    if importlib.util.find_spec(name) is None:
+        return None
+    return getattr(importlib.import_module(name), "READERS", {}).get(config.get("format"))
 
 
 class LoadReport(NamedTuple):
@@ -173,6 +193,14 @@ def _adapt_channels(weight: Tensor, fresh: Tensor, old: Sequence[str], new: Sequ
     return target.flatten(1)
 
 
+def inflated(kernel: Tensor, count: int) -> Tensor:
+    """Give every one of ``count`` input channels its share of a kernel ``(E, C, ...)``.
+
+    Equal channels are then answered as one channel was.
+    """
+    return (kernel.sum(1, keepdim=True) / count).repeat(1, count, *[1] * (kernel.ndim - 2))
+
+
 def _channel_names(stored: StoredEncoder, count: int, names: Sequence[str] | None) -> tuple[list[str], list[str]]:
     old_count = stored.init_args["in_channels"]
     old = stored.channels or [str(index) for index in range(old_count)]
@@ -185,7 +213,8 @@ def _channel_names(stored: StoredEncoder, count: int, names: Sequence[str] | Non
 def transfer_encoder(stored: StoredEncoder, encoder: nn.Module, channels: Sequence[str] | None = None) -> LoadReport:
     """Carry stored weights into ``encoder``, which may differ in channels and image size.
 
-    Learned positions are resampled to the new grid; patch-embedding columns follow the channels' names.
+    Learned positions are resampled to the new grid; patch-embedding columns follow the channels' names. An encoder with
+    an ``input_kernel`` was pre-trained on single channels: its first kernel is shared out among all channels.
 
     Args:
         stored: The weights.
@@ -198,9 +227,14 @@ def transfer_encoder(stored: StoredEncoder, encoder: nn.Module, channels: Sequen
     wanted = encoder.state_dict()
     config: Mapping[str, Any] = encoder.config  # type: ignore[assignment]
     state, adapted = dict(stored.state), {}
+    key = getattr(encoder, "input_kernel", "patch_embed.proj.weight")
     old_names, new_names = _channel_names(stored, config["in_channels"], channels)
-    key = "patch_embed.proj.weight"
-    if old_names != new_names:
+    if hasattr(encoder, "input_kernel"):
+        count = config["in_channels"]
+        if state[key].shape[1] != count:
+            adapted[key] = f"{state[key].shape[1]} channels shared out among {count}"
+            state[key] = inflated(state[key], count)
+    elif old_names != new_names:
         state[key] = _adapt_channels(state[key], wanted[key], old_names, new_names)
         adapted[key] = f"channels {old_names} to {new_names}"
     old_size, new_size = list(stored.init_args["image_size"]), list(config["image_size"])

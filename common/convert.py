@@ -1,6 +1,12 @@
-"""``medmim convert``: weights of MAE, of timm or of published code as an encoder that fine-tuning can start from."""
+"""``medmim convert``: weights of MAE, of timm or of published code as an encoder that fine-tuning can start from.
+
+An experiment whose published weights are no ViT brings ``convert.py`` with ``read_weights(path)``, which returns a
+:class:`common.checkpoint.StoredEncoder`, and ``FORMAT``, the format it is kept in.
+"""
 
 import argparse
+import importlib
+import importlib.util
 import math
 from pathlib import Path
 from typing import Any
@@ -64,6 +70,13 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         CheckpointError: the file holds no ViT, or an incomplete one.
     """
+    own = f"experiments.{args.exp}.convert"
+    if importlib.util.find_spec(f"experiments.{args.exp}") and importlib.util.find_spec(own):
+        module = importlib.import_module(own)
+        stored = module.read_weights(Path(args.weights))
+        out = write_export(stored, args.exp, module.FORMAT, Path(args.out), Path(args.weights).name)
+        say(f"converted to {out}")
+        return
     state = read_foreign(args.weights)
     if "pos_embed" not in state:
         raise CheckpointError(f"{args.weights} holds no position table.")

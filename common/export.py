@@ -43,11 +43,13 @@ class Exported(NamedTuple):
         tensors: Weights under the target library's names.
         config: The target library's arguments.
         usage: Python that loads the result, run inside the export's folder.
+        save: Writes further files into that folder.
     """
 
     tensors: dict[str, Tensor]
     config: dict[str, Any]
     usage: str
+    save: Callable[[Path], None] | None = None
 
 
 Writer = Callable[[StoredEncoder], Exported]
@@ -98,6 +100,8 @@ def write_export(stored: StoredEncoder, experiment: str, format: str, out: Path,
     out.mkdir(parents=True, exist_ok=True)
     weights = out / "model.safetensors"
     save_file({key: value.detach().contiguous().clone() for key, value in exported.tensors.items()}, weights)
+    if exported.save is not None:
+        exported.save(out)
     facts = {
         "format": format,
         "experiment": experiment,

@@ -63,3 +63,24 @@ def volume_panels(
         for channel, name in enumerate(names)
         if bool(acquired[channel])
     }
+
+
+def filled_panel(subject: str, target: Tensor, hidden: Tensor, filled: Tensor, prediction: Tensor) -> Panel:
+    """Cut one axial slice out of a sequence whose hidden parts were replaced by something else.
+
+    Args:
+        subject: Name for the title.
+        target: ``(1, X, Y, Z)``, RAS.
+        hidden: bool ``(1, X, Y, Z)``.
+        filled: ``(1, X, Y, Z)``, what the encoder saw.
+        prediction: ``(1, X, Y, Z)``, true values where visible.
+    """
+    index = fullest_slice(target)
+    return Panel(
+        f"{subject}, axial slice {index + 1} of {target.shape[-1]}",
+        axial(target[0], index),
+        axial(hidden[0], index) > 0.5,
+        axial(prediction[0], index),
+        ("R", "L"),
+        axial(filled[0], index),
+    )

@@ -43,6 +43,7 @@ class VolumeBatch(TypedDict, total=False):
         modality_mask: bool ``(B, M)``, True = acquired.
         key: int64 ``(B,)``, what the randomness of each sample hangs on.
         subject_id: one name per sample.
+        place: six integers per sample: the first voxel of the crop, and the voxels of the whole case.
         label: ``(B, R, H, W, D)`` float, one channel a region.
         target: ``(B,)`` class index of a classification task.
         control_image: float ``(B, M, H, W, D)``, a crop of another patient.
@@ -52,9 +53,41 @@ class VolumeBatch(TypedDict, total=False):
     modality_mask: Tensor
     key: Tensor
     subject_id: list[str]
+    place: list[tuple[int, ...]]
     label: Tensor
     target: Tensor
     control_image: Tensor
+
+
+class PairBatch(TypedDict, total=False):
+    """A batch of crops of one sequence each, with another sequence of the same study at the same place.
+
+    Attributes:
+        image: float ``(B, 1, H, W, D)``, the target sequence.
+        partner: the same of another sequence, 0 where the study has none.
+        paired: bool ``(B,)``, whether there is a partner.
+        modality: long ``(B,)``, index of the target sequence among the data's channels.
+        partner_modality: long ``(B,)``, of the partner; that of the target where there is none.
+        place: one ``(modality, x, y, z)`` of integers per sample: where the crop begins in the atlas.
+        key: int64 ``(B,)``, what the randomness of each sample hangs on.
+        subject_id: one name per sample.
+        lesion: bool ``(B, 1, H, W, D)``, voxels of a lesion, where it was asked for.
+        control_image: a crop of the target sequence of another patient, ``control_partner`` and ``control_paired`` its
+            partner.
+    """
+
+    image: Tensor
+    partner: Tensor
+    paired: Tensor
+    modality: Tensor
+    partner_modality: Tensor
+    place: list[tuple[int, int, int, int]]
+    key: Tensor
+    subject_id: list[str]
+    lesion: Tensor
+    control_image: Tensor
+    control_partner: Tensor
+    control_paired: Tensor
 
 
 class ImageTextBatch(TypedDict, total=False):
@@ -156,6 +189,7 @@ class Panel(NamedTuple):
         hidden: bool, where it was hidden from the encoder.
         prediction: the reconstruction, true values where they were visible.
         sides: what lies at the left and the right edge, such as the patient's right and left.
+        filled: what the encoder saw, where hidden parts were replaced by something; None where they were left out.
     """
 
     title: str
@@ -163,6 +197,7 @@ class Panel(NamedTuple):
     hidden: Any
     prediction: Any
     sides: tuple[str, str] = ("", "")
+    filled: Any = None
 
 
 class InputSpec(NamedTuple):

@@ -22,6 +22,14 @@ _BRAIN_CONTRASTS: Mapping[str, Sequence[float]] = {
     "t2w": (0.95, 0.55, 0.36, 0.42, 0.84, 0.78, 0.62, 0.6),
 }
 
+# Further sequences of archives of several sources, likewise.
+_MORE_CONTRASTS: Mapping[str, Sequence[float]] = {
+    "mra": (0.12, 0.34, 0.30, 0.36, 0.15, 0.22, 0.62, -0.3),
+    "pd": (0.72, 0.82, 0.60, 0.66, 0.70, 0.92, 0.80, 0.4),
+    "dwi": (0.14, 0.50, 0.44, 0.40, 0.30, 0.62, 0.90, 0.3),
+    "adc": (0.96, 0.46, 0.40, 0.38, 0.90, 0.74, 0.34, -0.3),
+}
+
 
 class BrainCase(NamedTuple):
     """A brain.
@@ -104,8 +112,8 @@ def _tumour(
     return np.where(brain, label, 0).astype(np.uint8)
 
 
-def make_brain(rng: np.random.Generator, shape: Sequence[int]) -> BrainCase:
-    """Draw a brain with a tumour in four co-registered contrasts."""
+def make_brain(rng: np.random.Generator, shape: Sequence[int], more: Sequence[str] = ()) -> BrainCase:
+    """Draw a brain with a tumour in four co-registered contrasts, and in ``more`` of mra, pd, dwi and adc."""
     grid = _grid(rng, shape, 0.04)
     brain, tissue = _tissues(rng, grid, shape)
     mutant = bool(rng.random() < 0.5)
@@ -114,7 +122,7 @@ def make_brain(rng: np.random.Generator, shape: Sequence[int]) -> BrainCase:
     classes = np.select([label == 1, label == 2, label == 3], [4, 5, 6], default=classes)
     texture = _noise(rng, shape, 2.5)
     images = {}
-    for name, values in _BRAIN_CONTRASTS.items():
+    for name, values in (*_BRAIN_CONTRASTS.items(), *((extra, _MORE_CONTRASTS[extra]) for extra in more)):
         means = np.array(values[:7]) * rng.uniform(0.93, 1.07, 7)
         image = gaussian_filter(means[classes].astype(np.float32), 0.6)
         image *= 1 + 0.12 * values[7] * texture

@@ -30,7 +30,7 @@ from datamodules.prepare import PreparedCase, prepare_case
 from datamodules.volume_io import DECODERS, fingerprint
 
 CacheFormat = Literal["npy", "b2nd"]
-VERSION = 2
+VERSION = 3
 #: Labelled voxels kept per region value, for crops that must contain some.
 MAX_LABEL_VOXELS = 2048
 #: A half-written case this old belongs to no run that is still alive.
@@ -68,6 +68,7 @@ class Record:
         sources: Path to size, modification time and check sum of each source file.
         files: Name to size and check sum of each cache file.
         label_values: Labelled voxels by value.
+        modalities: Names of the image's modalities, in order.
     """
 
     case_id: str
@@ -84,6 +85,7 @@ class Record:
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     label_values: dict[str, int] = field(default_factory=dict)
+    modalities: list[str] = field(default_factory=list)
 
     def image_faults(self) -> list[Fault]:
         """Return the faults of the image members."""
@@ -116,6 +118,7 @@ def record_of(prepared: PreparedCase, case: Case) -> Record:
         label_faults=_plain(prepared.label_faults),
         sources=prepared.sources,
         label_values={str(int(v)): int(c) for v, c in zip(values, counts, strict=True) if v},
+        modalities=list(prepared.modalities),
     )
 
 
@@ -372,5 +375,6 @@ class VolumeCache:
                     shape = self.layout.preprocessing.size or read_header(path).shape
                 except VolumeError:
                     continue
-                total += int(np.prod(shape)) * 2 * len(self.layout.modalities)
+                ragged = self.layout.preprocessing.ragged
+                total += int(np.prod(shape)) * 2 * len(self._image_paths(case) if ragged else self.layout.modalities)
         return total if self.format == "npy" else total // 3

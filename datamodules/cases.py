@@ -35,7 +35,12 @@ class Preprocessing:
         reference: Modality whose grid all others are resampled to; None = they must share a grid already.
         spacing: Voxel size in mm along R, A, S; None keeps the reference's.
         size: Voxels to crop or pad to around the centre; None keeps all.
+        resize: Voxels to interpolate to, whatever the voxel size becomes; None keeps it.
         crop_foreground: Whether to cut away the border where every modality is 0.
+        centered: Whether that cut is symmetric about the volume's centre, which then stays the atlas's. Intensities are
+            those of the cut volume, and it is cut again where they become 0.
+        atlas: Voxels of the atlas in whose space volumes must be, skull-stripped; None = any space.
+        ragged: Whether a case is kept with the modalities it has alone, not with 0 for the others.
     """
 
     intensity: Mapping[str, str]
@@ -43,6 +48,10 @@ class Preprocessing:
     spacing: tuple[float, float, float] | None = None
     size: tuple[int, int, int] | None = None
     crop_foreground: bool = False
+    centered: bool = False
+    atlas: tuple[int, int, int] | None = None
+    ragged: bool = False
+    resize: tuple[int, int, int] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain values, for cache keys and cards."""
@@ -52,6 +61,10 @@ class Preprocessing:
             "spacing": None if self.spacing is None else list(self.spacing),
             "size": None if self.size is None else list(self.size),
             "crop_foreground": self.crop_foreground,
+            "centered": self.centered,
+            "atlas": None if self.atlas is None else list(self.atlas),
+            "ragged": self.ragged,
+            "resize": None if self.resize is None else list(self.resize),
             "orientation": "RAS",
         }
 

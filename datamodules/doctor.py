@@ -15,7 +15,7 @@ from common.faults import Fault, FaultLedger, SampleFaultError
 from common.reporting import say
 from datamodules.cache import VolumeCache, say_cache
 from datamodules.cases import Case, Layout
-from datamodules.prepare import prepare_case
+from datamodules.prepare import native_space, prepare_case
 from datamodules.volume_io import Header, VolumeError, read_header
 
 if TYPE_CHECKING:
@@ -59,6 +59,14 @@ def check_headers(case: Case, layout: Layout, labels: bool) -> Findings:
             if entry.shape != shape or not np.allclose(entry.affine, affine, atol=1e-2):
                 detail = f"its grid of {entry.shape} differs from the others' {shape} in size or place"
                 faults.append(Fault(paths[name], "grid", detail, case.case_id))
+    if (
+        layout.preprocessing.atlas is not None
+        and headers
+        and (reason := native_space(next(iter(headers.values())).affine))
+    ):
+        return Findings(
+            [*faults, Fault(case.case_id, "space", f"not in atlas space: {reason}", case.case_id)], {}, False
+        )
     reference = layout.preprocessing.reference
     if reference is not None and reference not in case.images:
         faults.append(Fault(case.case_id, "missing", f"the case has no {reference}", case.case_id))

@@ -1,6 +1,7 @@
 """Intensity rules. Always in float32: upstream of E-MIM divides integer arrays in place, which leaves zeros."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,12 @@ def _minmax(x: Array) -> Array:
     return np.clip((x - low) / (high - low), 0, 1)
 
 
+def _stretch(low: float, high: float, x: Array) -> Array:
+    """Stretch between two percentiles of the whole volume, air included, to [0, 1], and clip (BrainMVP)."""
+    bottom, top = np.percentile(x, [low, high])
+    return np.clip((x - bottom) / (top - bottom), 0, 1)
+
+
 def _adc(x: Array) -> Array:
     """Divide by 3000: apparent diffusion coefficients are quantitative (10^-6 mm^2/s)."""
     return np.clip(x / 3000, 0, 1)
@@ -43,6 +50,8 @@ RULES: dict[str, Callable[[Array], Array]] = {
     "percentile": _percentile,
     "max": _maximum,
     "minmax": _minmax,
+    "percentile_5_95": partial(_stretch, 5, 95),
+    "percentile_1_99": partial(_stretch, 1, 99),
     "adc": _adc,
     "zscore": _zscore,
 }

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import ResampleToMatch, ResizeWithPadOrCrop, Spacing
+from monai.transforms import ResampleToMatch, Resize, ResizeWithPadOrCrop, Spacing
 from numpy.typing import NDArray
 
 from common.faults import Fault, SampleFaultError
@@ -24,6 +24,7 @@ class PreparedCase(NamedTuple):
     Attributes:
         image: float32 ``(M, X, Y, Z)``, absent modalities 0.
         modality_mask: Per modality, whether it can be used.
+        modalities: Their names: all of the layout, or the case's own.
         label: uint8 ``(X, Y, Z)``, or None.
         affine: ``(4, 4)`` of the final grid, RAS.
         source_shape: Shape of the reference volume in RAS, before cropping or resampling.
@@ -37,6 +38,7 @@ class PreparedCase(NamedTuple):
 
     image: NDArray[np.float32]
     modality_mask: list[bool]
+    modalities: tuple[str, ...]
     label: NDArray[np.uint8] | None
     affine: NDArray[np.float64]
     source_shape: tuple[int, ...]
@@ -138,6 +140,8 @@ def _to_final_grid(image: Any, layout: Layout, mode: str) -> MetaTensor:
         image = Spacing(pixdim=settings.spacing, mode=mode, padding_mode=padding)(image)
     if settings.size is not None:
         image = ResizeWithPadOrCrop(settings.size)(image)
+    if settings.resize is not None:
+        image = Resize(settings.resize, mode="trilinear" if mode == "bilinear" else "nearest")(image)
     return image
 
 
@@ -167,60 +171,91 @@ def _label_volume(case: Case, layout: Layout, reference: Volume, sources: dict[s
     return merged.astype(np.uint8)
 
 
-def _foreground_box(image: NDArray, label: NDArray | None) -> tuple[slice, ...]:
-    """Return the box outside of which every modality, and the label, is 0."""
-    present = (image != 0).any(0)
-    if label is not None:
-        present |= label > 0
+def _foreground_box(present: NDArray, centered: bool = False) -> tuple[slice, ...]:
+    """Return the box outside of which nothing is present, or the symmetric one around it."""
     box = []
     for axis in range(3):
         indices = np.flatnonzero(present.any(tuple(other for other in range(3) if other != axis)))
-        box.append(slice(int(indices[0]), int(indices[-1]) + 1))
+        low, high = (int(indices[0]), int(indices[-1]) + 1) if len(indices) else (0, present.shape[axis])
+        box.append(centered_slice(present.shape[axis], low, high) if centered else slice(low, high))
     return tuple(box)
+
+
+def centered_slice(size: int, low: int, high: int) -> slice:
+    """Return the smallest slice around ``low:high`` that is symmetric about the middle of ``size`` voxels."""
+    margin = min(low, size - high)
+    return slice(margin, size - margin)
+
+
+#: Share of voxels that are exactly 0 in every sequence, below which a volume has its skull and air still on.
+_MIN_AIR = 0.15
+#: Voxel edge in mm above which a volume is no resampling of an atlas.
+_MAX_EDGE = 2.5
+
+
+def native_space(affine: NDArray[np.float64]) -> str | None:
+    """Say why voxels cannot lie on an atlas's grid; None where they may."""
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if spacing.max() <= _MAX_EDGE:
+        return None
+    return f"its voxels of {' x '.join(f'{s:.3g}' for s in spacing)} mm are those of a native scan"
+
+
+def _check_space(case: Case, images: dict[str, Any], reference: Volume, atlas: tuple[int, ...]) -> None:
+    """Refuse volumes that are not in atlas space: templates, and what lies where in them, would mean nothing."""
+    reasons = [reason] if (reason := native_space(reference.affine)) else []
+    air = float(np.logical_and.reduce([image[0].numpy() == 0 for image in images.values()]).mean())
+    if air < _MIN_AIR:
+        reasons.append(f"only {air:.0%} of its voxels are exactly 0, so the skull is still on")
+    if reasons:
+        detail = (f"not in atlas space: {' and '.join(reasons)}; register it to the atlas "
+                  f"({'x'.join(map(str, atlas))} voxels of 1 mm, such as SRI24) and strip the skull first")  # fmt: skip
+        raise SampleFaultError([Fault(str(next(iter(case.images.values())).parent), "space", detail, case.case_id)])
 
 
 def prepare_case(case: Case, layout: Layout, modalities: tuple[str, ...]) -> PreparedCase:
     """Read a case to the last byte and bring it to its final grid and intensities.
 
     Raises:
-        SampleFaultError: no usable modality, or grids that cannot be stacked.
+        SampleFaultError: no usable modality, grids that cannot be stacked, or another space than is needed.
     """
-    volumes, faults, sources = _read_members(case, modalities)
     settings = layout.preprocessing
+    if settings.ragged:
+        modalities = tuple(name for name in modalities if name in case.images)
+    volumes, faults, sources = _read_members(case, modalities)
     try:
         if volumes and settings.reference is None:
             volumes, grid_faults = _drop_other_grids(case, volumes)
             faults += grid_faults
+        if not volumes or (settings.reference is not None and settings.reference not in volumes):
+            raise SampleFaultError([] if faults else [_nothing_left(case, layout)])
+        images, reference = _on_reference_grid(volumes, layout)
+        if settings.atlas is not None:
+            _check_space(case, images, reference, settings.atlas)
     except SampleFaultError as error:
         raise SampleFaultError([*faults, *error.faults]) from error
-    if not volumes or (settings.reference is not None and settings.reference not in volumes):
-        raise SampleFaultError(faults or [_nothing_left(case, layout)])
-    images, reference = _on_reference_grid(volumes, layout)
-    final = next(iter(images.values()))
-    stack = np.zeros((len(modalities), *final.shape[1:]), dtype=np.float32)
-    there = [False] * len(modalities)
-    for index, name in enumerate(modalities):
-        if name not in images:
-            continue
-        try:
-            stack[index] = _rescaled(images[name][0].numpy(), settings.intensity[name])
-            there[index] = True
-        except VolumeError as error:
-            faults.append(Fault(str(case.images[name]), error.kind, error.detail, case.case_id))
+    stack, there, constant = _rescaled_stack(case, layout, modalities, images)
+    faults += constant
     if not any(there):
         raise SampleFaultError(faults)
+    final = next(iter(images.values()))
     label, label_faults = _prepare_label(case, layout, reference, stack, sources)
     affine, offset = np.asarray(final.affine, dtype=np.float64), None
     if settings.crop_foreground:
-        box = _foreground_box(stack, label)
+        present = (stack != 0).any(0) | (False if label is None else label > 0)
+        box = _foreground_box(present, settings.centered)
         stack = stack[:, *box]
         label = None if label is None else label[box]
         start = [edge.start for edge in box]
-        offset = (start[0], start[1], start[2])
-        affine = affine @ np.block([[np.eye(3), np.array(start)[:, None]], [np.zeros((1, 3)), np.ones((1, 1))]])
+        if final.shape[1:] == reference.data.shape and np.allclose(affine, reference.affine):
+            offset = (start[0], start[1], start[2])
+        shift = np.eye(4)
+        shift[:3, 3] = start
+        affine = affine @ shift
     return PreparedCase(
         image=stack,
         modality_mask=there,
+        modalities=modalities,
         label=label,
         affine=affine,
         source_shape=reference.data.shape,
@@ -233,9 +268,35 @@ def prepare_case(case: Case, layout: Layout, modalities: tuple[str, ...]) -> Pre
     )
 
 
+def _rescaled_stack(
+    case: Case, layout: Layout, modalities: tuple[str, ...], images: dict[str, Any]
+) -> tuple[NDArray[np.float32], list[bool], list[Fault]]:
+    """Scale the intensities of all modalities; where the cut is centred, of what lies inside it alone."""
+    settings = layout.preprocessing
+    arrays = {name: image[0].numpy() for name, image in images.items()}
+    shape = next(iter(arrays.values())).shape
+    box: tuple[slice, ...] = (slice(None),) * 3
+    if settings.centered:
+        box = _foreground_box(np.logical_or.reduce([array > 0 for array in arrays.values()]), centered=True)
+    stack = np.zeros((len(modalities), *shape), dtype=np.float32)
+    there = [False] * len(modalities)
+    faults = []
+    for index, name in enumerate(modalities):
+        if name not in arrays:
+            continue
+        try:
+            stack[index][box] = _rescaled(arrays[name][box], settings.intensity[name])
+            there[index] = True
+        except VolumeError as error:
+            faults.append(Fault(str(case.images[name]), error.kind, error.detail, case.case_id))
+    return stack, there, faults
+
+
 def _nothing_left(case: Case, layout: Layout) -> Fault:
     needed = layout.preprocessing.reference or "any modality"
-    return Fault(case.case_id, "missing", f"the case has no {needed}", case.case_id)
+    unknown = case.attributes.get("unknown")
+    found = f"; it has {unknown}, and known are {', '.join(layout.modalities)}" if unknown else ""
+    return Fault(case.case_id, "missing", f"the case has no {needed}{found}", case.case_id)
 
 
 def _prepare_label(

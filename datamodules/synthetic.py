@@ -19,9 +19,10 @@ from common.errors import UserError
 from common.randomness import numpy_generator
 from common.reporting import say
 from datamodules.anatomy import make_brain, make_lung, make_prostate
+from datamodules.synthetic_brain import BRAIN_WRITERS
 from datamodules.synthetic_cxr import write_mimic_cxr
 from datamodules.synthetic_labels import write_chexpert, write_covid_cxr, write_nih, write_rsna, write_siim
-from datamodules.volume_io import write_nifti
+from datamodules.volume_io import to_lps, write_nifti
 
 NOTE = "SYNTHETIC.json"
 _MARKSHEET = ("patient_id", "study_id", "mri_date", "patient_age", "psa", "psad", "prostate_volume", "histopath_type",
@@ -34,13 +35,6 @@ def _write_table(path: Path, header: Sequence[str], rows: Sequence[Sequence[obje
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)
-
-
-def _to_lps(array: NDArray) -> tuple[NDArray, NDArray[np.float64]]:
-    """Turn a RAS array to LPS, as BraTS stores it, with its affine at 1 mm."""
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0])
-    affine[:2, 3] = array.shape[0] - 1, array.shape[1] - 1
-    return np.ascontiguousarray(array[::-1, ::-1]), affine
 
 
 def write_brats(
@@ -64,9 +58,9 @@ def write_brats(
             if modality == "t2f" and index % 8 == 2:
                 continue
             data = image if modality == "t2f" else np.rint(image).astype(np.int16)
-            write_nifti(root / case / f"{case}{joint}{names.get(modality, modality)}.nii.gz", *_to_lps(data))
+            write_nifti(root / case / f"{case}{joint}{names.get(modality, modality)}.nii.gz", *to_lps(data))
         label = np.where(brain.label == 3, 4, brain.label).astype(np.uint8) if legacy else brain.label
-        write_nifti(root / case / f"{case}{joint}seg.nii.gz", *_to_lps(label))
+        write_nifti(root / case / f"{case}{joint}seg.nii.gz", *to_lps(label))
         rows.append((case, int(brain.mutant)))
     _write_table(root / "idh.csv", ("case_id", "idh"), rows)
 
@@ -144,6 +138,7 @@ WRITERS: dict[str, Callable[[Path, int, int], None]] = {
     "rsna": write_rsna,
     "covid_cxr": write_covid_cxr,
     "siim": write_siim,
+    **BRAIN_WRITERS,
 }
 
 

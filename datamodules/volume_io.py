@@ -182,6 +182,13 @@ def read_header(path: Path) -> Header:
     return Header(ras_shape, affine @ nib.orientations.inv_ornt_aff(turn, shape))
 
 
+def to_lps(array: NDArray) -> tuple[NDArray, NDArray[np.float64]]:
+    """Turn a RAS array of 1 mm to LPS, as BraTS stores it, with its affine."""
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0])
+    affine[:2, 3] = array.shape[0] - 1, array.shape[1] - 1
+    return np.ascontiguousarray(array[::-1, ::-1]), affine
+
+
 def write_nifti(path: Path, data: NDArray[Any], affine: NDArray[np.float64]) -> None:
     """Write a NIfTI file under a temporary name and rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)

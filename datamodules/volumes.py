@@ -17,7 +17,7 @@ from datamodules.base import ArchiveDataModule, FaultTolerantDataset
 from datamodules.cache import CacheFormat, OpenCase, Record, SourceVolumes, VolumeCache
 from datamodules.cases import Case, Layout
 from datamodules.crops import center_start, cut, flip, random_start, start_around, to_tensor
-from datamodules.layouts import recognise, with_modalities
+from datamodules.layouts import VOLUME_LAYOUTS, recognise, with_modalities
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.splits import assign_splits, nested_fraction
 
@@ -104,6 +104,7 @@ class VolumeDataset(FaultTolerantDataset):
             "modality_mask": torch.tensor(opened.record.modality_mask),
             "key": torch.tensor(stable_hash("mask", *self._parts(draw))),
             "subject_id": pseudonym(case.case_id) if self.anonymise else case.case_id,
+            "place": (*start, *opened.image.shape[-3:]),
             "faults": opened.record.image_faults(),
         }
         if self.regions is not None:
@@ -254,6 +255,13 @@ class VolumeDataModule(ArchiveDataModule):
         self.splits: dict[str, list[Case]] = {}
         self.targets: dict[str, int] | None = None
 
+    #: What a root may be; subclasses that understand others name them here.
+    known_layouts: Sequence[Layout] = VOLUME_LAYOUTS
+
+    def settle(self, layout: Layout) -> Layout:
+        """Settle channels and preparation of a recognised layout, once the cases are listed."""
+        return with_modalities(layout, self.cases, self._modalities)
+
     def index(self) -> Layout:
         """Recognise the layout, list and split the cases. Reads names and tables, no volume.
 
@@ -261,8 +269,8 @@ class VolumeDataModule(ArchiveDataModule):
             DataError: unknown layout, missing split file, a patient in two splits, no labelled case, and the like.
         """
         if self._layout is None:
-            layout, self.cases = recognise(self.root, self._layout_name)
-            layout = with_modalities(layout, self.cases, self._modalities).with_intensity(self._intensity)
+            layout, self.cases = recognise(self.root, self._layout_name, self.known_layouts)
+            layout = self.settle(layout).with_intensity(self._intensity)
             fractions, split_seed, split_file = self._split
             parts = assign_splits(self.cases, fractions, split_seed, split_file)
             self.targets = self._read_targets()

@@ -9,6 +9,7 @@ import torch
 
 from common.distributed import RankPool
 from datamodules.synthetic import write_brats, write_lung, write_pi_cai
+from datamodules.synthetic_brain import write_brain_archive
 
 
 def pytest_configure():
@@ -50,6 +51,14 @@ def lung_root(tmp_path_factory) -> Path:
     """Eight small chests."""
     root = tmp_path_factory.mktemp("lung")
     write_lung(root, 8, seed=0, shape=(32, 32, 16))
+    return root
+
+
+@pytest.fixture(scope="session")
+def brain_root(tmp_path_factory) -> Path:
+    """Twelve tiny studies of three sources with different sets of sequences; one has a single sequence."""
+    root = tmp_path_factory.mktemp("brain")
+    write_brain_archive(root, 12, seed=0, shape=(40, 44, 36))
     return root
 
 
@@ -96,5 +105,22 @@ def pretrain_arguments(brats_root):
         config = ["--config", "experiments/e_mim/configs/pretrain.yaml"]
         tiny = [*TINY["encoder"], *TINY["taps"], *TINY["data"], *TINY["trainer"]]
         return [command, *config, f"--data.root={root}", *tiny, *more]
+
+    return arguments
+
+
+BRAIN = ["--model.encoder.embed_dims=[8,8,16,16]", "--model.encoder.depths=[1,1,1,1]", "--model.encoder.head_dim=8",
+         "--model.encoder.recompute_stages=0", "--data.atlas=[40,44,36]", "--data.crop_size=[16,16,16]",
+         "--data.batch_size=2", "--data.crops_per_case=1", "--data.val_crops_per_case=2", "--data.num_workers=0",
+         "--data.split_fractions=[0.7,0.3,0.0]"]  # fmt: skip
+
+
+@pytest.fixture
+def brain_arguments(brain_root):
+    """Return the command line of a BrainMVP pre-training of a few seconds, with further arguments appended."""
+
+    def arguments(*more: str, root: Path = brain_root, command: str = "fit") -> list[str]:
+        config = ["--config", "experiments/brainmvp/configs/pretrain.yaml"]
+        return [command, *config, f"--data.root={root}", *BRAIN, *TINY["trainer"], *more]
 
     return arguments

@@ -16,6 +16,7 @@ from common.reporting import log_figure
 from common.types import Panel, Reconstruction
 
 _COLUMNS = ("input", "visible (hidden in blue)", "prediction where hidden", "prediction - input where hidden")
+_FILLED_COLUMNS = ("target", "what the encoder saw, holes filled", *_COLUMNS[2:])
 _HIDDEN_COLOR = np.array([0.16, 0.30, 0.55])
 #: Pixels of one picture's longer side, and between pictures.
 _SIDE, _GAP = 224, 8
@@ -39,16 +40,17 @@ def _row(panel: Panel) -> tuple[list[Image], str]:
     """Return the four pictures of a case, RGB, and the line of text under them.
 
     All grey pictures share one window, the input's range; the difference has its own, symmetric about 0. What is hidden
-    is painted over, so that it cannot be taken for dark tissue.
+    is painted over, so that it cannot be taken for dark tissue; where something filled it, that is shown instead.
     """
     low = float(panel.input.min())
     high = max(float(np.percentile(panel.input, 99.8)), low + 1e-6)
     difference = np.where(panel.hidden, panel.prediction - panel.input, 0)
     limit = (high - low) / 2
     grey = _grey(panel.input, low, high)
+    painted = np.where(panel.hidden[..., None], _HIDDEN_COLOR, grey)
     pictures = [
         grey,
-        np.where(panel.hidden[..., None], _HIDDEN_COLOR, grey),
+        painted if panel.filled is None else _grey(panel.filled, low, high),
         _grey(panel.prediction, low, high),
         colormaps["RdBu_r"](np.clip(difference / limit, -1, 1) / 2 + 0.5)[..., :3],
     ]
@@ -71,7 +73,7 @@ def panel_figure(modality: str, rows: Sequence[Panel]) -> Figure:
     axes = figure.add_axes((0, 0, 1, mosaic.shape[0] / (mosaic.shape[0] + top)))
     axes.imshow(mosaic, interpolation="nearest")
     axes.set_axis_off()
-    for x, title in enumerate(_COLUMNS):
+    for x, title in enumerate(_COLUMNS if rows[0].filled is None else _FILLED_COLUMNS):
         axes.text(x * step_x + width / 2, -4, title, ha="center", va="bottom", fontsize=8)
     for y, (_, text) in enumerate(drawn):
         axes.text(2, y * step_y + height + _GAP, text, ha="left", va="center", fontsize=7)

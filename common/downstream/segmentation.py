@@ -146,8 +146,12 @@ class SegmentationModule(FineTuning):
         """Score one volume by Dice and HD95 (Lightning hook)."""
         self._score(batch, distance=True)
 
+    def inputs(self, batch: Any) -> Tensor:
+        """Return the volumes ``(B, C, X, Y, Z)`` that a batch is segmented from."""
+        return batch["image"]
+
     def _score(self, batch: Any, distance: bool) -> None:
-        logits, target = self.logits(batch["image"]), batch["label"] > 0.5
+        logits, target = self.logits(self.inputs(batch)), batch["label"] > 0.5
         pred, dice = logits > 0, region_dice(logits > 0, target)
         for index, subject in enumerate(batch["subject_id"]):
             row: dict[str, Any] = {"subject_id": subject}
@@ -180,7 +184,7 @@ class SegmentationModule(FineTuning):
     def on_test_epoch_end(self) -> None:
         """Write ``metrics.json`` and ``per_case.csv``, and print the table (Lightning hook)."""
         rows = self.take_rows()
-        summary = summarise(rows)
+        summary = summarise(rows) | self.further_scores(rows)
         if self.trainer.is_global_zero:
             self.write_scores(rows, summary)
             for name in self.regions:
@@ -192,9 +196,13 @@ class SegmentationModule(FineTuning):
             {f"test/{name}": v["mean"] for name, v in summary.items() if name.startswith(("dice", "hd95", "loss"))},
         )
 
+    def further_scores(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return what else goes into ``metrics.json``; all ranks call it, at the end of a test."""
+        return {}
+
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         """Return one label volume per case, with what is needed to put it on its source grid (Lightning hook)."""
-        regions = self.segment(batch["image"])
+        regions = self.segment(self.inputs(batch))
         names = zip(batch["subject_id"], batch["record"], strict=True)
         return [
             {"subject_id": subject, "record": record, "label": merge_regions(regions[index], self.regions)}

@@ -42,3 +42,9 @@ def test_negative_values_are_clipped_only_where_the_range_is_fixed():
     data = np.array([-50.0, 0, 100, 200])
     assert rescale(data, "percentile").min() == 0
     assert rescale(data, "zscore").min() < 0
+
+
+def test_percentiles_of_the_whole_volume():
+    """BrainMVP's case R7: 0 to 20 between the 5th and 95th percentile, 1 and 19."""
+    scaled = rescale(np.arange(21).reshape(3, 7, 1), "percentile_5_95").ravel()
+    assert scaled[[0, 1, 5, 10, 19, 20]] == pytest.approx([0, 0, 4 / 18, 0.5, 1, 1], abs=1e-6)

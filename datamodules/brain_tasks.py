@@ -1,0 +1,121 @@
+"""Labelled brain archives for fine-tuning after BrainMVP: volumes with regions, or with classes."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from common.errors import DataError
+from common.types import InputSpec
+from datamodules.brain_labels import LabelSource, read_classes
+from datamodules.brain_layouts import ATLAS, BRAIN_LAYOUTS
+from datamodules.cases import Case, Layout
+from datamodules.layouts import with_modalities
+from datamodules.loading import ResumableLoader
+from datamodules.volumes import VolumeDataModule
+
+
+class BrainTaskDataModule(VolumeDataModule):
+    """Volumes of one source under canonical sequence names, prepared as for pre-training.
+
+    Args:
+        root: The archive; see :data:`datamodules.brain_layouts.BRAIN_LAYOUTS`.
+        modalities: Sequences by their canonical names; None takes those of the layout that its cases have.
+        atlas: Voxels of the atlas; where templates lie.
+        overhang: Share of a crop that may reach beyond the brain's box.
+        flip_axes: Must be empty: the fine-tuned module mirrors, templates and all.
+        **options: As :class:`datamodules.volumes.VolumeDataModule`.
+    """
+
+    known_layouts = BRAIN_LAYOUTS
+
+    def __init__(
+        self,
+        root: str,
+        modalities: list[str] | None = None,
+        atlas: tuple[int, int, int] = ATLAS,
+        overhang: float = 0.0,
+        flip_axes: tuple[int, ...] = (),
+        **options: Any,
+    ) -> None:
+        super().__init__(root, modalities=modalities, overhang=overhang, flip_axes=flip_axes, **options)
+        if flip_axes:
+            raise ValueError("flip_axes must be empty: the module mirrors crops, so that templates stay in place.")
+        self.atlas = atlas
+
+    def settle(self, layout: Layout) -> Layout:
+        """Settle the sequences: those asked for, or those of the layout that any case has."""
+        present = {name for case in self.cases for name in case.images}
+        wanted = self._modalities or [name for name in layout.modalities if name in present]
+        settled = with_modalities(layout, self.cases, wanted)
+        atlas = self.atlas if layout.preprocessing.atlas is not None else None
+        intensity = dict.fromkeys(settled.modalities, "percentile_5_95")
+        return replace(settled, preprocessing=replace(settled.preprocessing, intensity=intensity, atlas=atlas))
+
+
+class BrainClassDataModule(BrainTaskDataModule):
+    """Volumes with a class each: random crops to train on, central ones to score.
+
+    Args:
+        root: The archive.
+        classes: Where the classes come from; see :class:`datamodules.brain_labels.LabelSource`.
+        resize: Voxels that every volume is interpolated to.
+        **options: As :class:`BrainTaskDataModule`.
+    """
+
+    def __init__(
+        self, root: str, classes: LabelSource, resize: tuple[int, int, int] | None = (128, 128, 64), **options: Any
+    ) -> None:
+        super().__init__(root, **options)
+        self._source, self._resize = classes, resize
+
+    def settle(self, layout: Layout) -> Layout:
+        """Prepare for classification: 1 mm, 1st to 99th percentile, one size."""
+        settled = super().settle(layout)
+        preparation = replace(
+            settled.preprocessing,
+            intensity=dict.fromkeys(settled.modalities, "percentile_1_99"),
+            crop_foreground=False,
+            centered=False,
+            atlas=None,
+            resize=self._resize,
+        )
+        return replace(settled, preprocessing=preparation)
+
+    def _read_targets(self) -> dict[str, int] | None:
+        return read_classes(self.cases, self._source, Path(self.root))
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """As every archive's, with the names of the classes."""
+        return super().input_spec._replace(classes=tuple(self._source.classes))
+
+    def class_counts(self) -> list[int]:
+        """Return how many training cases each class has."""
+        targets = [(self.targets or {})[case.case_id] for case in self.splits["train"]]
+        return [targets.count(index) for index in range(len(self._source.classes))]
+
+    def _evaluated(self, cases: Sequence[Case]) -> ResumableLoader:
+        return self.evaluation_loader(self._dataset(self._usable(cases), "center"))
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Return the training crops (Lightning hook)."""
+        return self.train_loader(self._dataset(self.splits["train"], "train"), self.crops_per_case)
+
+    def val_dataloader(self) -> ResumableLoader:
+        """Return central crops of the validation split (Lightning hook)."""
+        return self._evaluated(self.splits["val"])
+
+    def test_dataloader(self) -> ResumableLoader:
+        """Return central crops of the test split (Lightning hook).
+
+        Raises:
+            DataError: the test split is empty.
+        """
+        if not self._usable(self.splits["test"]):
+            raise DataError(f"There is no case to test on under {self.root}: none is in the test split.")
+        return self._evaluated(self.splits["test"])
+
+    def predict_dataloader(self) -> ResumableLoader:
+        """Return central crops of the test split, or of all cases where nothing is set aside (Lightning hook)."""
+        return self._evaluated(self.splits["test"] or self.cases_in_use())

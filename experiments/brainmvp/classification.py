@@ -1,0 +1,180 @@
+"""Classification of volumes by a fine-tuned encoder: one of several classes, scored by accuracy, AUROC and F1.
+
+Letters: B batch, C channels, K classes, H W D space.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_auroc, multiclass_f1_score
+
+from common.blocks.uniformer import UniFormer3D
+from common.distributed import all_reduce_sum
+from common.downstream.base import FineTuning
+from common.downstream.encoder import EncoderFactory, mean_features
+from common.optim import Schedule
+from common.reporting import log_scalars, say
+from common.types import InputSpec
+from experiments.brainmvp.segmentation import augmented
+
+
+class VolumeClassifier(nn.Module):
+    """An encoder, the mean over its map, and a linear layer or an MLP.
+
+    Args:
+        encoder: With ``num_features`` and ``forward_features``.
+        num_classes: K.
+        hidden: Width of the MLP's one hidden layer; 0 makes it a linear layer.
+    """
+
+    def __init__(self, encoder: nn.Module, num_classes: int, hidden: int = 0) -> None:
+        super().__init__()
+        self.encoder = encoder
+        width = int(encoder.num_features)  # type: ignore[arg-type]
+        self.head: nn.Module = nn.Linear(width, num_classes)
+        if hidden:
+            self.head = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, num_classes))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return logits ``(B, K)`` of ``(B, C, H, W, D)``."""
+        return self.head(mean_features(self.encoder, image))
+
+
+def weighted_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Cross-entropy, weighted by class and averaged by weight over the samples of all ranks, float32.
+
+    Args:
+        logits: ``(B, K)``.
+        target: long ``(B,)``.
+        weight: ``(K,)``.
+    """
+    losses = F.cross_entropy(logits.float(), target, weight=weight, reduction="sum")
+    return all_reduce_sum(losses) / all_reduce_sum(weight[target].sum())
+
+
+class BrainClassification(FineTuning):
+    """Fine-tunes all weights on volumes with one class each.
+
+    Classes count equally in the loss, however many cases they have: what the public code's sampler does in the mean.
+    Validation logs ``val/auroc``, ``val/accuracy``, ``val/f1`` and ``val/loss``; testing writes ``metrics.json`` and
+    ``per_case.csv``.
+
+    Args:
+        pretrained: Run folder, checkpoint or export to start from; None trains from scratch.
+        encoder: Makes the encoder from (channels, image size) where nothing is pre-trained.
+        hidden: Width of the head's hidden layer; 0 = a linear head.
+        augment: Whether to mirror crops and change their intensities.
+        layer_decay: Factor of the learning rate per encoder layer towards the input.
+        optimizer: Makes the optimiser.
+        schedule: Attaches the learning-rate schedule.
+        compile_network: Whether to compile the network.
+        channels: Names of the sequences; None = as the data say.
+        image_size: Size of a crop; None = as the data say.
+        classes: Names of the classes; None = as the data say.
+        encoder_record: Architecture of the encoder; filled in for checkpoints.
+    """
+
+    monitor = ("val/auroc", "max")
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        encoder: EncoderFactory = UniFormer3D,
+        hidden: int = 0,
+        augment: bool = True,
+        layer_decay: float = 1.0,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule | None = None,
+        compile_network: bool = False,
+        channels: list[str] | None = None,
+        image_size: list[int] | None = None,
+        classes: list[str] | None = None,
+        encoder_record: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            pretrained,
+            encoder,
+            optimizer=optimizer,
+            schedule=schedule,
+            layer_decay=layer_decay,
+            compile_network=compile_network,
+            encoder_record=encoder_record,
+        )
+        self.save_hyperparameters()
+        self.hidden, self.augment = hidden, augment
+        self._weight: Tensor | None = None
+
+    def build_network(self, spec: InputSpec) -> VolumeClassifier:
+        """Make encoder and head."""
+        return VolumeClassifier(self.build_encoder(spec), len(spec.classes), self.hidden)
+
+    def on_fit_start(self) -> None:
+        """Weigh the classes by how rare they are in training (Lightning hook)."""
+        counts = torch.tensor(self.trainer.datamodule.class_counts(), dtype=torch.float32)  # type: ignore[attr-defined]
+        self._weight = (counts.sum() / (len(counts) * counts.clamp(min=1))).to(self.device)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return logits ``(B, K)``."""
+        return self.network(image)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a batch (Lightning hook)."""
+        image = batch["image"]
+        if self.augment:
+            (image,), _ = augmented(batch["key"], [image], image[:, :1])
+        assert self._weight is not None
+        loss = weighted_cross_entropy(self(image), batch["target"], self._weight)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
+        return loss
+
+    def _collect(self, batch: Any) -> None:
+        logits = self(batch["image"]).float().cpu()
+        columns = zip(batch["subject_id"], batch["patient_id"], logits.tolist(), batch["target"].tolist(), strict=True)
+        for subject, patient, row, target in columns:
+            self.rows.append({"subject_id": subject, "patient_id": patient, "logits": row, "target": target})
+
+    def _scores(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        logits = torch.tensor([row["logits"] for row in rows])
+        target = torch.tensor([row["target"] for row in rows])
+        settings = {"num_classes": logits.shape[1]}
+        scores = {
+            "loss": float(F.cross_entropy(logits, target)),
+            "accuracy": float(multiclass_accuracy(logits, target, **settings, average="micro")),
+            "f1": float(multiclass_f1_score(logits, target, **settings, average="macro")),
+        }
+        both = len(target.unique()) == logits.shape[1]
+        return scores | {"auroc": float(multiclass_auroc(logits.softmax(1), target, **settings)) if both else 0.0}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Collect a batch (Lightning hook)."""
+        self._collect(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores over the cases of all ranks (Lightning hook)."""
+        if rows := self.take_rows():
+            scores = {f"val/{name}": value for name, value in self._scores(rows).items()}
+            log_scalars(self, scores, prog_bar=("val/auroc",))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Collect a batch (Lightning hook)."""
+        self._collect(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Write ``metrics.json`` and ``per_case.csv``, and say the result (Lightning hook)."""
+        rows = self.take_rows()
+        scores = self._scores(rows)
+        names = list(self.hparams["classes"])
+        if self.trainer.is_global_zero:
+            lines = []
+            for row in rows:
+                shares = torch.tensor(row["logits"]).softmax(0).tolist()
+                line = {"subject_id": row["subject_id"], "patient_id": row["patient_id"]}
+                lines.append(line | {"target": names[row["target"]]} | dict(zip(names, shares, strict=True)))
+            self.write_scores(lines, {"n": len(rows), **scores})
+            say(f"test: {len(rows)} cases, accuracy {scores['accuracy']:.3f}, AUROC {scores['auroc']:.3f}, "
+                f"F1 {scores['f1']:.3f}")  # fmt: skip
+        log_scalars(self, {f"test/{name}": value for name, value in scores.items()})

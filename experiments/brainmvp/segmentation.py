@@ -1,0 +1,250 @@
+"""Segmentation with channels replaced by templates, deep supervision and consistency (BrainMVP's downstream recipe).
+
+Letters: B batch, C channels, R regions, H W D space.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+
+from common.blocks.template_bank import crop_of, place_of
+from common.blocks.uniformer import UniFormer3D
+from common.checkpoint import read_encoder
+from common.downstream.encoder import EncoderFactory
+from common.downstream.segmentation import SegmentationModule
+from common.losses.region import BatchDiceBCE
+from common.metrics import region_dice
+from common.optim import Schedule
+from common.randomness import KeyedGenerator
+from common.reporting import say, write_rows
+from common.types import InputSpec
+from experiments.brainmvp.export import normalized_templates
+from experiments.brainmvp.networks import segmenter
+
+#: What a channel's template is called where there is none under the channel's own name (MRBrainS13's T1-IR).
+_TEMPLATE_OF = {"t1ir": "t1"}
+
+
+def replaced_channels(keys: Tensor, channels: int, most: int = 3) -> Tensor:
+    """Draw which channels of each sample are replaced, bool ``(B, C)``.
+
+    Their number is uniform over 0 to ``most``, cut off at C - 1, so that one channel stays.
+
+    Args:
+        keys: ``(B,)`` int64, one per sample.
+        channels: C.
+        most: Highest number drawn.
+    """
+    generator = KeyedGenerator(keys)
+    number = (generator.rand((len(keys), 1)) * (most + 1)).long().clamp(max=channels - 1)
+    rank = generator.rand((len(keys), channels)).argsort(1).argsort(1)
+    return rank < number
+
+
+def augmented(
+    keys: Tensor, images: Sequence[Tensor], label: Tensor, shift: float = 0.1, scale: float = 0.1
+) -> tuple[list[Tensor], Tensor]:
+    """Mirror along each axis with probability one half, and shift and scale intensities; all versions of a case alike.
+
+    Args:
+        keys: ``(B,)`` int64, one per sample.
+        images: Versions of the batch, each ``(B, C, H, W, D)``.
+        label: ``(B, R, H, W, D)``.
+        shift: Largest shift.
+        scale: Largest relative change.
+    """
+    generator = KeyedGenerator(keys)
+    draws = 2 * generator.rand((len(keys), 2)) - 1
+    offset, factor = (draws[:, i, None, None, None, None].to(images[0]) for i in (0, 1))
+    flips = generator.rand((len(keys), 3)) < 0.5
+    versions = [image * (1 + scale * factor) + shift * offset for image in images]
+    for axis in range(3):
+        wanted = flips[:, axis, None, None, None, None]
+        versions = [torch.where(wanted, x.flip(axis + 2), x) for x in versions]
+        label = torch.where(wanted, label.flip(axis + 2), label)
+    return versions, label
+
+
+def subsets(channels: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return all sets of channels that may be there, but the empty one, largest first."""
+    sizes = range(len(channels), 0, -1)
+    return [names for size in sizes for names in itertools.combinations(channels, size)]
+
+
+class BrainSegmentation(SegmentationModule):
+    """Fine-tunes on crops of which two versions have different channels replaced by templates.
+
+    Decoder and templates come with the pre-trained encoder; templates stay as they are, and are 0 from scratch. An
+    absent sequence is filled with its template, in training and in use. Testing adds ``missing_sequences.csv``: Dice
+    of every region with every set of sequences.
+
+    Args:
+        pretrained: Run folder, checkpoint or export to start from; None trains from scratch.
+        network: Makes the network from (encoder, regions).
+        encoder: Makes the encoder from (channels, image size) where nothing is pre-trained.
+        loss: Compares logits and targets ``(B, R, *space)``.
+        replace: Most channels that are replaced; 0 replaces none and trains one version.
+        consistency_weight: Weight of the squared difference between the two versions' quarter-resolution logits.
+        augment: Whether to mirror crops and change their intensities.
+        score_missing: Whether a test scores every set of sequences.
+        overlap: Overlap of neighbouring windows.
+        window_batch: Windows computed at once.
+        optimizer: Makes the optimiser.
+        schedule: Attaches the learning-rate schedule.
+        compile_network: Whether to compile the network.
+        channels: Names of the sequences; None = as the data say.
+        image_size: Size of a crop; None = as the data say.
+        regions: Region to label values; None = as the data say.
+        encoder_record: Architecture of the encoder; filled in for checkpoints.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        network: Callable[[Any, int], nn.Module] = segmenter,
+        encoder: EncoderFactory = UniFormer3D,
+        loss: nn.Module | None = None,
+        replace: int = 3,
+        consistency_weight: float = 0.1,
+        augment: bool = True,
+        score_missing: bool = True,
+        overlap: float = 0.5,
+        window_batch: int = 2,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule | None = None,
+        compile_network: bool = False,
+        channels: list[str] | None = None,
+        image_size: list[int] | None = None,
+        regions: dict[str, list[int]] | None = None,
+        encoder_record: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            pretrained,
+            network,
+            encoder,
+            loss=loss or BatchDiceBCE(),
+            overlap=overlap,
+            window_batch=window_batch,
+            optimizer=optimizer,
+            schedule=schedule,
+            compile_network=compile_network,
+            channels=channels,
+            image_size=image_size,
+            regions=regions,
+            encoder_record=encoder_record,
+        )
+        self.save_hyperparameters()
+        self.replace, self.consistency_weight = replace, consistency_weight
+        self.augment, self.score_missing = augment, score_missing
+
+    def build_network(self, spec: InputSpec) -> nn.Module:
+        """Make the network, and carry decoder and templates over."""
+        stored = read_encoder(self._pretrained) if self._pretrained and self._record is None else None
+        shape = None if self._record is None else self._record.get("templates")
+        network: Any = super().build_network(spec)
+        templates = None if stored is None else normalized_templates(stored.rest)
+        if stored is not None:
+            taken = network.take(stored.rest)
+            say(f"decoder from pre-training: {len(taken)} tensors; templates: {'no' if templates is None else 'yes'}")
+        if templates is not None:
+            names = [_TEMPLATE_OF.get(name, name) for name in spec.channels]
+            templates = torch.stack(
+                [templates[stored.channels.index(name)] if name in stored.channels else torch.zeros_like(templates[0])
+                 for name in names]
+            )  # fmt: skip
+            shape = list(templates.shape[1:])
+        self.hparams["encoder_record"] = {**self.hparams["encoder_record"], "templates": shape}
+        # One voxel of 0 stands for no templates: beyond a template a view is 0.
+        content = torch.zeros(len(spec.channels), *(shape or (1, 1, 1))) if templates is None else templates
+        network.templates = nn.Parameter(content, requires_grad=False)
+        return network
+
+    def templates(self, places: Iterable[Sequence[int]], size: Sequence[int]) -> Tensor:
+        """Return what the templates of all channels look like at the crops' places, ``(B, C, *size)``."""
+        volume = self.network.templates
+        starts = (place_of(0, place[:3], place[3:], volume.shape[1:])[1:] for place in places)
+        return torch.stack([crop_of(volume, start, size) for start in starts])
+
+    def inputs(self, batch: Any, present: Sequence[str] | None = None) -> Tensor:
+        """Return the volumes ``(B, C, X, Y, Z)``, absent sequences filled with their templates.
+
+        Args:
+            batch: A batch.
+            present: Sequences to pretend are the only ones there; None takes those that are.
+        """
+        image, there = batch["image"], batch["modality_mask"]
+        if present is not None:
+            wanted = [name in present for name in self.hparams["channels"]]
+            there = there & torch.tensor(wanted, device=there.device)
+        views = self.templates(batch["place"], image.shape[2:]).to(image)
+        return torch.where(there[..., None, None, None], image, views)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of both versions at all three resolutions, and their consistency (Lightning hook)."""
+        keys, label = batch["key"], batch["label"]
+        whole = self.inputs(batch)
+        versions = [whole]
+        if self.replace:
+            views = self.templates(batch["place"], whole.shape[2:]).to(whole)
+            count = whole.shape[1]
+            masks = [replaced_channels(keys + 1 + version, count, self.replace) for version in (0, 1)]
+            versions = [torch.where(mask[..., None, None, None], views, whole) for mask in masks]
+        if self.augment:
+            versions, label = augmented(keys, versions, label)
+        outputs = self.network.deep(torch.cat(versions))
+        target = label.repeat(len(versions), 1, 1, 1, 1)
+        losses = {f"loss_level{level}": self.loss(logits, target) for level, logits in enumerate(outputs)}
+        loss = torch.stack(list(losses.values())).sum()
+        if len(versions) == 2 and self.consistency_weight:
+            first, second = outputs[-1].float().chunk(2)
+            losses["loss_consistency"] = F.mse_loss(first, second)
+            loss = loss + self.consistency_weight * losses["loss_consistency"]
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
+        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, batch_size=1)
+        return loss
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Score one volume, with all its sequences and with every set of them (Lightning hook)."""
+        first = len(self.rows)
+        super().test_step(batch, batch_idx)
+        if not self.score_missing:
+            return
+        for names in subsets(self.hparams["channels"]):
+            dice = region_dice(self.logits(self.inputs(batch, names)) > 0, batch["label"] > 0.5)
+            for row, values in zip(self.rows[first:], dice.tolist(), strict=True):
+                scores = dict(zip(self.regions, values, strict=True))
+                row |= {f"with_{'+'.join(names)}_{region}": value for region, value in scores.items()}
+
+    def further_scores(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return Dice by number of absent sequences, and write the table of all sets."""
+        if not self.score_missing or not rows:
+            return {}
+        channels = list(self.hparams["channels"])
+        table = []
+        for names in subsets(channels):
+            means = {region: sum(row[f"with_{'+'.join(names)}_{region}"] for row in rows) / len(rows)
+                     for region in self.regions}  # fmt: skip
+            table.append({"sequences": "+".join(names), "absent": len(channels) - len(names), "n": len(rows),
+                          **{f"dice_{region}": value for region, value in means.items()},
+                          "dice": sum(means.values()) / len(means)})  # fmt: skip
+        if self.trainer.is_global_zero:
+            path = Path(self.trainer.default_root_dir) / "missing_sequences.csv"
+            write_rows(path, table)
+            say(f"Dice by set of sequences, absent ones filled with their templates: {path}")
+            for line in table:
+                say(f"  {line['sequences']}: " + ", ".join(f"{r} {100 * line[f'dice_{r}']:.1f}" for r in self.regions))
+        return _by_absent(table)
+
+
+def _by_absent(table: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the mean Dice over all sets with equally many absent sequences."""
+    groups: dict[int, list[float]] = {}
+    for line in table:
+        groups.setdefault(line["absent"], []).append(line["dice"])
+    return {f"dice_absent_{count}": sum(values) / len(values) for count, values in groups.items()}

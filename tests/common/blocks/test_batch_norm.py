@@ -1,0 +1,55 @@
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from common.blocks.batch_norm import GlobalBatchNorm3d
+from common.distributed import all_reduce_sum, loss_and_gradient
+
+
+def pair():
+    ours, theirs = GlobalBatchNorm3d(3), nn.BatchNorm3d(3)
+    with torch.no_grad():
+        ours.weight.uniform_(0.5, 2)
+        ours.bias.normal_()
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def test_on_one_rank_it_is_batch_norm():
+    ours, theirs = pair()
+    for _ in range(3):
+        x = torch.randn(4, 3, 2, 3, 4)
+        assert torch.equal(ours(x), theirs(x))
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[key], value), key
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))
+
+
+def test_a_repeated_forward_pass_counts_once():
+    ours, theirs = pair()
+    x = torch.randn(4, 3, 2, 3, 4, requires_grad=True)
+    checkpoint(ours, x, use_reentrant=False).sum().backward()
+    theirs(x.detach())
+    assert torch.equal(ours.running_mean, theirs.running_mean)
+    assert ours.num_batches_tracked == 1
+
+
+def squares(x):
+    """Something that looks at every output of the normalisation, summed over ranks; and the running statistics."""
+    norm = GlobalBatchNorm3d(x.shape[-1]).to(x.dtype)
+    y = norm(x.permute(0, 4, 1, 2, 3))
+    weight = torch.linspace(0.5, 1.5, y[0].numel(), dtype=x.dtype).reshape(y.shape[1:])
+    return all_reduce_sum((y.pow(3) * weight).sum()) + norm.running_mean.sum() + norm.running_var.sum()
+
+
+@pytest.mark.ddp
+def test_two_ranks_equal_one(rank_pool):
+    x = torch.randn(5, 2, 3, 2, 4, dtype=torch.float64)
+    weight = torch.randn(4, 4, dtype=torch.float64)
+    whole, gradient = loss_and_gradient(squares, {"x": x}, ["x"], weight)
+    parts = [x[:2], x[2:]]
+    jobs = [(squares, {"x": part}, ["x"], weight) for part in parts]
+    for value, part_gradient in rank_pool.run(loss_and_gradient, jobs):
+        assert value.item() == pytest.approx(whole.item(), rel=1e-10)
+        assert torch.allclose(part_gradient, gradient, rtol=1e-8, atol=1e-10)

@@ -1,0 +1,202 @@
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from common.blocks.template_bank import TemplateBank
+from common.blocks.uniformer import UniFormer3D
+from common.maskers.voxel_blocks import blocks_to_voxels
+from experiments.brainmvp.model import Views
+from experiments.brainmvp.module import BrainMVPPretrain
+
+CHANNELS = ["flair", "t1", "t1c", "t2"]
+TINY = partial(UniFormer3D, embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), head_dim=8)
+
+
+def make(**settings):
+    settings = {
+        "encoder": TINY,
+        "template_shape": (24, 24, 24),
+        "channels": CHANNELS,
+        "image_size": [16, 16, 16],
+    } | settings
+    module = BrainMVPPretrain(**settings)
+    module.configure_model()
+    return module
+
+
+def batch_of(size=3, unpaired=()):
+    generator = torch.Generator().manual_seed(5)
+    paired = torch.ones(size, dtype=torch.bool)
+    paired[list(unpaired)] = False
+    image, partner = (torch.rand(size, 1, 16, 16, 16, generator=generator) for _ in range(2))
+    return {
+        "image": image,
+        "partner": partner * paired[:, None, None, None, None],
+        "paired": paired,
+        "modality": torch.arange(size) % 4,
+        "partner_modality": (torch.arange(size) + paired.long()) % 4,
+        "place": [(index % 4, index, 2, 3) for index in range(size)],
+        "key": torch.arange(size) * 1000 + 17,
+        "subject_id": [str(i) for i in range(size)],
+    }
+
+
+class Fixed(torch.nn.Module):
+    """A network with given predictions, to check the assembly of the losses."""
+
+    def __init__(self, cross, template):
+        super().__init__()
+        self.given = cross, template
+        self.templates = TemplateBank(4, (24, 24, 24))
+
+    def forward(self, cross, template):
+        return Views(*(x.reshape(1, 1, 4, 1, 1) for x in self.given), torch.ones(1, 3), torch.ones(1, 3))
+
+
+@pytest.mark.parametrize(("weights", "expected"), [({}, 2.25), ({"template_weight": 10.0}, 13.5)])
+def test_the_specifications_assembly(weights, expected):
+    module = make(**weights, block_size=1, mask_ratio=0.5)
+    module.network = Fixed(torch.tensor([0.0, 2, 2, 4]), torch.tensor([1.0, 1, 3, 6]))
+    image = torch.tensor([1.0, 2, 3, 4]).reshape(1, 1, 4, 1, 1)
+    batch = batch_of(1) | {"image": image, "partner": image}
+    losses = module.step(batch, sync=True).losses
+    assert losses["template"].item() == pytest.approx(1.25)
+    assert losses["cross_modal"].item() == pytest.approx(0.5)
+    assert losses["contrastive"].item() == 0.0
+    assert module.total(losses | {"contrastive": torch.tensor(0.5)}).item() == pytest.approx(expected)
+
+
+def test_views_hold_what_they_should():
+    module, batch = make(), batch_of(unpaired=[1])
+    with torch.no_grad():
+        module.network.templates.weight.uniform_()
+        module.network.templates.extremes[:, 1] = 1
+    inputs = module._inputs(batch)
+    cross, template = (blocks_to_voxels(mask, (2, 2, 2), 8) for mask in module._hidden_blocks(batch))
+    view = module.network.templates.view(batch["place"], (16, 16, 16))
+    assert torch.equal(inputs.template, torch.where(template, view, batch["image"]))
+    filled = torch.where(batch["paired"][:, None, None, None, None], batch["partner"], view)
+    assert torch.equal(inputs.cross, torch.where(cross, filled, batch["image"]))
+    assert not torch.equal(cross, template)
+    assert cross.float().mean().item() == 0.875
+
+
+def test_a_study_with_one_sequence_trains_what_it_can():
+    module = make()
+    whole, part = module.step(batch_of(), True).losses, module.step(batch_of(unpaired=[0, 1, 2]), True).losses
+    assert part["cross_modal"].item() == 0
+    assert part["template"].item() == pytest.approx(whole["template"].item(), rel=0.5)
+    assert part["contrastive"].item() > 0
+    module.total(part).backward()
+    assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)
+
+
+def test_gradients_reach_the_templates_that_were_looked_at_alone():
+    module, batch = make(), batch_of(2)
+    module.train()
+    module.total(module.step(batch, sync=True).losses).backward()
+    bank = module.network.templates
+    assert [entry.place for entry in bank._seen] == batch["place"]
+    bank.step(1e-3, [16, 16, 16])
+    changed = (bank.weight != 0).flatten(1).any(1)
+    assert changed.tolist() == [True, True, False, False]
+    assert bank.weight.abs().max() <= 1.001e-3
+    module.eval()
+    module.step(batch, sync=False)
+    assert not bank._seen
+
+
+@pytest.mark.parametrize(
+    ("progress", "terms", "same_fill"),
+    [(0.1, {"cross_modal", "template"}, True), (0.5, {"cross_modal", "template"}, False),
+     (0.7, {"cross_modal", "template", "contrastive"}, False)],
+)  # fmt: skip
+def test_phases(monkeypatch, progress, terms, same_fill):
+    module, batch = make(template_warmup=0.2), batch_of()
+    monkeypatch.setattr(BrainMVPPretrain, "progress", progress)
+    module.train()
+    assert module.step(batch, sync=True).losses.keys() == terms
+    inputs = module._inputs(batch, track=True)
+    hidden = inputs.hidden
+    assert torch.equal(inputs.cross[hidden], torch.zeros_like(inputs.cross[hidden])) == same_fill
+    module.eval()
+    assert "contrastive" in module.step(batch, sync=False).losses
+
+
+@pytest.mark.parametrize("fill", ["cross", "template", "zero"])
+def test_fills(fill):
+    module, batch = make(fill=fill), batch_of(unpaired=[0])
+    output = module.step(batch, sync=True)
+    assert output.reconstruction is not None
+    inputs = module._inputs(batch)
+    assert inputs.scored.tolist() == ([False, True, True] if fill == "cross" else [True] * 3)
+    zero = bool((inputs.cross[inputs.hidden] == 0).all())
+    assert zero == (fill != "cross")  # a fresh template is 0
+
+
+def test_reconstruction_lies_with_its_sequence():
+    module, batch = make().eval(), batch_of(unpaired=[2])
+    batch["lesion"] = torch.zeros(3, 1, 16, 16, 16, dtype=torch.bool)
+    batch["lesion"][:, :, :3] = True
+    output = module.reconstruct(batch)
+    assert output.pred.shape == output.target.shape == (3, 4, 4096, 1)
+    assert torch.equal(output.target[1, 1, :, 0], batch["image"][1].flatten())
+    assert output.mask.sum((1, 2)).tolist() == [3584, 3584, 0]
+    assert not output.mask[1, 0].any()
+    assert 0 < output.groups["lesion"].sum() < output.mask.sum()
+    target, valid = module.reconstruction_target(
+        {"image": torch.rand(2, 4, 16, 16, 16), "modality_mask": torch.ones(2, 4, dtype=torch.bool)}
+    )
+    assert target.shape == (2, 4, 4096, 1)
+    assert valid.shape == (2, 4, 4096)
+
+
+def test_another_input_in_the_same_places():
+    module, batch = make().eval(), batch_of(unpaired=[2])
+    other = batch_of()
+    batch |= {f"control_{name}": other[name].flip(0) for name in ("image", "partner", "paired")}
+    own, control = module.reconstruct(batch), module.reconstruct(batch, "control_image")
+    assert torch.equal(own.mask, control.mask)
+    assert torch.equal(own.target, control.target)
+    assert not torch.equal(own.pred, control.pred)
+
+
+def test_a_batch_can_be_overfitted():
+    module, batch = make(contrastive_weight=0.1), batch_of(2)
+    optimizer = torch.optim.AdamW((p for p in module.parameters() if p.requires_grad), lr=3e-3)
+    losses = []
+    for _ in range(40):
+        loss = module.total(module.step(batch, sync=True).losses)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        module.network.templates.step(3e-3, [16, 16, 16])
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_panels_and_features():
+    module, batch = make().eval(), batch_of(2)
+    panels = module.panels(batch, module.reconstruct(batch), 1)
+    (panel,) = panels.values()
+    assert list(panels) == ["t1"]
+    assert "t1 filled with t1c" in panel.title
+    assert (panel.prediction[~panel.hidden] == panel.input[~panel.hidden]).all()
+    assert (panel.filled[~panel.hidden] == panel.input[~panel.hidden]).all()
+    assert (panel.filled[panel.hidden] != panel.input[panel.hidden]).all()
+    batch["image"][0] = 0
+    features = module.token_features(batch)
+    assert features.features["final"].shape == (2, 1, 16)
+    assert features.keep.tolist() == [[False], [True]]
+
+
+def test_what_it_refuses():
+    with pytest.raises(ValueError, match="multiple of the block size 8"):
+        make(image_size=[20, 16, 16])
+    with pytest.raises(ValueError, match="contrastive_start"):
+        make(contrastive_start=1000)
+    with pytest.raises(ValueError, match="temperature"):
+        make(temperature=0)
+    assert math.isclose(make().progress, 1.0)
