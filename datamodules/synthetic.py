@@ -20,6 +20,7 @@ from common.randomness import numpy_generator
 from common.reporting import say
 from datamodules.anatomy import make_brain, make_lung, make_prostate
 from datamodules.synthetic_cxr import write_mimic_cxr
+from datamodules.synthetic_fundus import write_aptos, write_idrid, write_palm, write_rfmid, write_tcga, write_ukb
 from datamodules.synthetic_labels import write_chexpert, write_covid_cxr, write_nih, write_rsna, write_siim
 from datamodules.volume_io import write_nifti
 
@@ -144,6 +145,12 @@ WRITERS: dict[str, Callable[[Path, int, int], None]] = {
     "rsna": write_rsna,
     "covid_cxr": write_covid_cxr,
     "siim": write_siim,
+    "ukb": write_ukb,
+    "tcga_gbmlgg": write_tcga,
+    "aptos2019": write_aptos,
+    "idrid": write_idrid,
+    "rfmid": write_rfmid,
+    "palm": write_palm,
 }
 
 
