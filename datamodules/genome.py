@@ -82,7 +82,10 @@ class Kind:
             mean = np.where(known, values, 0).sum(0) / number
             scale = np.sqrt((np.where(known, values - mean, 0) ** 2).sum(0) / number)
             mean[~known.any(0)] = np.nan
-        keep = np.nan_to_num(scale) > 1e-6
+        # All called heterozygous have a scale by their frequency, and yet do not vary.
+        unknown = np.isnan(values)
+        varies = np.where(unknown, -np.inf, values).max(0) > np.where(unknown, np.inf, values).min(0)
+        keep = (np.nan_to_num(scale) > 1e-6) & varies
         if not keep.any():
             raise DataError(f"None of the {len(keep)} {self.name} features varies among the training persons.")
         self.dropped = int((~keep).sum())

@@ -3,6 +3,7 @@
 Letters: P persons, V variants.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -157,11 +158,8 @@ class BgenFile(GenotypeFile):
 
 def _chromosome_of(path: Path) -> str:
     """Return the chromosome in a file's name, such as ``ukb_hap_chr7_v2``, whose variants name none."""
-    for word in path.stem.replace("-", "_").split("_"):
-        bare = plain_chromosome(word.removeprefix("c")) if word.startswith("c") else ""
-        if bare in CHROMOSOMES:
-            return bare
-    return ""
+    match = re.search(r"(?:^|[_-])c(?:hr)?(\d{1,2})(?=[_-]|$)", path.stem)
+    return plain_chromosome(match[1]) if match else ""
 
 
 def _read_words(path: Path, names: Sequence[str], columns: Sequence[int]) -> pd.DataFrame:
