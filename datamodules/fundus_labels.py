@@ -48,14 +48,11 @@ def _graded(
 
 
 class IDRiD(LabelLayout):
-    """Grading part of IDRiD with its official split; names count from 1 in both parts.
-
-    Args:
-        target: ``grade`` of retinopathy, 0 to 4.
-    """
+    """Grading part of IDRiD with its official split: retinopathy, 0 to 4. Names count from 1 in both parts."""
 
     name = "IDRiD"
     tree = "ROOT/B. Disease Grading/{1. Original Images/{a. Training Set, b. Testing Set}, 2. Groundtruths/*.csv}"
+    reader = FUNDUS
     classes = GRADES
 
     def find(self, root: Path) -> list[LabelledImage]:
@@ -77,6 +74,7 @@ class APTOS2019(LabelLayout):
 
     name = "APTOS 2019"
     tree = "ROOT/{train.csv, train_images/<id_code>.png}"
+    reader = FUNDUS
     classes = GRADES
 
     def find(self, root: Path) -> list[LabelledImage]:
@@ -96,6 +94,7 @@ class EyePACS2015(LabelLayout):
 
     name = "EyePACS 2015"
     tree = "ROOT/{trainLabels.csv, train/<patient>_<left|right>.jpeg}"
+    reader = FUNDUS
     classes = GRADES
 
     def find(self, root: Path) -> list[LabelledImage]:
@@ -119,6 +118,7 @@ class RFMiD(LabelLayout):
 
     name = "RFMiD"
     tree = "ROOT/**/{RFMiD_Training_Labels.csv, Training/<ID>.png}, likewise Validation and Test"
+    reader = FUNDUS
 
     def __init__(self, leave_out: Sequence[str] = (), risk: bool = False) -> None:
         self.leave_out, self.risk = tuple(leave_out), risk
@@ -186,7 +186,7 @@ def pictures_of(layout: LabelLayout, marker: str, held_out: str = "val") -> Pict
         ]
 
     name = layout.name.lower().replace(" ", "")
-    return PictureLayout(name=name, tree=layout.tree, find=find, reader=FUNDUS)
+    return PictureLayout(name=name, tree=layout.tree, find=find, reader=layout.reader)
 
 
 IDRID = pictures_of(IDRiD(), "**/*Disease Grading_Training Labels.csv")

@@ -113,6 +113,7 @@ class TCGAGrade(LabelLayout):
 
     name = "TCGA GBM-LGG"
     tree = "ROOT/{all_dataset.csv, grade_data.csv, **/all_st/*.png} (Pathomic Fusion)"
+    reader = COLOUR
     classes = GRADES
 
     def find(self, root: Path) -> list[LabelledImage]:

@@ -6,6 +6,7 @@ Photographs are ``{eid}_{field}_{instance}_{array}.png`` anywhere under the root
 
 import re
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -14,9 +15,12 @@ from common.errors import DataError
 from datamodules.genome import GenomeFiles
 from datamodules.images import FUNDUS
 from datamodules.label_tables import files_under
+from datamodules.labels import LabelLayout, LabelledImage, need_file
 from datamodules.manifest import read_table
 from datamodules.pictures import Picture, PictureLayout
 
+#: What is predicted from a photograph.
+RISKS = {"regression": ("age", "bmi", "sbp", "dbp"), "classification": ("sex", "smoking")}
 #: Fundus photographs of the left and the right eye.
 FIELDS = ("21015", "21016")
 _NAME = re.compile(r"(-?\d+)_(21015|21016)_(\d)_(\d)")
@@ -125,6 +129,43 @@ def read_phenotypes(path: Path) -> pd.DataFrame:
         }
     )
     return result.set_index(table["eid"])
+
+
+class UKBRisk(LabelLayout):
+    """Photographs of UK Biobank with what they are to predict, in the split of pre-training.
+
+    Args:
+        task: ``regression`` of age, BMI and both blood pressures, or ``classification`` of sex and smoking.
+    """
+
+    name = "UK Biobank"
+    tree = "ROOT/{phenotypes.csv, **/{eid}_{21015,21016}_{instance}_{array}.png}"
+    reader = FUNDUS
+
+    def __init__(self, task: Literal["regression", "classification"] = "regression") -> None:
+        if task not in RISKS:
+            raise ValueError(f"`task` must be one of {', '.join(RISKS)}, got {task!r}.")
+        self.classes = RISKS[task]
+
+    def find(self, root: Path) -> list[LabelledImage]:
+        """List the photographs of persons with any of the measurements.
+
+        Raises:
+            DataError: the table or a column is missing, or it and the photographs have no person in common.
+        """
+        path = need_file(root, ["phenotypes.csv", "ukb*_full.csv"], self)
+        table = read_phenotypes(path)[list(self.classes)]
+        table = table[table.notna().any(axis=1)]
+        rows = zip(table.index, table.to_numpy(), strict=True)
+        values = {str(eid): tuple(float(value) for value in row) for eid, row in rows}
+        found = [
+            LabelledImage(picture.case_id, picture.patient_id, picture.image, values[picture.patient_id], picture.split)
+            for picture in find_ukb(root)
+            if picture.patient_id in values
+        ]
+        if not found:
+            raise DataError(f"No photograph under {root} is of a person in {path}.")
+        return found
 
 
 UKB = PictureLayout(
