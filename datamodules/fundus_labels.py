@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import DataError
+from common.reporting import say
 from datamodules.images import FUNDUS
 from datamodules.label_tables import column_names, column_targets, files_under
 from datamodules.labels import LabelLayout, LabelledImage, need_columns, need_file
@@ -179,9 +180,14 @@ def pictures_of(layout: LabelLayout, marker: str, held_out: str = "val") -> Pict
     def find(root: Path) -> list[Picture]:
         if next(iter(root.glob(marker)), None) is None:
             return []
+        listed = layout.find(root)
+        absent = [item for item in listed if not item.image.is_file()]
+        if absent:
+            say(f"note: {len(absent)} of {len(listed)} images that {layout.name} lists are not there, "
+                f"first {absent[0].image}")  # fmt: skip
         return [
             Picture(item.case_id, item.patient_id, item.image, held_out if item.split == "test" else item.split)
-            for item in layout.find(root)
+            for item in listed
             if item.image.is_file()
         ]
 

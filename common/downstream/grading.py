@@ -14,8 +14,14 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_average_precision, multiclass_cohen_kappa, multiclass_f1_score
 
 from common.distributed import all_reduce_sum
-from common.downstream.classification import ImageClassifier, auroc_by_class, masked_binary_cross_entropy
+from common.downstream.classification import (
+    ClassifierNetwork,
+    ImageClassifier,
+    auroc_by_class,
+    masked_binary_cross_entropy,
+)
 from common.errors import UserError
+from common.types import InputSpec
 
 
 def decode_ordinal(logits: Tensor) -> Tensor:
@@ -80,6 +86,7 @@ class GradeClassifier(ImageClassifier):
         decision: How an ordinal prediction becomes a grade when tested: ``"half"`` counts the outputs above one half;
             ``"matched"`` sets thresholds on the expected grade so that the training images get their own grades'
             distribution.
+        freeze: Whether the encoder stays as it is, a linear probe.
         **settings: Those of :class:`ImageClassifier`.
     """
 
@@ -89,13 +96,21 @@ class GradeClassifier(ImageClassifier):
         self,
         targets: Literal["ordinal", "exclusive"] = "ordinal",
         decision: Literal["half", "matched"] = "half",
+        freeze: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
-        self.targets, self.decision = targets, decision
+        self.targets, self.decision, self._freeze = targets, decision, freeze
         self._thresholds: Tensor | None = None
         if targets == "exclusive":
             self.monitor = ("val/auroc", "max")
+
+    def build_network(self, spec: InputSpec) -> ClassifierNetwork:
+        """Make encoder and head."""
+        network = super().build_network(spec)
+        if self._freeze:
+            network.encoder.requires_grad_(False)
+        return network
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch (Lightning hook)."""
