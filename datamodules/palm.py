@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from common.errors import DataError
-from datamodules.images import FORMATS, FUNDUS, ImageError
+from datamodules.images import COLOUR, FORMATS, FUNDUS, ImageError
 from datamodules.label_tables import files_under
+from datamodules.labels import LabelLayout, LabelledImage
 from datamodules.pictures import Picture, PictureLayout
 
 #: What is segmented, in the order of the channels.
@@ -66,6 +67,37 @@ def read_structure(path: Path | None, shape: tuple[int, int]) -> NDArray[np.uint
     return (values <= _TOLERANCE).astype(np.uint8)
 
 
+class PALMStructures(LabelLayout):
+    """Photographs with masks of disc and atrophy; the masks are files, and an empty name is an empty mask.
+
+    Names that begin with V and T are the official validation and test images; those of an archive without masks for
+    them are left out.
+    """
+
+    name = "PALM"
+    tree = "ROOT/**/{H,N,P}####.jpg, Disc_Masks/*.bmp and Lesion_Masks/Atrophy/*.bmp"
+    reader = COLOUR
+    classes = STRUCTURES
+
+    def find(self, root: Path) -> list[LabelledImage]:
+        """List the photographs with a mask of the disc; each is a patient.
+
+        Raises:
+            DataError: there are no masks, or two photographs have one name.
+        """
+        masks = palm_masks(root)
+        if not masks["disc"]:
+            raise DataError(f"There are no Disc_Masks under {root}, so it is not {self.name} ({self.tree}).")
+        found = []
+        for picture in find_palm(root):
+            names = tuple(str(masks[name].get(picture.case_id, "")) for name in STRUCTURES)
+            if names[0]:
+                targets = tuple(float(bool(name)) for name in names)
+                found.append(LabelledImage(picture.case_id, picture.patient_id, picture.image, targets, picture.split,
+                                           masks=names))  # fmt: skip
+        return found
+
+
 def find_palm(root: Path) -> list[Picture]:
     """List the photographs; empty where there are no masks of discs.
 
@@ -88,7 +120,7 @@ def find_palm(root: Path) -> list[Picture]:
 
 PALM = PictureLayout(
     name="palm",
-    tree="ROOT/**/{H,N,P}####.jpg, Disc_Masks/*.bmp and Lesion_Masks/Atrophy/*.bmp",
+    tree=PALMStructures.tree,
     find=find_palm,
     reader=FUNDUS,
 )

@@ -18,7 +18,7 @@ from common import commands
 from common.checkpoint import load_encoder
 from common.cli import execute, main
 from common.errors import PreemptedError
-from datamodules.synthetic_fundus import write_aptos, write_idrid, write_rfmid, write_tcga, write_ukb
+from datamodules.synthetic_fundus import write_aptos, write_idrid, write_palm, write_rfmid, write_tcga, write_ukb
 from experiments.mrm_genetics.module import RelationPretrain
 
 pytestmark = pytest.mark.slow
@@ -220,6 +220,7 @@ TASKS = {
     "crp": (write_ukb, "mse", []),
     "crp.classification": (write_ukb, "auroc", []),
     "tcga_grading": (write_tcga, "f1_micro", ["--data.num_folds=3"]),
+    "palm_seg": (write_palm, "dice_disc", ["--data.batch_size=2"]),
 }
 
 
@@ -230,7 +231,11 @@ def test_tasks_start_from_an_encoder_and_are_scored(task, arguments, tmp_path):
     pretrained = execute(arguments("--trainer.max_steps=1", "--data.genetics=false"))
     config = ["--config", str(CONFIGS / f"finetune_{task}.yaml"), f"--data.root={tmp_path / 'archive'}", *DATA, *more]
     line = [*config, *TRAINER, *ENCODER]
-    folder = execute(["fit", *line, f"--model.pretrained={pretrained}"])
+    if task == "palm_seg":  # its decoder doubles four times
+        more = ["--model.encoder.patch_size=16", "--model.encoder.depth=4", "--model.network.feature_size=4"]
+        folder = execute(["fit", *line, *more])
+    else:
+        folder = execute(["fit", *line, f"--model.pretrained={pretrained}"])
     assert any(name.startswith("val/") for name in scalars_of(folder))
     tested = execute(["test", *config, "--ckpt_path", str(folder), "--trainer.enable_progress_bar=false"])
     metrics = json.loads((tested / "metrics.json").read_text())
