@@ -170,12 +170,13 @@ class RelationPretrain(SSLModule):
         patches = self.network.encoder.patch_embed.patchify(image).float()
         return normalise_patches(patches) if self.norm_pix_loss else patches
 
-    def matching(self, output: RelationOutput, genetics: Genetics | None, sync: bool) -> dict[str, Tensor]:
+    def matching(self, output: RelationOutput, batch: Any, sync: bool) -> dict[str, Tensor]:
         """Compare the relations between samples of both passes."""
         image, genome, image_masked, genome_masked = output.pooled
         assert image is not None
         assert image_masked is not None
-        present = None if genetics is None or genetics.present is None else genetics.present.any(1)
+        # Given on every rank whoever is complete there: all must take part in the same exchange.
+        present = None if genome is None else batch["modality_mask"][:, 1:].any(1)
         return relation_matching(image, genome, image_masked, genome_masked, present, sync=sync, **self._match)
 
     def step(self, batch: Any, sync: bool) -> StepOutput:
@@ -191,7 +192,7 @@ class RelationPretrain(SSLModule):
             losses["genome"] = masked_mse(output.genome[..., None], genetics.values[..., None], observed, sync)
             weights["genome"] = observed.sum()
         if matched:
-            losses |= self.matching(output, genetics, sync)
+            losses |= self.matching(output, batch, sync)
             weights |= dict.fromkeys(("self", "cross"), torch.tensor(float(len(batch["image"]))))
             if genetics is None:
                 del losses["cross"], weights["cross"]

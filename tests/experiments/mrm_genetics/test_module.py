@@ -223,11 +223,15 @@ def loss_and_gradient(state, batch, settings):
 
 
 def part_of(batch, rows):
-    return {name: value[rows] if name != "complete" else value for name, value in batch.items()}
+    """Also one rank that is complete beside one that is not."""
+    part = {name: value[rows] for name, value in batch.items() if name != "complete"}
+    return part | {"complete": bool(part["modality_mask"].all())}
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize(("genome", "absent"), [(True, ()), (True, ((0, 0), (1, 0), (1, 1))), (False, ())])
+@pytest.mark.parametrize(
+    ("genome", "absent"), [(True, ()), (True, ((0, 0), (1, 0), (1, 1))), (True, ((2, 0), (3, 1))), (False, ())]
+)
 def test_two_ranks_equal_one(rank_pool, genome, absent):
     settings = {} if genome else {"genome": None}
     batch = batch_of(genome=GENOME if genome else None, absent=absent)
