@@ -15,6 +15,7 @@ COMMANDS = {
     "export": ("common.export", "write a pre-trained encoder for use without this project"),
     "convert": ("common.convert", "turn the weights of MAE, timm or published code into an encoder for CKPT="),
     "embed": ("common.embed", "write the features of every case to Parquet"),
+    "associate": ("datamodules.association", "test variants against the features of images, and count regions"),
     "study": ("common.study", "run the arms of a comparison over seeds and write its results"),
     "bench": ("common.bench", "time our own pairs side by side and print the ratios"),
 }

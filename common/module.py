@@ -48,7 +48,7 @@ def seeded_init(name: str) -> Any:
 
 
 #: Arguments that say what a network's input is like; None in the configuration, filled in from the data.
-SIZES = ("channels", "image_size", "regions", "vocabulary", "classes")
+SIZES = ("channels", "image_size", "regions", "vocabulary", "classes", "genome")
 
 
 _OTHER_WORDS = "set data.tokenizer to the tokenizer.json of the checkpoint's run, and text_length to its length."
@@ -108,7 +108,7 @@ class BuiltFromData(pl.LightningModule):
             return InputSpec(**stored)
         spec: InputSpec = datamodule.input_spec
         given: dict[str, Any] = {"channels": list(spec.channels), "image_size": list(spec.image_size)}
-        given |= {name: _plain(getattr(spec, name)) for name in ("regions", "vocabulary", "classes")}
+        given |= {name: _plain(getattr(spec, name)) for name in ("regions", "vocabulary", "classes", "genome")}
         if "regions" in stored and not spec.regions:
             # An archive without labels, to predict: the checkpoint knows what it was trained to find.
             given["regions"] = _plain(stored["regions"])

@@ -38,6 +38,22 @@ def image_panel(subject: str, target: Tensor, hidden: Tensor, prediction: Tensor
     return Panel(subject, arrays[0], hidden.detach().cpu().numpy().astype(bool), arrays[1])
 
 
+def colour_panel(subject: str, target: Tensor, prediction: Tensor, hidden: Tensor | None = None) -> Panel:
+    """Show a colour image; where nothing was hidden, all of it is compared.
+
+    Args:
+        subject: Name for the title.
+        target: ``(3, H, W)`` in [0, 1].
+        prediction: ``(3, H, W)`` in [0, 1].
+        hidden: bool ``(H, W)``; None = nothing was hidden.
+    """
+    truth, guess = (x.detach().float().cpu().permute(1, 2, 0).numpy() for x in (target, prediction))
+    if hidden is None:
+        nothing = np.zeros(truth.shape[:2], dtype=bool)
+        return Panel(subject, truth, nothing, guess, scored=~nothing)
+    return Panel(subject, truth, hidden.detach().cpu().numpy().astype(bool), guess)
+
+
 def volume_panels(
     subject: str, names: Sequence[str], acquired: Tensor, target: Tensor, hidden: Tensor, prediction: Tensor
 ) -> dict[str, Panel]:

@@ -120,6 +120,32 @@ class ImageTextBatch(TypedDict, total=False):
     control_image: Tensor
 
 
+class ImageGenomeBatch(TypedDict, total=False):
+    """A batch of images with genetics; F features, M kinds of genetics.
+
+    Attributes:
+        image: float ``(B, 3, H, W)``, standardised.
+        genome: float ``(B, F)``, standardised by training subjects, 0 where nothing was observed.
+        genome_observed: bool ``(B, F)``, features that were measured.
+        modality_mask: bool ``(B, 1 + M)``, whether image and each kind of genetics are there.
+        complete: Whether every sample has every kind, known before the batch reaches the device.
+        key: int64 ``(B,)``, what the randomness of each sample hangs on.
+        subject_id: one name per sample.
+        patient_id: one name per sample.
+        control_image: float ``(B, 3, H, W)``, the image of another person.
+    """
+
+    image: Tensor
+    genome: Tensor
+    genome_observed: Tensor
+    modality_mask: Tensor
+    complete: bool
+    key: Tensor
+    subject_id: list[str]
+    patient_id: list[str]
+    control_image: Tensor
+
+
 class LabelledBatch(TypedDict, total=False):
     """A batch of labelled images; K classes.
 
@@ -181,7 +207,7 @@ class TokenFeatures(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One row of a reconstruction picture, each image ``(H, W)`` in display orientation.
+    """One row of a reconstruction picture, each image ``(H, W)``, or ``(H, W, 3)`` in [0, 1], in display orientation.
 
     Attributes:
         title: what the row shows (subject, slice).
@@ -190,6 +216,7 @@ class Panel(NamedTuple):
         prediction: the reconstruction, true values where they were visible.
         sides: what lies at the left and the right edge, such as the patient's right and left.
         filled: what the encoder saw, where hidden parts were replaced by something; None where they were left out.
+        scored: bool ``(H, W)``, where prediction and input are compared; None = where hidden.
     """
 
     title: str
@@ -198,6 +225,7 @@ class Panel(NamedTuple):
     prediction: Any
     sides: tuple[str, str] = ("", "")
     filled: Any = None
+    scored: Any = None
 
 
 class InputSpec(NamedTuple):
@@ -210,6 +238,7 @@ class InputSpec(NamedTuple):
         preprocessing: what was done to the intensities and the grid, for the card of an exported encoder.
         vocabulary: size, length and fingerprint of the text's tokens; empty without text.
         classes: names of the classes that images are labelled with; empty without such labels.
+        genome: features of each kind of genetics, by name and in order; empty without genetics.
     """
 
     channels: tuple[str, ...]
@@ -218,6 +247,7 @@ class InputSpec(NamedTuple):
     preprocessing: dict[str, Any] = {}
     vocabulary: Mapping[str, Any] = {}
     classes: tuple[str, ...] = ()
+    genome: Mapping[str, int] = {}
 
 
 class HasInputSpec(Protocol):

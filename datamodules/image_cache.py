@@ -1,4 +1,4 @@
-"""A cache of 2D images, gray and reduced: memory-mapped uint8, made once, resumable, check-summed.
+"""A cache of 2D images, reduced, gray or in colour: memory-mapped uint8, made once, resumable, check-summed.
 
 ``<cache>/images/<key>/<shard>/<hash>.npy`` holds an image and ``<shard>/manifest.jsonl`` one line for each of a shard's
 images: what its source was and what its file is, or why there is none. Later lines win, and a torn last line is
@@ -33,10 +33,11 @@ from datamodules.cache import STALE_SECONDS, cache_root
 from datamodules.image_crops import Box, cut_box
 from datamodules.images import (
     DECODERS,
+    GRAY,
     MIN_SIDE,
     ImageError,
+    ImageReader,
     UnreachableImageError,
-    read_gray,
     read_header,
     read_reduced,
     reduced_size,
@@ -105,7 +106,14 @@ BoxChoice = Callable[[Sequence[int]], Box]
 
 
 class SourceImages:
-    """Images without a cache: every access reads the source anew, a JPEG at no more pixels than its crop needs."""
+    """Images without a cache: every access reads the source anew, a gray JPEG at no more pixels than its crop needs.
+
+    Args:
+        reader: How files become pixels.
+    """
+
+    def __init__(self, reader: ImageReader = GRAY) -> None:
+        self.reader = reader
 
     def ensure(
         self, paths: Sequence[Path], workers: int = 1, progress: bool = True, full: bool = False
@@ -113,16 +121,21 @@ class SourceImages:
         """Return no fault for any image without looking at it; what is broken shows when it is read."""
         return dict.fromkeys(paths)
 
-    def crop(self, path: Path, choose: BoxChoice, size: Sequence[int], mirror: bool = False) -> Tensor:
-        """Read the crop of an image that ``choose`` wants, ``(1, *size)`` in [0, 1].
+    def crop(
+        self, path: Path, choose: BoxChoice, size: Sequence[int], mirror: bool = False, degrees: float = 0.0
+    ) -> Tensor:
+        """Read the crop of an image that ``choose`` wants, ``(C, *size)`` in [0, 1]; see :func:`cut_box`.
 
-        The box is chosen from the header, and the image decoded at the smallest scale at which the box still has
-        ``size`` pixels.
+        Of a gray image the box is chosen from the header, and the image decoded at the smallest scale at which the box
+        still has ``size`` pixels.
 
         Raises:
             SampleFaultError: the image cannot be used.
         """
         try:
+            if self.reader is not GRAY:
+                pixels = self.reader.read(path, None)
+                return cut_box(pixels, choose(pixels.shape[:2]), size, mirror, degrees)
             shape = read_header(path)
             if min(shape) < MIN_SIDE:
                 raise ImageError("shape", f"{shape[0]} x {shape[1]} pixels, a side of at least {MIN_SIDE} is needed")
@@ -132,7 +145,7 @@ class SourceImages:
         except ImageError as error:
             raise SampleFaultError([_fault(path, error.kind, error.detail)]) from error
         left, top, right, bottom = (scale * edge for edge in box)
-        return cut_box(pixels, (left, top, right, bottom), size, mirror)
+        return cut_box(pixels, (left, top, right, bottom), size, mirror, degrees)
 
 
 def _append(manifest: Path, line: str) -> None:
@@ -160,16 +173,25 @@ class ImageCache:
         shorter_side: Shorter side in pixels to which images are reduced; smaller ones are kept as they are.
         folder: Where caches live; None means :func:`datamodules.cache.cache_root`.
         name: Folder in it.
+        reader: How files become pixels.
     """
 
-    def __init__(self, root: str | Path, shorter_side: int, folder: Path | None = None, name: str = "images") -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        shorter_side: int,
+        folder: Path | None = None,
+        name: str = "images",
+        reader: ImageReader = GRAY,
+    ) -> None:
         if shorter_side < 1:
             raise ValueError(f"`shorter_side` must be at least 1 pixel, got {shorter_side}.")
         self.root = Path(os.path.abspath(Path(root).expanduser()))
         self.shorter_side = shorter_side
         resolved = self.root.resolve()
         key = {"version": VERSION, "root": str(resolved), "shorter_side": shorter_side, "decoders": DECODERS}
-        self._key = json.dumps(key, sort_keys=True)
+        self.reader = reader
+        self._key = json.dumps(key | ({"reader": reader.name} if reader.name else {}), sort_keys=True)
         self.folder = (folder or cache_root()) / name / f"{stable_hash(self._key):016x}"
         self._prefixes = tuple(os.path.join(prefix, "") for prefix in (self.root, resolved))
         self._faults: dict[str, Fault] = {}
@@ -239,7 +261,7 @@ class ImageCache:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             entry = Entry(relative, **_source_facts(path))
-            entry = entry._replace(**self._store(file, read_gray(path, self.shorter_side)))
+            entry = entry._replace(**self._store(file, self.reader.read(path, self.shorter_side)))
         except UnreachableImageError as error:
             return _fault(path, error.kind, error.detail)
         except ImageError as error:
@@ -259,7 +281,7 @@ class ImageCache:
         finally:
             temporary.unlink(missing_ok=True)
         name = file.relative_to(self.folder).as_posix()
-        return {"file": name, "shape": pixels.shape, "file_size": written["size"], "file_xxh3": written["xxh3"]}
+        return {"file": name, "shape": pixels.shape[:2], "file_size": written["size"], "file_xxh3": written["xxh3"]}
 
     def ensure(
         self, paths: Sequence[Path], workers: int = 1, progress: bool = True, full: bool = False
@@ -317,7 +339,7 @@ class ImageCache:
         return valid
 
     def open(self, path: Path) -> NDArray[np.uint8]:
-        """Open an image, ``(H, W)``, memory-mapped; one that has no copy, or a broken one, is built.
+        """Open an image, ``(H, W)`` or ``(H, W, 3)``, memory-mapped; one without a copy, or a broken one, is built.
 
         A copy is not compared with its source: that is what :meth:`ensure` does.
 
@@ -335,14 +357,16 @@ class ImageCache:
             raise SampleFaultError([fault])
         return _load(file)
 
-    def crop(self, path: Path, choose: BoxChoice, size: Sequence[int], mirror: bool = False) -> Tensor:
-        """Cut the box that ``choose`` wants out of an image's copy, ``(1, *size)`` in [0, 1].
+    def crop(
+        self, path: Path, choose: BoxChoice, size: Sequence[int], mirror: bool = False, degrees: float = 0.0
+    ) -> Tensor:
+        """Cut the box that ``choose`` wants out of an image's copy, ``(C, *size)`` in [0, 1]; see :func:`cut_box`.
 
         Raises:
             SampleFaultError: the image cannot be used.
         """
         pixels = self.open(path)
-        return cut_box(pixels, choose(pixels.shape), size, mirror)
+        return cut_box(pixels, choose(pixels.shape[:2]), size, mirror, degrees)
 
     def faults(self) -> dict[Path, Fault]:
         """Return the images that cannot be used: those on record, by whichever run, and those of :meth:`ensure`."""
@@ -362,12 +386,12 @@ class ImageCache:
                 height, width = reduced_size(*read_header(path), self.shorter_side)
             except ImageError:
                 continue
-            total += height * width + NPY_HEADER
+            total += height * width * self.reader.channels + NPY_HEADER
         return total * len(paths) // max(1, len(chosen))
 
 
 def _load(file: Path) -> NDArray[np.uint8]:
     pixels = np.lib.format.open_memmap(file, mode="c")  # private: nothing that is written to it reaches the file
-    if pixels.dtype != np.uint8 or pixels.ndim != 2:
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
         raise ValueError(f"{file} holds {pixels.dtype} of shape {pixels.shape}.")
     return pixels

@@ -1,10 +1,10 @@
-"""Reading 2D medical images as 8-bit grayscale, to their last byte: every way in which a file can be broken has a kind.
+"""Reading 2D medical images in 8 bits, gray or in colour, to their last byte: every way to be broken has a kind.
 
 An EXIF orientation is ignored: radiographs carry none that means anything. Of several frames or pages the first is
 read. Pillow's ``LOAD_TRUNCATED_IMAGES`` must stay off, as it is by default.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -131,14 +131,92 @@ def read_gray(
         ImageError: missing, empty, truncated, damaged, too small, too large or constant.
         UserError: a DICOM file, and what it takes to read it is not installed.
     """
+    return _read_whole(path, shorter_side, (min_side, max_pixels), "L")
+
+
+def read_colour(
+    path: Path, shorter_side: int | None = None, min_side: int = MIN_SIDE, max_pixels: int = 200_000_000
+) -> NDArray[np.uint8]:
+    """Read an image in colour: gray becomes three equal channels, alpha is dropped, more than 8 bits are stretched.
+
+    Args:
+        path: As in :func:`read_gray`.
+        shorter_side: As in :func:`read_gray`.
+        min_side: As in :func:`read_gray`.
+        max_pixels: As in :func:`read_gray`.
+
+    Returns:
+        ``(H, W, 3)``.
+
+    Raises:
+        ImageError: as :func:`read_gray`.
+        UserError: as :func:`read_gray`.
+    """
+    return _read_whole(path, shorter_side, (min_side, max_pixels), "RGB")
+
+
+def _read_whole(path: Path, shorter_side: int | None, limits: tuple[int, int], mode: str) -> NDArray[np.uint8]:
     if shorter_side is not None and shorter_side < 1:
         raise ValueError(f"`shorter_side` must be at least 1 pixel, got {shorter_side}.")
     with _reading(path):
-        gray, full, box = _decode(path, shorter_side, (min_side, max_pixels))
+        image, full, box = _decode(path, shorter_side, limits, mode)
         height, width = reduced_size(*full, shorter_side)
-        if (gray.height, gray.width) != (height, width):
-            gray = gray.resize((width, height), Image.Resampling.BICUBIC, box)
-        return _varied(np.array(gray))
+        if (image.height, image.width) != (height, width):
+            image = image.resize((width, height), Image.Resampling.BICUBIC, box)
+        return _varied(np.array(image))
+
+
+def read_field_of_view(path: Path, shorter_side: int | None = None, threshold: int = 20) -> NDArray[np.uint8]:
+    """Read a fundus image, cut away the dark around the field of view, and pad it with black to a square.
+
+    Args:
+        path: The file.
+        shorter_side: Side of the square in pixels; None keeps the file's resolution.
+        threshold: Brightest channel, of 255, that a row or column must reach somewhere well inside it to be kept.
+
+    Returns:
+        ``(S, S, 3)``.
+
+    Raises:
+        ImageError: as :func:`read_gray`; ``constant`` too where nothing is brighter than the threshold.
+        UserError: as :func:`read_gray`.
+    """
+    # Twice the side, so that what is left after the cut is no smaller than what is asked for.
+    pixels = read_colour(path, None if shorter_side is None else 2 * shorter_side)
+    bright = pixels.max(-1) > threshold
+    # A hundredth of a line, so that neither speckles nor printed letters count as the eye.
+    rows = np.flatnonzero(bright.sum(1) > bright.shape[1] / 100)
+    columns = np.flatnonzero(bright.sum(0) > bright.shape[0] / 100)
+    if not len(rows) or not len(columns):
+        raise ImageError("constant", f"nothing is brighter than {threshold} of 255, so there is no field of view")
+    pixels = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    side = max(pixels.shape[:2])
+    above, left = (side - pixels.shape[0]) // 2, (side - pixels.shape[1]) // 2
+    square = np.zeros((side, side, 3), dtype=np.uint8)
+    square[above : above + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+    if shorter_side is not None and side > shorter_side:
+        resized = Image.fromarray(square).resize((shorter_side, shorter_side), Image.Resampling.BICUBIC)
+        square = np.array(resized)
+    return square
+
+
+class ImageReader(NamedTuple):
+    """How files become pixels.
+
+    Attributes:
+        name: Goes into cache keys; empty for gray.
+        channels: Channels of what is read.
+        read: Reads a file at a shorter side, or at its own.
+    """
+
+    name: str
+    channels: int
+    read: Callable[[Path, int | None], NDArray[np.uint8]]
+
+
+GRAY = ImageReader("", 1, read_gray)
+COLOUR = ImageReader("colour", 3, read_colour)
+FUNDUS = ImageReader("field of view", 3, read_field_of_view)
 
 
 def read_reduced(
@@ -160,7 +238,7 @@ def read_reduced(
         UserError: as :func:`read_gray`.
     """
     with _reading(path):
-        gray, full, box = _decode(path, shorter_side, (min_side, max_pixels))
+        gray, full, box = _decode(path, shorter_side, (min_side, max_pixels), "L")
         return _varied(np.array(gray)), 1.0 if box is None else box[2] / full[1]
 
 
@@ -170,8 +248,12 @@ def _varied(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return pixels
 
 
-def _decode(path: Path, shorter_side: int | None, limits: tuple[int, int]) -> "_Decoded":
-    return _read_dicom(path, limits) if _is_dicom(path) else _read_picture(path, shorter_side, limits)
+def _decode(path: Path, shorter_side: int | None, limits: tuple[int, int], mode: str) -> "_Decoded":
+    """Decode to ``L`` or ``RGB``."""
+    if not _is_dicom(path):
+        return _read_picture(path, shorter_side, limits, mode)
+    decoded = _read_dicom(path, limits)
+    return decoded._replace(image=decoded.image.convert(mode))
 
 
 def _check_size(height: int, width: int, limits: tuple[int, int]) -> None:
@@ -183,14 +265,14 @@ def _check_size(height: int, width: int, limits: tuple[int, int]) -> None:
 
 
 class _Decoded(NamedTuple):
-    """An image in gray, height and width as its file has them, and the part of it (pixels) that shows the picture."""
+    """An image, height and width as its file has them, and the part of it (pixels) that shows the picture."""
 
-    gray: Image.Image
+    image: Image.Image
     full: tuple[int, int]
     box: tuple[float, float, float, float] | None = None
 
 
-def _read_picture(path: Path, shorter_side: int | None, limits: tuple[int, int]) -> _Decoded:
+def _read_picture(path: Path, shorter_side: int | None, limits: tuple[int, int], mode: str) -> _Decoded:
     with Image.open(path, formats=FORMATS) as image:
         full = (image.height, image.width)
         _check_size(*full, limits)
@@ -200,9 +282,10 @@ def _read_picture(path: Path, shorter_side: int | None, limits: tuple[int, int])
             raise ImageError("unreadable", "16 bits are read in grayscale alone, not in colour")
         drafted = None
         if shorter_side is not None and min(full) > shorter_side:
-            drafted = image.draft("L", (shorter_side, shorter_side))
+            drafted = image.draft(mode, (shorter_side, shorter_side))
         # The last row and column of a draft may lie partly beyond the picture, hence the box.
-        return _Decoded(_to_gray(image), full, drafted[1] if drafted else None)
+        converted = _to_gray(image) if mode == "L" else _to_colour(image)
+        return _Decoded(converted, full, drafted[1] if drafted else None)
 
 
 def _check_png(path: Path) -> None:
@@ -221,8 +304,14 @@ def _to_gray(image: Image.Image) -> Image.Image:
         return image
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return Image.fromarray(_stretch(np.asarray(image)))
+    return _to_colour(image).convert("L")
+
+
+def _to_colour(image: Image.Image) -> Image.Image:
+    if image.mode == "L" or image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _to_gray(image).convert("RGB")
     # Through RGBA, a palette keeps the colours of transparent entries; dropping alpha leaves what lies under it.
-    return image.convert("RGBA" if image.mode in ("P", "PA") else "RGB").convert("L")
+    return image.convert("RGBA" if image.mode in ("P", "PA") else "RGB").convert("RGB")
 
 
 def _stretch(values: NDArray[Any]) -> NDArray[np.uint8]:

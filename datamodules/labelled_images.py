@@ -19,7 +19,7 @@ from common.types import InputSpec
 from datamodules.base import ArchiveDataModule, FaultTolerantDataset
 from datamodules.image_cache import BoxChoice, ImageCache, SourceImages
 from datamodules.image_crops import center_box, random_box
-from datamodules.images import CHANNELS
+from datamodules.images import CHANNELS, GRAY
 from datamodules.labels import LabelLayout, LabelledImage
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.splits import (
@@ -31,6 +31,13 @@ from datamodules.splits import (
     nested_fraction,
     seeded_split,
 )
+
+#: One value for every channel, or one each.
+Channelwise = float | tuple[float, float, float]
+
+
+def _plain(values: Channelwise) -> Any:
+    return values if isinstance(values, float | int) else list(values)
 
 
 class LabelledImageDataset(FaultTolerantDataset):
@@ -47,6 +54,7 @@ class LabelledImageDataset(FaultTolerantDataset):
         mean: Subtracted from pixels in [0, 1].
         std: What they are divided by then.
         anonymise: Whether subjects get pseudonyms.
+        degrees: Largest angle by which training crops are turned.
     """
 
     def __init__(
@@ -58,15 +66,16 @@ class LabelledImageDataset(FaultTolerantDataset):
         seed: int,
         crop_scale: Sequence[float] = (0.08, 1.0),
         flip: bool = True,
-        mean: float = 0.0,
-        std: float = 1.0,
+        mean: Channelwise = 0.0,
+        std: Channelwise = 1.0,
         anonymise: bool = False,
+        degrees: float = 0.0,
     ) -> None:
         super().__init__(seed)
         self.images, self.store = list(images), store
         self.image_size, self.train = tuple(image_size), train
-        self.crop_scale, self.flip = tuple(crop_scale), flip
-        self.mean, self.std = mean, std
+        self.crop_scale, self.flip, self.degrees = tuple(crop_scale), flip, degrees
+        self.mean, self.std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
         self.anonymise = anonymise
 
     def __len__(self) -> int:
@@ -85,14 +94,16 @@ class LabelledImageDataset(FaultTolerantDataset):
         hide = pseudonym if self.anonymise else str
         return {"subject_id": hide(item.case_id), "patient_id": hide(item.patient_id)}
 
-    def crop(self, item: LabelledImage, choose: BoxChoice, size: Sequence[int], mirror: bool) -> Tensor:
-        """Cut the box that ``choose`` wants out of an image, ``(1, *size)`` in [0, 1].
+    def crop(
+        self, item: LabelledImage, choose: BoxChoice, size: Sequence[int], mirror: bool, degrees: float = 0.0
+    ) -> Tensor:
+        """Cut the box that ``choose`` wants out of an image, ``(C, *size)`` in [0, 1].
 
         Raises:
             SampleFaultError: the image cannot be used.
         """
         try:
-            return self.store.crop(item.image, choose, size, mirror)
+            return self.store.crop(item.image, choose, size, mirror, degrees)
         except SampleFaultError as error:
             raise SampleFaultError(fault._replace(sample=item.case_id) for fault in error.faults) from error
 
@@ -104,12 +115,14 @@ class LabelledImageDataset(FaultTolerantDataset):
         """
         item = self.images[draw.index]
         choose: BoxChoice = partial(center_box, size=self.image_size)
-        mirror = False
+        mirror, degrees = False, 0.0
         if self.train:
             generator = self.generator(draw)
             mirror = self.flip and generator.random() < 0.5
-            choose = partial(random_box, scale=self.crop_scale, generator=generator)
-        image = self.crop(item, choose, self.image_size, mirror)
+            if self.crop_scale != (1.0, 1.0):
+                choose = partial(random_box, scale=self.crop_scale, generator=generator)
+            degrees = generator.uniform(-1, 1) * self.degrees if self.degrees else 0.0
+        image = self.crop(item, choose, self.image_size, mirror, degrees)
         target = torch.tensor(item.targets, dtype=torch.float32)
         known = ~target.isnan()
         return {
@@ -156,7 +169,8 @@ class LabelledImageDataModule(ArchiveDataModule):
         crop_scale: Share of an image's area that a training crop has.
         flip: Whether half of the training crops are mirrored.
         mean: Subtracted from pixels in [0, 1].
-        std: What they are divided by then.
+        std: What they are divided by then; for colours one value a channel, or one for all.
+        degrees: Largest angle by which training crops are turned.
         batch_size: Images per device.
         num_workers: Loader processes per rank; also threads that build the cache.
         label_fraction: Share of the training patients to use, of every class alike; shares are nested.
@@ -183,8 +197,9 @@ class LabelledImageDataModule(ArchiveDataModule):
         cache: Literal["npy", "none"] = "npy",
         crop_scale: tuple[float, float] = (0.08, 1.0),
         flip: bool = True,
-        mean: float = 0.4978,
-        std: float = 0.2449,
+        mean: Channelwise = 0.4978,
+        std: Channelwise = 0.2449,
+        degrees: float = 0.0,
         batch_size: int = 96,
         num_workers: int = 0,
         label_fraction: float = 1.0,
@@ -206,8 +221,8 @@ class LabelledImageDataModule(ArchiveDataModule):
         if fold is not None and split_file is not None:
             raise ValueError("`fold` and `split_file` both say what is tested on: set one of them to null.")
         self.root, self.labels = root, labels
-        self.image_size, self.crop_scale, self.flip = tuple(image_size), crop_scale, flip
-        self.mean, self.std = mean, std
+        self.image_size, self.crop_scale, self.flip = tuple(image_size), tuple(crop_scale), flip
+        self.mean, self.std, self.degrees = mean, std, degrees
         self.label_fraction = label_fraction
         self.fold, self.num_folds = fold, num_folds
         self.shuffle_targets = shuffle_targets
@@ -238,7 +253,10 @@ class LabelledImageDataModule(ArchiveDataModule):
             splits = {name: [item for item in images if parts.get(item.case_id) == name] for name in SPLITS}
             splits["train"] = nested_fraction(splits["train"], self.label_fraction, split_seed, strata)
             self.ledger.num_samples = sum(map(len, splits.values()))
-            self.store = SourceImages() if self._cache == "none" else ImageCache(root, self._cache_side)
+            reader = self.labels.reader
+            self.store: SourceImages | ImageCache = (
+                SourceImages(reader) if self._cache == "none" else ImageCache(root, self._cache_side, reader=reader)
+            )
             self.images, self.splits = images, splits
         return self.labels
 
@@ -262,9 +280,13 @@ class LabelledImageDataModule(ArchiveDataModule):
         """Channels, crop size, classes and preprocessing of the batches."""
         preprocessing = {
             "layout": self.labels.name,
-            "intensity": "grayscale in [0, 1], minus mean, over std, repeated three times",
-            "mean": self.mean,
-            "std": self.std,
+            "intensity": (
+                "grayscale in [0, 1], minus mean, over std, repeated three times"
+                if self.labels.reader is GRAY
+                else "colour in [0, 1], minus mean, over std"
+            ),
+            "mean": _plain(self.mean),
+            "std": _plain(self.std),
             "resize": "bicubic, antialiased",
         }
         return InputSpec(CHANNELS, self.image_size, {}, preprocessing, classes=tuple(self.labels.classes))
@@ -306,8 +328,9 @@ class LabelledImageDataModule(ArchiveDataModule):
         for item in self.splits["train"]:
             named = zip(self.labels.classes, item.targets, strict=True)
             positive.update(name for name, target in named if target == 1)
-        shares = ", ".join(f"{name} {positive[name]}" for name in self.labels.classes)
-        say(f"data: {self.labels.name} at {self.root}, images {counts}; positive in training: {shares}")
+        shares = ", ".join(f"{name} {positive[name]}" for name in self.labels.classes if name in positive)
+        say(f"data: {self.labels.name} at {self.root}, images {counts}"
+            + (f"; positive in training: {shares}" if shares else ""))  # fmt: skip
         if stage == "fit" and not self.splits["val"]:
             say("note: the val split is empty, so nothing will be measured and there will be no best checkpoint")
 
@@ -323,6 +346,7 @@ class LabelledImageDataModule(ArchiveDataModule):
             mean=self.mean,
             std=self.std,
             anonymise=self.ledger.anonymise,
+            degrees=self.degrees,
         )
 
     def _usable(self, images: Iterable[LabelledImage]) -> list[LabelledImage]:

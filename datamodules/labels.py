@@ -9,6 +9,7 @@ import pandas as pd
 
 from common.errors import DataError
 from common.reporting import contents
+from datamodules.images import GRAY, ImageReader
 from datamodules.manifest import read_table
 
 #: A target that is not known, or that is to be left out of the loss and of the scores.
@@ -22,7 +23,7 @@ class LabelledImage(NamedTuple):
         case_id: Unique name.
         patient_id: Splits and folds are by this.
         image: The file.
-        targets: 1, 0 or ``UNKNOWN`` for each class of the layout; empty where it has none.
+        targets: 1, 0 or ``UNKNOWN`` for each class of the layout, or a measurement; empty where it has none.
         split: ``train``, ``val`` or ``test`` where the archive says so.
         group: Something else that no two folds may share, such as the text of a note; empty = nothing.
         masks: Run-length codes of the regions that are to be segmented; empty = there is no such region.
@@ -44,10 +45,12 @@ class LabelLayout(ABC):
         name: What a person calls it.
         tree: One line that shows the tree.
         classes: Names of the targets, in order.
+        reader: How its files become pixels.
     """
 
     name: ClassVar[str]
     tree: ClassVar[str]
+    reader: ClassVar[ImageReader] = GRAY
     classes: tuple[str, ...]
 
     @abstractmethod

@@ -10,14 +10,20 @@ from common.reporting import contents
 from datamodules.brats import BRATS2021, BRATS2023
 from datamodules.cases import Case, Layout
 from datamodules.folder import FOLDER, LUNG
+from datamodules.fundus_labels import APTOS, EYEPACS, IDRID, RFMID
 from datamodules.manifest import COVID_CXR, MANIFEST
 from datamodules.mimic_cxr import MIMIC_CXR
 from datamodules.open_i import OPEN_I
+from datamodules.palm import PALM
 from datamodules.pi_cai import PI_CAI
+from datamodules.pictures import PictureLayout
 from datamodules.studies import StudyLayout
+from datamodules.tcga import TCGA
+from datamodules.ukb import UKB
 
 VOLUME_LAYOUTS: tuple[Layout, ...] = (BRATS2023, BRATS2021, PI_CAI, LUNG, FOLDER)
 STUDY_LAYOUTS: tuple[StudyLayout, ...] = (MIMIC_CXR, OPEN_I, COVID_CXR, MANIFEST)
+PICTURE_LAYOUTS: tuple[PictureLayout, ...] = (UKB, TCGA, IDRID, APTOS, EYEPACS, RFMID, PALM)
 
 
 def recognise(root: str | Path, layout: str = "auto", known: Sequence[Any] = VOLUME_LAYOUTS) -> tuple[Any, list[Any]]:

@@ -21,6 +21,7 @@ from common.reporting import say
 from datamodules.anatomy import make_brain, make_lung, make_prostate
 from datamodules.synthetic_brain import BRAIN_WRITERS
 from datamodules.synthetic_cxr import write_mimic_cxr
+from datamodules.synthetic_fundus import write_aptos, write_idrid, write_palm, write_rfmid, write_tcga, write_ukb
 from datamodules.synthetic_labels import write_chexpert, write_covid_cxr, write_nih, write_rsna, write_siim
 from datamodules.volume_io import to_lps, write_nifti
 
@@ -139,6 +140,12 @@ WRITERS: dict[str, Callable[[Path, int, int], None]] = {
     "covid_cxr": write_covid_cxr,
     "siim": write_siim,
     **BRAIN_WRITERS,
+    "ukb": write_ukb,
+    "tcga_gbmlgg": write_tcga,
+    "aptos2019": write_aptos,
+    "idrid": write_idrid,
+    "rfmid": write_rfmid,
+    "palm": write_palm,
 }
 
 

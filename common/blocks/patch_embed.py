@@ -13,6 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+#: Added to a patch's variance when it is standardised.
+PATCH_EPS = 1e-6
+
 
 def grid_of(image_size: Sequence[int], patch_size: Sequence[int]) -> tuple[int, ...]:
     """Return the number of patches along each axis.
@@ -43,6 +46,12 @@ def unpatchify(patches: Tensor, grid: Sequence[int], patch_size: Sequence[int]) 
     pairs = [axis for i in range(dims) for axis in (1 + i, 2 + dims + i)]
     space = [g * p for g, p in zip(grid, patch_size, strict=True)]
     return x.permute(0, 1 + dims, *pairs).reshape(patches.shape[0], channels, *space)
+
+
+def normalise_patches(patches: Tensor) -> Tensor:
+    """Standardise each patch ``(..., P)`` by its own mean and unbiased variance; a constant one becomes 0."""
+    mean, variance = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
+    return (patches - mean) / (variance + PATCH_EPS).sqrt()
 
 
 def linear_to_conv(weight: Tensor, in_channels: int, patch_size: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""UNETR on any of our volume encoders (Hatamizadeh et al. 2022)."""
+"""UNETR on any of our encoders, of volumes or of images (Hatamizadeh et al. 2022)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ class UNETR(monai.networks.nets.UNETR):
     MONAI reads its skips after blocks 4, 7 and 10 (issue 4520); UNETR and E-MIM say 3, 6 and 9.
 
     Args:
-        encoder: A volume encoder with patches of 16 along every axis; it becomes ``self.vit``.
+        encoder: An encoder with patches of 16 along every axis; it becomes ``self.vit``.
         out_channels: Output channels.
         feature_size: Width of the first decoder stage.
         norm_name: Normalisation of the convolutional blocks.
@@ -50,15 +50,18 @@ class UNETR(monai.networks.nets.UNETR):
             mlp_dim=encoder.embed_dim,
             num_heads=1,
             norm_name=norm_name,
+            spatial_dims=len(encoder.grid_size),
         )
         self.vit: Any = encoder
         self.skip_blocks = tuple(skip_blocks)
 
     def forward(self, x_in: Tensor) -> Tensor:
-        """Segment ``(B, C, H, W, D)`` to logits ``(B, out_channels, H, W, D)``."""
+        """Segment ``(B, C, *space)`` to logits ``(B, out_channels, *space)``."""
         tokens, skips = self.vit.encode_image(x_in, self.skip_blocks)
-        shallow, middle, deep = (self.proj_feat(skip) for skip in skips)
-        x = self.decoder5(self.proj_feat(tokens), self.encoder4(deep))
+        last, shallow, middle, deep = (
+            self.proj_feat(stream[:, self.vit.num_prefix_tokens :]) for stream in (tokens, *skips)
+        )
+        x = self.decoder5(last, self.encoder4(deep))
         x = self.decoder4(x, self.encoder3(middle))
         x = self.decoder3(x, self.encoder2(shallow))
         return self.out(self.decoder2(x, self.encoder1(x_in)))

@@ -158,6 +158,11 @@ class VisionTransformer(nn.Module):
             x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         return self.pos_drop(x)
 
+    def run_block(self, block: nn.Module, x: Tensor) -> Tensor:
+        """Run one of the blocks on ``(B, N, E)``; its activations are recomputed where that was asked for."""
+        recompute = self.grad_checkpointing and self.training and torch.is_grad_enabled()
+        return checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+
     def encode(self, x: Tensor, taps: Collection[int] = ()) -> EncoderOutput:
         """Run embedded tokens through the blocks.
 
@@ -170,8 +175,7 @@ class VisionTransformer(nn.Module):
         """
         stream = {0: x}
         for index, block in enumerate(self.blocks, start=1):
-            recompute = self.grad_checkpointing and self.training and torch.is_grad_enabled()
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            x = self.run_block(block, x)
             if index in taps:
                 stream[index] = x
         return EncoderOutput(self.norm(x), [stream[tap] for tap in taps])

@@ -15,7 +15,7 @@ from common.module import SSLModule
 from common.reporting import log_figure
 from common.types import Panel, Reconstruction
 
-_COLUMNS = ("input", "visible (hidden in blue)", "prediction where hidden", "prediction - input where hidden")
+_COLUMNS = ("input", "visible (hidden in blue)", "prediction", "prediction - input where scored")
 _FILLED_COLUMNS = ("target", "what the encoder saw, holes filled", *_COLUMNS[2:])
 _HIDDEN_COLOR = np.array([0.16, 0.30, 0.55])
 #: Pixels of one picture's longer side, and between pictures.
@@ -32,29 +32,35 @@ def _enlarge(image: NDArray, side: int) -> NDArray:
     return image.repeat(factor, 0).repeat(factor, 1)
 
 
-def _grey(image: NDArray, low: float, high: float) -> Image:
+def _shown(image: NDArray, low: float, high: float) -> Image:
+    """Return RGB: grey within a window, colour as it is."""
+    if image.ndim == 3:
+        return np.clip(image, 0, 1)
     return np.clip((image - low) / (high - low), 0, 1)[..., None].repeat(3, -1)
 
 
 def _row(panel: Panel) -> tuple[list[Image], str]:
     """Return the four pictures of a case, RGB, and the line of text under them.
 
-    All grey pictures share one window, the input's range; the difference has its own, symmetric about 0. What is hidden
-    is painted over, so that it cannot be taken for dark tissue; where something filled it, that is shown instead.
+    All grey pictures share one window, the input's range; the difference, of colours their mean, has its own, symmetric
+    about 0. What is hidden is painted over, so that it cannot be taken for dark tissue; where something filled it, that
+    is shown instead.
     """
     low = float(panel.input.min())
     high = max(float(np.percentile(panel.input, 99.8)), low + 1e-6)
-    difference = np.where(panel.hidden, panel.prediction - panel.input, 0)
+    scored = panel.hidden if panel.scored is None else panel.scored
+    difference = panel.prediction - panel.input
+    difference = np.where(scored, difference.mean(-1) if difference.ndim == 3 else difference, 0)
     limit = (high - low) / 2
-    grey = _grey(panel.input, low, high)
-    painted = np.where(panel.hidden[..., None], _HIDDEN_COLOR, grey)
+    shown = _shown(panel.input, low, high)
+    painted = np.where(panel.hidden[..., None], _HIDDEN_COLOR, shown)
     pictures = [
-        grey,
-        painted if panel.filled is None else _grey(panel.filled, low, high),
-        _grey(panel.prediction, low, high),
+        shown,
+        painted if panel.filled is None else _shown(panel.filled, low, high),
+        _shown(panel.prediction, low, high),
         colormaps["RdBu_r"](np.clip(difference / limit, -1, 1) / 2 + 0.5)[..., :3],
     ]
-    error = float(np.abs(difference[panel.hidden]).mean()) if panel.hidden.any() else 0.0
+    error = float(np.abs(difference[scored]).mean()) if scored.any() else 0.0
     text = f"{panel.title}; grey {low:.2f} to {high:.2f}; blue -{limit:.2f}, red +{limit:.2f}; mean error {error:.3f}"
     return [_enlarge(picture, _SIDE) for picture in pictures], text
 

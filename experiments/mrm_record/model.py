@@ -13,26 +13,19 @@ from transformers import BertConfig, BertModel
 from transformers.models.bert.modeling_bert import BertLMPredictionHead
 
 from common.blocks.decoder import MAEDecoder
-from common.blocks.patch_embed import patchify, unpatchify
+from common.blocks.patch_embed import PATCH_EPS, normalise_patches, patchify, unpatchify
 from common.blocks.pos_embed import sincos_position_embedding
 from common.blocks.vit import VisionTransformer, init_xavier_weights
 from common.types import MaskOutput
 
 TargetNorm = Literal["patch", "unit", "dataset"]
 Pool = Literal["gap", "gmp"]
-_EPS = 1e-6
 
 
 def record_patches(image: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """Cut ``(B, C, H, W)`` into ``(B, N, P)``; inside a patch by row, column, channel, as MAE does."""
     channels = image.shape[1]
     return patchify(image, patch_size).unflatten(2, (channels, -1)).transpose(2, 3).flatten(2)
-
-
-def normalise_patches(patches: Tensor) -> Tensor:
-    """Standardise each patch ``(..., P)`` by its own mean and unbiased variance; a constant one becomes 0."""
-    mean, variance = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
-    return (patches - mean) / (variance + _EPS).sqrt()
 
 
 class ReportDecoder(nn.Module):
@@ -286,7 +279,7 @@ class MRM(nn.Module):
         grey = pred.unflatten(2, (-1, channels)).mean(3)
         if self.target_norm == "patch":
             true = record_patches(image.expand(-1, channels, -1, -1), self.target_patch)
-            grey = grey * (true.var(2, keepdim=True) + _EPS).sqrt() + true.mean(2, keepdim=True)
+            grey = grey * (true.var(2, keepdim=True) + PATCH_EPS).sqrt() + true.mean(2, keepdim=True)
         elif self.target_norm == "unit":
             grey = (grey - self.mean) / self.std
         return unpatchify(grey, self.encoder.grid_size, self.target_patch)

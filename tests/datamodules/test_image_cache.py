@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from common.faults import SampleFaultError
 from datamodules import image_cache
 from datamodules.image_cache import ImageCache, SourceImages
 from datamodules.image_crops import cut_box
-from datamodules.images import read_gray, read_header
+from datamodules.images import COLOUR, ImageReader, read_colour, read_gray, read_header
 
 
 @pytest.fixture
@@ -68,16 +69,14 @@ def test_copies_are_the_reduced_images(root, paths):
     assert np.array_equal(cache.open(path), read_gray(path, 40))
 
 
-def test_it_is_made_once_and_continued_after_an_interruption(root, paths, monkeypatch, built):
+def test_it_is_made_once_and_continued_after_an_interruption(root, paths, built):
     def interrupted(path, *rest):
         if path == paths[5]:
             raise KeyboardInterrupt
         return read_gray(path, *rest)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(image_cache, "read_gray", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            ImageCache(root, 40).ensure(paths, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        ImageCache(root, 40, reader=ImageReader("", 1, interrupted)).ensure(paths, progress=False)
     # Threads run a few images ahead of the one that failed.
     whole = {line["path"].split("/")[1] for line in manifest_lines(ImageCache(root, 40))}
     assert {path.name for path in paths[:5]} <= whole
@@ -306,3 +305,16 @@ def test_size_estimate(root, paths, monkeypatch):
     assert cache.estimated_bytes(paths[:1] * 999) == 999 * cache.image_file(paths[0]).stat().st_size
     assert len(read) <= image_cache.SAMPLED_HEADERS
     assert cache.estimated_bytes([]) == 0
+
+
+def test_colour_has_a_cache_of_its_own(root, paths):
+    gray, colour = ImageCache(root, 40), ImageCache(root, 40, reader=COLOUR)
+    assert gray.folder != colour.folder
+    assert colour.ensure(paths[:2], progress=False) == dict.fromkeys(paths[:2])
+    assert np.array_equal(colour.open(paths[0]), read_colour(paths[0], 40))
+    whole = colour.crop(paths[0], lambda shape: (0, 0, shape[1], shape[0]), (16, 16))
+    assert whole.shape == (3, 16, 16)
+    assert torch.equal(whole.flip(2), colour.crop(paths[0], lambda shape: (0, 0, shape[1], shape[0]), (16, 16), True))
+    source = SourceImages(COLOUR).crop(paths[0], lambda shape: (0, 0, shape[1], shape[0]), (16, 16), degrees=90)
+    assert source.shape == (3, 16, 16)
+    assert colour.estimated_bytes(paths) > 2 * gray.estimated_bytes(paths)

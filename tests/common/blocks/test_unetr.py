@@ -31,6 +31,15 @@ def test_every_parameter_gets_a_gradient():
     assert [name for name, p in network.named_parameters() if p.grad is None] == []
 
 
+def test_images_with_a_class_token():
+    encoder = VisionTransformer(3, (32, 48), embed_dim=16, depth=4, num_heads=2, class_token=True)
+    network = UNETR(encoder, 2, feature_size=4)
+    out = network(torch.randn(2, 3, 32, 48))
+    assert out.shape == (2, 2, 32, 48)
+    out.square().mean().backward()
+    assert [name for name, p in network.named_parameters() if p.grad is None] == []
+
+
 def test_bad_encoders():
     with pytest.raises(ValueError, match="patches must be 16"):
         UNETR(VisionTransformer(1, (32, 32, 32), patch_size=8, embed_dim=16, depth=4, num_heads=2), 2)

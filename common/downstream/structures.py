@@ -1,0 +1,194 @@
+"""Segmentation of structures that may overlap, each scored on the grid of the image's file.
+
+Letters: B batch, R structures, H W the network's grid, X Y the grid of a file.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+
+from common.blocks.unetr import UNETR
+from common.blocks.vit import VisionTransformer
+from common.distributed import all_reduce_sum
+from common.downstream.base import FineTuning
+from common.downstream.encoder import EncoderFactory
+from common.errors import UserError
+from common.metrics import region_dice
+from common.optim import Schedule
+from common.reporting import log_scalars, say
+from common.types import InputSpec
+
+NetworkFactory = Callable[[VisionTransformer, int], nn.Module]
+
+
+def dice_and_cross_entropy(
+    logits: Tensor, label: Tensor, dice_weight: float = 0.8, sync: bool = True, eps: float = 1.0
+) -> Tensor:
+    """Soft Dice of each structure over the samples, plus binary cross-entropy (ContIG's weights), float32.
+
+    Args:
+        logits: ``(B, R, H, W)``.
+        label: ``(B, R, H, W)``, 0 or 1.
+        dice_weight: Weight of the Dice term; cross-entropy has the rest.
+        sync: Whether the means run over the samples of all ranks.
+        eps: Added to both sides of the Dice fraction; a structure that is nowhere, and not predicted, then costs 0.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits, label = logits.float(), label.float()
+        share = logits.sigmoid()
+        overlap, total = (share * label).sum((2, 3)), (share + label).sum((2, 3))
+        dice = 1 - (2 * overlap + eps) / (total + eps)
+        entropy = F.binary_cross_entropy_with_logits(logits, label, reduction="none").mean((1, 2, 3))
+        value = (dice_weight * dice.mean(1) + (1 - dice_weight) * entropy).sum()
+        count = torch.tensor(float(len(logits)), device=logits.device)
+        if sync:
+            value, count = all_reduce_sum(value), all_reduce_sum(count)
+        return value / count
+
+
+class StructureSegmentation(FineTuning):
+    """Fine-tunes all weights on images with masks of structures, a sigmoid each.
+
+    Validation logs ``val/dice_<structure>`` (per image; 1 where neither prediction nor truth has it, 0 where one has),
+    their mean ``val/dice``, and ``val/loss``. Testing writes ``metrics.json`` and ``per_case.csv``.
+
+    Args:
+        pretrained: Run folder, checkpoint or export whose encoder to start from; None trains from scratch.
+        encoder: Makes the encoder from (channels, image size) where nothing is pre-trained.
+        network: Makes the network from (encoder, structures); it returns logits.
+        drop_path: Rate of stochastic depth in the last block of the encoder.
+        layer_decay: Factor of the learning rate per encoder layer towards the input.
+        dice_weight: Weight of the Dice term in the loss.
+        optimizer: Makes the optimiser.
+        schedule: Attaches the learning-rate schedule.
+        compile_network: Whether to compile the network.
+        channels: Names of the channels; None = as the data say.
+        image_size: Size of the images; None = as the data say.
+        regions: Structure to label values; None = as the data say.
+        encoder_record: Architecture of the encoder; filled in for checkpoints.
+    """
+
+    monitor = ("val/dice", "max")
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        encoder: EncoderFactory = VisionTransformer,
+        network: NetworkFactory = UNETR,
+        drop_path: float = 0.1,
+        layer_decay: float = 0.65,
+        dice_weight: float = 0.8,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule | None = None,
+        compile_network: bool = False,
+        channels: list[str] | None = None,
+        image_size: list[int] | None = None,
+        regions: dict[str, list[int]] | None = None,
+        encoder_record: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            pretrained,
+            encoder,
+            optimizer=optimizer,
+            schedule=schedule,
+            layer_decay=layer_decay,
+            compile_network=compile_network,
+            encoder_record=encoder_record,
+        )
+        self.save_hyperparameters()
+        self._make_network, self._drop_path, self._dice_weight = network, drop_path, dice_weight
+
+    @property
+    def structures(self) -> list[str]:
+        """Names of the structures, in the order of the channels."""
+        return list(self.hparams["regions"])
+
+    def build_network(self, spec: InputSpec) -> nn.Module:
+        """Make the network around the encoder.
+
+        Raises:
+            UserError: the data have no structures.
+        """
+        if not spec.regions:
+            raise UserError("The data name no structures to segment; segmentation needs images with masks.")
+        encoder = cast(VisionTransformer, self.build_encoder(spec))
+        encoder.set_drop_path(self._drop_path)
+        return self._make_network(encoder, len(spec.regions))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return logits ``(B, R, H, W)`` of images ``(B, C, H, W)``."""
+        return self.network(image)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a batch (Lightning hook)."""
+        loss = dice_and_cross_entropy(self(batch["image"]), batch["label"], self._dice_weight)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
+        return loss
+
+    def _found(self, logits: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return where the structures are on the grid of a file, bool ``(R, X, Y)``, from ``(R, H, W)``."""
+        return F.interpolate(logits[None].float(), size=tuple(shape), mode="bilinear")[0] > 0
+
+    def _score(self, batch: Any) -> None:
+        """Score the images of a batch."""
+        logits = self(batch["image"])
+        for index, region in enumerate(batch["region"]):
+            truth = torch.as_tensor(region, device=logits.device) > 0
+            pred = self._found(logits[index], truth.shape[1:])
+            dice = region_dice(pred[None], truth[None])[0].tolist()
+            one = slice(index, index + 1)
+            loss = dice_and_cross_entropy(logits[one], batch["label"][one], self._dice_weight, sync=False)
+            row = {"subject_id": batch["subject_id"][index], "patient_id": batch["patient_id"][index]}
+            row |= {f"dice_{name}": value for name, value in zip(self.structures, dice, strict=True)}
+            pixels = truth.sum((1, 2)).tolist()
+            row |= {f"pixels_{name}": value for name, value in zip(self.structures, pixels, strict=True)}
+            self.rows.append(row | {"loss": float(loss)})
+
+    def _scores(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Average over images, and for each structure over those that have it."""
+        scores = {"loss": math.fsum(row["loss"] for row in rows) / len(rows)}
+        for name in self.structures:
+            scores[f"dice_{name}"] = math.fsum(row[f"dice_{name}"] for row in rows) / len(rows)
+            having = [row[f"dice_{name}"] for row in rows if row[f"pixels_{name}"]]
+            if having:
+                scores[f"dice_{name}_positive"] = math.fsum(having) / len(having)
+        means = [scores[f"dice_{name}"] for name in self.structures]
+        return {"dice": math.fsum(means) / len(means)} | scores
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Score a batch (Lightning hook)."""
+        self._score(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log Dice and loss over the images of all ranks (Lightning hook)."""
+        rows = self.take_rows()
+        if rows:
+            scores = {f"val/{name}": value for name, value in self._scores(rows).items()}
+            log_scalars(self, scores, prog_bar=("val/dice",))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Score a batch (Lightning hook)."""
+        self._score(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Write ``metrics.json`` and ``per_case.csv``, and say the result (Lightning hook)."""
+        rows = self.take_rows()
+        scores = self._scores(rows)
+        if self.trainer.is_global_zero:
+            self.write_scores(rows, {"n": len(rows), **scores})
+            named = ", ".join(f"{name} {scores[f'dice_{name}']:.3f}" for name in self.structures)
+            say(f"test: {len(rows)} images, Dice {named}")
+        log_scalars(self, {f"test/{name}": value for name, value in scores.items()})
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
+        """Return each image's structures as uint8 ``(R, X, Y)`` on the CPU (Lightning hook)."""
+        columns = zip(batch["subject_id"], self(batch["image"]), batch["region"], strict=True)
+        return [
+            {"subject_id": subject, "region": self._found(logits, region.shape[1:]).to(torch.uint8).cpu()}
+            for subject, logits, region in columns
+        ]

@@ -1,0 +1,165 @@
+"""What masked relation modeling is compared with: contrast between images and genetics, and features without training.
+
+Letters: B batch, C channels, E width, M kinds of genetics.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+
+from common.blocks.vit import VisionTransformer, init_xavier_weights
+from common.errors import UserError
+from common.losses.contrastive import retrieval_accuracy, symmetric_info_nce
+from common.module import SSLModule, StepOutput
+from common.optim import Schedule
+from common.types import InputSpec, Panel, Reconstruction, TokenFeatures
+from experiments.mrm_genetics.model import GenomeEncoder
+from experiments.mrm_genetics.module import EncoderFactory, GenomeFactory
+
+
+def _projector(width: int, out: int) -> nn.Sequential:
+    layers = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, out))
+    layers.apply(init_xavier_weights)
+    return layers
+
+
+class ContrastiveNetwork(nn.Module):
+    """Image and genome encoders with a projection of the image and of each kind of genetics.
+
+    Args:
+        encoder: Of the image.
+        genome: Of the genome.
+        dim: Width of the space in which they are compared.
+    """
+
+    def __init__(self, encoder: VisionTransformer, genome: GenomeEncoder, dim: int) -> None:
+        super().__init__()
+        self.encoder, self.genome = encoder, genome
+        encoder.apply(init_xavier_weights)
+        self.from_image = _projector(encoder.embed_dim, dim)
+        self.from_genome = nn.ModuleDict({name: _projector(encoder.embed_dim, dim) for name in genome.tokens.cuts})
+
+    def forward(self, image: Tensor, genome: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Project ``(B, C, H, W)`` and ``(B, F)``: a vector of the image, and one of each kind of genetics."""
+        tokens = self.encoder.forward_features(image)[:, self.encoder.num_prefix_tokens :]
+        genes = self.genome.tokens(genome)
+        for block in self.genome.blocks:
+            genes = block(genes)
+        parts = self.genome.norm(genes).split([cut.tokens for cut in self.genome.tokens.cuts.values()], dim=1)
+        named = zip(self.from_genome.values(), parts, strict=True)
+        return self.from_image(tokens.mean(1)), [project(part.mean(1)) for project, part in named]
+
+
+class ContIGPretrain(SSLModule):
+    """Contrast between an image and the genetics of its person (Taleb et al. 2022), with the encoders of this method.
+
+    The loss is the mean over kinds of genetics of the symmetric InfoNCE; every sample needs all kinds
+    (``data.complete_only``). Nothing is reconstructed, so there is no floor ratio.
+
+    Args:
+        encoder: Makes the image encoder from (channels, image size).
+        genome_encoder: Makes the genome encoder from (features by kind, width, heads).
+        temperature: Of the contrast.
+        projection: Width of the space in which image and genetics are compared.
+        optimizer: Makes the optimiser.
+        schedule: Attaches the learning-rate schedule.
+        compile_network: Whether to compile the network.
+        channels: Names of the channels; None = as the data say.
+        image_size: Size of the image; None = as the data say.
+        genome: Features of each kind of genetics; None = as the data say.
+    """
+
+    def __init__(
+        self,
+        encoder: EncoderFactory = VisionTransformer,
+        genome_encoder: GenomeFactory = GenomeEncoder,
+        temperature: float = 0.1,
+        projection: int = 128,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule | None = None,
+        compile_network: bool = False,
+        channels: list[str] | None = None,
+        image_size: list[int] | None = None,
+        genome: dict[str, int] | None = None,
+    ) -> None:
+        super().__init__({"contrast": 1.0}, optimizer, schedule)
+        self.save_hyperparameters()
+        self.temperature, self.projection = temperature, projection
+        self.compile_network = compile_network
+        self._factories = (encoder, genome_encoder)
+
+    def build_network(self, spec: InputSpec) -> ContrastiveNetwork:
+        """Make the networks for inputs of ``spec``.
+
+        Raises:
+            UserError: there are no genetics.
+        """
+        if not spec.genome:
+            raise UserError("ContIG contrasts images with genetics, and there are none: name them with data.genotypes.")
+        make_encoder, make_genome = self._factories
+        encoder = make_encoder(len(spec.channels), spec.image_size)
+        genome = make_genome(spec.genome, encoder.embed_dim, encoder.config["num_heads"])
+        return ContrastiveNetwork(encoder, genome, self.projection)
+
+    def step(self, batch: Any, sync: bool) -> StepOutput:
+        """Compute the loss of one batch.
+
+        Raises:
+            UserError: a sample lacks a kind of genetics.
+        """
+        if not batch["complete"]:
+            raise UserError("ContIG needs every kind of genetics of every person: set data.complete_only to true.")
+        image, kinds = self.network(batch["image"], batch["genome"])
+        losses = [symmetric_info_nce(image, kind, self.temperature, sync) for kind in kinds]
+        count = torch.tensor(float(len(image)))
+        accuracy = torch.stack([retrieval_accuracy(image.detach(), kind.detach()) for kind in kinds]).mean()
+        weights = {"contrast": count, "retrieval_accuracy": count}
+        return StepOutput(
+            {"contrast": torch.stack(losses).mean()}, weights, self.reconstruct(batch), {"retrieval_accuracy": accuracy}
+        )
+
+    def reconstruct(self, batch: Any, image: str = "image") -> Reconstruction:
+        """Return nothing that could be scored."""
+        target, valid = self.reconstruction_target(batch)
+        return Reconstruction(torch.zeros_like(target), target, torch.zeros_like(valid), {})
+
+    def reconstruction_target(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the image's patches; none of them is a target."""
+        patches = self.network.encoder.patch_embed.patchify(batch["image"]).float()
+        return patches, torch.zeros_like(patches[..., 0], dtype=torch.bool)
+
+    def token_features(self, batch: Any) -> TokenFeatures:
+        """Encode whole images."""
+        encoder = self.network.encoder
+        patches = encoder.forward_features(batch["image"])[:, encoder.num_prefix_tokens :]
+        return TokenFeatures({"final": patches}, torch.ones_like(patches[..., 0], dtype=torch.bool))
+
+    def panels(self, batch: Any, output: Reconstruction, index: int) -> dict[str, Panel]:
+        """Draw nothing."""
+        return {}
+
+
+class ColourGrid(nn.Module):
+    """An encoder that knows only the colours of an image at 8 x 8.
+
+    Args:
+        in_channels: C.
+        image_size: Unused: any size will do.
+        grid: Cells along each axis.
+    """
+
+    num_prefix_tokens = 0
+
+    def __init__(self, in_channels: int, image_size: Sequence[int], grid: int = 8) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {"in_channels": in_channels, "image_size": list(image_size), "grid": grid}
+        self.num_features = in_channels * grid * grid
+        self.grid = grid
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """Return the mean colour of each cell as one token ``(B, 1, C grid grid)``."""
+        return F.adaptive_avg_pool2d(image.float(), self.grid).flatten(1)[:, None]

@@ -1,0 +1,272 @@
+"""Pre-training by masked relation modeling (paper section 3)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from common.blocks.attention import Relations
+from common.blocks.patch_embed import normalise_patches
+from common.blocks.vit import VisionTransformer
+from common.checkpoint import init_encoder
+from common.losses.reconstruction import masked_mse
+from common.losses.relation import relation_matching
+from common.maskers.random import RandomMasker
+from common.maskers.relation import TieRule
+from common.module import SSLModule, StepOutput
+from common.optim import Schedule
+from common.panels import colour_panel
+from common.randomness import KeyedGenerator
+from common.reporting import say
+from common.types import InputSpec, MaskOutput, Panel, Reconstruction, TokenFeatures
+from experiments.mrm_genetics.model import (
+    CrossParameters,
+    FusedDecoder,
+    Genetics,
+    GenomeEncoder,
+    Pool,
+    RelationNetwork,
+    RelationOutput,
+)
+
+EncoderFactory = Callable[[int, Sequence[int]], VisionTransformer]
+GenomeFactory = Callable[[Mapping[str, int], int, int], GenomeEncoder]
+DecoderFactory = Callable[[int, Sequence[int], int, int, Literal["image", "genome"], bool], FusedDecoder]
+
+
+class RelationPretrain(SSLModule):
+    """Reconstruction from masked relations, and relations between samples that masking must not change (Eq. 14).
+
+    Images come with genetics or alone, as the data have it (section 4.6).
+
+    Args:
+        encoder: Makes the image encoder from (channels, image size).
+        genome_encoder: Makes the genome encoder from (features by kind, width, heads).
+        decoder: Makes the image decoder; called with its sizes.
+        genome_decoder: Makes the genome decoder likewise.
+        tau_image: Share of relations removed from the image's rows, to itself and to the genome.
+        tau_genome: The same for the genome's rows. Both 0: the control, an autoencoder without masking.
+        match_weight: Lambda of Eq. 14; 0 is the ablation without relation matching.
+        cross_params: ``"shared"`` or ``"dedicated"``; see :class:`experiments.mrm_genetics.model.RelationNetwork`.
+        tie_rule: ``"threshold"`` (Eq. 4) or ``"rank"``.
+        masked_residual: Whether masked attention is added to the stream.
+        renormalize: Whether rows are scaled to sum to 1 after masking.
+        match_pool: ``"mean"`` over an image's patches, or its ``"cls"`` token; a genome's tokens are always averaged.
+        match_center: Whether vectors lose their batch mean before they are compared.
+        match_stop_grad_intact: Whether the intact pass gets no gradient from the comparison.
+        norm_pix_loss: Whether each patch is standardised by itself before it is compared.
+        masker: Hides patches at the input, which are then all that is scored: masked autoencoding, the baseline. Images
+            alone.
+        init_from: File of MAE, timm or published weights to start the encoder from; None starts from scratch.
+        optimizer: Makes the optimiser.
+        schedule: Attaches the learning-rate schedule.
+        compile_network: Whether to compile the network.
+        channels: Names of the channels; None = as the data say.
+        image_size: Size of the image; None = as the data say.
+        genome: Features of each kind of genetics; None = as the data say.
+
+    Raises:
+        ValueError: a share is outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        encoder: EncoderFactory = VisionTransformer,
+        genome_encoder: GenomeFactory = GenomeEncoder,
+        decoder: DecoderFactory = FusedDecoder,
+        genome_decoder: DecoderFactory = FusedDecoder,
+        tau_image: float = 0.75,
+        tau_genome: float = 0.5,
+        match_weight: float = 1.0,
+        cross_params: CrossParameters = "shared",
+        tie_rule: TieRule = "threshold",
+        masked_residual: bool = True,
+        renormalize: bool = False,
+        match_pool: Pool = "mean",
+        match_center: bool = False,
+        match_stop_grad_intact: bool = False,
+        norm_pix_loss: bool = False,
+        masker: RandomMasker | None = None,
+        init_from: str | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule | None = None,
+        compile_network: bool = False,
+        channels: list[str] | None = None,
+        image_size: list[int] | None = None,
+        genome: dict[str, int] | None = None,
+    ) -> None:
+        for name, value in (("tau_image", tau_image), ("tau_genome", tau_genome)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} is the share of relations to remove, in [0, 1), got {value}.")
+        weights = {"image": 1.0, "genome": 1.0, "self": match_weight, "cross": match_weight}
+        super().__init__(weights, optimizer, schedule)
+        self.save_hyperparameters()
+        self.masker = masker
+        self.match_weight = match_weight
+        self.norm_pix_loss = norm_pix_loss
+        self.init_from = init_from
+        self.compile_network = compile_network
+        self._factories = (encoder, genome_encoder, decoder, genome_decoder)
+        self._match: dict[str, Any] = {"center": match_center, "stop_gradient": match_stop_grad_intact}
+        self._options: dict[str, Any] = {
+            "tau_image": tau_image,
+            "tau_genome": tau_genome,
+            "cross_params": cross_params,
+            "tie_rule": tie_rule,
+            "masked_residual": masked_residual,
+            "renormalize": renormalize,
+            "pool": match_pool,
+        }
+
+    def build_network(self, spec: InputSpec) -> RelationNetwork:
+        """Make the networks for inputs of ``spec``.
+
+        Raises:
+            ValueError: sizes that do not fit, or patches hidden beside genetics.
+        """
+        if self.masker is not None and spec.genome:
+            raise ValueError(
+                "Patches are hidden at the input for images alone: leave model.masker or the genetics out."
+            )
+        make_encoder, make_genome, make_decoder, make_genome_decoder = self._factories
+        encoder = make_encoder(len(spec.channels), spec.image_size)
+        genome, genome_decoder, tokens = None, None, 0
+        if spec.genome:
+            genome = make_genome(spec.genome, encoder.embed_dim, encoder.config["num_heads"])
+            tokens = genome.tokens.num_tokens
+            genome_decoder = make_genome_decoder(*self._decoder_sizes(encoder, tokens), "genome", False)
+        hides = self.masker is not None
+        decoder = make_decoder(*self._decoder_sizes(encoder, tokens), "image", hides)
+        if self.masker is not None:
+            self.masker(1, encoder.patch_embed.num_patches, generator=torch.Generator())
+        return RelationNetwork(encoder, genome, decoder, genome_decoder, **self._options)
+
+    @staticmethod
+    def _decoder_sizes(encoder: VisionTransformer, tokens: int) -> tuple[Any, ...]:
+        return encoder.embed_dim, encoder.grid_size, encoder.num_prefix_tokens, tokens
+
+    def on_fit_start(self) -> None:
+        """Take the encoder's first weights from a file, unless a checkpoint brings all (Lightning hook)."""
+        if self.trainer.ckpt_path is None and self.init_from:
+            say(f"encoder from {self.init_from}: {init_encoder(self.network.encoder, self.init_from)}")
+
+    def draw_mask(self, batch: Any) -> MaskOutput | None:
+        """Draw the hidden patches that belong to the batch's samples; None where nothing is hidden at the input."""
+        if self.masker is None:
+            return None
+        patches = self.network.encoder.patch_embed.num_patches
+        return self.masker(len(batch["key"]), patches, generator=KeyedGenerator(batch["key"]))
+
+    def genetics(self, batch: Any) -> Genetics | None:
+        """Return the genetics of a batch; None where the network has none."""
+        if self.network.genome is None:
+            return None
+        return Genetics(batch["genome"], None if batch["complete"] else batch["modality_mask"][:, 1:])
+
+    def target(self, image: Tensor) -> Tensor:
+        """Return the patches ``(B, N, P)`` of an image, in the units of the loss."""
+        patches = self.network.encoder.patch_embed.patchify(image).float()
+        return normalise_patches(patches) if self.norm_pix_loss else patches
+
+    def matching(self, output: RelationOutput, batch: Any, sync: bool) -> dict[str, Tensor]:
+        """Compare the relations between samples of both passes."""
+        image, genome, image_masked, genome_masked = output.pooled
+        assert image is not None
+        assert image_masked is not None
+        # Given on every rank whoever is complete there: all must take part in the same exchange.
+        present = None if genome is None else batch["modality_mask"][:, 1:].any(1)
+        return relation_matching(image, genome, image_masked, genome_masked, present, sync=sync, **self._match)
+
+    def step(self, batch: Any, sync: bool) -> StepOutput:
+        """Compute the losses of one batch."""
+        genetics, mask = self.genetics(batch), self.draw_mask(batch)
+        matched = self.match_weight > 0
+        output = self.network(batch["image"], genetics, mask, intact=matched)
+        recon = self._reconstruction(output.image, batch, mask)
+        losses = {"image": masked_mse(recon.pred, recon.target, recon.mask, sync)}
+        weights = {"image": recon.mask.sum()}
+        if genetics is not None:
+            observed = batch["genome_observed"]
+            losses["genome"] = masked_mse(output.genome[..., None], genetics.values[..., None], observed, sync)
+            weights["genome"] = observed.sum()
+        if matched:
+            losses |= self.matching(output, batch, sync)
+            weights |= dict.fromkeys(("self", "cross"), torch.tensor(float(len(batch["image"]))))
+            if genetics is None:
+                del losses["cross"], weights["cross"]
+        return StepOutput(losses, weights, recon, {})
+
+    def _reconstruction(self, pred: Tensor, batch: Any, mask: MaskOutput | None) -> Reconstruction:
+        target = self.target(batch["image"])
+        scored = torch.ones_like(target[..., 0], dtype=torch.bool) if mask is None else mask.mask
+        return Reconstruction(pred.float(), target, scored, {})
+
+    def reconstruct(self, batch: Any, image: str = "image") -> Reconstruction:
+        """Reconstruct a batch from ``batch[image]`` with its relations masked, and its own genetics."""
+        mask = self.draw_mask(batch)
+        output = self.network(batch[image], self.genetics(batch), mask, intact=False)
+        return self._reconstruction(output.image, batch, mask)
+
+    def reconstruct_genome(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Return predicted and true features ``(B, F)``, and which were observed, bool ``(B, F)``."""
+        output = self.network(batch["image"], self.genetics(batch), self.draw_mask(batch), intact=False)
+        return output.genome.float(), batch["genome"].float(), batch["genome_observed"]
+
+    def relations(self, batch: Any) -> dict[str, Relations]:
+        """Return the masked relations of a batch by name: ``image_self``, ``genome_cross`` and so on."""
+        record: dict[str, Relations] = {}
+        self.network(batch["image"], self.genetics(batch), self.draw_mask(batch), intact=False, record=record)
+        return record
+
+    def pooled(self, batch: Any) -> dict[str, Tensor]:
+        """Return the vectors ``(B, E)`` that samples are compared by, of both passes, by name."""
+        output = self.network(batch["image"], self.genetics(batch), self.draw_mask(batch), intact=True)
+        names = ("image", "genome", "image_masked", "genome_masked")
+        return {name: x for name, x in zip(names, output.pooled, strict=True) if x is not None}
+
+    def reconstruction_target(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the target patches ``(B, N, P)``, and that all of them exist."""
+        target = self.target(batch["image"])
+        return target, torch.ones_like(target[..., 0], dtype=torch.bool)
+
+    def token_features(self, batch: Any) -> TokenFeatures:
+        """Encode whole images, nothing masked."""
+        encoder = self.network.encoder
+        patches = encoder.forward_features(batch["image"])[:, encoder.num_prefix_tokens :]
+        return TokenFeatures({"final": patches}, torch.ones_like(patches[..., 0], dtype=torch.bool))
+
+    def pixels(self, patches: Tensor, image: Tensor) -> Tensor:
+        """Turn predicted patches ``(B, N, P)`` into images in [0, 1], to look at.
+
+        Args:
+            patches: In the units of the loss.
+            image: ``(B, C, H, W)``, the truth, standardised: patches that were standardised get its mean and spread.
+        """
+        embed = self.network.encoder.patch_embed
+        if self.norm_pix_loss:
+            true = embed.patchify(image)
+            patches = patches * true.std(2, keepdim=True) + true.mean(2, keepdim=True)
+        return self.unit(embed.unpatchify(patches))
+
+    def unit(self, image: Tensor) -> Tensor:
+        """Undo the standardisation of ``(B, C, H, W)``, to [0, 1]."""
+        mean, std = (
+            torch.tensor(self.preprocessing.get(name, default), device=image.device).view(1, -1, 1, 1)
+            for name, default in (("mean", [0.0]), ("std", [1.0]))
+        )
+        return (image.float() * std + mean).clamp(0, 1)
+
+    def panels(self, batch: Any, output: Reconstruction, index: int) -> dict[str, Panel]:
+        """Draw sample ``index``."""
+        one = slice(index, index + 1)
+        image = batch["image"][one].float()
+        hidden = None
+        pred = self.pixels(output.pred[one].float(), image)[0]
+        if self.masker is not None:
+            embed = self.network.encoder.patch_embed
+            values = embed.in_channels * embed.patch_size[0] * embed.patch_size[1]
+            hidden = embed.unpatchify(output.mask[one][..., None].float().expand(-1, -1, values))[0, 0] > 0.5
+            pred = torch.where(hidden, pred, self.unit(image)[0])
+        return {"image": colour_panel(batch["subject_id"][index], self.unit(image)[0], pred, hidden)}

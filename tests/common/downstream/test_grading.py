@@ -1,0 +1,106 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common.downstream.grading import (
+    GradeClassifier,
+    apply_thresholds,
+    bootstrap_kappa,
+    decode_ordinal,
+    matched_thresholds,
+    quadratic_kappa,
+    severity,
+)
+from common.downstream.regression import ImageRegression, squared_errors
+
+GRADES = [f"grade {i}" for i in range(5)]
+SETTINGS = {"channels": ["a"], "image_size": [8, 8]}
+
+
+def test_kappa_by_hand():
+    """Case 10 of the specification of masked relation modeling."""
+    truth, pred = torch.tensor([0, 1, 2, 3, 4, 2, 0, 1]), torch.tensor([0, 2, 2, 3, 3, 2, 0, 0])
+    assert quadratic_kappa(pred, truth, 5) == pytest.approx(0.8846153846, abs=1e-6)
+    low, high = bootstrap_kappa(pred, truth, 5)
+    assert low < 0.8846 < high <= 1
+    assert bootstrap_kappa(pred, truth, 5) == (low, high)
+    constant = torch.zeros(8, dtype=torch.long)
+    assert bootstrap_kappa(constant, truth, 5) == (0, 0)
+
+
+def test_ordinal_logits_become_grades():
+    logits = torch.tensor([[9.0, 9, -9, -9, -9], [-9.0] * 5, [9.0] * 5, [9.0, -1, -9, 9, -9]])
+    assert decode_ordinal(logits).tolist() == [1, 0, 4, 1]
+    assert severity(logits)[:3].tolist() == pytest.approx([1, -1, 4], abs=1e-3)
+
+
+def test_thresholds_give_training_images_their_own_distribution():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(500, generator=generator)
+    grades = torch.randint(0, 5, (500,), generator=generator).clamp(max=3)
+    thresholds = matched_thresholds(scores, grades, 5)
+    found = apply_thresholds(scores, thresholds)
+    counts = torch.bincount(found, minlength=5) - torch.bincount(grades, minlength=5)
+    assert counts.abs().max() <= 2
+    order = scores.argsort()
+    assert (found[order].diff() >= 0).all()
+
+
+def classifier(targets, classes):
+    module = GradeClassifier(targets=targets, classes=classes, **SETTINGS)
+    module._trainer = SimpleNamespace(testing=True, datamodule=None)
+    return module
+
+
+def test_scores_of_grades():
+    module = classifier("ordinal", GRADES)
+    targets = [[float(k <= grade) for k in range(5)] for grade in (0, 1, 2, 4)]
+    rows = [{"logits": [8 * (2 * t - 1) for t in target], "target": target} for target in targets]
+    scores = module._scores(rows)
+    assert scores["kappa"] == pytest.approx(1)
+    assert scores["accuracy"] == 1
+    assert scores["kappa_low"] == scores["kappa_high"] == pytest.approx(1)
+    assert module.monitor == ("val/kappa", "max")
+    assert {"targets", "decision", "classes", "pretrained", "drop_path"} <= set(module.hparams)
+
+
+def test_exclusive_classes_are_scored_by_patient():
+    module = classifier("exclusive", ["II", "III", "IV"])
+    assert module.monitor == ("val/auroc", "max")
+    rows = [
+        {"patient_id": "a", "logits": [3.0, 0, 0], "target": [1.0, 0, 0]},
+        {"patient_id": "a", "logits": [0.0, 1, 0], "target": [1.0, 0, 0]},
+        {"patient_id": "b", "logits": [0.0, 0, 2], "target": [0.0, 0, 1]},
+        {"patient_id": "c", "logits": [0.0, 0, 2], "target": [float("nan")] * 3},
+    ]
+    scores = module._scores(rows)
+    assert scores["patients"] == 2
+    assert scores["classes_left_out"] == 1
+    assert scores["f1_micro"] == scores["f1_IV"] == scores["auroc"] == scores["average_precision"] == 1
+
+
+def test_squared_errors_by_hand():
+    pred, target = torch.tensor([[1.0, 2], [3, 4]]), torch.tensor([[0.0, 2], [1, 9]])
+    known = torch.tensor([[True, True], [True, False]])
+    assert squared_errors(pred, target, known).item() == pytest.approx((1 + 4) / 2 + 0)
+    none = torch.zeros(2, 2, dtype=torch.bool)
+    assert squared_errors(pred.requires_grad_(), target, none).item() == 0
+
+
+def test_predicting_the_mean_scores_as_many_as_there_are_measurements():
+    module = ImageRegression(classes=["age", "bmi"], **SETTINGS)
+    module.configure_model()
+    values = torch.tensor([[50.0, 20], [60, 30], [70, float("nan")]])
+    splits = {"train": [SimpleNamespace(targets=tuple(row)) for row in values.tolist()]}
+    module._trainer = SimpleNamespace(ckpt_path=None, datamodule=SimpleNamespace(splits=splits))
+    module.on_fit_start()
+    assert module.network.target_mean.tolist() == [60, 25]
+    assert module.network.target_std.tolist() == pytest.approx([66.667**0.5, 5], rel=1e-4)
+    rows = [{"logits": [0.0, 0.0], "target": row} for row in values.tolist()]
+    scores = module._scores(rows)
+    assert scores["mse"] == pytest.approx(2)
+    assert scores["mse_age"] == pytest.approx(1)
+    line = module._line({"subject_id": "s", "patient_id": "p", "logits": [1.0, 0.0], "target": [70.0, float("nan")]})
+    assert line["predicted_age"] == pytest.approx(60 + 66.667**0.5, rel=1e-4)
+    assert line["target_bmi"] == ""
