@@ -25,6 +25,9 @@ from datamodules.scores import (
     score_files,
 )
 
+#: Features whose statistics are taken at once.
+_BLOCK = 1024
+
 Transform = Literal["genotype", "z_score", "log_z_score"]
 
 
@@ -71,28 +74,32 @@ class Kind:
         chosen = [self.rows[person] for person in training if person in self.rows]
         if not chosen:
             raise DataError(f"None of the {len(training)} training persons has {self.name} features.")
-        values = self.values[chosen].astype(np.float64)
-        if self.transform == "genotype":
-            frequency = allele_frequencies(values.astype(np.float32))
-            mean, scale = 2 * frequency, np.sqrt(2 * frequency * (1 - frequency))
-        else:
-            values = self._logged(values)
-            known = ~np.isnan(values)
-            number = np.maximum(known.sum(0), 1)
-            mean = np.where(known, values, 0).sum(0) / number
-            scale = np.sqrt((np.where(known, values - mean, 0) ** 2).sum(0) / number)
-            mean[~known.any(0)] = np.nan
-        # All called heterozygous have a scale by their frequency, and yet do not vary.
-        unknown = np.isnan(values)
-        varies = np.where(unknown, -np.inf, values).max(0) > np.where(unknown, np.inf, values).min(0)
-        keep = (np.nan_to_num(scale) > 1e-6) & varies
+        rows = np.array(chosen)
+        blocks = [self._statistics(self.values[rows, start : start + _BLOCK])
+                  for start in range(0, self.values.shape[1], _BLOCK)]  # fmt: skip
+        mean, scale, keep, unknown = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
         if not keep.any():
             raise DataError(f"None of the {len(keep)} {self.name} features varies among the training persons.")
         self.dropped = int((~keep).sum())
-        self.imputed = int(np.isnan(values[:, keep]).sum())
+        self.imputed = int(unknown[keep].sum())
         self.mean, self.scale = mean[keep], scale[keep]
         self.features = [name for name, kept in zip(self.features, keep, strict=True) if kept]
         self.values = np.ascontiguousarray(self.values[:, keep])
+
+    def _statistics(self, known: NDArray[np.float32]) -> tuple[NDArray[Any], ...]:
+        """Return mean, scale, whether they vary, and how many values are missing, of features of some persons."""
+        values = known.astype(np.float64) if self.transform == "genotype" else self._logged(known.astype(np.float64))
+        missing = np.isnan(values)
+        if self.transform == "genotype":
+            frequency = allele_frequencies(known)
+            mean, scale = 2 * frequency, np.sqrt(2 * frequency * (1 - frequency))
+        else:
+            number = np.maximum((~missing).sum(0), 1)
+            mean = np.where(missing, 0, values).sum(0) / number
+            scale = np.sqrt((np.where(missing, 0, values - mean) ** 2).sum(0) / number)
+        # All called heterozygous have a scale by their frequency, and yet do not vary.
+        varies = np.where(missing, -np.inf, values).max(0) > np.where(missing, np.inf, values).min(0)
+        return mean, scale, (np.nan_to_num(scale) > 1e-6) & varies, missing.sum(0)
 
     def _logged(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         if self.transform != "log_z_score":

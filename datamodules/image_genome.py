@@ -96,12 +96,14 @@ class Sample(NamedTuple):
         patient_id: Splits are by this.
         images: The images to choose from.
         person: Whose genetics belong to it; None = there are none.
+        split: Unused: what the archive says has been heeded.
     """
 
     case_id: str
     patient_id: str
     images: tuple[Path, ...]
     person: str | None = None
+    split: str | None = None
 
 
 class ImageGenomeDataset(FaultTolerantDataset):
@@ -307,7 +309,6 @@ class ImageGenomeDataModule(ArchiveDataModule):
         self._cache, self._cache_side = cache, cache_side
         self._layout: PictureLayout | None = None
         self.genome: Genome | None = None
-        self.pictures: list[Picture] = []
         self.splits: dict[str, list[Sample]] = {}
 
     def index(self) -> PictureLayout:
@@ -335,7 +336,6 @@ class ImageGenomeDataModule(ArchiveDataModule):
             self.store: ImageCache | SourceImages = (
                 SourceImages(reader) if self._cache == "none" else ImageCache(root, self._cache_side, reader=reader)
             )
-            self.pictures = pictures
             self._layout = layout
         return self._layout
 
@@ -435,10 +435,10 @@ class ImageGenomeDataModule(ArchiveDataModule):
             raise DataError("The genetics of the training persons are not those that the checkpoint was trained with.")
         super().load_state_dict({name: value for name, value in state_dict.items() if not name.startswith("genome")})
 
-    def all_cases(self) -> list[Picture]:
-        """Return every image of the archive that belongs to a split."""
+    def all_cases(self) -> list[Sample]:
+        """Return the samples of all splits."""
         self.index()
-        return self.pictures
+        return [sample for part in self.splits.values() for sample in part]
 
     def paths_in_use(self) -> list[Path]:
         """Return the images of all splits, each once."""

@@ -22,6 +22,11 @@ Pool = Literal["mean", "cls"]
 CrossParameters = Literal["shared", "dedicated"]
 
 
+def at_least_single(x: Tensor) -> Tensor:
+    """Return 16-bit values in float32; others stay."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 class SegmentLinear(nn.Module):
     """A linear layer of its own for every segment, with LeCun's normal initialisation.
 
@@ -435,18 +440,19 @@ class RelationNetwork(nn.Module):
         return RelationOutput(pred, values, pooled)
 
     def _pooled(self, tokens: Tokens | None, real: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Return the vectors of image and genome, float32."""
+        """Return the vectors of image and genome, float32 or float64."""
         if tokens is None:
             return None, None
         prefix = self.encoder.num_prefix_tokens
-        image = tokens.image[:, 0] if self.pool == "cls" else tokens.image[:, prefix:].float().mean(1)
+        image = at_least_single(tokens.image)
+        image = image[:, 0] if self.pool == "cls" else image[:, prefix:].mean(1)
         if tokens.genome is None:
-            return image.float(), None
-        genome = tokens.genome.float()
+            return image, None
+        genome = at_least_single(tokens.genome)
         if real is None:
-            return image.float(), genome.mean(1)
-        weight = real[..., None].float()
-        return image.float(), (genome * weight).sum(1) / weight.sum(1)
+            return image, genome.mean(1)
+        weight = real[..., None].to(genome.dtype)
+        return image, (genome * weight).sum(1) / weight.sum(1)
 
     def _finish(self, block: TransformerBlock, x: Tensor, attended: Tensor) -> Tensor:
         return block.finish(x if self.masked_residual else torch.zeros_like(x), attended)

@@ -29,6 +29,7 @@ from experiments.mrm_genetics.model import (
     Pool,
     RelationNetwork,
     RelationOutput,
+    at_least_single,
 )
 
 EncoderFactory = Callable[[int, Sequence[int]], VisionTransformer]
@@ -167,7 +168,7 @@ class RelationPretrain(SSLModule):
 
     def target(self, image: Tensor) -> Tensor:
         """Return the patches ``(B, N, P)`` of an image, in the units of the loss."""
-        patches = self.network.encoder.patch_embed.patchify(image).float()
+        patches = at_least_single(self.network.encoder.patch_embed.patchify(image))
         return normalise_patches(patches) if self.norm_pix_loss else patches
 
     def matching(self, output: RelationOutput, batch: Any, sync: bool) -> dict[str, Tensor]:
@@ -201,7 +202,7 @@ class RelationPretrain(SSLModule):
     def _reconstruction(self, pred: Tensor, batch: Any, mask: MaskOutput | None) -> Reconstruction:
         target = self.target(batch["image"])
         scored = torch.ones_like(target[..., 0], dtype=torch.bool) if mask is None else mask.mask
-        return Reconstruction(pred.float(), target, scored, {})
+        return Reconstruction(at_least_single(pred), target, scored, {})
 
     def reconstruct(self, batch: Any, image: str = "image") -> Reconstruction:
         """Reconstruct a batch from ``batch[image]`` with its relations masked, and its own genetics."""

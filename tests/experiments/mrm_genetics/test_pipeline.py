@@ -192,7 +192,8 @@ def test_bad_input_is_refused_in_a_sentence(arguments, root, tmp_path, capsys):
     sentence = refusal(capsys, arguments(data=copy))
     assert "None of the 20 persons with images" in sentence
     assert "synthetic" in sentence
-    assert "of no known layout" in refusal(capsys, arguments(data=tmp_path))
+    (tmp_path / "empty").mkdir()
+    assert "of no known layout" in refusal(capsys, arguments(data=tmp_path / "empty"))
     assert "no genotypes at" in refusal(capsys, arguments("--data.genotypes=nowhere"))
     assert "applied to genotypes" in refusal(capsys, arguments(f"--data.scores={root}"))
 
