@@ -1,10 +1,10 @@
 """What a doctor looks at in single 2D images, whatever they are for."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from common.faults import Fault
+from datamodules.examination import Member
 from datamodules.images import MIN_SIDE, ImageError, read_gray, read_header
 from datamodules.volume_io import fingerprint
 
@@ -26,14 +26,9 @@ def check_image(path: Path, case_id: str, deep: bool) -> Fault | str:
     return ""
 
 
-def copies(images: Iterable[tuple[str, Mapping[str, str]]]) -> list[list[str]]:
-    """Return groups of images of different patients that are equal byte by byte.
-
-    Args:
-        images: Patient, and check sum to path, of each sample.
-    """
-    owners: dict[str, dict[str, str]] = defaultdict(dict)
-    for patient, sums in images:
-        for checksum, path in sums.items():
-            owners[checksum].setdefault(patient, path)
-    return [list(group.values()) for group in owners.values() if len(group) > 1]
+def check_images(paths: Iterable[Path], case_id: str, patient_id: str, deep: bool) -> Member:
+    """Look at the images of a member, which is usable as long as one of them is."""
+    found = {path: check_image(path, case_id, deep) for path in paths}
+    faults = [entry for entry in found.values() if isinstance(entry, Fault)]
+    sums = {entry: str(path) for path, entry in found.items() if isinstance(entry, str) and entry}
+    return Member(case_id, patient_id, faults, sums, len(faults) < len(found))

@@ -98,7 +98,7 @@ def test_a_few_cases_all_broken_are_no_archive(copy, capsys):
         path.write_bytes(b"x")
     with pytest.raises(SystemExit):
         doctor(copy)
-    assert "no case of the training split can be used" in capsys.readouterr().err
+    assert "none of the cases of the training split can be used" in capsys.readouterr().err
 
 
 def test_less_than_a_batch_is_refused(copy, capsys):

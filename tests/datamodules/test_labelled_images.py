@@ -225,7 +225,7 @@ def test_the_doctor_counts_classes_and_finds_copies(root, config, capsys):
     (root / "59.png").write_bytes((root / "00.png").read_bytes())
     with pytest.raises(SystemExit):
         commands.main(["doctor", *config, "--deep"])
-    assert "images occur in several patients" in capsys.readouterr().err
+    assert "files occur in several patients" in capsys.readouterr().err
 
 
 def test_a_split_file_serves_other_configurations(config, tmp_path):

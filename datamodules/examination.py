@@ -1,0 +1,104 @@
+"""What all examinations of an archive have in common, whatever it holds: look at every member, then judge the whole."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+from tqdm import tqdm
+
+from common.faults import Fault, FaultLedger
+from common.reporting import say
+from datamodules.cache import say_cache
+
+_T = TypeVar("_T")
+
+
+class Member(NamedTuple):
+    """What was found in one member.
+
+    Attributes:
+        case_id: Its name.
+        patient_id: Whose it is.
+        faults: What is broken.
+        sums: Check sum to path of every file that was read to its end.
+        usable: Whether anything is left to train on.
+    """
+
+    case_id: str
+    patient_id: str
+    faults: Sequence[Fault] = ()
+    sums: Mapping[str, str] = {}
+    usable: bool = True
+
+
+def look_at_all(
+    check: Callable[[_T], Member], members: Sequence[_T], deep: bool, workers: int, unit: str = "pixel"
+) -> list[Member]:
+    """Look at every member, several at once, with a bar that shows how far it is."""
+    title = f"reading every {unit}" if deep else "reading headers"
+    with ThreadPoolExecutor(workers) as pool:
+        return list(tqdm(pool.map(check, members), total=len(members), desc=title, unit="member"))
+
+
+def copies(members: Iterable[Member]) -> list[list[str]]:
+    """Return groups of files of different patients that are equal byte by byte."""
+    owners: dict[str, dict[str, str]] = defaultdict(dict)
+    for member in members:
+        for checksum, path in member.sums.items():
+            owners[checksum].setdefault(member.patient_id, path)
+    return [list(group.values()) for group in owners.values() if len(group) > 1]
+
+
+def judge(
+    datamodule: Any,
+    found: Sequence[Member],
+    noun: str,
+    deep: bool,
+    cached: Sequence[Any],
+    draws: int = 1,
+    unit: str = "pixel",
+) -> list[str]:
+    """Print the faults, the empty splits and the size of the cache; return why training would refuse the archive.
+
+    Args:
+        datamodule: The archive's, with its splits.
+        found: One entry per member in use.
+        noun: What members are called, plural.
+        deep: Whether members were read to their end.
+        cached: What the cache would be made of.
+        draws: Training samples that a member gives in an epoch.
+        unit: What members are made of.
+    """
+    ledger = FaultLedger(datamodule.ledger.max_fraction, datamodule.ledger.anonymise)
+    ledger.num_samples = len(found)
+    ledger.add(fault for member in found for fault in member.faults)
+    lost = {member.case_id for member in found if not member.usable}
+    train, reasons = datamodule.splits["train"], []
+    if not train:
+        reasons.append("the train split is empty")
+    elif all(member.case_id in lost for member in train):
+        reasons.append(f"none of the {noun} of the training split can be used")
+    elif len(train) * draws < datamodule.batch_size:
+        reasons.append(f"the training split gives {len(train) * draws} samples, fewer than one batch of "
+                       f"{datamodule.batch_size}")  # fmt: skip
+    if ledger.num_faulty:
+        say(f"faults: {ledger.num_faulty} of {len(found)} {noun}. {ledger.describe()}")
+        if ledger.num_faulty > ledger.limit:
+            reasons.append(f"{ledger.num_faulty} faulty {noun}, more than the {ledger.limit:g} that are tolerated")
+    else:
+        say("faults: none" + ("" if deep else f" in the headers; only a deep examination reads the {unit}s"))
+    if same := copies(found):
+        reasons.append(f"{len(same)} files occur in several patients, first {' = '.join(same[0])}")
+    if not datamodule.splits["val"]:
+        say("note: the val split is empty")
+    if hasattr(datamodule.store, "estimated_bytes"):
+        say_cache(datamodule.store.estimated_bytes(cached), datamodule.store.folder)
+    return reasons
+
+
+def say_splits(what: str, datamodule: Any, noun: str) -> None:
+    """Print how many members of how many patients there are, in which splits."""
+    members = [member for part in datamodule.splits.values() for member in part]
+    say(f"{what}: {len(members)} {noun} of {len({member.patient_id for member in members})} patients, "
+        + ", ".join(f"{len(part)} {name}" for name, part in datamodule.splits.items()))  # fmt: skip
