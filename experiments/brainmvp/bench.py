@@ -73,7 +73,7 @@ def _stopwatch(module: nn.Module, spent: dict[str, float], name: str) -> None:
         spent[name] = spent.get(name, 0.0) + time.perf_counter() - begin
         return result
 
-    module.forward = timed  # type: ignore[method-assign]
+    module.forward = timed
 
 
 def step_shares() -> list[Row]:

@@ -140,14 +140,14 @@ class BrainClassification(FineTuning):
     def _scores(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         logits = torch.tensor([row["logits"] for row in rows])
         target = torch.tensor([row["target"] for row in rows])
-        settings = {"num_classes": logits.shape[1]}
+        classes = logits.shape[1]
         scores = {
             "loss": float(F.cross_entropy(logits, target)),
-            "accuracy": float(multiclass_accuracy(logits, target, **settings, average="micro")),
-            "f1": float(multiclass_f1_score(logits, target, **settings, average="macro")),
+            "accuracy": float(multiclass_accuracy(logits, target, classes, average="micro")),
+            "f1": float(multiclass_f1_score(logits, target, classes, average="macro")),
         }
-        both = len(target.unique()) == logits.shape[1]
-        return scores | {"auroc": float(multiclass_auroc(logits.softmax(1), target, **settings)) if both else 0.0}
+        both = len(target.unique()) == classes
+        return scores | {"auroc": float(multiclass_auroc(logits.softmax(1), target, classes)) if both else 0.0}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Collect a batch (Lightning hook)."""

@@ -57,17 +57,18 @@ class UniFormerSegmenter(_DeepSupervision):
     def levels(self, x: Tensor) -> list[Tensor]:
         """Return logits at full, half and quarter resolution."""
         maps = self.encoder.stages(x)
-        y, half, quarter = maps[-1], maps[-1], maps[-1]
-        for index, (block, skip) in enumerate(zip(self.up, [*reversed(maps[:-1]), self.skip(x)], strict=True)):
-            y = block(y, skip)
-            quarter, half = (y if index == 1 else quarter), (y if index == 2 else half)
-        return [self.out(y), self.heads[0](half), self.heads[1](quarter)]
+        climbed = [maps[-1]]
+        for block, skip in zip(self.up, [*reversed(maps[:-1]), self.skip(x)], strict=True):
+            climbed.append(block(climbed[-1], skip))
+        *_, quarter, half, full = climbed
+        return [self.out(full), self.heads[0](half), self.heads[1](quarter)]
 
     def take(self, rest: Mapping[str, Tensor]) -> list[str]:
         """Start the transposed convolutions from those of pre-training; return which were taken."""
         taken = []
-        for index, block in enumerate(self.up):
-            weight, target = rest.get(f"decoder.up.{index}.weight"), block.transp_conv.conv.weight
+        for index in range(len(self.up)):
+            weight = rest.get(f"decoder.up.{index}.weight")
+            target = self.up.get_parameter(f"{index}.transp_conv.conv.weight")
             if weight is not None and weight.shape == target.shape:
                 with torch.no_grad():
                     target.copy_(weight)

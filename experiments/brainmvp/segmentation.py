@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from common.blocks.template_bank import crop_of, place_of
 from common.blocks.uniformer import UniFormer3D
-from common.checkpoint import read_encoder
+from common.checkpoint import StoredEncoder, read_encoder
 from common.downstream.encoder import EncoderFactory
 from common.downstream.segmentation import SegmentationModule
 from common.losses.region import BatchDiceBCE
@@ -75,6 +75,16 @@ def subsets(channels: Sequence[str]) -> list[tuple[str, ...]]:
     """Return all sets of channels that may be there, but the empty one, largest first."""
     sizes = range(len(channels), 0, -1)
     return [names for size in sizes for names in itertools.combinations(channels, size)]
+
+
+def templates_of(stored: StoredEncoder, channels: Sequence[str]) -> Tensor | None:
+    """Return the templates of the given channels ``(C, H, W, D)``, 0 for unknown ones; None where there are none."""
+    templates = normalized_templates(stored.rest)
+    if templates is None:
+        return None
+    names = [_TEMPLATE_OF.get(name, name) for name in channels]
+    known = stored.channels
+    return torch.stack([templates[known.index(n)] if n in known else torch.zeros_like(templates[0]) for n in names])
 
 
 class BrainSegmentation(SegmentationModule):
@@ -145,23 +155,17 @@ class BrainSegmentation(SegmentationModule):
 
     def build_network(self, spec: InputSpec) -> nn.Module:
         """Make the network, and carry decoder and templates over."""
-        stored = read_encoder(self._pretrained) if self._pretrained and self._record is None else None
-        shape = None if self._record is None else self._record.get("templates")
         network: Any = super().build_network(spec)
-        templates = None if stored is None else normalized_templates(stored.rest)
-        if stored is not None:
-            taken = network.take(stored.rest)
-            say(f"decoder from pre-training: {len(taken)} tensors; templates: {'no' if templates is None else 'yes'}")
-        if templates is not None:
-            names = [_TEMPLATE_OF.get(name, name) for name in spec.channels]
-            templates = torch.stack(
-                [templates[stored.channels.index(name)] if name in stored.channels else torch.zeros_like(templates[0])
-                 for name in names]
-            )  # fmt: skip
-            shape = list(templates.shape[1:])
-        self.hparams["encoder_record"] = {**self.hparams["encoder_record"], "templates": shape}
+        shape = None if self._record is None else self._record.get("templates")
         # One voxel of 0 stands for no templates: beyond a template a view is 0.
-        content = torch.zeros(len(spec.channels), *(shape or (1, 1, 1))) if templates is None else templates
+        content = torch.zeros(len(spec.channels), *(shape or (1, 1, 1)))
+        if self._pretrained and self._record is None:
+            stored = read_encoder(self._pretrained)
+            taken, found = network.take(stored.rest), templates_of(stored, spec.channels)
+            say(f"decoder from pre-training: {len(taken)} tensors; templates: {'no' if found is None else 'yes'}")
+            if found is not None:
+                content, shape = found, list(found.shape[1:])
+        self.hparams["encoder_record"] = {**self.hparams["encoder_record"], "templates": shape}
         network.templates = nn.Parameter(content, requires_grad=False)
         return network
 

@@ -35,6 +35,14 @@ def ready(root, **options):
     return data
 
 
+@pytest.fixture(scope="module")
+def data(brain_root, tmp_path_factory):
+    """The archive, ready; its cache is built once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDMIM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return ready(brain_root)
+
+
 def listed(root, content, name="datalist.json"):
     (root / name).write_text(json.dumps(content))
     return root
@@ -49,8 +57,7 @@ def entries(root):
     ]  # fmt: skip
 
 
-def test_sources_are_recognised_and_go_under_canonical_names(brain_root):
-    data = ready(brain_root)
+def test_sources_are_recognised_and_go_under_canonical_names(data):
     assert Counter(case.attributes["source"] for case in data.cases) == {"brats2021": 4, "ucsf_pdgm": 4, "ixi": 4}
     assert data.input_spec.channels == CANONICAL
     sets = {frozenset(case.images) for case in data.cases}
@@ -59,8 +66,7 @@ def test_sources_are_recognised_and_go_under_canonical_names(brain_root):
     assert {len(case.images) for case in data.cases} >= {1, 4, 6}
 
 
-def test_pairs_are_two_sequences_of_one_study_at_one_place(brain_root):
-    data = ready(brain_root)
+def test_pairs_are_two_sequences_of_one_study_at_one_place(data):
     dataset = PairDataset(data.splits["train"], data.store, (16, 16, 16), "train", 1, atlas=SHAPE)
     for index in range(len(dataset)):
         sample = dataset.read(Draw(index, 0, 0))
@@ -85,8 +91,7 @@ def test_pairs_are_two_sequences_of_one_study_at_one_place(brain_root):
         assert 0 <= sample["image"].min() <= sample["image"].max() <= 1
 
 
-def test_draws_depend_on_seed_epoch_subject_and_number_alone(brain_root):
-    data = ready(brain_root)
+def test_draws_depend_on_seed_epoch_subject_and_number_alone(data):
 
     def read(seed, *draw, cases=data.splits["train"]):
         return PairDataset(cases, data.store, (16, 16, 16), "train", seed, atlas=SHAPE).read(Draw(*draw))
@@ -98,9 +103,8 @@ def test_draws_depend_on_seed_epoch_subject_and_number_alone(brain_root):
     assert len({int(read(seed, 2, e, d)["key"]) for seed, e, d in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1))}) == 4
 
 
-def test_every_sequence_of_a_study_is_drawn_equally_often(brain_root):
+def test_every_sequence_of_a_study_is_drawn_equally_often(data):
     """With equal draws per study this is the mean over studies of the mean over their sequences (E-SSL, case R4)."""
-    data = ready(brain_root)
     dataset = PairDataset(data.splits["train"], data.store, (16, 16, 16), "train", 1, atlas=SHAPE)
     for index, case in enumerate(dataset.cases):
         opened = data.store.open(case)
@@ -171,7 +175,7 @@ def test_a_study_listed_twice_under_two_names(brain_root, tmp_path):
 
 
 def test_renamed_releases_are_refused_and_other_overlap_is_said(brain_root, tmp_path, capsys):
-    ready(brain_root)
+    module(brain_root).index()
     assert "part of UCSF-PDGM (4 studies) is inside BraTS (4 studies)" in capsys.readouterr().out
     root = shutil.copytree(brain_root, tmp_path / "archive")
     studies = entries(root)

@@ -108,8 +108,7 @@ def test_half_of_the_studies_miss_two_sequences(brain_arguments, tmp_path):
 
 def test_files_that_vanish_during_the_run(brain_arguments, brain_root, tmp_path, monkeypatch):
     root = shutil.copytree(brain_root, tmp_path / "archive")
-    lost = [sorted(root.glob(f"{source}/*/*T2.nii.gz"))[index] for source, index in (("ucsf_pdgm", 0), ("ucsf_pdgm", 1),
-                                                                                    ("ixi", 1))]  # fmt: skip
+    lost = [*sorted(root.glob("ucsf_pdgm/*/*_T2.nii.gz"))[:2], sorted(root.glob("ixi/*-T2.nii.gz"))[1]]
     at_step(monkeypatch, 1, lambda: [path.unlink() for path in lost])
     arguments = brain_arguments("--data.cache=none", "--trainer.max_epochs=3", "--data.split_fractions=[0.8,0.2,0.0]",
                                 "--data.crops_per_case=2", root=root)  # fmt: skip
