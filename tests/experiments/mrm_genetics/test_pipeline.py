@@ -233,8 +233,8 @@ def test_tasks_start_from_an_encoder_and_are_scored(task, arguments, tmp_path):
     config = ["--config", str(CONFIGS / f"finetune_{task}.yaml"), f"--data.root={tmp_path / 'archive'}", *DATA, *more]
     line = [*config, *TRAINER, *ENCODER]
     if task == "palm_seg":  # its decoder doubles four times
-        more = ["--model.encoder.patch_size=16", "--model.encoder.depth=4", "--model.network.feature_size=4"]
-        folder = execute(["fit", *line, *more])
+        config.append("--model.network.feature_size=4")
+        folder = execute(["fit", *line, config[-1], "--model.encoder.patch_size=16", "--model.encoder.depth=4"])
     else:
         folder = execute(["fit", *line, f"--model.pretrained={pretrained}"])
     assert any(name.startswith("val/") for name in scalars_of(folder))
