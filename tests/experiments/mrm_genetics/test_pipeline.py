@@ -183,6 +183,14 @@ def test_images_alone_and_the_baselines(arguments, capsys):
     assert "complete_only" in sentence
 
 
+def test_stained_regions_train_with_their_omics(arguments, tmp_path):
+    write_tcga(tmp_path / "archive", 4, 0)
+    line = arguments("--trainer.max_steps=2", data=tmp_path / "archive")
+    line[3:3] = ["--config", str(CONFIGS / "pathology.yaml")]
+    names = scalars_of(execute(line))
+    assert {"val/loss_genome", "collapse/genome_floor_ratio", "relation/zeroed_fraction_genome_cross"} <= names.keys()
+
+
 def test_bad_input_is_refused_in_a_sentence(arguments, root, tmp_path, capsys):
     copy = shutil.copytree(root, tmp_path / "archive")
     for path in copy.glob("genetics/*.fam"):
