@@ -239,11 +239,15 @@ def read_genome(files: GenomeFiles, root: Path | None = None, limit: float = 5.0
         for path in score_files(files.score_tables, (".sscore",)):
             scored[path.stem] = read_score_table(path)
     if scored:
-        ids, values = join_scores(scored)
-        kinds.append(Kind("pgs", ids, list(scored), values, "z_score"))
+        kinds.append(Kind("pgs", *_named(scored), "z_score"))
     if files.burden:
         kinds.append(Kind("burden", *_burden(Path(files.burden), root, files.min_carriers), "log_z_score"))
     return Genome(kinds, limit)
+
+
+def _named(scored: Mapping[str, Any]) -> tuple[list[str], list[str], NDArray[np.float32]]:
+    ids, values = join_scores(scored)
+    return ids, list(scored), values
 
 
 def _burden(path: Path, root: Path | None, min_carriers: int) -> tuple[list[str], list[str], NDArray[np.float32]]:
