@@ -211,8 +211,16 @@ class GenomeFiles:
         return any((self.genotypes, self.scores, self.score_tables, self.burden))
 
 
-def read_genome(files: GenomeFiles, root: Path | None = None, limit: float = 5.0) -> Genome:
-    """Read genotypes, scores and burdens. Standardisation comes later, once the training persons are known.
+def read_genome(
+    files: GenomeFiles, root: Path | None = None, limit: float = 5.0, training: Collection[str] = ()
+) -> Genome:
+    """Read genotypes, scores and burdens. Standardisation comes later, by :meth:`Genome.fit`.
+
+    Args:
+        files: Where they lie.
+        root: What relative paths are looked for under first.
+        limit: Standardised values are cut to this on both sides.
+        training: Persons whose allele frequencies stand in for calls that a score misses; empty = everyone.
 
     Raises:
         DataError: a file is missing or damaged, or a score fits no variant.
@@ -228,9 +236,12 @@ def read_genome(files: GenomeFiles, root: Path | None = None, limit: float = 5.0
         if files.scores:
             every = genotypes if files.step == 1 else open_genotypes(files.genotypes, root)
             build = normal_build(files.build)
+            known = set(training)
+            reference = np.array([place for place, name in enumerate(every.ids) if name in known], dtype=np.int64)
             for path in score_files(files.scores, (".txt", ".txt.gz")):
                 score = read_score(path, build)
-                values, counts = apply_score(score, every, build, files.keep_ambiguous)
+                among = reference if len(reference) else None
+                values, counts = apply_score(score, every, build, files.keep_ambiguous, among)
                 scored[score.name] = every.ids, values
                 say(f"genetics: {score.name}, " + ", ".join(f"{count} {name}" for name, count in counts.items()))
     elif files.scores:

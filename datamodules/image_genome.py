@@ -352,7 +352,8 @@ class ImageGenomeDataModule(ArchiveDataModule):
         kinds = layout.kinds(root) if layout.kinds is not None and not self._files.any else []
         if not files.any and not kinds:
             return {}
-        self.genome = read_genome(files, root, self._clip)
+        training = [patient for patient, split in split_of.items() if split == "train"]
+        self.genome = read_genome(files, root, self._clip, training)
         self.genome.kinds += kinds
         known = self.genome.persons
         synthetic = self.pairing == "synthetic" or (self.pairing == "auto" and not layout.named)

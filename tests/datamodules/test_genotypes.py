@@ -182,3 +182,19 @@ def test_hapmap(real_data):
     values, observed = genome.read(snp.ids[700])
     assert observed.mean() > 0.99
     assert abs(values).max() <= 5
+
+
+def test_scores_are_applied_with_the_training_persons_frequencies(tmp_path):
+    counts = np.array([[0, 1], [2, MISSING], [2, 1]], dtype=np.int8)
+    write_bed(tmp_path / "g", ["a", "b", "c"], VARIANTS, counts)
+    rows = ["rs1\tA\tG\t0", "rs2\tC\tT\t10"]
+    (tmp_path / "s.txt").write_text("\n".join(["#pgs_id=X", "rsID\teffect_allele\tother_allele\teffect_weight", *rows]))
+    files = GenomeFiles(str(tmp_path / "g"), scores=str(tmp_path / "s.txt"), step=2)
+    snp, pgs = read_genome(files, training=["a", "b"]).kinds
+    assert snp.features == ["1:10:rs1"]
+    assert pgs.features == ["X"]
+    assert pgs.values[:, 0].tolist() == [10, 10, 10]
+    counts[2, 1] = 2
+    write_bed(tmp_path / "g", ["a", "b", "c"], VARIANTS, counts)
+    assert read_genome(files, training=["a", "b"]).kinds[1].values[:, 0].tolist() == [10, 10, 20]
+    assert read_genome(files).kinds[1].values[:, 0].tolist() == [10, 15, 20]
