@@ -135,11 +135,11 @@ class Clump(NamedTuple):
     """A region: its most significant variant and those in linkage with it.
 
     Attributes:
-        index: The variant.
+        lead: The variant.
         members: The others.
     """
 
-    index: int
+    lead: int
     members: list[int]
 
 
@@ -328,7 +328,7 @@ def manhattan_figure(table: pd.DataFrame, clumps: Sequence[Clump], line: float) 
         axes.scatter(places[inside], logs[inside], s=4, color=f"C{index % 2}")
         ticks.append((places[inside].mean(), chromosome))
         offset = places[inside].max() + max(np.ptp(pos) * 0.05, 1.0)
-    leads = [entry.index for entry in clumps]
+    leads = [entry.lead for entry in clumps]
     axes.scatter(places[leads], logs[leads], s=30, facecolor="none", edgecolor="red", label=f"{len(leads)} regions")
     axes.axhline(-np.log10(line), color="grey", linestyle=":")
     axes.set_xticks([place for place, _ in ticks], [name for _, name in ticks], fontsize=7)
@@ -405,7 +405,7 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     found.table.to_csv(out / "associations.csv", index=False)
-    leads = found.table.iloc[[entry.index for entry in found.clumps]]
+    leads = found.table.iloc[[entry.lead for entry in found.clumps]]
     leads.assign(members=[len(entry.members) for entry in found.clumps]).to_csv(out / "regions.csv", index=False)
     facts = {
         "persons": found.persons,

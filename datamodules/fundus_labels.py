@@ -133,6 +133,7 @@ class RFMiD(LabelLayout):
         """
         parts = (("train", "Training", "Training"), ("val", "Validation", "Validation"), ("test", "Testing", "Test"))
         found: list[LabelledImage] = []
+        self.classes = ()
         for split, word, folder in parts:
             pattern = f"**/*RFMiD_{word}_Labels.csv"
             path = next(iter(sorted(root.glob(pattern))), None)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from common.errors import DataError
 from common.randomness import numpy_generator, stable_hash
 from common.reporting import say
-from datamodules.genotypes import allele_frequencies, open_genotypes
+from datamodules.genotypes import MISSING, allele_frequencies, counts_of, open_genotypes
 from datamodules.scores import (
     apply_score,
     join_scores,
@@ -39,7 +39,7 @@ class Kind:
         name: Such as ``snp``.
         ids: Person of each row.
         features: Names of the columns.
-        values: ``(P, F)`` float32, NaN where nothing is known.
+        values: ``(P, F)`` float32, NaN where nothing is known; or calls in int8, as genotypes give them.
         transform: ``"genotype"``: (g - 2p) / sqrt(2p (1 - p)); ``"z_score"``; ``"log_z_score"``: that of log(1 + x).
         rows: Row of each person.
         mean: Of each feature over the training persons.
@@ -51,7 +51,7 @@ class Kind:
     name: str
     ids: Sequence[str]
     features: list[str]
-    values: NDArray[np.float32]
+    values: NDArray[Any]
     transform: Transform
     rows: dict[str, int] = field(default_factory=dict)
     mean: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
@@ -62,7 +62,7 @@ class Kind:
     def __post_init__(self) -> None:
         if len(set(self.ids)) != len(self.ids):
             raise DataError(f"The {self.name} features list a person twice.")
-        known = ~np.isnan(self.values).all(1)
+        known = ~(self.values == MISSING).all(1) if self.values.dtype == np.int8 else ~np.isnan(self.values).all(1)
         self.rows = {person: row for row, person in enumerate(self.ids) if known[row]}
 
     def fit(self, training: Collection[str]) -> None:
@@ -75,7 +75,7 @@ class Kind:
         if not chosen:
             raise DataError(f"None of the {len(training)} training persons has {self.name} features.")
         rows = np.array(chosen)
-        blocks = [self._statistics(self.values[rows, start : start + _BLOCK])
+        blocks = [self._statistics(counts_of(self.values[rows, start : start + _BLOCK]))
                   for start in range(0, self.values.shape[1], _BLOCK)]  # fmt: skip
         mean, scale, keep, unknown = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
         if not keep.any():
@@ -113,7 +113,7 @@ class Kind:
         row = self.rows.get(person) if person is not None else None
         if row is None:
             return np.zeros(len(self.features), dtype=np.float32), np.zeros(len(self.features), dtype=bool)
-        values = self.values[row]
+        values = counts_of(self.values[row])
         observed = ~np.isnan(values)
         standard = (self._logged(values.astype(np.float64)) - self.mean) / self.scale
         return np.where(observed, np.clip(standard, -limit, limit), 0).astype(np.float32), observed
@@ -211,8 +211,16 @@ class GenomeFiles:
         return any((self.genotypes, self.scores, self.score_tables, self.burden))
 
 
-def read_genome(files: GenomeFiles, root: Path | None = None, limit: float = 5.0) -> Genome:
-    """Read genotypes, scores and burdens. Standardisation comes later, once the training persons are known.
+def read_genome(
+    files: GenomeFiles, root: Path | None = None, limit: float = 5.0, training: Collection[str] = ()
+) -> Genome:
+    """Read genotypes, scores and burdens. Standardisation comes later, by :meth:`Genome.fit`.
+
+    Args:
+        files: Where they lie.
+        root: What relative paths are looked for under first.
+        limit: Standardised values are cut to this on both sides.
+        training: Persons whose allele frequencies stand in for calls that a score misses; empty = everyone.
 
     Raises:
         DataError: a file is missing or damaged, or a score fits no variant.
@@ -224,13 +232,16 @@ def read_genome(files: GenomeFiles, root: Path | None = None, limit: float = 5.0
         names = [f"{v.chrom}:{v.pos}:{v.id}" for v in genotypes.variants.itertuples(index=False)]
         if genotypes.withdrawn:
             say(f"genetics: {genotypes.withdrawn} persons with negative numbers have withdrawn and are left out")
-        kinds.append(Kind("snp", genotypes.ids, names, genotypes.counts(), "genotype"))
+        kinds.append(Kind("snp", genotypes.ids, names, genotypes.table(), "genotype"))
         if files.scores:
             every = genotypes if files.step == 1 else open_genotypes(files.genotypes, root)
             build = normal_build(files.build)
+            known = set(training)
+            reference = np.array([place for place, name in enumerate(every.ids) if name in known], dtype=np.int64)
             for path in score_files(files.scores, (".txt", ".txt.gz")):
                 score = read_score(path, build)
-                values, counts = apply_score(score, every, build, files.keep_ambiguous)
+                among = reference if len(reference) else None
+                values, counts = apply_score(score, every, build, files.keep_ambiguous, among)
                 scored[score.name] = every.ids, values
                 say(f"genetics: {score.name}, " + ", ".join(f"{count} {name}" for name, count in counts.items()))
     elif files.scores:
@@ -239,11 +250,15 @@ def read_genome(files: GenomeFiles, root: Path | None = None, limit: float = 5.0
         for path in score_files(files.score_tables, (".sscore",)):
             scored[path.stem] = read_score_table(path)
     if scored:
-        ids, values = join_scores(scored)
-        kinds.append(Kind("pgs", ids, list(scored), values, "z_score"))
+        kinds.append(Kind("pgs", *_named(scored), "z_score"))
     if files.burden:
         kinds.append(Kind("burden", *_burden(Path(files.burden), root, files.min_carriers), "log_z_score"))
     return Genome(kinds, limit)
+
+
+def _named(scored: Mapping[str, Any]) -> tuple[list[str], list[str], NDArray[np.float32]]:
+    ids, values = join_scores(scored)
+    return ids, list(scored), values
 
 
 def _burden(path: Path, root: Path | None, min_carriers: int) -> tuple[list[str], list[str], NDArray[np.float32]]:

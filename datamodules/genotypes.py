@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,8 @@ from common.reporting import contents
 #: Counts of an allele, 0 to 2, where it was not called.
 MISSING = -127
 CHROMOSOMES = tuple(str(number) for number in range(1, 23))
+#: Variants read at once.
+_CHUNK = 2048
 _BED_MAGIC = b"\x6c\x1b\x01"
 _VARIANT_COLUMNS = ["chrom", "id", "pos", "counted", "other"]
 
@@ -53,6 +55,8 @@ class GenotypeFile(ABC):
     path: Path
     ids: list[str]
     variants: pd.DataFrame
+    #: Whether counts are whole numbers, not expectations.
+    called: ClassVar[bool] = True
 
     @abstractmethod
     def counts(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -116,6 +120,8 @@ class BgenFile(GenotypeFile):
     Raises:
         DataError: it cannot be read.
     """
+
+    called = False
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -250,6 +256,23 @@ class Genotypes:
             if len(inside):
                 parts.append(file.counts(rows, self._columns[index][inside - self._starts[index]]))
         return np.concatenate(parts, axis=1) if parts else np.zeros((len(rows), 0), dtype=np.float32)
+
+    def table(self) -> NDArray[Any]:
+        """Return all counts ``(P, V)`` in the least memory: int8 with ``MISSING`` where all are calls, else float32."""
+        called = all(file.called for file in self._files)
+        result = np.empty((len(self.rows), len(self.variants)), dtype=np.int8 if called else np.float32)
+        for start in range(0, result.shape[1], _CHUNK):
+            part = self.counts(None, np.arange(start, min(start + _CHUNK, result.shape[1])))
+            result[:, start : start + _CHUNK] = np.where(np.isnan(part), MISSING, part) if called else part
+        return result
+
+
+def counts_of(table: NDArray[Any]) -> NDArray[np.float32]:
+    """Return float32 counts, NaN where there is no call, of a part of what :meth:`Genotypes.table` gives."""
+    counts = table.astype(np.float32)
+    if table.dtype == np.int8:
+        counts[table == MISSING] = np.nan
+    return counts
 
 
 def open_genotypes(pattern: str, root: Path | None = None, step: int = 1) -> Genotypes:

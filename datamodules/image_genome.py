@@ -298,7 +298,7 @@ class ImageGenomeDataModule(ArchiveDataModule):
             raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
         self.root = root
         self.image_size = tuple(image_size)
-        self.augmentation = Augmentation(tuple(crop_scale), degrees, flip, upside_down, tuple(jitter))
+        self.augmentation = Augmentation(crop_scale, degrees, flip, upside_down, jitter)
         self.mean, self.std = tuple(mean), tuple(std)
         self.draws_per_image = draws_per_image
         self.genetics, self.pairing, self.complete_only = genetics, pairing, complete_only
@@ -352,7 +352,8 @@ class ImageGenomeDataModule(ArchiveDataModule):
         kinds = layout.kinds(root) if layout.kinds is not None and not self._files.any else []
         if not files.any and not kinds:
             return {}
-        self.genome = read_genome(files, root, self._clip)
+        training = [patient for patient, split in split_of.items() if split == "train"]
+        self.genome = read_genome(files, root, self._clip, training)
         self.genome.kinds += kinds
         known = self.genome.persons
         synthetic = self.pairing == "synthetic" or (self.pairing == "auto" and not layout.named)

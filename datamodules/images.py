@@ -185,8 +185,7 @@ def read_field_of_view(path: Path, shorter_side: int | None = None, threshold: i
     pixels = read_colour(path, None if shorter_side is None else 2 * shorter_side)
     bright = pixels.max(-1) > threshold
     # A hundredth of a line, so that neither speckles nor printed letters count as the eye.
-    rows = np.flatnonzero(bright.sum(1) > bright.shape[1] / 100)
-    columns = np.flatnonzero(bright.sum(0) > bright.shape[0] / 100)
+    rows, columns = (np.flatnonzero(bright.sum(axis) > max(bright.shape[axis] / 100, 2)) for axis in (1, 0))
     if not len(rows) or not len(columns):
         raise ImageError("constant", f"nothing is brighter than {threshold} of 255, so there is no field of view")
     pixels = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]

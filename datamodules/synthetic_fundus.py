@@ -69,7 +69,7 @@ def _inside(rng: np.random.Generator, center: Sequence[float], radius: float) ->
     return center[0] + distance * np.cos(angle), center[1] + distance * np.sin(angle)
 
 
-def _colour(values: Sequence[float]) -> tuple[int, int, int]:
+def _colour(values: Sequence[float] | NDArray[np.float64]) -> tuple[int, int, int]:
     red, green, blue = (int(np.clip(value, 0, 255)) for value in values)
     return red, green, blue
 

@@ -177,8 +177,12 @@ class TransformerBlock(nn.Module):
         x = x + self.drop_path(self.attn.merge(attended))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None, queries: slice | None = None) -> Tensor:
-        """Transform ``(B, N, E)``.
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform ``(B, N, E)``."""
+        return self.transform(x)
+
+    def transform(self, x: Tensor, key_mask: Tensor | None = None, queries: slice | None = None) -> Tensor:
+        """Transform ``(B, N, E)``, some of its tokens being no keys, or some alone being wanted.
 
         Args:
             x: The tokens.

@@ -119,7 +119,7 @@ class GenomeFloor(SumsCallback):
             return
         if self._fitted is None:
             self._fitted = self._fit(trainer, module)
-        pred, target, observed = module.reconstruct_genome(batch)
+        pred, target, observed = module.reconstruct_genome(batch)  # type: ignore[operator]
         if pred is None:
             return
         mean, axes = self._fitted
@@ -159,7 +159,7 @@ class RelationMass(SumsCallback):
         log_scalars(pl_module, {f"relation/{name}": value for name, value in self.means().items()})
 
 
-def _relations(module: SSLModule, batch: Any) -> dict[str, Relations]:
+def _relations(module: Any, batch: Any) -> dict[str, Relations]:
     return module.relations(batch) if hasattr(module, "relations") else {}
 
 
@@ -187,7 +187,7 @@ class SampleRelations(ValidationCallback):
         share = -(-self.max_samples // trainer.world_size)
         seen = sum(len(part["image"]) for part in self._vectors)
         if hasattr(module, "pooled") and seen < share:
-            vectors = module.pooled(batch)
+            vectors = module.pooled(batch)  # type: ignore[operator]
             self._vectors.append({name: x[: share - seen].float().cpu() for name, x in vectors.items()})
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

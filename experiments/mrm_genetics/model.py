@@ -6,7 +6,7 @@ of a genome, M kinds of genetics, E width, D width of a decoder, H heads.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -98,9 +98,8 @@ class SegmentTokenizer(nn.Module):
         self.first = nn.ModuleDict({name: SegmentLinear(cut.tokens, cut.size, dim) for name, cut in self.cuts.items()})
         self.second = nn.ModuleDict({name: nn.Linear(dim, dim) for name in self.cuts})
         self.dropout = nn.AlphaDropout(dropout)
-        for layer in self.second.values():
-            nn.init.normal_(layer.weight, std=dim**-0.5)
-            nn.init.zeros_(layer.bias)
+        for name, parameter in self.second.named_parameters():
+            nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.normal_(parameter, std=dim**-0.5)
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, self.num_tokens, dim))
         self.kind_embed = nn.Parameter(0.02 * torch.randn(len(self.cuts), dim))
 
@@ -267,8 +266,8 @@ class FusedDecoder(nn.Module):
                 own = slice(self.num_image, None)
         *blocks, last = self.blocks
         for block in blocks:
-            x = block(x, keys)
-        return self.norm(last(x, keys, queries=own))
+            x = block.transform(x, keys)  # type: ignore[operator]
+        return self.norm(last.transform(x, keys, queries=own))  # type: ignore[operator]
 
 
 class GenomeHeads(nn.Module):
@@ -511,18 +510,18 @@ class RelationNetwork(nn.Module):
             masked: Whether the masked pass is run.
             record: Takes the masked relations by name.
         """
-        first, blocks = self.encoder.blocks[0], list(self.encoder.blocks[1:])
-        others = list(self.genome.blocks[1:]) if self.genome is not None else []
+        first, *blocks = cast(list[TransformerBlock], list(self.encoder.blocks))
+        first_other, *others = cast(list[Any], list(self.genome.blocks) if self.genome is not None else [None])
         if not masked:
-            return self._rest(tokens, [first, *blocks], [*self.genome.blocks] if self.genome else [], safe), None
+            return self._rest(tokens, [first, *blocks], [first_other, *others], safe), None
         image, image_masked = self._self_block("image_self", first, tokens.image, None, intact, record)
         whole, hidden = Tokens(image, None), Tokens(image_masked, None)
         if tokens.genome is not None:
-            assert self.genome is not None
-            pair = self._self_block("genome_self", self.genome.blocks[0], tokens.genome, safe, intact, record)
+            pair = self._self_block("genome_self", first_other, tokens.genome, safe, intact, record)
             whole, hidden = Tokens(image, pair[0]), Tokens(image_masked, pair[1])
         if self.cross is not None:
-            hidden = self._cross_block(self.cross["image"], self.cross["genome"], hidden, real, safe, record)
+            own, other = (cast(TransformerBlock, self.cross[name]) for name in ("image", "genome"))
+            hidden = self._cross_block(own, other, hidden, real, safe, record)
         else:
             block = blocks.pop(0)
             if tokens.genome is not None:
@@ -530,7 +529,7 @@ class RelationNetwork(nn.Module):
                 hidden = self._cross_block(block, other, hidden, real, safe, record)
                 if intact:
                     assert whole.genome is not None
-                    whole = Tokens(block(whole.image), other(whole.genome, safe))
+                    whole = Tokens(block(whole.image), other.transform(whole.genome, safe))
             else:
                 hidden = Tokens(self._second_self(block, hidden.image, record), None)
                 whole = Tokens(block(whole.image), None) if intact else whole
@@ -557,6 +556,6 @@ class RelationNetwork(nn.Module):
         if genome is not None:
             assert self.genome is not None
             for other in others:
-                genome = other(genome, real)
+                genome = other.transform(genome, real)
             genome = self.genome.norm(genome)
         return Tokens(self.encoder.norm(image), genome)

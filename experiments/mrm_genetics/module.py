@@ -37,6 +37,10 @@ GenomeFactory = Callable[[Mapping[str, int], int, int], GenomeEncoder]
 DecoderFactory = Callable[[int, Sequence[int], int, int, Literal["image", "genome"], bool], FusedDecoder]
 
 
+def _decoder_sizes(encoder: VisionTransformer) -> tuple[int, Sequence[int], int]:
+    return encoder.embed_dim, encoder.grid_size, encoder.num_prefix_tokens
+
+
 class RelationPretrain(SSLModule):
     """Reconstruction from masked relations, and relations between samples that masking must not change (Eq. 14).
 
@@ -137,16 +141,11 @@ class RelationPretrain(SSLModule):
         if spec.genome:
             genome = make_genome(spec.genome, encoder.embed_dim, encoder.config["num_heads"])
             tokens = genome.tokens.num_tokens
-            genome_decoder = make_genome_decoder(*self._decoder_sizes(encoder, tokens), "genome", False)
-        hides = self.masker is not None
-        decoder = make_decoder(*self._decoder_sizes(encoder, tokens), "image", hides)
+            genome_decoder = make_genome_decoder(*_decoder_sizes(encoder), tokens, "genome", False)
+        decoder = make_decoder(*_decoder_sizes(encoder), tokens, "image", self.masker is not None)
         if self.masker is not None:
             self.masker(1, encoder.patch_embed.num_patches, generator=torch.Generator())
         return RelationNetwork(encoder, genome, decoder, genome_decoder, **self._options)
-
-    @staticmethod
-    def _decoder_sizes(encoder: VisionTransformer, tokens: int) -> tuple[Any, ...]:
-        return encoder.embed_dim, encoder.grid_size, encoder.num_prefix_tokens, tokens
 
     def on_fit_start(self) -> None:
         """Take the encoder's first weights from a file, unless a checkpoint brings all (Lightning hook)."""

@@ -81,7 +81,7 @@ def test_clumps_by_hand():
     variants = pd.DataFrame({"chrom": ["1", "1", "1", "1", "2"], "pos": [1000, 2000, 3000, 900_000, 1000]})
     p = np.array([1e-10, 1e-9, 1e-9, 1e-8, 9e-8])
     found = clump(p, variants, dict(enumerate(dosage.T)))
-    assert [(entry.index, entry.members) for entry in found] == [(0, [1]), (2, []), (3, [])]
+    assert [(entry.lead, entry.members) for entry in found] == [(0, [1]), (2, []), (3, [])]
     assert clump(np.full(5, 0.5), variants, {}) == []
 
 
@@ -93,7 +93,7 @@ def features(people, rng, strength=1.5):
 
 def test_the_planted_region_is_found_and_nothing_else(genotypes, people):
     found = associate(features(people, np.random.default_rng(0)), genotypes.ids, genotypes, components=3, relatives=[])
-    regions = [entry.index for entry in found.clumps]
+    regions = [entry.lead for entry in found.clumps]
     assert people.causal[0] // 8 in [index // 8 for index in regions]
     assert all(abs(index - people.causal[0]) < 8 for index in regions)
     assert len(found.inflation) == 3
@@ -141,11 +141,11 @@ def test_hapmap_with_a_planted_effect_and_with_permuted_phenotypes(real_data):
     trait = np.column_stack([3 * (0.8 * cause + rng.normal(size=len(cause))), rng.normal(size=(len(cause), 3))])
     options = {"components": 1, "genetic": 10, "relatives": None}
     found = associate(trait, genotypes.ids, genotypes, **options)
-    assert planted in [entry.index for entry in found.clumps]
+    assert planted in [entry.lead for entry in found.clumps]
     chrom, pos = genotypes.variants["chrom"], genotypes.variants["pos"]
     for entry in found.clumps:
-        assert chrom[entry.index] == chrom[planted]
-        assert abs(pos[entry.index] - pos[planted]) < 5_000_000
+        assert chrom[entry.lead] == chrom[planted]
+        assert abs(pos[entry.lead] - pos[planted]) < 5_000_000
     permuted = associate(rng.permutation(trait), genotypes.ids, genotypes, **options)
     assert permuted.clumps == []
     p = permuted.table["p"].to_numpy()

@@ -4,7 +4,7 @@ import pytest
 
 from common.errors import DataError
 from datamodules.genome import GenomeFiles, Kind, pair_persons, read_genome
-from datamodules.genotypes import MISSING, allele_frequencies, open_genotypes
+from datamodules.genotypes import MISSING, allele_frequencies, counts_of, open_genotypes
 from datamodules.synthetic_fundus import write_bed
 
 VARIANTS = pd.DataFrame({"chrom": ["1", "1"], "id": ["rs1", "rs2"], "pos": [10, 20], "counted": ["A", "C"],
@@ -77,6 +77,7 @@ def test_bgen(tmp_path):
     assert genotypes.counts().tolist() == [[0], [1], [2]]
     assert genotypes.variants.iloc[0].tolist() == ["7", "rs5", 5, "G", "A"]
     assert genotypes._files[0].multi_allelic == 1
+    assert genotypes.table().dtype == np.float32
 
 
 def kind(values, transform="genotype", ids=None):
@@ -107,6 +108,19 @@ def test_what_is_missing_is_the_mean_and_is_counted():
     assert [x.tolist() for x in entry.read("d", 5)] == [[0.0], [False]]
     assert [x.tolist() for x in entry.read(None, 5)] == [[0.0], [False]]
     assert "d" not in entry.rows
+
+
+def test_calls_in_bytes_are_the_same_features():
+    floats = kind([[0, 1, 2], [np.nan, 1, 0], [2, 0, np.nan], [np.nan] * 3])
+    calls = Kind("snp", list("abcd"), list(floats.features), np.where(np.isnan(floats.values), MISSING, floats.values)
+                 .astype(np.int8), "genotype")  # fmt: skip
+    assert calls.rows == floats.rows
+    for entry in (floats, calls):
+        entry.fit(["a", "b", "c"])
+    for person in "abcd":
+        for one, two in zip(floats.read(person, 5), calls.read(person, 5), strict=True):
+            assert np.array_equal(one, two)
+    assert (calls.imputed, calls.dropped) == (floats.imputed, floats.dropped)
 
 
 def test_other_transforms_and_their_limits():
@@ -159,9 +173,28 @@ def test_hapmap(real_data):
     genome = read_genome(GenomeFiles(str(folder / "HM3_thinned_autosomal_overlap")))
     (snp,) = genome.kinds
     assert snp.values.shape == (957, 14079)
+    assert snp.values.dtype == np.int8
+    assert np.array_equal(counts_of(snp.values), open_genotypes(str(folder / "HM3_thinned_autosomal_overlap")).counts(),
+                          equal_nan=True)  # fmt: skip
     genome.fit(snp.ids[:600])
-    assert snp.imputed == int(np.isnan(snp.values[:600]).sum())
+    assert snp.imputed == int((snp.values[:600] == MISSING).sum())
     assert 0 < snp.imputed < 0.003 * 600 * 14079
     values, observed = genome.read(snp.ids[700])
     assert observed.mean() > 0.99
     assert abs(values).max() <= 5
+
+
+def test_scores_are_applied_with_the_training_persons_frequencies(tmp_path):
+    counts = np.array([[0, 1], [2, MISSING], [2, 1]], dtype=np.int8)
+    write_bed(tmp_path / "g", ["a", "b", "c"], VARIANTS, counts)
+    rows = ["rs1\tA\tG\t0", "rs2\tC\tT\t10"]
+    (tmp_path / "s.txt").write_text("\n".join(["#pgs_id=X", "rsID\teffect_allele\tother_allele\teffect_weight", *rows]))
+    files = GenomeFiles(str(tmp_path / "g"), scores=str(tmp_path / "s.txt"), step=2)
+    snp, pgs = read_genome(files, training=["a", "b"]).kinds
+    assert snp.features == ["1:10:rs1"]
+    assert pgs.features == ["X"]
+    assert pgs.values[:, 0].tolist() == [10, 10, 10]
+    counts[2, 1] = 2
+    write_bed(tmp_path / "g", ["a", "b", "c"], VARIANTS, counts)
+    assert read_genome(files, training=["a", "b"]).kinds[1].values[:, 0].tolist() == [10, 10, 20]
+    assert read_genome(files).kinds[1].values[:, 0].tolist() == [10, 15, 20]

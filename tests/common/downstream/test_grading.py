@@ -15,7 +15,7 @@ from common.downstream.grading import (
 from common.downstream.regression import ImageRegression, squared_errors
 
 GRADES = [f"grade {i}" for i in range(5)]
-SETTINGS = {"channels": ["a"], "image_size": [8, 8]}
+SETTINGS = {"channels": ["a"], "image_size": [16, 16]}
 
 
 def test_kappa_by_hand():

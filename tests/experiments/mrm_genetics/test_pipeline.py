@@ -183,6 +183,14 @@ def test_images_alone_and_the_baselines(arguments, capsys):
     assert "complete_only" in sentence
 
 
+def test_stained_regions_train_with_their_omics(arguments, tmp_path):
+    write_tcga(tmp_path / "archive", 4, 0)
+    line = arguments("--trainer.max_steps=2", data=tmp_path / "archive")
+    line[3:3] = ["--config", str(CONFIGS / "pathology.yaml")]
+    names = scalars_of(execute(line))
+    assert {"val/loss_genome", "collapse/genome_floor_ratio", "relation/zeroed_fraction_genome_cross"} <= names.keys()
+
+
 def test_bad_input_is_refused_in_a_sentence(arguments, root, tmp_path, capsys):
     copy = shutil.copytree(root, tmp_path / "archive")
     for path in copy.glob("genetics/*.fam"):
@@ -233,8 +241,8 @@ def test_tasks_start_from_an_encoder_and_are_scored(task, arguments, tmp_path):
     config = ["--config", str(CONFIGS / f"finetune_{task}.yaml"), f"--data.root={tmp_path / 'archive'}", *DATA, *more]
     line = [*config, *TRAINER, *ENCODER]
     if task == "palm_seg":  # its decoder doubles four times
-        more = ["--model.encoder.patch_size=16", "--model.encoder.depth=4", "--model.network.feature_size=4"]
-        folder = execute(["fit", *line, *more])
+        config.append("--model.network.feature_size=4")
+        folder = execute(["fit", *line, config[-1], "--model.encoder.patch_size=16", "--model.encoder.depth=4"])
     else:
         folder = execute(["fit", *line, f"--model.pretrained={pretrained}"])
     assert any(name.startswith("val/") for name in scalars_of(folder))
