@@ -185,7 +185,8 @@ def _channel_names(stored: StoredEncoder, count: int, names: Sequence[str] | Non
 def transfer_encoder(stored: StoredEncoder, encoder: nn.Module, channels: Sequence[str] | None = None) -> LoadReport:
     """Carry stored weights into ``encoder``, which may differ in channels and image size.
 
-    Learned positions are resampled to the new grid; patch-embedding columns follow the channels' names.
+    Learned positions are resampled to the new grid; patch-embedding columns follow the channels' names. An encoder of
+    another make, which has ``adapt_state(state, stored arguments)``, changes its own keys and says what it changed.
 
     Args:
         stored: The weights.
@@ -198,6 +199,9 @@ def transfer_encoder(stored: StoredEncoder, encoder: nn.Module, channels: Sequen
     wanted = encoder.state_dict()
     config: Mapping[str, Any] = encoder.config  # type: ignore[assignment]
     state, adapted = dict(stored.state), {}
+    if callable(adapt := getattr(encoder, "adapt_state", None)):
+        state, adapted = adapt(state, stored.init_args)
+        return _load(encoder, state, adapted)
     old_names, new_names = _channel_names(stored, config["in_channels"], channels)
     key = "patch_embed.proj.weight"
     if old_names != new_names:
@@ -212,6 +216,16 @@ def transfer_encoder(stored: StoredEncoder, encoder: nn.Module, channels: Sequen
         go_on = config.get("pos_embed") == "sincos" and len(new_size) == 3
         state["pos_embed"] = wanted["pos_embed"] if go_on else resize_position_embedding(state["pos_embed"], *grids)
         adapted["pos_embed"] = f"{'computed' if go_on else 'resampled'} from {old_size} to {new_size}"
+    return _load(encoder, state, adapted)
+
+
+def _load(encoder: nn.Module, state: Mapping[str, Tensor], adapted: dict[str, str]) -> LoadReport:
+    """Load what has a place in ``encoder`` and report on the rest.
+
+    Raises:
+        CheckpointError: a key differs in shape.
+    """
+    wanted = encoder.state_dict()
     check_shapes({k: v for k, v in state.items() if k in wanted}, {k: wanted[k] for k in state if k in wanted})
     report = LoadReport(
         loaded=[k for k in state if k in wanted and k not in adapted],

@@ -69,6 +69,12 @@ def run_name(arguments: list[str], class_path: str) -> tuple[str, str]:
     return (package[1] if package[0] == "experiments" and len(package) > 1 else "custom"), "run"
 
 
+def run_tokenizer(source: Path) -> Path | None:
+    """Return the tokenizer that a run kept beside its checkpoints; None where it kept none."""
+    folders = (source, source.parent, source.parent.parent)
+    return next((path for folder in folders if (path := folder / "tokenizer.json").is_file()), None)
+
+
 def supports_bfloat16(device_type: str) -> bool:
     """Whether bfloat16 matrix products are faster than float32's on the device."""
     if device_type != "cpu":
@@ -140,6 +146,18 @@ class MedmimCLI(LightningCLI):
         if sizes and config["model"].get("class_path") == hparams.get("_class_path", config["model"]["class_path"]):
             model = {"class_path": config["model"]["class_path"], "init_args": sizes}
             self.config = self.parser.parse_object({command: {"model": model}}, self.config)
+
+    def before_instantiate_classes(self) -> None:
+        """Give the data the tokenizer of the run that weights are from, unless one is asked for (CLI hook)."""
+        config = self.config[self.config["subcommand"]]
+        options = (config.get("data") or {}).get("init_args")
+        if options is None or "tokenizer" not in options or options["tokenizer"]:
+            return
+        source = config["model"].get("init_args", {}).get("pretrained")
+        if self.config["subcommand"] != "fit" and config.get("ckpt_path"):
+            source = config["ckpt_path"]
+        if source and (found := run_tokenizer(Path(source))) is not None:
+            options["tokenizer"] = str(found)
 
     def _requeued_run(self, class_path: str) -> str | None:
         """Return the folder of this SLURM job's run before it was requeued, if that run saved anything."""

@@ -1,4 +1,4 @@
-"""A cache of 2D images, gray and reduced: memory-mapped uint8, made once, resumable, check-summed.
+"""A cache of 2D images, gray or in colour, and reduced: memory-mapped uint8, made once, resumable, check-summed.
 
 ``<cache>/images/<key>/<shard>/<hash>.npy`` holds an image and ``<shard>/manifest.jsonl`` one line for each of a shard's
 images: what its source was and what its file is, or why there is none. Later lines win, and a torn last line is
@@ -36,6 +36,7 @@ from datamodules.images import (
     MIN_SIDE,
     ImageError,
     UnreachableImageError,
+    read_colour,
     read_gray,
     read_header,
     read_reduced,
@@ -105,7 +106,14 @@ BoxChoice = Callable[[Sequence[int]], Box]
 
 
 class SourceImages:
-    """Images without a cache: every access reads the source anew, a JPEG at no more pixels than its crop needs."""
+    """Images without a cache: every access reads the source anew, a gray JPEG at no more pixels than its crop needs.
+
+    Args:
+        colour: Whether images have three channels.
+    """
+
+    def __init__(self, colour: bool = False) -> None:
+        self.colour = colour
 
     def ensure(
         self, paths: Sequence[Path], workers: int = 1, progress: bool = True, full: bool = False
@@ -114,7 +122,7 @@ class SourceImages:
         return dict.fromkeys(paths)
 
     def crop(self, path: Path, choose: BoxChoice, size: Sequence[int], mirror: bool = False) -> Tensor:
-        """Read the crop of an image that ``choose`` wants, ``(1, *size)`` in [0, 1].
+        """Read the crop of an image that ``choose`` wants, ``(1, *size)`` in [0, 1], in colour ``(3, *size)``.
 
         The box is chosen from the header, and the image decoded at the smallest scale at which the box still has
         ``size`` pixels.
@@ -123,6 +131,9 @@ class SourceImages:
             SampleFaultError: the image cannot be used.
         """
         try:
+            if self.colour:
+                pixels = read_colour(path)
+                return cut_box(pixels, choose(pixels.shape[:2]), size, mirror)
             shape = read_header(path)
             if min(shape) < MIN_SIDE:
                 raise ImageError("shape", f"{shape[0]} x {shape[1]} pixels, a side of at least {MIN_SIDE} is needed")
@@ -160,15 +171,25 @@ class ImageCache:
         shorter_side: Shorter side in pixels to which images are reduced; smaller ones are kept as they are.
         folder: Where caches live; None means :func:`datamodules.cache.cache_root`.
         name: Folder in it.
+        colour: Whether images are kept in colour.
     """
 
-    def __init__(self, root: str | Path, shorter_side: int, folder: Path | None = None, name: str = "images") -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        shorter_side: int,
+        folder: Path | None = None,
+        name: str = "images",
+        colour: bool = False,
+    ) -> None:
         if shorter_side < 1:
             raise ValueError(f"`shorter_side` must be at least 1 pixel, got {shorter_side}.")
         self.root = Path(os.path.abspath(Path(root).expanduser()))
         self.shorter_side = shorter_side
         resolved = self.root.resolve()
+        self.colour = colour
         key = {"version": VERSION, "root": str(resolved), "shorter_side": shorter_side, "decoders": DECODERS}
+        key |= {"colour": True} if colour else {}
         self._key = json.dumps(key, sort_keys=True)
         self.folder = (folder or cache_root()) / name / f"{stable_hash(self._key):016x}"
         self._prefixes = tuple(os.path.join(prefix, "") for prefix in (self.root, resolved))
@@ -239,7 +260,7 @@ class ImageCache:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             entry = Entry(relative, **_source_facts(path))
-            entry = entry._replace(**self._store(file, read_gray(path, self.shorter_side)))
+            entry = entry._replace(**self._store(file, self._read(path, self.shorter_side)))
         except UnreachableImageError as error:
             return _fault(path, error.kind, error.detail)
         except ImageError as error:
@@ -247,6 +268,10 @@ class ImageCache:
             entry = entry._replace(fault=(error.kind, error.detail))
         _append(file.parent / "manifest.jsonl", entry.line())
         return None if entry.fault is None else _fault(path, *entry.fault)
+
+    @property
+    def _read(self) -> Callable[[Path, int], NDArray[np.uint8]]:
+        return read_colour if self.colour else read_gray
 
     def _store(self, file: Path, pixels: NDArray[np.uint8]) -> dict[str, Any]:
         """Write a copy, whole or not at all, and return what its entry says of it."""
@@ -317,7 +342,7 @@ class ImageCache:
         return valid
 
     def open(self, path: Path) -> NDArray[np.uint8]:
-        """Open an image, ``(H, W)``, memory-mapped; one that has no copy, or a broken one, is built.
+        """Open an image, ``(H, W)`` or in colour ``(H, W, 3)``, memory-mapped; one without a good copy is built.
 
         A copy is not compared with its source: that is what :meth:`ensure` does.
 
@@ -328,21 +353,21 @@ class ImageCache:
         file, fault = self._file(relative), self._faults.get(relative)
         if fault is None:
             try:
-                return _load(file)
+                return _load(file, self.colour)
             except Exception:  # no copy, or one so damaged that NumPy may raise anything
                 fault = self._verify(file.parent, [path], full=False).get(path) or self.build(path)
         if fault is not None:
             raise SampleFaultError([fault])
-        return _load(file)
+        return _load(file, self.colour)
 
     def crop(self, path: Path, choose: BoxChoice, size: Sequence[int], mirror: bool = False) -> Tensor:
-        """Cut the box that ``choose`` wants out of an image's copy, ``(1, *size)`` in [0, 1].
+        """Cut the box that ``choose`` wants out of an image's copy, ``(1 or 3, *size)`` in [0, 1].
 
         Raises:
             SampleFaultError: the image cannot be used.
         """
         pixels = self.open(path)
-        return cut_box(pixels, choose(pixels.shape), size, mirror)
+        return cut_box(pixels, choose(pixels.shape[:2]), size, mirror)
 
     def faults(self) -> dict[Path, Fault]:
         """Return the images that cannot be used: those on record, by whichever run, and those of :meth:`ensure`."""
@@ -362,12 +387,12 @@ class ImageCache:
                 height, width = reduced_size(*read_header(path), self.shorter_side)
             except ImageError:
                 continue
-            total += height * width + NPY_HEADER
+            total += height * width * (3 if self.colour else 1) + NPY_HEADER
         return total * len(paths) // max(1, len(chosen))
 
 
-def _load(file: Path) -> NDArray[np.uint8]:
+def _load(file: Path, colour: bool) -> NDArray[np.uint8]:
     pixels = np.lib.format.open_memmap(file, mode="c")  # private: nothing that is written to it reaches the file
-    if pixels.dtype != np.uint8 or pixels.ndim != 2:
+    if pixels.dtype != np.uint8 or pixels.ndim != (3 if colour else 2):
         raise ValueError(f"{file} holds {pixels.dtype} of shape {pixels.shape}.")
     return pixels

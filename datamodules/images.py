@@ -1,7 +1,7 @@
-"""Reading 2D medical images as 8-bit grayscale, to their last byte: every way in which a file can be broken has a kind.
+"""Reading 2D medical images in 8 bits, to their last byte: every way in which a file can be broken has a kind.
 
-An EXIF orientation is ignored: radiographs carry none that means anything. Of several frames or pages the first is
-read. Pillow's ``LOAD_TRUNCATED_IMAGES`` must stay off, as it is by default.
+In gray an EXIF orientation is ignored: radiographs carry none that means anything. Figures, read in colour, are turned.
+Of several frames or pages the first is read. Pillow's ``LOAD_TRUNCATED_IMAGES`` must stay off, as it is by default.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from common.errors import UserError
 
@@ -141,6 +141,42 @@ def read_gray(
         return _varied(np.array(gray))
 
 
+def read_colour(
+    path: Path, shorter_side: int | None = None, min_side: int = MIN_SIDE, max_pixels: int = 200_000_000
+) -> NDArray[np.uint8]:
+    """Read an image in colour, as figures of papers are: transparent parts on white, turned as EXIF says.
+
+    Gray files are repeated, more than 8 bits stretched as in :func:`read_gray`, which DICOM files go through.
+
+    Args:
+        path: The file.
+        shorter_side: As in :func:`read_gray`.
+        min_side: As in :func:`read_gray`.
+        max_pixels: As in :func:`read_gray`.
+
+    Returns:
+        ``(H, W, 3)``.
+
+    Raises:
+        ImageError: as :func:`read_gray`.
+        UserError: as :func:`read_gray`.
+    """
+    if _is_dicom(path):
+        return read_gray(path, shorter_side, min_side, max_pixels)[..., None].repeat(3, -1)
+    with _reading(path), Image.open(path, formats=FORMATS) as image:
+        _check_size(image.height, image.width, (min_side, max_pixels))
+        if image.format == "PNG":
+            _check_png(path)
+        colour = ImageOps.exif_transpose(_to_colour(image))
+        height, width = reduced_size(colour.height, colour.width, shorter_side)
+        if (colour.height, colour.width) != (height, width):
+            colour = colour.resize((width, height), Image.Resampling.BICUBIC)
+        pixels = np.array(colour)
+        if pixels.min() == pixels.max():
+            raise ImageError("constant", f"every value is {pixels.flat[0]}")
+        return pixels
+
+
 def read_reduced(
     path: Path, shorter_side: int, min_side: int = MIN_SIDE, max_pixels: int = 200_000_000
 ) -> tuple[NDArray[np.uint8], float]:
@@ -223,6 +259,18 @@ def _to_gray(image: Image.Image) -> Image.Image:
         return Image.fromarray(_stretch(np.asarray(image)))
     # Through RGBA, a palette keeps the colours of transparent entries; dropping alpha leaves what lies under it.
     return image.convert("RGBA" if image.mode in ("P", "PA") else "RGB").convert("L")
+
+
+def _to_colour(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _to_gray(image).convert("RGB")
+    if image.mode in ("P", "PA", "LA", "RGBA") or "transparency" in image.info:
+        layered = image.convert("RGBA")
+        white = Image.new("RGBA", layered.size, "white")
+        turned = Image.alpha_composite(white, layered).convert("RGB")
+        turned.info["exif"] = image.info.get("exif", b"")
+        return turned
+    return image.convert("RGB")
 
 
 def _stretch(values: NDArray[Any]) -> NDArray[np.uint8]:

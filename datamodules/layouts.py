@@ -11,13 +11,28 @@ from datamodules.brats import BRATS2021, BRATS2023
 from datamodules.cases import Case, Layout
 from datamodules.folder import FOLDER, LUNG
 from datamodules.manifest import COVID_CXR, MANIFEST
+from datamodules.medicat import MEDICAT, MEDICAT_ALL
+from datamodules.melinda import MELINDA
 from datamodules.mimic_cxr import MIMIC_CXR
 from datamodules.open_i import OPEN_I
 from datamodules.pi_cai import PI_CAI
+from datamodules.roco import MEDICAT_ROCO, ROCO
 from datamodules.studies import StudyLayout
+from datamodules.vqa import QUESTION_LAYOUTS
 
 VOLUME_LAYOUTS: tuple[Layout, ...] = (BRATS2023, BRATS2021, PI_CAI, LUNG, FOLDER)
-STUDY_LAYOUTS: tuple[StudyLayout, ...] = (MIMIC_CXR, OPEN_I, COVID_CXR, MANIFEST)
+STUDY_LAYOUTS: tuple[StudyLayout, ...] = (
+    MIMIC_CXR,
+    OPEN_I,
+    COVID_CXR,
+    MANIFEST,
+    MEDICAT,
+    MEDICAT_ALL,
+    ROCO,
+    MEDICAT_ROCO,
+    MELINDA,
+    *(layout.for_calibration() for layout in QUESTION_LAYOUTS),
+)
 
 
 def recognise(root: str | Path, layout: str = "auto", known: Sequence[Any] = VOLUME_LAYOUTS) -> tuple[Any, list[Any]]:

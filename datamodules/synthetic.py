@@ -20,6 +20,14 @@ from common.randomness import numpy_generator
 from common.reporting import say
 from datamodules.anatomy import make_brain, make_lung, make_prostate
 from datamodules.synthetic_cxr import write_mimic_cxr
+from datamodules.synthetic_figures import (
+    write_medicat,
+    write_melinda,
+    write_roco,
+    write_slake,
+    write_vqa_med_2019,
+    write_vqa_rad,
+)
 from datamodules.synthetic_labels import write_chexpert, write_covid_cxr, write_nih, write_rsna, write_siim
 from datamodules.volume_io import write_nifti
 
@@ -144,6 +152,12 @@ WRITERS: dict[str, Callable[[Path, int, int], None]] = {
     "rsna": write_rsna,
     "covid_cxr": write_covid_cxr,
     "siim": write_siim,
+    "medicat": write_medicat,
+    "roco": write_roco,
+    "vqa_rad": write_vqa_rad,
+    "slake": write_slake,
+    "vqa_med_2019": write_vqa_med_2019,
+    "melinda": write_melinda,
 }
 
 

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 import yaml
 
 from common.blocks.decoder import MAEDecoder
+from common.blocks.patch_embed import patchify_channels_last, standardise_patches
 from common.blocks.vit import VisionTransformer
 from common.losses.reconstruction import masked_mse
 from common.maskers.random import RandomMasker
 from common.types import InputSpec, MaskOutput
 from experiments import mrm_record
-from experiments.mrm_record.model import MRM, ReportDecoder, normalise_patches, record_patches
+from experiments.mrm_record.model import MRM, ReportDecoder
 from experiments.mrm_record.module import MRMPretrain
 
 VOCABULARY, LENGTH = 30, 12
@@ -59,7 +60,7 @@ def hidden_patches(mask):
 
 def test_patches_by_hand():
     """R1 of the specification: inside a patch by row, column, channel."""
-    patches = record_patches(torch.arange(48).reshape(1, 3, 4, 4), (2, 2))[0].tolist()
+    patches = patchify_channels_last(torch.arange(48).reshape(1, 3, 4, 4), (2, 2))[0].tolist()
     assert patches[0] == [0, 16, 32, 1, 17, 33, 4, 20, 36, 5, 21, 37]
     assert patches[1] == [2, 18, 34, 3, 19, 35, 6, 22, 38, 7, 23, 39]
     assert patches[3] == [10, 26, 42, 11, 27, 43, 14, 30, 46, 15, 31, 47]
@@ -71,10 +72,10 @@ def test_image_loss_by_hand():
     mask = torch.tensor([[True, True, False]])
     zeros = torch.zeros_like(patches)
     assert masked_mse(zeros, patches, mask).item() == 15.75
-    normalised = normalise_patches(patches)
+    normalised = standardise_patches(patches)
     assert masked_mse(zeros, normalised, mask).item() == pytest.approx(0.749999681, abs=1e-9)
     assert normalised[0, 2].tolist() == [0, 0, 0, 0]
-    random = normalise_patches(100 * torch.randn(1, 2, 3072, dtype=torch.float64))
+    random = standardise_patches(100 * torch.randn(1, 2, 3072, dtype=torch.float64))
     assert masked_mse(torch.zeros_like(random), random, mask[:, :2]).item() == pytest.approx(3071 / 3072, rel=1e-8)
 
 
