@@ -42,6 +42,12 @@ def resolve_checkpoint(path: str | Path, prefer: str = "best") -> Path:
     raise CheckpointError(f"There is no checkpoint at {path}: give a file or a run folder.")
 
 
+def run_tokenizer(source: Path) -> Path | None:
+    """Return the tokenizer that a run kept beside its checkpoints; None where it kept none."""
+    folders = (source, source.parent, source.parent.parent)
+    return next((path for folder in folders if (path := folder / "tokenizer.json").is_file()), None)
+
+
 def read_checkpoint(path: str | Path, prefer: str = "best") -> dict[str, Any]:
     """Read a checkpoint on the CPU without unpickling anything but tensors and plain values.
 

@@ -27,7 +27,7 @@ from common.callbacks.fault_report import FaultReport
 from common.callbacks.last_checkpoint import LastCheckpoint
 from common.callbacks.preemption import Preemption, slurm_job
 from common.callbacks.run_record import RunRecord
-from common.checkpoint import read_checkpoint, resolve_checkpoint
+from common.checkpoint import read_checkpoint, resolve_checkpoint, run_tokenizer
 from common.checkpoint_io import AtomicCheckpointIO
 from common.data_config import one_line, package_file
 from common.distributed import launched_rank
@@ -67,12 +67,6 @@ def run_name(arguments: list[str], class_path: str) -> tuple[str, str]:
             return config.parent.parent.name, config.name.split(".")[0]
     package = class_path.split(".")
     return (package[1] if package[0] == "experiments" and len(package) > 1 else "custom"), "run"
-
-
-def run_tokenizer(source: Path) -> Path | None:
-    """Return the tokenizer that a run kept beside its checkpoints; None where it kept none."""
-    folders = (source, source.parent, source.parent.parent)
-    return next((path for folder in folders if (path := folder / "tokenizer.json").is_file()), None)
 
 
 def supports_bfloat16(device_type: str) -> bool:

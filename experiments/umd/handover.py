@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from common.checkpoint import load_encoder, read_checkpoint
+from common.checkpoint import build_encoder, load_encoder, read_checkpoint
 from common.errors import CheckpointError, UserError
 from common.reporting import say
 from common.types import InputSpec
@@ -57,17 +57,16 @@ def make_umd_encoder(
         UserError: it is of another vocabulary, or texts are longer than it has positions for.
     """
     if record is not None:
-        encoder = UMDEncoder(**record["init_args"])
+        encoder = build_encoder(record["class_path"], record["init_args"])
     elif pretrained:
         stored = read_checkpoint(pretrained).get("hyper_parameters", {}).get("vocabulary") or {}
         check_vocabulary(stored, spec, pretrained)
-        loaded = load_encoder(pretrained, image_size=spec.image_size)
-        if not isinstance(loaded, UMDEncoder):
-            raise CheckpointError(f"{pretrained} holds a {type(loaded).__name__}, no encoder of images and texts.")
-        encoder = loaded
+        encoder = load_encoder(pretrained, image_size=spec.image_size)
         say(f"encoder from {pretrained}: {encoder.load_report}")
     else:
         encoder = factory(list(spec.image_size), spec.vocabulary["size"], spec.vocabulary.get("pad_id", 0))
+    if not isinstance(encoder, UMDEncoder):
+        raise CheckpointError(f"{pretrained} holds a {type(encoder).__name__}, no encoder of images and texts.")
     if spec.vocabulary["length"] > encoder.text.longest:
         raise UserError(
             f"data.text_length {spec.vocabulary['length']} is more than the {encoder.text.longest} positions of the "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from common.blocks.decoder import MAEDecoder
 from common.blocks.patch_embed import patchify_channels_last, unpatchify
 from common.distributed import all_gather_rows, all_reduce_sum, rank
+from common.downstream.encoder import encoder_architecture
 from common.ema import need_teacher
 from common.errors import UserError
 from common.losses.distillation import token_feature_mse
@@ -166,7 +167,7 @@ class UMDPretrain(SSLModule):
         """
         make_encoder, make_decoder = self._factories
         encoder = make_umd_encoder(spec, self._pretrained, make_encoder, self._record)
-        self.hparams["encoder_record"] = {"init_args": dict(encoder.config)}
+        self.hparams["encoder_record"] = encoder_architecture(encoder)
         values = 3 * encoder.vision.patch_size**2
         decoder = make_decoder(encoder.dim, encoder.grid_size, values)
         self.masker(1, encoder.num_patches, generator=torch.Generator())

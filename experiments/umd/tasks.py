@@ -18,10 +18,11 @@ from torchmetrics.functional.classification import multiclass_auroc, multiclass_
 
 from common.checkpoint import read_checkpoint
 from common.distributed import all_reduce_sum, gather_objects, rank, world_size
+from common.downstream.base import FineTuning
+from common.downstream.encoder import encoder_architecture
 from common.errors import UserError
-from common.module import BuiltFromData
 from common.optim import Schedule, WarmupCosine, param_groups
-from common.reporting import is_dry_run, log_scalars, say, write_rows
+from common.reporting import is_dry_run, log_scalars, say
 from common.types import InputSpec
 from experiments.umd.coordination import ContributionSums, true_class_probability
 from experiments.umd.handover import EncoderFactory, make_umd_encoder, tower_scale
@@ -78,7 +79,7 @@ class PairNetwork(nn.Module):
         return self.head(torch.cat([text, picture], dim=1)), text, picture
 
 
-class PairTask(BuiltFromData):
+class PairTask(FineTuning):
     """What the tasks share: encoder from a checkpoint, learning rates, contributions, tables.
 
     Args:
@@ -118,17 +119,18 @@ class PairTask(BuiltFromData):
     ) -> None:
         if split_head not in ("zero_other", "linear_split", "upstream"):
             raise ValueError(f"`split_head` must be 'zero_other', 'linear_split' or 'upstream', got {split_head!r}.")
-        super().__init__()
+        super().__init__(
+            pretrained,
+            optimizer=optimizer,
+            schedule=schedule or WarmupCosine(0.1),
+            compile_network=compile_network,
+            encoder_record=encoder_record,
+        )
         self.save_hyperparameters()
-        self.network = None
-        self.compile_network = compile_network
         self.split_head = split_head
         #: What each modality contributed since the last optimiser step, for gradient coordination.
         self.contributions = ContributionSums()
-        self._pretrained, self._record, self._make_encoder = pretrained, encoder_record, encoder
-        self._scales = (fusion_lr_scale, head_lr_scale)
-        self._make_optimizer, self._make_schedule = optimizer, schedule or WarmupCosine(0.1)
-        self._rows: list[dict[str, Any]] = []
+        self._make_pair_encoder, self._scales = encoder, (fusion_lr_scale, head_lr_scale)
 
     @property
     def classes(self) -> list[str]:
@@ -153,8 +155,8 @@ class PairTask(BuiltFromData):
 
     def build_network(self, spec: InputSpec) -> PairNetwork:
         """Make encoder and head."""
-        encoder = make_umd_encoder(spec, self._pretrained, self._make_encoder, self._record)
-        self.hparams["encoder_record"] = {"init_args": dict(encoder.config)}
+        encoder = make_umd_encoder(spec, self._pretrained, self._make_pair_encoder, self._record)
+        self.hparams["encoder_record"] = encoder_architecture(encoder)
         return PairNetwork(encoder, self.make_head(encoder, spec.classes))
 
     def modality_parameters(self) -> dict[str, list[nn.Parameter]]:
@@ -179,35 +181,28 @@ class PairTask(BuiltFromData):
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Collect a batch (Lightning hook)."""
         rows = self.score(batch)
-        self._rows += rows
+        self.rows += rows
         return {"rows": rows}
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Collect a batch (Lightning hook)."""
-        self._rows += self.score(batch)
-
-    def _take_rows(self) -> list[dict[str, Any]]:
-        rows = [row for part in gather_objects(self._rows) for row in part]
-        self._rows = []
-        return sorted(rows, key=lambda row: str(row["subject_id"]))
+        self.rows += self.score(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics over the samples of all ranks (Lightning hook)."""
-        rows = self._take_rows()
+        rows = self.take_rows()
         if rows:
             scores = {f"val/{name}": value for name, value in self.metrics(rows).items()}
             log_scalars(self, scores, prog_bar=(self.monitor[0],))  # type: ignore[attr-defined]
 
     def on_test_epoch_end(self) -> None:
         """Write ``metrics.json`` and ``per_case.csv``, and say the result (Lightning hook)."""
-        rows = self._take_rows()
+        rows = self.take_rows()
         scores = self.metrics(rows)
         if self.trainer.is_global_zero:
-            folder = Path(self.trainer.default_root_dir)
             lines = [{name: value for name, value in row.items() if not isinstance(value, list)} for row in rows]
-            write_rows(folder / "per_case.csv", lines)
             finite = {name: value for name, value in scores.items() if math.isfinite(value)}
-            (folder / "metrics.json").write_text(json.dumps({"n": len(rows), **finite}, indent=2))
+            self.write_scores(lines, {"n": len(rows), **finite})
             say(f"test: {len(rows)} cases, " + ", ".join(f"{name} {value:.4f}" for name, value in finite.items()))
         log_scalars(self, {f"test/{name}": value for name, value in scores.items()})
 
@@ -310,12 +305,12 @@ class AnswerTask(PairTask):
              "answers": [{"answer": self.classes[i], "score": score} for i, score in zip(best, values, strict=True)]}
             for subject, text, values, best in columns
         ]  # fmt: skip
-        self._rows += rows
+        self.rows += rows
         return rows
 
     def on_predict_epoch_end(self) -> None:
         """Write ``predictions.json``; of a single question, print it too (Lightning hook)."""
-        rows = self._take_rows()
+        rows = self.take_rows()
         if not self.trainer.is_global_zero:
             return
         if len(rows) == 1:
@@ -462,7 +457,7 @@ class RetrievalTask(PairTask):
             rows.append(torch.cat(parts))
         return torch.stack(rows) if rows else torch.zeros(0, len(images))
 
-    def _take_rows(self) -> list[dict[str, Any]]:
+    def take_rows(self) -> list[dict[str, Any]]:
         """Score the pool, its texts dealt to the ranks, each of which holds all of it."""
         if not self._pool:
             return []
