@@ -172,8 +172,8 @@ def read_colour(
         if (colour.height, colour.width) != (height, width):
             colour = colour.resize((width, height), Image.Resampling.BICUBIC)
         pixels = np.array(colour)
-        if pixels.min() == pixels.max():
-            raise ImageError("constant", f"every value is {pixels.flat[0]}")
+        if (pixels == pixels[0, 0]).all():
+            raise ImageError("constant", f"every pixel is {pixels[0, 0].tolist()}")
         return pixels
 
 

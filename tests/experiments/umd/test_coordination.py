@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from experiments.umd.callbacks import GradientCoordination
 from experiments.umd.coordination import (
     ContributionSums,
     Noise,
@@ -138,3 +139,54 @@ def test_what_k_and_noise_do_to_the_way_travelled(make, factors, noise, expected
         return parameter.detach().mean().item()
 
     assert distance(factors, noise) / distance([1.0], 0) == pytest.approx(expected, abs=0.03)
+
+
+class Module(torch.nn.Module):
+    """Two weights of two modalities, and what the callback asks of a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.text = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+        self.contributions, self.device = ContributionSums(), torch.device("cpu")
+
+    def modality_parameters(self):
+        return {"image": [self.image], "text": [self.text]}
+
+    def log_dict(self, values, batch_size):
+        self.logged = {name: float(value) for name, value in values.items()}
+
+
+@pytest.mark.parametrize(("apply_to", "way"), [("grad", 1.0), ("update", 0.8026247)])
+def test_update_slows_adam_where_the_gradient_does_not(apply_to, way):
+    """After one AdamW step the leading modality has gone k of its way with `update`, all of it with `grad`."""
+    module = Module()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, weight_decay=0)
+    trainer = type("Trainer", (), {"optimizers": [optimizer], "global_step": 0})()
+    callback = GradientCoordination(apply_to=apply_to, noise_scope="none")
+    callback.on_train_start(trainer, module)
+    for parameter in module.parameters():
+        parameter.grad = torch.tensor([1.0, -2.0, 3.0])
+    module.contributions.add(torch.tensor(1.0), torch.tensor(2.0))
+    callback.on_before_optimizer_step(trainer, module, optimizer)
+    optimizer.step()
+    assert (module.text / module.image).tolist() == pytest.approx([way] * 3, rel=1e-5)
+    assert module.logged["gmcoord/rho_text"] == 2
+    assert module.contributions.take() is None
+    optimizer.step()
+    callback.on_train_end(trainer, module)
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_window_and_options():
+    module = Module()
+    trainer = type("Trainer", (), {"optimizers": [], "global_step": 3})()
+    callback = GradientCoordination(start_step=4)
+    callback.on_train_start(trainer, module)
+    module.text.grad = torch.ones(3)
+    module.contributions.add(torch.tensor(1.0), torch.tensor(2.0))
+    callback.on_before_optimizer_step(trainer, module, None)
+    assert module.text.grad.tolist() == [1, 1, 1]
+    assert module.contributions.take() is None, "the window's steps do not leak into it"
+    for settings in ({"apply_to": "weights"}, {"noise_scope": "all"}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            GradientCoordination(**settings)
