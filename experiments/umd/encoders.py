@@ -118,7 +118,14 @@ class TextTower(nn.Module):
     """
 
     def __init__(
-        self, vocab_size: int, pad_id: int, width: int, depth: int, num_heads: int, max_positions: int, dropout: float
+        self,
+        vocab_size: int,
+        pad_id: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        max_positions: int,
+        dropout: float,
     ) -> None:
         super().__init__()
         config = RobertaConfig(
@@ -231,4 +238,5 @@ def load_text(tower: TextTower, source: str) -> None:
              "num_attention_heads": "model.encoder.text_heads", "intermediate_size": "model.encoder.text_width",
              "max_position_embeddings": "model.encoder.max_positions"}  # fmt: skip
     _need_same(source, found.config, ours, names)
-    tower.roberta.load_state_dict(found.state_dict())
+    kinds = "embeddings.token_type_embeddings.weight"  # there is one kind of text here
+    tower.roberta.load_state_dict({**found.state_dict(), kinds: found.state_dict()[kinds][:1]})

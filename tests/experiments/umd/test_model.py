@@ -247,16 +247,16 @@ def test_a_batch_can_be_overfitted():
     module, batch = make(), batch_of()
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=5e-3)
     history = []
-    for _ in range(60):
+    for _ in range(40):
         losses = module.step(batch, sync=False).losses
         optimizer.zero_grad()
         module.total(losses).backward()
         optimizer.step()
         module.network.update_teacher()
         history.append({name: loss.item() for name, loss in losses.items()})
-    assert history[-1]["mlm"] < 0.3 * history[0]["mlm"]
+    assert history[-1]["mlm"] < 0.4 * history[0]["mlm"]
     assert history[-1]["mim"] < 0.9 * history[0]["mim"]
-    assert history[-1]["itm"] < 0.5 * history[0]["itm"]
+    assert history[-1]["itm"] < 0.8 * history[0]["itm"]
 
 
 def test_towers_are_those_of_transformers():
