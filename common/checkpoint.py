@@ -43,6 +43,12 @@ def resolve_checkpoint(path: str | Path, prefer: str = "best") -> Path:
     raise CheckpointError(f"There is no checkpoint at {path}: give a file or a run folder.")
 
 
+def run_tokenizer(source: Path) -> Path | None:
+    """Return the tokenizer that a run kept beside its checkpoints; None where it kept none."""
+    folders = (source, source.parent, source.parent.parent)
+    return next((path for folder in folders if (path := folder / "tokenizer.json").is_file()), None)
+
+
 def read_checkpoint(path: str | Path, prefer: str = "best") -> dict[str, Any]:
     """Read a checkpoint on the CPU without unpickling anything but tensors and plain values.
 
@@ -214,7 +220,8 @@ def transfer_encoder(stored: StoredEncoder, encoder: nn.Module, channels: Sequen
     """Carry stored weights into ``encoder``, which may differ in channels and image size.
 
     Learned positions are resampled to the new grid; patch-embedding columns follow the channels' names. An encoder with
-    an ``input_kernel`` was pre-trained on single channels: its first kernel is shared out among all channels.
+    an ``input_kernel`` was pre-trained on single channels: its first kernel is shared out among all channels. One of
+    another make, which has ``adapt_state(state, stored arguments)``, changes its own keys and says what it changed.
 
     Args:
         stored: The weights.
@@ -227,6 +234,9 @@ def transfer_encoder(stored: StoredEncoder, encoder: nn.Module, channels: Sequen
     wanted = encoder.state_dict()
     config: Mapping[str, Any] = encoder.config  # type: ignore[assignment]
     state, adapted = dict(stored.state), {}
+    if callable(adapt := getattr(encoder, "adapt_state", None)):
+        state, adapted = adapt(state, stored.init_args)
+        return _load(encoder, state, adapted)
     key = getattr(encoder, "input_kernel", "patch_embed.proj.weight")
     old_names, new_names = _channel_names(stored, config["in_channels"], channels)
     if hasattr(encoder, "input_kernel"):
@@ -246,6 +256,16 @@ def transfer_encoder(stored: StoredEncoder, encoder: nn.Module, channels: Sequen
         go_on = config.get("pos_embed") == "sincos" and len(new_size) == 3
         state["pos_embed"] = wanted["pos_embed"] if go_on else resize_position_embedding(state["pos_embed"], *grids)
         adapted["pos_embed"] = f"{'computed' if go_on else 'resampled'} from {old_size} to {new_size}"
+    return _load(encoder, state, adapted)
+
+
+def _load(encoder: nn.Module, state: Mapping[str, Tensor], adapted: dict[str, str]) -> LoadReport:
+    """Load what has a place in ``encoder`` and report on the rest.
+
+    Raises:
+        CheckpointError: a key differs in shape.
+    """
+    wanted = encoder.state_dict()
     check_shapes({k: v for k, v in state.items() if k in wanted}, {k: wanted[k] for k in state if k in wanted})
     report = LoadReport(
         loaded=[k for k in state if k in wanted and k not in adapted],

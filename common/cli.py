@@ -27,7 +27,7 @@ from common.callbacks.fault_report import FaultReport
 from common.callbacks.last_checkpoint import LastCheckpoint
 from common.callbacks.preemption import Preemption, slurm_job
 from common.callbacks.run_record import RunRecord
-from common.checkpoint import read_checkpoint, resolve_checkpoint
+from common.checkpoint import read_checkpoint, resolve_checkpoint, run_tokenizer
 from common.checkpoint_io import AtomicCheckpointIO
 from common.data_config import one_line, package_file
 from common.distributed import launched_rank
@@ -140,6 +140,18 @@ class MedmimCLI(LightningCLI):
         if sizes and config["model"].get("class_path") == hparams.get("_class_path", config["model"]["class_path"]):
             model = {"class_path": config["model"]["class_path"], "init_args": sizes}
             self.config = self.parser.parse_object({command: {"model": model}}, self.config)
+
+    def before_instantiate_classes(self) -> None:
+        """Give the data the tokenizer of the run that weights are from, unless one is asked for (CLI hook)."""
+        config = self.config[self.config["subcommand"]]
+        options = (config.get("data") or {}).get("init_args")
+        if options is None or "tokenizer" not in options or options["tokenizer"]:
+            return
+        source = config["model"].get("init_args", {}).get("pretrained")
+        if self.config["subcommand"] != "fit" and config.get("ckpt_path"):
+            source = config["ckpt_path"]
+        if source and (found := run_tokenizer(Path(source))) is not None:
+            options["tokenizer"] = str(found)
 
     def _requeued_run(self, class_path: str) -> str | None:
         """Return the folder of this SLURM job's run before it was requeued, if that run saved anything."""

@@ -60,6 +60,15 @@ def all_gather_cat(x: Tensor, dim: int = 0) -> Tensor:
     return all_reduce_sum(torch.cat(parts, dim=dim))
 
 
+def all_gather_rows(x: Tensor) -> Tensor:
+    """Concatenate the equally shaped tensors of all ranks along the first axis, in rank order; without a gradient."""
+    if world_size() == 1:
+        return x.detach()
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts)
+
+
 _control: dict[Any, Any] = {}
 
 

@@ -5,14 +5,15 @@ import hashlib
 import importlib
 import importlib.util
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.checkpoint import StoredEncoder, read_encoder, resolve_checkpoint
+from common.checkpoint import StoredEncoder, read_encoder, resolve_checkpoint, run_tokenizer
 from common.errors import UserError
 from common.provenance import source_state
 from common.reporting import say
@@ -36,6 +37,18 @@ Load it with:
 """
 
 
+class Part(NamedTuple):
+    """A part of an encoder that a library loads from a folder of its own.
+
+    Attributes:
+        tensors: Weights under the library's names.
+        config: Its ``config.json``.
+    """
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+
+
 class Exported(NamedTuple):
     """What a format's writer makes of an encoder.
 
@@ -44,12 +57,14 @@ class Exported(NamedTuple):
         config: The target library's arguments.
         usage: Python that loads the result, run inside the export's folder.
         save: Writes further files into that folder.
+        parts: Parts by the name of their folder.
     """
 
     tensors: dict[str, Tensor]
     config: dict[str, Any]
     usage: str
     save: Callable[[Path], None] | None = None
+    parts: Mapping[str, Part] = {}
 
 
 Writer = Callable[[StoredEncoder], Exported]
@@ -83,7 +98,14 @@ def export(experiment: str, checkpoint: Path, format: str, out: Path) -> Path:
     writers = formats_of(experiment)
     if format not in writers:
         raise UserError(f"{experiment} cannot be exported as {format!r}; valid: {', '.join(sorted(writers))}.")
-    return write_export(read_encoder(checkpoint), experiment, format, out, resolve_checkpoint(checkpoint).name)
+    written = write_export(read_encoder(checkpoint), experiment, format, out, resolve_checkpoint(checkpoint).name)
+    if (tokenizer := run_tokenizer(checkpoint)) is not None:
+        shutil.copy(tokenizer, out / "tokenizer.json")
+    return written
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({key: value.detach().contiguous().clone() for key, value in tensors.items()}, path, {"format": "pt"})
 
 
 def write_export(stored: StoredEncoder, experiment: str, format: str, out: Path, source: str) -> Path:
@@ -99,7 +121,11 @@ def write_export(stored: StoredEncoder, experiment: str, format: str, out: Path,
     exported = formats_of(experiment)[format](stored)
     out.mkdir(parents=True, exist_ok=True)
     weights = out / "model.safetensors"
-    save_file({key: value.detach().contiguous().clone() for key, value in exported.tensors.items()}, weights)
+    _save(exported.tensors, weights)
+    for name, part in exported.parts.items():
+        (out / name).mkdir(exist_ok=True)
+        _save(part.tensors, out / name / "model.safetensors")
+        (out / name / "config.json").write_text(json.dumps(part.config, indent=2))
     if exported.save is not None:
         exported.save(out)
     facts = {

@@ -109,10 +109,17 @@ class BuiltFromData(pl.LightningModule):
         spec: InputSpec = datamodule.input_spec
         given: dict[str, Any] = {"channels": list(spec.channels), "image_size": list(spec.image_size)}
         given |= {name: _plain(getattr(spec, name)) for name in ("regions", "vocabulary", "classes", "genome")}
-        if "regions" in stored and not spec.regions:
-            # An archive without labels, to predict: the checkpoint knows what it was trained to find.
-            given["regions"] = _plain(stored["regions"])
-            spec = spec._replace(regions=stored["regions"])
+        for name in ("regions", "classes"):
+            if name in stored and not getattr(spec, name):
+                # An archive without labels, to predict: the checkpoint knows what it was trained to find.
+                given[name] = _plain(stored[name])
+                spec = spec._replace(**{name: stored[name]})
+        if "vocabulary" in stored and given["vocabulary"]:
+            # Older checkpoints know less of their vocabulary.
+            known = {key: value for key, value in given["vocabulary"].items() if key in stored["vocabulary"]}
+            stored["vocabulary"] = (
+                given["vocabulary"] if known == _plain(stored["vocabulary"]) else stored["vocabulary"]
+            )
         for name, value in stored.items():
             if _plain(value) != given[name]:
                 raise CheckpointError(

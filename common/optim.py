@@ -17,7 +17,9 @@ def _modules_with(module: nn.Module, method: str) -> Iterable[tuple[str, Any]]:
             yield (f"{name}." if name else "", child)
 
 
-def param_groups(module: nn.Module, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+def param_groups(
+    module: nn.Module, layer_decay: float = 1.0, lr_scale: Callable[[str], float] | None = None
+) -> list[dict[str, Any]]:
     """Sort the trainable parameters into groups for an optimiser.
 
     Biases, norms and whatever a submodule names in ``no_weight_decay()`` (positions, mask tokens) get a weight decay
@@ -27,6 +29,7 @@ def param_groups(module: nn.Module, layer_decay: float = 1.0) -> list[dict[str, 
     Args:
         module: The module to train.
         layer_decay: Factor per layer in (0, 1]; 1 means equal rates.
+        lr_scale: Factor of the rate by a parameter's name; goes on top.
 
     Raises:
         ValueError: ``layer_decay`` is outside (0, 1].
@@ -49,7 +52,7 @@ def param_groups(module: nn.Module, layer_decay: float = 1.0) -> list[dict[str, 
         if not parameter.requires_grad:
             continue
         plain = parameter.ndim > 1 and name not in exempt
-        key = (plain, scale(name))
+        key = (plain, scale(name) * (lr_scale(name) if lr_scale else 1.0))
         group = groups.setdefault(key, {"params": [], "lr_scale": key[1]} | ({} if plain else {"weight_decay": 0.0}))
         group["params"].append(parameter)
     return list(groups.values())

@@ -143,9 +143,22 @@ _COSTS = ("samples", "train_seconds", "flops_per_sample")
 
 
 def run_arm(
-    steps: list[Step], configs: Path, places: Mapping[str, str], columns: Mapping[str, str]
+    steps: list[Step],
+    configs: Path,
+    places: Mapping[str, str],
+    columns: Mapping[str, str],
+    done: dict[tuple[str, ...], Path] | None = None,
 ) -> list[dict[str, Any]]:
-    """Run the steps of one arm and return one row per score: its metrics, what its last fit cost and its folder."""
+    """Run the steps of one arm and return one row per score: its metrics, what its last fit cost and its folder.
+
+    Args:
+        steps: The steps.
+        configs: Folder of the configurations.
+        places: What stands for names in arguments.
+        columns: Metrics that are wanted.
+        done: Commands that were run before, with their run folders: a command under the same seed gives the same, so
+            arms that begin alike share their beginning. New ones are added.
+    """
     from common.cli import execute
     from common.commands import COMMANDS
     from common.commands import execute as execute_medmim
@@ -158,7 +171,10 @@ def run_arm(
         if step.run in COMMANDS:
             execute_medmim(arguments)
             continue
-        folder = execute(arguments)
+        before = None if done is None else done.get(tuple(arguments))
+        folder = before or execute(arguments)
+        if done is not None:
+            done[tuple(arguments)] = folder
         places[step.name or step.run] = str(folder)
         if step.run == "fit":
             summary = json.loads((folder / "summary.json").read_text())
@@ -209,6 +225,59 @@ def summarise(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> list[di
     return result
 
 
+def paired_difference(
+    ours: Sequence[Path], others: Sequence[Path], value: str, unit: str, draws: int = 2000
+) -> dict[str, float]:
+    """Return how much one arm's cases are above another's, mean over seeds, with the bounds of a 95 % interval.
+
+    Cases are matched by ``subject_id``; units, such as persons or images, are resampled with all their cases.
+
+    Args:
+        ours: Run folder of each seed, with a ``per_case.csv``.
+        others: The other arm's.
+        value: Column to compare.
+        unit: Column of the units.
+        draws: Resamplings.
+
+    Raises:
+        UserError: the arms were not scored on the same cases.
+    """
+    gaps = []
+    for folder, other in zip(ours, others, strict=True):
+        one, two = (pd.read_csv(path / "per_case.csv").set_index("subject_id") for path in (folder, other))
+        if set(one.index) != set(two.index):
+            raise UserError(f"{folder} and {other} were not scored on the same cases, so they cannot be paired.")
+        gaps.append(one[value] - two[value].reindex(one.index))
+    units = pd.read_csv(ours[0] / "per_case.csv").set_index("subject_id")[unit]
+    gap = sum(part.reindex(units.index) for part in gaps) / len(gaps)
+    number, names = pd.factorize(units)
+    totals, counts = np.bincount(number, gap.to_numpy()), np.bincount(number)
+    chosen = numpy_generator("paired", len(names)).multinomial(len(names), np.full(len(names), 1 / len(names)), draws)
+    low, high = np.percentile((chosen @ totals) / (chosen @ counts), [2.5, 97.5])
+    return {"mean": float(gap.mean()), "low": float(low), "high": float(high)}
+
+
+def paired_table(rows: Sequence[Mapping[str, Any]], paired: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Compare every arm and score with the reference one, over the seeds that both have.
+
+    Args:
+        rows: With ``arm``, ``score``, ``seed`` and ``folder``.
+        paired: ``reference`` arm, ``score`` of it, ``value`` and ``unit``.
+    """
+    folders: dict[tuple[str, str], dict[int, Path]] = {}
+    for row in rows:
+        folders.setdefault((row["arm"], row["score"]), {})[row["seed"]] = row["folder"]
+    reference = folders.get((paired["reference"], paired["score"]), {})
+    result = []
+    for (arm, score), found in folders.items():
+        seeds = sorted(reference.keys() & found.keys())
+        if seeds and found is not reference:
+            ours, others = [reference[seed] for seed in seeds], [found[seed] for seed in seeds]
+            gap = paired_difference(ours, others, paired["value"], paired["unit"])
+            result.append({"arm": arm, "score": score, "seeds": seeds, **gap})
+    return result
+
+
 def _cell(value: Mapping[str, Any] | None, digits: int) -> str:
     if value is None:
         return "not run"
@@ -232,6 +301,15 @@ def table(result: Mapping[str, Any]) -> str:
         if paper:
             cells.append(paper.get(entry["arm"], "-"))
         lines.append("| " + " | ".join(cells) + " |")
+    if result.get("paired"):
+        lines += [
+            "",
+            f"| {result['paired_title']} | scored on | difference | 95 % from | to |",
+            "|---|---|---|---|---|",
+        ]
+        for entry in result["paired"]:
+            values = " | ".join(f"{entry[name]:+.{digits}f}" for name in ("mean", "low", "high"))
+            lines.append(f"| {entry['arm']} | {entry['score']} | {values} |")
     return "\n".join(lines)
 
 
@@ -267,16 +345,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="the archive")
     parser.add_argument("--out", help="JSON file to write (default: into the experiment's results folder)")
     parser.add_argument("--arms", nargs="+", help="only these arms")
+    parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
     parser.add_argument("--readme", nargs="+", metavar="FILE", help="make the tables of these READMEs anew and stop")
 
 
-def _rows(study: Mapping[str, Any], arm: str, configs: Path, places: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Run one arm, on every fold where there are folds, and return its rows."""
+def _rows(
+    study: Mapping[str, Any],
+    arm: str,
+    configs: Path,
+    places: Mapping[str, str],
+    done: dict[tuple[str, ...], Path],
+) -> list[dict[str, Any]]:
+    """Run one arm, on every fold where there are folds, and return its rows with their run folders."""
     steps = study["arms"][arm]
     if "folds" in study:
         return run_folds(steps, configs, places, study["folds"], Pool(**study["pool"]))
-    rows = run_arm(steps, configs, places, study["columns"])
-    return [{name: value for name, value in row.items() if name != "folder"} for row in rows]
+    return run_arm(steps, configs, places, study["columns"], done)
 
 
 def _results_folder(configs: Path) -> Path:
@@ -315,10 +399,15 @@ def run(args: argparse.Namespace) -> None:
     }
     out = Path(args.out) if args.out else _results_folder(configs) / _file_name(path.stem, facts)
     out.parent.mkdir(parents=True, exist_ok=True)
-    for seed, arm in itertools.product(study["seeds"], args.arms or study["arms"]):
+    done: dict[tuple[str, ...], Path] = {}
+    rows: list[dict[str, Any]] = []
+    for seed, arm in itertools.product(args.seeds or study["seeds"], args.arms or study["arms"]):
         say(f"study {path.stem}: seed {seed}, {arm}")
         places = {"data": args.data, "seed": str(seed), "folder": str(folder)}
-        result["rows"] += [{"arm": arm, "seed": seed, **row} for row in _rows(study, arm, configs, places)]
+        rows += [{"arm": arm, "seed": seed, **row} for row in _rows(study, arm, configs, places, done)]
+        result["rows"] = [{name: value for name, value in row.items() if name != "folder"} for row in rows]
+        if "paired" in study:
+            result |= {"paired": paired_table(rows, study["paired"]), "paired_title": study["paired"]["title"]}
         result["summary"] = summarise(result["rows"], study["columns"])
         # After every arm, so that a study that is stopped keeps what it has.
         out.write_text(json.dumps(_plain(result), indent=1) + "\n")

@@ -164,6 +164,38 @@ class LabelledBatch(TypedDict, total=False):
     patient_id: list[str]
 
 
+class PairBatch(TypedDict, total=False):
+    """A batch of images with a text each; T is the longest text of the batch, C candidate texts of an image.
+
+    Attributes:
+        image: float ``(B, 3, H, W)``, standardised.
+        image_key: int64 ``(B,)``, equal where two samples have the same image.
+        input_ids: long ``(B, T)``, the class token first.
+        attention_mask: long ``(B, T)``, 1 = token, 0 = padding.
+        candidate_ids: long ``(B, C, T)``, the true text first.
+        candidate_mask: long ``(B, C, T)``.
+        label: long ``(B,)``, the class; -1 = none of them.
+        answers: what counts as right, one list per sample.
+        kind: ``"open"`` or ``"closed"``, one per sample; empty = unknown.
+        text: the text, one per sample.
+        subject_id: one name per sample.
+        patient_id: one name per sample.
+    """
+
+    image: Tensor
+    image_key: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    candidate_ids: Tensor
+    candidate_mask: Tensor
+    label: Tensor
+    answers: list[list[str]]
+    kind: list[str]
+    text: list[str]
+    subject_id: list[str]
+    patient_id: list[str]
+
+
 class HiddenTokens(NamedTuple):
     """What a method makes of the words that were hidden.
 

@@ -73,10 +73,14 @@ def cut_box(
     part = np.ascontiguousarray(image[top : math.ceil(box[3]), left : math.ceil(box[2])])
     inner = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
     if inner == (0, 0, part.shape[1], part.shape[0]) and not degrees:
-        pixels = torch.from_numpy(part).reshape(*part.shape[:2], -1).permute(2, 0, 1)[None]
-        resized = F.interpolate(pixels, tuple(size), mode="bicubic", antialias=True)[0]
+        resized = F.interpolate(_channels_first(part)[None], tuple(size), mode="bicubic", antialias=True)[0]
     else:
         bicubic = Image.fromarray(part).resize((size[1], size[0]), Image.Resampling.BICUBIC, box=inner)
         turned = bicubic.rotate(degrees, Image.Resampling.BILINEAR) if degrees else bicubic
-        resized = torch.from_numpy(np.array(turned)).reshape(*size, -1).permute(2, 0, 1)
+        resized = _channels_first(np.array(turned))
     return (resized.flip(-1) if mirror else resized) / 255
+
+
+def _channels_first(pixels: NDArray[np.uint8]) -> Tensor:
+    """Turn ``(H, W)`` or ``(H, W, 3)`` into ``(1 or 3, H, W)``."""
+    return torch.from_numpy(pixels)[None] if pixels.ndim == 2 else torch.from_numpy(pixels).movedim(-1, 0)

@@ -12,22 +12,22 @@ from torch import Tensor
 
 from common.errors import DataError
 from common.faults import Fault, SampleFaultError, pseudonym
+from common.maskers.bert import BertMasker
 from common.maskers.words import WordMasker
 from common.randomness import KeyedGenerator, numpy_generator, stable_hash
 from common.reporting import is_dry_run, say
 from common.types import InputSpec
 from datamodules.base import ArchiveDataModule, FaultTolerantDataset, collate_samples
-from datamodules.cache import cache_root
 from datamodules.image_cache import BoxChoice, ImageCache, SourceImages
 from datamodules.image_crops import center_box, random_box
-from datamodules.images import CHANNELS
+from datamodules.images import CHANNELS, FIGURE, GRAY
 from datamodules.layouts import STUDY_LAYOUTS, recognise
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.manifest import find_manifest
 from datamodules.reports import ReportError, read_report
 from datamodules.splits import assign_splits
 from datamodules.studies import Study, StudyLayout
-from datamodules.tokens import ReportTokenizer, load_tokenizer, train_tokenizer
+from datamodules.tokens import Kind, ReportTokenizer, learned_tokenizer, load_tokenizer
 
 Flip = Literal["off", "swap_words", "naive"]
 _OTHER_SIDE = {"left": "right", "right": "left"}
@@ -56,12 +56,24 @@ class TextSettings(NamedTuple):
     Attributes:
         part: ``"findings_impression"`` or ``"full"``; see :mod:`datamodules.reports`.
         length: T, tokens at most, the class token included.
-        masker: Draws which words are hidden.
+        masker: Draws which words are hidden, and replaces them.
+        end: Whether the tokenizer's end token, if it has one, comes last.
     """
 
     part: str
     length: int
-    masker: WordMasker
+    masker: WordMasker | BertMasker
+    end: bool = False
+
+
+def per_channel(value: float | Sequence[float]) -> Tensor:
+    """Return one number, or one of each channel, as ``(C, 1, 1)``."""
+    return torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1)
+
+
+def plain_numbers(value: float | Sequence[float]) -> Any:
+    """Return one number or a list, as records of preprocessing have them."""
+    return value if isinstance(value, int | float) else list(value)
 
 
 class Sample(NamedTuple):
@@ -146,12 +158,14 @@ class ImageTextDataset(FaultTolerantDataset):
         train: Whether crops, views and hidden words are drawn anew every epoch under the run's seed; else they are
             fixed per subject whatever the run.
         seed: Seed of the training draws.
-        crop_scale: Share of the image's area that a training crop has.
+        crop_scale: Share of the image's area that a training crop has; None cuts the central crop in training too.
         flip: Whether training crops are mirrored, with the words for the sides exchanged or without.
-        mean: Subtracted from pixels in [0, 1].
+        mean: Subtracted from pixels in [0, 1], one number or one of each channel.
         std: What they are divided by then.
         controls: Other patients' samples, for the control of the collapse diagnostics; None leaves it out.
         anonymise: Whether subjects get pseudonyms.
+        complete: Whether a sample needs image and text; else one of them will do.
+        negatives: Whether each sample comes with the image of another one.
     """
 
     def __init__(
@@ -164,20 +178,23 @@ class ImageTextDataset(FaultTolerantDataset):
         image_size: Sequence[int],
         train: bool,
         seed: int,
-        crop_scale: Sequence[float] = (0.2, 1.0),
+        crop_scale: Sequence[float] | None = (0.2, 1.0),
         flip: Flip = "off",
-        mean: float = 0.0,
-        std: float = 1.0,
+        mean: float | Sequence[float] = 0.0,
+        std: float | Sequence[float] = 1.0,
         controls: Sequence[Sample] | None = None,
         anonymise: bool = False,
+        complete: bool = False,
+        negatives: bool = False,
     ) -> None:
         super().__init__(seed)
         self.samples = list(samples)
         self.layout, self.store, self.tokenizer, self.text = layout, store, tokenizer, text
         self.image_size = tuple(image_size)
         self.train = train
-        self.crop_scale, self.flip = tuple(crop_scale), flip
-        self.mean, self.std = mean, std
+        self.crop_scale, self.flip = crop_scale, flip
+        self.mean, self.std = per_channel(mean), per_channel(std)
+        self.complete, self.negatives = complete, negatives
         self.controls = [sample for sample in controls or () if sample.images]
         self.anonymise = anonymise
 
@@ -205,8 +222,9 @@ class ImageTextDataset(FaultTolerantDataset):
         faults: list[Fault] = []
         image = self._image(sample, generator, mirror, faults)
         text = self._text(sample, faults)
-        if image is None and not text:
-            raise SampleFaultError(faults or [Fault(sample.case_id, "empty", "neither image nor text", sample.case_id)])
+        if (image is None and not text) or (self.complete and (image is None or not text)):
+            detail = "neither image nor text" if image is None else "no text"
+            raise SampleFaultError(faults or [Fault(sample.case_id, "empty", detail, sample.case_id)])
         if mirror and self.flip == "swap_words":
             text = swap_sides(text)
         key = torch.tensor(stable_hash("mask", *self._parts(draw)))
@@ -214,6 +232,7 @@ class ImageTextDataset(FaultTolerantDataset):
             "image": self._standardised(image),
             "modality_mask": torch.tensor([image is not None, bool(text)]),
             "key": key,
+            "image_key": stable_hash("image", *sample.images[:1] or [sample.case_id]),
             "subject_id": pseudonym(sample.case_id) if self.anonymise else sample.case_id,
             "patient_id": pseudonym(sample.patient_id) if self.anonymise else sample.patient_id,
             "faults": faults,
@@ -221,6 +240,8 @@ class ImageTextDataset(FaultTolerantDataset):
         result |= self._tokens(text, key)
         if self.controls:
             result["control_image"] = self._standardised(self._control(sample, draw))
+        if self.negatives:
+            result["negative_image"] = self._standardised(self._negative(sample, draw))
         return result
 
     def _image(
@@ -231,7 +252,7 @@ class ImageTextDataset(FaultTolerantDataset):
             return None
         path = sample.images[int(generator.integers(len(sample.images))) if self.train else 0]
         choose: BoxChoice = partial(center_box, size=self.image_size)
-        if self.train:
+        if self.train and self.crop_scale is not None:
             choose = partial(random_box, scale=self.crop_scale, generator=generator)
         try:
             return self.store.crop(path, choose, self.image_size, mirror)
@@ -249,17 +270,30 @@ class ImageTextDataset(FaultTolerantDataset):
             return ""
 
     def _tokens(self, text: str, key: Tensor) -> dict[str, Tensor]:
-        encoded = self.tokenizer.encode(text, self.text.length)
+        encoded = self.tokenizer.encode(text, self.text.length, self.text.end)
         generator = KeyedGenerator(key[None])
         hidden = self.text.masker(encoded.starts[None], encoded.maskable[None], generator)[0]
-        return {
-            "input_ids": encoded.ids.masked_fill(hidden, self.tokenizer.mask_id),
-            "labels": encoded.ids.masked_fill(~hidden, -100),
-        }
+        seen = self.text.masker.corrupt(
+            encoded.ids[None], hidden[None], self.tokenizer.mask_id, self.tokenizer.vocab_size, generator
+        )
+        return {"input_ids": seen[0], "labels": encoded.ids.masked_fill(~hidden, -100)}
 
     def _standardised(self, image: Tensor | None) -> Tensor:
         """Return the image in the encoder's units; the mean, which is 0, where there is none."""
-        return torch.zeros(1, *self.image_size) if image is None else (image - self.mean) / self.std
+        if image is None:
+            return torch.zeros(max(self.store.reader.channels, len(self.mean)), *self.image_size)
+        return (image - self.mean) / self.std
+
+    def _negative(self, sample: Sample, draw: Draw) -> Tensor | None:
+        """Cut an image that is not the sample's own, drawn anew every epoch; None where none can be read."""
+        first = stable_hash("negative", *self._parts(draw))
+        for attempt in range(len(self.samples)):
+            other = self.samples[(first + attempt) % len(self.samples)]
+            if other.images and other.images[0] != sample.images[0]:
+                image = self._image(other, numpy_generator("negative", *self._parts(draw)), False, [])
+                if image is not None:
+                    return image
+        return None
 
     def _control(self, sample: Sample, draw: Draw) -> Tensor | None:
         """Cut the image of another patient, the same one every time; None where none can be read."""
@@ -307,14 +341,22 @@ class ImageTextDataModule(ArchiveDataModule):
         text: ``"findings_impression"`` or ``"full"``.
         unique_texts: Whether to keep one sample of each distinct text and none without, before splitting: for archives
             whose reports repeat from person to person.
-        tokenizer: JSON file or folder; None learns a WordPiece from the training split and keeps it in the cache.
+        tokenizer: JSON file, folder, or name of the hub; None learns one from the training split, kept in the cache.
+        tokenizer_kind: ``"wordpiece"`` or ``"bpe"``, where it is learned.
         vocab_size: Tokens at most, where the tokenizer is learned.
         text_length: Tokens of a report at most, the class token included.
         text_mask_ratio: Probability that a word is hidden.
         mask_unit: ``"word"`` or ``"token"``.
         mask_last: Whether the last of ``text_length`` positions may be hidden.
-        crop_scale: Share of an image's area that a training crop has.
-        mean: Subtracted from pixels in [0, 1].
+        mask_scheme: ``"independent"`` draws for each word and always writes the mask token
+            (:class:`common.maskers.words.WordMasker`); ``"bert"`` hides a fixed share of each text, 80 % by the mask
+            token (:class:`common.maskers.bert.BertMasker`).
+        end_token: Whether texts end with the tokenizer's token for that, if it has one.
+        colour: Whether images are read in colour, else gray.
+        complete: Whether only samples with image and text are used.
+        negative_images: Whether each sample comes with another one's image.
+        crop_scale: Share of an image's area that a training crop has; None cuts the central crop.
+        mean: Subtracted from pixels in [0, 1], one number or one of each channel.
         std: What they are divided by then.
         flip: ``"off"``; ``"swap_words"`` mirrors half of the training crops and exchanges left and right in the report;
             ``"naive"`` mirrors only, so that the words for the sides become wrong.
@@ -342,14 +384,20 @@ class ImageTextDataModule(ArchiveDataModule):
         text: Literal["findings_impression", "full"] = "findings_impression",
         unique_texts: bool = False,
         tokenizer: str | None = None,
+        tokenizer_kind: Kind = "wordpiece",
         vocab_size: int = 30000,
         text_length: int = 100,
         text_mask_ratio: float = 0.5,
         mask_unit: Literal["word", "token"] = "word",
         mask_last: bool = True,
-        crop_scale: tuple[float, float] = (0.2, 1.0),
-        mean: float = 0.4978,
-        std: float = 0.2449,
+        mask_scheme: Literal["independent", "bert"] = "independent",
+        end_token: bool = False,
+        colour: bool = False,
+        complete: bool = False,
+        negative_images: bool = False,
+        crop_scale: tuple[float, float] | None = (0.2, 1.0),
+        mean: float | list[float] = 0.4978,
+        std: float | list[float] = 0.2449,
         flip: Flip = "off",
         batch_size: int = 256,
         draws_per_image: int = 1,
@@ -364,13 +412,17 @@ class ImageTextDataModule(ArchiveDataModule):
         super().__init__(batch_size, num_workers, max_fault_fraction, anonymise, seed)
         if text_length < 2:
             raise ValueError(f"`text_length` must be at least 2, the class token and one more, got {text_length}.")
-        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+        if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
         self.root = root
+        masker: WordMasker | BertMasker = WordMasker(text_mask_ratio, mask_unit, mask_last)
+        if mask_scheme == "bert":
+            masker = BertMasker(text_mask_ratio, mask_unit)
         self.image_size, self.crop_scale, self.flip = tuple(image_size), crop_scale, flip
-        self.text = TextSettings(text, text_length, WordMasker(text_mask_ratio, mask_unit, mask_last))
+        self.text = TextSettings(text, text_length, masker, end_token)
         self.mean, self.std = mean, std
-        self.vocab_size = vocab_size
+        self.vocab_size, self.tokenizer_kind = vocab_size, tokenizer_kind
+        self.colour, self.complete, self.negative_images = colour, complete, negative_images
         self.draws_per_image = draws_per_image
         self._tokenizer_path = tokenizer
         self._tokenizer: ReportTokenizer | None = None
@@ -392,6 +444,8 @@ class ImageTextDataModule(ArchiveDataModule):
         if self._layout is None:
             layout, studies = recognise(self.root, self._layout_name, self._known_layouts())
             samples = samples_of(studies, self._pair, self._views)
+            if self.complete:
+                samples = self._complete(samples)
             if self._unique_texts:
                 samples = distinct(samples, layout, text=self.text.part)
             parts = assign_splits(samples, *self._split)
@@ -402,9 +456,25 @@ class ImageTextDataModule(ArchiveDataModule):
             }
             self.ledger.num_samples = len(parts)
             root = Path(self.root).expanduser()
-            self.store = SourceImages() if self._cache == "none" else ImageCache(root, self._cache_side)
+            reader = FIGURE if self.colour else GRAY
+            self.store = (
+                SourceImages(reader) if self._cache == "none" else ImageCache(root, self._cache_side, reader=reader)
+            )
             self._layout = layout
         return self._layout
+
+    def _complete(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Keep the samples that have both an image and a text.
+
+        Raises:
+            DataError: none has.
+        """
+        kept = [sample for sample in samples if sample.images and sample.study.text]
+        if not kept:
+            raise DataError(f"None of the {len(samples)} samples under {self.root} has both an image and a text.")
+        if len(kept) < len(samples):
+            say(f"note: {len(samples) - len(kept)} of {len(samples)} samples lack image or text and are left out")
+        return kept
 
     def _known_layouts(self) -> Sequence[StudyLayout]:
         """Return the layouts, the manifest's with the user's columns."""
@@ -451,11 +521,7 @@ class ImageTextDataModule(ArchiveDataModule):
 
     def _learned(self) -> ReportTokenizer:
         texts = self.training_texts()
-        digest = stable_hash(self.vocab_size, *sorted(texts))
-        path = cache_root() / "tokenizers" / f"wordpiece-{digest:016x}.json"
-        if not path.is_file():
-            train_tokenizer(texts, self.vocab_size).save(path)
-        return load_tokenizer(path)
+        return learned_tokenizer(texts, self.vocab_size, self.tokenizer_kind)
 
     @property
     def input_spec(self) -> InputSpec:
@@ -463,9 +529,11 @@ class ImageTextDataModule(ArchiveDataModule):
         layout = self.index()
         preprocessing = {
             "layout": layout.name,
-            "intensity": "grayscale in [0, 1], minus mean, over std, repeated three times",
-            "mean": self.mean,
-            "std": self.std,
+            "intensity": "RGB in [0, 1], minus mean, over std"
+            if self.colour
+            else "grayscale in [0, 1], minus mean, over std, repeated three times",
+            "mean": plain_numbers(self.mean),
+            "std": plain_numbers(self.std),
             "resize": "bicubic, antialiased",
             "text": self.text.part,
         }
@@ -474,6 +542,7 @@ class ImageTextDataModule(ArchiveDataModule):
             "size": tokenizer.vocab_size,
             "length": self.text.length,
             "fingerprint": tokenizer.fingerprint,
+            "pad_id": tokenizer.pad_id,
         }
         return InputSpec(CHANNELS, self.image_size, {}, preprocessing, vocabulary)
 
@@ -524,7 +593,7 @@ class ImageTextDataModule(ArchiveDataModule):
 
     def _say_cut_texts(self) -> None:
         texts = self.training_texts()
-        cut = sum(self.tokenizer.encode(text, self.text.length).cut for text in texts)
+        cut = sum(self.tokenizer.encode(text, self.text.length, self.text.end).cut for text in texts)
         if cut:
             say(f"note: {cut} of {len(texts)} training reports are longer than text_length {self.text.length} "
                 f"and lose their end")  # fmt: skip
@@ -547,12 +616,15 @@ class ImageTextDataModule(ArchiveDataModule):
             std=self.std,
             controls=self.splits["train"] if controls else None,
             anonymise=self.ledger.anonymise,
+            complete=self.complete,
+            negatives=self.negative_images,
         )
 
     def _usable(self, samples: Iterable[Sample]) -> list[Sample]:
         """Leave out samples known to be broken: evaluation replaces nothing."""
         bad = {fault.sample for fault in self.ledger.faults}
-        return [sample for sample in samples if sample.case_id not in bad or sample.study.text is not None]
+        alone = not self.complete
+        return [s for s in samples if s.case_id not in bad or (alone and s.study.text is not None)]
 
     def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Return what joins samples and pads their texts."""

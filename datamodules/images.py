@@ -1,7 +1,7 @@
 """Reading 2D medical images in 8 bits, gray or in colour, to their last byte: every way to be broken has a kind.
 
-An EXIF orientation is ignored: radiographs carry none that means anything. Of several frames or pages the first is
-read. Pillow's ``LOAD_TRUNCATED_IMAGES`` must stay off, as it is by default.
+An EXIF orientation is ignored, but for figures: radiographs carry none that means anything. Of several frames or pages
+the first is read. Pillow's ``LOAD_TRUNCATED_IMAGES`` must stay off, as it is by default.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from common.errors import UserError
 
@@ -199,6 +199,37 @@ def read_field_of_view(path: Path, shorter_side: int | None = None, threshold: i
     return square
 
 
+def read_figure(
+    path: Path, shorter_side: int | None = None, min_side: int = MIN_SIDE, max_pixels: int = 200_000_000
+) -> NDArray[np.uint8]:
+    """Read a figure of a paper in colour: transparent parts on white, turned as EXIF says.
+
+    Args:
+        path: As in :func:`read_gray`.
+        shorter_side: As in :func:`read_gray`.
+        min_side: As in :func:`read_gray`.
+        max_pixels: As in :func:`read_gray`.
+
+    Returns:
+        ``(H, W, 3)``.
+
+    Raises:
+        ImageError: as :func:`read_gray`.
+        UserError: as :func:`read_gray`.
+    """
+    if _is_dicom(path):
+        return read_colour(path, shorter_side, min_side, max_pixels)
+    with _reading(path), Image.open(path, formats=FORMATS) as image:
+        _check_size(image.height, image.width, (min_side, max_pixels))
+        if image.format == "PNG":
+            _check_png(path)
+        figure = ImageOps.exif_transpose(_on_white(image))
+        height, width = reduced_size(figure.height, figure.width, shorter_side)
+        if (figure.height, figure.width) != (height, width):
+            figure = figure.resize((width, height), Image.Resampling.BICUBIC)
+        return _varied(np.array(figure))
+
+
 class ImageReader(NamedTuple):
     """How files become pixels.
 
@@ -215,6 +246,7 @@ class ImageReader(NamedTuple):
 
 GRAY = ImageReader("", 1, read_gray)
 COLOUR = ImageReader("colour", 3, read_colour)
+FIGURE = ImageReader("figure", 3, read_figure)
 FUNDUS = ImageReader("field of view", 3, read_field_of_view)
 
 
@@ -242,8 +274,8 @@ def read_reduced(
 
 
 def _varied(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    if pixels.min() == pixels.max():
-        raise ImageError("constant", f"every pixel is {pixels.flat[0]}")
+    if (pixels == pixels[0, 0]).all():
+        raise ImageError("constant", f"every value is {pixels[0, 0].tolist()}")
     return pixels
 
 
@@ -311,6 +343,16 @@ def _to_colour(image: Image.Image) -> Image.Image:
         return _to_gray(image).convert("RGB")
     # Through RGBA, a palette keeps the colours of transparent entries; dropping alpha leaves what lies under it.
     return image.convert("RGBA" if image.mode in ("P", "PA") else "RGB").convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Convert to ``RGB``, what is transparent lying on white; EXIF stays."""
+    if image.mode not in ("P", "PA", "LA", "RGBA") and "transparency" not in image.info:
+        return _to_colour(image)
+    layered = image.convert("RGBA")
+    flat = Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered).convert("RGB")
+    flat.info["exif"] = image.info.get("exif", b"")
+    return flat
 
 
 def _stretch(values: NDArray[Any]) -> NDArray[np.uint8]:

@@ -12,17 +12,32 @@ from datamodules.cases import Case, Layout
 from datamodules.folder import FOLDER, LUNG
 from datamodules.fundus_labels import APTOS, EYEPACS, IDRID, RFMID
 from datamodules.manifest import COVID_CXR, MANIFEST
+from datamodules.medicat import MEDICAT, MEDICAT_ALL
+from datamodules.melinda import MELINDA
 from datamodules.mimic_cxr import MIMIC_CXR
 from datamodules.open_i import OPEN_I
 from datamodules.palm import PALM
 from datamodules.pi_cai import PI_CAI
 from datamodules.pictures import PictureLayout
+from datamodules.roco import MEDICAT_ROCO, ROCO
 from datamodules.studies import StudyLayout
 from datamodules.tcga import TCGA
 from datamodules.ukb import UKB
+from datamodules.vqa import QUESTION_LAYOUTS
 
 VOLUME_LAYOUTS: tuple[Layout, ...] = (BRATS2023, BRATS2021, PI_CAI, LUNG, FOLDER)
-STUDY_LAYOUTS: tuple[StudyLayout, ...] = (MIMIC_CXR, OPEN_I, COVID_CXR, MANIFEST)
+STUDY_LAYOUTS: tuple[StudyLayout, ...] = (
+    MIMIC_CXR,
+    OPEN_I,
+    COVID_CXR,
+    MANIFEST,
+    MEDICAT,
+    MEDICAT_ALL,
+    ROCO,
+    MEDICAT_ROCO,
+    MELINDA,
+    *(layout.for_calibration() for layout in QUESTION_LAYOUTS),
+)
 PICTURE_LAYOUTS: tuple[PictureLayout, ...] = (UKB, TCGA, IDRID, APTOS, EYEPACS, RFMID, PALM)
 
 

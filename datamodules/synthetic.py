@@ -21,6 +21,14 @@ from common.reporting import say
 from datamodules.anatomy import make_brain, make_lung, make_prostate
 from datamodules.synthetic_brain import BRAIN_WRITERS
 from datamodules.synthetic_cxr import write_mimic_cxr
+from datamodules.synthetic_figures import (
+    write_medicat,
+    write_melinda,
+    write_roco,
+    write_slake,
+    write_vqa_med_2019,
+    write_vqa_rad,
+)
 from datamodules.synthetic_fundus import write_aptos, write_idrid, write_palm, write_rfmid, write_tcga, write_ukb
 from datamodules.synthetic_labels import write_chexpert, write_covid_cxr, write_nih, write_rsna, write_siim
 from datamodules.volume_io import to_lps, write_nifti
@@ -146,6 +154,12 @@ WRITERS: dict[str, Callable[[Path, int, int], None]] = {
     "idrid": write_idrid,
     "rfmid": write_rfmid,
     "palm": write_palm,
+    "medicat": write_medicat,
+    "roco": write_roco,
+    "vqa_rad": write_vqa_rad,
+    "slake": write_slake,
+    "vqa_med_2019": write_vqa_med_2019,
+    "melinda": write_melinda,
 }
 
 

@@ -18,6 +18,7 @@ from common.data_config import add_data_arguments, make_datamodule
 from common.errors import DataError, UserError
 from common.randomness import stable_hash
 from common.reporting import say
+from datamodules.cache import cache_root
 
 Kind = Literal["wordpiece", "bpe"]
 #: The special tokens in the order of their ids, 0 to 3.
@@ -61,6 +62,8 @@ class ReportTokenizer:
         if missing:
             raise DataError(f"The tokenizer has no {', '.join(missing)}: train one with `medmim tokenizer`.")
         self.pad_id, self.unk_id, self.cls_id, self.mask_id = (int(value or 0) for value in found.values())
+        #: The token that ends a text; None where the tokenizer has none, such as those that are trained here.
+        self.end_id = next((i for i in map(tokenizer.token_to_id, ("[SEP]", "</s>")) if i is not None), None)
 
     def _special_id(self, name: str) -> int | None:
         value = self.backend.token_to_id(name)
@@ -76,15 +79,23 @@ class ReportTokenizer:
         """Hash of the whole tokenizer: two of the same fingerprint give the same ids."""
         return f"{stable_hash(self.backend.to_str()):016x}"
 
-    def encode(self, text: str, length: int) -> EncodedText:
-        """Turn a text into at most ``length`` tokens, the class token first."""
+    def encode(self, text: str, length: int, end: bool = False) -> EncodedText:
+        """Turn a text into at most ``length`` tokens, the class token first.
+
+        Args:
+            text: The text.
+            length: T at most.
+            end: Whether the token that ends a text comes last, if there is one.
+        """
         encoding = self.backend.encode(text, add_special_tokens=False)
-        words = encoding.word_ids[: length - 1]
-        ids = torch.tensor([self.cls_id, *encoding.ids[: length - 1]])
-        starts = torch.tensor([True, *(index == 0 or word != words[index - 1] for index, word in enumerate(words))])
-        maskable = torch.ones_like(starts)
-        maskable[0] = False
-        return EncodedText(ids, starts, maskable, len(encoding.ids) > length - 1)
+        last = [self.end_id] if end and self.end_id is not None else []
+        room = length - 1 - len(last)
+        words = encoding.word_ids[:room]
+        ids = torch.tensor([self.cls_id, *encoding.ids[:room], *last])
+        begins = [index == 0 or word != words[index - 1] for index, word in enumerate(words)]
+        starts = torch.tensor([True, *begins, *(True for _ in last)])
+        maskable = torch.tensor([False, *(True for _ in words), *(False for _ in last)])
+        return EncodedText(ids, starts, maskable, len(encoding.ids) > room)
 
     def token(self, index: int) -> str:
         """Return the text of a token, ``##`` before the continuation of a word."""
@@ -117,6 +128,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: Kind = "wordpie
     return ReportTokenizer(
         _train_wordpiece(texts, vocab_size) if kind == "wordpiece" else _train_bpe(texts, vocab_size)
     )
+
+
+def learned_tokenizer(texts: Sequence[str], vocab_size: int, kind: Kind = "wordpiece") -> ReportTokenizer:
+    """Learn a vocabulary as :func:`train_tokenizer` does, or take the one that was learned from these texts before.
+
+    Raises:
+        DataError: as :func:`train_tokenizer`.
+    """
+    digest = stable_hash(vocab_size, *sorted(texts))
+    path = cache_root() / "tokenizers" / f"{kind}-{digest:016x}.json"
+    if not path.is_file():
+        train_tokenizer(texts, vocab_size, kind).save(path)
+    return load_tokenizer(path)
 
 
 def _wordpiece(vocabulary: dict[str, int]) -> Tokenizer:
@@ -163,31 +187,33 @@ def _train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> ReportTokenizer:
-    """Load a tokenizer: a JSON of the tokenizers library, or a folder that transformers can read.
+    """Load a tokenizer: a JSON of the tokenizers library, a folder that transformers can read, or a name of its hub.
 
     Raises:
         DataError: there is none at ``path``.
     """
-    path = Path(path)
+    name, path = str(path), Path(path)
+    named = not path.exists() and path.suffix != ".json" and name.count("/") == 1 and not path.is_absolute()
     try:
-        if path.is_dir():
+        if path.is_dir() or named:
             from transformers import AutoTokenizer
 
-            return ReportTokenizer(AutoTokenizer.from_pretrained(str(path), local_files_only=True).backend_tokenizer)
+            loaded = AutoTokenizer.from_pretrained(name, local_files_only=not named)
+            return ReportTokenizer(loaded.backend_tokenizer)
         return ReportTokenizer(Tokenizer.from_file(str(path)))
     except UserError:
         raise
     except Exception as error:  # both libraries raise what they like
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"There is no tokenizer at {path} (a JSON file, or a folder of transformers): {reason}"
+            f"There is no tokenizer at {path} (a JSON file, a folder of transformers, or a name of its hub): {reason}"
         ) from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``medmim tokenizer``."""
     add_data_arguments(parser)
-    parser.add_argument("--kind", choices=("wordpiece", "bpe"), default="wordpiece")
+    parser.add_argument("--kind", choices=("wordpiece", "bpe"), help="default: the configuration's, else wordpiece")
     parser.add_argument("--vocab-size", type=int, help="tokens at most (default: the configuration's)")
     parser.add_argument("--out", required=True, help="JSON file to write, for data.tokenizer")
 
@@ -200,6 +226,7 @@ def run(args: argparse.Namespace) -> None:
     """
     datamodule = make_datamodule(args)
     texts = datamodule.training_texts()
-    tokenizer = train_tokenizer(texts, args.vocab_size or datamodule.vocab_size, args.kind)
+    kind = args.kind or getattr(datamodule, "tokenizer_kind", "wordpiece")
+    tokenizer = train_tokenizer(texts, args.vocab_size or datamodule.vocab_size, kind)
     tokenizer.save(Path(args.out))
-    say(f"tokenizer: {tokenizer.vocab_size} tokens ({args.kind}) from {len(texts)} training texts, at {args.out}")
+    say(f"tokenizer: {tokenizer.vocab_size} tokens ({kind}) from {len(texts)} training texts, at {args.out}")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
+from timm.layers.activations import QuickGELU
 from torch import Tensor, nn
 
 from common.maskers.relation import TieRule, mask_top_relations
@@ -153,6 +154,7 @@ class TransformerBlock(nn.Module):
         dropout: Rate after the attention's projection and inside the MLP.
         drop_path: Rate at which a sample skips a residual branch in training (stochastic depth).
         norm_eps: Added to the variance in LayerNorm.
+        quick_gelu: Whether the MLP has CLIP's approximation of GELU.
     """
 
     def __init__(
@@ -164,12 +166,14 @@ class TransformerBlock(nn.Module):
         dropout: float = 0.0,
         drop_path: float = 0.0,
         norm_eps: float = 1e-5,
+        quick_gelu: bool = False,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, norm_eps)
         self.attn = SelfAttention(dim, num_heads, qkv_bias, dropout)
         self.norm2 = nn.LayerNorm(dim, norm_eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=dropout)
+        activation = QuickGELU if quick_gelu else nn.GELU
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=activation, drop=dropout)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ class MAEDecoder(nn.Module):
         num_prefix_tokens: Tokens before the patches, such as a class token; they have no position.
         pos_span: Exponent that the frequencies of the positions run to.
         norm_eps: Added to the variance in LayerNorm.
+        quick_gelu: Whether the MLPs have CLIP's approximation of GELU.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class MAEDecoder(nn.Module):
         num_prefix_tokens: int = 0,
         pos_span: float = 1.0,
         norm_eps: float = 1e-5,
+        quick_gelu: bool = False,
     ) -> None:
         super().__init__()
         self.num_prefix_tokens = num_prefix_tokens
@@ -72,7 +74,8 @@ class MAEDecoder(nn.Module):
         table = sincos_position_embedding(grid_size, decoder_dim, span=pos_span)
         self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.blocks = nn.ModuleList(
-            TransformerBlock(decoder_dim, num_heads, mlp_ratio, qkv_bias=True, norm_eps=norm_eps) for _ in range(depth)
+            TransformerBlock(decoder_dim, num_heads, mlp_ratio, qkv_bias=True, norm_eps=norm_eps, quick_gelu=quick_gelu)
+            for _ in range(depth)
         )
         self.norm = nn.LayerNorm(decoder_dim, norm_eps)
         self.proj = nn.Linear(decoder_dim, out_features)
@@ -94,16 +97,25 @@ class MAEDecoder(nn.Module):
         Returns:
             ``(B, N, out_features)``, or ``(B, S, out_features)``.
         """
+        return self.proj(self.features(tokens, ids_restore, predict))
+
+    def restore(self, tokens: Tensor, ids_restore: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Embed prefix ``(B, ., F)`` and patches ``(B, N, F)``, mask tokens for those dropped; no positions."""
         prefix, x = self.embed(tokens).tensor_split([self.num_prefix_tokens], dim=1)
         if ids_restore is not None:
             batch, num_positions = ids_restore.shape
             hidden = self.mask_token.expand(batch, num_positions - x.shape[1], -1)
             x = torch.cat([x, hidden.to(x.dtype)], dim=1)
             x = x.gather(1, ids_restore[..., None].expand(-1, -1, x.shape[2]))
+        return prefix, x
+
+    def features(self, tokens: Tensor, ids_restore: Tensor | None = None, predict: Tensor | None = None) -> Tensor:
+        """Return what is projected to predictions, normalised, ``(B, N, F)`` or ``(B, S, F)``."""
+        prefix, x = self.restore(tokens, ids_restore)
         x = torch.cat([prefix, x + self.pos_embed], dim=1) if self.num_prefix_tokens else x + self.pos_embed
         for block in self.blocks:
             x = block(x)
         x = x[:, self.num_prefix_tokens :]
         if predict is not None:
             x = x.gather(1, predict[..., None].expand(-1, -1, x.shape[2]))
-        return self.proj(self.norm(x))
+        return self.norm(x)

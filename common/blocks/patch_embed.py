@@ -48,6 +48,12 @@ def unpatchify(patches: Tensor, grid: Sequence[int], patch_size: Sequence[int]) 
     return x.permute(0, 1 + dims, *pairs).reshape(patches.shape[0], channels, *space)
 
 
+def patchify_channels_last(image: Tensor, patch_size: Sequence[int]) -> Tensor:
+    """Cut ``(B, C, *space)`` into ``(B, N, P C)``; inside a patch by space, then channel, as MAE's targets are."""
+    channels = image.shape[1]
+    return patchify(image, patch_size).unflatten(2, (channels, -1)).transpose(2, 3).flatten(2)
+
+
 def normalise_patches(patches: Tensor) -> Tensor:
     """Standardise each patch ``(..., P)`` by its own mean and unbiased variance; a constant one becomes 0."""
     mean, variance = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)

@@ -53,3 +53,9 @@ class WordMasker:
         if not self.mask_last:
             hidden[:, -1] = False
         return hidden
+
+    def corrupt(
+        self, ids: Tensor, hidden: Tensor, mask_id: int, vocab_size: int, generator: RandomSource = None
+    ) -> Tensor:
+        """Return ``ids`` ``(B, T)`` with the mask token where ``hidden`` ``(B, T)`` says so; the rest is unused."""
+        return ids.masked_fill(hidden, mask_id)

@@ -13,19 +13,13 @@ from transformers import BertConfig, BertModel
 from transformers.models.bert.modeling_bert import BertLMPredictionHead
 
 from common.blocks.decoder import MAEDecoder
-from common.blocks.patch_embed import PATCH_EPS, normalise_patches, patchify, unpatchify
+from common.blocks.patch_embed import PATCH_EPS, normalise_patches, patchify_channels_last, unpatchify
 from common.blocks.pos_embed import sincos_position_embedding
 from common.blocks.vit import VisionTransformer, init_xavier_weights
 from common.types import MaskOutput
 
 TargetNorm = Literal["patch", "unit", "dataset"]
 Pool = Literal["gap", "gmp"]
-
-
-def record_patches(image: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """Cut ``(B, C, H, W)`` into ``(B, N, P)``; inside a patch by row, column, channel, as MAE does."""
-    channels = image.shape[1]
-    return patchify(image, patch_size).unflatten(2, (channels, -1)).transpose(2, 3).flatten(2)
 
 
 class ReportDecoder(nn.Module):
@@ -204,7 +198,7 @@ class MRM(nn.Module):
             index: long ``(B, S)``, the patches; None gives all.
         """
         source = image * self.std + self.mean if self.target_norm == "unit" else image
-        patches = record_patches(source, self.target_patch)
+        patches = patchify_channels_last(source, self.target_patch)
         if index is not None:
             patches = patches.gather(1, index[..., None].expand(-1, -1, patches.shape[2]))
         channels = self.encoder.patch_embed.in_channels
@@ -278,7 +272,7 @@ class MRM(nn.Module):
         channels = self.encoder.patch_embed.in_channels
         grey = pred.unflatten(2, (-1, channels)).mean(3)
         if self.target_norm == "patch":
-            true = record_patches(image.expand(-1, channels, -1, -1), self.target_patch)
+            true = patchify_channels_last(image.expand(-1, channels, -1, -1), self.target_patch)
             grey = grey * (true.var(2, keepdim=True) + PATCH_EPS).sqrt() + true.mean(2, keepdim=True)
         elif self.target_norm == "unit":
             grey = (grey - self.mean) / self.std

@@ -124,7 +124,7 @@ def test_folds_are_pooled_by_rank(experiment, tmp_path, monkeypatch):
     path.write_text(FOLDS)
     plain = study.run_arm
 
-    def run_arm(steps, configs, places, columns):
+    def run_arm(steps, configs, places, columns, done=None):
         rows = plain(steps, configs, places, columns)
         fold = int(places["fold"])
         # The second fold's scores are all higher, which must not matter.

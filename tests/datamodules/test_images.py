@@ -9,7 +9,7 @@ from PIL import Image
 
 from common.errors import UserError
 from datamodules import images
-from datamodules.images import ImageError, read_gray, read_header
+from datamodules.images import ImageError, read_figure, read_gray, read_header
 
 
 def smooth(height=1537, width=1283):
@@ -259,3 +259,33 @@ def test_the_covid_collection(real_data):
         assert read.dtype == np.uint8
         assert min(read.shape) == min(512, *full)
         assert abs(read.shape[0] / read.shape[1] - full[0] / full[1]) < 0.01
+
+
+def test_colour_has_transparency_on_white_and_is_turned(tmp_path):
+    """Of a figure nothing is dark because it is see-through."""
+    layered = np.zeros((40, 50, 4), np.uint8)
+    layered[:20] = (200, 10, 20, 255)
+    Image.fromarray(layered).save(tmp_path / "layered.png")
+    seen = read_figure(tmp_path / "layered.png")
+    assert seen.shape == (40, 50, 3)
+    assert seen[0, 0].tolist() == [200, 10, 20]
+    assert seen[30, 30].tolist() == [255, 255, 255]
+    palette = Image.fromarray(layered[..., :3]).quantize(4)
+    palette.info["transparency"] = palette.getpixel((0, 30))
+    palette.save(tmp_path / "palette.png", transparency=palette.getpixel((0, 30)))
+    assert read_figure(tmp_path / "palette.png")[30, 30].tolist() == [255, 255, 255]
+    turned = Image.fromarray(layered[..., :3])
+    exif = turned.getexif()
+    exif[274] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_figure(tmp_path / "turned.jpg").shape == (50, 40, 3)
+    Image.fromarray(layered[..., 0]).save(tmp_path / "gray.png")
+    assert (read_figure(tmp_path / "gray.png")[0, 0] == 200).all()
+    deep = Image.fromarray((np.arange(1600).reshape(40, 40) * 40).astype(np.uint16))
+    deep.save(tmp_path / "deep.png")
+    assert read_figure(tmp_path / "deep.png").max() == 255
+    Image.fromarray(layered[..., :3]).convert("CMYK").save(tmp_path / "print.jpg")
+    assert read_figure(tmp_path / "print.jpg", shorter_side=32).shape == (32, 40, 3)
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "plain.png")
+    with pytest.raises(ImageError, match="every pixel"):
+        read_figure(tmp_path / "plain.png")

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 import yaml
 
 from common.blocks.decoder import MAEDecoder
+from common.blocks.patch_embed import normalise_patches, patchify_channels_last
 from common.blocks.vit import VisionTransformer
 from common.losses.reconstruction import masked_mse
 from common.maskers.random import RandomMasker
 from common.types import InputSpec, MaskOutput
 from experiments import mrm_record
-from experiments.mrm_record.model import MRM, ReportDecoder, normalise_patches, record_patches
+from experiments.mrm_record.model import MRM, ReportDecoder
 from experiments.mrm_record.module import MRMPretrain
 
 VOCABULARY, LENGTH = 30, 12
@@ -59,7 +60,7 @@ def hidden_patches(mask):
 
 def test_patches_by_hand():
     """R1 of the specification: inside a patch by row, column, channel."""
-    patches = record_patches(torch.arange(48).reshape(1, 3, 4, 4), (2, 2))[0].tolist()
+    patches = patchify_channels_last(torch.arange(48).reshape(1, 3, 4, 4), (2, 2))[0].tolist()
     assert patches[0] == [0, 16, 32, 1, 17, 33, 4, 20, 36, 5, 21, 37]
     assert patches[1] == [2, 18, 34, 3, 19, 35, 6, 22, 38, 7, 23, 39]
     assert patches[3] == [10, 26, 42, 11, 27, 43, 14, 30, 46, 15, 31, 47]

@@ -1,0 +1,425 @@
+"""Images with a text each for downstream tasks: what question answering, retrieval and classification share."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from common.errors import DataError
+from common.faults import Fault, SampleFaultError, pseudonym
+from common.randomness import numpy_generator, stable_hash
+from common.reporting import is_dry_run, say
+from common.types import InputSpec
+from datamodules.base import ArchiveDataModule, FaultTolerantDataset, collate_samples
+from datamodules.image_cache import BoxChoice, ImageCache, SourceImages
+from datamodules.image_crops import center_box, random_box
+from datamodules.image_text import per_channel
+from datamodules.images import CHANNELS, FIGURE
+from datamodules.loading import Draw, ResumableLoader
+from datamodules.tokens import Kind, ReportTokenizer, learned_tokenizer, load_tokenizer
+
+#: What CLIP subtracts and divides by, red, green, blue.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+#: Which image a text is shown: its own, that of another pair (when evaluating), or none.
+Shown = Literal["own", "permuted", "blank"]
+
+
+class Pair(Protocol):
+    """An image with a text."""
+
+    @property
+    def case_id(self) -> str:
+        """Unique name."""
+        ...
+
+    @property
+    def patient_id(self) -> str:
+        """What equal images share."""
+        ...
+
+    @property
+    def image(self) -> Path:
+        """The image's file."""
+        ...
+
+    @property
+    def text(self) -> str:
+        """The text; may be empty."""
+        ...
+
+
+#: Makes what a task adds to a sample from the pair and its draw.
+Facts = Callable[[Any, Draw], Mapping[str, Any]]
+
+
+def other_images(paths: Iterable[Path], seed: int = 0) -> dict[Path, Path]:
+    """Give every image the place of another one: a rotation in a seeded order."""
+    distinct = sorted(set(paths))
+    order = [distinct[i] for i in numpy_generator("permuted images", seed).permutation(len(distinct))]
+    return dict(zip(order, order[1:] + order[:1], strict=True))
+
+
+class PairDataset(FaultTolerantDataset):
+    """Crops of images, tokens of texts, and what a task adds.
+
+    Args:
+        pairs: The pairs.
+        store: Opens images.
+        encode: Makes tokens.
+        image_size: Height and width of a crop.
+        facts: What the task adds.
+        seed: Seed of the training draws.
+        crop_scale: Share of the image's area that a training crop has; None cuts the central crop.
+        mean: Subtracted from pixels in [0, 1].
+        std: What they are divided by then.
+        stand_ins: Image to the one that is shown in its place; None shows the mean gray.
+        anonymise: Whether subjects get pseudonyms.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        store: ImageCache | SourceImages,
+        encode: Callable[[str], Tensor],
+        image_size: Sequence[int],
+        facts: Facts,
+        seed: int,
+        crop_scale: Sequence[float] | None = None,
+        mean: Sequence[float] = CLIP_MEAN,
+        std: Sequence[float] = CLIP_STD,
+        stand_ins: Mapping[Path, Path] | None = {},
+        anonymise: bool = False,
+    ) -> None:
+        super().__init__(seed)
+        self.pairs, self.store, self.encode = list(pairs), store, encode
+        self.image_size, self.crop_scale = tuple(image_size), crop_scale
+        self.mean, self.std = per_channel(mean), per_channel(std)
+        self.facts, self.stand_ins, self.anonymise = facts, stand_ins, anonymise
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def subject(self, index: int) -> str:
+        """Return the pair's name."""
+        return self.pairs[index].case_id
+
+    def _image(self, pair: Pair, draw: Draw) -> Tensor:
+        if self.stand_ins is None:
+            return torch.zeros(3, *self.image_size)
+        choose: BoxChoice = partial(center_box, size=self.image_size)
+        if self.crop_scale is not None:
+            generator = numpy_generator("crop", self.seed, draw.epoch, pair.case_id, draw.draw)
+            choose = partial(random_box, scale=self.crop_scale, generator=generator)
+        try:
+            image = self.store.crop(self.stand_ins.get(pair.image, pair.image), choose, self.image_size)
+        except SampleFaultError as error:
+            raise SampleFaultError(fault._replace(sample=pair.case_id) for fault in error.faults) from error
+        return (image - self.mean) / self.std
+
+    def read(self, draw: Draw) -> dict[str, Any]:
+        """Return one sample; see :class:`common.types.PairBatch`.
+
+        Raises:
+            SampleFaultError: the image cannot be used, or the text is empty.
+        """
+        pair = self.pairs[draw.index]
+        if not pair.text:
+            raise SampleFaultError([Fault(pair.case_id, "empty", "no text", pair.case_id)])
+        hide = pseudonym if self.anonymise else str
+        return {
+            "image": self._image(pair, draw),
+            "image_key": stable_hash("image", pair.image),
+            "input_ids": self.encode(pair.text),
+            "subject_id": hide(pair.case_id),
+            "patient_id": hide(pair.patient_id),
+            "text": pair.text,
+            **self.facts(pair, draw),
+        }
+
+
+def collate_pairs(samples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
+    """Join samples; texts are padded to the longest of the batch. Several candidate texts make ``(B, C, T)``."""
+    batch: dict[str, Any] = {}
+    for name, mask in (("input_ids", "attention_mask"), ("candidate_ids", "candidate_mask")):
+        if name not in samples[0]:
+            continue
+        rows = [sample.pop(name) for sample in samples]
+        texts = [text for row in rows for text in (row if isinstance(row, list) else [row])]
+        padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=pad_id)
+        real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+        shape = (len(rows), -1, padded.shape[1]) if isinstance(rows[0], list) else padded.shape
+        batch |= {name: padded.reshape(shape), mask: real.reshape(shape)}
+    return batch | collate_samples(samples)
+
+
+class PairDataModule(ArchiveDataModule):
+    """Images with texts for a downstream task: cache, tokenizer, loaders. Subclasses list pairs and add targets.
+
+    Args:
+        root: The archive.
+        image_size: Height and width of the crops.
+        cache_side: Shorter side of the cached copies, in pixels.
+        cache: ``"npy"``, or ``"none"`` to decode the sources at every access.
+        crop_scale: Share of an image's area that a training crop has; None cuts the central crop.
+        mean: Subtracted from pixels in [0, 1], red, green, blue.
+        std: What they are divided by then.
+        tokenizer: JSON file, folder, or name of the hub; ``CKPT=`` brings its own; None learns one from the training
+            texts.
+        tokenizer_kind: ``"wordpiece"`` or ``"bpe"``, where it is learned.
+        vocab_size: Tokens at most, where it is learned.
+        text_length: Tokens of a text at most, the class token included.
+        end_token: Whether texts end with the tokenizer's token for that, if it has one.
+        shown: Which image a text is shown: ``"own"``; ``"permuted"`` when evaluating; ``"blank"``, always.
+        test_split: Split that ``lightning test`` reads.
+        batch_size: Pairs per device.
+        num_workers: Loader processes per rank; also threads that build the cache.
+        max_fault_fraction: Share of faulty pairs at which training stops.
+        anonymise: Whether subjects and texts stay out of logs, tables and fault files.
+        seed: Seed of order and crops; None takes ``seed_everything``'s.
+    """
+
+    #: What the pairs are called.
+    noun = "pairs"
+
+    def __init__(
+        self,
+        root: str,
+        image_size: tuple[int, int] = (384, 384),
+        cache_side: int = 448,
+        cache: Literal["npy", "none"] = "npy",
+        crop_scale: tuple[float, float] | None = (0.9, 1.0),
+        mean: tuple[float, float, float] = CLIP_MEAN,
+        std: tuple[float, float, float] = CLIP_STD,
+        tokenizer: str | None = None,
+        tokenizer_kind: Kind = "bpe",
+        vocab_size: int = 30000,
+        text_length: int = 32,
+        end_token: bool = True,
+        shown: Shown = "own",
+        test_split: Literal["train", "val", "test"] = "test",
+        batch_size: int = 32,
+        num_workers: int = 0,
+        max_fault_fraction: float = 0.01,
+        anonymise: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(batch_size, num_workers, max_fault_fraction, anonymise, seed)
+        if text_length < 3:
+            raise ValueError(f"`text_length` must be at least 3, got {text_length}.")
+        if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
+        self.root, self.image_size, self.crop_scale = root, tuple(image_size), crop_scale
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.vocab_size, self.tokenizer_kind = vocab_size, tokenizer_kind
+        self.text_length, self.end_token = text_length, end_token
+        self.shown, self.test_split = shown, test_split
+        self._cache, self._cache_side = cache, cache_side
+        self._tokenizer_path = tokenizer
+        self._tokenizer: ReportTokenizer | None = None
+        self.splits: dict[str, list[Any]] = {}
+
+    @abstractmethod
+    def find(self, root: Path) -> dict[str, list[Any]]:
+        """List the pairs of train, val and test. Reads names and tables, no image.
+
+        Raises:
+            DataError: not the layout, a damaged table, and the like.
+        """
+
+    @abstractmethod
+    def facts(self, pair: Any, draw: Draw) -> Mapping[str, Any]:
+        """Return what the task adds to a sample."""
+
+    def describe(self) -> str:
+        """Return what else there is to say of the data."""
+        return ""
+
+    def task_classes(self) -> tuple[str, ...]:
+        """Return the classes that the task chooses from."""
+        return ()
+
+    @property
+    def layout_name(self) -> str:
+        """What the archive is called."""
+        return type(self).__name__
+
+    def index(self) -> str:
+        """List the pairs; return the layout's name.
+
+        Raises:
+            DataError: no such root, nothing to train on, and as :meth:`find`.
+        """
+        if not self.splits:
+            root = Path(self.root).expanduser()
+            if not root.is_dir():
+                raise DataError(f"The data root {root} is not a folder.")
+            splits = self.find(root)
+            if not splits["train"]:
+                raise DataError(f"The training split of {root} is empty.")
+            self.ledger.num_samples = sum(map(len, splits.values()))
+            self.store = (
+                SourceImages(FIGURE) if self._cache == "none" else ImageCache(root, self._cache_side, reader=FIGURE)
+            )
+            self.splits = splits
+        return self.layout_name
+
+    def training_texts(self) -> list[str]:
+        """Return the distinct texts of the training split, in their order."""
+        self.index()
+        return list(dict.fromkeys(pair.text for pair in self.splits["train"] if pair.text))
+
+    @property
+    def tokenizer(self) -> ReportTokenizer:
+        """The tokenizer: the given one, or one learned from the training texts and kept in the cache.
+
+        Raises:
+            DataError: there is none at the given path, or there is no text to learn one from.
+        """
+        if self._tokenizer is None:
+            path = self._tokenizer_path
+            self._tokenizer = (
+                load_tokenizer(path)
+                if path
+                else learned_tokenizer(self.training_texts(), self.vocab_size, self.tokenizer_kind)
+            )
+        return self._tokenizer
+
+    def encode(self, text: str) -> Tensor:
+        """Return the tokens of a text, long ``(T,)``."""
+        return self.tokenizer.encode(text, self.text_length, self.end_token).ids
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """Channels, crop size, vocabulary, classes and preprocessing of the batches."""
+        preprocessing = {
+            "layout": self.layout_name,
+            "intensity": "RGB in [0, 1], minus mean, over std",
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "resize": "bicubic, antialiased",
+        }
+        tokenizer = self.tokenizer
+        vocabulary = {
+            "size": tokenizer.vocab_size,
+            "length": self.text_length,
+            "fingerprint": tokenizer.fingerprint,
+            "pad_id": tokenizer.pad_id,
+        }
+        return InputSpec(CHANNELS, self.image_size, {}, preprocessing, vocabulary, self.task_classes())
+
+    def all_cases(self) -> list[Any]:
+        """Return every pair in use."""
+        self.index()
+        return [pair for part in self.splits.values() for pair in part]
+
+    def paths_in_use(self) -> list[Path]:
+        """Return the images of all splits, each once."""
+        return list(dict.fromkeys(pair.image for pair in self.all_cases()))
+
+    def prepare_data(self) -> None:
+        """Build and verify the cache and the tokenizer, once per machine (Lightning hook)."""
+        self.index()
+        self.store.ensure(self.paths_in_use(), max(self.num_workers, 1))
+        _ = self.tokenizer
+
+    def setup(self, stage: str) -> None:
+        """Put what is broken into the ledger, keep the tokenizer with the run, and say what there is (Lightning hook).
+
+        Raises:
+            DataError: no pair can be used.
+        """
+        self.index()
+        if isinstance(self.store, ImageCache):
+            known = self.store.faults()
+            self.ledger.add(
+                known[pair.image]._replace(sample=pair.case_id) for pair in self.all_cases() if pair.image in known
+            )
+        self.ledger.add(
+            Fault(pair.case_id, "empty", "no text", pair.case_id) for pair in self.all_cases() if not pair.text
+        )
+        if not any(self._usable(part) for part in self.splits.values()):
+            raise DataError(f"None of the {self.ledger.num_samples} {self.noun} under {self.root} can be used. "
+                            f"{self.ledger.describe()}")  # fmt: skip
+        counts = ", ".join(f"{len(part)} {name}" for name, part in self.splits.items() if part)
+        say(f"data: {self.layout_name} at {self.root}, {self.noun} {counts}, {len(self.paths_in_use())} images, "
+            f"vocabulary of {self.tokenizer.vocab_size}{self.describe()}")  # fmt: skip
+        if stage == "fit":
+            texts = self.training_texts()
+            cut = sum(self.tokenizer.encode(text, self.text_length, self.end_token).cut for text in texts)
+            if cut:
+                say(f"note: {cut} of {len(texts)} training texts are longer than text_length {self.text_length} "
+                    f"and lose their end")  # fmt: skip
+        trainer = self.trainer
+        if stage == "fit" and trainer is not None and trainer.is_global_zero and not is_dry_run(trainer):
+            self.tokenizer.save(Path(trainer.default_root_dir) / "tokenizer.json")
+
+    def dataset(self, pairs: Sequence[Any], train: bool = False) -> PairDataset:
+        """Make a data set of pairs."""
+        stand_ins: Mapping[Path, Path] | None = {}
+        if self.shown == "blank":
+            stand_ins = None
+        elif self.shown == "permuted" and not train:
+            stand_ins = other_images(pair.image for pair in pairs)
+        return PairDataset(
+            pairs,
+            self.store,
+            self.encode,
+            self.image_size,
+            self.facts,
+            self.seed,
+            crop_scale=self.crop_scale if train else None,
+            mean=self.mean,
+            std=self.std,
+            stand_ins=stand_ins,
+            anonymise=self.ledger.anonymise,
+        )
+
+    def _usable(self, pairs: Iterable[Any]) -> list[Any]:
+        """Leave out pairs known to be broken: evaluation replaces nothing."""
+        bad = {fault.sample for fault in self.ledger.faults}
+        return [pair for pair in pairs if pair.case_id not in bad]
+
+    def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """Return what joins samples and pads their texts."""
+        return partial(collate_pairs, pad_id=self.tokenizer.pad_id)
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Return the training pairs (Lightning hook)."""
+        return self.train_loader(self.dataset(self.splits["train"], train=True), draws=1)
+
+    def val_dataloader(self) -> ResumableLoader:
+        """Return the validation pairs (Lightning hook)."""
+        return self.evaluation_loader(self.dataset(self._usable(self.splits["val"])))
+
+    def test_dataloader(self) -> ResumableLoader:
+        """Return the pairs to test on (Lightning hook).
+
+        Raises:
+            DataError: there is none.
+        """
+        pairs = self._usable(self.splits[self.test_split])
+        if not pairs:
+            raise DataError(f"There is nothing to test on under {self.root}: the {self.test_split} split is empty.")
+        return self.evaluation_loader(self.dataset(pairs))
+
+    def predict_dataloader(self) -> ResumableLoader:
+        """Return the pairs that ``test`` reads (Lightning hook)."""
+        return self.test_dataloader()
+
+    def reference_samples(self, count: int) -> Iterable[Any]:
+        """Yield batches with at least ``count`` training pairs, cut as validation pairs are."""
+        pairs = self._usable(self.splits["train"])
+        dataset = self.dataset(pairs[:: max(len(pairs) // max(count, 1), 1)])
+        for batch in self.evaluation_loader(dataset, -(-count // max(len(dataset), 1)), all_ranks=False):
+            yield self.on_before_batch_transfer(batch, 0)
+
+    def examine(self, deep: bool, workers: int) -> list[str]:
+        """Print a report on the archive and return the reasons why training would refuse it."""
+        from datamodules.pairs_doctor import examine
+
+        return examine(self, deep, workers)

@@ -1,0 +1,216 @@
+"""Visual question answering: one data module for VQA-RAD, SLAKE and VQA-Med-2019."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from common.errors import DataError
+from common.reporting import say
+from datamodules.answers import answer_classes, unseen
+from datamodules.layouts import recognise
+from datamodules.loading import Draw, ResumableLoader
+from datamodules.pairs import CLIP_MEAN, CLIP_STD, PairDataModule, Shown
+from datamodules.splits import SPLITS, seeded_split
+from datamodules.tokens import Kind
+from datamodules.vqa import QUESTION_LAYOUTS, Question
+
+
+def ambiguous(questions: Sequence[Question]) -> list[Question]:
+    """Keep the questions that occur word for word with more than one answer: only the image can tell which."""
+    answers: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    words = [tuple(re.findall(r"\w+", question.text.lower())) for question in questions]
+    for key, question in zip(words, questions, strict=True):
+        answers[key].update(question.answers[:1])
+    return [question for key, question in zip(words, questions, strict=True) if len(answers[key]) > 1]
+
+
+class QuestionDataModule(PairDataModule):
+    """Questions about images, with answers as classes.
+
+    The classes are the answers of the training split; a test question whose answer is none of them can only be answered
+    wrongly, and is counted so.
+
+    Args:
+        root: The archive.
+        layout: Name of its layout; ``"auto"`` recognises it from the tree.
+        split: ``"official"``, or ``"image"``: all questions dealt anew, no image in two splits.
+        split_fractions: Shares of images for train, val and test where they are dealt; where an official split names no
+            validation, it is cut out of training in the ratio of the first two.
+        val: ``"held_out"`` as above; ``"test"`` selects on the test split, as the published code does.
+        classes_from: ``"train"``, or ``"all_splits"`` as the published code, so that no answer is unseen.
+        questions: ``"all"``, or ``"ambiguous"``: those of training that occur word for word with more than one answer.
+        image: With ``lightning predict``: one image, in place of the archive.
+        question: The question about it.
+        image_size: See :class:`datamodules.pairs.PairDataModule`, as all that follow.
+        cache_side: Shorter side of the cached copies, in pixels.
+        cache: ``"npy"`` or ``"none"``.
+        crop_scale: Share of an image's area that a training crop has; None cuts the central crop.
+        mean: Subtracted from pixels in [0, 1].
+        std: What they are divided by then.
+        tokenizer: JSON file, folder, or name of the hub.
+        tokenizer_kind: ``"wordpiece"`` or ``"bpe"``.
+        vocab_size: Tokens at most.
+        text_length: Tokens of a question at most.
+        end_token: Whether texts end with the tokenizer's token for that.
+        shown: ``"own"``, ``"permuted"`` or ``"blank"``.
+        test_split: Split that ``lightning test`` reads.
+        batch_size: Questions per device.
+        num_workers: Loader processes per rank.
+        max_fault_fraction: Share of faulty questions at which training stops.
+        anonymise: Whether subjects and texts stay out of logs.
+        seed: Seed of order and crops.
+        split_seed: Seed of the split alone.
+    """
+
+    noun = "questions"
+
+    def __init__(
+        self,
+        root: str = "",
+        layout: str = "auto",
+        split: Literal["official", "image"] = "official",
+        split_fractions: tuple[float, float, float] = (0.9, 0.1, 0.0),
+        val: Literal["held_out", "test"] = "held_out",
+        classes_from: Literal["train", "all_splits"] = "train",
+        questions: Literal["all", "ambiguous"] = "all",
+        image: str | None = None,
+        question: str | None = None,
+        image_size: tuple[int, int] = (384, 384),
+        cache_side: int = 448,
+        cache: Literal["npy", "none"] = "npy",
+        crop_scale: tuple[float, float] | None = (0.9, 1.0),
+        mean: tuple[float, float, float] = CLIP_MEAN,
+        std: tuple[float, float, float] = CLIP_STD,
+        tokenizer: str | None = None,
+        tokenizer_kind: Kind = "bpe",
+        vocab_size: int = 30000,
+        text_length: int = 32,
+        end_token: bool = True,
+        shown: Shown = "own",
+        test_split: Literal["train", "val", "test"] = "test",
+        batch_size: int = 32,
+        num_workers: int = 0,
+        max_fault_fraction: float = 0.01,
+        anonymise: bool = False,
+        seed: int | None = None,
+        split_seed: int = 0,
+    ) -> None:
+        super().__init__(
+            root, image_size, cache_side, cache, crop_scale, mean, std, tokenizer, tokenizer_kind, vocab_size,
+            text_length, end_token, shown, test_split, batch_size, num_workers, max_fault_fraction, anonymise, seed,
+        )  # fmt: skip
+        if (image is None) != (question is None):
+            raise ValueError("`image` and `question` go together: give both, or neither.")
+        self._layout, self._split, self._fractions, self._split_seed = layout, split, split_fractions, split_seed
+        self._val, self._classes_from, self._questions = val, classes_from, questions
+        self._single = None if image is None else (Path(image), str(question))
+        self._name = ""
+        self._classes: tuple[str, ...] = ()
+        self._frequent: dict[str, str] = {}
+
+    @property
+    def layout_name(self) -> str:
+        """What the archive is called."""
+        return self._name
+
+    def find(self, root: Path) -> dict[str, list[Question]]:
+        """List the questions by split; training questions without an answer are left out.
+
+        Raises:
+            DataError: an unknown layout, a damaged table, or no answer to learn.
+        """
+        if self._single is not None:
+            return self._one_question(*self._single)
+        layout, found = recognise(root, self._layout, QUESTION_LAYOUTS)
+        self._name = layout.name
+        splits = self._deal(found)
+        silent = [question for question in splits["train"] if not question.answers]
+        splits["train"] = [question for question in splits["train"] if question.answers]
+        if silent:
+            say(f"note: {len(silent)} training questions have no answer and are left out")
+        if self._questions == "ambiguous":
+            splits["train"] = ambiguous(splits["train"])
+            splits["val"] = splits["train"] if not splits["val"] else splits["val"]
+        learned = [q.answers[0] for q in splits["train"]]
+        if self._classes_from == "all_splits":
+            learned += [q.answers[0] for name in ("val", "test") for q in splits[name] if q.answers]
+        self._classes = answer_classes(learned)
+        self._number = {name: index for index, name in enumerate(self._classes)}
+        return splits
+
+    def _deal(self, found: Sequence[Question]) -> dict[str, list[Question]]:
+        """Return the questions of each split."""
+        if self._split == "image":
+            parts = seeded_split(found, self._fractions, self._split_seed)
+            return {name: [q for q in found if parts[q.case_id] == name] for name in SPLITS}
+        splits = {name: [q for q in found if q.split == name] for name in SPLITS}
+        if self._val == "test":
+            say("warning: validation is the test split, so the choice of the best checkpoint has seen the answers")
+            splits["val"] = splits["test"]
+        elif not splits["val"] and self._fractions[1]:
+            share = self._fractions[1] / (self._fractions[0] + self._fractions[1])
+            parts = seeded_split(splits["train"], (1 - share, share, 0.0), self._split_seed)
+            splits["val"] = [q for q in splits["train"] if parts[q.case_id] == "val"]
+            splits["train"] = [q for q in splits["train"] if parts[q.case_id] == "train"]
+        return splits
+
+    def _one_question(self, image: Path, question: str) -> dict[str, list[Question]]:
+        """Return the one question that was asked on the command line.
+
+        Raises:
+            DataError: no such image, or no question.
+        """
+        if not image.is_file():
+            raise DataError(f"There is no image at {image}.")
+        if not question.strip():
+            raise DataError("The question is empty: give one with --data.question.")
+        self._name, self.test_split = "one question", "test"
+        one = [Question(image.name, image.name, image, " ".join(question.split()), (), "", "test")]
+        return {"train": one, "val": [], "test": one}
+
+    def index(self) -> str:
+        """List the questions; return the layout's name (a single question needs no archive)."""
+        if self._single is not None and not self.splits:
+            if self._tokenizer_path is None:
+                raise DataError("One question needs the tokenizer of the checkpoint: give --ckpt_path a run folder.")
+            self.root, self._cache = str(self._single[0].parent), "none"
+        return super().index()
+
+    def task_classes(self) -> tuple[str, ...]:
+        """Return the answers to choose from; none for a single question, which the checkpoint knows."""
+        self.index()
+        return self._classes
+
+    def most_frequent(self) -> dict[str, str]:
+        """Return the most frequent training answer to each kind of question, and under ``""`` to any."""
+        if not self._frequent:
+            counts: dict[str, Counter[str]] = defaultdict(Counter)
+            for question in self.splits["train"]:
+                for kind in {question.kind, ""}:
+                    counts[kind][question.answers[0]] += 1
+            self._frequent = {kind: count.most_common(1)[0][0] for kind, count in counts.items()}
+        return self._frequent
+
+    def describe(self) -> str:
+        """Return how many answers there are and how many questions cannot be answered."""
+        if not self._classes:
+            return ""
+        lost = ", ".join(
+            f"{unseen([q.answers for q in self.splits[name]], self._classes)} of {len(self.splits[name])} {name}"
+            for name in ("val", "test")
+            if self.splits[name]
+        )
+        return f", {len(self._classes)} answers" + (f"; answers not among them: {lost}" if lost else "")
+
+    def facts(self, pair: Question, draw: Draw) -> Mapping[str, Any]:
+        """Return the class of the answer (-1 = none), what else counts as right, and the kind of question."""
+        label = next((self._number[name] for name in pair.answers if name in self._number), -1) if self._classes else -1
+        return {"label": label, "answers": list(pair.answers), "kind": pair.kind}
+
+    def predict_dataloader(self) -> ResumableLoader:
+        """Return the one question, or those that ``test`` reads (Lightning hook)."""
+        return (
+            self.evaluation_loader(self.dataset(self.splits["test"])) if self._single else super().predict_dataloader()
+        )

@@ -1,0 +1,96 @@
+"""From one stage to the next: encoder, heads, vocabulary."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from common.checkpoint import build_encoder, load_encoder, read_checkpoint
+from common.errors import CheckpointError, UserError
+from common.reporting import say
+from common.types import InputSpec
+from experiments.umd.model import UMDEncoder
+
+EncoderFactory = Callable[[Sequence[int], int, int], UMDEncoder]
+_HEADS = ("decoder.", "mlm_head.", "itm_head.", "project_")
+#: Follows from the sizes, so it is made anew.
+_FIXED = "decoder.pos_embed"
+
+
+def tower_scale(rest: float, head: float | None = None) -> Callable[[str], float]:
+    """Return a learning rate's factor by a parameter's name: 1 in towers, ``head`` in a task's head, else ``rest``."""
+
+    def scale(name: str) -> float:
+        if name.startswith(("network.encoder.vision.", "network.encoder.text.")):
+            return 1.0
+        return head if head is not None and name.startswith("network.head.") else rest
+
+    return scale
+
+
+def check_vocabulary(stored: Mapping[str, Any], spec: InputSpec, source: str) -> None:
+    """Refuse a tokenizer that is not the encoder's.
+
+    Args:
+        stored: ``vocabulary`` of the checkpoint.
+        spec: What the data say.
+        source: Where the encoder is from.
+
+    Raises:
+        UserError: another size or another fingerprint.
+    """
+    for name, words in (("size", "tokens"), ("fingerprint", "as fingerprint")):
+        if name in stored and stored[name] != spec.vocabulary[name]:
+            raise UserError(
+                f"The tokenizer is not that of the encoder at {source}: {spec.vocabulary[name]} {words} instead of "
+                f"{stored[name]}. Set data.tokenizer to the tokenizer.json of that run."
+            )
+
+
+def make_umd_encoder(
+    spec: InputSpec, pretrained: str | None, factory: EncoderFactory, record: Mapping[str, Any] | None
+) -> UMDEncoder:
+    """Make the encoder for inputs of ``spec``: as a checkpoint remembers it, from a run, or from scratch.
+
+    Raises:
+        CheckpointError: nothing usable at ``pretrained``.
+        UserError: it is of another vocabulary, or texts are longer than it has positions for.
+    """
+    if record is not None:
+        encoder = build_encoder(record["class_path"], record["init_args"])
+    elif pretrained:
+        stored = read_checkpoint(pretrained).get("hyper_parameters", {}).get("vocabulary") or {}
+        check_vocabulary(stored, spec, pretrained)
+        encoder = load_encoder(pretrained, image_size=spec.image_size)
+        say(f"encoder from {pretrained}: {encoder.load_report}")
+    else:
+        encoder = factory(list(spec.image_size), spec.vocabulary["size"], spec.vocabulary.get("pad_id", 0))
+    if not isinstance(encoder, UMDEncoder):
+        raise CheckpointError(f"{pretrained} holds a {type(encoder).__name__}, no encoder of images and texts.")
+    if spec.vocabulary["length"] > encoder.text.longest:
+        raise UserError(
+            f"data.text_length {spec.vocabulary['length']} is more than the {encoder.text.longest} positions of the "
+            f"text encoder (model.encoder.max_positions)."
+        )
+    return encoder
+
+
+def load_heads(network: nn.Module, source: str) -> None:
+    """Take the heads of an earlier stage as far as both have them; positions of the decoder are made anew.
+
+    Raises:
+        CheckpointError: a head is of another shape.
+    """
+    state = read_checkpoint(source)["state_dict"]
+    wanted = network.state_dict()
+    heads = {key.removeprefix("network."): value for key, value in state.items()}
+    heads = {key: value for key, value in heads.items() if key.startswith(_HEADS) and key in wanted and key != _FIXED}
+    for key, value in heads.items():
+        if value.shape != wanted[key].shape:
+            raise CheckpointError(
+                f"{source} has {key} of {tuple(value.shape)}, this configuration {tuple(wanted[key].shape)}: use the "
+                f"settings of model.decoder and model.feature_dim that it was trained with."
+            )
+    network.load_state_dict(heads, strict=False)
+    parts = sorted({key.split(".")[0] for key in heads})
+    say(f"heads from {source}: {', '.join(parts) or 'none'}")

@@ -1,0 +1,53 @@
+"""Which text is shown which image for image-text matching (paper section III-B, Eq. 6)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.randomness import KeyedGenerator
+
+
+class Pairs(NamedTuple):
+    """The pairs of a batch.
+
+    Attributes:
+        image: long ``(B,)``, which sample's image each text is shown.
+        label: long ``(B,)``, 1 = its own.
+        valid: bool ``(B,)``, False where no image of another sample is left to be shown.
+    """
+
+    image: Tensor
+    label: Tensor
+    valid: Tensor
+
+
+def matching_pairs(keys: Tensor, images: Tensor) -> Pairs:
+    """Let ``B // 2`` texts keep their image and give the others one that is not theirs; no host is waited for.
+
+    Which half keeps its image hangs on the keys. The other half's images are rotated by one in drawn order, past those
+    that are the text's own image under another sample; where its half has none, an image of the first half serves. A
+    batch of one keeps its image.
+
+    Args:
+        keys: int64 ``(B,)``, one per sample of the whole batch over all ranks.
+        images: int64 ``(B,)``, equal where two samples have the same image.
+    """
+    total = len(keys)
+    kept = max(total // 2, 1 if total == 1 else 0)
+    order = KeyedGenerator(keys).rand((total, 1))[:, 0].argsort(dim=0, stable=True)
+    index = torch.arange(total, device=keys.device)
+    label = torch.zeros_like(keys).index_fill_(0, order[:kept], 1)
+    others = torch.cat([order[kept:], order[:kept]])  # the half without its image first
+    count = total - kept
+    if not count:
+        return Pairs(index, label, torch.ones_like(keys, dtype=torch.bool))
+    rows = torch.arange(count, device=keys.device)[:, None]
+    turns = (rows + torch.arange(1, count, device=keys.device)) % count
+    rest = torch.arange(count, total, device=keys.device).expand(count, -1)
+    candidates = others[torch.cat([turns, rest], dim=1)]
+    allowed = images[candidates] != images[others[:count], None]
+    first = allowed.long().argmax(1, keepdim=True)
+    image = index.index_copy(0, others[:count], candidates.gather(1, first)[:, 0])
+    valid = torch.ones_like(keys, dtype=torch.bool).index_copy(0, others[:count], allowed.any(1))
+    return Pairs(image, label, valid)

@@ -1,0 +1,494 @@
+"""Fine-tuning with labels (paper section III-D and IV): answers, retrieval, classification.
+
+Letters: B batch, T tokens, C candidate texts of an image, K classes, E width of the fusion.
+"""
+
+import json
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_auroc, multiclass_recall, multiclass_specificity
+
+from common.checkpoint import read_checkpoint
+from common.distributed import all_reduce_sum, gather_objects, rank, world_size
+from common.downstream.base import FineTuning
+from common.downstream.encoder import encoder_architecture
+from common.errors import UserError
+from common.optim import Schedule, WarmupCosine, param_groups
+from common.reporting import is_dry_run, log_scalars, say
+from common.types import InputSpec
+from experiments.umd.coordination import ContributionSums, true_class_probability
+from experiments.umd.handover import EncoderFactory, make_umd_encoder, tower_scale
+from experiments.umd.model import UMDEncoder, init_normal_weights
+
+SplitHead = Literal["zero_other", "linear_split", "upstream"]
+#: Fusions of a pair that are computed at once when a whole pool is scored.
+_PAIRS_AT_ONCE = 256
+
+
+def answer_head(dim: int, classes: int) -> nn.Sequential:
+    """Make the head of answers and classes on both pooled vectors (M3AE): Linear, LayerNorm, GELU, Linear."""
+    head = nn.Sequential(nn.Linear(2 * dim, 2 * dim), nn.LayerNorm(2 * dim), nn.GELU(), nn.Linear(2 * dim, classes))
+    head.apply(init_normal_weights)
+    return head
+
+
+@torch.no_grad()
+def split_logits(head: nn.Module, text: Tensor, image: Tensor, kind: SplitHead) -> tuple[Tensor, Tensor]:
+    """Return what the head says of text and of image alone (Eq. 10's H^T and H^I), without a gradient.
+
+    Args:
+        head: On ``(..., 2 E)``, text before image.
+        text: c^T ``(..., E)``.
+        image: c^I ``(..., E)``.
+        kind: ``"zero_other"`` puts zeros in the other's place; ``"linear_split"`` shares a linear head's bias out by
+            halves; ``"upstream"`` does that with the last layer, whatever its input is, as the published code.
+    """
+    if kind == "zero_other":
+        zeros = torch.zeros_like(text)
+        return head(torch.cat([text, zeros], dim=-1)), head(torch.cat([zeros, image], dim=-1))
+    linear = [module for module in head.modules() if isinstance(module, nn.Linear)][-1]
+    weight_text, weight_image = linear.weight.split(text.shape[-1], dim=1)
+    half = linear.bias / 2
+    return F.linear(text, weight_text, half), F.linear(image, weight_image, half)
+
+
+class PairNetwork(nn.Module):
+    """The encoder and a head on both pooled vectors.
+
+    Args:
+        encoder: E.
+        head: On ``(..., 2 E)``.
+    """
+
+    def __init__(self, encoder: UMDEncoder, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits ``(B, K)`` and the pooled vectors of text and image, each ``(B, E)``."""
+        fused = self.encoder(image, input_ids, attention_mask)
+        text, picture = self.encoder.pool(fused, attention_mask)
+        return self.head(torch.cat([text, picture], dim=1)), text, picture
+
+
+class PairTask(FineTuning):
+    """What the tasks share: encoder from a checkpoint, learning rates, contributions, tables.
+
+    Args:
+        pretrained: Run folder or checkpoint whose encoder to start from; None starts from scratch.
+        encoder: Makes the encoder from (image size, vocabulary size, padding token) where nothing is pre-trained.
+        split_head: How a modality's contribution is measured; see :func:`split_logits`.
+        fusion_lr_scale: Learning rate of all but towers and head over the towers'.
+        head_lr_scale: Learning rate of the head over the towers'.
+        optimizer: Makes the optimiser; its rate is the towers'.
+        schedule: Attaches the learning-rate schedule.
+        compile_network: Whether to compile the network.
+        channels: Names of the channels; None = as the data say.
+        image_size: Size of the images; None = as the data say.
+        vocabulary: Size, length and fingerprint of the tokens; None = as the data say.
+        classes: Names of the classes; None = as the data say.
+        encoder_record: Architecture of the encoder; filled in for checkpoints.
+
+    Raises:
+        ValueError: ``split_head`` is unknown.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        encoder: EncoderFactory = UMDEncoder,
+        split_head: SplitHead = "zero_other",
+        fusion_lr_scale: float = 5.0,
+        head_lr_scale: float = 50.0,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule | None = None,
+        compile_network: bool = False,
+        channels: list[str] | None = None,
+        image_size: list[int] | None = None,
+        vocabulary: dict[str, Any] | None = None,
+        classes: list[str] | None = None,
+        encoder_record: dict[str, Any] | None = None,
+    ) -> None:
+        if split_head not in ("zero_other", "linear_split", "upstream"):
+            raise ValueError(f"`split_head` must be 'zero_other', 'linear_split' or 'upstream', got {split_head!r}.")
+        super().__init__(
+            pretrained,
+            optimizer=optimizer,
+            schedule=schedule or WarmupCosine(0.1),
+            compile_network=compile_network,
+            encoder_record=encoder_record,
+        )
+        self.save_hyperparameters()
+        self.split_head = split_head
+        #: What each modality contributed since the last optimiser step, for gradient coordination.
+        self.contributions = ContributionSums()
+        self._make_pair_encoder, self._scales = encoder, (fusion_lr_scale, head_lr_scale)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, in the order of the logits."""
+        return list(self.hparams["classes"] or [])
+
+    @abstractmethod
+    def make_head(self, encoder: UMDEncoder, classes: Sequence[str]) -> nn.Module:
+        """Make the task's head."""
+
+    @abstractmethod
+    def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the sum of the losses of a batch and how many samples it is of, having noted the contributions."""
+
+    @abstractmethod
+    def score(self, batch: Any) -> list[dict[str, Any]]:
+        """Return one row of results per sample."""
+
+    @abstractmethod
+    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Return the metrics over the rows of all ranks, ``loss`` among them."""
+
+    def build_network(self, spec: InputSpec) -> PairNetwork:
+        """Make encoder and head."""
+        encoder = make_umd_encoder(spec, self._pretrained, self._make_pair_encoder, self._record)
+        self.hparams["encoder_record"] = encoder_architecture(encoder)
+        return PairNetwork(encoder, self.make_head(encoder, spec.classes))
+
+    def modality_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Return the parameters of each modality, for gradient coordination."""
+        return self.network.encoder.modality_parameters()
+
+    def note_contributions(self, text: Tensor, image: Tensor, target: Tensor) -> None:
+        """Add what each modality alone says of the true classes ``(B, K)`` (Eq. 10)."""
+        if not self.training:
+            return
+        of_text, of_image = split_logits(self.network.head, text.detach(), image.detach(), self.split_head)
+        probabilities = [true_class_probability(logits, target) for logits in (of_image, of_text)]
+        self.contributions.add(*probabilities)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a batch, reduced over ranks (Lightning hook)."""
+        total, count = self.loss(batch)
+        loss = all_reduce_sum(total) / all_reduce_sum(count).clamp(min=1)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Collect a batch (Lightning hook)."""
+        rows = self.score(batch)
+        self.rows += rows
+        return {"rows": rows}
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Collect a batch (Lightning hook)."""
+        self.rows += self.score(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics over the samples of all ranks (Lightning hook)."""
+        rows = self.take_rows()
+        if rows:
+            scores = {f"val/{name}": value for name, value in self.metrics(rows).items()}
+            log_scalars(self, scores, prog_bar=(self.monitor[0],))  # type: ignore[attr-defined]
+
+    def on_test_epoch_end(self) -> None:
+        """Write ``metrics.json`` and ``per_case.csv``, and say the result (Lightning hook)."""
+        rows = self.take_rows()
+        scores = self.metrics(rows)
+        if self.trainer.is_global_zero:
+            lines = [{name: value for name, value in row.items() if not isinstance(value, list)} for row in rows]
+            finite = {name: value for name, value in scores.items() if math.isfinite(value)}
+            self.write_scores(lines, {"n": len(rows), **finite})
+            say(f"test: {len(rows)} cases, " + ", ".join(f"{name} {value:.4f}" for name, value in finite.items()))
+        log_scalars(self, {f"test/{name}": value for name, value in scores.items()})
+
+    def configure_optimizers(self) -> Any:
+        """Make the optimiser and its schedule (Lightning hook)."""
+        optimizer = self._make_optimizer(param_groups(self, lr_scale=tower_scale(*self._scales)))
+        schedule = self._make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class AnswerTask(PairTask):
+    """Visual question answering: one class an answer; accuracy over all, open and closed questions.
+
+    A question whose true answer is no class counts as wrong. ``lightning predict`` writes the five likeliest answers of
+    each question to ``predictions.json``.
+    """
+
+    monitor = ("val/accuracy", "max")
+
+    def make_head(self, encoder: UMDEncoder, classes: Sequence[str]) -> nn.Module:
+        """Make the head.
+
+        Raises:
+            UserError: the data have no answers.
+        """
+        if not classes:
+            raise UserError("The data name no answers to choose from; give an archive with a training split.")
+        return answer_head(encoder.dim, len(classes))
+
+    def _target(self, batch: Any, dtype: torch.dtype) -> Tensor:
+        """Return the one-hot answers ``(B, K)``; zeros where the answer is no class."""
+        label = batch["label"]
+        one_hot = F.one_hot(label.clamp(min=0), len(self.classes)).to(dtype)
+        return one_hot * (label >= 0)[:, None]
+
+    def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return binary cross-entropies summed over classes and samples, and the samples with a class."""
+        logits, text, image = self.network(batch["image"], batch["input_ids"], batch["attention_mask"])
+        logits = logits.float() if logits.dtype != torch.float64 else logits
+        target = self._target(batch, logits.dtype)
+        self.note_contributions(text, image, target)
+        known = (batch["label"] >= 0).to(logits.dtype)
+        losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(1)
+        return (losses * known).sum(), known.sum()
+
+    def score(self, batch: Any) -> list[dict[str, Any]]:
+        """Return what was answered to each question."""
+        logits, _, _ = self.network(batch["image"], batch["input_ids"], batch["attention_mask"])
+        logits = logits.float()
+        losses = F.binary_cross_entropy_with_logits(logits, self._target(batch, logits.dtype), reduction="none").sum(1)
+        scores, chosen = logits.sigmoid().max(1)
+        columns = (batch["subject_id"], batch["patient_id"], batch["text"], batch["kind"], batch["answers"])
+        numbers = (chosen.tolist(), scores.tolist(), losses.tolist(), batch["label"].tolist())
+        frequent: dict[str, str] = self.trainer.datamodule.most_frequent()  # type: ignore[attr-defined]
+        rows = []
+        for subject, patient, text, kind, answers, best, score, loss, label in zip(*columns, *numbers, strict=True):
+            given = self.classes[best]
+            rows.append(
+                {"subject_id": subject, "patient_id": patient, "question": text, "kind": kind,
+                 "answer": answers[0] if answers else "", "prediction": given, "score": score,
+                 "right": float(given in answers), "known": float(label >= 0), "loss": loss,
+                 "frequent_right": float(frequent.get(kind, frequent[""]) in answers)}
+            )  # fmt: skip
+        return rows
+
+    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Return accuracies (all questions weigh the same), the share of unseen answers, and the loss.
+
+        ``accuracy_frequent`` is what the most frequent training answer to each kind of question would get.
+        """
+
+        def mean(name: str, kind: str = "") -> float:
+            values = [row[name] for row in rows if not kind or row["kind"] == kind]
+            return sum(values) / len(values) if values else math.nan
+
+        known = [row["loss"] for row in rows if row["known"]]
+        scores = {"accuracy": mean("right"), "loss": sum(known) / max(len(known), 1), "unseen": 1 - mean("known")}
+        scores["accuracy_frequent"] = mean("frequent_right")
+        by_kind = {f"accuracy_{kind}": mean("right", kind) for kind in ("open", "closed")}
+        by_kind |= {f"accuracy_frequent_{kind}": mean("frequent_right", kind) for kind in ("open", "closed")}
+        return scores | {name: value for name, value in by_kind.items() if math.isfinite(value)}
+
+    def attention_map(self, batch: Any) -> Tensor:
+        """Return how much each question's tokens look at each patch, ``(B, rows, columns)``, summing to 1."""
+        encoder: UMDEncoder = self.network.encoder
+        text = encoder.encode_text(batch["input_ids"], batch["attention_mask"])
+        real = batch["attention_mask"].bool()
+        weights = encoder.fusion.text_to_image(text, encoder.encode_image(batch["image"]), real)
+        mean = (weights * real[..., None]).sum(1) / real.sum(1)[:, None]
+        patches = mean[:, 1:]
+        return (patches / patches.sum(1, keepdim=True)).unflatten(1, encoder.grid_size)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
+        """Return the five likeliest answers to each question (Lightning hook)."""
+        logits, _, _ = self.network(batch["image"], batch["input_ids"], batch["attention_mask"])
+        scores, order = logits.float().sigmoid().topk(min(5, logits.shape[1]), dim=1)
+        columns = zip(batch["subject_id"], batch["text"], scores.tolist(), order.tolist(), strict=True)
+        rows = [
+            {"subject_id": subject, "question": text,
+             "answers": [{"answer": self.classes[i], "score": score} for i, score in zip(best, values, strict=True)]}
+            for subject, text, values, best in columns
+        ]  # fmt: skip
+        self.rows += rows
+        return rows
+
+    def on_predict_epoch_end(self) -> None:
+        """Write ``predictions.json``; of a single question, print it too (Lightning hook)."""
+        rows = self.take_rows()
+        if not self.trainer.is_global_zero:
+            return
+        if len(rows) == 1:
+            for entry in rows[0]["answers"]:
+                say(f"{entry['score']:.3f}  {entry['answer']}")
+        if not is_dry_run(self.trainer):
+            path = Path(self.trainer.default_root_dir) / "predictions.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+            say(f"answered {len(rows)} questions: {path}")
+
+
+class FigureTask(PairTask):
+    """Classification of figures with captions: accuracy, and macro AUROC, sensitivity and specificity."""
+
+    monitor = ("val/accuracy", "max")
+
+    def make_head(self, encoder: UMDEncoder, classes: Sequence[str]) -> nn.Module:
+        """Make the head.
+
+        Raises:
+            UserError: the data have no classes.
+        """
+        if not classes:
+            raise UserError("The data name no classes to tell apart.")
+        return answer_head(encoder.dim, len(classes))
+
+    def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the sum of cross-entropies and the number of samples with a class."""
+        logits, text, image = self.network(batch["image"], batch["input_ids"], batch["attention_mask"])
+        logits = logits.float() if logits.dtype != torch.float64 else logits
+        known = batch["label"] >= 0
+        target = F.one_hot(batch["label"].clamp(min=0), len(self.classes)).to(logits.dtype) * known[:, None]
+        self.note_contributions(text, image, target)
+        return -(logits.log_softmax(1) * target).sum(), known.sum().to(logits.dtype)
+
+    def score(self, batch: Any) -> list[dict[str, Any]]:
+        """Return probabilities and true class of each sample."""
+        logits, _, _ = self.network(batch["image"], batch["input_ids"], batch["attention_mask"])
+        logits = logits.float().cpu()
+        columns = (batch["subject_id"], batch["patient_id"], batch["label"].tolist(), logits.tolist())
+        return [
+            {"subject_id": subject, "patient_id": patient, "label": label,
+             "prediction": self.classes[max(range(len(row)), key=row.__getitem__)], "logits": row}
+            for subject, patient, label, row in zip(*columns, strict=True)
+        ]  # fmt: skip
+
+    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Return the metrics over samples whose class is known; one without is wrong in accuracy."""
+        known = [row for row in rows if row["label"] >= 0]
+        if not known:
+            return {"accuracy": 0.0, "loss": math.nan}
+        logits = torch.tensor([row["logits"] for row in known])
+        label = torch.tensor([row["label"] for row in known])
+        count = len(self.classes)
+        # Classes that do not occur have no recall, and would count as 0 in a macro mean.
+        there = label.unique()
+        recall = multiclass_recall(logits, label, count, average="none")[there]
+        specificity = multiclass_specificity(logits, label, count, average="none")[there]
+        auroc = multiclass_auroc(logits.softmax(1), label, count, average="none")[there]
+        return {
+            "accuracy": float((logits.argmax(1) == label).sum()) / len(rows),
+            "auroc": float(auroc.mean()),
+            "sensitivity": float(recall.mean()),
+            "specificity": float(specificity.mean()),
+            "loss": float(F.cross_entropy(logits, label)),
+        }
+
+
+class RetrievalTask(PairTask):
+    """Retrieval of captions by image and of images by caption: a score for every pair of a pool.
+
+    Training tells an image's caption from others (cross-entropy over the candidates); R@1, R@5 and R@10 in both
+    directions are over all pairs of the pool, each pair once; features before the fusion are computed once per image
+    and per text, which changes nothing.
+    """
+
+    monitor = ("val/recall_mean", "max")
+
+    _pool: list[dict[str, Any]]
+
+    def make_head(self, encoder: UMDEncoder, classes: Sequence[str]) -> nn.Module:
+        """Make the head: that of "belongs together" of pre-training where there is one."""
+        self._pool = []
+        head = nn.Linear(2 * encoder.dim, 1)
+        head.apply(init_normal_weights)
+        if self._pretrained and self._record is None:
+            state = read_checkpoint(self._pretrained)["state_dict"]
+            if "network.itm_head.weight" in state:
+                with torch.no_grad():
+                    head.weight.copy_(state["network.itm_head.weight"][1:])
+                    head.bias.copy_(state["network.itm_head.bias"][1:])
+                say("the retrieval head starts from image-text matching")
+        return head
+
+    def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the sum of cross-entropies of the true caption, the first candidate, and the number of images."""
+        encoder: UMDEncoder = self.network.encoder
+        count, candidates = batch["candidate_ids"].shape[:2]
+        ids, mask = batch["candidate_ids"].flatten(0, 1), batch["candidate_mask"].flatten(0, 1)
+        image = encoder.encode_image(batch["image"])
+        image = image[:, None].expand(-1, candidates, -1, -1).flatten(0, 1)
+        text, picture = encoder.pool(encoder.fuse(encoder.encode_text(ids, mask), image, mask), mask)
+        scores = self.network.head(torch.cat([text, picture], dim=1)).reshape(count, candidates)
+        scores = scores.float() if scores.dtype != torch.float64 else scores
+        if self.training:
+            of_text, of_image = split_logits(self.network.head, text.detach(), picture.detach(), self.split_head)
+            first = torch.zeros_like(scores)
+            first[:, 0] = 1
+            shapes = [logits.reshape(count, candidates) for logits in (of_image, of_text)]
+            self.contributions.add(*(true_class_probability(logits, first) for logits in shapes))
+        return -scores.log_softmax(1)[:, 0].sum(), torch.full((), float(count), device=scores.device)
+
+    def score(self, batch: Any) -> list[dict[str, Any]]:
+        """Keep the features before the fusion; the pool is scored when it is complete."""
+        encoder: UMDEncoder = self.network.encoder
+        text = encoder.encode_text(batch["input_ids"], batch["attention_mask"])
+        image = encoder.encode_image(batch["image"])
+        own_text, own_image = encoder.fusion.attend_selves(text, image, batch["attention_mask"].bool())
+        for index, subject in enumerate(batch["subject_id"]):
+            length = int(batch["attention_mask"][index].sum())
+            self._pool.append(
+                {"subject_id": subject, "image_key": int(batch["image_key"][index]),
+                 "text": (text[index, :length].cpu(), own_text[index, :length].cpu()),
+                 "image": (image[index].cpu(), own_image[index].cpu())}
+            )  # fmt: skip
+        return []
+
+    def pool_scores(self, texts: Sequence[int]) -> Tensor:
+        """Return the scores ``(len(texts), N)`` of some texts of the pool with all of its images."""
+        encoder: UMDEncoder = self.network.encoder
+        images, own_images = (torch.stack([entry["image"][i] for entry in self._pool]) for i in (0, 1))
+        rows = []
+        for index in texts:
+            text, own_text = (part[None].to(self.device) for part in self._pool[index]["text"])
+            parts = []
+            for begin in range(0, len(images), _PAIRS_AT_ONCE):
+                image, own = (x[begin : begin + _PAIRS_AT_ONCE].to(self.device) for x in (images, own_images))
+                shape = (len(image), -1, -1)
+                mask = torch.ones(len(image), text.shape[1], dtype=torch.long, device=self.device)
+                fused = encoder.fuse(text.expand(shape), image, mask, (own_text.expand(shape), own))
+                pooled = encoder.pool(fused, mask)
+                parts.append(self.network.head(torch.cat(pooled, dim=1))[:, 0].float().cpu())
+            rows.append(torch.cat(parts))
+        return torch.stack(rows) if rows else torch.zeros(0, len(images))
+
+    def take_rows(self) -> list[dict[str, Any]]:
+        """Score the pool, its texts dealt to the ranks, each of which holds all of it."""
+        if not self._pool:
+            return []
+        with torch.no_grad():
+            mine = self.pool_scores(range(rank(), len(self._pool), world_size()))
+        scores = torch.zeros(len(self._pool), len(self._pool))
+        for other, part in enumerate(gather_objects(mine)):
+            scores[other :: world_size()] = part
+        keys = torch.tensor([entry["image_key"] for entry in self._pool])
+        names = [entry["subject_id"] for entry in self._pool]
+        self._pool = []
+        ranks = {"image_rank": best_ranks(scores, keys), "text_rank": best_ranks(scores.T, keys)}
+        columns = zip(names, ranks["image_rank"].tolist(), ranks["text_rank"].tolist(), strict=True)
+        return [{"subject_id": name, "image_rank": image, "text_rank": text} for name, image, text in columns]
+
+    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Return recalls: text to image (``t2i``), image to text (``i2t``), their mean, and the size of the pool."""
+        scores = {}
+        for name, column in (("t2i", "image_rank"), ("i2t", "text_rank")):
+            for k in (1, 5, 10):
+                scores[f"{name}_recall_at_{k}"] = sum(row[column] < k for row in rows) / len(rows)
+        return {"recall_mean": sum(scores.values()) / 6, "pool": float(len(rows)), **scores}
+
+
+def best_ranks(scores: Tensor, keys: Tensor) -> Tensor:
+    """Return the place, from 0, of the first right item of each query; of equal scores the lower index comes first.
+
+    Args:
+        scores: ``(N, N)``, query by item.
+        keys: ``(N,)``, equal where query and item are of the same image.
+    """
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    right = keys[order] == keys[:, None]
+    return right.long().argmax(1)

@@ -1,0 +1,270 @@
+"""The three stages through the commands: stopping, ranks, bad input, one question."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from common import commands
+from common.checkpoint import load_encoder
+from common.cli import execute, main
+from common.errors import PreemptedError
+from datamodules.synthetic import WRITERS
+from experiments.umd.callbacks import GradientCoordination
+from experiments.umd.module import UMDPretrain
+
+pytestmark = pytest.mark.slow
+
+CONFIGS = "experiments/umd/configs"
+ENCODER = [f"--model.encoder.{name}" for name in (
+    "vision_width=16", "vision_depth=1", "vision_heads=2", "text_width=16", "text_depth=1", "text_heads=2", "dim=16",
+    "fusion_depth=2", "fusion_heads=2", "patch_size=16")]  # fmt: skip
+SHORT = ["--data.image_size=[32,32]", "--data.cache_side=32", "--data.vocab_size=300", "--data.num_workers=0",
+         "--trainer.enable_progress_bar=false", "--trainer.precision=32-true",
+         "--trainer.log_every_n_steps=1"]  # fmt: skip
+PRETRAIN = [*ENCODER, *SHORT, "--data.batch_size=4", "--data.draws_per_image=1", "--data.split_fractions=[0.6,0.2,0.2]",
+            "--model.decoder.decoder_dim=16", "--model.decoder.num_heads=2", "--trainer.max_steps=8",
+            "--trainer.val_check_interval=4"]  # fmt: skip
+TREES = {"vqa_rad": "vqa_rad", "slake": "slake", "vqa_med_2019": "vqa_med_2019", "roco_retrieval": "roco",
+         "melinda": "melinda"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trees")
+    for name in {*TREES.values(), "medicat"}:
+        WRITERS[name](folder / name, 4, 0)
+    return folder
+
+
+def pretrain_line(root, *more):
+    configs = ["--config", f"{CONFIGS}/pretrain.yaml", "--config", f"{CONFIGS}/smoke.yaml"]
+    return ["fit", *configs, f"--data.root={root}", *PRETRAIN, *more]
+
+
+def task_line(run, task, root, *more):
+    configs = ["--config", f"{CONFIGS}/finetune_{task}.yaml", "--config", f"{CONFIGS}/finetune_{task}.smoke.yaml"]
+    batch = [] if run == "predict" else ["--data.batch_size=4"]
+    return [run, *configs, *([f"--data.root={root}"] if root else []), *ENCODER, *SHORT, *batch, *more]
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+
+def refusal(capsys, line):
+    with pytest.raises(SystemExit) as stop:
+        main(line)
+    assert stop.value.code == 1
+    (sentence,) = [row for row in capsys.readouterr().err.splitlines() if row.startswith("error: ")]
+    return sentence
+
+
+@pytest.fixture(scope="module")
+def pretrained(trees, tmp_path_factory):
+    """One pre-training run that several tests begin from."""
+    before, folder = os.getcwd(), tmp_path_factory.mktemp("pretrained")
+    os.chdir(folder)
+    try:
+        return (folder / execute(pretrain_line(trees / "medicat"))).resolve()
+    finally:
+        os.chdir(before)
+
+
+def test_a_run_leaves_what_the_contract_asks_for(pretrained, tmp_path, capsys):
+    events = EventAccumulator(str(pretrained))
+    events.Reload()
+    names = {f"{stage}/loss_{name}" for stage in ("train", "val")
+             for name in ("mim", "mlm", "feature_image", "feature_text", "itm")}  # fmt: skip
+    names |= {"train/loss", "val/loss", "lr", "collapse/floor_ratio", "collapse/floor_ratio_control",
+              "collapse/text_floor_ratio", "collapse/effective_rank", "collapse/prediction_diversity",
+              "umd/feat_std_img", "umd/feat_std_txt", "umd/teacher_distance", "val/itm_accuracy"}  # fmt: skip
+    assert set(events.Tags()["scalars"]) >= names
+    assert "reconstruction/image" in events.Tags()["images"]
+    assert (pretrained / "tokenizer.json").is_file()
+    commands.main(
+        ["export", "--exp", "umd", "--ckpt", str(pretrained), "--format", "hf", "--out", str(tmp_path / "hf")]
+    )
+    assert (tmp_path / "hf/tokenizer.json").is_file()
+    usage = (tmp_path / "hf/README.md").read_text().split("```python\n")[1].split("```")[0]
+    encoder = load_encoder(pretrained).eval()
+    images, ids = torch.randn(2, 3, 32, 32), torch.tensor([[2, 5, 6], [2, 7, 0]])
+    values = {"images": images, "input_ids": ids, "attention_mask": (ids != 0).long()}
+    torch.save(values, tmp_path / "hf/x.pt")
+    code = f"import torch\nglobals().update(torch.load('x.pt'))\n{usage}\ntorch.save([tokens, words, fusion], 'y.pt')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "hf", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    tokens, words, fusion = torch.load(tmp_path / "hf/y.pt")
+    assert torch.allclose(tokens, encoder.forward_features(images), atol=1e-5)
+    mine = encoder.text(ids, values["attention_mask"])
+    assert torch.allclose(words[0], mine[0], atol=1e-5)
+    assert torch.equal(fusion["type_embedding.weight"], encoder.type_embedding.weight)
+    assert "fusion.text_layers.1.fc2.weight" in fusion
+
+
+def test_resumed_equals_uninterrupted_with_its_teacher(trees, monkeypatch):
+    """Dropout is 0.1; the teacher moves once per optimiser step of two micro-batches."""
+    for more in ([], ["--trainer.accumulate_grad_batches=2", "--data.num_workers=2"]):
+        line = pretrain_line(trees / "medicat", *more, "--model.encoder.dropout=0.1")
+        whole = weights(execute(line))
+        step, done = UMDPretrain.training_step, []
+
+        def wrapped(self, batch, batch_idx, step=step, done=done):
+            if self.trainer.fit_loop.total_batch_idx == 4 and not done:
+                done.append(os.kill(os.getpid(), signal.SIGTERM))
+            return step(self, batch, batch_idx)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(UMDPretrain, "training_step", wrapped)
+            with pytest.raises(PreemptedError):
+                execute(line)
+        folder = max(Path("runs/umd/pretrain").iterdir(), key=lambda path: path.stat().st_mtime)
+        execute([*line, "--ckpt_path", str(folder)])
+        resumed = weights(folder)
+        assert any(key.startswith("network.teacher.") for key in whole)
+        assert max(float((value - resumed[key]).abs().max()) for key, value in whole.items()) == 0.0
+
+
+def test_teacher_is_the_average_of_the_steps(trees, monkeypatch):
+    """After 10 steps of 4 micro-batches the teacher is the closed form over the students of those steps."""
+    students, plain = [], UMDPretrain.optimizer_step
+
+    def noted(self, *args, **kwargs):
+        plain(self, *args, **kwargs)
+        students.append(self.network.encoder.type_embedding.weight.detach().double().clone())
+
+    monkeypatch.setattr(UMDPretrain, "optimizer_step", noted)
+    line = pretrain_line(trees / "medicat", "--trainer.accumulate_grad_batches=4", "--trainer.max_steps=10",
+                         "--data.draws_per_image=4", "--model.teacher_decay=0.9")  # fmt: skip
+    begin = []
+
+    def started(self):
+        begin.append(self.network.encoder.type_embedding.weight.detach().double().clone())
+
+    monkeypatch.setattr(UMDPretrain, "on_train_start", started)
+    teacher = weights(execute(line))["network.teacher.module.encoder.type_embedding.weight"].double()
+    assert len(students) == 10
+    closed = 0.9**10 * begin[0] + sum(0.1 * 0.9 ** (9 - i) * student for i, student in enumerate(students))
+    assert torch.allclose(teacher, closed, atol=1e-6)
+
+
+def test_the_three_stages_hand_on_and_answer_a_question(trees, pretrained, tmp_path, capsys):
+    calibrated = execute(task_line("fit", "td_calib", trees / "vqa_rad", f"--model.pretrained={pretrained}",
+                                   "--model.decoder.decoder_dim=16", "--model.decoder.num_heads=2",
+                                   "--trainer.max_epochs=1"))  # fmt: skip
+    said = capsys.readouterr().out
+    assert "missing: none" in said
+    assert "heads from" in said
+    assert "mlm_head" in said
+    state = weights(calibrated)
+    assert torch.equal(state["network.itm_head.weight"], weights(pretrained)["network.itm_head.weight"])
+    tuned = execute(task_line("fit", "vqa_rad", trees / "vqa_rad", f"--model.pretrained={calibrated}",
+                              "--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1"))  # fmt: skip
+    scalars = json.loads((tuned / "summary.json").read_text())["scalars"]
+    assert {"gmcoord/rho_text", "gmcoord/k_text", "gmcoord/k_image", "gmcoord/noise_over_grad", "val/accuracy_open",
+            "val/accuracy_closed", "val/accuracy"} <= scalars.keys()  # fmt: skip
+    events = EventAccumulator(str(tuned))
+    events.Reload()
+    assert "attention/question_to_image" in events.Tags()["images"]
+    assert "examples/answers/text_summary" in events.Tags()["tensors"]
+    tested = execute(task_line("test", "vqa_rad", trees / "vqa_rad", f"--ckpt_path={tuned}"))
+    metrics = json.loads((tested / "metrics.json").read_text())
+    assert metrics["n"] == 16
+    assert {"accuracy", "accuracy_open", "accuracy_closed", "accuracy_frequent_closed", "unseen"} <= metrics.keys()
+    image = next((trees / "vqa_rad/images").iterdir())
+    capsys.readouterr()
+    asked = execute(task_line("predict", "vqa_rad", None, f"--ckpt_path={tuned}", f"--data.image={image}",
+                              "--data.question=What shape is shown?"))  # fmt: skip
+    (answered,) = json.loads((asked / "predictions.json").read_text())
+    assert len(answered["answers"]) == 5
+    assert answered["answers"][0]["answer"] in capsys.readouterr().out
+    other = tmp_path / "other"
+    WRITERS["melinda"](other, 2, 0)
+    line = task_line("fit", "vqa_rad", trees / "vqa_rad", f"--model.pretrained={pretrained}")
+    assert "tokenizer" in refusal(capsys, [*line, f"--data.tokenizer={_learned(other)}"])
+
+
+def _learned(root):
+    out = root / "words.json"
+    config = ["--config", f"{CONFIGS}/finetune_melinda.yaml"]
+    commands.main(["tokenizer", *config, "--root", str(root), "--vocab-size", "290", "--out", str(out)])
+    return out
+
+
+@pytest.mark.parametrize("task", list(TREES))
+def test_every_task_trains_and_is_scored(trees, task):
+    root = trees / TREES[task]
+    run = execute(task_line("fit", task, root, "--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1"))
+    tested = execute(task_line("test", task, root, f"--ckpt_path={run}"))
+    assert json.loads((tested / "metrics.json").read_text())["n"] > 0
+    assert (tested / "per_case.csv").is_file()
+
+
+def test_a_teacher_missing_from_the_checkpoint(trees, pretrained, tmp_path, capsys):
+    copy = shutil.copytree(pretrained, tmp_path / "run")
+    path = copy / "checkpoints/last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    state = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {key: value for key, value in state.items() if ".teacher." not in key}
+    torch.save(checkpoint, path)
+    assert "holds no teacher" in refusal(capsys, pretrain_line(trees / "medicat", f"--ckpt_path={copy}"))
+
+
+def test_longer_captions_and_gone_images(trees, tmp_path, capsys):
+    root = shutil.copytree(trees / "medicat", tmp_path / "medicat")
+    next((root / "release/figures").iterdir()).unlink()
+    broken = sorted((root / "release/figures").iterdir())[3]
+    broken.write_bytes(broken.read_bytes()[:200])
+    folder = execute(
+        pretrain_line(root, "--data.text_length=8", "--trainer.max_steps=2", "--data.max_fault_fraction=0.5")
+    )
+    said = capsys.readouterr().out
+    assert "have no image file" in said
+    assert "longer than text_length 8" in said
+    assert broken.name in (folder / "data_faults.csv").read_text()
+
+
+@pytest.mark.ddp
+def test_two_ranks_equal_one_and_each_other(trees):
+    """Pre-training, and tuning with coordinated gradients and their noise."""
+    sgd = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.01", "--model.encoder.dropout=0"]
+    lines = {
+        "pretrain": pretrain_line(trees / "medicat", *sgd, "--trainer.max_steps=5"),
+        "finetune_vqa_rad": task_line("fit", "vqa_rad", trees / "vqa_rad", *sgd, "--trainer.max_steps=5"),
+    }
+    for line in lines.values():
+        alone = weights(execute(line))
+        command = [sys.executable, "-m", "common.cli", *line, "--data.batch_size=2", "--trainer.accelerator=cpu",
+                   "--trainer.devices=2", "--trainer.strategy=ddp"]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows = [row for row in done.stdout.splitlines() if row.startswith("run folder")]
+        together = weights(Path(rows[0].split(": ", 1)[1]))
+        for key, value in alone.items():
+            assert torch.allclose(value, together[key], rtol=1e-6, atol=2e-6), key
+
+
+def test_coordination_sees_each_step_once(trees, monkeypatch):
+    """Four micro-batches a step: their contributions are summed, damped once; `update` scales the step itself."""
+    seen, plain = [], GradientCoordination.on_before_optimizer_step
+
+    def noted(self, trainer, module, optimizer):
+        sums = module.contributions._sums
+        seen.append((trainer.global_step, None if sums is None else float(sums.sum())))
+        plain(self, trainer, module, optimizer)
+
+    monkeypatch.setattr(GradientCoordination, "on_before_optimizer_step", noted)
+    execute(
+        task_line("fit", "vqa_rad", trees / "vqa_rad", "--trainer.accumulate_grad_batches=4", "--trainer.max_steps=3")
+    )
+    assert [step for step, _ in seen] == [0, 1, 2]
+    assert all(total > 0 for _, total in seen)
