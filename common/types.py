@@ -59,7 +59,7 @@ class VolumeBatch(TypedDict, total=False):
     control_image: Tensor
 
 
-class PairBatch(TypedDict, total=False):
+class SequencePairBatch(TypedDict, total=False):
     """A batch of crops of one sequence each, with another sequence of the same study at the same place.
 
     Attributes:

@@ -275,7 +275,7 @@ def read_reduced(
 
 def _varied(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if (pixels == pixels[0, 0]).all():
-        raise ImageError("constant", f"every value is {pixels[0, 0].tolist()}")
+        raise ImageError("constant", f"every pixel is {pixels[0, 0].tolist()}")
     return pixels
 
 
