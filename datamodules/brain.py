@@ -30,7 +30,7 @@ _MAX_REFERENCE_DRAWS = 64
 
 
 class PairDataset(VolumeDataset):
-    """Crops of one sequence of a study, with another one at the same place; see :class:`common.types.SequencePairBatch`.
+    """Crops of one sequence of a study, with another at the same place; see :class:`common.types.SequencePairBatch`.
 
     The target is uniform over the sequences that a study has, its partner uniform over the others. In validation the
     target goes through them in turn, so that few crops cover all.
