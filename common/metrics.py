@@ -1,7 +1,13 @@
-"""Metrics: effective rank, and MONAI's Dice and HD95 with rules for empty regions."""
+"""Metrics: effective rank, MONAI's Dice and HD95 with rules for empty regions, an interval of a mean."""
 
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
+
+from common.randomness import numpy_generator
 
 
 def effective_rank(features: Tensor) -> float:
@@ -81,3 +87,19 @@ def region_hd95(pred: Tensor, target: Tensor, diagonal: float) -> Tensor:
         distance = compute_hausdorff_distance(one, other, include_background=True, percentile=95)
         result[sample, region] = distance.item()
     return result
+
+
+def bootstrap_mean(values: Sequence[float], units: Sequence[Hashable], draws: int = 2000) -> tuple[float, float]:
+    """Return the central 95 % of a mean under resampling of units, such as persons, with all their values.
+
+    Args:
+        values: One per case.
+        units: What each case belongs to.
+        draws: Resamplings, the same ones every time.
+    """
+    number, names = pd.factorize(pd.Series(list(units)))
+    totals, counts = np.bincount(number, np.asarray(values, dtype=float)), np.bincount(number)
+    generator = numpy_generator("bootstrap mean", len(names))
+    chosen = generator.multinomial(len(names), np.full(len(names), 1 / len(names)), draws)
+    low, high = np.percentile((chosen @ totals) / (chosen @ counts), [2.5, 97.5])
+    return float(low), float(high)

@@ -25,6 +25,7 @@ from sklearn.metrics import roc_auc_score
 
 from common.data_config import package_file
 from common.errors import UserError
+from common.metrics import bootstrap_mean
 from common.provenance import environment
 from common.randomness import numpy_generator
 from common.reporting import say
@@ -250,11 +251,8 @@ def paired_difference(
         gaps.append(one[value] - two[value].reindex(one.index))
     units = pd.read_csv(ours[0] / "per_case.csv").set_index("subject_id")[unit]
     gap = sum(part.reindex(units.index) for part in gaps) / len(gaps)
-    number, names = pd.factorize(units)
-    totals, counts = np.bincount(number, gap.to_numpy()), np.bincount(number)
-    chosen = numpy_generator("paired", len(names)).multinomial(len(names), np.full(len(names), 1 / len(names)), draws)
-    low, high = np.percentile((chosen @ totals) / (chosen @ counts), [2.5, 97.5])
-    return {"mean": float(gap.mean()), "low": float(low), "high": float(high)}
+    low, high = bootstrap_mean(gap.tolist(), units.tolist(), draws)
+    return {"mean": float(gap.mean()), "low": low, "high": high}
 
 
 def paired_table(rows: Sequence[Mapping[str, Any]], paired: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -271,10 +269,15 @@ def paired_table(rows: Sequence[Mapping[str, Any]], paired: Mapping[str, str]) -
     result = []
     for (arm, score), found in folders.items():
         seeds = sorted(reference.keys() & found.keys())
-        if seeds and found is not reference:
-            ours, others = [reference[seed] for seed in seeds], [found[seed] for seed in seeds]
+        if not seeds or found is reference:
+            continue
+        ours, others = [reference[seed] for seed in seeds], [found[seed] for seed in seeds]
+        try:
             gap = paired_difference(ours, others, paired["value"], paired["unit"])
-            result.append({"arm": arm, "score": score, "seeds": seeds, **gap})
+        except UserError as error:
+            say(f"note: {arm}, {score} is not compared: {error}")
+            continue
+        result.append({"arm": arm, "score": score, "seeds": seeds, **gap})
     return result
 
 

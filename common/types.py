@@ -164,7 +164,7 @@ class LabelledBatch(TypedDict, total=False):
     patient_id: list[str]
 
 
-class PairBatch(TypedDict, total=False):
+class ImageTextTaskBatch(TypedDict, total=False):
     """A batch of images with a text each; T is the longest text of the batch, C candidate texts of an image.
 
     Attributes:

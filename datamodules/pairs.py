@@ -122,7 +122,7 @@ class PairDataset(FaultTolerantDataset):
         return (image - self.mean) / self.std
 
     def read(self, draw: Draw) -> dict[str, Any]:
-        """Return one sample; see :class:`common.types.PairBatch`.
+        """Return one sample; see :class:`common.types.ImageTextTaskBatch`.
 
         Raises:
             SampleFaultError: the image cannot be used, or the text is empty.

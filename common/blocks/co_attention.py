@@ -143,6 +143,8 @@ class CoAttentionFusion(nn.Module):
         """
         before = []
         for of_text, of_image in zip(self.text_layers, self.image_layers, strict=True):
+            assert isinstance(of_text, CoAttentionLayer)
+            assert isinstance(of_image, CoAttentionLayer)
             before.append(image)
             if attended is None:
                 attended = of_text.attend_self(text, text_mask), of_image.attend_self(image, None)

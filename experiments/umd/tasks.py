@@ -21,6 +21,7 @@ from common.distributed import all_reduce_sum, gather_objects, rank, world_size
 from common.downstream.base import FineTuning
 from common.downstream.encoder import encoder_architecture
 from common.errors import UserError
+from common.metrics import bootstrap_mean
 from common.optim import Schedule, WarmupCosine, param_groups
 from common.reporting import is_dry_run, log_scalars, say
 from common.types import InputSpec
@@ -153,6 +154,10 @@ class PairTask(FineTuning):
     def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Return the metrics over the rows of all ranks, ``loss`` among them."""
 
+    def test_metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Return what is computed of test rows alone."""
+        return {}
+
     def build_network(self, spec: InputSpec) -> PairNetwork:
         """Make encoder and head."""
         encoder = make_umd_encoder(spec, self._pretrained, self._make_pair_encoder, self._record)
@@ -198,7 +203,7 @@ class PairTask(FineTuning):
     def on_test_epoch_end(self) -> None:
         """Write ``metrics.json`` and ``per_case.csv``, and say the result (Lightning hook)."""
         rows = self.take_rows()
-        scores = self.metrics(rows)
+        scores = self.metrics(rows) | self.test_metrics(rows)
         if self.trainer.is_global_zero:
             lines = [{name: value for name, value in row.items() if not isinstance(value, list)} for row in rows]
             finite = {name: value for name, value in scores.items() if math.isfinite(value)}
@@ -284,6 +289,15 @@ class AnswerTask(PairTask):
         by_kind = {f"accuracy_{kind}": mean("right", kind) for kind in ("open", "closed")}
         by_kind |= {f"accuracy_frequent_{kind}": mean("frequent_right", kind) for kind in ("open", "closed")}
         return scores | {name: value for name, value in by_kind.items() if math.isfinite(value)}
+
+    def test_metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Return how far closed questions are above the most frequent answer, with a 95 % interval over images."""
+        closed = [row for row in rows if row["kind"] == "closed"]
+        if not closed:
+            return {}
+        gains = [row["right"] - row["frequent_right"] for row in closed]
+        low, high = bootstrap_mean(gains, [row["patient_id"] for row in closed])
+        return {"gain_closed": sum(gains) / len(gains), "gain_closed_low": low, "gain_closed_high": high}
 
     def attention_map(self, batch: Any) -> Tensor:
         """Return how much each question's tokens look at each patch, ``(B, rows, columns)``, summing to 1."""

@@ -158,3 +158,38 @@ def test_an_interval_of_noise_holds_one_half():
         slow.append(roc_auc_score(target[chosen], score[chosen]))
     assert np.percentile(slow, [2.5, 97.5]) == pytest.approx([low, high], abs=0.04)
     assert (low, high) == study.bootstrap_auroc(score, target, persons)
+
+
+def test_arms_are_compared_case_by_case(tmp_path):
+    """Two seeds; the reference is right where the other is wrong in one case of four, of two images."""
+    rows = []
+    for seed, arms in enumerate(
+        ({"full": [1, 1, 0, 1], "less": [1, 0, 0, 1]}, {"full": [1, 1, 0, 0], "less": [0, 1, 0, 0]})
+    ):
+        for arm, right in arms.items():
+            folder = tmp_path / f"{arm}{seed}"
+            folder.mkdir()
+            order = [3, 1, 0, 2] if arm == "less" else range(4)
+            lines = [f"q{i},i{i // 2},{right[i]}" for i in order]
+            (folder / "per_case.csv").write_text("\n".join(["subject_id,patient_id,right", *lines]))
+            rows.append({"arm": arm, "score": "test", "seed": seed, "folder": folder})
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "per_case.csv").write_text("subject_id,patient_id,right\nx,y,1")
+    rows += [{"arm": "elsewhere", "score": "test", "seed": seed, "folder": other} for seed in (0, 1)]
+    paired = {"reference": "full", "score": "test", "value": "right", "unit": "patient_id"}
+    (entry,) = study.paired_table(rows, paired)
+    assert entry["arm"] == "less"
+    assert entry["mean"] == 0.25
+    assert entry["low"] == 0
+    assert entry["high"] == 0.5
+
+
+def test_arms_that_begin_alike_share_their_beginning(experiment, tmp_path):
+    path, calls = experiment
+    again = "  again:\n    - {run: fit, name: first, config: [small.yaml]}\n    - {run: validate, score: two}\n"
+    path.write_text(STUDY + again)
+    run_study(path, "--out", str(tmp_path / "result.json"), "--seeds", "1")
+    assert [c[0] for c in calls] == ["validate", "fit", "test"], "the fit and the validation were run before"
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert [row["arm"] for row in rows] == ["short", "long", "again"]
