@@ -34,7 +34,7 @@ def to_hf_format(stored: StoredEncoder) -> Exported:
         for name, prefix in prefixes.items()
     }
     rest = {key: value for key, value in stored.state.items() if not key.startswith(tuple(prefixes.values()))}
-    return Exported(rest, dict(stored.init_args), _HF, parts)
+    return Exported(rest, dict(stored.init_args), _HF, parts=parts)
 
 
 FORMATS: dict[str, Writer] = {"hf": to_hf_format}
