@@ -511,7 +511,8 @@ class RelationNetwork(nn.Module):
             record: Takes the masked relations by name.
         """
         first, *blocks = cast(list[TransformerBlock], list(self.encoder.blocks))
-        first_other, *others = list(self.genome.blocks) if self.genome is not None else [None]
+        other_blocks: list[Any] = list(self.genome.blocks) if self.genome is not None else [None]
+        first_other, *others = other_blocks
         if not masked:
             return self._rest(tokens, [first, *blocks], [first_other, *others], safe), None
         image, image_masked = self._self_block("image_self", first, tokens.image, None, intact, record)
