@@ -268,3 +268,24 @@ def test_coordination_sees_each_step_once(trees, monkeypatch):
     )
     assert [step for step, _ in seen] == [0, 1, 2]
     assert all(total > 0 for _, total in seen)
+
+
+@pytest.mark.real_data
+def test_the_three_stages_on_real_questions(real_data):
+    """VQA-RAD: questions as text, then without labels, then with them."""
+    root = real_data("vqa_rad")
+    steps = ["--trainer.max_steps=2", "--trainer.limit_val_batches=2"]
+    first = execute(
+        pretrain_line(root, *steps, "--data.split_fractions=[0.9,0.1,0.0]", "--trainer.val_check_interval=2")
+    )
+    second = execute(task_line("fit", "td_calib", root, *steps, f"--model.pretrained={first}/checkpoints/last.ckpt",
+                               "--model.decoder.decoder_dim=16", "--model.decoder.num_heads=2", "--trainer.max_epochs=1",
+                               "--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=2"))  # fmt: skip
+    third = execute(task_line("fit", "vqa_rad", root, *steps, f"--model.pretrained={second}/checkpoints/last.ckpt",
+                              "--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1",
+                              "--trainer.val_check_interval=2"))  # fmt: skip
+    tested = execute(task_line("test", "vqa_rad", root, f"--ckpt_path={third}/checkpoints/last.ckpt"))
+    metrics = json.loads((tested / "metrics.json").read_text())
+    assert metrics["n"] == 451
+    assert metrics["accuracy_frequent_closed"] > 0.4
+    assert 0.05 < metrics["unseen"] < 0.3
