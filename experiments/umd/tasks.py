@@ -236,7 +236,7 @@ class AnswerTask(PairTask):
         if not classes:
             raise UserError("The data name no answers to choose from; give an archive with a training split.")
         head = answer_head(encoder.dim, len(classes))
-        # All answers alike, one in sum: from one half each, a sigmoid per answer spends its first thousand steps on this.
+        # All answers alike, one in sum: from one half each, sigmoids spend a thousand steps on nothing else.
         last = head[-1]
         assert isinstance(last, nn.Linear)
         nn.init.constant_(last.bias, -math.log(max(len(classes) - 1, 1)))
