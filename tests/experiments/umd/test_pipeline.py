@@ -245,7 +245,7 @@ def test_two_ranks_equal_one_and_each_other(trees):
         alone = weights(execute(line))
         command = [sys.executable, "-m", "common.cli", *line, "--data.batch_size=2", "--trainer.accelerator=cpu",
                    "--trainer.devices=2", "--trainer.strategy=ddp"]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         rows = [row for row in done.stdout.splitlines() if row.startswith("run folder")]
         together = weights(Path(rows[0].split(": ", 1)[1]))
