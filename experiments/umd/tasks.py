@@ -235,7 +235,12 @@ class AnswerTask(PairTask):
         """
         if not classes:
             raise UserError("The data name no answers to choose from; give an archive with a training split.")
-        return answer_head(encoder.dim, len(classes))
+        head = answer_head(encoder.dim, len(classes))
+        # All answers alike, one in sum: from one half each, sigmoids spend a thousand steps on nothing else.
+        last = head[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.constant_(last.bias, -math.log(max(len(classes) - 1, 1)))
+        return head
 
     def _target(self, batch: Any, dtype: torch.dtype) -> Tensor:
         """Return the one-hot answers ``(B, K)``; zeros where the answer is no class."""

@@ -245,7 +245,7 @@ def test_two_ranks_equal_one_and_each_other(trees):
         alone = weights(execute(line))
         command = [sys.executable, "-m", "common.cli", *line, "--data.batch_size=2", "--trainer.accelerator=cpu",
                    "--trainer.devices=2", "--trainer.strategy=ddp"]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         rows = [row for row in done.stdout.splitlines() if row.startswith("run folder")]
         together = weights(Path(rows[0].split(": ", 1)[1]))
@@ -279,8 +279,9 @@ def test_the_three_stages_on_real_questions(real_data):
         pretrain_line(root, *steps, "--data.split_fractions=[0.9,0.1,0.0]", "--trainer.val_check_interval=2")
     )
     second = execute(task_line("fit", "td_calib", root, *steps, f"--model.pretrained={first}/checkpoints/last.ckpt",
-                               "--model.decoder.decoder_dim=16", "--model.decoder.num_heads=2", "--trainer.max_epochs=1",
-                               "--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=2"))  # fmt: skip
+                               "--model.decoder.decoder_dim=16", "--model.decoder.num_heads=2",
+                               "--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1",
+                               "--trainer.val_check_interval=2"))  # fmt: skip
     third = execute(task_line("fit", "vqa_rad", root, *steps, f"--model.pretrained={second}/checkpoints/last.ckpt",
                               "--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1",
                               "--trainer.val_check_interval=2"))  # fmt: skip

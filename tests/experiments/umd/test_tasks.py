@@ -75,6 +75,13 @@ def test_answer_loss_of_the_specification(monkeypatch):
     assert count.item() == 1
 
 
+def test_answers_begin_alike():
+    task = make(AnswerTask, classes=[str(i) for i in range(50)]).eval()
+    batch = batch_of()
+    begin = task.network(batch["image"], batch["input_ids"], batch["attention_mask"])[0].sigmoid()
+    assert begin.mean().item() == pytest.approx(1 / 50, rel=0.3)
+
+
 def test_contributions_of_a_linear_head_add_up():
     head, text, image = nn.Linear(8, 3), torch.randn(5, 4), torch.randn(5, 4)
     of_text, of_image = split_logits(head, text, image, "linear_split")
