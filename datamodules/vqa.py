@@ -103,7 +103,7 @@ def find_slake(root: Path, language: str = "en") -> list[Question]:
         return []
     names = {"train": ("train",), "val": ("validate", "validation"), "test": ("test",)}
     files = {split: [root / f"{name}.json" for name in given] for split, given in names.items()}
-    found = []
+    found: list[Question] = []
     for split, paths in files.items():
         path = next((path for path in paths if path.is_file()), None)
         if path is None:

@@ -1,6 +1,5 @@
 """What only UMD needs a trainer for: its teacher, the coordination of gradients, answers to look at."""
 
-from collections.abc import Sequence
 from html import escape
 from typing import Any, Literal
 
@@ -216,13 +215,15 @@ class GradientCoordination(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the optimisers' steps, where those are what is damped (Lightning hook)."""
-        self._parameters = pl_module.modality_parameters()  # type: ignore[operator]
+        module: Any = pl_module
+        self._parameters = module.modality_parameters()
         if self.apply_to == "update":
             self._handles = [o.register_step_post_hook(self._damp_update) for o in trainer.optimizers]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin with no contribution (Lightning hook)."""
-        pl_module.contributions.take()  # type: ignore[union-attr, operator]
+        module: Any = pl_module
+        module.contributions.take()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the optimisers alone (Lightning hook)."""
@@ -235,7 +236,8 @@ class GradientCoordination(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Coordinate the gradients of one step: reduced over ranks, unscaled, not yet clipped (Lightning hook)."""
-        sums = pl_module.contributions.take()  # type: ignore[union-attr, operator]
+        module: Any = pl_module
+        sums = module.contributions.take()
         step = trainer.global_step
         active = self.start_step <= step and (self.end_step is None or step < self.end_step)
         if sums is None or not active:
@@ -253,7 +255,7 @@ class GradientCoordination(pl.Callback):
         share = coordinate_gradients(gradients, coefficients, self.noise, generator, damp)
         if not damp:
             self._pending = [
-                (coefficients[name], list(group), torch._foreach_add([p.detach() for p in group], 0))
+                (coefficients[name], list(group), list(torch._foreach_add([p.detach() for p in group], 0)))
                 for name, group in self._parameters.items()
             ]
         scalars = {"rho_text": contribution_ratio(image, text), "k_text": k_text, "k_image": k_image}
@@ -264,7 +266,7 @@ class GradientCoordination(pl.Callback):
     def _damp_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Take back all but k of the step that was taken."""
         for k, parameters, before in self._pending:
-            moved: Sequence[Tensor] = [parameter.detach() for parameter in parameters]
+            moved = [parameter.detach() for parameter in parameters]
             torch._foreach_sub_(moved, before)
             torch._foreach_mul_(moved, k.to(moved[0].dtype))
             torch._foreach_add_(moved, before)

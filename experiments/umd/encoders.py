@@ -148,7 +148,7 @@ class TextTower(nn.Module):
     def longest(self) -> int:
         """Tokens of the longest text that there are positions for."""
         config = self.roberta.config
-        return int(config.max_position_embeddings - config.pad_token_id - 1)
+        return int(config.max_position_embeddings - (config.pad_token_id or 0) - 1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Encode tokens ``(B, T)`` to ``(B, T, W)``; ``attention_mask`` 0 = padding."""
@@ -157,7 +157,7 @@ class TextTower(nn.Module):
         return self.roberta.encoder(embedded, attention_mask=keys).last_hidden_state
 
 
-def _from_pretrained(kind: Any, source: str) -> nn.Module:
+def _from_pretrained(kind: Any, source: str) -> Any:
     """Load a model of transformers from a folder or by its name.
 
     Raises:

@@ -102,6 +102,9 @@ class PairTask(FineTuning):
         ValueError: ``split_head`` is unknown.
     """
 
+    #: What ``best.ckpt`` watches.
+    monitor = ("val/accuracy", "max")
+
     def __init__(
         self,
         pretrained: str | None = None,
@@ -198,7 +201,7 @@ class PairTask(FineTuning):
         rows = self.take_rows()
         if rows:
             scores = {f"val/{name}": value for name, value in self.metrics(rows).items()}
-            log_scalars(self, scores, prog_bar=(self.monitor[0],))  # type: ignore[attr-defined]
+            log_scalars(self, scores, prog_bar=(self.monitor[0],))
 
     def on_test_epoch_end(self) -> None:
         """Write ``metrics.json`` and ``per_case.csv``, and say the result (Lightning hook)."""
@@ -224,8 +227,6 @@ class AnswerTask(PairTask):
     A question whose true answer is no class counts as wrong. ``lightning predict`` writes the five likeliest answers of
     each question to ``predictions.json``.
     """
-
-    monitor = ("val/accuracy", "max")
 
     def make_head(self, encoder: UMDEncoder, classes: Sequence[str]) -> nn.Module:
         """Make the head.
@@ -344,8 +345,6 @@ class AnswerTask(PairTask):
 
 class FigureTask(PairTask):
     """Classification of figures with captions: accuracy, and macro AUROC, sensitivity and specificity."""
-
-    monitor = ("val/accuracy", "max")
 
     def make_head(self, encoder: UMDEncoder, classes: Sequence[str]) -> nn.Module:
         """Make the head.
