@@ -92,7 +92,8 @@ class UNetSegmenter(_DeepSupervision):
 
     def levels(self, x: Tensor) -> list[Tensor]:
         """Return logits at full, half and quarter resolution of the stem's."""
-        *_, quarter, half, full = self.decoder.levels(self.encoder.stages(x))
+        maps = self.encoder.stages(x)
+        *_, quarter, half, full = [maps[-1], *self.decoder.levels(maps)]
         return [self.decoder.out(full), self.heads[0](half), self.heads[1](quarter)]
 
     def take(self, rest: Mapping[str, Tensor]) -> list[str]:
