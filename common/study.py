@@ -395,7 +395,8 @@ def run(args: argparse.Namespace) -> None:
     facts = environment(torch.device("cpu"))
     result: dict[str, Any] = {
         **{name: study[name] for name in ("title", "columns", "digits", "paper", "notes") if name in study},
-        "command": f"medmim study experiments/{configs.parent.name}/configs/studies/{path.name} --data DATA",
+        "command": f"medmim study experiments/{configs.parent.name}/configs/studies/{path.name} --data DATA"
+        + (f" --seeds {' '.join(map(str, args.seeds))}" if args.seeds else ""),
         "environment": facts,
         "date": time.strftime("%Y-%m-%d"),
         "rows": [],
