@@ -124,7 +124,7 @@ def test_a_released_checkpoint_becomes_an_encoder(tmp_path, capsys):
     assert "encoder tensors loaded, re-initialised: none; unused: module.decoder.decoder5.conv_block" in report
     encoder = load_encoder(tmp_path / "out", channels=["t1c", "t1", "flair", "t2"])
     assert encoder.patch_embed1.proj.weight.shape == (64, 4, 2, 2, 2)
-    assert encoder.blocks3[7].attn.qkv.weight[0, 0] == pytest.approx(0.01)
+    assert encoder.blocks3[7].attn.qkv.weight[0, 0].item() == pytest.approx(0.01)
     assert read_encoder(tmp_path / "out").rest["templates"].shape == (8, 240, 240, 155)
 
 
