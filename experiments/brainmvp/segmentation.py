@@ -246,9 +246,9 @@ class BrainSegmentation(SegmentationModule):
         return _by_absent(table)
 
 
-def _by_absent(table: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the mean Dice over all sets with equally many absent sequences."""
+def _by_absent(table: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return the mean Dice over all sets with equally many absent sequences, each under ``mean``."""
     groups: dict[int, list[float]] = {}
     for line in table:
         groups.setdefault(line["absent"], []).append(line["dice"])
-    return {f"dice_absent_{count}": sum(values) / len(values) for count, values in groups.items()}
+    return {f"dice_absent_{count}": {"mean": sum(values) / len(values)} for count, values in groups.items()}
