@@ -137,7 +137,7 @@ class PairDataset(FaultTolerantDataset):
             "input_ids": self.encode(pair.text),
             "subject_id": hide(pair.case_id),
             "patient_id": hide(pair.patient_id),
-            "text": pair.text,
+            "text": "" if self.anonymise else pair.text,
             **self.facts(pair, draw),
         }
 

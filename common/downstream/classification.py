@@ -84,6 +84,21 @@ def auroc_by_class(scores: Tensor, target: Tensor, mask: Tensor) -> list[float |
     return result
 
 
+def macro_auroc(probabilities: Tensor, labels: Tensor) -> tuple[float, int]:
+    """Return the mean one-against-rest AUROC over the classes that have both values, and how many have not.
+
+    NaN where no class has: a class that does not occur has no AUROC, and counted as 0 it would be a score made up.
+
+    Args:
+        probabilities: ``(S, K)``.
+        labels: long ``(S,)``.
+    """
+    target = F.one_hot(labels, probabilities.shape[1])
+    areas = auroc_by_class(probabilities, target, torch.ones_like(target, dtype=torch.bool))
+    scored = [area for area in areas if area is not None]
+    return (sum(scored) / len(scored) if scored else math.nan), len(areas) - len(scored)
+
+
 class ImageClassifier(FineTuning):
     """Fine-tunes all weights on labelled images.
 

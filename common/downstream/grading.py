@@ -18,6 +18,7 @@ from common.downstream.classification import (
     ClassifierNetwork,
     ImageClassifier,
     auroc_by_class,
+    macro_auroc,
     masked_binary_cross_entropy,
 )
 from common.errors import UserError
@@ -59,7 +60,7 @@ def quadratic_kappa(pred: Tensor, grades: Tensor, classes: int) -> float:
 def bootstrap_kappa(
     pred: Tensor, grades: Tensor, classes: int, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Return the central 95 % of kappa under resampling of cases."""
+    """Return the central 95 % of kappa under resampling of cases; draws that have none are left out."""
     weight = (np.arange(classes)[:, None] - np.arange(classes)) ** 2.0
     rng = np.random.default_rng(seed)
     code = (grades * classes + pred).numpy()
@@ -69,7 +70,10 @@ def bootstrap_kappa(
         table = counts.reshape(classes, classes).astype(float)
         expected = np.outer(table.sum(1), table.sum(0)) / table.sum()
         disagreement = (weight * expected).sum()
-        values.append(1 - (weight * table).sum() / disagreement if disagreement > 0 else 0.0)
+        if disagreement > 0:
+            values.append(1 - (weight * table).sum() / disagreement)
+    if not values:
+        return math.nan, math.nan
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
@@ -178,7 +182,7 @@ class GradeClassifier(ImageClassifier):
         by_class = multiclass_f1_score(pred, truth, len(self.classes), average="none")
         return {
             "loss": float(F.nll_loss(probabilities.clamp(min=1e-12).log(), truth)),
-            "auroc": sum(areas[index] or 0.0 for index in scored) / len(scored),
+            "auroc": macro_auroc(probabilities, truth)[0],
             "average_precision": sum(precision) / len(precision),
             "f1_micro": float((pred == truth).float().mean()),
             f"f1_{self.classes[-1]}": float(by_class[-1]),

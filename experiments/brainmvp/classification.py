@@ -3,6 +3,7 @@
 Letters: B batch, C channels, K classes, H W D space.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_auroc, multiclass_f1_score
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
 from common.blocks.uniformer import UniFormer3D
 from common.distributed import all_reduce_sum
 from common.downstream.base import FineTuning
+from common.downstream.classification import macro_auroc
 from common.downstream.encoder import EncoderFactory, mean_features
 from common.optim import Schedule
 from common.reporting import log_scalars, say
@@ -60,8 +62,8 @@ class BrainClassification(FineTuning):
     """Fine-tunes all weights on volumes with one class each.
 
     Classes count equally in the loss, however many cases they have: what the public code's sampler does in the mean.
-    Validation logs ``val/auroc``, ``val/accuracy``, ``val/f1`` and ``val/loss``; testing writes ``metrics.json`` and
-    ``per_case.csv``.
+    Validation logs ``val/auroc`` (over the classes that occur; NaN where one alone does), ``val/classes_left_out``,
+    ``val/accuracy``, ``val/f1`` and ``val/loss``; testing writes ``metrics.json`` and ``per_case.csv``.
 
     Args:
         pretrained: Run folder, checkpoint or export to start from; None trains from scratch.
@@ -146,8 +148,8 @@ class BrainClassification(FineTuning):
             "accuracy": float(multiclass_accuracy(logits, target, classes, average="micro")),
             "f1": float(multiclass_f1_score(logits, target, classes, average="macro")),
         }
-        both = len(target.unique()) == classes
-        return scores | {"auroc": float(multiclass_auroc(logits.softmax(1), target, classes)) if both else 0.0}
+        scores["auroc"], left_out = macro_auroc(logits.softmax(1), target)
+        return scores | {"classes_left_out": float(left_out)}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Collect a batch (Lightning hook)."""
@@ -174,7 +176,8 @@ class BrainClassification(FineTuning):
                 shares = torch.tensor(row["logits"]).softmax(0).tolist()
                 line = {"subject_id": row["subject_id"], "patient_id": row["patient_id"]}
                 lines.append(line | {"target": names[row["target"]]} | dict(zip(names, shares, strict=True)))
-            self.write_scores(lines, {"n": len(rows), **scores})
+            finite = {name: value for name, value in scores.items() if math.isfinite(value)}
+            self.write_scores(lines, {"n": len(rows), **finite})
             say(f"test: {len(rows)} cases, accuracy {scores['accuracy']:.3f}, AUROC {scores['auroc']:.3f}, "
                 f"F1 {scores['f1']:.3f}")  # fmt: skip
         log_scalars(self, {f"test/{name}": value for name, value in scores.items()})

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_auroc, multiclass_recall, multiclass_specificity
+from torchmetrics.functional.classification import multiclass_recall, multiclass_specificity
 
 from common.checkpoint import read_checkpoint
 from common.distributed import all_reduce_sum, gather_objects, rank, world_size
 from common.downstream.base import FineTuning
+from common.downstream.classification import macro_auroc
 from common.downstream.encoder import encoder_architecture
 from common.errors import UserError
 from common.metrics import bootstrap_mean
@@ -388,10 +389,10 @@ class FigureTask(PairTask):
         there = label.unique()
         recall = multiclass_recall(logits, label, count, average="none")[there]
         specificity = multiclass_specificity(logits, label, count, average="none")[there]
-        auroc = multiclass_auroc(logits.softmax(1), label, count, average="none")[there]
+        auroc, _ = macro_auroc(logits.softmax(1), label)
         return {
             "accuracy": float((logits.argmax(1) == label).sum()) / len(rows),
-            "auroc": float(auroc.mean()),
+            "auroc": auroc,
             "sensitivity": float(recall.mean()),
             "specificity": float(specificity.mean()),
             "loss": float(F.cross_entropy(logits, label)),

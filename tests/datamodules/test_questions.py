@@ -96,6 +96,14 @@ def test_a_batch_holds_what_it_says(rad_root):
     assert {q.split for q in data.splits["val"]} == {"train"}
 
 
+def test_questions_stay_out_of_tables_when_anonymised(rad_root):
+    batch = next(iter(module(rad_root).train_dataloader()))
+    hidden = next(iter(module(rad_root, anonymise=True).train_dataloader()))
+    assert all(batch["text"])
+    assert not any(hidden["text"])
+    assert set(hidden["subject_id"]).isdisjoint(batch["subject_id"])
+
+
 def test_classes_are_those_of_training(tmp_path, capsys):
     write_vqa_rad(tmp_path, 2, 0)
     rows = json.loads((tmp_path / "testset.json").read_text())

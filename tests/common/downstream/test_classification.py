@@ -14,6 +14,7 @@ from common.downstream.classification import (
     ClassifierNetwork,
     ImageClassifier,
     auroc_by_class,
+    macro_auroc,
     masked_binary_cross_entropy,
 )
 from common.errors import UserError
@@ -66,6 +67,16 @@ def test_a_class_of_one_value_is_left_out_not_counted_as_zero():
     assert auroc_by_class(scores, target, mask) == [1.0, None]
     mask[1, 0] = False
     assert auroc_by_class(scores, target, mask) == [None, None]
+
+
+def test_the_macro_mean_is_over_the_classes_that_occur():
+    probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.4, 0.5, 0.1], [0.6, 0.3, 0.1], [0.2, 0.7, 0.1]])
+    # By hand: both classes that occur rank 3 of their 4 pairs rightly; the third never occurs.
+    area, left_out = macro_auroc(probabilities, torch.tensor([0, 0, 1, 1]))
+    assert (area, left_out) == (0.75, 1)
+    alone, left_out = macro_auroc(probabilities, torch.zeros(4, dtype=torch.long))
+    assert math.isnan(alone)
+    assert left_out == 3
 
 
 def test_the_head_reads_patches_alone_through_a_fresh_norm():

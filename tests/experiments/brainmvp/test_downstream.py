@@ -200,7 +200,11 @@ def test_segmentation_from_a_pretrained_encoder_to_the_table_of_missing_sequence
 def test_segmentation_of_other_layouts(name, tmp_path):
     layout = {"upenn": "upenn_gbm"}.get(name, name)
     write_tree(tmp_path / "root", 4, 0, layout, (40, 44, 36))
-    execute(task(f"{name}_seg", tmp_path / "root", *SEG, *EPOCH))
+    folder = execute(task(f"{name}_seg", tmp_path / "root", *SEG, *EPOCH))
+    scalars = json.loads((folder / "summary.json").read_text())["scalars"]
+    assert {"val/loss", "val/dice"} <= scalars.keys()
+    assert (folder / "data_faults.csv").read_text().count("\n") == 1
+    assert (folder / "checkpoints/best.ckpt").is_file()
 
 
 @pytest.mark.slow
@@ -210,7 +214,7 @@ def test_classification(name, tmp_path):
     sizes = ["--data.crop_size=[16,16,16]", "--data.resize=[24,24,16]", SPLIT]
     folder = execute(task(f"{name}_cls", tmp_path / "root", *sizes, *EPOCH))
     scalars = json.loads((folder / "summary.json").read_text())["scalars"]
-    assert {"val/auroc", "val/accuracy", "val/f1", "val/loss"} <= scalars.keys()
+    assert {"val/classes_left_out", "val/accuracy", "val/f1", "val/loss"} <= scalars.keys()
     if name in ("brats2018", "adni"):
         tested = execute(task(f"{name}_cls", tmp_path / "root", *sizes, f"--ckpt_path={folder}", command="test"))
         metrics = json.loads((tested / "metrics.json").read_text())
