@@ -14,13 +14,14 @@ from common.faults import Fault, SampleFaultError, pseudonym
 from common.randomness import numpy_generator, stable_hash
 from common.reporting import say
 from common.types import InputSpec
-from datamodules.base import ArchiveDataModule, FaultTolerantDataset, collate_samples
+from datamodules.base import FaultTolerantDataset, collate_samples
 from datamodules.genome import Genome, GenomeFiles, pair_persons, read_genome
+from datamodules.image_archive import ImageArchiveDataModule
 from datamodules.image_cache import BoxChoice, ImageCache, SourceImages
 from datamodules.image_crops import center_box, random_box
-from datamodules.images import CHANNELS
+from datamodules.images import CHANNELS, per_channel
 from datamodules.layouts import PICTURE_LAYOUTS, recognise
-from datamodules.loading import Draw, ResumableLoader
+from datamodules.loading import Draw
 from datamodules.pictures import Picture, PictureLayout
 from datamodules.splits import SPLITS, assign_splits
 
@@ -140,7 +141,7 @@ class ImageGenomeDataset(FaultTolerantDataset):
         super().__init__(seed)
         self.samples, self.store, self.genome = list(samples), store, genome
         self.image_size, self.train, self.augmentation = tuple(image_size), train, augmentation
-        self.mean, self.std = (torch.tensor(list(values)).view(-1, 1, 1) for values in (mean, std))
+        self.mean, self.std = per_channel(mean), per_channel(std)
         self.controls = list(controls or ())
         self.anonymise = anonymise
 
@@ -219,7 +220,7 @@ def collate_images(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return collate_samples(samples) | {"complete": complete}
 
 
-class ImageGenomeDataModule(ArchiveDataModule):
+class ImageGenomeDataModule(ImageArchiveDataModule):
     """Colour images of persons with or without their genetics, in any known layout; split by person.
 
     Args:
@@ -293,11 +294,19 @@ class ImageGenomeDataModule(ArchiveDataModule):
         seed: int | None = None,
         split_seed: int = 0,
     ) -> None:
-        super().__init__(batch_size, num_workers, max_fault_fraction, anonymise, seed)
+        super().__init__(
+            root,
+            image_size,
+            cache_side,
+            cache,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            max_fault_fraction=max_fault_fraction,
+            anonymise=anonymise,
+            seed=seed,
+        )
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
-        self.root = root
-        self.image_size = tuple(image_size)
         self.augmentation = Augmentation(crop_scale, degrees, flip, upside_down, jitter)
         self.mean, self.std = tuple(mean), tuple(std)
         self.draws_per_image = draws_per_image
@@ -306,10 +315,8 @@ class ImageGenomeDataModule(ArchiveDataModule):
         self._files = GenomeFiles(genotypes, genotype_step or 1, scores, score_tables, burden, genome_build)
         self._step = genotype_step
         self._split = (split_fractions, split_seed, split_file)
-        self._cache, self._cache_side = cache, cache_side
         self._layout: PictureLayout | None = None
         self.genome: Genome | None = None
-        self.splits: dict[str, list[Sample]] = {}
 
     def index(self) -> PictureLayout:
         """Recognise the layout, list and split the images, read the genetics and fit their statistics.
@@ -331,11 +338,7 @@ class ImageGenomeDataModule(ArchiveDataModule):
             }
             self._fit()
             self.ledger.num_samples = len(samples)
-            root = Path(self.root).expanduser()
-            reader = layout.reader
-            self.store: ImageCache | SourceImages = (
-                SourceImages(reader) if self._cache == "none" else ImageCache(root, self._cache_side, reader=reader)
-            )
+            self.store = self.make_store(layout.reader)
             self._layout = layout
         return self._layout
 
@@ -436,19 +439,9 @@ class ImageGenomeDataModule(ArchiveDataModule):
             raise DataError("The genetics of the training persons are not those that the checkpoint was trained with.")
         super().load_state_dict({name: value for name, value in state_dict.items() if not name.startswith("genome")})
 
-    def all_cases(self) -> list[Sample]:
-        """Return the samples of all splits."""
-        self.index()
-        return [sample for part in self.splits.values() for sample in part]
-
-    def paths_in_use(self) -> list[Path]:
-        """Return the images of all splits, each once."""
-        return list(dict.fromkeys(path for part in self.splits.values() for sample in part for path in sample.images))
-
-    def prepare_data(self) -> None:
-        """Build and verify the cache, once per machine (Lightning hook)."""
-        self.index()
-        self.store.ensure(self.paths_in_use(), max(self.num_workers, 1))
+    def images_of(self, case: Sample) -> Sequence[Path]:
+        """Return the images of a person."""
+        return case.images
 
     def setup(self, stage: str) -> None:
         """Put what is broken into the ledger and say what there is (Lightning hook).
@@ -456,29 +449,14 @@ class ImageGenomeDataModule(ArchiveDataModule):
         Raises:
             DataError: no image can be used.
         """
-        layout = self.index()
-        if isinstance(self.store, ImageCache):
-            known = self.store.faults()
-            self.ledger.add(
-                known[path]._replace(sample=sample.case_id)
-                for part in self.splits.values()
-                for sample in part
-                for path in sample.images
-                if path in known
-            )
-        if not any(self._usable(part) for part in self.splits.values()):
-            raise DataError(f"None of the {self.ledger.num_samples} samples under {self.root} can be used. "
-                            f"{self.ledger.describe()}")  # fmt: skip
-        counts = ", ".join(f"{len(part)} {name}" for name, part in self.splits.items() if part)
+        layout, counts = self.index(), self.admit(stage)
         size = "x".join(map(str, self.image_size))
         say(f"data: {layout.name} at {self.root}, samples {counts}, images {size}, "
             + (f"genetics: {self.genome.describe()}" if self.genome else "no genetics"))  # fmt: skip
-        if stage == "fit" and not self.splits["val"]:
-            say("note: the val split is empty, so nothing will be measured and there will be no best checkpoint")
 
-    def _dataset(self, samples: Sequence[Sample], train: bool, controls: bool = False) -> ImageGenomeDataset:
+    def _dataset(self, cases: Sequence[Sample], train: bool = False, controls: bool = False) -> ImageGenomeDataset:
         return ImageGenomeDataset(
-            samples,
+            cases,
             self.store,
             self.genome,
             self.image_size,
@@ -491,46 +469,17 @@ class ImageGenomeDataModule(ArchiveDataModule):
             anonymise=self.ledger.anonymise,
         )
 
-    def _usable(self, samples: Iterable[Sample]) -> list[Sample]:
-        """Leave out samples known to be broken: evaluation replaces nothing."""
+    def _evaluated(self, cases: Sequence[Sample]) -> ImageGenomeDataset:
+        return self._dataset(cases, controls=True)
+
+    def _usable(self, cases: Iterable[Sample]) -> list[Sample]:
+        """Leave out persons none of whose images can be used."""
         bad = {fault.path for fault in self.ledger.faults}
-        return [sample for sample in samples if any(str(path) not in bad for path in sample.images)]
+        return [case for case in cases if any(str(path) not in bad for path in case.images)]
 
     def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Return what makes a batch from samples."""
         return collate_images
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Return the training samples (Lightning hook)."""
-        return self.train_loader(self._dataset(self.splits["train"], train=True), self.draws_per_image)
-
-    def val_dataloader(self) -> ResumableLoader:
-        """Return the validation samples, always the same (Lightning hook)."""
-        return self.evaluation_loader(self._dataset(self._usable(self.splits["val"]), train=False, controls=True))
-
-    def test_dataloader(self) -> ResumableLoader:
-        """Return the test samples, as those of validation (Lightning hook).
-
-        Raises:
-            DataError: the test split is empty.
-        """
-        samples = self._usable(self.splits["test"])
-        if not samples:
-            raise DataError(f"There is no sample to test on under {self.root}: none is in the test split.")
-        return self.evaluation_loader(self._dataset(samples, train=False, controls=True))
-
-    def reference_samples(self, count: int) -> Iterable[Any]:
-        """Yield batches with at least ``count`` training samples, cut as validation samples are."""
-        samples = self._usable(self.splits["train"])
-        dataset = self._dataset(samples[:: max(len(samples) // max(count, 1), 1)], train=False)
-        for batch in self.evaluation_loader(dataset, -(-count // max(len(dataset), 1)), all_ranks=False):
-            yield self.on_before_batch_transfer(batch, 0)
-
-    def central_samples(self, splits: Sequence[str] = SPLITS) -> Iterable[Any]:
-        """Yield batches with the images of some splits as they are, for probes and embeddings."""
-        samples = [sample for part in splits for sample in self._usable(self.splits[part])]
-        for batch in self.evaluation_loader(self._dataset(samples, train=False), all_ranks=False):
-            yield self.on_before_batch_transfer(batch, 0)
 
     def training_genomes(self) -> np.ndarray:
         """Return the standardised genetics of the training persons ``(P, F)``, each person once, for baselines.

@@ -15,19 +15,20 @@ from common.faults import Fault, SampleFaultError, pseudonym
 from common.maskers.bert import BertMasker
 from common.maskers.words import WordMasker
 from common.randomness import KeyedGenerator, numpy_generator, stable_hash
-from common.reporting import is_dry_run, say
+from common.reporting import say
 from common.types import InputSpec
-from datamodules.base import ArchiveDataModule, FaultTolerantDataset, collate_samples
+from datamodules.base import FaultTolerantDataset, collate_samples
 from datamodules.image_cache import BoxChoice, ImageCache, SourceImages
 from datamodules.image_crops import center_box, random_box
-from datamodules.images import CHANNELS, FIGURE, GRAY
+from datamodules.images import CHANNELS, FIGURE, GRAY, per_channel, plain_numbers
 from datamodules.layouts import STUDY_LAYOUTS, recognise
-from datamodules.loading import Draw, ResumableLoader
+from datamodules.loading import Draw
 from datamodules.manifest import find_manifest
 from datamodules.reports import ReportError, read_report
-from datamodules.splits import assign_splits
+from datamodules.splits import SPLITS, assign_splits
 from datamodules.studies import Study, StudyLayout
-from datamodules.tokens import Kind, ReportTokenizer, learned_tokenizer, load_tokenizer
+from datamodules.text_archive import TextArchiveDataModule
+from datamodules.tokens import Kind, ReportTokenizer
 
 Flip = Literal["off", "swap_words", "naive"]
 _OTHER_SIDE = {"left": "right", "right": "left"}
@@ -64,16 +65,6 @@ class TextSettings(NamedTuple):
     length: int
     masker: WordMasker | BertMasker
     end: bool = False
-
-
-def per_channel(value: float | Sequence[float]) -> Tensor:
-    """Return one number, or one of each channel, as ``(C, 1, 1)``."""
-    return torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1)
-
-
-def plain_numbers(value: float | Sequence[float]) -> Any:
-    """Return one number or a list, as records of preprocessing have them."""
-    return value if isinstance(value, int | float) else list(value)
 
 
 class Sample(NamedTuple):
@@ -325,7 +316,7 @@ def collate_image_text(samples: list[dict[str, Any]], pad_id: int) -> dict[str, 
     return batch
 
 
-class ImageTextDataModule(ArchiveDataModule):
+class ImageTextDataModule(TextArchiveDataModule):
     """Radiographs, or other images, with their reports, in any known layout; split by patient.
 
     Args:
@@ -409,30 +400,39 @@ class ImageTextDataModule(ArchiveDataModule):
         seed: int | None = None,
         split_seed: int = 0,
     ) -> None:
-        super().__init__(batch_size, num_workers, max_fault_fraction, anonymise, seed)
+        super().__init__(
+            tokenizer,
+            tokenizer_kind,
+            vocab_size,
+            text_length,
+            end_token,
+            root=root,
+            image_size=image_size,
+            cache_side=cache_side,
+            cache=cache,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            max_fault_fraction=max_fault_fraction,
+            anonymise=anonymise,
+            seed=seed,
+        )
         if text_length < 2:
             raise ValueError(f"`text_length` must be at least 2, the class token and one more, got {text_length}.")
         if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
-        self.root = root
         masker: WordMasker | BertMasker = WordMasker(text_mask_ratio, mask_unit, mask_last)
         if mask_scheme == "bert":
             masker = BertMasker(text_mask_ratio, mask_unit)
-        self.image_size, self.crop_scale, self.flip = tuple(image_size), crop_scale, flip
+        self.crop_scale, self.flip = crop_scale, flip
         self.text = TextSettings(text, text_length, masker, end_token)
         self.mean, self.std = mean, std
-        self.vocab_size, self.tokenizer_kind = vocab_size, tokenizer_kind
         self.colour, self.complete, self.negative_images = colour, complete, negative_images
         self.draws_per_image = draws_per_image
-        self._tokenizer_path = tokenizer
-        self._tokenizer: ReportTokenizer | None = None
         self._layout_name, self._columns, self._pair, self._views = layout, columns, pair, views
         self._unique_texts = unique_texts
         self._split = (split_fractions, split_seed, split_file)
-        self._cache, self._cache_side = cache, cache_side
         self._layout: StudyLayout | None = None
         self.samples: list[Sample] = []
-        self.splits: dict[str, list[Sample]] = {}
         self._counts: Tensor | None = None
 
     def index(self) -> StudyLayout:
@@ -450,18 +450,15 @@ class ImageTextDataModule(ArchiveDataModule):
                 samples = distinct(samples, layout, text=self.text.part)
             parts = assign_splits(samples, *self._split)
             self.samples = samples
-            self.splits = {
-                name: [sample for sample in samples if parts.get(sample.case_id) == name]
-                for name in ("train", "val", "test")
-            }
+            self.splits = {name: [sample for sample in samples if parts.get(sample.case_id) == name] for name in SPLITS}
             self.ledger.num_samples = len(parts)
-            root = Path(self.root).expanduser()
-            reader = FIGURE if self.colour else GRAY
-            self.store = (
-                SourceImages(reader) if self._cache == "none" else ImageCache(root, self._cache_side, reader=reader)
-            )
+            self.store = self.make_store(FIGURE if self.colour else GRAY)
             self._layout = layout
         return self._layout
+
+    def images_of(self, case: Sample) -> Sequence[Path]:
+        """Return the views of a sample."""
+        return case.images
 
     def _complete(self, samples: Sequence[Sample]) -> list[Sample]:
         """Keep the samples that have both an image and a text.
@@ -509,21 +506,6 @@ class ImageTextDataModule(ArchiveDataModule):
         return [text for text in texts.values() if text]
 
     @property
-    def tokenizer(self) -> ReportTokenizer:
-        """The tokenizer: the given one, or one learned from the training texts and kept in the cache.
-
-        Raises:
-            DataError: there is none at the given path, or there is no text to learn one from.
-        """
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self._tokenizer_path) if self._tokenizer_path else self._learned()
-        return self._tokenizer
-
-    def _learned(self) -> ReportTokenizer:
-        texts = self.training_texts()
-        return learned_tokenizer(texts, self.vocab_size, self.tokenizer_kind)
-
-    @property
     def input_spec(self) -> InputSpec:
         """Channels, crop size, vocabulary and preprocessing of the batches."""
         layout = self.index()
@@ -537,29 +519,12 @@ class ImageTextDataModule(ArchiveDataModule):
             "resize": "bicubic, antialiased",
             "text": self.text.part,
         }
-        tokenizer = self.tokenizer
-        vocabulary = {
-            "size": tokenizer.vocab_size,
-            "length": self.text.length,
-            "fingerprint": tokenizer.fingerprint,
-            "pad_id": tokenizer.pad_id,
-        }
-        return InputSpec(CHANNELS, self.image_size, {}, preprocessing, vocabulary)
+        return InputSpec(CHANNELS, self.image_size, {}, preprocessing, self.vocabulary)
 
     def all_cases(self) -> list[Sample]:
         """Return every sample of the archive, whether or not it is used."""
         self.index()
         return self.samples
-
-    def paths_in_use(self) -> list[Path]:
-        """Return the images of all splits, each once."""
-        return list(dict.fromkeys(path for part in self.splits.values() for sample in part for path in sample.images))
-
-    def prepare_data(self) -> None:
-        """Build and verify the cache and the tokenizer, once per machine (Lightning hook)."""
-        self.index()
-        self.store.ensure(self.paths_in_use(), max(self.num_workers, 1))
-        _ = self.tokenizer
 
     def setup(self, stage: str) -> None:
         """Put what is broken into the ledger, keep the tokenizer with the run, and say what there is (Lightning hook).
@@ -567,42 +532,16 @@ class ImageTextDataModule(ArchiveDataModule):
         Raises:
             DataError: no sample can be used.
         """
-        layout = self.index()
-        if isinstance(self.store, ImageCache):
-            known = self.store.faults()
-            self.ledger.add(
-                known[path]._replace(sample=sample.case_id)
-                for part in self.splits.values()
-                for sample in part
-                for path in sample.images
-                if path in known
-            )
-        if not any(self._usable(part) for part in self.splits.values()):
-            raise DataError(f"None of the {self.ledger.num_samples} samples under {self.root} can be used. "
-                            f"{self.ledger.describe()}")  # fmt: skip
-        counts = ", ".join(f"{len(part)} {name}" for name, part in self.splits.items() if part)
-        with_text = sum(sample.study.text is not None for part in self.splits.values() for sample in part)
+        layout, counts = self.index(), self.admit(stage)
+        with_text = sum(sample.study.text is not None for sample in self.cases_in_use())
         size = "x".join(map(str, self.image_size))
         say(f"data: {layout.name} at {self.root}, samples {counts}, {with_text} with a report, crops {size}, "
             f"vocabulary of {self.tokenizer.vocab_size}")  # fmt: skip
-        if stage == "fit":
-            self._say_cut_texts()
-        trainer = self.trainer
-        if stage == "fit" and trainer is not None and trainer.is_global_zero and not is_dry_run(trainer):
-            self.tokenizer.save(Path(trainer.default_root_dir) / "tokenizer.json")
+        self.keep_tokenizer(stage)
 
-    def _say_cut_texts(self) -> None:
-        texts = self.training_texts()
-        cut = sum(self.tokenizer.encode(text, self.text.length, self.text.end).cut for text in texts)
-        if cut:
-            say(f"note: {cut} of {len(texts)} training reports are longer than text_length {self.text.length} "
-                f"and lose their end")  # fmt: skip
-        if not self.splits["val"]:
-            say("note: the val split is empty, so nothing will be measured and there will be no best checkpoint")
-
-    def _dataset(self, samples: Sequence[Sample], train: bool, controls: bool = False) -> ImageTextDataset:
+    def _dataset(self, cases: Sequence[Sample], train: bool = False, controls: bool = False) -> ImageTextDataset:
         return ImageTextDataset(
-            samples,
+            cases,
             self.index(),
             self.store,
             self.tokenizer,
@@ -620,43 +559,18 @@ class ImageTextDataModule(ArchiveDataModule):
             negatives=self.negative_images,
         )
 
-    def _usable(self, samples: Iterable[Sample]) -> list[Sample]:
-        """Leave out samples known to be broken: evaluation replaces nothing."""
-        bad = {fault.sample for fault in self.ledger.faults}
+    def _evaluated(self, cases: Sequence[Sample]) -> ImageTextDataset:
+        return self._dataset(cases, controls=True)
+
+    def _usable(self, cases: Iterable[Sample]) -> list[Sample]:
+        """Leave out samples known to be broken, but for those whose text will do alone."""
+        good = {case.case_id for case in super()._usable(cases)}
         alone = not self.complete
-        return [s for s in samples if s.case_id not in bad or (alone and s.study.text is not None)]
+        return [case for case in cases if case.case_id in good or (alone and case.study.text is not None)]
 
     def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Return what joins samples and pads their texts."""
         return partial(collate_image_text, pad_id=self.tokenizer.pad_id)
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Return the training samples (Lightning hook)."""
-        return self.train_loader(self._dataset(self.splits["train"], train=True), self.draws_per_image)
-
-    def val_dataloader(self) -> ResumableLoader:
-        """Return the validation samples, with fixed crops and hidden words (Lightning hook)."""
-        return self.evaluation_loader(self._dataset(self._usable(self.splits["val"]), train=False, controls=True))
-
-    def test_dataloader(self) -> ResumableLoader:
-        """Return the test samples, as those of validation (Lightning hook).
-
-        Raises:
-            DataError: the test split is empty.
-        """
-        samples = self._usable(self.splits["test"])
-        if not samples:
-            raise DataError(f"There is no sample to test on under {self.root}: none is in the test split.")
-        return self.evaluation_loader(self._dataset(samples, train=False, controls=True))
-
-    def reference_samples(self, count: int) -> Iterable[Any]:
-        """Yield batches with at least ``count`` training samples, cut as validation samples are."""
-        samples = self._usable(self.splits["train"])
-        step = max(len(samples) // max(count, 1), 1)
-        dataset = self._dataset(samples[::step], train=False)
-        draws = -(-count // max(len(dataset), 1))
-        for batch in self.evaluation_loader(dataset, draws, all_ranks=False):
-            yield self.on_before_batch_transfer(batch, 0)
 
     def token_counts(self) -> Tensor:
         """Count the tokens of the training texts that could be hidden, ``(V,)`` long."""
@@ -667,12 +581,6 @@ class ImageTextDataModule(ArchiveDataModule):
                 counts += torch.bincount(encoded.ids[encoded.maskable], minlength=len(counts))
             self._counts = counts
         return self._counts
-
-    def central_samples(self, splits: Sequence[str] = ("train", "val", "test")) -> Iterable[Any]:
-        """Yield batches with the central crop of every image of some splits, for probes and embeddings."""
-        samples = [sample for part in splits for sample in self._usable(self.splits[part]) if sample.images]
-        for batch in self.evaluation_loader(self._dataset(samples, train=False), all_ranks=False):
-            yield self.on_before_batch_transfer(batch, 0)
 
     def examine(self, deep: bool, workers: int) -> list[str]:
         """Print a report on the archive and return the reasons why training would refuse it."""

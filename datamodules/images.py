@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError, features
+from torch import Tensor
 
 from common.errors import UserError
 
@@ -23,6 +25,16 @@ CHANNELS = ("red", "green", "blue")
 #: Images with a smaller side, in pixels, are refused.
 MIN_SIDE = 32
 DICOM_SUFFIXES = (".dcm", ".dicom")
+
+
+def per_channel(value: float | Sequence[float]) -> Tensor:
+    """Return one number, or one of each channel, as ``(C, 1, 1)``."""
+    return torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1)
+
+
+def plain_numbers(value: float | Sequence[float]) -> float | list[float]:
+    """Return one number or a list, as records of preprocessing have them."""
+    return value if isinstance(value, int | float) else list(value)
 
 
 def _installed(package: str) -> str:

@@ -1,7 +1,7 @@
 """Labelled 2D images for downstream classification: one data module for every layout of :mod:`datamodules.labels`."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +16,11 @@ from common.faults import SampleFaultError, pseudonym
 from common.randomness import numpy_generator
 from common.reporting import say
 from common.types import InputSpec
-from datamodules.base import ArchiveDataModule, FaultTolerantDataset
+from datamodules.base import FaultTolerantDataset
+from datamodules.image_archive import ImageArchiveDataModule
 from datamodules.image_cache import BoxChoice, ImageCache, SourceImages
 from datamodules.image_crops import center_box, random_box
-from datamodules.images import CHANNELS, GRAY
+from datamodules.images import CHANNELS, GRAY, per_channel, plain_numbers
 from datamodules.labels import LabelLayout, LabelledImage
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.splits import (
@@ -34,10 +35,6 @@ from datamodules.splits import (
 
 #: One value for every channel, or one each.
 Channelwise = float | tuple[float, float, float]
-
-
-def _plain(values: Channelwise) -> Any:
-    return values if isinstance(values, float | int) else list(values)
 
 
 class LabelledImageDataset(FaultTolerantDataset):
@@ -75,7 +72,7 @@ class LabelledImageDataset(FaultTolerantDataset):
         self.images, self.store = list(images), store
         self.image_size, self.train = tuple(image_size), train
         self.crop_scale, self.flip, self.degrees = tuple(crop_scale), flip, degrees
-        self.mean, self.std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
+        self.mean, self.std = per_channel(mean), per_channel(std)
         self.anonymise = anonymise
 
     def __len__(self) -> int:
@@ -157,7 +154,7 @@ def shuffled_targets(images: Sequence[LabelledImage], seed: int) -> list[Labelle
     return [item._replace(targets=given[item.patient_id]) for item in images]
 
 
-class LabelledImageDataModule(ArchiveDataModule):
+class LabelledImageDataModule(ImageArchiveDataModule):
     """Labelled images in any layout of :mod:`datamodules.labels`, cached, split by patient.
 
     Args:
@@ -188,6 +185,8 @@ class LabelledImageDataModule(ArchiveDataModule):
         split_seed: Seed of splits, folds and fractions alone.
     """
 
+    noun = "images"
+
     def __init__(
         self,
         root: str,
@@ -213,23 +212,31 @@ class LabelledImageDataModule(ArchiveDataModule):
         seed: int | None = None,
         split_seed: int = 0,
     ) -> None:
-        super().__init__(batch_size, num_workers, max_fault_fraction, anonymise, seed)
+        super().__init__(
+            root,
+            image_size,
+            cache_side,
+            cache,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            max_fault_fraction=max_fault_fraction,
+            anonymise=anonymise,
+            seed=seed,
+        )
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
         if fold is not None and not 0 <= fold < num_folds:
             raise ValueError(f"`fold` counts from 0 to num_folds - 1 = {num_folds - 1}, got {fold}.")
         if fold is not None and split_file is not None:
             raise ValueError("`fold` and `split_file` both say what is tested on: set one of them to null.")
-        self.root, self.labels = root, labels
-        self.image_size, self.crop_scale, self.flip = tuple(image_size), tuple(crop_scale), flip
+        self.labels = labels
+        self.crop_scale, self.flip = tuple(crop_scale), flip
         self.mean, self.std, self.degrees = mean, std, degrees
         self.label_fraction = label_fraction
         self.fold, self.num_folds = fold, num_folds
         self.shuffle_targets = shuffle_targets
         self._split = (split_fractions, split_seed, split_file)
-        self._cache, self._cache_side = cache, cache_side
         self.images: list[LabelledImage] = []
-        self.splits: dict[str, list[LabelledImage]] = {}
 
     def index(self) -> LabelLayout:
         """List and split the images. Reads names and tables, no image.
@@ -253,10 +260,7 @@ class LabelledImageDataModule(ArchiveDataModule):
             splits = {name: [item for item in images if parts.get(item.case_id) == name] for name in SPLITS}
             splits["train"] = nested_fraction(splits["train"], self.label_fraction, split_seed, strata)
             self.ledger.num_samples = sum(map(len, splits.values()))
-            reader = self.labels.reader
-            self.store: SourceImages | ImageCache = (
-                SourceImages(reader) if self._cache == "none" else ImageCache(root, self._cache_side, reader=reader)
-            )
+            self.store = self.make_store(self.labels.reader)
             self.images, self.splits = images, splits
         return self.labels
 
@@ -285,8 +289,8 @@ class LabelledImageDataModule(ArchiveDataModule):
                 if self.labels.reader is GRAY
                 else "colour in [0, 1], minus mean, over std"
             ),
-            "mean": _plain(self.mean),
-            "std": _plain(self.std),
+            "mean": plain_numbers(self.mean),
+            "std": plain_numbers(self.std),
             "resize": "bicubic, antialiased",
         }
         return InputSpec(CHANNELS, self.image_size, {}, preprocessing, classes=tuple(self.labels.classes))
@@ -296,14 +300,9 @@ class LabelledImageDataModule(ArchiveDataModule):
         self.index()
         return self.images
 
-    def paths_in_use(self) -> list[Path]:
-        """Return the images of all splits, each once."""
-        return list(dict.fromkeys(item.image for part in self.splits.values() for item in part))
-
-    def prepare_data(self) -> None:
-        """Build and verify the cache, once per machine (Lightning hook)."""
-        self.index()
-        self.store.ensure(self.paths_in_use(), max(self.num_workers, 1))
+    def images_of(self, case: LabelledImage) -> Sequence[Path]:
+        """Return the one image."""
+        return (case.image,)
 
     def setup(self, stage: str) -> None:
         """Put what is broken into the ledger and say what there is (Lightning hook).
@@ -311,19 +310,7 @@ class LabelledImageDataModule(ArchiveDataModule):
         Raises:
             DataError: no image can be used.
         """
-        self.index()
-        if isinstance(self.store, ImageCache):
-            known = self.store.faults()
-            self.ledger.add(
-                known[item.image]._replace(sample=item.case_id)
-                for part in self.splits.values()
-                for item in part
-                if item.image in known
-            )
-        if not any(self._usable(part) for part in self.splits.values()):
-            raise DataError(f"None of the {self.ledger.num_samples} images under {self.root} can be used. "
-                            f"{self.ledger.describe()}")  # fmt: skip
-        counts = ", ".join(f"{len(part)} {name}" for name, part in self.splits.items() if part)
+        counts = self.admit(stage)
         positive: Counter[str] = Counter()
         for item in self.splits["train"]:
             named = zip(self.labels.classes, item.targets, strict=True)
@@ -331,12 +318,10 @@ class LabelledImageDataModule(ArchiveDataModule):
         shares = ", ".join(f"{name} {positive[name]}" for name in self.labels.classes if name in positive)
         say(f"data: {self.labels.name} at {self.root}, images {counts}"
             + (f"; positive in training: {shares}" if shares else ""))  # fmt: skip
-        if stage == "fit" and not self.splits["val"]:
-            say("note: the val split is empty, so nothing will be measured and there will be no best checkpoint")
 
-    def _dataset(self, images: Sequence[LabelledImage], train: bool) -> LabelledImageDataset:
+    def _dataset(self, cases: Sequence[LabelledImage], train: bool = False) -> LabelledImageDataset:
         return LabelledImageDataset(
-            images,
+            cases,
             self.store,
             self.image_size,
             train,
@@ -349,47 +334,9 @@ class LabelledImageDataModule(ArchiveDataModule):
             degrees=self.degrees,
         )
 
-    def _usable(self, images: Iterable[LabelledImage]) -> list[LabelledImage]:
-        """Leave out images known to be broken: evaluation replaces nothing."""
-        bad = {fault.sample for fault in self.ledger.faults}
-        return [item for item in images if item.case_id not in bad]
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Return the training crops (Lightning hook)."""
-        return self.train_loader(self._dataset(self.splits["train"], train=True), draws=1)
-
-    def val_dataloader(self) -> ResumableLoader:
-        """Return the central crops of the validation images (Lightning hook)."""
-        return self.evaluation_loader(self._dataset(self._usable(self.splits["val"]), train=False))
-
-    def test_dataloader(self) -> ResumableLoader:
-        """Return the central crops of the test images (Lightning hook).
-
-        Raises:
-            DataError: the test split is empty.
-        """
-        images = self._usable(self.splits["test"])
-        if not images:
-            raise DataError(f"There is no image to test on under {self.root}: none is in the test split.")
-        return self.evaluation_loader(self._dataset(images, train=False))
-
     def predict_dataloader(self) -> ResumableLoader:
         """Return the test images, or all where nothing is set aside (Lightning hook)."""
-        images = self.splits["test"] or [item for part in self.splits.values() for item in part]
-        return self.evaluation_loader(self._dataset(self._usable(images), train=False))
-
-    def central_samples(self, splits: Sequence[str] = SPLITS) -> Iterable[Any]:
-        """Yield batches with the central crop of every image of some splits, for embeddings."""
-        images = [item for part in splits for item in self._usable(self.splits[part])]
-        for batch in self.evaluation_loader(self._dataset(images, train=False), all_ranks=False):
-            yield self.on_before_batch_transfer(batch, 0)
-
-    def reference_samples(self, count: int) -> Iterable[Any]:
-        """Yield batches with at least ``count`` training images, cut as validation images are."""
-        images = self._usable(self.splits["train"])
-        dataset = self._dataset(images[:: max(len(images) // max(count, 1), 1)], train=False)
-        for batch in self.evaluation_loader(dataset, -(-count // max(len(dataset), 1)), all_ranks=False):
-            yield self.on_before_batch_transfer(batch, 0)
+        return self.evaluation_loader(self._evaluated(self._usable(self.splits["test"] or self.cases_in_use())))
 
     def examine(self, deep: bool, workers: int) -> list[str]:
         """Print a report on the archive and return the reasons why training would refuse it."""

@@ -196,9 +196,9 @@ class MaskedImageDataModule(LabelledImageDataModule):
         if stage == "fit" and not any(item.masks for item in self.splits["train"]):
             raise DataError(f"None of the {len(self.splits['train'])} training images under {self.root} has a region.")
 
-    def _dataset(self, images: Sequence[LabelledImage], train: bool) -> MaskedImageDataset:
+    def _dataset(self, cases: Sequence[LabelledImage], train: bool = False) -> MaskedImageDataset:
         return MaskedImageDataset(
-            images,
+            cases,
             self.store,
             self.image_size,
             train,
@@ -212,7 +212,7 @@ class MaskedImageDataModule(LabelledImageDataModule):
     def examine(self, deep: bool, workers: int) -> list[str]:
         """Print a report on the archive, its masks included, and return the reasons why training would refuse it."""
         reasons = super().examine(deep, workers)
-        images = [item for part in self.splits.values() for item in part]
+        images = self.cases_in_use()
         ledger = FaultLedger(self.ledger.max_fraction, self.ledger.anonymise)
         ledger.num_samples = len(images)
         ledger.add(fault for fault in self._mask_faults(images) if fault.kind == "label")

@@ -12,15 +12,15 @@ from torch import Tensor
 from common.errors import DataError
 from common.faults import Fault, SampleFaultError, pseudonym
 from common.randomness import numpy_generator, stable_hash
-from common.reporting import is_dry_run, say
+from common.reporting import say
 from common.types import InputSpec
-from datamodules.base import ArchiveDataModule, FaultTolerantDataset, collate_samples
+from datamodules.base import FaultTolerantDataset, collate_samples
 from datamodules.image_cache import BoxChoice, ImageCache, SourceImages
 from datamodules.image_crops import center_box, random_box
-from datamodules.image_text import per_channel
-from datamodules.images import CHANNELS, FIGURE
+from datamodules.images import CHANNELS, FIGURE, per_channel
 from datamodules.loading import Draw, ResumableLoader
-from datamodules.tokens import Kind, ReportTokenizer, learned_tokenizer, load_tokenizer
+from datamodules.text_archive import TextArchiveDataModule
+from datamodules.tokens import Kind
 
 #: What CLIP subtracts and divides by, red, green, blue.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -157,7 +157,7 @@ def collate_pairs(samples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
     return batch | collate_samples(samples)
 
 
-class PairDataModule(ArchiveDataModule):
+class PairDataModule(TextArchiveDataModule):
     """Images with texts for a downstream task: cache, tokenizer, loaders. Subclasses list pairs and add targets.
 
     Args:
@@ -183,7 +183,6 @@ class PairDataModule(ArchiveDataModule):
         seed: Seed of order and crops; None takes ``seed_everything``'s.
     """
 
-    #: What the pairs are called.
     noun = "pairs"
 
     def __init__(
@@ -208,20 +207,29 @@ class PairDataModule(ArchiveDataModule):
         anonymise: bool = False,
         seed: int | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, max_fault_fraction, anonymise, seed)
+        super().__init__(
+            tokenizer,
+            tokenizer_kind,
+            vocab_size,
+            text_length,
+            end_token,
+            root=root,
+            image_size=image_size,
+            cache_side=cache_side,
+            cache=cache,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            max_fault_fraction=max_fault_fraction,
+            anonymise=anonymise,
+            seed=seed,
+        )
         if text_length < 3:
             raise ValueError(f"`text_length` must be at least 3, got {text_length}.")
         if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
-        self.root, self.image_size, self.crop_scale = root, tuple(image_size), crop_scale
+        self.crop_scale = crop_scale
         self.mean, self.std = tuple(mean), tuple(std)
-        self.vocab_size, self.tokenizer_kind = vocab_size, tokenizer_kind
-        self.text_length, self.end_token = text_length, end_token
         self.shown, self.test_split = shown, test_split
-        self._cache, self._cache_side = cache, cache_side
-        self._tokenizer_path = tokenizer
-        self._tokenizer: ReportTokenizer | None = None
-        self.splits: dict[str, list[Any]] = {}
 
     @abstractmethod
     def find(self, root: Path) -> dict[str, list[Any]]:
@@ -262,9 +270,7 @@ class PairDataModule(ArchiveDataModule):
             if not splits["train"]:
                 raise DataError(f"The training split of {root} is empty.")
             self.ledger.num_samples = sum(map(len, splits.values()))
-            self.store = (
-                SourceImages(FIGURE) if self._cache == "none" else ImageCache(root, self._cache_side, reader=FIGURE)
-            )
+            self.store = self.make_store(FIGURE)
             self.splits = splits
         return self.layout_name
 
@@ -272,22 +278,6 @@ class PairDataModule(ArchiveDataModule):
         """Return the distinct texts of the training split, in their order."""
         self.index()
         return list(dict.fromkeys(pair.text for pair in self.splits["train"] if pair.text))
-
-    @property
-    def tokenizer(self) -> ReportTokenizer:
-        """The tokenizer: the given one, or one learned from the training texts and kept in the cache.
-
-        Raises:
-            DataError: there is none at the given path, or there is no text to learn one from.
-        """
-        if self._tokenizer is None:
-            path = self._tokenizer_path
-            self._tokenizer = (
-                load_tokenizer(path)
-                if path
-                else learned_tokenizer(self.training_texts(), self.vocab_size, self.tokenizer_kind)
-            )
-        return self._tokenizer
 
     def encode(self, text: str) -> Tensor:
         """Return the tokens of a text, long ``(T,)``."""
@@ -303,29 +293,16 @@ class PairDataModule(ArchiveDataModule):
             "std": list(self.std),
             "resize": "bicubic, antialiased",
         }
-        tokenizer = self.tokenizer
-        vocabulary = {
-            "size": tokenizer.vocab_size,
-            "length": self.text_length,
-            "fingerprint": tokenizer.fingerprint,
-            "pad_id": tokenizer.pad_id,
-        }
-        return InputSpec(CHANNELS, self.image_size, {}, preprocessing, vocabulary, self.task_classes())
+        return InputSpec(CHANNELS, self.image_size, {}, preprocessing, self.vocabulary, self.task_classes())
 
-    def all_cases(self) -> list[Any]:
-        """Return every pair in use."""
-        self.index()
-        return [pair for part in self.splits.values() for pair in part]
+    def images_of(self, case: Pair) -> Sequence[Path]:
+        """Return the one image."""
+        return (case.image,)
 
-    def paths_in_use(self) -> list[Path]:
-        """Return the images of all splits, each once."""
-        return list(dict.fromkeys(pair.image for pair in self.all_cases()))
-
-    def prepare_data(self) -> None:
-        """Build and verify the cache and the tokenizer, once per machine (Lightning hook)."""
-        self.index()
-        self.store.ensure(self.paths_in_use(), max(self.num_workers, 1))
-        _ = self.tokenizer
+    def known_faults(self) -> list[Fault]:
+        """Return what is known to be wrong: images that cannot be read, and pairs without a text."""
+        silent = [case.case_id for case in self.cases_in_use() if not case.text]
+        return super().known_faults() + [Fault(name, "empty", "no text", name) for name in silent]
 
     def setup(self, stage: str) -> None:
         """Put what is broken into the ledger, keep the tokenizer with the run, and say what there is (Lightning hook).
@@ -333,40 +310,19 @@ class PairDataModule(ArchiveDataModule):
         Raises:
             DataError: no pair can be used.
         """
-        self.index()
-        if isinstance(self.store, ImageCache):
-            known = self.store.faults()
-            self.ledger.add(
-                known[pair.image]._replace(sample=pair.case_id) for pair in self.all_cases() if pair.image in known
-            )
-        self.ledger.add(
-            Fault(pair.case_id, "empty", "no text", pair.case_id) for pair in self.all_cases() if not pair.text
-        )
-        if not any(self._usable(part) for part in self.splits.values()):
-            raise DataError(f"None of the {self.ledger.num_samples} {self.noun} under {self.root} can be used. "
-                            f"{self.ledger.describe()}")  # fmt: skip
-        counts = ", ".join(f"{len(part)} {name}" for name, part in self.splits.items() if part)
+        counts = self.admit(stage)
         say(f"data: {self.layout_name} at {self.root}, {self.noun} {counts}, {len(self.paths_in_use())} images, "
             f"vocabulary of {self.tokenizer.vocab_size}{self.describe()}")  # fmt: skip
-        if stage == "fit":
-            texts = self.training_texts()
-            cut = sum(self.tokenizer.encode(text, self.text_length, self.end_token).cut for text in texts)
-            if cut:
-                say(f"note: {cut} of {len(texts)} training texts are longer than text_length {self.text_length} "
-                    f"and lose their end")  # fmt: skip
-        trainer = self.trainer
-        if stage == "fit" and trainer is not None and trainer.is_global_zero and not is_dry_run(trainer):
-            self.tokenizer.save(Path(trainer.default_root_dir) / "tokenizer.json")
+        self.keep_tokenizer(stage)
 
-    def dataset(self, pairs: Sequence[Any], train: bool = False) -> PairDataset:
-        """Make a data set of pairs."""
+    def _dataset(self, cases: Sequence[Any], train: bool = False) -> PairDataset:
         stand_ins: Mapping[Path, Path] | None = {}
         if self.shown == "blank":
             stand_ins = None
         elif self.shown == "permuted" and not train:
-            stand_ins = other_images(pair.image for pair in pairs)
+            stand_ins = other_images(case.image for case in cases)
         return PairDataset(
-            pairs,
+            cases,
             self.store,
             self.encode,
             self.image_size,
@@ -379,44 +335,13 @@ class PairDataModule(ArchiveDataModule):
             anonymise=self.ledger.anonymise,
         )
 
-    def _usable(self, pairs: Iterable[Any]) -> list[Any]:
-        """Leave out pairs known to be broken: evaluation replaces nothing."""
-        bad = {fault.sample for fault in self.ledger.faults}
-        return [pair for pair in pairs if pair.case_id not in bad]
-
     def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Return what joins samples and pads their texts."""
         return partial(collate_pairs, pad_id=self.tokenizer.pad_id)
 
-    def train_dataloader(self) -> ResumableLoader:
-        """Return the training pairs (Lightning hook)."""
-        return self.train_loader(self.dataset(self.splits["train"], train=True), draws=1)
-
-    def val_dataloader(self) -> ResumableLoader:
-        """Return the validation pairs (Lightning hook)."""
-        return self.evaluation_loader(self.dataset(self._usable(self.splits["val"])))
-
-    def test_dataloader(self) -> ResumableLoader:
-        """Return the pairs to test on (Lightning hook).
-
-        Raises:
-            DataError: there is none.
-        """
-        pairs = self._usable(self.splits[self.test_split])
-        if not pairs:
-            raise DataError(f"There is nothing to test on under {self.root}: the {self.test_split} split is empty.")
-        return self.evaluation_loader(self.dataset(pairs))
-
     def predict_dataloader(self) -> ResumableLoader:
         """Return the pairs that ``test`` reads (Lightning hook)."""
         return self.test_dataloader()
-
-    def reference_samples(self, count: int) -> Iterable[Any]:
-        """Yield batches with at least ``count`` training pairs, cut as validation pairs are."""
-        pairs = self._usable(self.splits["train"])
-        dataset = self.dataset(pairs[:: max(len(pairs) // max(count, 1), 1)])
-        for batch in self.evaluation_loader(dataset, -(-count // max(len(dataset), 1)), all_ranks=False):
-            yield self.on_before_batch_transfer(batch, 0)
 
     def examine(self, deep: bool, workers: int) -> list[str]:
         """Print a report on the archive and return the reasons why training would refuse it."""

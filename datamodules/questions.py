@@ -11,9 +11,8 @@ from common.reporting import say
 from datamodules.answers import answer_classes, unseen
 from datamodules.layouts import recognise
 from datamodules.loading import Draw, ResumableLoader
-from datamodules.pairs import CLIP_MEAN, CLIP_STD, PairDataModule, Shown
+from datamodules.pairs import PairDataModule
 from datamodules.splits import SPLITS, seeded_split
-from datamodules.tokens import Kind
 from datamodules.vqa import QUESTION_LAYOUTS, Question
 
 
@@ -43,25 +42,8 @@ class QuestionDataModule(PairDataModule):
         questions: ``"all"``, or ``"ambiguous"``: those of training that occur word for word with more than one answer.
         image: With ``lightning predict``: one image, in place of the archive.
         question: The question about it.
-        image_size: See :class:`datamodules.pairs.PairDataModule`, as all that follow.
-        cache_side: Shorter side of the cached copies, in pixels.
-        cache: ``"npy"`` or ``"none"``.
-        crop_scale: Share of an image's area that a training crop has; None cuts the central crop.
-        mean: Subtracted from pixels in [0, 1].
-        std: What they are divided by then.
-        tokenizer: JSON file, folder, or name of the hub.
-        tokenizer_kind: ``"wordpiece"`` or ``"bpe"``.
-        vocab_size: Tokens at most.
-        text_length: Tokens of a question at most.
-        end_token: Whether texts end with the tokenizer's token for that.
-        shown: ``"own"``, ``"permuted"`` or ``"blank"``.
-        test_split: Split that ``lightning test`` reads.
-        batch_size: Questions per device.
-        num_workers: Loader processes per rank.
-        max_fault_fraction: Share of faulty questions at which training stops.
-        anonymise: Whether subjects and texts stay out of logs.
-        seed: Seed of order and crops.
         split_seed: Seed of the split alone.
+        **settings: Those of :class:`datamodules.pairs.PairDataModule`.
     """
 
     noun = "questions"
@@ -77,30 +59,10 @@ class QuestionDataModule(PairDataModule):
         questions: Literal["all", "ambiguous"] = "all",
         image: str | None = None,
         question: str | None = None,
-        image_size: tuple[int, int] = (384, 384),
-        cache_side: int = 448,
-        cache: Literal["npy", "none"] = "npy",
-        crop_scale: tuple[float, float] | None = (0.9, 1.0),
-        mean: tuple[float, float, float] = CLIP_MEAN,
-        std: tuple[float, float, float] = CLIP_STD,
-        tokenizer: str | None = None,
-        tokenizer_kind: Kind = "bpe",
-        vocab_size: int = 30000,
-        text_length: int = 32,
-        end_token: bool = True,
-        shown: Shown = "own",
-        test_split: Literal["train", "val", "test"] = "test",
-        batch_size: int = 32,
-        num_workers: int = 0,
-        max_fault_fraction: float = 0.01,
-        anonymise: bool = False,
-        seed: int | None = None,
         split_seed: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            root, image_size, cache_side, cache, crop_scale, mean, std, tokenizer, tokenizer_kind, vocab_size,
-            text_length, end_token, shown, test_split, batch_size, num_workers, max_fault_fraction, anonymise, seed,
-        )  # fmt: skip
+        super().__init__(root, **settings)
         if (image is None) != (question is None):
             raise ValueError("`image` and `question` go together: give both, or neither.")
         self._layout, self._split, self._fractions, self._split_seed = layout, split, split_fractions, split_seed
@@ -212,5 +174,5 @@ class QuestionDataModule(PairDataModule):
     def predict_dataloader(self) -> ResumableLoader:
         """Return the one question, or those that ``test`` reads (Lightning hook)."""
         return (
-            self.evaluation_loader(self.dataset(self.splits["test"])) if self._single else super().predict_dataloader()
+            self.evaluation_loader(self._dataset(self.splits["test"])) if self._single else super().predict_dataloader()
         )

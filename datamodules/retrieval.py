@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from common.errors import DataError
 from common.randomness import numpy_generator, stable_hash
 from datamodules.layouts import STUDY_LAYOUTS, recognise
 from datamodules.loading import Draw, ResumableLoader
-from datamodules.pairs import CLIP_MEAN, CLIP_STD, PairDataModule, Shown
+from datamodules.pairs import PairDataModule, PairDataset
 from datamodules.splits import SPLITS, assign_splits
 from datamodules.studies import Study, StudyLayout
-from datamodules.tokens import Kind
 
 
 class CaptionedImage(NamedTuple):
@@ -55,25 +54,8 @@ class RetrievalDataModule(PairDataModule):
         pool_size: Images of the test pool, at most, drawn the same every time.
         val_pool_size: Images of the validation pool, at most.
         split_fractions: Shares for train, val and test where the archive does not say.
-        image_size: See :class:`datamodules.pairs.PairDataModule`, as all that follow.
-        cache_side: Shorter side of the cached copies, in pixels.
-        cache: ``"npy"`` or ``"none"``.
-        crop_scale: Share of an image's area that a training crop has; None cuts the central crop.
-        mean: Subtracted from pixels in [0, 1].
-        std: What they are divided by then.
-        tokenizer: JSON file, folder, or name of the hub.
-        tokenizer_kind: ``"wordpiece"`` or ``"bpe"``.
-        vocab_size: Tokens at most.
-        text_length: Tokens of a caption at most.
-        end_token: Whether texts end with the tokenizer's token for that.
-        shown: ``"own"``, ``"permuted"`` or ``"blank"``.
-        test_split: Split that ``lightning test`` reads.
-        batch_size: Images per device.
-        num_workers: Loader processes per rank.
-        max_fault_fraction: Share of faulty images at which training stops.
-        anonymise: Whether subjects and texts stay out of logs.
-        seed: Seed of order, crops and candidates.
         split_seed: Seed of the split alone.
+        **settings: Those of :class:`datamodules.pairs.PairDataModule`.
     """
 
     noun = "images with captions"
@@ -86,30 +68,10 @@ class RetrievalDataModule(PairDataModule):
         pool_size: int = 2000,
         val_pool_size: int = 2000,
         split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        image_size: tuple[int, int] = (384, 384),
-        cache_side: int = 448,
-        cache: Literal["npy", "none"] = "npy",
-        crop_scale: tuple[float, float] | None = (0.9, 1.0),
-        mean: tuple[float, float, float] = CLIP_MEAN,
-        std: tuple[float, float, float] = CLIP_STD,
-        tokenizer: str | None = None,
-        tokenizer_kind: Kind = "bpe",
-        vocab_size: int = 30000,
-        text_length: int = 40,
-        end_token: bool = True,
-        shown: Shown = "own",
-        test_split: Literal["train", "val", "test"] = "test",
-        batch_size: int = 128,
-        num_workers: int = 0,
-        max_fault_fraction: float = 0.01,
-        anonymise: bool = False,
-        seed: int | None = None,
         split_seed: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            root, image_size, cache_side, cache, crop_scale, mean, std, tokenizer, tokenizer_kind, vocab_size,
-            text_length, end_token, shown, test_split, batch_size, num_workers, max_fault_fraction, anonymise, seed,
-        )  # fmt: skip
+        super().__init__(root, **settings)
         if candidates < 2:
             raise ValueError(f"`candidates` must be at least 2, a caption and another one, got {candidates}.")
         self._layout, self._candidates = layout, candidates
@@ -159,15 +121,14 @@ class RetrievalDataModule(PairDataModule):
                 break
         return {"candidate_ids": [self.encode(text) for text in texts]}
 
-    def dataset(self, pairs: Sequence[Any], train: bool = False) -> Any:
-        """Make a data set; training images come with candidates."""
-        made = super().dataset(pairs, train)
+    def _dataset(self, cases: Sequence[Any], train: bool = False) -> PairDataset:
+        made = super()._dataset(cases, train)
         made.facts = self.training_facts if train else self.facts
         return made
 
     def val_dataloader(self) -> ResumableLoader:
         """Return the whole validation pool, on every rank (Lightning hook)."""
-        return self.evaluation_loader(self.dataset(self._usable(self.splits["val"])), all_ranks=False)
+        return self.evaluation_loader(self._dataset(self._usable(self.splits["val"])), all_ranks=False)
 
     def test_dataloader(self) -> ResumableLoader:
         """Return the whole test pool, on every rank (Lightning hook).
@@ -175,7 +136,4 @@ class RetrievalDataModule(PairDataModule):
         Raises:
             DataError: it is empty.
         """
-        pairs = self._usable(self.splits[self.test_split])
-        if not pairs:
-            raise DataError(f"There is nothing to retrieve under {self.root}: the {self.test_split} split is empty.")
-        return self.evaluation_loader(self.dataset(pairs), all_ranks=False)
+        return self.evaluation_loader(self._dataset(self.test_cases()), all_ranks=False)

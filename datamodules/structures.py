@@ -1,5 +1,6 @@
 """Images with masks of several structures, which may overlap: the whole image at one size, its masks likewise."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,9 @@ class StructureDataModule(LabelledImageDataModule):
                 except SampleFaultError as error:
                     self.ledger.add(error.faults)
 
-    def _dataset(self, images: Any, train: bool) -> StructureDataset:
+    def _dataset(self, cases: Sequence[LabelledImage], train: bool = False) -> StructureDataset:
         return StructureDataset(
-            images,
+            cases,
             self.store,
             self.image_size,
             train,
