@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.blocks.attention import TransformerBlock
 from common.blocks.batch_norm import GlobalBatchNorm3d
+from common.blocks.depthwise import DepthwiseConv3d
 
 
 class PatchEmbed3D(nn.Module):
@@ -58,10 +59,6 @@ class PointMlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-def _depthwise(dim: int, kernel_size: int) -> nn.Conv3d:
-    return nn.Conv3d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
-
-
 class ConvBlock(nn.Module):
     """UniFormer's local block: position by a depth-wise convolution, local relations by another, and an MLP.
 
@@ -73,11 +70,11 @@ class ConvBlock(nn.Module):
 
     def __init__(self, dim: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.pos_embed = _depthwise(dim, 3)
+        self.pos_embed = DepthwiseConv3d(dim, 3)
         self.norm1 = GlobalBatchNorm3d(dim)
         self.conv1 = nn.Conv3d(dim, dim, 1)
         self.conv2 = nn.Conv3d(dim, dim, 1)
-        self.attn = _depthwise(dim, 5)
+        self.attn = DepthwiseConv3d(dim, 5)
         self.norm2 = GlobalBatchNorm3d(dim)
         self.mlp = PointMlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
@@ -101,7 +98,7 @@ class AttentionBlock(TransformerBlock):
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
         super().__init__(dim, num_heads, mlp_ratio, qkv_bias=True, drop_path=drop_path, norm_eps=1e-6)
-        self.pos_embed = _depthwise(dim, 3)
+        self.pos_embed = DepthwiseConv3d(dim, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform ``(B, E, H, W, D)``."""
@@ -113,7 +110,7 @@ class AttentionBlock(TransformerBlock):
 def init_convolutions(module: nn.Module) -> None:
     """Draw the kernels of all 3D convolutions as upstream: Kaiming normal over the outputs, biases 0."""
     for child in module.modules():
-        if type(child) is nn.Conv3d:
+        if isinstance(child, nn.Conv3d):
             nn.init.kaiming_normal_(child.weight, mode="fan_out", nonlinearity="relu")
             if child.bias is not None:
                 nn.init.zeros_(child.bias)
@@ -192,9 +189,11 @@ class UniFormer3D(nn.Module):
             self.to(memory_format=torch.channels_last_3d)
 
     def _stage(self, x: Tensor, stage: int) -> Tensor:
+        recompute = stage <= self.recompute_stages and self.training and torch.is_grad_enabled()
         x = self.get_submodule(f"patch_embed{stage}")(x)
         for block in self.get_submodule(f"blocks{stage}").children():
-            x = block(x)
+            # One block at a time, so that the backward pass holds the activations of one.
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
         return x
 
     def stages(self, x: Tensor) -> list[Tensor]:
@@ -203,10 +202,7 @@ class UniFormer3D(nn.Module):
             x = x.contiguous(memory_format=torch.channels_last_3d)
         maps = []
         for stage in range(1, 5):
-            if stage <= self.recompute_stages and self.training and torch.is_grad_enabled():
-                x = checkpoint(self._stage, x, stage, use_reentrant=False)
-            else:
-                x = self._stage(x, stage)
+            x = self._stage(x, stage)
             maps.append(x)
         maps[-1] = self.norm(x)
         return maps
