@@ -203,6 +203,13 @@ class SSLModule(BuiltFromData, ABC):
     def reconstruction_target(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return the target ``(B, ..., P)`` in the loss's units and which entries exist, bool ``(B, ...)``."""
 
+    def reconstruction_groups(self, batch: Any) -> dict[str, Tensor]:
+        """Return which entries of :meth:`reconstruction_target` belong to a group, bool ``(B, ...)`` by its name.
+
+        Groups of a :class:`~common.types.Reconstruction` that are named here are held against a constant of their own.
+        """
+        return {}
+
     @abstractmethod
     def token_features(self, batch: Any) -> TokenFeatures:
         """Encode unmasked inputs."""

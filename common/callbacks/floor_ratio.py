@@ -44,8 +44,9 @@ class FloorRatio(ValidationCallback):
     mirrored like validation samples; it is scored on the same validation samples and the same masks. 1 means no better
     than a constant, which is complete collapse. Logged before the first step too.
 
-    Subsets that the method names (``Reconstruction.groups``) get a ratio each, ``collapse/floor_ratio_<group>``. Where
-    samples carry ``control_image``, ``collapse/floor_ratio_control`` is the ratio where another subject's visible
+    Subsets that the method names (``Reconstruction.groups``) get a ratio each, ``collapse/floor_ratio_<group>``: to the
+    constant that is best in the subset where ``reconstruction_groups`` says what belongs to it, else to that of all.
+    Where samples carry ``control_image``, ``collapse/floor_ratio_control`` is the ratio where another subject's visible
     content stands in the same places: a model that reads its input must do worse, well above 1.
 
     Args:
@@ -59,34 +60,37 @@ class FloorRatio(ValidationCallback):
         if num_reference < 200:
             raise ValueError(f"`num_reference` must be at least 200 for a constant that is best, got {num_reference}.")
         self.num_reference = num_reference
-        self._constant: Tensor | None = None
+        self._constants: dict[str, Tensor] = {}
         self._sums: dict[str, list[Tensor]] = {}
 
-    def _measure_constant(self, trainer: pl.Trainer, module: SSLModule) -> Tensor:
-        mean = TargetMean()
+    def _measure_constants(self, trainer: pl.Trainer, module: SSLModule) -> dict[str, Tensor]:
+        means: dict[str, TargetMean] = {"": TargetMean()}
         for batch in trainer.datamodule.reference_samples(self.num_reference):  # type: ignore[attr-defined]
-            mean.update(*module.reconstruction_target(batch))
-        say(f"floor: the best constant is the mean of {mean.samples} training samples")
-        return mean.value().to(module.device)
+            target, valid = module.reconstruction_target(batch)
+            means[""].update(target, valid)
+            for name, members in module.reconstruction_groups(batch).items():
+                means.setdefault(f"_{name}", TargetMean()).update(target, valid & members)
+        say(f"floor: the best constant is the mean of {means[''].samples} training samples")
+        return {name: mean.value().to(module.device) for name, mean in means.items()}
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure the constant once (Lightning hook)."""
+        """Measure the constants once (Lightning hook)."""
         self._sums = {}
-        if self._constant is None and isinstance(pl_module, SSLModule):
-            self._constant = self._measure_constant(trainer, pl_module)
+        if not self._constants and isinstance(pl_module, SSLModule):
+            self._constants = self._measure_constants(trainer, pl_module)
 
     def observe(self, trainer: pl.Trainer, module: SSLModule, output: Reconstruction, batch: Any) -> None:
         """Add one batch."""
-        assert self._constant is not None
         masks = {"": output.mask} | {f"_{name}": mask for name, mask in output.groups.items()}
-        constant = self._constant.expand_as(output.target)
+        best = self._constants[""]
         for name, mask in masks.items():
+            constant = self._constants.get(name, best).expand_as(output.target)
             self._add(f"loss{name}", *masked_error(output.pred, output.target, mask))
             self._add(f"floor{name}", *masked_error(constant, output.target, mask))
         if "control_image" in batch:
             control = module.reconstruct(batch, image="control_image")
             self._add("loss_control", *masked_error(control.pred, control.target, control.mask))
-            self._add("floor_control", *masked_error(constant, control.target, control.mask))
+            self._add("floor_control", *masked_error(best.expand_as(control.target), control.target, control.mask))
 
     def _add(self, name: str, total: Tensor, count: Tensor) -> None:
         pair = torch.stack([total, count]).double()

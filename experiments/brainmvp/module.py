@@ -157,11 +157,13 @@ class BrainMVPPretrain(SSLModule):
         cross_blocks, template_blocks = self._hidden_blocks(batch)
         warm = track and self.progress < self.template_warmup
         if self.fill == "template" or warm:
-            filled, scored = template, torch.ones_like(batch["paired"])
+            filled = template
         elif self.fill == "zero":
-            filled, scored = torch.zeros_like(target), torch.ones_like(batch["paired"])
+            filled = torch.zeros_like(target)
         else:
-            filled, scored = torch.where(paired, partner, template), batch["paired"]
+            filled = torch.where(paired, partner, template)
+        # Ablations score the samples that the method can score; a warm-up scores all.
+        scored = torch.ones_like(batch["paired"]) if warm else batch["paired"]
         hidden = blocks_to_voxels(cross_blocks, block_grid(target.shape[2:], self.block_size), self.block_size)
         return _Inputs(
             replace_blocks(target, filled, cross_blocks, self.block_size),
@@ -239,6 +241,10 @@ class BrainMVPPretrain(SSLModule):
         """Return the voxels ``(B, S, V, 1)`` of whole studies and which of them there are, bool ``(B, S, V)``."""
         target = batch["image"].flatten(2)
         return target[..., None], batch["modality_mask"][..., None].expand(target.shape)
+
+    def reconstruction_groups(self, batch: Any) -> dict[str, Tensor]:
+        """Return which voxels ``(B, S, V)`` are brain: air would draw the constant down."""
+        return {"foreground": batch["image"].flatten(2) > 0}
 
     def token_features(self, batch: Any) -> TokenFeatures:
         """Encode unmasked crops; tokens of air alone are left out."""

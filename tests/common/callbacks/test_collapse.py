@@ -102,6 +102,29 @@ def test_the_floor_comes_from_the_training_samples():
     assert scalars["collapse/floor_ratio"] == 0.0
 
 
+def test_a_group_has_the_best_constant_of_its_own():
+    """What lies beside the group, as air does beside a brain, says nothing about it."""
+
+    class Bright(Stub):
+        def reconstruct(self, batch, image="image"):
+            output = super().reconstruct(batch, image)
+            return output._replace(groups={"bright": output.mask & self.reconstruction_groups(batch)["bright"]})
+
+        def reconstruction_groups(self, batch):
+            return {"bright": batch["image"].mean(3) > 2.2}
+
+    data = samples()
+    target = torch.stack([s["image"] for s in data])
+    bright = target.mean(3, keepdim=True) > 2.2
+    mean = (target * bright).sum(0) / bright.sum(0)
+    expected = ((mean - target).square().mean(3) * bright[..., 0])[:, :, :3].sum() / bright[:, :, :3].sum()
+    scalars = validate(Bright(lambda t: t + 0.5), FloorRatio(), data)
+    assert scalars["collapse/floor_ratio_bright"] == pytest.approx(0.25 / expected.item(), rel=1e-5)
+    assert scalars["collapse/floor_ratio"] == pytest.approx(
+        0.25 / (target.mean(0) - target)[:, :, :3].square().mean().item(), rel=1e-5
+    )
+
+
 def test_absent_modalities_count_nowhere():
     data = samples()
     for sample in data[:10]:
