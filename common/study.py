@@ -281,6 +281,50 @@ def paired_table(rows: Sequence[Mapping[str, Any]], paired: Mapping[str, str]) -
     return result
 
 
+def gain_table(rows: Sequence[Mapping[str, Any]], gain: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return how far every arm and score is above a baseline that stands in its own ``per_case.csv``.
+
+    A case's gain is the mean over seeds; its units, such as images, are resampled for the 95 % interval, so that this
+    is the interval of the mean over seeds and not a mean of intervals.
+
+    Args:
+        rows: With ``arm``, ``score``, ``seed`` and ``folder``.
+        gain: ``value`` and ``baseline`` columns, column of the ``unit``, and ``where``: the cases to keep, by column.
+
+    Raises:
+        UserError: seeds were scored on different cases.
+    """
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["arm"], row["score"]), []).append(row)
+    result = []
+    for (arm, score), members in groups.items():
+        parts = []
+        for row in members:
+            cases = pd.read_csv(row["folder"] / "per_case.csv").set_index("subject_id")
+            for column, wanted in gain.get("where", {}).items():
+                cases = cases[cases[column] == wanted]
+            parts.append(cases)
+        units = parts[0][gain["unit"]]
+        if any(set(part.index) != set(units.index) for part in parts):
+            raise UserError(f"The seeds of {arm}, {score} were not scored on the same cases.")
+        gaps = sum((part[gain["value"]] - part[gain["baseline"]]).reindex(units.index) for part in parts) / len(parts)
+        low, high = bootstrap_mean(gaps.tolist(), units.tolist())
+        seeds = [row["seed"] for row in members]
+        entry = {"arm": arm, "score": score, "seeds": seeds, "mean": float(gaps.mean()), "low": low, "high": high}
+        result.append(entry)
+    return result
+
+
+def _differences(title: str, entries: Sequence[Mapping[str, Any]], digits: int) -> list[str]:
+    """Return the lines of a table of differences with their intervals."""
+    lines = ["", f"| {title} | scored on | difference | 95 % from | to |", "|---|---|---|---|---|"]
+    for entry in entries:
+        values = " | ".join(f"{entry[name]:+.{digits}f}" for name in ("mean", "low", "high"))
+        lines.append(f"| {entry['arm']} | {entry['score']} | {values} |")
+    return lines
+
+
 def _cell(value: Mapping[str, Any] | None, digits: int) -> str:
     if value is None:
         return "not run"
@@ -304,15 +348,9 @@ def table(result: Mapping[str, Any]) -> str:
         if paper:
             cells.append(paper.get(entry["arm"], "-"))
         lines.append("| " + " | ".join(cells) + " |")
-    if result.get("paired"):
-        lines += [
-            "",
-            f"| {result['paired_title']} | scored on | difference | 95 % from | to |",
-            "|---|---|---|---|---|",
-        ]
-        for entry in result["paired"]:
-            values = " | ".join(f"{entry[name]:+.{digits}f}" for name in ("mean", "low", "high"))
-            lines.append(f"| {entry['arm']} | {entry['score']} | {values} |")
+    for name in ("gain", "paired"):
+        if result.get(name):
+            lines += _differences(result[f"{name}_title"], result[name], digits)
     return "\n".join(lines)
 
 
@@ -412,6 +450,8 @@ def run(args: argparse.Namespace) -> None:
         result["rows"] = [{name: value for name, value in row.items() if name != "folder"} for row in rows]
         if "paired" in study:
             result |= {"paired": paired_table(rows, study["paired"]), "paired_title": study["paired"]["title"]}
+        if "gain" in study:
+            result |= {"gain": gain_table(rows, study["gain"]), "gain_title": study["gain"]["title"]}
         result["summary"] = summarise(result["rows"], study["columns"])
         # After every arm, so that a study that is stopped keeps what it has.
         out.write_text(json.dumps(_plain(result), indent=1) + "\n")

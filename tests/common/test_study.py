@@ -185,6 +185,32 @@ def test_arms_are_compared_case_by_case(tmp_path):
     assert entry["high"] == 0.5
 
 
+def test_the_gain_over_a_baseline_is_of_the_mean_over_seeds(tmp_path):
+    """Each seed alone gains on one image and loses on the other; their mean gains one half on both, so the interval
+    of the mean is a point, which no mean of the seeds' intervals is.
+    """
+    rows = []
+    for seed, right in enumerate(([1, 1, 0, 0, 1], [0, 0, 1, 1, 1])):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        lines = [
+            f"q{i},i{i // 2},{'open' if i == 4 else 'closed'},{right[i]},0" for i in (range(5), [3, 1, 4, 0, 2])[seed]
+        ]
+        (folder / "per_case.csv").write_text("\n".join(["subject_id,patient_id,kind,right,frequent_right", *lines]))
+        rows.append({"arm": "full", "score": "test", "seed": seed, "folder": folder})
+    gain = {"value": "right", "baseline": "frequent_right", "unit": "patient_id", "where": {"kind": "closed"}}
+    (entry,) = study.gain_table(rows, gain)
+    assert entry == {"arm": "full", "score": "test", "seeds": [0, 1], "mean": 0.5, "low": 0.5, "high": 0.5}
+    (alone,) = study.gain_table(rows[:1], gain)
+    assert (alone["mean"], alone["low"], alone["high"]) == (0.5, 0, 1)
+    (everything,) = study.gain_table(rows, {**gain, "where": {}})
+    assert everything["mean"] == pytest.approx(0.6)
+    folder = tmp_path / "1" / "per_case.csv"
+    folder.write_text(folder.read_text().replace("q0,", "q9,"))
+    with pytest.raises(UserError, match="same cases"):
+        study.gain_table(rows, gain)
+
+
 def test_arms_that_begin_alike_share_their_beginning(experiment, tmp_path):
     path, calls = experiment
     again = "  again:\n    - {run: fit, name: first, config: [small.yaml]}\n    - {run: validate, score: two}\n"
