@@ -136,11 +136,16 @@ def training_step(module: SSLModule, batch: Any, clip: float | None = 1.0) -> Ca
     return step
 
 
-def training_rows(step: Callable[..., None], what: str) -> list[Row]:
+def training_rows(step: Callable[..., None], what: str, calls: int = 3) -> list[Row]:
     """Compare a training step with the matrix products of the same minutes and with bfloat16; report its memory.
 
     Products stand on both sides of the steps that are held against them, and each precision runs for several steps on
     end, as a training has it: a shared machine's clock drifts by a fifth within a minute.
+
+    Args:
+        step: Takes ``bfloat16=True`` for mixed precision.
+        what: Which step it is.
+        calls: Steps on end; 1 where a step takes seconds.
     """
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with FlopCounterMode(display=False) as counter:
@@ -150,7 +155,7 @@ def training_rows(step: Callable[..., None], what: str) -> list[Row]:
     product, product_operations = matrix_products()
     bfloat16 = supports_bfloat16("cpu")
     turns: list[Callable[[], None]] = [product, step, product, *([partial(step, bfloat16=True)] if bfloat16 else [])]
-    before_step, single, after_step, *half = in_turn(*turns, rounds=4, calls=3)
+    before_step, single, after_step, *half = in_turn(*turns, rounds=4, calls=calls)
     around = [(a + b) / 2 for a, b in zip(before_step, after_step, strict=True)]
     share = speedup(around, single) * operations / product_operations
     rate, best = (product_operations / seconds / 1e9 for seconds in (statistics.median(around), min(around)))

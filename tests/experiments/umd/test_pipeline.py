@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -233,24 +234,79 @@ def test_longer_captions_and_gone_images(trees, tmp_path, capsys):
     assert broken.name in (folder / "data_faults.csv").read_text()
 
 
+#: One rank of two: runs command lines one after the other and notes what coordination did on this rank.
+RANK = """
+import json, os, sys
+import torch
+from common.cli import execute
+from common.distributed import rank
+from experiments.umd import callbacks
+from experiments.umd.tasks import PairTask
+
+notes = {"own": [], "coefficients": [], "gradients": [], "parameters": []}
+reduce, coordinate, step = callbacks.all_reduce_sum, callbacks.coordinate_gradients, PairTask.optimizer_step
+
+def reduced(sums):
+    notes["own"].append(sums.clone())
+    return reduce(sums)
+
+def coordinated(gradients, coefficients, *rest):
+    share = coordinate(gradients, coefficients, *rest)
+    notes["coefficients"].append(torch.stack([coefficients["image"], coefficients["text"]]))
+    notes["gradients"].append(torch.cat([g.flatten() for group in gradients.values() for g in group]))
+    return share
+
+def stepped(self, *args, **kwargs):
+    step(self, *args, **kwargs)
+    notes["parameters"].append(torch.cat([p.detach().flatten() for p in self.parameters()]))
+
+callbacks.all_reduce_sum, callbacks.coordinate_gradients, PairTask.optimizer_step = reduced, coordinated, stepped
+folders = [str(execute(line)) for line in json.loads(sys.argv[1])]
+torch.save({"folders": folders, **notes}, f"rank{rank()}.pt")
+"""
+
+
+def _on_two_ranks(lines):
+    """Run command lines on two ranks, one after the other in the same processes; return what each rank noted."""
+    ddp = ["--data.batch_size=2", "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    command = [sys.executable, "-c", RANK, json.dumps([[*line, *ddp] for line in lines])]
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    ranks = [subprocess.Popen(command, env={**os.environ, **shared, "LOCAL_RANK": str(index)}, text=True,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for index in (0, 1)]  # fmt: skip
+    try:
+        for process in ranks:
+            _, said = process.communicate(timeout=600)
+            assert process.returncode == 0, said[-3000:]
+    finally:
+        for process in ranks:
+            process.kill()
+    return [torch.load(f"rank{index}.pt", weights_only=True) for index in (0, 1)]
+
+
 @pytest.mark.ddp
 def test_two_ranks_equal_one_and_each_other(trees):
-    """Pre-training, and tuning with coordinated gradients and their noise."""
+    """Pre-training, and tuning with coordinated gradients: two steps, of one and of two micro-batches."""
     sgd = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.01", "--model.encoder.dropout=0"]
-    lines = {
-        "pretrain": pretrain_line(trees / "medicat", *sgd, "--trainer.max_steps=5"),
-        "finetune_vqa_rad": task_line("fit", "vqa_rad", trees / "vqa_rad", *sgd, "--trainer.max_steps=5"),
-    }
-    for line in lines.values():
-        alone = weights(execute(line))
-        command = [sys.executable, "-m", "common.cli", *line, "--data.batch_size=2", "--trainer.accelerator=cpu",
-                   "--trainer.devices=2", "--trainer.strategy=ddp"]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        rows = [row for row in done.stdout.splitlines() if row.startswith("run folder")]
-        together = weights(Path(rows[0].split(": ", 1)[1]))
+    quick = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.num_sanity_val_steps=0"]
+    lines = [
+        pretrain_line(trees / "medicat", *sgd, *quick, "--trainer.val_check_interval=2"),
+        task_line("fit", "vqa_rad", trees / "vqa_rad", *sgd, *quick, "--trainer.accumulate_grad_batches=2"),
+    ]
+    first, second = _on_two_ranks(lines)
+    for line, folder in zip(lines, first["folders"], strict=True):
+        alone, together = weights(execute(line)), weights(Path(folder))
         for key, value in alone.items():
             assert torch.allclose(value, together[key], rtol=1e-6, atol=2e-6), key
+    assert len(first["coefficients"]) == len(first["parameters"]) == 2, "each optimiser step once, not each micro-batch"
+    for name in ("coefficients", "gradients", "parameters"):
+        for ours, theirs in zip(first[name], second[name], strict=True):
+            assert torch.equal(ours, theirs), name
+    for own, other in zip(first["own"], second["own"], strict=True):
+        assert not torch.equal(own, other), "the ranks saw different questions, so equal coefficients mean something"
+    assert not torch.equal(*first["gradients"]), "the noise is of the step"
 
 
 def test_coordination_sees_each_step_once(trees, monkeypatch):
