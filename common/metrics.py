@@ -1,10 +1,13 @@
-"""Metrics: effective rank, MONAI's Dice and HD95 with rules for empty regions, an interval of a mean."""
+"""Metrics: effective rank, Dice and HD95 with rules for empty regions, kappa and means under resampling."""
 
+import math
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from common.randomness import numpy_generator
@@ -89,6 +92,59 @@ def region_hd95(pred: Tensor, target: Tensor, diagonal: float) -> Tensor:
     return result
 
 
+def resampled_counts(units: Sequence[Hashable], draws: int = 2000) -> NDArray[np.int64]:
+    """Return how often each case is drawn when units, such as persons, are resampled with all their cases.
+
+    Args:
+        units: What each of S cases belongs to.
+        draws: Resamplings, the same ones every time.
+
+    Returns:
+        ``(draws, S)``.
+    """
+    number, names = pd.factorize(pd.Series(list(units)))
+    generator = numpy_generator("bootstrap mean", len(names))
+    return generator.multinomial(len(names), np.full(len(names), 1 / len(names)), draws)[:, number]
+
+
+def weighted_mean(values: ArrayLike, counts: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the mean ``(draws,)`` of ``(S,)`` values, each counted as often as ``counts`` ``(draws, S)`` says."""
+    return counts @ np.asarray(values, dtype=float) / counts.sum(1)
+
+
+def weighted_quadratic_kappa(pred: ArrayLike, target: ArrayLike, counts: NDArray[Any]) -> NDArray[np.float64]:
+    """Return Cohen's kappa with quadratic weights where each case counts several times or not at all.
+
+    NaN where all predictions and grades are one and the same.
+
+    Args:
+        pred: ``(S,)``, grades from 0.
+        target: ``(S,)``.
+        counts: ``(draws, S)``, how often each case counts.
+
+    Returns:
+        ``(draws,)``.
+    """
+    pred, target = np.asarray(pred, dtype=int), np.asarray(target, dtype=int)
+    grades = np.arange(max(pred.max(), target.max()) + 1)
+    cells = np.eye(len(grades) ** 2)[target * len(grades) + pred]
+    table = (counts @ cells).reshape(-1, len(grades), len(grades))
+    expected = table.sum(2)[:, :, None] * table.sum(1)[:, None] / table.sum((1, 2))[:, None, None]
+    penalty = np.subtract.outer(grades, grades) ** 2.0
+    by_chance = (penalty * expected).sum((1, 2))
+    with np.errstate(invalid="ignore"):
+        return 1 - (penalty * table).sum((1, 2)) / np.where(by_chance > 0, by_chance, np.nan)
+
+
+def central_interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the central 95 % of the values that are numbers; NaN where none is."""
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        return math.nan, math.nan
+    low, high = np.percentile(finite, [2.5, 97.5])
+    return float(low), float(high)
+
+
 def bootstrap_mean(values: Sequence[float], units: Sequence[Hashable], draws: int = 2000) -> tuple[float, float]:
     """Return the central 95 % of a mean under resampling of units, such as persons, with all their values.
 
@@ -97,9 +153,4 @@ def bootstrap_mean(values: Sequence[float], units: Sequence[Hashable], draws: in
         units: What each case belongs to.
         draws: Resamplings, the same ones every time.
     """
-    number, names = pd.factorize(pd.Series(list(units)))
-    totals, counts = np.bincount(number, np.asarray(values, dtype=float)), np.bincount(number)
-    generator = numpy_generator("bootstrap mean", len(names))
-    chosen = generator.multinomial(len(names), np.full(len(names), 1 / len(names)), draws)
-    low, high = np.percentile((chosen @ totals) / (chosen @ counts), [2.5, 97.5])
-    return float(low), float(high)
+    return central_interval(weighted_mean(values, resampled_counts(units, draws)))

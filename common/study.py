@@ -13,19 +13,20 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 import torch
 import yaml
+from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from common.data_config import package_file
 from common.errors import UserError
-from common.metrics import bootstrap_mean
+from common.metrics import central_interval, resampled_counts, weighted_mean, weighted_quadratic_kappa
 from common.provenance import environment
 from common.randomness import numpy_generator
 from common.reporting import say
@@ -42,6 +43,7 @@ class Step:
             ``{seed}`` for the seed, ``{fold}`` for the fold, ``{folder}`` for a folder of the study's own.
         name: How later steps refer to this one.
         score: Name under which its metrics are reported; None reports nothing.
+        beside: Metrics of this step that stand beside every later score of its arm.
     """
 
     run: str
@@ -49,6 +51,7 @@ class Step:
     args: list[str]
     name: str = ""
     score: str | None = None
+    beside: list[str] = field(default_factory=list)
 
     def arguments(self, configs: Path, places: Mapping[str, str]) -> list[str]:
         """Return the command line."""
@@ -167,6 +170,7 @@ def run_arm(
     places = dict(places)
     rows: list[dict[str, Any]] = []
     cost: dict[str, float] = dict.fromkeys(_COSTS, 0.0)
+    beside: dict[str, float] = {}
     for step in steps:
         arguments = step.arguments(configs, places)
         if step.run in COMMANDS:
@@ -181,7 +185,9 @@ def run_arm(
             summary = json.loads((folder / "summary.json").read_text())
             cost = {name: float(summary.get(name) or 0) for name in _COSTS}
         if step.score:
-            rows.append({"score": step.score, "metrics": _metrics(folder, columns), "cost": cost, "folder": folder})
+            metrics = beside | _metrics(folder, columns)
+            rows.append({"score": step.score, "metrics": metrics, "cost": cost, "folder": folder})
+        beside |= _metrics(folder, dict.fromkeys(step.beside, ""))
     return rows
 
 
@@ -226,103 +232,108 @@ def summarise(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> list[di
     return result
 
 
-def paired_difference(
-    ours: Sequence[Path], others: Sequence[Path], value: str, unit: str, draws: int = 2000
-) -> dict[str, float]:
-    """Return how much one arm's cases are above another's, mean over seeds, with the bounds of a 95 % interval.
+@dataclass
+class Comparison:
+    """How arms are compared case by case.
 
-    Cases are matched by ``subject_id``; units, such as persons or images, are resampled with all their cases.
-
-    Args:
-        ours: Run folder of each seed, with a ``per_case.csv``.
-        others: The other arm's.
-        value: Column to compare.
-        unit: Column of the units.
-        draws: Resamplings.
-
-    Raises:
-        UserError: the arms were not scored on the same cases.
+    Attributes:
+        title: Over the table.
+        unit: Column of ``per_case.csv`` with the units, such as persons or images, that are resampled with their cases.
+        reference: Arm that all others are compared with; empty compares none.
+        score: Score of that arm.
+        metric: ``mean`` of a column, or ``quadratic_kappa`` between two.
+        value: Column whose mean is taken.
+        baseline: Column that is subtracted from it; empty subtracts nothing.
+        where: Cases to keep: the value that a column must have.
+        pred: Column with the predicted grade.
+        target: Column with the true grade.
     """
-    gaps = []
-    for folder, other in zip(ours, others, strict=True):
-        one, two = (pd.read_csv(path / "per_case.csv").set_index("subject_id") for path in (folder, other))
-        if set(one.index) != set(two.index):
-            raise UserError(f"{folder} and {other} were not scored on the same cases, so they cannot be paired.")
-        gaps.append(one[value] - two[value].reindex(one.index))
-    units = pd.read_csv(ours[0] / "per_case.csv").set_index("subject_id")[unit]
-    gap = sum(part.reindex(units.index) for part in gaps) / len(gaps)
-    low, high = bootstrap_mean(gap.tolist(), units.tolist(), draws)
-    return {"mean": float(gap.mean()), "low": low, "high": high}
+
+    title: str
+    unit: str
+    reference: str = ""
+    score: str = ""
+    metric: Literal["mean", "quadratic_kappa"] = "mean"
+    value: str = "value"
+    baseline: str = ""
+    where: dict[str, Any] = field(default_factory=dict)
+    pred: str = "pred"
+    target: str = "target"
+
+    def __post_init__(self) -> None:
+        """Check the metric."""
+        if self.metric not in get_args(Comparison.__annotations__["metric"]):
+            raise UserError(f"paired.metric is mean or quadratic_kappa, got {self.metric!r}.")
+
+    def of(self, cases: pd.DataFrame, counts: NDArray[Any]) -> NDArray[np.float64]:
+        """Return the metric ``(draws,)`` where each case counts as often as ``counts`` ``(draws, S)`` says."""
+        if self.metric == "mean":
+            values = cases[self.value] - cases[self.baseline] if self.baseline else cases[self.value]
+            return weighted_mean(values, counts)
+        return weighted_quadratic_kappa(cases[self.pred], cases[self.target], counts)
+
+    def table(self, folders: Sequence[Path], cases: pd.Index | None = None) -> list[pd.DataFrame]:
+        """Read ``per_case.csv`` of each folder by ``subject_id``, in the order of ``cases`` or else of the first.
+
+        Raises:
+            UserError: they are not the same cases.
+        """
+        tables = [pd.read_csv(folder / "per_case.csv").set_index("subject_id") for folder in folders]
+        for column, wanted in self.where.items():
+            tables = [table[table[column] == wanted] for table in tables]
+        order = tables[0].index if cases is None else cases
+        for folder, table in zip(folders, tables, strict=True):
+            if set(table.index) != set(order):
+                raise UserError(f"{folder} was not scored on the same cases as the others, so they cannot be paired.")
+        return [table.reindex(order) for table in tables]
+
+    def over_seeds(self, tables: Sequence[pd.DataFrame], draws: int = 2000) -> tuple[float, NDArray[np.float64]]:
+        """Return the mean over seeds of the metric, and of every resampling, the same for all seeds and arms."""
+        counts = resampled_counts(tables[0][self.unit].tolist(), draws)
+        whole = np.ones((1, counts.shape[1]))
+        means = [np.mean([self.of(table, each) for table in tables], axis=0) for each in (whole, counts)]
+        return float(means[0][0]), means[1]
 
 
-def paired_table(rows: Sequence[Mapping[str, Any]], paired: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Compare every arm and score with the reference one, over the seeds that both have.
+def compare(rows: Sequence[Mapping[str, Any]], comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
+    """Return each arm's mean over seeds, and how much the reference is above it, with 95 % intervals.
+
+    Cases are matched by ``subject_id`` and resampled alike for all arms and seeds, so an interval says what other cases
+    would change, not what other seeds would.
 
     Args:
         rows: With ``arm``, ``score``, ``seed`` and ``folder``.
-        paired: ``reference`` arm, ``score`` of it, ``value`` and ``unit``.
+        comparison: What is compared.
+
+    Returns:
+        ``intervals`` of every arm and score, over the seeds it has; ``paired`` differences over the seeds that both
+        have.
     """
     folders: dict[tuple[str, str], dict[int, Path]] = {}
     for row in rows:
         folders.setdefault((row["arm"], row["score"]), {})[row["seed"]] = row["folder"]
-    reference = folders.get((paired["reference"], paired["score"]), {})
-    result = []
+    reference = folders.get((comparison.reference, comparison.score), {})
+    result: dict[str, list[dict[str, Any]]] = {"intervals": [], "paired": []}
     for (arm, score), found in folders.items():
-        seeds = sorted(reference.keys() & found.keys())
-        if not seeds or found is reference:
-            continue
-        ours, others = [reference[seed] for seed in seeds], [found[seed] for seed in seeds]
         try:
-            gap = paired_difference(ours, others, paired["value"], paired["unit"])
+            mean, drawn = comparison.over_seeds(comparison.table(list(found.values())))
+            result["intervals"].append(_interval(arm, score, list(found), mean, drawn))
+            seeds = sorted(reference.keys() & found.keys())
+            if not seeds or found is reference:
+                continue
+            ours = comparison.table([reference[seed] for seed in seeds])
+            others = comparison.table([found[seed] for seed in seeds], ours[0].index)
         except UserError as error:
             say(f"note: {arm}, {score} is not compared: {error}")
             continue
-        result.append({"arm": arm, "score": score, "seeds": seeds, **gap})
+        (mean, drawn), (other, other_drawn) = comparison.over_seeds(ours), comparison.over_seeds(others)
+        result["paired"].append(_interval(arm, score, seeds, mean - other, drawn - other_drawn))
     return result
 
 
-def gain_table(rows: Sequence[Mapping[str, Any]], gain: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return how far every arm and score is above a baseline that stands in its own ``per_case.csv``.
-
-    A case's gain is the mean over seeds; its units, such as images, are resampled for the 95 % interval, so that this
-    is the interval of the mean over seeds and not a mean of intervals.
-
-    Args:
-        rows: With ``arm``, ``score``, ``seed`` and ``folder``.
-        gain: ``value`` and ``baseline`` columns, column of the ``unit``, and ``where``: the cases to keep, by column.
-
-    Raises:
-        UserError: seeds were scored on different cases.
-    """
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["arm"], row["score"]), []).append(row)
-    result = []
-    for (arm, score), members in groups.items():
-        parts = []
-        for row in members:
-            cases = pd.read_csv(row["folder"] / "per_case.csv").set_index("subject_id")
-            for column, wanted in gain.get("where", {}).items():
-                cases = cases[cases[column] == wanted]
-            parts.append(cases)
-        units = parts[0][gain["unit"]]
-        if any(set(part.index) != set(units.index) for part in parts):
-            raise UserError(f"The seeds of {arm}, {score} were not scored on the same cases.")
-        gaps = sum((part[gain["value"]] - part[gain["baseline"]]).reindex(units.index) for part in parts) / len(parts)
-        low, high = bootstrap_mean(gaps.tolist(), units.tolist())
-        seeds = [row["seed"] for row in members]
-        entry = {"arm": arm, "score": score, "seeds": seeds, "mean": float(gaps.mean()), "low": low, "high": high}
-        result.append(entry)
-    return result
-
-
-def _differences(title: str, entries: Sequence[Mapping[str, Any]], digits: int) -> list[str]:
-    """Return the lines of a table of differences with their intervals."""
-    lines = ["", f"| {title} | scored on | difference | 95 % from | to |", "|---|---|---|---|---|"]
-    for entry in entries:
-        values = " | ".join(f"{entry[name]:+.{digits}f}" for name in ("mean", "low", "high"))
-        lines.append(f"| {entry['arm']} | {entry['score']} | {values} |")
-    return lines
+def _interval(arm: str, score: str, seeds: list[int], mean: float, drawn: NDArray[np.float64]) -> dict[str, Any]:
+    low, high = central_interval(drawn)
+    return {"arm": arm, "score": score, "seeds": seeds, "mean": mean, "low": low, "high": high}
 
 
 def _cell(value: Mapping[str, Any] | None, digits: int) -> str:
@@ -348,10 +359,21 @@ def table(result: Mapping[str, Any]) -> str:
         if paper:
             cells.append(paper.get(entry["arm"], "-"))
         lines.append("| " + " | ".join(cells) + " |")
-    for name in ("gain", "paired"):
-        if result.get(name):
-            lines += _differences(result[f"{name}_title"], result[name], digits)
+    if result.get("intervals"):
+        lines += _interval_lines(result["intervals"], "arm", result["metric"].replace("_", " "), f".{digits}f")
+    if result.get("paired"):
+        lines += _interval_lines(result["paired"], result["paired_title"], "difference", f"+.{digits}f")
+    if result.get("gain"):
+        lines += _interval_lines(result["gain"], result["gain_title"], "gain", f"+.{digits}f")
     return "\n".join(lines)
+
+
+def _interval_lines(entries: Sequence[Mapping[str, Any]], first: str, value: str, style: str) -> list[str]:
+    lines = ["", f"| {first} | scored on | {value} | 95 % from | to |", "|---|---|---|---|---|"]
+    for entry in entries:
+        values = " | ".join(format(entry[name], style) for name in ("mean", "low", "high"))
+        lines.append(f"| {entry['arm']} | {entry['score']} | {values} |")
+    return lines
 
 
 def update_readme(readme: Path) -> str:
@@ -449,9 +471,11 @@ def run(args: argparse.Namespace) -> None:
         rows += [{"arm": arm, "seed": seed, **row} for row in _rows(study, arm, configs, places, done)]
         result["rows"] = [{name: value for name, value in row.items() if name != "folder"} for row in rows]
         if "paired" in study:
-            result |= {"paired": paired_table(rows, study["paired"]), "paired_title": study["paired"]["title"]}
+            comparison = Comparison(**study["paired"])
+            result |= {**compare(rows, comparison), "paired_title": comparison.title, "metric": comparison.metric}
         if "gain" in study:
-            result |= {"gain": gain_table(rows, study["gain"]), "gain_title": study["gain"]["title"]}
+            gain = Comparison(**study["gain"])
+            result |= {"gain": compare(rows, gain)["intervals"], "gain_title": gain.title}
         result["summary"] = summarise(result["rows"], study["columns"])
         # After every arm, so that a study that is stopped keeps what it has.
         out.write_text(json.dumps(_plain(result), indent=1) + "\n")

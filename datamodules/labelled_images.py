@@ -179,6 +179,7 @@ class LabelledImageDataModule(ImageArchiveDataModule):
             group of the layout is in two folds; validation patients are cut out of the other folds.
         num_folds: How many folds there are.
         shuffle_targets: Seed of a permutation of the targets over patients, as a control; None leaves them.
+        shuffle_tested: Whether that permutes the targets of test images too; else they and the split stay true.
         max_fault_fraction: Share of faulty images at which training stops.
         anonymise: Whether subjects get pseudonyms in logs, tables and fault files.
         seed: Seed of order and crops; None takes ``seed_everything``'s.
@@ -207,6 +208,7 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         fold: int | None = None,
         num_folds: int = 5,
         shuffle_targets: int | None = None,
+        shuffle_tested: bool = True,
         max_fault_fraction: float = 0.01,
         anonymise: bool = False,
         seed: int | None = None,
@@ -234,7 +236,7 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         self.mean, self.std, self.degrees = mean, std, degrees
         self.label_fraction = label_fraction
         self.fold, self.num_folds = fold, num_folds
-        self.shuffle_targets = shuffle_targets
+        self.shuffle_targets, self.shuffle_tested = shuffle_targets, shuffle_tested
         self._split = (split_fractions, split_seed, split_file)
         self.images: list[LabelledImage] = []
 
@@ -253,10 +255,14 @@ class LabelledImageDataModule(ImageArchiveDataModule):
                 raise DataError(f"{root} holds no labelled image of {self.labels.name} ({self.labels.tree}).")
             check_unique(images)
             _, split_seed, _ = self._split
-            if self.shuffle_targets is not None:
+            if self.shuffle_targets is not None and self.shuffle_tested:
                 images = shuffled_targets(images, self.shuffle_targets)
             strata = strata_of(images)
             parts = self._parts(images, strata)
+            if self.shuffle_targets is not None and not self.shuffle_tested:
+                learned = [item for item in images if parts.get(item.case_id) in ("train", "val")]
+                given = {item.case_id: item for item in shuffled_targets(learned, self.shuffle_targets)}
+                images = [given.get(item.case_id, item) for item in images]
             splits = {name: [item for item in images if parts.get(item.case_id) == name] for name in SPLITS}
             splits["train"] = nested_fraction(splits["train"], self.label_fraction, split_seed, strata)
             self.ledger.num_samples = sum(map(len, splits.values()))

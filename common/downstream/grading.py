@@ -4,13 +4,15 @@ Letters: B batch, K outputs, S cases.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from sklearn.linear_model import RidgeCV
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_average_precision, multiclass_cohen_kappa, multiclass_f1_score
 
 from common.distributed import all_reduce_sum
@@ -21,7 +23,10 @@ from common.downstream.classification import (
     macro_auroc,
     masked_binary_cross_entropy,
 )
+from common.downstream.encoder import mean_features
 from common.errors import UserError
+from common.metrics import central_interval, resampled_counts, weighted_quadratic_kappa
+from common.reporting import say
 from common.types import InputSpec
 
 
@@ -57,25 +62,49 @@ def quadratic_kappa(pred: Tensor, grades: Tensor, classes: int) -> float:
     return float(multiclass_cohen_kappa(pred, grades, classes, weights="quadratic"))
 
 
-def bootstrap_kappa(
-    pred: Tensor, grades: Tensor, classes: int, draws: int = 2000, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap_kappa(pred: Tensor, grades: Tensor) -> tuple[float, float]:
     """Return the central 95 % of kappa under resampling of cases; draws that have none are left out."""
-    weight = (np.arange(classes)[:, None] - np.arange(classes)) ** 2.0
-    rng = np.random.default_rng(seed)
-    code = (grades * classes + pred).numpy()
-    values = []
-    for _ in range(draws):
-        counts = np.bincount(rng.choice(code, len(code)), minlength=classes**2)
-        table = counts.reshape(classes, classes).astype(float)
-        expected = np.outer(table.sum(1), table.sum(0)) / table.sum()
-        disagreement = (weight * expected).sum()
-        if disagreement > 0:
-            values.append(1 - (weight * table).sum() / disagreement)
-    if not values:
-        return math.nan, math.nan
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
+    counts = resampled_counts(range(len(pred)))
+    return central_interval(weighted_quadratic_kappa(pred.numpy(), grades.numpy(), counts))
+
+
+class RidgeNetwork(nn.Module):
+    """A frozen encoder and ridge regression of the targets on its features, read as probabilities.
+
+    Args:
+        encoder: With ``num_features`` and ``forward_features``.
+        num_classes: K.
+    """
+
+    def __init__(self, encoder: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False).eval()
+        self.head = nn.Linear(int(encoder.num_features), num_classes).requires_grad_(False)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[Mapping[str, Any]]) -> float:
+        """Fit the head to batches with ``image`` and ``target``; return the penalty, chosen by leaving one out.
+
+        Features are standardised over the images, so that the penalty means the same for every encoder.
+
+        Raises:
+            UserError: there is no batch.
+        """
+        device = self.head.weight.device
+        pairs = [(mean_features(self.encoder, batch["image"].to(device)).cpu(), batch["target"]) for batch in batches]
+        if not pairs:
+            raise UserError("There is no training image to fit the ridge head to.")
+        features, targets = (torch.cat(parts).double().numpy() for parts in zip(*pairs, strict=True))
+        scaler = StandardScaler().fit(features)
+        ridge = RidgeCV(np.logspace(-1, 6, 29)).fit(scaler.transform(features), targets)
+        weight = ridge.coef_ / scaler.scale_
+        self.head.weight.copy_(torch.from_numpy(weight))
+        self.head.bias.copy_(torch.from_numpy(ridge.intercept_ - weight @ scaler.mean_))
+        return float(ridge.alpha_)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return logits ``(B, K)`` of images ``(B, C, H, W)``."""
+        return self.head(mean_features(self.encoder, image)).clamp(1e-6, 1 - 1e-6).logit()
 
 
 class GradeClassifier(ImageClassifier):
@@ -90,7 +119,8 @@ class GradeClassifier(ImageClassifier):
         decision: How an ordinal prediction becomes a grade when tested: ``"half"`` counts the outputs above one half;
             ``"matched"`` sets thresholds on the expected grade so that the training images get their own grades'
             distribution.
-        freeze: Whether the encoder stays as it is, a linear probe.
+        ridge: Whether the encoder stays as it is and the head is a ridge regression of the targets on its features,
+            fitted to the training images when it is tested. There is nothing to fit before that.
         **settings: Those of :class:`ImageClassifier`.
     """
 
@@ -100,21 +130,27 @@ class GradeClassifier(ImageClassifier):
         self,
         targets: Literal["ordinal", "exclusive"] = "ordinal",
         decision: Literal["half", "matched"] = "half",
-        freeze: bool = False,
+        ridge: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
-        self.targets, self.decision, self._freeze = targets, decision, freeze
+        self.targets, self.decision, self._ridge = targets, decision, ridge
         self._thresholds: Tensor | None = None
         if targets == "exclusive":
             self.monitor = ("val/auroc", "max")
 
-    def build_network(self, spec: InputSpec) -> ClassifierNetwork:
+    def build_network(self, spec: InputSpec) -> ClassifierNetwork | RidgeNetwork:
         """Make encoder and head."""
-        network = super().build_network(spec)
-        if self._freeze:
-            network.encoder.requires_grad_(False)
-        return network
+        return RidgeNetwork(self.build_encoder(spec), len(spec.classes)) if self._ridge else super().build_network(spec)
+
+    def on_fit_start(self) -> None:
+        """Refuse to train what is fitted in closed form (Lightning hook).
+
+        Raises:
+            UserError: the head is a ridge regression.
+        """
+        if self._ridge:
+            raise UserError("A ridge head is fitted to the training images when it is tested: leave fit out.")
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch (Lightning hook)."""
@@ -130,36 +166,50 @@ class GradeClassifier(ImageClassifier):
 
     @torch.no_grad()
     def on_test_start(self) -> None:
-        """Set the thresholds by the training images (Lightning hook).
+        """Fit a ridge head and set the thresholds, both by the training images (Lightning hook).
 
         Raises:
             UserError: the data module has no training images.
         """
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self._ridge:
+            say(f"ridge: penalty {self.network.fit(data.central_samples(('train',))):.3g}")
         if self.targets != "ordinal" or self.decision != "matched":
             return
         logits, grades = [], []
-        for batch in self.trainer.datamodule.central_samples(("train",)):  # type: ignore[attr-defined]
+        for batch in data.central_samples(("train",)):
             logits.append(self(batch["image"].to(self.device)).float().cpu())
             grades.append((batch["target"].sum(1) - 1).long())
         if not logits:
             raise UserError("There is no training image to set thresholds by: set model.decision to half.")
-        classes = len(self.classes)
-        self._thresholds = matched_thresholds(severity(torch.cat(logits)), torch.cat(grades), classes)
+        self._thresholds = matched_thresholds(severity(torch.cat(logits)), torch.cat(grades), len(self.classes))
+
+    def _grades(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
+        """Return predicted and true grades ``(S,)`` of collected rows."""
+        logits = torch.tensor([row["logits"] for row in rows])
+        grades = (torch.tensor([row["target"] for row in rows]).sum(1) - 1).long()
+        if self._thresholds is None:
+            return decode_ordinal(logits), grades
+        return apply_thresholds(severity(logits), self._thresholds), grades
+
+    def _line(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return one line of the table; ordinal ones have the grades ``pred`` and ``target`` as well."""
+        line = super()._line(row)
+        if self.targets == "ordinal":
+            pred, grade = self._grades([row])
+            line |= {"pred": int(pred), "target": int(grade)}
+        return line
 
     def _scores(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Return the scores of collected rows."""
         if self.targets == "exclusive":
             return self._exclusive_scores(rows)
         scores = super()._scores(rows)
-        logits = torch.tensor([row["logits"] for row in rows])
-        grades = (torch.tensor([row["target"] for row in rows]).sum(1) - 1).long()
-        pred = decode_ordinal(logits)
-        if self._thresholds is not None:
-            pred = apply_thresholds(severity(logits), self._thresholds)
-        classes = len(self.classes)
-        scores |= {"kappa": quadratic_kappa(pred, grades, classes), "accuracy": float((pred == grades).float().mean())}
+        pred, grades = self._grades(rows)
+        kappa = quadratic_kappa(pred, grades, len(self.classes))
+        scores |= {"kappa": kappa, "accuracy": float((pred == grades).float().mean())}
         if self.trainer.testing:
-            scores["kappa_low"], scores["kappa_high"] = bootstrap_kappa(pred, grades, classes)
+            scores["kappa_low"], scores["kappa_high"] = bootstrap_kappa(pred, grades)
         return scores
 
     def _exclusive_scores(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -138,6 +138,10 @@ class ContIGPretrain(SSLModule):
         patches = encoder.forward_features(batch["image"])[:, encoder.num_prefix_tokens :]
         return TokenFeatures({"final": patches}, torch.ones_like(patches[..., 0], dtype=torch.bool))
 
+    def pooled(self, batch: Any) -> dict[str, Tensor]:
+        """Return the vectors ``(B, E)`` of images, before projection: the mean over their patches."""
+        return {"image": self.token_features(batch).features["final"].mean(1)}
+
     def panels(self, batch: Any, output: Reconstruction, index: int) -> dict[str, Panel]:
         """Draw nothing."""
         return {}

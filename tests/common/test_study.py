@@ -1,7 +1,11 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
 from common import study
 from common.errors import UserError
@@ -36,7 +40,8 @@ def experiment(tmp_path, monkeypatch):
         folder = tmp_path / f"run{len(calls)}"
         folder.mkdir()
         seed = int(next(a for a in arguments if a.startswith("--seed")).partition("=")[2])
-        summary = {"samples": 10, "train_seconds": 2.0, "flops_per_sample": 5e11, "scalars": {}}
+        summary = {"samples": 10, "train_seconds": 2.0, "flops_per_sample": 5e11,
+                   "scalars": {"rank": {"final": 7.0}} if arguments[0] == "fit" else {}}  # fmt: skip
         (folder / "summary.json").write_text(json.dumps(summary))
         if arguments[0] != "fit":
             (folder / "metrics.json").write_text(json.dumps({"dice": {"mean": 0.5 + seed / 10}, "n": 3}))
@@ -142,10 +147,6 @@ def test_folds_are_pooled_by_rank(experiment, tmp_path, monkeypatch):
 
 
 def test_an_interval_of_noise_holds_one_half():
-    import numpy as np
-    import pandas as pd
-    from sklearn.metrics import roc_auc_score
-
     generator = np.random.default_rng(0)
     persons = pd.Series(np.repeat(np.arange(60), 2))
     target, score = pd.Series(generator.integers(0, 2, 120)), pd.Series(generator.random(120))
@@ -177,15 +178,58 @@ def test_arms_are_compared_case_by_case(tmp_path):
     other.mkdir()
     (other / "per_case.csv").write_text("subject_id,patient_id,right\nx,y,1")
     rows += [{"arm": "elsewhere", "score": "test", "seed": seed, "folder": other} for seed in (0, 1)]
-    paired = {"reference": "full", "score": "test", "value": "right", "unit": "patient_id"}
-    (entry,) = study.paired_table(rows, paired)
+    comparison = study.Comparison("full minus", "patient_id", "full", "test", value="right")
+    result = study.compare(rows, comparison)
+    (entry,) = result["paired"]
     assert entry["arm"] == "less"
     assert entry["mean"] == 0.25
     assert entry["low"] == 0
     assert entry["high"] == 0.5
+    assert [(e["arm"], e["mean"]) for e in result["intervals"]] == [("full", 0.625), ("less", 0.375), ("elsewhere", 1)]
+    with pytest.raises(UserError, match="mean or quadratic_kappa, got 'median'"):
+        study.Comparison("", "patient_id", "full", "test", metric="median")
 
 
-def test_the_gain_over_a_baseline_is_of_the_mean_over_seeds(tmp_path):
+def test_kappas_are_compared_on_the_same_resampling(tmp_path):
+    """Against resampling case by case with scikit-learn's kappa."""
+    generator = np.random.default_rng(0)
+    truth = np.repeat(np.arange(4), 10)
+    rows, grades = [], {}
+    for arm, noise in (("good", 1), ("bad", 3)):
+        for seed in (0, 1):
+            pred = np.clip(truth + generator.integers(-noise, noise + 1, len(truth)), 0, 4)
+            grades[arm, seed] = pred
+            order = generator.permutation(len(truth))
+            folder = tmp_path / f"{arm}{seed}"
+            folder.mkdir()
+            frame = pd.DataFrame({"subject_id": order, "patient_id": order // 2, "pred": pred[order],
+                                  "target": truth[order]})  # fmt: skip
+            frame.to_csv(folder / "per_case.csv", index=False)
+            rows.append({"arm": arm, "score": "test", "seed": seed, "folder": folder})
+    comparison = study.Comparison("good minus", "patient_id", "good", "test", metric="quadratic_kappa")
+    result = study.compare(rows, comparison)
+
+    def kappa(arm, cases):
+        parts = [cohen_kappa_score(truth[cases], grades[arm, s][cases], weights="quadratic") for s in (0, 1)]
+        return sum(parts) / 2
+
+    whole = np.arange(len(truth))
+    assert [entry["mean"] for entry in result["intervals"]] == pytest.approx([kappa(a, whole) for a in ("good", "bad")])
+    (entry,) = result["paired"]
+    assert entry["mean"] == pytest.approx(kappa("good", whole) - kappa("bad", whole))
+    slow: dict[str, list[float]] = {"good": [], "gap": []}
+    for _ in range(600):
+        persons = generator.integers(0, 20, 20)
+        cases = np.concatenate([np.flatnonzero(whole // 2 == person) for person in persons])
+        one, other = kappa("good", cases), kappa("bad", cases)
+        slow["good"].append(one)
+        slow["gap"].append(one - other)
+    expected = np.percentile(slow["good"], [2.5, 97.5])
+    assert [result["intervals"][0][name] for name in ("low", "high")] == pytest.approx(expected, abs=0.02)
+    assert [entry["low"], entry["high"]] == pytest.approx(np.percentile(slow["gap"], [2.5, 97.5]), abs=0.04)
+
+
+def test_the_gain_over_a_baseline_is_of_the_mean_over_seeds(tmp_path, capsys):
     """Each seed alone gains on one image and loses on the other; their mean gains one half on both, so the interval
     of the mean is a point, which no mean of the seeds' intervals is.
     """
@@ -198,17 +242,17 @@ def test_the_gain_over_a_baseline_is_of_the_mean_over_seeds(tmp_path):
         ]
         (folder / "per_case.csv").write_text("\n".join(["subject_id,patient_id,kind,right,frequent_right", *lines]))
         rows.append({"arm": "full", "score": "test", "seed": seed, "folder": folder})
-    gain = {"value": "right", "baseline": "frequent_right", "unit": "patient_id", "where": {"kind": "closed"}}
-    (entry,) = study.gain_table(rows, gain)
+    gain = study.Comparison("gain", "patient_id", value="right", baseline="frequent_right", where={"kind": "closed"})
+    (entry,) = study.compare(rows, gain)["intervals"]
     assert entry == {"arm": "full", "score": "test", "seeds": [0, 1], "mean": 0.5, "low": 0.5, "high": 0.5}
-    (alone,) = study.gain_table(rows[:1], gain)
+    (alone,) = study.compare(rows[:1], gain)["intervals"]
     assert (alone["mean"], alone["low"], alone["high"]) == (0.5, 0, 1)
-    (everything,) = study.gain_table(rows, {**gain, "where": {}})
+    (everything,) = study.compare(rows, replace(gain, where={}))["intervals"]
     assert everything["mean"] == pytest.approx(0.6)
     folder = tmp_path / "1" / "per_case.csv"
     folder.write_text(folder.read_text().replace("q0,", "q9,"))
-    with pytest.raises(UserError, match="same cases"):
-        study.gain_table(rows, gain)
+    assert study.compare(rows, gain) == {"intervals": [], "paired": []}
+    assert "same cases" in capsys.readouterr().out
 
 
 def test_arms_that_begin_alike_share_their_beginning(experiment, tmp_path):
@@ -219,3 +263,11 @@ def test_arms_that_begin_alike_share_their_beginning(experiment, tmp_path):
     assert [c[0] for c in calls] == ["validate", "fit", "test"], "the fit and the validation were run before"
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
     assert [row["arm"] for row in rows] == ["short", "long", "again"]
+
+
+def test_what_stands_beside_later_scores(experiment, tmp_path):
+    path, _ = experiment
+    path.write_text(STUDY.replace("config: [small.yaml]}", "config: [small.yaml], beside: [rank]}"))
+    run_study(path, "--out", str(tmp_path / "result.json"), "--seeds", "0")
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert [row["metrics"] for row in rows] == [{"dice": 0.5}, {"rank": 7.0, "dice": 0.5}]

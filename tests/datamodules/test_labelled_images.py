@@ -115,6 +115,16 @@ def test_shuffled_targets_belong_to_patients(root):
     assert shuffled == shuffled_targets(images, 1)
 
 
+def test_shuffling_can_leave_what_is_tested_true(root):
+    true, shuffled = module(root), module(root, shuffle_targets=1, shuffle_tested=False)
+    true.index()
+    shuffled.index()
+    assert shuffled.splits["test"] == true.splits["test"]
+    for name in ("train", "val"):
+        assert [item.image for item in shuffled.splits[name]] == [item.image for item in true.splits[name]]
+    assert shuffled.splits["train"] != true.splits["train"]
+
+
 def test_the_stratum_is_the_rarest_class():
     def item(name, *targets):
         return LabelledImage(name, name, None, targets)

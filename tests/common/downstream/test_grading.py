@@ -1,10 +1,13 @@
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import Ridge, RidgeCV
 
 from common.downstream.grading import (
     GradeClassifier,
+    RidgeNetwork,
     apply_thresholds,
     bootstrap_kappa,
     decode_ordinal,
@@ -13,6 +16,7 @@ from common.downstream.grading import (
     severity,
 )
 from common.downstream.regression import ImageRegression, squared_errors
+from common.errors import UserError
 
 GRADES = [f"grade {i}" for i in range(5)]
 SETTINGS = {"channels": ["a"], "image_size": [16, 16]}
@@ -22,11 +26,11 @@ def test_kappa_by_hand():
     """Case 10 of the specification of masked relation modeling."""
     truth, pred = torch.tensor([0, 1, 2, 3, 4, 2, 0, 1]), torch.tensor([0, 2, 2, 3, 3, 2, 0, 0])
     assert quadratic_kappa(pred, truth, 5) == pytest.approx(0.8846153846, abs=1e-6)
-    low, high = bootstrap_kappa(pred, truth, 5)
+    low, high = bootstrap_kappa(pred, truth)
     assert low < 0.8846 < high <= 1
-    assert bootstrap_kappa(pred, truth, 5) == (low, high)
+    assert bootstrap_kappa(pred, truth) == (low, high)
     constant = torch.zeros(8, dtype=torch.long)
-    assert bootstrap_kappa(constant, truth, 5) == (0, 0)
+    assert bootstrap_kappa(constant, truth) == (0, 0)
 
 
 def test_ordinal_logits_become_grades():
@@ -63,6 +67,46 @@ def test_scores_of_grades():
     assert scores["kappa_low"] == scores["kappa_high"] == pytest.approx(1)
     assert module.monitor == ("val/kappa", "max")
     assert {"targets", "decision", "classes", "pretrained", "drop_path"} <= set(module.hparams)
+
+
+def test_a_line_has_the_grades_that_are_scored():
+    module = classifier("ordinal", GRADES)
+    row = {"subject_id": "s", "patient_id": "p", "logits": [9.0, 9, -1, -9, -9], "target": [1.0, 1, 1, 0, 0]}
+    assert {name: module._line(row)[name] for name in ("pred", "target")} == {"pred": 1, "target": 2}
+    module._thresholds = torch.tensor([0.1, 0.2, 0.3, 9.0])
+    assert module._line(row)["pred"] == 3
+
+
+class Pixels(torch.nn.Module):
+    """An encoder whose only token is the image."""
+
+    num_features = 6
+
+    def forward_features(self, image):
+        return image.flatten(1)[:, None]
+
+
+def test_a_ridge_head_is_that_of_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(60, 1, 2, 3, generator=generator) * torch.arange(1, 4.0)
+    target = (images.mean((1, 2, 3))[:, None] > torch.tensor([-9.0, 0.0, 0.5])).float()
+    network = RidgeNetwork(Pixels(), 3)
+    penalty = network.fit(
+        [{"image": images[:32], "target": target[:32]}, {"image": images[32:], "target": target[32:]}]
+    )
+    features = images.flatten(1).double().numpy()
+    scaled = (features - features.mean(0)) / features.std(0)
+    expected = Ridge(penalty).fit(scaled, target.double().numpy()).predict(scaled)
+    assert network(images).sigmoid().numpy() == pytest.approx(expected.clip(0, 1), abs=1e-5)
+    assert penalty == RidgeCV(np.logspace(-1, 6, 29)).fit(scaled, target.numpy()).alpha_
+    with pytest.raises(UserError, match="no training image"):
+        network.fit([])
+
+
+def test_a_ridge_head_is_not_trained():
+    module = GradeClassifier(ridge=True, classes=GRADES, **SETTINGS)
+    with pytest.raises(UserError, match="leave fit out"):
+        module.on_fit_start()
 
 
 def test_exclusive_classes_are_scored_by_patient():
