@@ -62,6 +62,17 @@ def test_padded_keys_do_not_count_and_are_never_kept(rule):
     assert not nothing.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("rule", ["threshold", "rank"])
+def test_every_precision_is_sorted_as_it_is(dtype, rule):
+    scores = torch.randn(2, 3, 7, 11).to(dtype)
+    real = torch.arange(11).expand(2, 11) < torch.tensor([[11], [6]])
+    for mask in (None, real):
+        assert torch.equal(
+            mask_top_relations(scores, 0.5, mask, rule), mask_top_relations(scores.double(), 0.5, mask, rule)
+        )
+
+
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.75, 0.9])
 def test_equals_a_slow_reference_row_by_row(ratio):
     scores = torch.randn(2, 3, 7, 11).round(decimals=1)
