@@ -23,10 +23,9 @@ from sklearn.decomposition import PCA
 from common.errors import DataError
 from common.reporting import say
 from datamodules.genotypes import Genotypes, allele_frequencies, open_genotypes
+from datamodules.kinship import KINSHIP, kinship, read_kinship, unrelated
 from datamodules.manifest import read_table
 
-#: Relatives of the third degree and closer (Manichaikul et al. 2010).
-KINSHIP = 0.0884
 _CHUNK = 2048
 _MOST_PERSONS = 5000
 
@@ -44,41 +43,6 @@ def residuals(values: Array, covariates: Array) -> Array:
     basis, singular, _ = np.linalg.svd(design, full_matrices=False)
     basis = basis[:, singular > singular[0] * 1e-10]
     return values - basis @ (basis.T @ values)
-
-
-def kinship(counts: NDArray[np.float32]) -> Array:
-    """Estimate kinship from allele counts ``(P, V)`` as KING-robust does (Manichaikul et al. 2010, Eq. 11), ``(P, P)``.
-
-    Variants that one of two persons lacks do not count for them.
-    """
-    known = ~np.isnan(counts)
-    single, none, two = ((counts == value).astype(np.float32) for value in (1, 0, 2))
-    both, opposite = single @ single.T, none @ two.T + two @ none.T
-    own = single @ known.T.astype(np.float32)  # heterozygous calls of a row where the column's person is known
-    fewer = np.minimum(own, own.T)
-    more = np.maximum(own, own.T)
-    fewer = np.maximum(fewer, 1)
-    result = (both - 2 * opposite) / (2 * fewer) + 0.5 - (fewer + more) / (4 * fewer)
-    return result.astype(np.float64)
-
-
-def unrelated(pairs: Sequence[tuple[str, str]], persons: Sequence[str]) -> list[str]:
-    """Leave out relatives, whoever has most of them first, until no two are related; ties by name.
-
-    Args:
-        pairs: Pairs of relatives.
-        persons: Everyone, in an order that is kept.
-    """
-    relatives: dict[str, set[str]] = {name: set() for name in persons}
-    for one, other in pairs:
-        if one in relatives and other in relatives and one != other:
-            relatives[one].add(other)
-            relatives[other].add(one)
-    while any(relatives.values()):
-        worst = min(relatives, key=lambda name: (-len(relatives[name]), name))
-        for other in relatives.pop(worst):
-            relatives[other].discard(worst)
-    return [name for name in persons if name in relatives]
 
 
 class Tested(NamedTuple):
@@ -297,22 +261,6 @@ def _estimated_relatives(
     counts = genotypes.counts(np.array([place_of[name] for name in names], dtype=np.int64))
     close = np.argwhere(np.triu(kinship(counts) > KINSHIP, 1))
     return [(names[one], names[other]) for one, other in close]
-
-
-def read_kinship(path: Path, threshold: float = KINSHIP) -> list[tuple[str, str]]:
-    """Read the pairs above a kinship from a table of plink2 (``--make-king-table``) or KING.
-
-    Raises:
-        DataError: a column is missing.
-    """
-    table = pd.read_csv(path, sep=r"\s+", dtype=str)
-    table.columns = [name.lstrip("#").upper() for name in table.columns]
-    columns = [next((name for name in names if name in table.columns), None)
-               for names in (("IID1", "ID1"), ("IID2", "ID2"), ("KINSHIP", "PROPIBD"))]  # fmt: skip
-    if None in columns:
-        raise DataError(f"{path} needs the columns IID1, IID2 and KINSHIP; it has {', '.join(table.columns)}.")
-    close = table[pd.to_numeric(table[columns[2]], errors="coerce") > threshold]
-    return list(zip(close[columns[0]], close[columns[1]], strict=True))
 
 
 def manhattan_figure(table: pd.DataFrame, clumps: Sequence[Clump], line: float) -> Figure:

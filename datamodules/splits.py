@@ -307,6 +307,28 @@ def repaired_split(cases: Sequence[Member], listed: Mapping[str, Sequence[str]])
     return {name: split for name, split in kept.items() if split in listed[name]}
 
 
+def relatives_together(
+    cases: Sequence[Member], parts: Mapping[str, str], pairs: Sequence[tuple[str, str]]
+) -> dict[str, str]:
+    """Bring relatives, and theirs, into one split: test before val before train.
+
+    Args:
+        cases: The cases.
+        parts: Split of each case; patients are whole in it.
+        pairs: Patients who are related.
+    """
+    used = [case for case in cases if case.case_id in parts]
+    patients = sorted({case.patient_id for case in used})
+    known = set(patients)
+    related = [[one, other] for one, other in pairs if one in known and other in known]
+    family = dict(zip(patients, joined_groups([*([name] for name in patients), *related]), strict=False))
+    rank: dict[int, int] = {}
+    for case in used:
+        number = family[case.patient_id]
+        rank[number] = max(rank.get(number, 0), SPLITS.index(parts[case.case_id]))
+    return {case.case_id: SPLITS[rank[family[case.patient_id]]] for case in used}
+
+
 def write_split_file(path: Path, cases: Sequence[Member], parts: Mapping[str, str], by_patient: bool = False) -> None:
     """Write a split as CSV: case_id, patient_id, split; or patient_id, split."""
     path.parent.mkdir(parents=True, exist_ok=True)

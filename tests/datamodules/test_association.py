@@ -12,10 +12,8 @@ from datamodules.association import (
     clump,
     combined_p,
     inverse_normal,
-    kinship,
     linear_association,
     standardised,
-    unrelated,
 )
 from datamodules.genotypes import open_genotypes
 from datamodules.synthetic_fundus import People, write_bed
@@ -52,25 +50,6 @@ def test_linear_model_equals_a_whole_regression(genotypes, people):
             error = np.sqrt(rest @ rest / (400 - 5) * np.linalg.inv(design.T @ design)[0, 0])
             assert tested.beta[variant, component] == pytest.approx(beta[0], rel=1e-8)
             assert tested.p[variant, component] == pytest.approx(2 * stats.t.sf(abs(beta[0] / error), 395), rel=1e-6)
-
-
-def test_relatives_are_left_out_greedily():
-    pairs = [("a", "b"), ("a", "c"), ("a", "d"), ("e", "f"), ("x", "y")]
-    assert unrelated(pairs, list("abcdefg")) == ["b", "c", "d", "f", "g"]
-
-
-def test_kinship_of_a_copy_a_child_and_a_stranger():
-    rng = np.random.default_rng(1)
-    frequency = rng.uniform(0.2, 0.8, 4000)
-    draw = lambda: (rng.random(4000) < frequency).astype(np.float32)  # noqa: E731
-    mother = np.stack([draw(), draw()])
-    child = np.where(rng.random(4000) < 0.5, mother[0], mother[1]) + draw()
-    counts = np.stack([mother.sum(0), mother.sum(0), child, draw() + draw()])
-    counts[3, :50] = np.nan
-    found = kinship(counts.astype(np.float32))
-    assert found[0, 1] == pytest.approx(0.5, abs=1e-6)
-    assert found[0, 2] == pytest.approx(0.25, abs=0.03)
-    assert abs(found[0, 3]) < 0.04
 
 
 def test_clumps_by_hand():

@@ -11,6 +11,7 @@ from datamodules.splits import (
     joined_groups,
     nested_fraction,
     permuted_patients,
+    relatives_together,
     seeded_split,
     write_split_file,
 )
@@ -128,3 +129,12 @@ def test_fractions_are_nested_by_patient():
     assert len({name.split("-")[0] for name in kept[0]}) == 8
     with pytest.raises(DataError, match="label_fraction"):
         nested_fraction(MANY, 0, 3)
+
+
+def test_relatives_are_in_one_split():
+    some = cases("a-0", "a-1", "b-0", "c-0", "d-0", "e-0", "unused-0")
+    parts = {"a-0": "train", "a-1": "train", "b-0": "train", "c-0": "val", "d-0": "test", "e-0": "train"}
+    assert relatives_together(some, parts, []) == parts
+    chain = [("a", "b"), ("b", "c"), ("stranger", "e"), ("unused", "d"), ("unused", "e")]
+    assert relatives_together(some, parts, chain) == parts | {"a-0": "val", "a-1": "val", "b-0": "val"}
+    assert set(relatives_together(some, parts, [*chain, ("d", "a")]).values()) == {"test", "train"}
