@@ -38,7 +38,9 @@ def image_panel(subject: str, target: Tensor, hidden: Tensor, prediction: Tensor
     return Panel(subject, arrays[0], hidden.detach().cpu().numpy().astype(bool), arrays[1])
 
 
-def colour_panel(subject: str, target: Tensor, prediction: Tensor, hidden: Tensor | None = None) -> Panel:
+def colour_panel(
+    subject: str, target: Tensor, prediction: Tensor, hidden: Tensor | None = None, lesion: Tensor | None = None
+) -> Panel:
     """Show a colour image; where nothing was hidden, all of it is compared.
 
     Args:
@@ -46,12 +48,14 @@ def colour_panel(subject: str, target: Tensor, prediction: Tensor, hidden: Tenso
         target: ``(3, H, W)`` in [0, 1].
         prediction: ``(3, H, W)`` in [0, 1].
         hidden: bool ``(H, W)``; None = nothing was hidden.
+        lesion: bool ``(H, W)``, to be outlined; None = nothing.
     """
     truth, guess = (x.detach().float().cpu().permute(1, 2, 0).numpy() for x in (target, prediction))
+    outlined = None if lesion is None else lesion.detach().cpu().numpy().astype(bool)
     if hidden is None:
         nothing = np.zeros(truth.shape[:2], dtype=bool)
-        return Panel(subject, truth, nothing, guess, scored=~nothing)
-    return Panel(subject, truth, hidden.detach().cpu().numpy().astype(bool), guess)
+        return Panel(subject, truth, nothing, guess, scored=~nothing, lesion=outlined)
+    return Panel(subject, truth, hidden.detach().cpu().numpy().astype(bool), guess, lesion=outlined)
 
 
 def volume_panels(

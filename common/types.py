@@ -133,6 +133,7 @@ class ImageGenomeBatch(TypedDict, total=False):
         subject_id: one name per sample.
         patient_id: one name per sample.
         control_image: float ``(B, 3, H, W)``, the image of another person.
+        lesion: bool ``(B, H, W)``, where a lesion is, to be drawn; in validation, where the archive has such masks.
     """
 
     image: Tensor
@@ -144,6 +145,7 @@ class ImageGenomeBatch(TypedDict, total=False):
     subject_id: list[str]
     patient_id: list[str]
     control_image: Tensor
+    lesion: Tensor
 
 
 class LabelledBatch(TypedDict, total=False):
@@ -249,6 +251,7 @@ class Panel(NamedTuple):
         sides: what lies at the left and the right edge, such as the patient's right and left.
         filled: what the encoder saw, where hidden parts were replaced by something; None where they were left out.
         scored: bool ``(H, W)``, where prediction and input are compared; None = where hidden.
+        lesion: bool ``(H, W)``, what is outlined; None = nothing.
     """
 
     title: str
@@ -258,6 +261,7 @@ class Panel(NamedTuple):
     sides: tuple[str, str] = ("", "")
     filled: Any = None
     scored: Any = None
+    lesion: Any = None
 
 
 class InputSpec(NamedTuple):

@@ -1,12 +1,13 @@
 """Colour images of persons, alone or with their genetics, for pre-training: one data module for every layout."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from common.errors import DataError
@@ -18,12 +19,13 @@ from datamodules.base import FaultTolerantDataset, collate_samples
 from datamodules.genome import Genome, GenomeFiles, pair_persons, read_genome
 from datamodules.image_archive import ImageArchiveDataModule
 from datamodules.image_cache import BoxChoice, ImageCache, SourceImages
-from datamodules.image_crops import center_box, random_box
-from datamodules.images import CHANNELS, per_channel
+from datamodules.image_crops import center_box, cut_box, random_box
+from datamodules.images import CHANNELS, ImageError, per_channel
+from datamodules.kinship import read_kinship
 from datamodules.layouts import PICTURE_LAYOUTS, recognise
 from datamodules.loading import Draw
 from datamodules.pictures import Picture, PictureLayout
-from datamodules.splits import SPLITS, assign_splits
+from datamodules.splits import SPLITS, assign_splits, relatives_together
 
 #: Mean and standard deviation of ImageNet's channels.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -89,6 +91,31 @@ def cut_picture(
     return jittered(image, augmentation.jitter, generator) if any(augmentation.jitter) else image
 
 
+class Lesions(NamedTuple):
+    """Masks of lesions, for pictures alone: nothing learns from them.
+
+    Attributes:
+        files: The mask of an image, by the image's file.
+        reader: See :class:`datamodules.pictures.PictureLayout`.
+        shorter_side: Shorter side in pixels at which it reads.
+    """
+
+    files: Mapping[Path, Path]
+    reader: Callable[[Path, Path, int], NDArray[np.uint8]]
+    shorter_side: int
+
+    def read(self, image: Path, size: Sequence[int]) -> Tensor:
+        """Return where the lesion is in the central part of an image, bool ``size``; nowhere without a mask.
+
+        Raises:
+            ImageError: the mask cannot be read.
+        """
+        if image not in self.files:
+            return torch.zeros(tuple(size), dtype=torch.bool)
+        mask = self.reader(self.files[image], image, self.shorter_side)
+        return cut_box(255 * mask, center_box(mask.shape, size), size)[0] > 0.5
+
+
 class Sample(NamedTuple):
     """An image, or a person whose images take turns.
 
@@ -121,6 +148,7 @@ class ImageGenomeDataset(FaultTolerantDataset):
         mean: Of each channel, subtracted from pixels in [0, 1].
         std: What they are divided by then.
         controls: Other persons' samples, for the control of the collapse diagnostics; None leaves it out.
+        lesions: Masks to be drawn; None where the archive has none.
         anonymise: Whether subjects get pseudonyms.
     """
 
@@ -136,6 +164,7 @@ class ImageGenomeDataset(FaultTolerantDataset):
         mean: Sequence[float],
         std: Sequence[float],
         controls: Sequence[Sample] | None = None,
+        lesions: Lesions | None = None,
         anonymise: bool = False,
     ) -> None:
         super().__init__(seed)
@@ -143,6 +172,7 @@ class ImageGenomeDataset(FaultTolerantDataset):
         self.image_size, self.train, self.augmentation = tuple(image_size), train, augmentation
         self.mean, self.std = per_channel(mean), per_channel(std)
         self.controls = list(controls or ())
+        self.lesions = lesions
         self.anonymise = anonymise
 
     def __len__(self) -> int:
@@ -184,7 +214,19 @@ class ImageGenomeDataset(FaultTolerantDataset):
         if self.controls:
             control = self._control(sample, draw)
             result["control_image"] = torch.zeros_like(image) if control is None else control
+        if self.lesions is not None:
+            result["lesion"] = self._lesion(sample, faults)
         return result
+
+    def _lesion(self, sample: Sample, faults: list[Fault]) -> Tensor:
+        """Return where the sample's lesion is; a damaged mask is a fault and shows nothing."""
+        assert self.lesions is not None
+        path = sample.images[0]
+        try:
+            return self.lesions.read(path, self.image_size)
+        except ImageError as error:
+            faults.append(Fault(str(self.lesions.files[path]), error.kind, error.detail, sample.case_id))
+            return torch.zeros(self.image_size, dtype=torch.bool)
 
     def _image(self, sample: Sample, generator: np.random.Generator, faults: list[Fault]) -> Tensor | None:
         """Return one of the images, another where that one cannot be read; None, and faults, where none can."""
@@ -253,6 +295,8 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         num_workers: Loader processes per rank; also threads that build the cache.
         split_fractions: Shares of persons for train, val and test where neither file nor archive says.
         split_file: CSV with ``split`` and ``case_id`` or ``patient_id``.
+        kinship: Table of pairs of persons (ID1 or IID1, ID2 or IID2, KINSHIP): relatives of the third degree and closer
+            are then in one split, whatever else says, test before val before train.
         max_fault_fraction: Share of faulty samples at which training stops.
         anonymise: Whether subjects get pseudonyms in logs, pictures and fault files.
         seed: Seed of order and crops; None takes ``seed_everything``'s.
@@ -289,6 +333,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         num_workers: int = 0,
         split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
         split_file: str | None = None,
+        kinship: str | None = None,
         max_fault_fraction: float = 0.01,
         anonymise: bool = False,
         seed: int | None = None,
@@ -315,7 +360,9 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         self._files = GenomeFiles(genotypes, genotype_step or 1, scores, score_tables, burden, genome_build)
         self._step = genotype_step
         self._split = (split_fractions, split_seed, split_file)
+        self._kinship = kinship
         self._layout: PictureLayout | None = None
+        self._lesions: Lesions | None = None
         self.genome: Genome | None = None
 
     def index(self) -> PictureLayout:
@@ -329,10 +376,15 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         if self._layout is None:
             layout, pictures = recognise(self.root, self._layout_name, PICTURE_LAYOUTS)
             parts = assign_splits(pictures, *self._split)
+            if self._kinship is not None:
+                parts = self._without_relatives(pictures, parts)
             pictures = [picture for picture in pictures if picture.case_id in parts]
             split_of = {picture.patient_id: parts[picture.case_id] for picture in pictures}
             persons = self._join(layout, split_of) if self.genetics else {}
             samples = self._samples(pictures, persons)
+            if layout.read_lesion is not None:
+                masks = {picture.image: picture.lesion for picture in pictures if picture.lesion is not None}
+                self._lesions = Lesions(masks, layout.read_lesion, self._cache_side)
             self.splits = {
                 name: [sample for sample in samples if split_of[sample.patient_id] == name] for name in SPLITS
             }
@@ -341,6 +393,22 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
             self.store = self.make_store(layout.reader)
             self._layout = layout
         return self._layout
+
+    def _without_relatives(self, pictures: Sequence[Picture], parts: dict[str, str]) -> dict[str, str]:
+        """Move persons until nobody has a relative in another split.
+
+        Raises:
+            DataError: the table cannot be used, or nobody would be left to train on.
+        """
+        assert self._kinship is not None
+        together = relatives_together(pictures, parts, read_kinship(Path(self._kinship).expanduser()))
+        moved = {
+            picture.patient_id for picture in pictures if parts.get(picture.case_id) != together.get(picture.case_id)
+        }
+        say(f"kinship: {len(moved)} persons are in another split, with their relatives")
+        if "train" not in together.values():
+            raise DataError("Everyone is related to someone who is held out, so nobody is left to train on.")
+        return together
 
     def _join(self, layout: PictureLayout, split_of: dict[str, str]) -> dict[str, str]:
         """Read the genetics, and return whose belong to each patient.
@@ -466,6 +534,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
             self.mean,
             self.std,
             controls=self.splits["train"] if controls else None,
+            lesions=self._lesions if controls else None,
             anonymise=self.ledger.anonymise,
         )
 

@@ -193,6 +193,34 @@ def read_field_of_view(path: Path, shorter_side: int | None = None, threshold: i
         ImageError: as :func:`read_gray`; ``constant`` too where nothing is brighter than the threshold.
         UserError: as :func:`read_gray`.
     """
+    pixels, field = _field_of_view(path, shorter_side, threshold)
+    return _squared(pixels[field], shorter_side, Image.Resampling.BICUBIC)
+
+
+def cut_to_field_of_view(mask: NDArray[np.uint8], path: Path, shorter_side: int | None = None) -> NDArray[np.uint8]:
+    """Cut a mask as :func:`read_field_of_view` cuts its image.
+
+    Args:
+        mask: ``(H, W)`` on the grid of the image's file.
+        path: The image.
+        shorter_side: Side of the square in pixels; None keeps the file's resolution.
+
+    Returns:
+        ``(S, S)``.
+
+    Raises:
+        ImageError: as :func:`read_field_of_view`.
+    """
+    pixels, field = _field_of_view(path, shorter_side)
+    size = (pixels.shape[1], pixels.shape[0])
+    reduced = np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+    return _squared(reduced[field], shorter_side, Image.Resampling.NEAREST)
+
+
+def _field_of_view(
+    path: Path, shorter_side: int | None, threshold: int = 20
+) -> tuple[NDArray[np.uint8], tuple[slice, slice]]:
+    """Read a fundus image, and say which rows and columns of it the field of view takes up."""
     # Twice the side, so that what is left after the cut is no smaller than what is asked for.
     pixels = read_colour(path, None if shorter_side is None else 2 * shorter_side)
     bright = pixels.max(-1) > threshold
@@ -200,14 +228,17 @@ def read_field_of_view(path: Path, shorter_side: int | None = None, threshold: i
     rows, columns = (np.flatnonzero(bright.sum(axis) > max(bright.shape[axis] / 100, 2)) for axis in (1, 0))
     if not len(rows) or not len(columns):
         raise ImageError("constant", f"nothing is brighter than {threshold} of 255, so there is no field of view")
-    pixels = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return pixels, (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
+
+
+def _squared(pixels: NDArray[np.uint8], shorter_side: int | None, resampling: Image.Resampling) -> NDArray[np.uint8]:
+    """Pad ``(H, W)`` or ``(H, W, 3)`` with black to a square, and reduce that to a side."""
     side = max(pixels.shape[:2])
     above, left = (side - pixels.shape[0]) // 2, (side - pixels.shape[1]) // 2
-    square = np.zeros((side, side, 3), dtype=np.uint8)
+    square = np.zeros((side, side, *pixels.shape[2:]), dtype=np.uint8)
     square[above : above + pixels.shape[0], left : left + pixels.shape[1]] = pixels
     if shorter_side is not None and side > shorter_side:
-        resized = Image.fromarray(square).resize((shorter_side, shorter_side), Image.Resampling.BICUBIC)
-        square = np.array(resized)
+        square = np.array(Image.fromarray(square).resize((shorter_side, shorter_side), resampling))
     return square
 
 

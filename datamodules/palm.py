@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from common.errors import DataError
-from datamodules.images import COLOUR, FORMATS, FUNDUS, ImageError
+from datamodules.images import COLOUR, FORMATS, FUNDUS, ImageError, cut_to_field_of_view, read_header
 from datamodules.label_tables import files_under
 from datamodules.labels import LabelLayout, LabelledImage
 from datamodules.pictures import Picture, PictureLayout
@@ -107,15 +107,25 @@ def find_palm(root: Path) -> list[Picture]:
     if not any(palm_masks(root)["disc"]):
         return []
     images = palm_images(root)
+    lesions = palm_masks(root)["atrophy"]
     names = [path.stem.upper() for path in images]
     if len(set(names)) != len(names):
         raise DataError(f"{root} holds {next(name for name in names if names.count(name) > 1)} twice.")
     parts = {"V": "val", "T": "test"}
     held_out = any(name[0] in parts for name in names)
     return [
-        Picture(name, name, path, parts.get(name[0], "train") if held_out else None)
+        Picture(name, name, path, parts.get(name[0], "train") if held_out else None, lesions.get(name))
         for name, path in zip(names, images, strict=True)
     ]
+
+
+def read_atrophy(mask: Path, image: Path, shorter_side: int) -> NDArray[np.uint8]:
+    """Read a mask of atrophy, 1 inside, cut as its image is for pre-training.
+
+    Raises:
+        ImageError: it or its image cannot be read.
+    """
+    return cut_to_field_of_view(read_structure(mask, read_header(image)), image, shorter_side)
 
 
 PALM = PictureLayout(
@@ -123,4 +133,5 @@ PALM = PictureLayout(
     tree=PALMStructures.tree,
     find=find_palm,
     reader=FUNDUS,
+    read_lesion=read_atrophy,
 )

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from datamodules.genome import GenomeFiles, Kind
 from datamodules.images import ImageReader
 
@@ -17,12 +20,14 @@ class Picture(NamedTuple):
         patient_id: Splits are by this, and genetics are joined by it.
         image: The file.
         split: ``train``, ``val`` or ``test`` where the archive says so.
+        lesion: Mask of a lesion; None where there is none.
     """
 
     case_id: str
     patient_id: str
     image: Path
     split: str | None = None
+    lesion: Path | None = None
 
 
 def no_files(root: Path) -> GenomeFiles:
@@ -43,6 +48,8 @@ class PictureLayout:
         files: Where genetics lie in the tree.
         kinds: Further genetics that are no files of their own kind, such as omics in a table; None = there are none.
         prefer: A layout of higher preference wins where several recognise a root.
+        read_lesion: Reads the mask of a lesion, given its file, that of its image and the shorter side, as the image is
+            read; None = images of this layout have no such masks.
     """
 
     name: str
@@ -53,6 +60,7 @@ class PictureLayout:
     files: Callable[[Path], GenomeFiles] = no_files
     kinds: Callable[[Path], list[Kind]] | None = None
     prefer: int = 0
+    read_lesion: Callable[[Path, Path, int], NDArray[np.uint8]] | None = None
 
     def recognised(self, root: Path) -> list[Picture]:
         """List the images if the root is plainly of this layout."""

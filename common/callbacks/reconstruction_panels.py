@@ -9,6 +9,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
+from scipy.ndimage import binary_dilation
 
 from common.callbacks.validation import ValidationCallback
 from common.module import SSLModule
@@ -18,6 +19,7 @@ from common.types import Panel, Reconstruction
 _COLUMNS = ("input", "visible (hidden in blue)", "prediction", "prediction - input where scored")
 _FILLED_COLUMNS = ("target", "what the encoder saw, holes filled", *_COLUMNS[2:])
 _HIDDEN_COLOR = np.array([0.16, 0.30, 0.55])
+_LESION_COLOR = np.array([0.2, 1.0, 0.4])
 #: Pixels of one picture's longer side, and between pictures.
 _SIDE, _GAP = 224, 8
 
@@ -62,7 +64,15 @@ def _row(panel: Panel) -> tuple[list[Image], str]:
     ]
     error = float(np.abs(difference[scored]).mean()) if scored.any() else 0.0
     text = f"{panel.title}; grey {low:.2f} to {high:.2f}; blue -{limit:.2f}, red +{limit:.2f}; mean error {error:.3f}"
-    return [_enlarge(picture, _SIDE) for picture in pictures], text
+    pictures = [_enlarge(picture, _SIDE) for picture in pictures]
+    if panel.lesion is not None and panel.lesion.any():
+        inside = _enlarge(panel.lesion, _SIDE)
+        edge = binary_dilation(inside, iterations=2) & ~inside
+        pictures = [np.where(edge[..., None], _LESION_COLOR, picture) for picture in pictures]
+        compared = scored & panel.lesion
+        if compared.any():
+            text += f", in the lesion (outlined) {np.abs(difference[compared]).mean():.3f}"
+    return pictures, text
 
 
 def panel_figure(modality: str, rows: Sequence[Panel]) -> Figure:

@@ -269,4 +269,5 @@ class RelationPretrain(SSLModule):
             values = embed.in_channels * embed.patch_size[0] * embed.patch_size[1]
             hidden = embed.unpatchify(output.mask[one][..., None].float().expand(-1, -1, values))[0, 0] > 0.5
             pred = torch.where(hidden, pred, self.unit(image)[0])
-        return {"image": colour_panel(batch["subject_id"][index], self.unit(image)[0], pred, hidden)}
+        lesion = batch["lesion"][index] if "lesion" in batch else None
+        return {"image": colour_panel(batch["subject_id"][index], self.unit(image)[0], pred, hidden, lesion)}

@@ -6,9 +6,11 @@ from PIL import Image
 
 from common.errors import DataError
 from datamodules.fundus_labels import APTOS2019, EyePACS2015, IDRiD, RFMiD, ordinal_targets
+from datamodules.image_genome import ImageGenomeDataModule
 from datamodules.images import ImageError, read_field_of_view
 from datamodules.layouts import PICTURE_LAYOUTS, recognise
-from datamodules.palm import find_palm, palm_masks, read_structure
+from datamodules.loading import Draw
+from datamodules.palm import PALM, find_palm, palm_masks, read_structure
 from datamodules.synthetic import synthesize
 from datamodules.synthetic_fundus import write_aptos, write_idrid, write_palm, write_rfmid, write_tcga, write_ukb
 from datamodules.tcga import TCGAGrade, read_omics
@@ -172,3 +174,54 @@ def test_real_archives(real_data):
     assert len(labelled) == 1920
     assert sum(item.image.is_file() for item in labelled) == 3
     assert len(recognise(real_data("rfmid"), "auto", PICTURE_LAYOUTS)[1]) == 3
+
+
+def test_a_lesion_is_cut_as_its_image(tmp_path):
+    """The field of view is off the centre, so that a mask that were only resized would lie elsewhere."""
+    write_palm(tmp_path, 2, 0, **SIZE)
+    for path in tmp_path.rglob("*.*"):
+        image = Image.open(path)
+        moved = Image.new(image.mode, (image.width + 90, image.height + 30), 255 if path.suffix == ".bmp" else 0)
+        moved.paste(image, (70, 20))
+        moved.save(path)
+    data = ImageGenomeDataModule(str(tmp_path), "palm", image_size=(40, 40), cache_side=48, batch_size=4,
+                                 split_fractions=(0.5, 0.5, 0.0))  # fmt: skip
+    data.prepare_data()
+    data.setup("fit")
+    (batch,) = list(data.val_dataloader())
+    ill = [name[0] == "P" for name in batch["subject_id"]]
+    assert batch["lesion"].shape == (len(ill), 40, 40)
+    assert batch["lesion"].any((1, 2)).tolist() == ill
+    assert any(ill)
+    picture = next(picture for picture in find_palm(tmp_path) if picture.lesion)
+    image = PALM.reader.read(picture.image, 48)
+    mask = PALM.read_lesion(picture.lesion, picture.image, 48)
+    assert mask.shape == image.shape[:2]
+    # Atrophy is drawn pale.
+    gray = image.mean(-1)
+    eye = gray > 20
+    assert gray[mask == 1].mean() > gray[eye & (mask == 0)].mean() + 20
+    assert "lesion" not in next(iter(data.train_dataloader()))
+    picture.lesion.write_bytes(b"no image")
+    dataset = data.val_dataloader().dataset
+    dataset.samples = [s for s in data.all_cases() if s.case_id == picture.case_id]
+    sample = dataset.read(Draw(0, 0, 0))
+    assert not sample["lesion"].any()
+    assert [fault.kind for fault in sample["faults"]] == ["unreadable"]
+
+
+def test_relatives_are_not_on_both_sides(tmp_path):
+    write_ukb(tmp_path, 5, seed=0, **SIZE)
+    plain = ImageGenomeDataModule(str(tmp_path), genetics=False)
+    plain.index()
+    part = {sample.patient_id: name for name, samples in plain.splits.items() for sample in samples}
+    one, other = (next(eid for eid, name in part.items() if name == split) for split in ("train", "test"))
+    (tmp_path / "rel.dat").write_text(f"ID1 ID2 HetHet IBS0 Kinship\n{one} {other} 0.1 0.01 0.25\n")
+    data = ImageGenomeDataModule(str(tmp_path), genetics=False, kinship=str(tmp_path / "rel.dat"))
+    data.index()
+    moved = {sample.patient_id: name for name, samples in data.splits.items() for sample in samples}
+    assert moved == part | {one: "test"}
+    everyone = "".join(f"{eid} {other} 0.1 0.01 0.25\n" for eid in part)
+    (tmp_path / "rel.dat").write_text(f"ID1 ID2 HetHet IBS0 Kinship\n{everyone}")
+    with pytest.raises(DataError, match="nobody is left"):
+        ImageGenomeDataModule(str(tmp_path), genetics=False, kinship=str(tmp_path / "rel.dat")).index()

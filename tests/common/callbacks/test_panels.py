@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from common.callbacks.reconstruction_panels import panel_figure
+from common.callbacks.reconstruction_panels import _row, panel_figure
 from common.panels import axial, fullest_slice, volume_panels
 from common.types import Panel
 
@@ -42,3 +42,17 @@ def test_a_mosaic_has_a_row_per_sample_and_names_its_columns():
     assert words.count("R") == words.count("L") == 3
     assert len([w for w in words if not w.startswith("case") and w not in "RL"]) == 4
     figure.canvas.draw()
+
+
+def test_a_lesion_is_outlined_and_its_error_said():
+    lesion = np.zeros((32, 32), dtype=bool)
+    lesion[8:16, 8:16] = True
+    truth = np.full((32, 32, 3), 0.5)
+    guess = np.where(lesion[..., None], 0.75, truth)
+    row = Panel("eye", truth, np.zeros_like(lesion), guess, scored=np.ones_like(lesion), lesion=lesion)
+    (image, *_), text = _row(row)
+    assert text.endswith("mean error 0.016, in the lesion (outlined) 0.250")
+    colour = np.any(image != 0.5, axis=-1)
+    assert colour[8 * 7 - 1, 8 * 7 : 16 * 7].all()
+    assert not colour[8 * 7 : 16 * 7, 8 * 7 : 16 * 7].any()
+    assert "outlined" not in _row(row._replace(lesion=np.zeros_like(lesion)))[1]
