@@ -17,6 +17,7 @@ from common.reporting import log_figure
 from common.types import Panel, Reconstruction
 
 _COLUMNS = ("input", "visible (hidden in blue)", "prediction", "prediction - input where scored")
+_WHOLE_COLUMNS = ("input", "visible (nothing is hidden)", *_COLUMNS[2:])
 _FILLED_COLUMNS = ("target", "what the encoder saw, holes filled", *_COLUMNS[2:])
 _HIDDEN_COLOR = np.array([0.16, 0.30, 0.55])
 _LESION_COLOR = np.array([0.2, 1.0, 0.4])
@@ -63,7 +64,8 @@ def _row(panel: Panel) -> tuple[list[Image], str]:
         colormaps["RdBu_r"](np.clip(difference / limit, -1, 1) / 2 + 0.5)[..., :3],
     ]
     error = float(np.abs(difference[scored]).mean()) if scored.any() else 0.0
-    text = f"{panel.title}; grey {low:.2f} to {high:.2f}; blue -{limit:.2f}, red +{limit:.2f}; mean error {error:.3f}"
+    window = f"grey {low:.2f} to {high:.2f}; " if panel.input.ndim == 2 else ""
+    text = f"{panel.title}; {window}blue -{limit:.2f}, red +{limit:.2f}; mean error {error:.3f}"
     pictures = [_enlarge(picture, _SIDE) for picture in pictures]
     if panel.lesion is not None and panel.lesion.any():
         inside = _enlarge(panel.lesion, _SIDE)
@@ -89,7 +91,8 @@ def panel_figure(modality: str, rows: Sequence[Panel]) -> Figure:
     axes = figure.add_axes((0, 0, 1, mosaic.shape[0] / (mosaic.shape[0] + top)))
     axes.imshow(mosaic, interpolation="nearest")
     axes.set_axis_off()
-    for x, title in enumerate(_COLUMNS if rows[0].filled is None else _FILLED_COLUMNS):
+    columns = _COLUMNS if any(panel.hidden.any() for panel in rows) else _WHOLE_COLUMNS
+    for x, title in enumerate(columns if rows[0].filled is None else _FILLED_COLUMNS):
         axes.text(x * step_x + width / 2, -4, title, ha="center", va="bottom", fontsize=8)
     for y, (_, text) in enumerate(drawn):
         axes.text(2, y * step_y + height + _GAP, text, ha="left", va="center", fontsize=7)

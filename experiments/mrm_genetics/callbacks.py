@@ -265,13 +265,22 @@ class AttentionMaps(ValidationCallback):
 
 
 def attention_figure(rows: list[tuple[str, Tensor, Tensor, Tensor]]) -> Figure:
-    """Draw a row an image: itself, the attention before masking, and what is kept of it, on one scale."""
-    figure = Figure(figsize=(7.5, 2.4 * len(rows)), layout="constrained")
+    """Draw a row an image: itself, and over it the attention before masking and what is kept of it, on one scale."""
+    figure = Figure(figsize=(7.5, 2.4 * len(rows) + 0.4), layout="constrained")
+    figure.suptitle("attention to each patch, first block, mean of heads; bright = much, dark = none", fontsize=10)
     axes = figure.subplots(len(rows), 3, squeeze=False)
     for row, (name, image, before, after) in enumerate(rows):
         top = float(before.max())
-        for column, (title, picture) in enumerate((("image", image), ("before masking", before), ("kept", after))):
-            style = {} if column == 0 else {"vmin": 0, "vmax": top, "cmap": "magma"}
-            axes[row, column].imshow(picture.float().numpy(), interpolation="nearest", **style)
-            axes[row, column].set(title=f"{name}: {title}" if column == 0 else title, xticks=[], yticks=[])
+        height, width = image.shape[:2]
+        for column, (title, weights) in enumerate(
+            ((f"{name}: image", None), ("before masking", before), ("kept", after))
+        ):
+            cell = axes[row, column]
+            pixels = image if weights is None else image.mean(-1)
+            cell.imshow(pixels.float().numpy(), vmin=0, vmax=1, cmap="gray", interpolation="nearest")
+            if weights is not None:
+                edges = (-0.5, width - 0.5, height - 0.5, -0.5)
+                style = {"vmin": 0, "vmax": top, "cmap": "magma", "alpha": 0.6, "interpolation": "nearest"}
+                cell.imshow(weights.float().numpy(), extent=edges, **style)
+            cell.set(title=title, xticks=[], yticks=[])
     return figure

@@ -184,7 +184,7 @@ def test_a_lesion_is_cut_as_its_image(tmp_path):
         moved = Image.new(image.mode, (image.width + 90, image.height + 30), 255 if path.suffix == ".bmp" else 0)
         moved.paste(image, (70, 20))
         moved.save(path)
-    data = ImageGenomeDataModule(str(tmp_path), "palm", image_size=(40, 40), cache_side=48, batch_size=4,
+    data = ImageGenomeDataModule(str(tmp_path), "palm", image_size=(40, 40), cache_side=48, batch_size=2,
                                  split_fractions=(0.5, 0.5, 0.0))  # fmt: skip
     data.prepare_data()
     data.setup("fit")

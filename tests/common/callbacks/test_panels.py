@@ -44,6 +44,14 @@ def test_a_mosaic_has_a_row_per_sample_and_names_its_columns():
     figure.canvas.draw()
 
 
+def test_nothing_hidden_is_said():
+    picture = np.full((32, 32, 3), 0.5)
+    figure = panel_figure("image", [Panel("eye", picture, np.zeros((32, 32), dtype=bool), picture)])
+    words = [text.get_text() for text in figure.axes[0].texts]
+    assert "visible (nothing is hidden)" in words
+    assert not any("grey" in word for word in words)
+
+
 def test_a_lesion_is_outlined_and_its_error_said():
     lesion = np.zeros((32, 32), dtype=bool)
     lesion[8:16, 8:16] = True
