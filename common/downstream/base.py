@@ -1,6 +1,8 @@
 """What every fine-tuned module shares: its encoder, its optimiser, and one row a case, gathered over ranks."""
 
 import json
+import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from common.distributed import gather_objects
 from common.downstream.encoder import EncoderFactory, encoder_architecture, make_encoder
 from common.module import BuiltFromData
 from common.optim import Schedule, WarmupCosine, param_groups
-from common.reporting import write_rows
+from common.reporting import log_scalars, say, write_rows
 from common.types import InputSpec
 
 
@@ -21,7 +23,8 @@ class FineTuning(BuiltFromData):
     """A downstream task on a pre-trained encoder.
 
     Subclasses call ``save_hyperparameters()``, make their network from :meth:`build_encoder` in ``build_network``, add
-    one row a case to ``self.rows`` while they validate or test, and read them back with :meth:`take_rows`.
+    one row a case to ``self.rows`` while they validate or test, and read them back with :meth:`take_rows`. Most are
+    :class:`ScoredTask`, which does the latter.
 
     Args:
         pretrained: Run folder, checkpoint or export whose encoder to start from; None trains from scratch.
@@ -75,3 +78,62 @@ class FineTuning(BuiltFromData):
         optimizer = self._make_optimizer(param_groups(self, self._layer_decay))
         schedule = self._make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class ScoredTask(FineTuning):
+    """A task whose cases are scored one by one when validated and tested: subclasses say how.
+
+    Validation logs every metric as ``val/<name>``; testing as ``test/<name>``, and writes ``metrics.json`` and
+    ``per_case.csv``. The arguments are those of :class:`FineTuning`.
+    """
+
+    #: What the best checkpoint is chosen by, and whether its ``"max"`` or ``"min"`` is best.
+    monitor: tuple[str, str]
+    #: What the cases are called.
+    noun = "cases"
+
+    @abstractmethod
+    def score(self, batch: Any) -> list[dict[str, Any]]:
+        """Return one row a case, with ``subject_id`` and ``patient_id``."""
+
+    @abstractmethod
+    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Return the metrics over the rows of all ranks, ``loss`` among them; NaN where one has no value."""
+
+    def test_metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Return what is computed of test rows alone."""
+        return {}
+
+    def line(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a row as ``per_case.csv`` has it; lists are left out."""
+        return {name: value for name, value in row.items() if not isinstance(value, list)}
+
+    def verdict(self, metrics: Mapping[str, float]) -> str:
+        """Return the result of a test in words."""
+        return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if math.isfinite(value))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Score a batch (Lightning hook)."""
+        rows = self.score(batch)
+        self.rows += rows
+        return {"rows": rows}
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Score a batch (Lightning hook)."""
+        self.rows += self.score(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics over the cases of all ranks (Lightning hook)."""
+        if rows := self.take_rows():
+            metrics = {f"val/{name}": value for name, value in self.metrics(rows).items()}
+            log_scalars(self, metrics, prog_bar=(self.monitor[0],))
+
+    def on_test_epoch_end(self) -> None:
+        """Write ``metrics.json`` and ``per_case.csv``, and say the result (Lightning hook)."""
+        rows = self.take_rows()
+        metrics = self.metrics(rows) | self.test_metrics(rows)
+        if self.trainer.is_global_zero:
+            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            self.write_scores([self.line(row) for row in rows], {"n": len(rows), **finite})
+            say(f"test: {len(rows)} {self.noun}, {self.verdict(metrics)}")
+        log_scalars(self, {f"test/{name}": value for name, value in metrics.items()})

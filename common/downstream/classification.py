@@ -17,11 +17,11 @@ from torchmetrics.functional.classification import binary_auroc
 
 from common.blocks.vit import VisionTransformer
 from common.distributed import all_reduce_sum
-from common.downstream.base import FineTuning
+from common.downstream.base import ScoredTask
 from common.downstream.encoder import EncoderFactory, mean_features
 from common.errors import UserError
 from common.optim import Schedule
-from common.reporting import is_dry_run, log_scalars, say, write_rows
+from common.reporting import is_dry_run, say, write_rows
 from common.types import InputSpec
 
 
@@ -99,7 +99,7 @@ def macro_auroc(probabilities: Tensor, labels: Tensor) -> tuple[float, int]:
     return (sum(scored) / len(scored) if scored else math.nan), len(areas) - len(scored)
 
 
-class ImageClassifier(FineTuning):
+class ImageClassifier(ScoredTask):
     """Fine-tunes all weights on labelled images.
 
     Validation logs ``val/auroc``, the mean over the classes that have both values, ``val/auroc_<class>``,
@@ -120,6 +120,7 @@ class ImageClassifier(FineTuning):
     """
 
     monitor = ("val/auroc", "max")
+    noun = "images"
 
     def __init__(
         self,
@@ -152,7 +153,7 @@ class ImageClassifier(FineTuning):
         """Names of the classes, in the order of the logits."""
         return list(self.hparams["classes"])
 
-    def build_network(self, spec: InputSpec) -> ClassifierNetwork:
+    def build_network(self, spec: InputSpec) -> nn.Module:
         """Make encoder and head.
 
         Raises:
@@ -175,17 +176,17 @@ class ImageClassifier(FineTuning):
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
         return loss
 
-    def _collect(self, batch: Any) -> None:
-        """Keep logits, targets and names of a batch."""
+    def score(self, batch: Any) -> list[dict[str, Any]]:
+        """Return names, logits and targets (NaN = unknown) of a batch."""
         logits = self(batch["image"]).float().cpu()
         columns = (batch["subject_id"], batch["patient_id"], logits, batch["target"].cpu(), batch["target_mask"].cpu())
-        for subject, patient, row, target, known in zip(*columns, strict=True):
-            self.rows.append(
-                {"subject_id": subject, "patient_id": patient, "logits": row.tolist(),
-                 "target": target.where(known, math.nan).tolist()}
-            )  # fmt: skip
+        return [
+            {"subject_id": subject, "patient_id": patient, "logits": row.tolist(),
+             "target": target.where(known, math.nan).tolist()}
+            for subject, patient, row, target, known in zip(*columns, strict=True)
+        ]  # fmt: skip
 
-    def _scores(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Return loss and AUROC over collected rows; the mean is NaN where no class has both values."""
         logits = torch.tensor([row["logits"] for row in rows])
         target = torch.tensor([row["target"] for row in rows])
@@ -199,34 +200,14 @@ class ImageClassifier(FineTuning):
         scores["classes_left_out"] = float(len(by_class) - len(scored))
         return scores | ({f"auroc_{name}": value for name, value in scored.items()} if len(by_class) > 1 else {})
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Collect a batch (Lightning hook)."""
-        self._collect(batch)
+    def verdict(self, metrics: Mapping[str, float]) -> str:
+        """Return the AUROC in words."""
+        scored = len(self.classes) - int(metrics["classes_left_out"])
+        return (
+            f"mean AUROC {metrics['auroc']:.3f} over {scored} of {len(self.classes)} classes (those with both values)"
+        )
 
-    def on_validation_epoch_end(self) -> None:
-        """Log loss and AUROC over the images of all ranks (Lightning hook)."""
-        rows = self.take_rows()
-        if rows:
-            scores = {f"val/{name}": value for name, value in self._scores(rows).items()}
-            log_scalars(self, scores, prog_bar=("val/auroc",))
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Collect a batch (Lightning hook)."""
-        self._collect(batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Write ``metrics.json`` and ``per_case.csv``, and say the result (Lightning hook)."""
-        rows = self.take_rows()
-        scores = self._scores(rows)
-        if self.trainer.is_global_zero:
-            finite = {name: value for name, value in scores.items() if math.isfinite(value)}
-            self.write_scores([self._line(row) for row in rows], {"n": len(rows), **finite})
-            left_out = int(scores["classes_left_out"])
-            over = f"{len(self.classes) - left_out} of {len(self.classes)} classes (those with both values)"
-            say(f"test: {len(rows)} images, mean AUROC {scores['auroc']:.3f} over {over}")
-        log_scalars(self, {f"test/{name}": value for name, value in scores.items()})
-
-    def _line(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def line(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Return one line of the table: names, then score and target (empty = unknown) of each class."""
         line = {"subject_id": row["subject_id"], "patient_id": row["patient_id"]}
         scores = torch.tensor(row["logits"]).sigmoid().tolist()

@@ -17,7 +17,6 @@ from torchmetrics.functional.classification import binary_average_precision, mul
 
 from common.distributed import all_reduce_sum
 from common.downstream.classification import (
-    ClassifierNetwork,
     ImageClassifier,
     auroc_by_class,
     macro_auroc,
@@ -66,6 +65,11 @@ def bootstrap_kappa(pred: Tensor, grades: Tensor) -> tuple[float, float]:
     """Return the central 95 % of kappa under resampling of cases; draws that have none are left out."""
     counts = resampled_counts(range(len(pred)))
     return central_interval(weighted_quadratic_kappa(pred.numpy(), grades.numpy(), counts))
+
+
+def _graded(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Keep the rows whose target is known."""
+    return [row for row in rows if not any(math.isnan(value) for value in row["target"])]
 
 
 class RidgeNetwork(nn.Module):
@@ -139,7 +143,7 @@ class GradeClassifier(ImageClassifier):
         if targets == "exclusive":
             self.monitor = ("val/auroc", "max")
 
-    def build_network(self, spec: InputSpec) -> ClassifierNetwork | RidgeNetwork:
+    def build_network(self, spec: InputSpec) -> nn.Module:
         """Make encoder and head."""
         return RidgeNetwork(self.build_encoder(spec), len(spec.classes)) if self._ridge else super().build_network(spec)
 
@@ -192,32 +196,44 @@ class GradeClassifier(ImageClassifier):
             return decode_ordinal(logits), grades
         return apply_thresholds(severity(logits), self._thresholds), grades
 
-    def _line(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def line(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Return one line of the table; ordinal ones have the grades ``pred`` and ``target`` as well."""
-        line = super()._line(row)
-        if self.targets == "ordinal":
+        line = super().line(row)
+        if self.targets == "ordinal" and _graded([row]):
             pred, grade = self._grades([row])
             line |= {"pred": int(pred), "target": int(grade)}
         return line
 
-    def _scores(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Return the scores of collected rows."""
+    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Return the metrics over collected rows; images without a grade are left out."""
         if self.targets == "exclusive":
-            return self._exclusive_scores(rows)
-        scores = super()._scores(rows)
-        pred, grades = self._grades(rows)
+            return self._exclusive_metrics(rows)
+        metrics, graded = super().metrics(rows), _graded(rows)
+        if not graded:
+            return metrics | {"kappa": math.nan, "accuracy": math.nan}
+        pred, grades = self._grades(graded)
         kappa = quadratic_kappa(pred, grades, len(self.classes))
-        scores |= {"kappa": kappa, "accuracy": float((pred == grades).float().mean())}
-        if self.trainer.testing:
-            scores["kappa_low"], scores["kappa_high"] = bootstrap_kappa(pred, grades)
-        return scores
+        return metrics | {"kappa": kappa, "accuracy": float((pred == grades).float().mean())}
 
-    def _exclusive_scores(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    def test_metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Return the interval of kappa under resampling of images."""
+        graded = _graded(rows)
+        if self.targets == "exclusive" or not graded:
+            return {}
+        low, high = bootstrap_kappa(*self._grades(graded))
+        return {"kappa_low": low, "kappa_high": high}
+
+    def verdict(self, metrics: Mapping[str, float]) -> str:
+        """Return kappa, or else the AUROC, in words."""
+        if self.targets == "exclusive":
+            return super().verdict(metrics)
+        return f"quadratic kappa {metrics['kappa']:.3f}, accuracy {metrics['accuracy']:.3f}"
+
+    def _exclusive_metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Average a patient's images, and score patients."""
         patients: dict[str, list[Mapping[str, Any]]] = {}
-        for row in rows:
-            if not any(math.isnan(value) for value in row["target"]):
-                patients.setdefault(row["patient_id"], []).append(row)
+        for row in _graded(rows):
+            patients.setdefault(row["patient_id"], []).append(row)
         if not patients:
             return {"loss": math.nan, "auroc": math.nan, "classes_left_out": float(len(self.classes))}
         parts = [torch.tensor([row["logits"] for row in own]).softmax(1).mean(0) for own in patients.values()]

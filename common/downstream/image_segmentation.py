@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from common.blocks.upernet import UPerNet
 from common.blocks.vit import VisionTransformer
-from common.downstream.base import FineTuning
+from common.downstream.base import ScoredTask
 from common.downstream.encoder import EncoderFactory
 from common.errors import UserError
 from common.losses.focal_dice import FocalDice
 from common.metrics import region_dice
 from common.optim import Schedule, WarmupLinear
-from common.reporting import log_scalars, say
 from common.types import InputSpec
 
 NetworkFactory = Callable[[VisionTransformer, int], nn.Module]
@@ -60,7 +59,7 @@ def dice_scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return scores | {"loss": math.fsum(row["loss"] for row in rows) / len(rows)}
 
 
-class ImageSegmentation(FineTuning):
+class ImageSegmentation(ScoredTask):
     """Fine-tunes all weights on images with masks, a softmax over background and region.
 
     Validation logs ``val/dice`` (per image; 1 where neither prediction nor truth has a region, 0 where one has),
@@ -86,6 +85,7 @@ class ImageSegmentation(FineTuning):
     """
 
     monitor = ("val/dice", "max")
+    noun = "images"
 
     def __init__(
         self,
@@ -143,14 +143,14 @@ class ImageSegmentation(FineTuning):
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
         return loss
 
-    def _score(self, batch: Any) -> None:
-        """Score the images of a batch."""
-        logits = self(batch["image"])
+    def score(self, batch: Any) -> list[dict[str, Any]]:
+        """Return Dice and loss of each image of a batch."""
+        logits, rows = self(batch["image"]), []
         for index, mask in enumerate(batch["region"]):
             truth = torch.as_tensor(mask, device=logits.device) > 0
             pred = on_source_grid(logits[index], batch["size"][index], truth.shape)
             one = slice(index, index + 1)
-            self.rows.append(
+            rows.append(
                 {
                     "subject_id": batch["subject_id"][index],
                     "patient_id": batch["patient_id"][index],
@@ -160,33 +160,23 @@ class ImageSegmentation(FineTuning):
                     "predicted_pixels": int(pred.sum()),
                 }
             )
+        return rows
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Score a batch (Lightning hook)."""
-        self._score(batch)
+    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Average over images; see :func:`dice_scores`."""
+        return dice_scores(rows)
 
-    def on_validation_epoch_end(self) -> None:
-        """Log Dice and loss over the images of all ranks (Lightning hook)."""
-        rows = self.take_rows()
-        if rows:
-            scores = {f"val/{name}": value for name, value in dice_scores(rows).items()}
-            log_scalars(self, scores, prog_bar=("val/dice",))
+    def test_metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Return how many images have a region."""
+        return {"positive": float(sum(row["reference_pixels"] > 0 for row in rows))}
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Score a batch (Lightning hook)."""
-        self._score(batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Write ``metrics.json`` and ``per_case.csv``, and say the result (Lightning hook)."""
-        rows = self.take_rows()
-        scores = dice_scores(rows)
-        if self.trainer.is_global_zero:
-            positive = sum(row["reference_pixels"] > 0 for row in rows)
-            self.write_scores(rows, {"n": len(rows), "positive": positive, **scores})
-            among = f", {100 * scores['dice_positive']:.2f} % in the {positive} with a region" if positive else ""
-            say(f"test: {len(rows)} images, Dice {100 * scores['dice']:.2f} %{among}; "
-                f"finding nothing would score {100 * scores['dice_all_empty']:.2f} %")  # fmt: skip
-        log_scalars(self, {f"test/{name}": value for name, value in scores.items()})
+    def verdict(self, metrics: Mapping[str, float]) -> str:
+        """Return the Dice in words, beside what finding nothing would score."""
+        among = ""
+        if "dice_positive" in metrics:
+            among = f", {100 * metrics['dice_positive']:.2f} % in the {metrics['positive']:.0f} with a region"
+        return (f"Dice {100 * metrics['dice']:.2f} %{among}; "
+                f"finding nothing would score {100 * metrics['dice_all_empty']:.2f} %")  # fmt: skip
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         """Return each image's region as uint8 ``(X, Y)`` on the CPU (Lightning hook)."""

@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.distributed import all_reduce_sum
-from common.downstream.classification import ClassifierNetwork, ImageClassifier
-from common.reporting import log_scalars, say
+from common.downstream.classification import ImageClassifier
 from common.types import InputSpec
 
 
@@ -39,7 +38,7 @@ class ImageRegression(ImageClassifier):
 
     monitor = ("val/mse", "min")
 
-    def build_network(self, spec: InputSpec) -> ClassifierNetwork:
+    def build_network(self, spec: InputSpec) -> nn.Module:
         """Make encoder and head; mean and spread of the measurements are among the weights."""
         network = super().build_network(spec)
         network.register_buffer("target_mean", torch.zeros(len(spec.classes)))
@@ -67,7 +66,7 @@ class ImageRegression(ImageClassifier):
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
         return loss
 
-    def _scores(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Return the mean squared errors of collected rows; measurements that nobody has are left out."""
         pred = torch.tensor([row["logits"] for row in rows])
         target = torch.tensor([row["target"] for row in rows])
@@ -81,24 +80,11 @@ class ImageRegression(ImageClassifier):
         total = sum(by_name.values()) if by_name else math.nan
         return {"loss": total, "mse": total} | {f"mse_{name}": value for name, value in by_name.items()}
 
-    def on_validation_epoch_end(self) -> None:
-        """Log errors over the images of all ranks (Lightning hook)."""
-        rows = self.take_rows()
-        if rows:
-            scores = {f"val/{name}": value for name, value in self._scores(rows).items()}
-            log_scalars(self, scores, prog_bar=("val/mse",))
+    def verdict(self, metrics: Mapping[str, float]) -> str:
+        """Return the error in words."""
+        return f"sum of squared errors {metrics['mse']:.3f}; predicting the mean would score {len(self.classes)}"
 
-    def on_test_epoch_end(self) -> None:
-        """Write ``metrics.json`` and ``per_case.csv``, and say the result (Lightning hook)."""
-        rows = self.take_rows()
-        scores = self._scores(rows)
-        if self.trainer.is_global_zero:
-            self.write_scores([self._line(row) for row in rows], {"n": len(rows), **scores})
-            say(f"test: {len(rows)} images, sum of squared errors {scores['mse']:.3f}; "
-                f"predicting the mean would score {len(self.classes)}")  # fmt: skip
-        log_scalars(self, {f"test/{name}": value for name, value in scores.items()})
-
-    def _line(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def line(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Return one line of the table: names, then prediction and target (empty = unknown) of each measurement."""
         line = {"subject_id": row["subject_id"], "patient_id": row["patient_id"]}
         mean, std = self.network.target_mean.cpu(), self.network.target_std.cpu()

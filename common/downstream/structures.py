@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from common.blocks.unetr import UNETR
 from common.blocks.vit import VisionTransformer
 from common.distributed import all_reduce_sum
-from common.downstream.base import FineTuning
+from common.downstream.base import ScoredTask
 from common.downstream.encoder import EncoderFactory
 from common.errors import UserError
 from common.metrics import region_dice
 from common.optim import Schedule
-from common.reporting import log_scalars, say
 from common.types import InputSpec
 
 NetworkFactory = Callable[[VisionTransformer, int], nn.Module]
@@ -51,7 +50,7 @@ def dice_and_cross_entropy(
         return value / count
 
 
-class StructureSegmentation(FineTuning):
+class StructureSegmentation(ScoredTask):
     """Fine-tunes all weights on images with masks of structures, a sigmoid each.
 
     Validation logs ``val/dice_<structure>`` (per image; 1 where neither prediction nor truth has it, 0 where one has),
@@ -74,6 +73,7 @@ class StructureSegmentation(FineTuning):
     """
 
     monitor = ("val/dice", "max")
+    noun = "images"
 
     def __init__(
         self,
@@ -134,9 +134,9 @@ class StructureSegmentation(FineTuning):
         """Return where the structures are on the grid of a file, bool ``(R, X, Y)``, from ``(R, H, W)``."""
         return F.interpolate(logits[None].float(), size=tuple(shape), mode="bilinear")[0] > 0
 
-    def _score(self, batch: Any) -> None:
-        """Score the images of a batch."""
-        logits = self(batch["image"])
+    def score(self, batch: Any) -> list[dict[str, Any]]:
+        """Return Dice and loss of each image of a batch."""
+        logits, rows = self(batch["image"]), []
         for index, region in enumerate(batch["region"]):
             truth = torch.as_tensor(region, device=logits.device) > 0
             pred = self._found(logits[index], truth.shape[1:])
@@ -147,9 +147,10 @@ class StructureSegmentation(FineTuning):
             row |= {f"dice_{name}": value for name, value in zip(self.structures, dice, strict=True)}
             pixels = truth.sum((1, 2)).tolist()
             row |= {f"pixels_{name}": value for name, value in zip(self.structures, pixels, strict=True)}
-            self.rows.append(row | {"loss": float(loss)})
+            rows.append(row | {"loss": float(loss)})
+        return rows
 
-    def _scores(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Average over images, and for each structure over those that have it."""
         scores = {"loss": math.fsum(row["loss"] for row in rows) / len(rows)}
         for name in self.structures:
@@ -160,30 +161,9 @@ class StructureSegmentation(FineTuning):
         means = [scores[f"dice_{name}"] for name in self.structures]
         return {"dice": math.fsum(means) / len(means)} | scores
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Score a batch (Lightning hook)."""
-        self._score(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log Dice and loss over the images of all ranks (Lightning hook)."""
-        rows = self.take_rows()
-        if rows:
-            scores = {f"val/{name}": value for name, value in self._scores(rows).items()}
-            log_scalars(self, scores, prog_bar=("val/dice",))
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Score a batch (Lightning hook)."""
-        self._score(batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Write ``metrics.json`` and ``per_case.csv``, and say the result (Lightning hook)."""
-        rows = self.take_rows()
-        scores = self._scores(rows)
-        if self.trainer.is_global_zero:
-            self.write_scores(rows, {"n": len(rows), **scores})
-            named = ", ".join(f"{name} {scores[f'dice_{name}']:.3f}" for name in self.structures)
-            say(f"test: {len(rows)} images, Dice {named}")
-        log_scalars(self, {f"test/{name}": value for name, value in scores.items()})
+    def verdict(self, metrics: Mapping[str, float]) -> str:
+        """Return the Dice of each structure in words."""
+        return "Dice " + ", ".join(f"{name} {metrics[f'dice_{name}']:.3f}" for name in self.structures)
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         """Return each image's structures as uint8 ``(R, X, Y)`` on the CPU (Lightning hook)."""

@@ -3,7 +3,6 @@
 Letters: B batch, C channels, K classes, H W D space.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,11 +14,10 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 from common.blocks.uniformer import UniFormer3D
 from common.distributed import all_reduce_sum
-from common.downstream.base import FineTuning
+from common.downstream.base import ScoredTask
 from common.downstream.classification import macro_auroc
 from common.downstream.encoder import EncoderFactory, mean_features
 from common.optim import Schedule
-from common.reporting import log_scalars, say
 from common.types import InputSpec
 from experiments.brainmvp.segmentation import augmented
 
@@ -58,7 +56,7 @@ def weighted_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor) -> Te
     return all_reduce_sum(losses) / all_reduce_sum(weight[target].sum())
 
 
-class BrainClassification(FineTuning):
+class BrainClassification(ScoredTask):
     """Fine-tunes all weights on volumes with one class each.
 
     Classes count equally in the loss, however many cases they have: what the public code's sampler does in the mean.
@@ -133,13 +131,17 @@ class BrainClassification(FineTuning):
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
         return loss
 
-    def _collect(self, batch: Any) -> None:
+    def score(self, batch: Any) -> list[dict[str, Any]]:
+        """Return names, logits and class of each case of a batch."""
         logits = self(batch["image"]).float().cpu()
         columns = zip(batch["subject_id"], batch["patient_id"], logits.tolist(), batch["target"].tolist(), strict=True)
-        for subject, patient, row, target in columns:
-            self.rows.append({"subject_id": subject, "patient_id": patient, "logits": row, "target": target})
+        return [
+            {"subject_id": subject, "patient_id": patient, "logits": row, "target": target}
+            for subject, patient, row, target in columns
+        ]
 
-    def _scores(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Return loss, accuracy, F1 and AUROC over collected rows."""
         logits = torch.tensor([row["logits"] for row in rows])
         target = torch.tensor([row["target"] for row in rows])
         classes = logits.shape[1]
@@ -151,33 +153,13 @@ class BrainClassification(FineTuning):
         scores["auroc"], left_out = macro_auroc(logits.softmax(1), target)
         return scores | {"classes_left_out": float(left_out)}
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Collect a batch (Lightning hook)."""
-        self._collect(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the scores over the cases of all ranks (Lightning hook)."""
-        if rows := self.take_rows():
-            scores = {f"val/{name}": value for name, value in self._scores(rows).items()}
-            log_scalars(self, scores, prog_bar=("val/auroc",))
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Collect a batch (Lightning hook)."""
-        self._collect(batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Write ``metrics.json`` and ``per_case.csv``, and say the result (Lightning hook)."""
-        rows = self.take_rows()
-        scores = self._scores(rows)
+    def line(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return names, true class and the probability of each class."""
         names = list(self.hparams["classes"])
-        if self.trainer.is_global_zero:
-            lines = []
-            for row in rows:
-                shares = torch.tensor(row["logits"]).softmax(0).tolist()
-                line = {"subject_id": row["subject_id"], "patient_id": row["patient_id"]}
-                lines.append(line | {"target": names[row["target"]]} | dict(zip(names, shares, strict=True)))
-            finite = {name: value for name, value in scores.items() if math.isfinite(value)}
-            self.write_scores(lines, {"n": len(rows), **finite})
-            say(f"test: {len(rows)} cases, accuracy {scores['accuracy']:.3f}, AUROC {scores['auroc']:.3f}, "
-                f"F1 {scores['f1']:.3f}")  # fmt: skip
-        log_scalars(self, {f"test/{name}": value for name, value in scores.items()})
+        shares = torch.tensor(row["logits"]).softmax(0).tolist()
+        line = {"subject_id": row["subject_id"], "patient_id": row["patient_id"]}
+        return line | {"target": names[row["target"]]} | dict(zip(names, shares, strict=True))
+
+    def verdict(self, metrics: Mapping[str, float]) -> str:
+        """Return accuracy, AUROC and F1 in words."""
+        return f"accuracy {metrics['accuracy']:.3f}, AUROC {metrics['auroc']:.3f}, F1 {metrics['f1']:.3f}"

@@ -18,13 +18,13 @@ from torchmetrics.functional.classification import multiclass_recall, multiclass
 
 from common.checkpoint import read_checkpoint
 from common.distributed import all_reduce_sum, gather_objects, rank, world_size
-from common.downstream.base import FineTuning
+from common.downstream.base import ScoredTask
 from common.downstream.classification import macro_auroc
 from common.downstream.encoder import encoder_architecture
 from common.errors import UserError
 from common.metrics import bootstrap_mean
 from common.optim import Schedule, WarmupCosine, param_groups
-from common.reporting import is_dry_run, log_scalars, say
+from common.reporting import is_dry_run, say
 from common.types import InputSpec
 from experiments.umd.coordination import ContributionSums, true_class_probability
 from experiments.umd.handover import EncoderFactory, make_umd_encoder, tower_scale
@@ -81,7 +81,7 @@ class PairNetwork(nn.Module):
         return self.head(torch.cat([text, picture], dim=1)), text, picture
 
 
-class PairTask(FineTuning):
+class PairTask(ScoredTask):
     """What the tasks share: encoder from a checkpoint, learning rates, contributions, tables.
 
     Args:
@@ -150,18 +150,6 @@ class PairTask(FineTuning):
     def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return the sum of the losses of a batch and how many samples it is of, having noted the contributions."""
 
-    @abstractmethod
-    def score(self, batch: Any) -> list[dict[str, Any]]:
-        """Return one row of results per sample."""
-
-    @abstractmethod
-    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Return the metrics over the rows of all ranks, ``loss`` among them."""
-
-    def test_metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Return what is computed of test rows alone."""
-        return {}
-
     def build_network(self, spec: InputSpec) -> PairNetwork:
         """Make encoder and head."""
         encoder = make_umd_encoder(spec, self._pretrained, self._make_pair_encoder, self._record)
@@ -186,34 +174,6 @@ class PairTask(FineTuning):
         loss = all_reduce_sum(total) / all_reduce_sum(count).clamp(min=1)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
         return loss
-
-    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """Collect a batch (Lightning hook)."""
-        rows = self.score(batch)
-        self.rows += rows
-        return {"rows": rows}
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Collect a batch (Lightning hook)."""
-        self.rows += self.score(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics over the samples of all ranks (Lightning hook)."""
-        rows = self.take_rows()
-        if rows:
-            scores = {f"val/{name}": value for name, value in self.metrics(rows).items()}
-            log_scalars(self, scores, prog_bar=(self.monitor[0],))
-
-    def on_test_epoch_end(self) -> None:
-        """Write ``metrics.json`` and ``per_case.csv``, and say the result (Lightning hook)."""
-        rows = self.take_rows()
-        scores = self.metrics(rows) | self.test_metrics(rows)
-        if self.trainer.is_global_zero:
-            lines = [{name: value for name, value in row.items() if not isinstance(value, list)} for row in rows]
-            finite = {name: value for name, value in scores.items() if math.isfinite(value)}
-            self.write_scores(lines, {"n": len(rows), **finite})
-            say(f"test: {len(rows)} cases, " + ", ".join(f"{name} {value:.4f}" for name, value in finite.items()))
-        log_scalars(self, {f"test/{name}": value for name, value in scores.items()})
 
     def configure_optimizers(self) -> Any:
         """Make the optimiser and its schedule (Lightning hook)."""

@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -61,7 +62,7 @@ def test_scores_of_grades():
     module = classifier("ordinal", GRADES)
     targets = [[float(k <= grade) for k in range(5)] for grade in (0, 1, 2, 4)]
     rows = [{"logits": [8 * (2 * t - 1) for t in target], "target": target} for target in targets]
-    scores = module._scores(rows)
+    scores = module.metrics(rows) | module.test_metrics(rows)
     assert scores["kappa"] == pytest.approx(1)
     assert scores["accuracy"] == 1
     assert scores["kappa_low"] == scores["kappa_high"] == pytest.approx(1)
@@ -69,12 +70,23 @@ def test_scores_of_grades():
     assert {"targets", "decision", "classes", "pretrained", "drop_path"} <= set(module.hparams)
 
 
+def test_images_without_a_grade_are_left_out():
+    module = classifier("ordinal", GRADES)
+    unknown = {"subject_id": "u", "patient_id": "u", "logits": [9.0] * 5, "target": [float("nan")] * 5}
+    targets = [[float(k <= grade) for k in range(5)] for grade in (0, 2)]
+    rows = [{"logits": [8 * (2 * t - 1) for t in target], "target": target} for target in targets]
+    assert module.metrics([*rows, unknown])["kappa"] == pytest.approx(1)
+    assert math.isnan(module.metrics([unknown])["kappa"])
+    assert module.test_metrics([unknown]) == {}
+    assert "pred" not in module.line(unknown)
+
+
 def test_a_line_has_the_grades_that_are_scored():
     module = classifier("ordinal", GRADES)
     row = {"subject_id": "s", "patient_id": "p", "logits": [9.0, 9, -1, -9, -9], "target": [1.0, 1, 1, 0, 0]}
-    assert {name: module._line(row)[name] for name in ("pred", "target")} == {"pred": 1, "target": 2}
+    assert {name: module.line(row)[name] for name in ("pred", "target")} == {"pred": 1, "target": 2}
     module._thresholds = torch.tensor([0.1, 0.2, 0.3, 9.0])
-    assert module._line(row)["pred"] == 3
+    assert module.line(row)["pred"] == 3
 
 
 class Pixels(torch.nn.Module):
@@ -118,7 +130,7 @@ def test_exclusive_classes_are_scored_by_patient():
         {"patient_id": "b", "logits": [0.0, 0, 2], "target": [0.0, 0, 1]},
         {"patient_id": "c", "logits": [0.0, 0, 2], "target": [float("nan")] * 3},
     ]
-    scores = module._scores(rows)
+    scores = module.metrics(rows)
     assert scores["patients"] == 2
     assert scores["classes_left_out"] == 1
     assert scores["f1_micro"] == scores["f1_IV"] == scores["auroc"] == scores["average_precision"] == 1
@@ -142,9 +154,9 @@ def test_predicting_the_mean_scores_as_many_as_there_are_measurements():
     assert module.network.target_mean.tolist() == [60, 25]
     assert module.network.target_std.tolist() == pytest.approx([66.667**0.5, 5], rel=1e-4)
     rows = [{"logits": [0.0, 0.0], "target": row} for row in values.tolist()]
-    scores = module._scores(rows)
+    scores = module.metrics(rows)
     assert scores["mse"] == pytest.approx(2)
     assert scores["mse_age"] == pytest.approx(1)
-    line = module._line({"subject_id": "s", "patient_id": "p", "logits": [1.0, 0.0], "target": [70.0, float("nan")]})
+    line = module.line({"subject_id": "s", "patient_id": "p", "logits": [1.0, 0.0], "target": [70.0, float("nan")]})
     assert line["predicted_age"] == pytest.approx(60 + 66.667**0.5, rel=1e-4)
     assert line["target_bmi"] == ""

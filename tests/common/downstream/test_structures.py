@@ -25,8 +25,7 @@ def test_structures_are_scored_on_the_grid_of_the_file():
     region[0, :8] = 1
     label = (logits > 0).float()
     batch = {"image": None, "label": label, "region": [region], "subject_id": ["s"], "patient_id": ["p"]}
-    module._score(batch)
-    scores = module._scores(module.rows)
+    scores = module.metrics(module.score(batch))
     assert scores["dice_disc"] == scores["dice_disc_positive"] == 1
     assert scores["dice_atrophy"] == 1
     assert "dice_atrophy_positive" not in scores
