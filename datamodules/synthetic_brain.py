@@ -1,10 +1,12 @@
 """Synthetic brains in the official layouts of BrainMVP's pre-training sources and downstream tasks."""
 
 import csv
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +15,7 @@ from common.randomness import numpy_generator
 from datamodules.anatomy import BrainCase, make_brain
 from datamodules.volume_io import to_lps, write_nifti
 
+T = TypeVar("T")
 _SHAPE = (96, 112, 88)
 _MORE = ("mra", "pd", "dwi", "adc")
 
@@ -84,17 +87,25 @@ def _write_case(root: Path, tree: Tree, brain: BrainCase, index: int, missing: i
         write_nifti(root / tree.label.format(**names), *to_lps(label))
 
 
+def _in_threads(write: Callable[[int], T], indices: Iterable[int]) -> list[T]:
+    """Write cases on all cores: filters and compression let go of the interpreter, and each case has its own seed."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(write, indices))
+
+
 def write_tree(root: Path, num_cases: int, seed: int, layout: str, shape: Sequence[int] = _SHAPE) -> None:
     """Write brains in the layout of a downstream task, with its table of classes if it has one."""
-    tree, rows = TREES[layout], []
-    for index in range(1, num_cases + 1):
+    tree = TREES[layout]
+
+    def write(index: int) -> tuple[object, ...] | None:
         brain = make_brain(numpy_generator("synthetic", layout, seed, index), shape, _MORE)
         _write_case(root, tree, brain, index)
-        if tree.table is not None:
-            rows.append(tree.table[2](index, brain.mutant))
+        return tree.table[2](index, brain.mutant) if tree.table is not None else None
+
+    rows = _in_threads(write, range(1, num_cases + 1))
     if tree.table is not None:
         with (root / tree.table[0]).open("w", newline="") as file:
-            csv.writer(file).writerows([tree.table[1], *rows])
+            csv.writer(file).writerows([tree.table[1], *(row for row in rows if row is not None)])
 
 
 def write_brain_archive(
@@ -104,12 +115,15 @@ def write_brain_archive(
 
     Of every eight studies one lacks a sequence and one has a single sequence; or every second lacks two.
     """
-    for index in range(num_cases):
+
+    def write(index: int) -> None:
         source = _SOURCES[index % len(_SOURCES)]
         tree = TREES[source]
         brain = make_brain(numpy_generator("synthetic", "brain_archive", seed, index), shape, _MORE)
         missing = 2 * (index % 2) if half_incomplete else {3: 1, 6: len(tree.images) - 1}.get(index % 8, 0)
         _write_case(root / source, tree, brain, index, missing)
+
+    _in_threads(write, range(num_cases))
 
 
 BRAIN_WRITERS: dict[str, Callable[[Path, int, int], None]] = {
