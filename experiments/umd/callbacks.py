@@ -1,6 +1,7 @@
 """What only UMD needs a trainer for: its teacher, the coordination of gradients, answers to look at."""
 
 from html import escape
+from textwrap import fill
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -62,7 +63,8 @@ class TeacherWatch(pl.Callback):
 class AttentionOverlay(pl.Callback):
     """Logs ``attention/question_to_image``: where the last fusion layer looks from the question, over the image.
 
-    Always the same validation questions; none where the data module anonymises.
+    Always the same validation questions, the first about each image; none where the data module anonymises. All
+    share one scale, on which 1 is the same attention everywhere, and what gets none stays as it is.
 
     Args:
         num_samples: Questions.
@@ -70,11 +72,11 @@ class AttentionOverlay(pl.Callback):
 
     def __init__(self, num_samples: int = 4) -> None:
         self.num_samples = num_samples
-        self._drawn: list[tuple[str, Tensor, Tensor]] = []
+        self._drawn: dict[int, tuple[str, Tensor, Tensor]] = {}
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the last validation (Lightning hook)."""
-        self._drawn = []
+        self._drawn = {}
 
     def on_validation_batch_end(
         self,
@@ -90,29 +92,37 @@ class AttentionOverlay(pl.Callback):
         hidden = trainer.datamodule.ledger.anonymise  # type: ignore[attr-defined]
         if not isinstance(pl_module, AnswerTask) or not trainer.is_global_zero or room <= 0 or hidden:
             return
-        first = {name: batch[name][:room] for name in ("image", "input_ids", "attention_mask")}
+        keys = batch["image_key"].tolist()
+        new = [index for index, key in enumerate(keys) if key not in self._drawn and key not in keys[:index]][:room]
+        if not new:
+            return
+        first = {name: batch[name][new] for name in ("image", "input_ids", "attention_mask")}
         maps = pl_module.attention_map(first).float().cpu()
-        for image, seen, row in zip(first["image"].float().cpu(), maps, outputs["rows"], strict=False):
+        for index, image, seen in zip(new, first["image"].float().cpu(), maps, strict=True):
+            row = outputs["rows"][index]
             title = f"{row['question']}\n{row['prediction']} ({'right' if row['right'] else 'it is ' + row['answer']})"
-            self._drawn.append((title, image.mean(0), seen))
+            self._drawn[keys[index]] = title, image.mean(0), seen * seen.numel()
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw them (Lightning hook)."""
         if not self._drawn:
             return
-        figure = Figure(figsize=(3 * len(self._drawn), 3.6), layout="constrained")
-        for index, (title, image, seen) in enumerate(self._drawn):
-            axes = figure.add_subplot(1, len(self._drawn), index + 1)
+        figure = Figure(figsize=(3 * len(self._drawn) + 0.6, 3.6), layout="constrained")
+        panels = figure.subplots(1, len(self._drawn), squeeze=False)[0]
+        top = max(2.0, *(float(seen.max()) for _, _, seen in self._drawn.values()))
+        for axes, (title, image, seen) in zip(panels, self._drawn.values(), strict=True):
             axes.imshow(image, cmap="gray")
             extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
-            axes.imshow(seen, cmap="inferno", alpha=0.45, extent=extent, interpolation="bilinear")
-            axes.set_title(title, fontsize=7, wrap=True)
+            shown = axes.imshow(seen, cmap="autumn", vmin=0, vmax=top, alpha=(seen / top).numpy() * 0.7, extent=extent,
+                                interpolation="bilinear")  # fmt: skip
+            axes.set_title("\n".join(fill(line, 40) for line in title.split("\n")), fontsize=7)
             axes.set_axis_off()
+        figure.colorbar(shown, ax=panels, label="attention, 1 = the same everywhere", fraction=0.02)
         log_figure(trainer, "attention/question_to_image", figure)
 
 
 class AnswerExamples(pl.Callback):
-    """Logs ``examples/answers`` as text: validation questions that were answered rightly, and wrongly.
+    """Logs ``examples/answers`` as text: validation questions that were answered rightly, and wrongly, one an image.
 
     Nothing is logged where the data module anonymises.
 
@@ -142,7 +152,7 @@ class AnswerExamples(pl.Callback):
             return
         for row in outputs["rows"]:
             kept = self._rows[bool(row["right"])]
-            if len(kept) < self.num_each:
+            if len(kept) < self.num_each and row["patient_id"] not in {other["patient_id"] for other in kept}:
                 kept.append(row)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -152,7 +162,10 @@ class AnswerExamples(pl.Callback):
             return
         lines = ["| | question | answered | truth |", "|---|---|---|---|"]
         for row in rows:
-            cells = [escape(str(row[name])).replace("|", "&#124;") for name in ("question", "prediction", "answer")]
+            cells = [
+                escape(str(row[name]), quote=False).replace("|", "&#124;")
+                for name in ("question", "prediction", "answer")
+            ]
             lines.append(f"| {'right' if row['right'] else 'wrong'} | {' | '.join(cells)} |")
         log_text(trainer, "examples/answers", "\n".join(lines))
 
