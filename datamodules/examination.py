@@ -87,7 +87,7 @@ def judge(
         if ledger.num_faulty > ledger.limit:
             reasons.append(f"{ledger.num_faulty} faulty {noun}, more than the {ledger.limit:g} that are tolerated")
     else:
-        say("faults: none" + ("" if deep else f" in the headers; only a deep examination reads the {unit}s"))
+        say(f"faults: none{'' if deep else f' in the headers; only DEEP=1 (--deep) reads the {unit}s'}")
     if same := copies(found):
         reasons.append(f"{len(same)} files occur in several patients, first {' = '.join(same[0])}")
     if not datamodule.splits["val"]:

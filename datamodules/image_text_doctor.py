@@ -36,16 +36,17 @@ def _say_texts(datamodule: "ImageTextDataModule", samples: Sequence["Sample"], r
     texts = {sample.study.case_id: text for sample, text in zip(samples, read, strict=True) if text}
     without = len({sample.study.case_id for sample in samples}) - len(texts)
     if not texts:
-        say("reports: none")
+        say("texts: none")
         return
     tokenizer = datamodule.tokenizer
     encoded = [tokenizer.encode(text, 1 << 20) for text in texts.values()]
     lengths = np.array([len(entry.ids) for entry in encoded])
     unknown = sum(int((entry.ids == tokenizer.unk_id).sum()) for entry in encoded)
     limit = datamodule.text.length
-    say(f"reports: {len(texts)} studies with a text, {without} without; tokens median {np.median(lengths):.0f}, "
-        f"90th percentile {np.percentile(lengths, 90):.0f}, {np.mean(lengths > limit):.1%} longer than {limit}; "
-        f"{unknown} of {lengths.sum()} tokens unknown to the vocabulary of {tokenizer.vocab_size}")  # fmt: skip
+    say(f"texts: {len(texts)} studies with one, {without} without; tokens median {np.median(lengths):.0f}, "
+        f"90th percentile {np.percentile(lengths, 90):.0f}, {np.mean(lengths > limit):.1%} lose their end after "
+        f"{limit} (data.text_length); {unknown} of {lengths.sum()} tokens unknown to the vocabulary of "
+        f"{tokenizer.vocab_size}")  # fmt: skip
     parts: dict[str, set[str]] = defaultdict(set)
     split_of = {sample.case_id: name for name, part in datamodule.splits.items() for sample in part}
     for sample in samples:
@@ -62,7 +63,8 @@ def examine(datamodule: "ImageTextDataModule", deep: bool, workers: int) -> list
     samples = [sample for part in datamodule.splits.values() for sample in part]
     say_splits(f"layout {layout.name}", datamodule, "samples")
     views = Counter(view or "unknown" for s in {s.study.case_id: s.study for s in samples}.values() for view in s.views)
-    say("views: " + (", ".join(f"{view} {count}" for view, count in views.most_common(8)) or "no images"))
+    if set(views) != {"unknown"}:
+        say("views: " + (", ".join(f"{view} {count}" for view, count in views.most_common(8)) or "no images"))
     texts: dict[str, str] = {}
 
     def look_at(sample: "Sample") -> Member:

@@ -33,7 +33,7 @@ def test_voxels_are_read_only_when_asked(copy, capsys):
     content[len(content) // 2] ^= 1
     path.write_bytes(bytes(content))
     doctor(copy)
-    assert "faults: none in the headers; only a deep examination" in capsys.readouterr().out
+    assert "faults: none in the headers; only DEEP=1" in capsys.readouterr().out
     doctor(copy, "--deep")
     text = capsys.readouterr().out
     assert "faults: 1 of 8 cases. By kind: checksum 1." in text
