@@ -4,7 +4,6 @@ Letters: S sequence types, B crops. A *place* is what a crop looks at: ``(type, 
 crop in the atlas, as Python integers, so that nothing waits for the accelerator.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -190,9 +189,8 @@ class TemplateBank(nn.Module):
         first, second = self.betas
         mean.copy_(torch.where(seen, mean.lerp(gradient, 1 - first), mean))
         square.copy_(torch.where(seen, square.lerp(gradient.square(), 1 - second), square))
-        # 1 - beta^steps; the exponential is many times as fast as the power.
-        of_mean, of_square = (-torch.expm1(steps * math.log(beta)) for beta in self.betas)
-        change = mean / of_mean / ((square / of_square).sqrt() + self.eps)
+        corrected = mean / (1 - first**steps)
+        change = corrected / ((square / (1 - second**steps)).sqrt() + self.eps)
         weight -= torch.where(seen, lr * change, 0.0)
         self.extremes[index, 0], self.extremes[index, 1] = self.weight[index].aminmax()
 

@@ -30,9 +30,10 @@ def test_brats_2023_is_learned_and_the_input_is_used(real_data):
     root = real_data("brats2023")
     configs = [f"experiments/brainmvp/configs/{name}.yaml" for name in ("pretrain", "small")]
     medmim(["doctor", "--config", configs[0], "--root", str(root)])
-    settings = [f"--data.root={root}", "--data.crop_size=[32,32,32]", "--data.crops_per_case=96",
-                "--data.val_crops_per_case=48", "--model.encoder.depths=[1,1,1]", "--trainer.max_epochs=1",
-                "--trainer.check_val_every_n_epoch=1", "--trainer.enable_progress_bar=false"]  # fmt: skip
+    settings = [f"--data.root={root}", "--data.crop_size=[32,32,32]", "--data.crops_per_case=64",
+                "--data.val_crops_per_case=24", "--model.encoder.depths=[1,1,1]", "--trainer.max_epochs=1",
+                "--trainer.num_sanity_val_steps=0", "--trainer.check_val_every_n_epoch=1",
+                "--trainer.enable_progress_bar=false"]  # fmt: skip
     folder = execute(["fit", *(word for name in configs for word in ("--config", name)), *settings])
     scalars = json.loads((folder / "summary.json").read_text())["scalars"]
     assert list(csv.DictReader((folder / "data_faults.csv").open())) == []
