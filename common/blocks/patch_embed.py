@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 #: Added to a patch's variance when it is standardised.
@@ -57,10 +56,8 @@ def patchify_channels_last(image: Tensor, patch_size: Sequence[int]) -> Tensor:
 
 def normalise_patches(patches: Tensor) -> Tensor:
     """Standardise each patch ``(..., P)`` by its own mean and unbiased variance; a constant one becomes 0."""
-    # LayerNorm divides by the biased variance: the same in one pass, several times faster than a mean and a variance.
-    size = patches.shape[-1]
-    share = (size - 1) / size
-    return F.layer_norm(patches, (size,), eps=PATCH_EPS * share) * share**0.5
+    mean, variance = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
+    return (patches - mean) / (variance + PATCH_EPS).sqrt()
 
 
 def linear_to_conv(weight: Tensor, in_channels: int, patch_size: Sequence[int]) -> Tensor:
