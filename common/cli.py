@@ -1,8 +1,8 @@
 """The ``lightning`` command: LightningCLI with our defaults, run folder and one-sentence refusals."""
 
-from common.commands import ask_for_huge_pages
+from common.commands import prepare_memory
 
-ask_for_huge_pages()
+prepare_memory()
 
 import json
 import logging

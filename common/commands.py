@@ -1,8 +1,10 @@
 """The ``medmim`` command: everything around training. Each subcommand lives where its subject does."""
 
 import argparse
+import ctypes
 import importlib
 import os
+import platform
 import sys
 
 #: Subcommand to (module with ``add_arguments`` and ``run``, what it does). Modules are imported when they are needed.
@@ -20,13 +22,22 @@ COMMANDS = {
     "bench": ("common.bench", "time our own pairs side by side and print the ratios"),
 }
 
+#: From malloc.h of glibc.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
-def ask_for_huge_pages() -> None:
-    """Let PyTorch put large CPU tensors on huge pages: a training step there is 1.2 to 1.7 times as fast.
 
-    PyTorch reads the setting at its first allocation, so this comes before its import.
+def prepare_memory() -> None:
+    """Let large CPU tensors lie on huge pages, and keep what is freed for the next: steps are 1.2 to 1.7 times as fast.
+
+    PyTorch reads its setting at its first allocation, so this comes before its import. Where the C library is glibc, it
+    is asked to take no single mapping for a large block and to give none back: the pages of one would be made anew for
+    every activation of every step, which costs a bfloat16 step a tenth.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def build_parser(wanted: str | None = None) -> argparse.ArgumentParser:
@@ -55,7 +66,7 @@ def execute(arguments: list[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run ``medmim``. Exit codes: 0 done, 1 refused or failed with one line, 2 wrong usage."""
-    ask_for_huge_pages()
+    prepare_memory()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     from common.errors import UserError

@@ -1,3 +1,7 @@
+import platform
+import subprocess
+import sys
+
 import pytest
 
 from common.commands import COMMANDS, main
@@ -22,3 +26,21 @@ def test_a_refusal_is_one_line_and_exits_with_1(capsys):
         main(["doctor", "--config", "nowhere.yaml"])
     assert stop.value.code == 1
     assert capsys.readouterr().err == "error: The configuration nowhere.yaml does not exist.\n"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked")
+def test_freed_memory_is_kept():
+    """Large blocks cost no new pages once they were there."""
+    code = """
+from common.commands import prepare_memory
+prepare_memory()
+import resource
+block = b"medmim"
+def touched():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block * 2 * 10**7
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+first, again = touched(), touched()
+assert first > 1000 > 100 > again, (first, again)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
