@@ -4,6 +4,7 @@ from common.commands import prepare_memory
 
 prepare_memory()
 
+import contextlib
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ import sys
 import time
 import warnings
 from importlib.resources import files
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -111,15 +112,22 @@ class MedmimCLI(LightningCLI):
 
     def __init__(self, arguments: list[str]) -> None:
         self._arguments = arguments
+        self._made: Path | None = None
         defaults = str(files("experiments").joinpath("configs/defaults.yaml"))
-        super().__init__(
-            save_config_callback=RunConfig,
-            seed_everything_default=DEFAULT_SEED,
-            parser_kwargs={name: {"default_config_files": [defaults]} for name in self.subcommands()},
-            auto_configure_optimizers=False,
-            parser_class=OneLineParser,
-            args=arguments,
-        )
+        try:
+            super().__init__(
+                save_config_callback=RunConfig,
+                seed_everything_default=DEFAULT_SEED,
+                parser_kwargs={name: {"default_config_files": [defaults]} for name in self.subcommands()},
+                auto_configure_optimizers=False,
+                parser_class=OneLineParser,
+                args=arguments,
+            )
+        except BaseException:
+            if self._made is not None:
+                with contextlib.suppress(OSError):
+                    os.removedirs(self._made)  # no more than what is empty
+            raise
 
     def _parse_ckpt_path(self) -> None:
         """Let a run folder stand for its checkpoint, and take sizes and architecture from it.
@@ -171,7 +179,10 @@ class MedmimCLI(LightningCLI):
             raise UserError(f"{one_line(str(error))}.") from error
 
     def run_folder(self) -> Path:
-        """Return the folder of this run; a resumed run continues in its own."""
+        """Return the folder of this run; a resumed run continues in its own.
+
+        The first rank makes it, so that of two runs of one second each has its own.
+        """
         ckpt_path = self._get(self.config, "ckpt_path")
         if self.subcommand == "fit" and ckpt_path and Path(ckpt_path).parent.name == "checkpoints":
             return Path(ckpt_path).parent.parent
@@ -182,10 +193,14 @@ class MedmimCLI(LightningCLI):
         # Ranks that this process starts inherit the name through the environment.
         stamp = os.environ.setdefault("MEDMIM_RUN_TIME", time.strftime("%Y-%m-%d_%H-%M-%S"))
         folder = Path("runs") / experiment / stage / stamp
-        for number in range(2, 1000):
-            if launched_rank() != 0 or not folder.exists():
-                break
-            folder = folder.with_name(f"{stamp}_{number}")
+        if launched_rank() == 0 and not self._get(self.config_init, "trainer")["fast_dev_run"]:
+            for number in count(2):
+                try:
+                    folder.mkdir(parents=True)
+                    break
+                except FileExistsError:
+                    folder = folder.with_name(f"{stamp}_{number}")
+            self._made = folder
         os.environ["MEDMIM_RUN_TIME"] = folder.name
         return folder
 

@@ -17,12 +17,16 @@ from datamodules.vqa import QUESTION_LAYOUTS, Question
 
 
 def ambiguous(questions: Sequence[Question]) -> list[Question]:
-    """Keep the questions that occur word for word with more than one answer: only the image can tell which."""
-    answers: dict[tuple[str, ...], set[str]] = defaultdict(set)
-    words = [tuple(re.findall(r"\w+", question.text.lower())) for question in questions]
-    for key, question in zip(words, questions, strict=True):
-        answers[key].update(question.answers[:1])
-    return [question for key, question in zip(words, questions, strict=True) if len(answers[key]) > 1]
+    """Keep the questions that occur word for word with more than one answer: only the image can tell which.
+
+    Their texts become their words alone, since case and full stops tell some of the answers apart.
+    """
+    answers: dict[str, set[str]] = defaultdict(set)
+    texts = [" ".join(re.findall(r"\w+", question.text.lower())) for question in questions]
+    for text, question in zip(texts, questions, strict=True):
+        answers[text].update(question.answers[:1])
+    chosen = zip(texts, questions, strict=True)
+    return [question._replace(text=text) for text, question in chosen if len(answers[text]) > 1]
 
 
 class QuestionDataModule(PairDataModule):
@@ -39,7 +43,8 @@ class QuestionDataModule(PairDataModule):
             validation, it is cut out of training in the ratio of the first two.
         val: ``"held_out"`` as above; ``"test"`` selects on the test split, as the published code does.
         classes_from: ``"train"``, or ``"all_splits"`` as the published code, so that no answer is unseen.
-        questions: ``"all"``, or ``"ambiguous"``: those of training that occur word for word with more than one answer.
+        questions: ``"all"``, or ``"ambiguous"``: those of training that occur word for word with more than one answer,
+            as words alone.
         image: With ``lightning predict``: one image, in place of the archive.
         question: The question about it.
         split_seed: Seed of the split alone.

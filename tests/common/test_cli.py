@@ -106,6 +106,13 @@ def test_float16_on_a_cpu_is_refused(capsys, pretrain_arguments):
     line = refused(capsys, pretrain_arguments("--trainer.accelerator=cpu", "--trainer.precision=16-mixed"))
     assert "float16" in line
     assert "bf16-mixed" in line
+    assert not Path("runs").exists()
+
+
+def test_two_runs_of_one_second(monkeypatch, pretrain_arguments):
+    monkeypatch.setattr("common.cli.time.strftime", lambda layout: "now")
+    arguments = pretrain_arguments("--trainer.max_steps=1", "--trainer.limit_val_batches=0")
+    assert [execute(arguments).name for _ in range(2)] == ["now", "now_2"]
 
 
 def test_a_cpu_without_bfloat16_trains_in_float32(monkeypatch, pretrain_arguments, capsys):

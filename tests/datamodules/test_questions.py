@@ -141,7 +141,7 @@ def test_other_images_and_none(rad_root):
 
 def test_ambiguous_questions(rad_root):
     chosen = ambiguous(module(rad_root).splits["train"])
-    assert {q.text for q in chosen} >= {"What shape is shown?", "Where is the lesion?"}
+    assert {q.text for q in chosen} >= {"what shape is shown", "where is the lesion"}
     data = module(rad_root, questions="ambiguous", split_fractions=(1.0, 0.0, 0.0))
     assert data.splits["val"] == data.splits["train"]
 
