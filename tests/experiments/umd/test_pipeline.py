@@ -210,6 +210,18 @@ def test_every_task_trains_and_is_scored(trees, task):
     assert (tested / "per_case.csv").is_file()
 
 
+@pytest.mark.slow
+def test_retrieval_is_learned(tmp_path):
+    """Of 32 captions and as many images chance has the right one among the first five in 0.16 of the cases."""
+    WRITERS["roco"](tmp_path / "roco", 32, 0)
+    overlays = [f"{CONFIGS}/finetune_roco_retrieval{size}.yaml" for size in ("", ".smoke")]
+    line = [*(f"--config={path}" for path in overlays), f"--data.root={tmp_path / 'roco'}"]
+    run = execute(["fit", *line, "--trainer.enable_progress_bar=false"])
+    scores = json.loads((execute(["test", *line, f"--ckpt_path={run}"]) / "metrics.json").read_text())
+    assert scores["pool"] == 32
+    assert min(scores["t2i_recall_at_5"], scores["i2t_recall_at_5"]) > 0.4
+
+
 def test_a_teacher_missing_from_the_checkpoint(trees, pretrained, tmp_path, capsys):
     copy = shutil.copytree(pretrained, tmp_path / "run")
     path = copy / "checkpoints/last.ckpt"
