@@ -99,6 +99,22 @@ def test_a_voxel_takes_the_steps_that_saw_it():
     assert bank.mean[0, 2, 0, 0].item() == pytest.approx(reference["exp_avg"].item(), rel=1e-5)
 
 
+def test_between_the_crops_of_a_step_nothing_moves():
+    """A step updates one box of a template; what lies in it between two crops must stay as earlier steps left it."""
+    bank = filled(torch.zeros(1, 12, 4, 4))
+    kept = ()
+    for starts in ((0, 4, 8), (0, 8)):
+        kept = tuple(part.clone() for part in (bank.weight, bank.mean, bank.square, bank.count))
+        bank.view([(0, start, 0, 0) for start in starts], (4, 4, 4), track=True)
+        for entry in bank._seen:
+            entry.leaf.grad = torch.ones_like(entry.leaf)
+        bank.step(0.1, (4, 4, 4))
+    assert kept[0][0, 4:8].all()
+    for before, after in zip(kept, (bank.weight, bank.mean, bank.square, bank.count), strict=True):
+        assert torch.equal(before[0, 4:8], after[0, 4:8])
+        assert not torch.equal(before[0, :4], after[0, :4])
+
+
 def test_it_is_neither_trained_densely_nor_broadcast():
     bank = TemplateBank(1, (4, 4, 4))
     assert not any(parameter.requires_grad for parameter in bank.parameters())
