@@ -200,6 +200,9 @@ class MedmimCLI(LightningCLI):
                     break
                 except FileExistsError:
                     folder = folder.with_name(f"{stamp}_{number}")
+                except OSError as error:
+                    raise UserError(f"The run folder {folder.absolute()} cannot be made ({error.strerror}): "
+                                    "start the command where files can be written.") from error  # fmt: skip
             self._made = folder
         os.environ["MEDMIM_RUN_TIME"] = folder.name
         return folder

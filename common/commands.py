@@ -27,11 +27,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def prepare_memory() -> None:
-    """Let large CPU tensors lie on huge pages, and keep what is freed for the next: steps are 1.2 to 1.7 times as fast.
+    """Let large CPU tensors lie on huge pages, where a step is 1.2 to 1.7 times as fast, and keep what is freed.
 
     PyTorch reads its setting at its first allocation, so this comes before its import. Where the C library is glibc, it
-    is asked to take no single mapping for a large block and to give none back: the pages of one would be made anew for
-    every activation of every step, which costs a bfloat16 step a tenth.
+    is asked to take no mapping of its own for a large block and to give nothing back: else the pages of every large
+    activation are made anew in every step, 25,000 of them in one of ViT-B with 32 radiographs.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if platform.libc_ver()[0] == "glibc":

@@ -109,6 +109,11 @@ def test_float16_on_a_cpu_is_refused(capsys, pretrain_arguments):
     assert not Path("runs").exists()
 
 
+def test_a_run_folder_that_cannot_be_made(capsys, pretrain_arguments):
+    Path("runs").write_text("")
+    assert "cannot be made (Not a directory)" in refused(capsys, pretrain_arguments())
+
+
 def test_two_runs_of_one_second(monkeypatch, pretrain_arguments):
     monkeypatch.setattr("common.cli.time.strftime", lambda layout: "now")
     arguments = pretrain_arguments("--trainer.max_steps=1", "--trainer.limit_val_batches=0")
