@@ -157,7 +157,8 @@ def training_rows(step: Callable[..., None], what: str, calls: int = 3) -> list[
     turns: list[Callable[[], None]] = [product, step, product, *([partial(step, bfloat16=True)] if bfloat16 else [])]
     before_step, single, after_step, *half = in_turn(*turns, rounds=4, calls=calls)
     around = [(a + b) / 2 for a, b in zip(before_step, after_step, strict=True)]
-    share = speedup(around, single) * operations / product_operations
+    per_product = operations / product_operations
+    share = speedup(around, single) * per_product
     rate, best = (product_operations / seconds / 1e9 for seconds in (statistics.median(around), min(around)))
     detail = f"{what}: {operations / 1e9:.0f} GFLOP a step, torch.mm {rate:.0f} GFLOP/s, at best {best:.0f}"
     size = f"{before / 2**20:.2f} GiB before it"
@@ -166,6 +167,10 @@ def training_rows(step: Callable[..., None], what: str, calls: int = 3) -> list[
         Row("training step, bf16 against fp32", speedup(single, half[0]), 2.3)
         if half
         else Row("training step, bf16 against fp32", None, 2.3, "this CPU has neither avx512_bf16 nor AMX"),
+        *(
+            Row("training step in bf16, against the fp32 torch.mm peak", speedup(around, rounds) * per_product)
+            for rounds in half
+        ),
         Row("training step, peak memory in fp32", memory / 2**20, None, size, "GiB"),
     ]
 
