@@ -29,10 +29,12 @@ def build(monkeypatch, *configs):
     return MedmimCLI(resolve_config_arguments([*arguments, "--trainer.logger=false"]))
 
 
-def base_of(overlay):
-    """Return the stage that an overlay belongs to: that of its own name, else pre-training."""
-    own = overlay.with_name(overlay.name.split(".")[0] + ".yaml")
-    return own if own in STAGES else overlay.with_name("pretrain.yaml")
+def stack_of(path):
+    """Return what a configuration is laid on, and itself: `a.b.yaml` on `a.yaml`, another overlay on pre-training."""
+    if path in STAGES:
+        return [path]
+    own, _, _ = path.stem.rpartition(".")
+    return [*stack_of(path.with_name(f"{own}.yaml") if own else path.with_name("pretrain.yaml")), path]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,7 @@ def test_stages_build(monkeypatch, path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", OVERLAYS, ids=name_of)
 def test_overlays_build_on_their_stage(monkeypatch, path):
-    cli = build(monkeypatch, base_of(path), path)
+    cli = build(monkeypatch, *stack_of(path))
     plain = yaml.safe_load(path.read_text())
     assert plain.keys() <= {"model", "data", "trainer"}
     assert isinstance(cli.model, LightningModule)
