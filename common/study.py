@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -214,6 +214,11 @@ def run_folds(
     ]
 
 
+def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": spread, "n": len(values)}
+
+
 def summarise(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return mean and standard deviation over seeds, one entry per arm and score."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -225,8 +230,7 @@ def summarise(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> list[di
         for name in columns:
             values = [row["metrics"][name] for row in members if name in row["metrics"]]
             if values:
-                spread = statistics.stdev(values) if len(values) > 1 else None
-                entry[name] = {"mean": statistics.fmean(values), "std": spread, "n": len(values)}
+                entry[name] = _over_seeds(values)
         entry["cost"] = {name: statistics.fmean(row["cost"][name] for row in members) for name in _COSTS}
         result.append(entry)
     return result
@@ -293,6 +297,47 @@ class Comparison:
         whole = np.ones((1, counts.shape[1]))
         means = [np.mean([self.of(table, each) for table in tables], axis=0) for each in (whole, counts)]
         return float(means[0][0]), means[1]
+
+
+@dataclass
+class Breakdown:
+    """A table that scored runs leave behind, such as one line per set of sequences, over arms and seeds.
+
+    Attributes:
+        file: Name of the CSV in the run folder.
+        by: Its column that names the lines.
+        columns: Its columns that are wanted, with their titles.
+    """
+
+    file: str
+    by: str
+    columns: dict[str, str]
+
+    def over_seeds(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return mean and standard deviation over the seeds of ``rows``, one entry per line, arm and score."""
+        groups: dict[tuple[str, str, str], list[dict[str, float]]] = {}
+        for row in rows:
+            wanted = pd.read_csv(row["folder"] / self.file).set_index(self.by)[list(self.columns)]
+            for line, values in wanted.to_dict("index").items():
+                groups.setdefault((str(line), row["arm"], row["score"]), []).append(values)
+        return [
+            {
+                **dict(zip(("line", "arm", "score"), key, strict=True)),
+                **{name: _over_seeds([values[name] for values in members]) for name in self.columns},
+            }
+            for key, members in groups.items()
+        ]
+
+    def table(self, entries: Sequence[Mapping[str, Any]], digits: int) -> list[str]:
+        """Return the lines of a Markdown table: one per line of the file, every arm's columns side by side."""
+        arms = list(dict.fromkeys(entry["arm"] for entry in entries))
+        header = [self.by, *(f"{title}, {arm}" for title in self.columns.values() for arm in arms)]
+        lines = ["", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        for line in dict.fromkeys(entry["line"] for entry in entries):
+            found = {entry["arm"]: entry for entry in entries if entry["line"] == line}
+            cells = [_cell(found.get(arm, {}).get(name), digits) for name in self.columns for arm in arms]
+            lines.append("| " + " | ".join([line, *cells]) + " |")
+        return lines
 
 
 def compare(rows: Sequence[Mapping[str, Any]], comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
@@ -365,6 +410,8 @@ def table(result: Mapping[str, Any]) -> str:
         lines += _interval_lines(result["paired"], result["paired_title"], "difference", f"+.{digits}f")
     if result.get("gain"):
         lines += _interval_lines(result["gain"], result["gain_title"], "gain", f"+.{digits}f")
+    if result.get("breakdown"):
+        lines += Breakdown(**result["breakdown"]).table(result["lines"], digits)
     return "\n".join(lines)
 
 
@@ -430,6 +477,21 @@ def _results_folder(configs: Path) -> Path:
     return configs.parent / "results"
 
 
+def _further_tables(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what a study wants beside the means of its metrics, from the files of the scored runs."""
+    tables: dict[str, Any] = {}
+    if "paired" in study:
+        comparison = Comparison(**study["paired"])
+        tables |= {**compare(rows, comparison), "paired_title": comparison.title, "metric": comparison.metric}
+    if "gain" in study:
+        gain = Comparison(**study["gain"])
+        tables |= {"gain": compare(rows, gain)["intervals"], "gain_title": gain.title}
+    if "breakdown" in study:
+        breakdown = Breakdown(**study["breakdown"])
+        tables |= {"breakdown": asdict(breakdown), "lines": breakdown.over_seeds(rows)}
+    return tables
+
+
 def run(args: argparse.Namespace) -> None:
     """Carry out ``medmim study``.
 
@@ -470,12 +532,7 @@ def run(args: argparse.Namespace) -> None:
         places = {"data": args.data, "seed": str(seed), "folder": str(folder)}
         rows += [{"arm": arm, "seed": seed, **row} for row in _rows(study, arm, configs, places, done)]
         result["rows"] = [{name: value for name, value in row.items() if name != "folder"} for row in rows]
-        if "paired" in study:
-            comparison = Comparison(**study["paired"])
-            result |= {**compare(rows, comparison), "paired_title": comparison.title, "metric": comparison.metric}
-        if "gain" in study:
-            gain = Comparison(**study["gain"])
-            result |= {"gain": compare(rows, gain)["intervals"], "gain_title": gain.title}
+        result |= _further_tables(study, rows)
         result["summary"] = summarise(result["rows"], study["columns"])
         # After every arm, so that a study that is stopped keeps what it has.
         out.write_text(json.dumps(_plain(result), indent=1) + "\n")

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
+import common.cli
 from common import study
 from common.errors import UserError
 
@@ -271,3 +272,25 @@ def test_what_stands_beside_later_scores(experiment, tmp_path):
     run_study(path, "--out", str(tmp_path / "result.json"), "--seeds", "0")
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
     assert [row["metrics"] for row in rows] == [{"dice": 0.5}, {"rank": 7.0, "dice": 0.5}]
+
+
+def test_a_table_of_the_runs_stands_with_the_arms_side_by_side(experiment, tmp_path, monkeypatch):
+    path, _ = experiment
+    fitted = common.cli.execute
+
+    def execute(arguments):
+        folder = fitted(arguments)
+        seed = 1.0 if "--seed_everything=1" in arguments else 0.0
+        pd.DataFrame({"without": ["t1", "t2"], "dice": [0.5, seed], "n": 2}).to_csv(folder / "sets.csv", index=False)
+        return folder
+
+    monkeypatch.setattr("common.cli.execute", execute)
+    path.write_text(STUDY + "breakdown: {file: sets.csv, by: without, columns: {dice: Dice}}\n")
+    run_study(path, "--out", str(tmp_path / "result.json"))
+    table = study.table(json.loads((tmp_path / "result.json").read_text())).splitlines()
+    assert table[-4:] == [
+        "| without | Dice, short | Dice, long |",
+        "|---|---|---|",
+        "| t1 | 0.50 ± 0.00 | 0.50 ± 0.00 |",
+        "| t2 | 0.50 ± 0.71 | 0.50 ± 0.71 |",
+    ]
