@@ -18,7 +18,7 @@ from common.types import Panel, Reconstruction
 
 _COLUMNS = ("input", "visible (hidden in blue)", "prediction", "prediction - input where scored")
 _WHOLE_COLUMNS = ("input", "visible (nothing is hidden)", *_COLUMNS[2:])
-_FILLED_COLUMNS = ("target", "what the encoder saw, holes filled", *_COLUMNS[2:])
+_FILLED_COLUMNS = ("target", "what the encoder saw, holes filled", "prediction", "prediction - target where scored")
 _HIDDEN_COLOR = np.array([0.16, 0.30, 0.55])
 _LESION_COLOR = np.array([0.2, 1.0, 0.4])
 #: Pixels of one picture's longer side, and between pictures.
