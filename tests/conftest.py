@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.cli import main
 from common.distributed import RankPool
 from datamodules.synthetic import write_brats, write_lung, write_pi_cai
 from datamodules.synthetic_brain import write_brain_archive
@@ -85,6 +86,20 @@ def real_data():
         return path
 
     return path_of
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Return a function that runs a command, expects exit code 1, and returns the one sentence it printed."""
+
+    def sentence(arguments: list[str]) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 1
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        return line
+
+    return sentence
 
 
 TINY = {

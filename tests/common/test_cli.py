@@ -12,16 +12,6 @@ from common.errors import UserError
 CONFIG = "experiments/e_mim/configs/pretrain.yaml"
 
 
-def refused(capsys, arguments):
-    """Run the command, expect exit code 1, and return the one line it printed."""
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 1
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
-
-
 def test_configurations_are_found_from_any_folder():
     resolved = resolve_config_arguments(["fit", "--config", CONFIG, f"--config={CONFIG}", "--config", "mine.yaml"])
     assert Path(resolved[2]).is_file()
@@ -102,16 +92,16 @@ def test_limits_of_lightning_hold(pretrain_arguments):
     assert json.loads((folder / "summary.json").read_text())["steps"] == 2
 
 
-def test_float16_on_a_cpu_is_refused(capsys, pretrain_arguments):
-    line = refused(capsys, pretrain_arguments("--trainer.accelerator=cpu", "--trainer.precision=16-mixed"))
+def test_float16_on_a_cpu_is_refused(refusal, pretrain_arguments):
+    line = refusal(pretrain_arguments("--trainer.accelerator=cpu", "--trainer.precision=16-mixed"))
     assert "float16" in line
     assert "bf16-mixed" in line
     assert not Path("runs").exists()
 
 
-def test_a_run_folder_that_cannot_be_made(capsys, pretrain_arguments):
+def test_a_run_folder_that_cannot_be_made(refusal, pretrain_arguments):
     Path("runs").write_text("")
-    assert "cannot be made (Not a directory)" in refused(capsys, pretrain_arguments())
+    assert "cannot be made (Not a directory)" in refusal(pretrain_arguments())
 
 
 def test_two_runs_of_one_second(monkeypatch, pretrain_arguments):
@@ -128,8 +118,8 @@ def test_a_cpu_without_bfloat16_trains_in_float32(monkeypatch, pretrain_argument
     assert not folder.exists()
 
 
-def test_a_missing_archive_is_one_line(capsys, pretrain_arguments):
-    line = refused(capsys, pretrain_arguments("--data.root=/nowhere"))
+def test_a_missing_archive_is_one_line(refusal, pretrain_arguments):
+    line = refusal(pretrain_arguments("--data.root=/nowhere"))
     assert "/nowhere" in line
 
 
@@ -138,8 +128,8 @@ def test_debug_shows_the_traceback(pretrain_arguments):
         main(pretrain_arguments("--data.root=/nowhere", "--debug"))
 
 
-def test_a_missing_checkpoint_is_one_line(capsys, pretrain_arguments):
-    assert "no/such/run" in refused(capsys, pretrain_arguments("--ckpt_path=no/such/run"))
+def test_a_missing_checkpoint_is_one_line(refusal, pretrain_arguments):
+    assert "no/such/run" in refusal(pretrain_arguments("--ckpt_path=no/such/run"))
 
 
 @pytest.mark.parametrize("wrong", ["--model.tapz=[1]", "--trainer.precision=fast", "--config=missing.yaml"])
@@ -162,8 +152,8 @@ def test_wrong_usage_exits_with_2_and_names_what_is_wrong(capsys, pretrain_argum
         (["--model.masker.hidden_per_position=3"], "`hidden_per_position` must be at most 2"),
     ],
 )
-def test_values_that_cannot_work_are_one_line(capsys, pretrain_arguments, settings, words):
-    assert words in refused(capsys, pretrain_arguments(*settings))
+def test_values_that_cannot_work_are_one_line(refusal, pretrain_arguments, settings, words):
+    assert words in refusal(pretrain_arguments(*settings))
 
 
 def test_help_costs_no_torch():

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from common.cli import execute, main
+from common.cli import execute
 
 ALL = "--data.split_fractions=[0.75,0.25,0.0]"
 
@@ -29,24 +29,16 @@ def rewrite(path, change):
     nib.save(nib.Nifti1Image(data, image.affine), path)
 
 
-def refusal(capsys, arguments):
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 1
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    return line
-
-
 def rows_after_training(arguments):
     folder = execute(arguments)
     assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
     return list(csv.DictReader((folder / "data_faults.csv").open()))
 
 
-def test_a_root_that_is_not_brats(capsys, pretrain_arguments, tmp_path):
+def test_a_root_that_is_not_brats(refusal, pretrain_arguments, tmp_path):
     (tmp_path / "holiday").mkdir()
     (tmp_path / "holiday/photo.jpg").write_bytes(b"x")
-    line = refusal(capsys, pretrain_arguments(root=tmp_path / "holiday"))
+    line = refusal(pretrain_arguments(root=tmp_path / "holiday"))
     assert "holiday" in line
     assert "brats2023" in line
 
@@ -129,41 +121,41 @@ def test_a_label_outside_the_releases_set(copy, tmp_path):
     assert all("4" in row["detail"] for row in rows)
 
 
-def test_a_patient_in_two_splits(capsys, copy, pretrain_arguments, tmp_path):
+def test_a_patient_in_two_splits(refusal, copy, pretrain_arguments, tmp_path):
     split = tmp_path / "split.csv"
     names = sorted(path.name for path in copy.iterdir() if path.is_dir())
     split.write_text("case_id,split\n" + "".join(f"{n},{'val' if n.endswith('-001') else 'train'}\n" for n in names))
-    line = refusal(capsys, pretrain_arguments(f"--data.split_file={split}", root=copy))
+    line = refusal(pretrain_arguments(f"--data.split_file={split}", root=copy))
     assert "BraTS-GLI-00006" in line
     assert "train" in line
     assert "val" in line
 
 
-def test_too_many_broken_cases(capsys, copy, pretrain_arguments):
+def test_too_many_broken_cases(refusal, copy, pretrain_arguments):
     for case in range(6):
         truncate(member(copy, case, "t1c"))
-    line = refusal(capsys, pretrain_arguments(root=copy))
+    line = refusal(pretrain_arguments(root=copy))
     assert "6 of 8 samples are faulty" in line
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_another_shape(capsys, pretrain_arguments):
+def test_a_checkpoint_of_another_shape(refusal, pretrain_arguments):
     folder = execute(pretrain_arguments("--trainer.max_steps=1", "--trainer.limit_val_batches=1"))
     other = pretrain_arguments("--model.encoder.embed_dim=48", f"--ckpt_path={folder}")
-    line = refusal(capsys, other)
+    line = refusal(other)
     assert "32" in line
     assert "48" in line
     deeper = pretrain_arguments("--model.encoder.depth=3", f"--ckpt_path={folder}")
-    assert "blocks.2" in refusal(capsys, deeper)
+    assert "blocks.2" in refusal(deeper)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_for_other_data(capsys, pretrain_arguments, lung_root):
+def test_a_checkpoint_for_other_data(refusal, pretrain_arguments, lung_root):
     folder = execute(pretrain_arguments("--trainer.max_steps=1", "--trainer.limit_val_batches=1"))
     arguments = [*pretrain_arguments(f"--ckpt_path={folder}", root=lung_root), "--data.crop_size=[32,32,16]"]
-    assert "t1c" in refusal(capsys, arguments)
+    assert "t1c" in refusal(arguments)
 
 
-def test_something_that_is_no_checkpoint(capsys, pretrain_arguments, tmp_path):
+def test_something_that_is_no_checkpoint(refusal, pretrain_arguments, tmp_path):
     (tmp_path / "weights.ckpt").write_bytes(b"not a checkpoint")
-    assert "weights.ckpt" in refusal(capsys, pretrain_arguments(f"--ckpt_path={tmp_path / 'weights.ckpt'}"))
+    assert "weights.ckpt" in refusal(pretrain_arguments(f"--ckpt_path={tmp_path / 'weights.ckpt'}"))

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from common import commands
 from common.checkpoint import load_encoder
-from common.cli import execute, main
+from common.cli import execute
 from common.errors import PreemptedError
 from datamodules.synthetic_fundus import write_aptos, write_idrid, write_palm, write_rfmid, write_tcga, write_ukb
 from experiments.mrm_genetics.module import RelationPretrain
@@ -61,14 +61,6 @@ def arguments(root):
 
 def weights(folder):
     return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
-
-
-def refusal(capsys, line):
-    with pytest.raises(SystemExit) as stop:
-        main(line)
-    assert stop.value.code == 1
-    (sentence,) = [row for row in capsys.readouterr().err.splitlines() if row.startswith("error: ")]
-    return sentence
 
 
 def scalars_of(folder):
@@ -162,7 +154,7 @@ def test_two_ranks_equal_one(arguments):
         assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
 
 
-def test_images_alone_and_the_baselines(arguments, capsys):
+def test_images_alone_and_the_baselines(arguments, refusal):
     folder = execute(arguments("--data.genetics=false", "--trainer.max_steps=2"))
     names = scalars_of(folder)
     assert "relation/zeroed_fraction_image_self_second" in names
@@ -179,7 +171,7 @@ def test_images_alone_and_the_baselines(arguments, capsys):
     folder = execute(contig)
     assert {"val/loss_contrast", "val/retrieval_accuracy", "collapse/effective_rank"} <= scalars_of(folder).keys()
     assert load_encoder(folder).num_features == 24
-    sentence = refusal(capsys, [*contig, "--data.genetics=false"])
+    sentence = refusal([*contig, "--data.genetics=false"])
     assert "complete_only" in sentence
 
 
@@ -191,19 +183,19 @@ def test_stained_regions_train_with_their_omics(arguments, tmp_path):
     assert {"val/loss_genome", "collapse/genome_floor_ratio", "relation/zeroed_fraction_genome_cross"} <= names.keys()
 
 
-def test_bad_input_is_refused_in_a_sentence(arguments, root, tmp_path, capsys):
+def test_bad_input_is_refused_in_a_sentence(arguments, root, tmp_path, refusal):
     copy = shutil.copytree(root, tmp_path / "archive")
     for path in copy.glob("genetics/*.fam"):
         path.write_text("".join(f"{9 + i} {9 + i} 0 0 0 b\n" for i, _ in enumerate(path.read_text().splitlines())))
     shutil.rmtree(copy / "pgs")
     shutil.rmtree(copy / "burden")
-    sentence = refusal(capsys, arguments(data=copy))
+    sentence = refusal(arguments(data=copy))
     assert "None of the 20 persons with images" in sentence
     assert "synthetic" in sentence
     (tmp_path / "empty").mkdir()
-    assert "of no known layout" in refusal(capsys, arguments(data=tmp_path / "empty"))
-    assert "no genotypes at" in refusal(capsys, arguments("--data.genotypes=nowhere"))
-    assert "applied to genotypes" in refusal(capsys, arguments(f"--data.scores={root}"))
+    assert "of no known layout" in refusal(arguments(data=tmp_path / "empty"))
+    assert "no genotypes at" in refusal(arguments("--data.genotypes=nowhere"))
+    assert "applied to genotypes" in refusal(arguments(f"--data.scores={root}"))
 
 
 def test_damaged_images_leave_rows_and_the_run_goes_on(arguments, root, tmp_path):
@@ -216,9 +208,9 @@ def test_damaged_images_leave_rows_and_the_run_goes_on(arguments, root, tmp_path
     assert {Path(row["path"]).name for row in rows} == {first.name, second.name}
 
 
-def test_another_genome_is_refused_on_resuming(arguments, capsys):
+def test_another_genome_is_refused_on_resuming(arguments, refusal):
     folder = execute(arguments("--trainer.max_steps=1", "--data.genotype_step=8"))
-    sentence = refusal(capsys, arguments("--data.genotype_step=4", f"--ckpt_path={folder}"))
+    sentence = refusal(arguments("--data.genotype_step=4", f"--ckpt_path={folder}"))
     assert "genome" in sentence
 
 

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from common import commands
 from common.checkpoint import load_encoder
-from common.cli import execute, main
+from common.cli import execute
 from common.errors import PreemptedError
 from datamodules.synthetic_cxr import write_mimic_cxr
 from experiments.mrm_record.module import MRMPretrain
@@ -58,14 +58,6 @@ def arguments(root):
 
 def weights(folder):
     return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
-
-
-def refusal(capsys, line):
-    with pytest.raises(SystemExit) as stop:
-        main(line)
-    assert stop.value.code == 1
-    (sentence,) = [row for row in capsys.readouterr().err.splitlines() if row.startswith("error: ")]
-    return sentence
 
 
 def test_a_run_leaves_what_the_contract_asks_for(arguments, tmp_path, capsys):
@@ -141,7 +133,7 @@ def test_two_ranks_equal_one(arguments):
         assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
 
 
-def test_an_encoder_starts_from_timm_weights(arguments, tmp_path, capsys):
+def test_an_encoder_starts_from_timm_weights(arguments, tmp_path, capsys, refusal):
     theirs = timm_vit.VisionTransformer(img_size=24, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5)
     torch.save(theirs.state_dict(), tmp_path / "vit.pth")
     line = arguments("--trainer.max_steps=1", f"--model.init_from={tmp_path / 'vit.pth'}")
@@ -149,12 +141,12 @@ def test_an_encoder_starts_from_timm_weights(arguments, tmp_path, capsys):
     report = next(row for row in capsys.readouterr().out.splitlines() if "encoder weights" in row)
     assert "missing: none" in report
     assert "unexpected: head.weight, head.bias" in report
-    assert "no weights at" in refusal(capsys, arguments("--model.init_from=nowhere.pth"))
+    assert "no weights at" in refusal(arguments("--model.init_from=nowhere.pth"))
 
 
-def test_another_tokenizer_is_refused(arguments, capsys):
+def test_another_tokenizer_is_refused(arguments, refusal):
     folder = execute(arguments("--trainer.max_steps=1"))
-    sentence = refusal(capsys, arguments("--data.vocab_size=200", f"--ckpt_path={folder}"))
+    sentence = refusal(arguments("--data.vocab_size=200", f"--ckpt_path={folder}"))
     assert "vocabulary" in sentence
     assert "tokenizer.json" in sentence
 
@@ -170,10 +162,10 @@ def test_damaged_members_leave_rows_and_the_run_goes_on(arguments, root, tmp_pat
     assert {row["kind"] for row in rows} == {"unreadable"}
 
 
-def test_without_reports_the_hint_says_where_they_are(arguments, root, tmp_path, capsys):
+def test_without_reports_the_hint_says_where_they_are(arguments, root, tmp_path, refusal):
     copy = shutil.copytree(root, tmp_path / "archive")
     shutil.rmtree(copy / "mimic-cxr")
-    assert "mimic-cxr-reports.zip" in refusal(capsys, arguments(data=copy))
+    assert "mimic-cxr-reports.zip" in refusal(arguments(data=copy))
 
 
 def test_texts_stay_out_of_the_logs_when_anonymised(arguments):

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from common import commands
 from common.checkpoint import load_encoder
-from common.cli import execute, main
+from common.cli import execute
 from common.errors import PreemptedError
 from datamodules.synthetic import WRITERS
 from experiments.umd.callbacks import GradientCoordination
@@ -58,14 +58,6 @@ def task_line(run, task, root, *more):
 
 def weights(folder):
     return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
-
-
-def refusal(capsys, line):
-    with pytest.raises(SystemExit) as stop:
-        main(line)
-    assert stop.value.code == 1
-    (sentence,) = [row for row in capsys.readouterr().err.splitlines() if row.startswith("error: ")]
-    return sentence
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +150,7 @@ def test_teacher_is_the_average_of_the_steps(trees, monkeypatch):
     assert torch.allclose(teacher, closed, atol=1e-6)
 
 
-def test_the_three_stages_hand_on_and_answer_a_question(trees, pretrained, tmp_path, capsys):
+def test_the_three_stages_hand_on_and_answer_a_question(trees, pretrained, tmp_path, capsys, refusal):
     calibrated = execute(task_line("fit", "td_calib", trees / "vqa_rad", f"--model.pretrained={pretrained}",
                                    "--model.decoder.decoder_dim=16", "--model.decoder.num_heads=2",
                                    "--trainer.max_epochs=1"))  # fmt: skip
@@ -191,7 +183,7 @@ def test_the_three_stages_hand_on_and_answer_a_question(trees, pretrained, tmp_p
     other = tmp_path / "other"
     WRITERS["melinda"](other, 2, 0)
     line = task_line("fit", "vqa_rad", trees / "vqa_rad", f"--model.pretrained={pretrained}")
-    assert "tokenizer" in refusal(capsys, [*line, f"--data.tokenizer={_learned(other)}"])
+    assert "tokenizer" in refusal([*line, f"--data.tokenizer={_learned(other)}"])
 
 
 def _learned(root):
@@ -222,14 +214,14 @@ def test_retrieval_is_learned(tmp_path):
     assert min(scores["t2i_recall_at_5"], scores["i2t_recall_at_5"]) > 0.4
 
 
-def test_a_teacher_missing_from_the_checkpoint(trees, pretrained, tmp_path, capsys):
+def test_a_teacher_missing_from_the_checkpoint(trees, pretrained, tmp_path, refusal):
     copy = shutil.copytree(pretrained, tmp_path / "run")
     path = copy / "checkpoints/last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     state = checkpoint["state_dict"]
     checkpoint["state_dict"] = {key: value for key, value in state.items() if ".teacher." not in key}
     torch.save(checkpoint, path)
-    assert "holds no teacher" in refusal(capsys, pretrain_line(trees / "medicat", f"--ckpt_path={copy}"))
+    assert "holds no teacher" in refusal(pretrain_line(trees / "medicat", f"--ckpt_path={copy}"))
 
 
 def test_longer_captions_and_gone_images(trees, tmp_path, capsys):
