@@ -210,7 +210,7 @@ class VolumeDataModule(ArchiveDataModule):
         target_file: CSV with ``case_id`` and the target; None takes the archive's own attributes.
         max_fault_fraction: Share of faulty samples at which training stops.
         anonymise: Whether subject ids are replaced by pseudonyms in logs, pictures and fault files.
-        seed: Seed of splits, order, crops and masks; None takes ``seed_everything``'s.
+        seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
         split_seed: Seed of the split alone, so that runs of several seeds share their test patients.
     """
 
