@@ -11,7 +11,7 @@ import json
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -46,13 +46,25 @@ class Row:
     detail: str = ""
     unit: str = "x"
 
+    def amount(self) -> str:
+        """Return the value with its unit."""
+        return "not applicable" if self.value is None else f"{self.value:.2f} {self.unit}".rstrip()
+
     def line(self) -> str:
         """Return the row as text."""
-        value = "not applicable" if self.value is None else f"{self.value:.2f} {self.unit}".rstrip()
         verdict = ""
         if self.value is not None and self.target is not None:
             verdict = f" (at least {self.target:g}: {'yes' if self.value >= self.target else 'NO'})"
-        return f"{self.name}: {value}{verdict}{'; ' + self.detail if self.detail else ''}"
+        return f"{self.name}: {self.amount()}{verdict}{'; ' + self.detail if self.detail else ''}"
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Return what ``medmim bench --out`` wrote as a Markdown table."""
+    lines = ["| what | value | at least | how |", "|---|---|---|---|"]
+    for row in (Row(**entry) for entry in result["rows"]):
+        target = "" if row.target is None else f"{row.target:g}"
+        lines.append(f"| {row.name} | {row.amount()} | {target} | {row.detail} |")
+    return "\n".join(lines)
 
 
 def seconds(function: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
@@ -202,4 +214,7 @@ def run(args: argparse.Namespace) -> None:
                 rows.append(row)
                 say(row.line())
     if args.out:
-        Path(args.out).write_text(json.dumps({"environment": facts, "rows": [asdict(row) for row in rows]}, indent=2))
+        chosen = f" --exp {args.exp}" if args.exp else ""
+        result = {"command": f"medmim bench{chosen}", "environment": facts, "date": time.strftime("%Y-%m-%d"),
+                  "rows": [asdict(row) for row in rows]}  # fmt: skip
+        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")

@@ -24,6 +24,7 @@ import yaml
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
+from common import bench
 from common.data_config import package_file
 from common.errors import UserError
 from common.metrics import central_interval, resampled_counts, weighted_mean, weighted_quadratic_kappa
@@ -433,7 +434,8 @@ def update_readme(readme: Path) -> str:
     for part in parts[1:]:
         name, rest = part.split(" -->", 1)
         _, tail = rest.split("<!-- end -->", 1)
-        body = table(json.loads((readme.parent / name).read_text()))
+        result = json.loads((readme.parent / name).read_text())
+        body = table(result) if "summary" in result else bench.table(result)
         text += f"<!-- results: {name} -->\n{body}\n<!-- end -->{tail}"
     return text
 
