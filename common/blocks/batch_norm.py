@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.distributed import all_reduce_sum, world_size
+from common.precision import at_least_float32
 
 
 class GlobalBatchNorm3d(nn.BatchNorm3d):
@@ -32,7 +33,7 @@ class GlobalBatchNorm3d(nn.BatchNorm3d):
 
     def _over_ranks(self, input: Tensor, repeated: bool) -> Tensor:
         with torch.autocast(input.device.type, enabled=False):
-            x = input if input.dtype == torch.float64 else input.float()
+            x = at_least_float32(input)
             axes = (0, 2, 3, 4)
             count = torch.full((1,), float(x.numel() // x.shape[1]), dtype=x.dtype, device=x.device)
             sums = all_reduce_sum(torch.cat([x.sum(axes), count]))

@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 
 from common.distributed import all_gather_cat, all_reduce_sum, world_size
+from common.precision import at_least_float32
 
 _EPS_POSITION = 1e-6
 _EPS_FEATURE = 1e-5
-
-
-def _float(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _position_rows(x: Tensor, center: bool, sync: bool) -> Tensor:
@@ -60,7 +57,7 @@ def cross_correlation(
         ``(N, N)`` or ``(D, D)``, float32 (float64 stays).
     """
     with torch.autocast(a.device.type, enabled=False):
-        a, b = _float(a), _float(b)
+        a, b = at_least_float32(a), at_least_float32(b)
         if axis == "feature":
             (rows_a, count), (rows_b, _) = _standardised_columns(a, sync), _standardised_columns(b, sync)
             product = rows_a.T @ rows_b
@@ -157,7 +154,9 @@ def token_barlow_twins(
     features = batch * width * (world_size() if sync else 1)
     if axis == "position" and positions > features:
         with torch.autocast(a.device.type, enabled=False):
-            return _position_loss_by_gram(_float(a), _float(b), reduction, off_diagonal_weight, center, sync)
+            return _position_loss_by_gram(
+                at_least_float32(a), at_least_float32(b), reduction, off_diagonal_weight, center, sync
+            )
     correlation = cross_correlation(a, b, axis, center, sync)
     return correlation_to_identity(correlation, reduction, off_diagonal_weight)
 
@@ -179,7 +178,7 @@ def sample_barlow_twins(
         sync: Whether the mean runs over the samples of all ranks.
     """
     with torch.autocast(a.device.type, enabled=False):
-        a, b = _float(a), _float(b)
+        a, b = at_least_float32(a), at_least_float32(b)
         norms = a.norm(dim=2)[:, :, None] * b.norm(dim=2)[:, None, :]
         losses = correlation_to_identity(
             a @ b.transpose(1, 2) / (norms + _EPS_POSITION), reduction, off_diagonal_weight

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.losses.reconstruction import masked_mse
+from common.precision import at_least_float32
 
 _EPS = 1e-6
 
@@ -15,7 +16,7 @@ def standardised_features(features: Tensor) -> Tensor:
     A target of fixed spread cannot be met by shrinking: a projection that goes to zero no longer lowers the loss.
     """
     with torch.autocast(features.device.type, enabled=False):
-        features = features if features.dtype == torch.float64 else features.float()
+        features = at_least_float32(features)
         return F.layer_norm(features, features.shape[-1:], eps=_EPS)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
 from common.distributed import all_reduce_sum
+from common.precision import at_least_float32
 
 #: Label of the pixels that count nowhere.
 IGNORED = 255
@@ -51,7 +52,7 @@ class FocalDice(nn.Module):
             sync: Whether to reduce over ranks.
         """
         with torch.autocast(logits.device.type, enabled=False):
-            logits = logits if logits.dtype == torch.float64 else logits.float()
+            logits = at_least_float32(logits)
             classes = logits.shape[1]
             real = label != IGNORED
             target = one_hot(label.where(real, 0), classes, logits.dtype)

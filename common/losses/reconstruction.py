@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from common.distributed import all_reduce_sum
+from common.precision import at_least_float32
 
 
 def masked_error(pred: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -19,9 +20,9 @@ def masked_error(pred: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Te
         is), of this rank alone.
     """
     with torch.autocast(pred.device.type, enabled=False):
-        dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
-        weight = mask.to(dtype)
-        error = (pred.to(dtype) - target.to(dtype)).square().mean(-1)
+        pred = at_least_float32(pred)
+        weight = mask.to(pred.dtype)
+        error = (pred - target.to(pred.dtype)).square().mean(-1)
         return (error * weight).sum(), weight.sum()
 
 

@@ -6,6 +6,7 @@ from monai.losses import DiceLoss
 from torch import Tensor, nn
 
 from common.distributed import all_reduce_sum
+from common.precision import at_least_float32
 
 
 class RegionDiceBCE(nn.Module):
@@ -56,7 +57,7 @@ class BatchDiceBCE(nn.Module):
             sync: Whether to reduce over ranks; None does in training, where all ranks take the same steps.
         """
         with torch.autocast(logits.device.type, enabled=False):
-            logits = logits if logits.dtype == torch.float64 else logits.float()
+            logits = at_least_float32(logits)
             target = target.to(logits)
             axes = (0, *range(2, logits.ndim))
             p = logits.sigmoid()

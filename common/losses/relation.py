@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from common.distributed import all_gather_cat
+from common.precision import at_least_float32
 
 _EPS = 1e-8
 
 
 def _unit_rows(x: Tensor, present: Tensor | None = None, center: bool = False, sync: bool = False) -> Tensor:
     """Return rows ``(b, d)`` as unit vectors, of all ranks with ``sync``; absent ones leave the centre."""
-    x = x if x.dtype == torch.float64 else x.float()
+    x = at_least_float32(x)
     x = all_gather_cat(x) if sync else x
     if center:
         weight = torch.ones_like(x[:, :1]) if present is None else present[:, None].to(x.dtype)

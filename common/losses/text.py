@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.distributed import all_reduce_sum
+from common.precision import at_least_float32
 
 
 def masked_cross_entropy(logits: Tensor, targets: Tensor, sync: bool = True) -> Tensor:
@@ -21,7 +22,7 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, sync: bool = True) -> 
         A scalar in nats, float32 (float64 stays); 0 with a graph where nothing is hidden.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = at_least_float32(logits)
         total = F.cross_entropy(logits, targets, reduction="sum")
         count = torch.full_like(total, len(targets))
         if sync:

@@ -15,6 +15,7 @@ from common.maskers.hybrid import HybridMasker
 from common.module import SSLModule, StepOutput
 from common.optim import Schedule
 from common.panels import volume_panels
+from common.precision import at_least_float32
 from common.randomness import KeyedGenerator
 from common.types import InputSpec, MaskOutput, Panel, Reconstruction, TokenFeatures
 from experiments.e_mim.model import EMIM, CleanBranch, EMIMOutput, MaskFill
@@ -116,7 +117,7 @@ class EMIMPretrain(SSLModule):
         output = self.network(batch[image], mask, clean, batch["image"])
         scored = mask.mask & batch["modality_mask"][:, :, None]
         groups = {} if self.training else self._groups(mask, scored, output.target)
-        return output, Reconstruction(output.pred.float(), output.target, scored, groups)
+        return output, Reconstruction(at_least_float32(output.pred), output.target, scored, groups)
 
     @staticmethod
     def _groups(mask: MaskOutput, scored: Tensor, target: Tensor) -> dict[str, Tensor]:

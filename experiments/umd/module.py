@@ -21,6 +21,7 @@ from common.maskers.random import RandomMasker
 from common.module import SSLModule, StepOutput
 from common.optim import Schedule, WarmupLinear, param_groups
 from common.panels import image_panel
+from common.precision import at_least_float32
 from common.randomness import KeyedGenerator
 from common.reporting import say
 from common.types import HiddenTokens, InputSpec, MaskOutput, Panel, Reconstruction, TokenFeatures
@@ -241,7 +242,7 @@ class UMDPretrain(SSLModule):
         index = self._hidden(mask) if self.training else None
         fused = network.student(batch, mask)
         decoded = network.decode(fused, mask, index)
-        pred = network.decoder.proj(decoded).float()
+        pred = at_least_float32(network.decoder.proj(decoded))
         reconstruction = self._reconstruction(pred, batch, mask, index)
         losses, weights, extras = {}, {}, {}
         if self._any("mim"):
@@ -304,7 +305,7 @@ class UMDPretrain(SSLModule):
         pairs, shown = self._pairs(batch, sync)
         logits = self.network.match(shown, whole_text(batch), batch["attention_mask"])
         with torch.autocast(logits.device.type, enabled=False):
-            logits = logits if logits.dtype == torch.float64 else logits.float()
+            logits = at_least_float32(logits)
             valid = pairs.valid.to(logits.dtype)
             total = (F.cross_entropy(logits, pairs.label, reduction="none") * valid).sum()
             right = ((logits.argmax(1) == pairs.label) * valid).sum().detach()

@@ -24,6 +24,7 @@ from common.downstream.encoder import encoder_architecture
 from common.errors import UserError
 from common.metrics import bootstrap_mean
 from common.optim import Schedule, WarmupCosine, param_groups
+from common.precision import at_least_float32
 from common.reporting import is_dry_run, say
 from common.types import InputSpec
 from experiments.umd.coordination import ContributionSums, true_class_probability
@@ -213,7 +214,7 @@ class AnswerTask(PairTask):
     def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return binary cross-entropies summed over classes and samples, and the samples with a class."""
         logits, text, image = self.network(batch["image"], batch["input_ids"], batch["attention_mask"])
-        logits = logits.float() if logits.dtype != torch.float64 else logits
+        logits = at_least_float32(logits)
         target = self._target(batch, logits.dtype)
         self.note_contributions(text, image, target)
         known = (batch["label"] >= 0).to(logits.dtype)
@@ -320,7 +321,7 @@ class FigureTask(PairTask):
     def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return the sum of cross-entropies and the number of samples with a class."""
         logits, text, image = self.network(batch["image"], batch["input_ids"], batch["attention_mask"])
-        logits = logits.float() if logits.dtype != torch.float64 else logits
+        logits = at_least_float32(logits)
         known = batch["label"] >= 0
         target = F.one_hot(batch["label"].clamp(min=0), len(self.classes)).to(logits.dtype) * known[:, None]
         self.note_contributions(text, image, target)
@@ -394,7 +395,7 @@ class RetrievalTask(PairTask):
         image = image[:, None].expand(-1, candidates, -1, -1).flatten(0, 1)
         text, picture = encoder.pool(encoder.fuse(encoder.encode_text(ids, mask), image, mask), mask)
         scores = self.network.head(torch.cat([text, picture], dim=1)).reshape(count, candidates)
-        scores = scores.float() if scores.dtype != torch.float64 else scores
+        scores = at_least_float32(scores)
         if self.training:
             of_text, of_image = split_logits(self.network.head, text.detach(), picture.detach(), self.split_head)
             first = torch.zeros_like(scores)

@@ -217,6 +217,7 @@ def loss_and_gradient(state, batch, settings):
     module = make(**settings).double()
     module.load_state_dict(state)
     losses = module.step(batch, sync=True).losses
+    assert {loss.dtype for loss in losses.values()} == {torch.float64}  # so that ranks can be held to 1e-9
     module.total(losses).backward()
     parts = [p.grad.flatten() for p in module.parameters() if p.requires_grad]
     return {name: loss.item() for name, loss in losses.items()}, torch.cat(parts)
