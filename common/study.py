@@ -3,34 +3,28 @@
 A study is a YAML file: arms, each a list of steps (``fit``, ``validate``, ``test``), run once per seed, and the
 configurations and arguments that all steps share. Arms see equal samples because they share these; what each cost
 stands beside what it reached. Results are JSON rows; the tables of an experiment's README are made from these and from
-nothing else.
+nothing else. Jobs that run an arm or a seed each (``--arms``, ``--seeds``, ``--out``) are put together by ``--merge``.
 """
 
 import argparse
 import itertools
 import json
-import math
+import shlex
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-import numpy as np
-import pandas as pd
 import torch
 import yaml
-from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
 
-from common import bench
 from common.data_config import package_file
 from common.errors import UserError
-from common.metrics import central_interval, resampled_counts, weighted_mean, weighted_quadratic_kappa
 from common.provenance import environment
-from common.randomness import numpy_generator
 from common.reporting import say
+from common.results import COSTS, Pool, merge, refuse_loss, table, update_readme, write_result
 
 
 @dataclass
@@ -59,52 +53,6 @@ class Step:
         files = [package_file(str(configs / name)) for name in self.config]
         given = [argument.format(**places) for argument in self.args]
         return [self.run, *(word for file in files for word in ("--config", file)), *given]
-
-
-@dataclass
-class Pool:
-    """How the scores of all folds become one figure.
-
-    Attributes:
-        score: Column of ``per_case.csv`` with the score.
-        target: Column with the truth, 0 or 1.
-    """
-
-    score: str
-    target: str
-
-    def metrics(self, folders: Sequence[Path]) -> dict[str, float]:
-        """Return the AUROC over the cases of all folds with the bounds of its 95 % interval, persons resampled.
-
-        Scores of different folds come from different models, so each is replaced by its rank within its fold.
-        """
-        tables = [pd.read_csv(folder / "per_case.csv").dropna(subset=[self.target]) for folder in folders]
-        for table in tables:
-            table["rank"] = table[self.score].rank(pct=True)
-        cases = pd.concat(tables)
-        twice = cases.loc[cases["subject_id"].duplicated(), "subject_id"]
-        if len(twice):
-            raise UserError(f"{twice.iloc[0]} was tested in two folds.")
-        low, high = bootstrap_auroc(cases["rank"], cases[self.target], cases["patient_id"])
-        auroc = float(roc_auc_score(cases[self.target], cases["rank"]))
-        by_fold = [float(roc_auc_score(table[self.target], table[self.score])) for table in tables]
-        return {"auroc": auroc, "auroc_low": low, "auroc_high": high, "auroc_folds": statistics.fmean(by_fold),
-                "cases": float(len(cases)), "patients": float(cases["patient_id"].nunique())}  # fmt: skip
-
-
-def bootstrap_auroc(scores: pd.Series, target: pd.Series, persons: pd.Series, draws: int = 2000) -> tuple[float, float]:
-    """Return the central 95 % of the AUROC under resampling of persons; draws of one class are left out."""
-    person, names = pd.factorize(persons)
-    chosen = numpy_generator("bootstrap", len(names)).multinomial(
-        len(names), np.full(len(names), 1 / len(names)), draws
-    )
-    times = chosen[:, person].astype(float)  # how often each case was drawn
-    score, positive = scores.to_numpy(), target.to_numpy() == 1
-    wins = np.sign(score[positive][:, None] - score[~positive]) / 2 + 0.5
-    won = np.einsum("dp,pn,dn->d", times[:, positive], wins, times[:, ~positive], optimize=True)
-    pairs = times[:, positive].sum(1) * times[:, ~positive].sum(1)
-    low, high = np.percentile(won[pairs > 0] / pairs[pairs > 0], [2.5, 97.5])
-    return float(low), float(high)
 
 
 def read_study(path: Path) -> dict[str, Any]:
@@ -144,9 +92,6 @@ def _metrics(folder: Path, columns: Mapping[str, str]) -> dict[str, float]:
     return {name: float(found[name]) for name in columns if name in found}
 
 
-_COSTS = ("samples", "train_seconds", "flops_per_sample")
-
-
 def run_arm(
     steps: list[Step],
     configs: Path,
@@ -170,7 +115,7 @@ def run_arm(
 
     places = dict(places)
     rows: list[dict[str, Any]] = []
-    cost: dict[str, float] = dict.fromkeys(_COSTS, 0.0)
+    cost: dict[str, float] = dict.fromkeys(COSTS, 0.0)
     beside: dict[str, float] = {}
     for step in steps:
         arguments = step.arguments(configs, places)
@@ -184,7 +129,7 @@ def run_arm(
         places[step.name or step.run] = str(folder)
         if step.run == "fit":
             summary = json.loads((folder / "summary.json").read_text())
-            cost = {name: float(summary.get(name) or 0) for name in _COSTS}
+            cost = {name: float(summary.get(name) or 0) for name in COSTS}
         if step.score:
             metrics = beside | _metrics(folder, columns)
             rows.append({"score": step.score, "metrics": metrics, "cost": cost, "folder": folder})
@@ -215,242 +160,6 @@ def run_folds(
     ]
 
 
-def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "std": spread, "n": len(values)}
-
-
-def summarise(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return mean and standard deviation over seeds, one entry per arm and score."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["arm"], row["score"]), []).append(row)
-    result = []
-    for (arm, score), members in groups.items():
-        entry: dict[str, Any] = {"arm": arm, "score": score, "seeds": [row["seed"] for row in members]}
-        for name in columns:
-            values = [row["metrics"][name] for row in members if name in row["metrics"]]
-            if values:
-                entry[name] = _over_seeds(values)
-        entry["cost"] = {name: statistics.fmean(row["cost"][name] for row in members) for name in _COSTS}
-        result.append(entry)
-    return result
-
-
-@dataclass
-class Comparison:
-    """How arms are compared case by case.
-
-    Attributes:
-        title: Over the table.
-        unit: Column of ``per_case.csv`` with the units, such as persons or images, that are resampled with their cases.
-        reference: Arm that all others are compared with; empty compares none.
-        score: Score of that arm.
-        metric: ``mean`` of a column, or ``quadratic_kappa`` between two.
-        value: Column whose mean is taken.
-        baseline: Column that is subtracted from it; empty subtracts nothing.
-        where: Cases to keep: the value that a column must have.
-        pred: Column with the predicted grade.
-        target: Column with the true grade.
-    """
-
-    title: str
-    unit: str
-    reference: str = ""
-    score: str = ""
-    metric: Literal["mean", "quadratic_kappa"] = "mean"
-    value: str = "value"
-    baseline: str = ""
-    where: dict[str, Any] = field(default_factory=dict)
-    pred: str = "pred"
-    target: str = "target"
-
-    def __post_init__(self) -> None:
-        """Check the metric."""
-        if self.metric not in get_args(Comparison.__annotations__["metric"]):
-            raise UserError(f"paired.metric is mean or quadratic_kappa, got {self.metric!r}.")
-
-    def of(self, cases: pd.DataFrame, counts: NDArray[Any]) -> NDArray[np.float64]:
-        """Return the metric ``(draws,)`` where each case counts as often as ``counts`` ``(draws, S)`` says."""
-        if self.metric == "mean":
-            values = cases[self.value] - cases[self.baseline] if self.baseline else cases[self.value]
-            return weighted_mean(values, counts)
-        return weighted_quadratic_kappa(cases[self.pred], cases[self.target], counts)
-
-    def table(self, folders: Sequence[Path], cases: pd.Index | None = None) -> list[pd.DataFrame]:
-        """Read ``per_case.csv`` of each folder by ``subject_id``, in the order of ``cases`` or else of the first.
-
-        Raises:
-            UserError: they are not the same cases.
-        """
-        tables = [pd.read_csv(folder / "per_case.csv").set_index("subject_id") for folder in folders]
-        for column, wanted in self.where.items():
-            tables = [table[table[column] == wanted] for table in tables]
-        order = tables[0].index if cases is None else cases
-        for folder, table in zip(folders, tables, strict=True):
-            if set(table.index) != set(order):
-                raise UserError(f"{folder} was not scored on the same cases as the others, so they cannot be paired.")
-        return [table.reindex(order) for table in tables]
-
-    def over_seeds(self, tables: Sequence[pd.DataFrame], draws: int = 2000) -> tuple[float, NDArray[np.float64]]:
-        """Return the mean over seeds of the metric, and of every resampling, the same for all seeds and arms."""
-        counts = resampled_counts(tables[0][self.unit].tolist(), draws)
-        whole = np.ones((1, counts.shape[1]))
-        means = [np.mean([self.of(table, each) for table in tables], axis=0) for each in (whole, counts)]
-        return float(means[0][0]), means[1]
-
-
-@dataclass
-class Breakdown:
-    """A table that scored runs leave behind, such as one line per set of sequences, over arms and seeds.
-
-    Attributes:
-        file: Name of the CSV in the run folder.
-        by: Its column that names the lines.
-        columns: Its columns that are wanted, with their titles.
-    """
-
-    file: str
-    by: str
-    columns: dict[str, str]
-
-    def over_seeds(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Return mean and standard deviation over the seeds of ``rows``, one entry per line, arm and score."""
-        groups: dict[tuple[str, str, str], list[dict[str, float]]] = {}
-        for row in rows:
-            wanted = pd.read_csv(row["folder"] / self.file).set_index(self.by)[list(self.columns)]
-            for line, values in wanted.to_dict("index").items():
-                groups.setdefault((str(line), row["arm"], row["score"]), []).append(values)
-        return [
-            {
-                **dict(zip(("line", "arm", "score"), key, strict=True)),
-                **{name: _over_seeds([values[name] for values in members]) for name in self.columns},
-            }
-            for key, members in groups.items()
-        ]
-
-    def table(self, entries: Sequence[Mapping[str, Any]], digits: int) -> list[str]:
-        """Return the lines of a Markdown table: one per line of the file, every arm's columns side by side."""
-        arms = list(dict.fromkeys(entry["arm"] for entry in entries))
-        header = [self.by, *(f"{title}, {arm}" for title in self.columns.values() for arm in arms)]
-        lines = ["", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-        for line in dict.fromkeys(entry["line"] for entry in entries):
-            found = {entry["arm"]: entry for entry in entries if entry["line"] == line}
-            cells = [_cell(found.get(arm, {}).get(name), digits) for name in self.columns for arm in arms]
-            lines.append("| " + " | ".join([line, *cells]) + " |")
-        return lines
-
-
-def compare(rows: Sequence[Mapping[str, Any]], comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
-    """Return each arm's mean over seeds, and how much the reference is above it, with 95 % intervals.
-
-    Cases are matched by ``subject_id`` and resampled alike for all arms and seeds, so an interval says what other cases
-    would change, not what other seeds would.
-
-    Args:
-        rows: With ``arm``, ``score``, ``seed`` and ``folder``.
-        comparison: What is compared.
-
-    Returns:
-        ``intervals`` of every arm and score, over the seeds it has; ``paired`` differences over the seeds that both
-        have.
-    """
-    folders: dict[tuple[str, str], dict[int, Path]] = {}
-    for row in rows:
-        folders.setdefault((row["arm"], row["score"]), {})[row["seed"]] = row["folder"]
-    reference = folders.get((comparison.reference, comparison.score), {})
-    result: dict[str, list[dict[str, Any]]] = {"intervals": [], "paired": []}
-    for (arm, score), found in folders.items():
-        try:
-            mean, drawn = comparison.over_seeds(comparison.table(list(found.values())))
-            result["intervals"].append(_interval(arm, score, list(found), mean, drawn))
-            seeds = sorted(reference.keys() & found.keys())
-            if not seeds or found is reference:
-                continue
-            ours = comparison.table([reference[seed] for seed in seeds])
-            others = comparison.table([found[seed] for seed in seeds], ours[0].index)
-        except UserError as error:
-            say(f"note: {arm}, {score} is not compared: {error}")
-            continue
-        (mean, drawn), (other, other_drawn) = comparison.over_seeds(ours), comparison.over_seeds(others)
-        result["paired"].append(_interval(arm, score, seeds, mean - other, drawn - other_drawn))
-    return result
-
-
-def _interval(arm: str, score: str, seeds: list[int], mean: float, drawn: NDArray[np.float64]) -> dict[str, Any]:
-    low, high = central_interval(drawn)
-    return {"arm": arm, "score": score, "seeds": seeds, "mean": mean, "low": low, "high": high}
-
-
-def _cell(value: Mapping[str, Any] | None, digits: int) -> str:
-    if value is None:
-        return "not run"
-    spread = "" if value["std"] is None else f" ± {value['std']:.{digits}f}"
-    return f"{value['mean']:.{digits}f}{spread}"
-
-
-def table(result: Mapping[str, Any]) -> str:
-    """Return a result as a Markdown table: one line per arm and score, mean ± standard deviation over seeds."""
-    columns, digits = result["columns"], result.get("digits", 3)
-    paper = result.get("paper", {})
-    header = ["arm", "scored on", *columns.values(), "samples", "training TFLOP", "training s"]
-    if paper:
-        header.append("paper")
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for entry in result["summary"]:
-        cost = entry["cost"]
-        operations = cost["samples"] * cost["flops_per_sample"] / 1e12
-        cells = [entry["arm"], entry["score"], *(_cell(entry.get(name), digits) for name in columns)]
-        cells += [f"{cost['samples']:.0f}", f"{operations:.0f}", f"{cost['train_seconds']:.0f}"]
-        if paper:
-            cells.append(paper.get(entry["arm"], "-"))
-        lines.append("| " + " | ".join(cells) + " |")
-    if result.get("intervals"):
-        lines += _interval_lines(result["intervals"], "arm", result["metric"].replace("_", " "), f".{digits}f")
-    if result.get("paired"):
-        lines += _interval_lines(result["paired"], result["paired_title"], "difference", f"+.{digits}f")
-    if result.get("gain"):
-        lines += _interval_lines(result["gain"], result["gain_title"], "gain", f"+.{digits}f")
-    if result.get("breakdown"):
-        lines += Breakdown(**result["breakdown"]).table(result["lines"], digits)
-    return "\n".join(lines)
-
-
-def _interval_lines(entries: Sequence[Mapping[str, Any]], first: str, value: str, style: str) -> list[str]:
-    lines = ["", f"| {first} | scored on | {value} | 95 % from | to |", "|---|---|---|---|---|"]
-    for entry in entries:
-        values = " | ".join(format(entry[name], style) for name in ("mean", "low", "high"))
-        lines.append(f"| {entry['arm']} | {entry['score']} | {values} |")
-    return lines
-
-
-def update_readme(readme: Path) -> str:
-    """Return a README with every table between its markers made anew from the results.
-
-    A marker is ``<!-- results: FILE -->`` ... ``<!-- end -->``, where FILE is relative to the README.
-    """
-    parts = readme.read_text().split("<!-- results: ")
-    text = parts[0]
-    for part in parts[1:]:
-        name, rest = part.split(" -->", 1)
-        _, tail = rest.split("<!-- end -->", 1)
-        result = json.loads((readme.parent / name).read_text())
-        body = table(result) if "summary" in result else bench.table(result)
-        text += f"<!-- results: {name} -->\n{body}\n<!-- end -->{tail}"
-    return text
-
-
-def _plain(value: Any) -> Any:
-    """Round floats for the file, and refuse what JSON cannot say."""
-    if isinstance(value, dict):
-        return {name: _plain(entry) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float):
-        return None if not math.isfinite(value) else float(f"{value:.6g}")
-    return value
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``medmim study``."""
     parser.add_argument("study", nargs="?", help="YAML file, such as experiments/e_mim/configs/studies/collapse.yaml")
@@ -458,6 +167,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="JSON file to write (default: into the experiment's results folder)")
     parser.add_argument("--arms", nargs="+", help="only these arms")
     parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
+    parser.add_argument("--merge", nargs="+", metavar="FILE", help="run nothing: make one result of several parts")
     parser.add_argument("--readme", nargs="+", metavar="FILE", help="make the tables of these READMEs anew and stop")
 
 
@@ -475,30 +185,11 @@ def _rows(
     return run_arm(steps, configs, places, study["columns"], done)
 
 
-def _results_folder(configs: Path) -> Path:
-    return configs.parent / "results"
-
-
-def _further_tables(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what a study wants beside the means of its metrics, from the files of the scored runs."""
-    tables: dict[str, Any] = {}
-    if "paired" in study:
-        comparison = Comparison(**study["paired"])
-        tables |= {**compare(rows, comparison), "paired_title": comparison.title, "metric": comparison.metric}
-    if "gain" in study:
-        gain = Comparison(**study["gain"])
-        tables |= {"gain": compare(rows, gain)["intervals"], "gain_title": gain.title}
-    if "breakdown" in study:
-        breakdown = Breakdown(**study["breakdown"])
-        tables |= {"breakdown": asdict(breakdown), "lines": breakdown.over_seeds(rows)}
-    return tables
-
-
 def run(args: argparse.Namespace) -> None:
     """Carry out ``medmim study``.
 
     Raises:
-        UserError: the study, its data or an arm is missing.
+        UserError: the study, its data or an arm is missing, a result would be lost, or parts do not fit together.
     """
     if args.readme:
         for readme in map(Path, args.readme):
@@ -507,39 +198,47 @@ def run(args: argparse.Namespace) -> None:
             readme.write_text(update_readme(readme))
             say(f"tables of {readme} made anew")
         return
-    if not args.study or not args.data:
-        raise UserError("medmim study needs a study file and --data.")
+    if not args.study or not (args.data or args.merge):
+        raise UserError("medmim study needs a study file, and --data or --merge.")
     path = Path(package_file(args.study)).resolve()
     study = read_study(path)
     unknown = set(args.arms or []) - study["arms"].keys()
     if unknown:
         raise UserError(f"{path.name} has no arm {sorted(unknown)[0]!r}; it has {', '.join(study['arms'])}.")
     configs = path.parent.parent
-    folder = Path("runs") / configs.parent.name / f"study_{path.stem}"
     facts = environment(torch.device("cpu"))
-    result: dict[str, Any] = {
-        **{name: study[name] for name in ("title", "columns", "digits", "paper", "notes") if name in study},
-        "command": f"medmim study experiments/{configs.parent.name}/configs/studies/{path.name} --data DATA"
-        + (f" --seeds {' '.join(map(str, args.seeds))}" if args.seeds else ""),
-        "environment": facts,
-        "date": time.strftime("%Y-%m-%d"),
-        "rows": [],
-    }
-    out = Path(args.out) if args.out else _results_folder(configs) / _file_name(path.stem, facts)
+    if args.merge:
+        facts, command, rows = merge(study, [Path(part) for part in args.merge])
+        wanted = [(row["seed"], row["arm"]) for row in rows]
+    else:
+        command = _command(args, configs.parent.name, path.name)
+        wanted = list(itertools.product(args.seeds or study["seeds"], args.arms or study["arms"]))
+    out = Path(args.out) if args.out else configs.parent / "results" / _file_name(path.stem, facts)
+    refuse_loss(out, wanted)
     out.parent.mkdir(parents=True, exist_ok=True)
-    done: dict[tuple[str, ...], Path] = {}
-    rows: list[dict[str, Any]] = []
-    for seed, arm in itertools.product(args.seeds or study["seeds"], args.arms or study["arms"]):
-        say(f"study {path.stem}: seed {seed}, {arm}")
-        places = {"data": args.data, "seed": str(seed), "folder": str(folder)}
-        rows += [{"arm": arm, "seed": seed, **row} for row in _rows(study, arm, configs, places, done)]
-        result["rows"] = [{name: value for name, value in row.items() if name != "folder"} for row in rows]
-        result |= _further_tables(study, rows)
-        result["summary"] = summarise(result["rows"], study["columns"])
-        # After every arm, so that a study that is stopped keeps what it has.
-        out.write_text(json.dumps(_plain(result), indent=1) + "\n")
+    if args.merge:
+        result = write_result(out, study, command, facts, rows)
+    else:
+        rows = []
+        done: dict[tuple[str, ...], Path] = {}
+        folder = str(Path("runs") / configs.parent.name / f"study_{path.stem}")
+        for seed, arm in wanted:
+            say(f"study {path.stem}: seed {seed}, {arm}")
+            places = {"data": args.data, "seed": str(seed), "folder": folder}
+            rows += [{"arm": arm, "seed": seed, **row} for row in _rows(study, arm, configs, places, done)]
+            # After every arm, so that a study that is stopped keeps what it has.
+            result = write_result(out, study, command, facts, rows)
     say(table(result))
     say(f"written to {out}")
+
+
+def _command(args: argparse.Namespace, experiment: str, name: str) -> str:
+    """Return the command that does the same again, for whoever has the archive."""
+    words = ["medmim", "study", f"experiments/{experiment}/configs/studies/{name}", "--data", "DATA"]
+    for option in ("arms", "seeds"):
+        if getattr(args, option):
+            words += [f"--{option}", *map(str, getattr(args, option))]
+    return shlex.join(words)
 
 
 def _file_name(task: str, facts: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from common.study import update_readme
+from common.results import update_readme
 
 REPOSITORY = Path(__file__).parent.parent
 EXPERIMENTS = REPOSITORY / "experiments"

@@ -6,7 +6,7 @@ import pytest
 
 from common import bench
 from common.commands import execute
-from common.study import update_readme
+from common.results import update_readme
 
 
 @pytest.fixture

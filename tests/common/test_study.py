@@ -1,14 +1,11 @@
 import json
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
 import common.cli
-from common import study
+from common import results, study
 from common.errors import UserError
 
 STUDY = """
@@ -75,7 +72,7 @@ def test_arms_run_once_per_seed_and_share_their_arguments(experiment, tmp_path):
 def test_the_table_says_what_was_not_run(experiment, tmp_path):
     path, _ = experiment
     run_study(path, "--out", str(tmp_path / "result.json"))
-    lines = study.table(json.loads((tmp_path / "result.json").read_text())).splitlines()
+    lines = results.table(json.loads((tmp_path / "result.json").read_text())).splitlines()
     assert lines[0] == "| arm | scored on | Dice | Never | samples | training TFLOP | training s | paper |"
     assert lines[2] == "| short | one | 0.55 ± 0.07 | not run | 0 | 0 | 0 | - |"
     assert lines[3] == "| long | one | 0.55 ± 0.07 | not run | 10 | 5 | 2 | 0.9 |"
@@ -86,12 +83,12 @@ def test_tables_in_a_readme_are_made_from_the_results(experiment, tmp_path):
     run_study(path, "--out", str(tmp_path / "result.json"))
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- results: result.json -->\nold\n<!-- end -->\nafter\n")
-    text = study.update_readme(readme)
+    text = results.update_readme(readme)
     assert text.startswith("before\n<!-- results: result.json -->\n| arm |")
     assert text.endswith("\n<!-- end -->\nafter\n")
     assert "old" not in text
     readme.write_text(text)
-    assert study.update_readme(readme) == text
+    assert results.update_readme(readme) == text
 
 
 def test_one_arm_alone(experiment, tmp_path):
@@ -147,115 +144,6 @@ def test_folds_are_pooled_by_rank(experiment, tmp_path, monkeypatch):
     assert metrics["cases"] == 12
 
 
-def test_an_interval_of_noise_holds_one_half():
-    generator = np.random.default_rng(0)
-    persons = pd.Series(np.repeat(np.arange(60), 2))
-    target, score = pd.Series(generator.integers(0, 2, 120)), pd.Series(generator.random(120))
-    low, high = study.bootstrap_auroc(score, target, persons)
-    assert low < 0.5 < high
-    slow = []
-    for _ in range(300):
-        drawn = generator.integers(0, 60, 60)
-        chosen = np.concatenate([np.flatnonzero(persons == person) for person in drawn])
-        slow.append(roc_auc_score(target[chosen], score[chosen]))
-    assert np.percentile(slow, [2.5, 97.5]) == pytest.approx([low, high], abs=0.04)
-    assert (low, high) == study.bootstrap_auroc(score, target, persons)
-
-
-def test_arms_are_compared_case_by_case(tmp_path):
-    """Two seeds; the reference is right where the other is wrong in one case of four, of two images."""
-    rows = []
-    for seed, arms in enumerate(
-        ({"full": [1, 1, 0, 1], "less": [1, 0, 0, 1]}, {"full": [1, 1, 0, 0], "less": [0, 1, 0, 0]})
-    ):
-        for arm, right in arms.items():
-            folder = tmp_path / f"{arm}{seed}"
-            folder.mkdir()
-            order = [3, 1, 0, 2] if arm == "less" else range(4)
-            lines = [f"q{i},i{i // 2},{right[i]}" for i in order]
-            (folder / "per_case.csv").write_text("\n".join(["subject_id,patient_id,right", *lines]))
-            rows.append({"arm": arm, "score": "test", "seed": seed, "folder": folder})
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "per_case.csv").write_text("subject_id,patient_id,right\nx,y,1")
-    rows += [{"arm": "elsewhere", "score": "test", "seed": seed, "folder": other} for seed in (0, 1)]
-    comparison = study.Comparison("full minus", "patient_id", "full", "test", value="right")
-    result = study.compare(rows, comparison)
-    (entry,) = result["paired"]
-    assert entry["arm"] == "less"
-    assert entry["mean"] == 0.25
-    assert entry["low"] == 0
-    assert entry["high"] == 0.5
-    assert [(e["arm"], e["mean"]) for e in result["intervals"]] == [("full", 0.625), ("less", 0.375), ("elsewhere", 1)]
-    with pytest.raises(UserError, match="mean or quadratic_kappa, got 'median'"):
-        study.Comparison("", "patient_id", "full", "test", metric="median")
-
-
-def test_kappas_are_compared_on_the_same_resampling(tmp_path):
-    """Against resampling case by case with scikit-learn's kappa."""
-    generator = np.random.default_rng(0)
-    truth = np.repeat(np.arange(4), 10)
-    rows, grades = [], {}
-    for arm, noise in (("good", 1), ("bad", 3)):
-        for seed in (0, 1):
-            pred = np.clip(truth + generator.integers(-noise, noise + 1, len(truth)), 0, 4)
-            grades[arm, seed] = pred
-            order = generator.permutation(len(truth))
-            folder = tmp_path / f"{arm}{seed}"
-            folder.mkdir()
-            frame = pd.DataFrame({"subject_id": order, "patient_id": order // 2, "pred": pred[order],
-                                  "target": truth[order]})  # fmt: skip
-            frame.to_csv(folder / "per_case.csv", index=False)
-            rows.append({"arm": arm, "score": "test", "seed": seed, "folder": folder})
-    comparison = study.Comparison("good minus", "patient_id", "good", "test", metric="quadratic_kappa")
-    result = study.compare(rows, comparison)
-
-    def kappa(arm, cases):
-        parts = [cohen_kappa_score(truth[cases], grades[arm, s][cases], weights="quadratic") for s in (0, 1)]
-        return sum(parts) / 2
-
-    whole = np.arange(len(truth))
-    assert [entry["mean"] for entry in result["intervals"]] == pytest.approx([kappa(a, whole) for a in ("good", "bad")])
-    (entry,) = result["paired"]
-    assert entry["mean"] == pytest.approx(kappa("good", whole) - kappa("bad", whole))
-    slow: dict[str, list[float]] = {"good": [], "gap": []}
-    for _ in range(600):
-        persons = generator.integers(0, 20, 20)
-        cases = np.concatenate([np.flatnonzero(whole // 2 == person) for person in persons])
-        one, other = kappa("good", cases), kappa("bad", cases)
-        slow["good"].append(one)
-        slow["gap"].append(one - other)
-    expected = np.percentile(slow["good"], [2.5, 97.5])
-    assert [result["intervals"][0][name] for name in ("low", "high")] == pytest.approx(expected, abs=0.02)
-    assert [entry["low"], entry["high"]] == pytest.approx(np.percentile(slow["gap"], [2.5, 97.5]), abs=0.04)
-
-
-def test_the_gain_over_a_baseline_is_of_the_mean_over_seeds(tmp_path, capsys):
-    """Each seed alone gains on one image and loses on the other; their mean gains one half on both, so the interval
-    of the mean is a point, which no mean of the seeds' intervals is.
-    """
-    rows = []
-    for seed, right in enumerate(([1, 1, 0, 0, 1], [0, 0, 1, 1, 1])):
-        folder = tmp_path / str(seed)
-        folder.mkdir()
-        lines = [
-            f"q{i},i{i // 2},{'open' if i == 4 else 'closed'},{right[i]},0" for i in (range(5), [3, 1, 4, 0, 2])[seed]
-        ]
-        (folder / "per_case.csv").write_text("\n".join(["subject_id,patient_id,kind,right,frequent_right", *lines]))
-        rows.append({"arm": "full", "score": "test", "seed": seed, "folder": folder})
-    gain = study.Comparison("gain", "patient_id", value="right", baseline="frequent_right", where={"kind": "closed"})
-    (entry,) = study.compare(rows, gain)["intervals"]
-    assert entry == {"arm": "full", "score": "test", "seeds": [0, 1], "mean": 0.5, "low": 0.5, "high": 0.5}
-    (alone,) = study.compare(rows[:1], gain)["intervals"]
-    assert (alone["mean"], alone["low"], alone["high"]) == (0.5, 0, 1)
-    (everything,) = study.compare(rows, replace(gain, where={}))["intervals"]
-    assert everything["mean"] == pytest.approx(0.6)
-    folder = tmp_path / "1" / "per_case.csv"
-    folder.write_text(folder.read_text().replace("q0,", "q9,"))
-    assert study.compare(rows, gain) == {"intervals": [], "paired": []}
-    assert "same cases" in capsys.readouterr().out
-
-
 def test_arms_that_begin_alike_share_their_beginning(experiment, tmp_path):
     path, calls = experiment
     again = "  again:\n    - {run: fit, name: first, config: [small.yaml]}\n    - {run: validate, score: two}\n"
@@ -287,10 +175,95 @@ def test_a_table_of_the_runs_stands_with_the_arms_side_by_side(experiment, tmp_p
     monkeypatch.setattr("common.cli.execute", execute)
     path.write_text(STUDY + "breakdown: {file: sets.csv, by: without, columns: {dice: Dice}}\n")
     run_study(path, "--out", str(tmp_path / "result.json"))
-    table = study.table(json.loads((tmp_path / "result.json").read_text())).splitlines()
+    table = results.table(json.loads((tmp_path / "result.json").read_text())).splitlines()
     assert table[-4:] == [
         "| without | Dice, short | Dice, long |",
         "|---|---|---|",
         "| t1 | 0.50 ± 0.00 | 0.50 ± 0.00 |",
         "| t2 | 0.50 ± 0.71 | 0.50 ± 0.71 |",
     ]
+
+
+def answers(folder, right):
+    """Write the cases of a scored run."""
+    pd.DataFrame({"subject_id": range(4), "patient_id": [0, 0, 1, 1], "right": right}).to_csv(folder / "per_case.csv")
+
+
+@pytest.fixture
+def compared(experiment, monkeypatch):
+    """The study with a comparison of its arms, case by case."""
+    path, calls = experiment
+    fitted = common.cli.execute
+
+    def execute(arguments):
+        folder = fitted(arguments)
+        seed = int("--seed_everything=1" in arguments)
+        answers(folder, [1, 0, 1, seed] if arguments[0] == "test" else [0, seed, 1, 0])
+        return folder
+
+    monkeypatch.setattr("common.cli.execute", execute)
+    path.write_text(
+        STUDY + "paired: {title: long minus, reference: long, score: one, value: right, unit: patient_id}\n"
+    )
+    return path, calls
+
+
+def test_parts_of_a_study_become_what_one_call_gives(compared, tmp_path):
+    path, calls = compared
+    whole, first, second, both = (tmp_path / f"{name}.json" for name in ("whole", "first", "second", "both"))
+    run_study(path, "--out", str(whole))
+    run_study(path, "--out", str(second), "--seeds", "1")
+    run_study(path, "--out", str(first), "--seeds", "0", "--arms", "long")
+    third = tmp_path / "third.json"
+    run_study(path, "--out", str(third), "--seeds", "0", "--arms", "short")
+    count = len(calls)
+    run_study(path, "--out", str(both), "--merge", str(second), str(first), str(third))
+    assert len(calls) == count, "nothing was run"
+    wanted, found = json.loads(whole.read_text()), json.loads(both.read_text())
+    assert found["command"].split(" && ")[1].endswith("try.yaml --data DATA --arms long --seeds 0")
+    for name in ("title", "columns", "summary", "intervals", "paired"):
+        assert found[name] == wanted[name]
+    assert [row["arm"] for row in found["rows"]] == ["short", "long"] * 2
+
+
+def test_parts_that_do_not_fit_are_refused(compared, tmp_path):
+    path, _ = compared
+    first, second, both = (str(tmp_path / f"{name}.json") for name in ("first", "second", "both"))
+    run_study(path, "--out", first, "--seeds", "0")
+    run_study(path, "--out", second, "--seeds", "1")
+
+    def change(**more):
+        result = json.loads(Path(second).read_text())
+        Path(second).write_text(json.dumps(result | more))
+
+    with pytest.raises(UserError, match=r"first\.json holds 'short' with seed 0, and so does a part before it"):
+        run_study(path, "--out", both, "--merge", first, first)
+    with pytest.raises(UserError, match=r"no result at .*gone\.json"):
+        run_study(path, "--out", both, "--merge", first, str(tmp_path / "gone.json"))
+    environment = json.loads(Path(second).read_text())["environment"]
+    change(environment=environment | {"commit": "another"})
+    with pytest.raises(UserError, match=r"second\.json and .*first\.json were made with different commit"):
+        run_study(path, "--out", both, "--merge", first, second)
+    change(environment=environment, columns={})
+    with pytest.raises(UserError, match=r"second\.json is not a result of this study, or the study has changed"):
+        run_study(path, "--out", both, "--merge", first, second)
+    Path(second).write_text("{")
+    with pytest.raises(UserError, match=r"second\.json is not a result of medmim study: Expecting"):
+        run_study(path, "--out", both, "--merge", first, second)
+    run = Path(json.loads(Path(first).read_text())["rows"][1]["folder"])
+    run.rename(run.with_name("moved"))
+    with pytest.raises(UserError, match=r"the run folder of 'long' with seed 0 is not there .* run that arm again"):
+        run_study(path, "--out", both, "--merge", first)
+    assert not Path(both).exists()
+
+
+def test_a_result_is_not_written_over_by_one_that_lacks_some_of_it(experiment, tmp_path):
+    path, calls = experiment
+    out = str(tmp_path / "result.json")
+    run_study(path, "--out", out, "--arms", "long")
+    count = len(calls)
+    with pytest.raises(UserError, match=r"result\.json holds 'long' with seed 0, which would be lost: name"):
+        run_study(path, "--out", out, "--arms", "short")
+    assert len(calls) == count, "said before anything is run"
+    run_study(path, "--out", out)
+    assert {row["arm"] for row in json.loads(Path(out).read_text())["rows"]} == {"short", "long"}
