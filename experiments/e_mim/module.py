@@ -119,16 +119,20 @@ class EMIMPretrain(SSLModule):
         groups = {} if self.training else self._groups(mask, scored, output.target)
         return output, Reconstruction(at_least_float32(output.pred), output.target, scored, groups)
 
-    @staticmethod
-    def _groups(mask: MaskOutput, scored: Tensor, target: Tensor) -> dict[str, Tensor]:
+    @classmethod
+    def _groups(cls, mask: MaskOutput, scored: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return the parts of the hidden entries that are scored apart."""
         nothing_visible = mask.mask.all(1, keepdim=True)
-        foreground = (target != 0).any(3).any(1, keepdim=True)
         return {
             "fully_hidden": scored & nothing_visible,
             "partly_visible": scored & ~nothing_visible,
-            "foreground": scored & foreground,
+            "foreground": scored & cls._foreground(target),
         }
+
+    @staticmethod
+    def _foreground(target: Tensor) -> Tensor:
+        """Return which positions ``(B, 1, N)`` of patches ``(B, C, N, P)`` are not air in every modality."""
+        return (target != 0).any(3).any(1, keepdim=True)
 
     def step(self, batch: Any, sync: bool) -> StepOutput:
         """Compute reconstruction error and pyramid of one batch."""
@@ -172,6 +176,11 @@ class EMIMPretrain(SSLModule):
         """Return the patches ``(B, C, N, P)`` and which of them were acquired ``(B, C, N)``."""
         target = self.network.patches(batch["image"])
         return target, batch["modality_mask"][:, :, None].expand(target.shape[:3])
+
+    def reconstruction_groups(self, batch: Any) -> dict[str, Tensor]:
+        """Return which patches ``(B, C, N)`` lie at positions of tissue: air would draw the constant down."""
+        target = self.network.patches(batch["image"])
+        return {"foreground": self._foreground(target).expand(target.shape[:3])}
 
     def token_features(self, batch: Any) -> TokenFeatures:
         """Encode unmasked volumes; tokens of air alone are left out."""

@@ -149,6 +149,20 @@ def test_token_features_leave_air_out():
     assert features.keep.sum(1).tolist() == [4, 8]
 
 
+def test_the_foreground_is_every_position_with_tissue_in_some_modality():
+    """The constant of the foreground is made of what is scored as such: ``_groups`` and ``reconstruction_groups``."""
+    module, batch = make().eval(), batch_of(2)
+    batch["image"][:, :, :16] = 0
+    batch["image"][0, 2, 3, 20, 9] = 0.1
+    patches = module.network.patches(batch["image"])
+    wanted = torch.tensor([[bool((patches[b, :, n] != 0).any()) for n in range(8)] for b in range(2)])
+    assert wanted.sum(1).tolist() == [5, 4]
+    groups = module.reconstruction_groups(batch)
+    assert torch.equal(groups["foreground"], wanted[:, None].expand(-1, 3, -1))
+    output = module.reconstruct(batch)
+    assert torch.equal(output.groups["foreground"], output.mask & groups["foreground"])
+
+
 def test_panels_show_truth_where_it_was_visible():
     module, batch = make(), batch_of(2)
     panels = module.panels(batch, module.reconstruct(batch), 0)
