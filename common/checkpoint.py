@@ -343,6 +343,7 @@ def load_encoder(
     in_channels: int | None = None,
     image_size: Sequence[int] | None = None,
     channels: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Load a pre-trained encoder by itself.
 
@@ -351,6 +352,7 @@ def load_encoder(
         in_channels: Channels of the new input; None keeps the pre-training's.
         image_size: Size of the new input; None keeps the pre-training's. Positions are resampled.
         channels: Names of the new input's channels, to match them by name instead of by position.
+        settings: Arguments of the encoder that take the place of pre-training's, such as a rate of dropout.
 
     Returns:
         A module with ``num_features`` and ``forward_features``; its ``load_report`` says what was adapted.
@@ -359,7 +361,7 @@ def load_encoder(
         CheckpointError: there is no encoder at ``path``, or it does not fit.
     """
     stored = read_encoder(path)
-    arguments = dict(stored.init_args)
+    arguments = {**stored.init_args, **(settings or {})}
     if channels is not None:
         in_channels = len(channels)
     if in_channels is not None:

@@ -65,12 +65,15 @@ class KeyedGenerator:
 
     Args:
         keys: ``(B,)`` int64, one key per sample, on the device where the numbers are wanted.
+        purpose: What they are for. Generators of the same keys and purpose draw the same numbers, those of different
+            purposes independent ones: where a sample's patches are masked and something else is drawn with its key,
+            one of them must say so.
     """
 
-    def __init__(self, keys: Tensor) -> None:
+    def __init__(self, keys: Tensor, purpose: str = "") -> None:
         if keys.ndim != 1 or keys.dtype != torch.int64:
             raise ValueError(f"`keys` must be a 1-D int64 tensor, got {tuple(keys.shape)} of {keys.dtype}.")
-        self.keys = keys
+        self.keys = _splitmix64(keys + stable_hash(purpose)) if purpose else keys
         self._draws = 0
 
     @property

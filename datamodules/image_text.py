@@ -262,7 +262,7 @@ class ImageTextDataset(FaultTolerantDataset):
 
     def _tokens(self, text: str, key: Tensor) -> dict[str, Tensor]:
         encoded = self.tokenizer.encode(text, self.text.length, self.text.end)
-        generator = KeyedGenerator(key[None])
+        generator = KeyedGenerator(key[None], "words")
         hidden = self.text.masker(encoded.starts[None], encoded.maskable[None], generator)[0]
         seen = self.text.masker.corrupt(
             encoded.ids[None], hidden[None], self.tokenizer.mask_id, self.tokenizer.vocab_size, generator

@@ -25,6 +25,8 @@ Kind = Literal["wordpiece", "bpe"]
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[MASK]")
 _OTHER_NAMES = {"[PAD]": "<pad>", "[UNK]": "<unk>", "[CLS]": "<s>", "[MASK]": "<mask>"}
 _MAX_WORD = 100
+#: How byte-level tokenizers write the blank before a word.
+_BLANK = "Ġ"
 
 
 class EncodedText(NamedTuple):
@@ -46,6 +48,9 @@ class EncodedText(NamedTuple):
 class ReportTokenizer:
     """Turns reports into tokens and back.
 
+    A word is what the tokenizer splits a text into first; of byte-level tokenizers, which split at digits and hyphens
+    too, whatever stands between two blanks.
+
     Args:
         tokenizer: A tokenizer of the tokenizers library.
 
@@ -57,6 +62,8 @@ class ReportTokenizer:
         self.backend = tokenizer
         self.backend.no_padding()
         self.backend.no_truncation()
+        self.backend.encode_special_tokens = True  # what looks like a special token in a text is text
+        self._byte_level = tokenizer.token_to_id(_BLANK) is not None
         found = {name: self._special_id(name) for name in SPECIAL}
         missing = [f"{name} (or {_OTHER_NAMES[name]})" for name, value in found.items() if value is None]
         if missing:
@@ -92,7 +99,10 @@ class ReportTokenizer:
         room = length - 1 - len(last)
         words = encoding.word_ids[:room]
         ids = torch.tensor([self.cls_id, *encoding.ids[:room], *last])
-        begins = [index == 0 or word != words[index - 1] for index, word in enumerate(words)]
+        if self._byte_level:
+            begins = [index == 0 or token.startswith(_BLANK) for index, token in enumerate(encoding.tokens[:room])]
+        else:
+            begins = [index == 0 or word != words[index - 1] for index, word in enumerate(words)]
         starts = torch.tensor([True, *begins, *(True for _ in last)])
         maskable = torch.tensor([False, *(True for _ in words), *(False for _ in last)])
         return EncodedText(ids, starts, maskable, len(encoding.ids) > room)

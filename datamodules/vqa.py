@@ -79,8 +79,11 @@ def _kind(value: object) -> str:
 
 
 def find_vqa_rad(root: Path) -> list[Question]:
-    """List VQA-RAD in its community split: ``{trainset,testset[,valset]}.json`` and ``images/``; empty without."""
-    files = {"train": root / "trainset.json", "val": root / "valset.json", "test": root / "testset.json"}
+    """List VQA-RAD in its community split: ``{trainset,testset}.json`` and ``images/``; empty without.
+
+    A ``valset.json`` that others made is not read: the one that goes round is a copy of the test set.
+    """
+    files = {"train": root / "trainset.json", "test": root / "testset.json"}
     if not files["train"].is_file() or not (root / "images").is_dir():
         return []
     found = []

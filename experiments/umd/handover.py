@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from common.checkpoint import build_encoder, load_encoder, read_checkpoint
@@ -12,6 +13,8 @@ from common.types import InputSpec
 from experiments.umd.model import UMDEncoder
 
 EncoderFactory = Callable[[Sequence[int], int, int], UMDEncoder]
+#: What is no part of the weights, so that each stage has its own.
+_OF_THE_STAGE = ("dropout", "pool")
 _HEADS = ("decoder.", "mlm_head.", "itm_head.", "project_")
 #: Follows from the sizes, so it is made anew.
 _FIXED = "decoder.pos_embed"
@@ -47,10 +50,16 @@ def check_vocabulary(stored: Mapping[str, Any], spec: InputSpec, source: str) ->
             )
 
 
+def _from_scratch(factory: EncoderFactory, spec: InputSpec) -> UMDEncoder:
+    return factory(list(spec.image_size), spec.vocabulary["size"], spec.vocabulary.get("pad_id", 0))
+
+
 def make_umd_encoder(
     spec: InputSpec, pretrained: str | None, factory: EncoderFactory, record: Mapping[str, Any] | None
 ) -> UMDEncoder:
     """Make the encoder for inputs of ``spec``: as a checkpoint remembers it, from a run, or from scratch.
+
+    Of a run come its sizes and weights; dropout and pooling are those of this stage.
 
     Raises:
         CheckpointError: nothing usable at ``pretrained``.
@@ -61,10 +70,14 @@ def make_umd_encoder(
     elif pretrained:
         stored = read_checkpoint(pretrained).get("hyper_parameters", {}).get("vocabulary") or {}
         check_vocabulary(stored, spec, pretrained)
-        encoder = load_encoder(pretrained, image_size=spec.image_size)
-        say(f"encoder from {pretrained}: {encoder.load_report}")
+        with torch.device("meta"):
+            wanted = _from_scratch(factory, spec).config
+        settings = {name: wanted[name] for name in _OF_THE_STAGE}
+        encoder = load_encoder(pretrained, image_size=spec.image_size, settings=settings)
+        said = ", ".join(f"{name} {value}" for name, value in settings.items())
+        say(f"encoder from {pretrained}: {encoder.load_report}; {said}")
     else:
-        encoder = factory(list(spec.image_size), spec.vocabulary["size"], spec.vocabulary.get("pad_id", 0))
+        encoder = _from_scratch(factory, spec)
     if not isinstance(encoder, UMDEncoder):
         raise CheckpointError(f"{pretrained} holds a {type(encoder).__name__}, no encoder of images and texts.")
     if spec.vocabulary["length"] > encoder.text.longest:

@@ -35,7 +35,7 @@ def matching_pairs(keys: Tensor, images: Tensor) -> Pairs:
     """
     total = len(keys)
     kept = max(total // 2, 1 if total == 1 else 0)
-    order = KeyedGenerator(keys).rand((total, 1))[:, 0].argsort(dim=0, stable=True)
+    order = KeyedGenerator(keys, "pairs").rand((total, 1))[:, 0].argsort(dim=0, stable=True)
     index = torch.arange(total, device=keys.device)
     label = torch.zeros_like(keys).index_fill_(0, order[:kept], 1)
     others = torch.cat([order[kept:], order[:kept]])  # the half without its image first

@@ -37,6 +37,14 @@ def test_numbers_are_uniform_and_uncorrelated_between_neighbouring_keys():
     assert float((counts - counts.mean()).abs().max()) < 5 * float(counts.mean().sqrt())
 
 
+def test_numbers_for_another_purpose_are_independent():
+    keys = torch.arange(4000) * 7919 + 3
+    draws = [KeyedGenerator(keys, *purpose).rand((4000, 20)) for purpose in ((), ("words",), ("pairs",))]
+    both = torch.corrcoef(torch.cat(draws, dim=1).T) - torch.eye(60)
+    assert both.abs().max() < 0.1
+    assert torch.equal(draws[1], KeyedGenerator(keys, "words").rand((4000, 20)))
+
+
 def test_uniform_takes_any_source():
     assert torch.equal(
         uniform((2, 3), torch.Generator().manual_seed(1)), torch.rand(2, 3, generator=torch.Generator().manual_seed(1))

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from common.errors import DataError
-from common.randomness import numpy_generator
+from common.maskers.random import RandomMasker
+from common.randomness import KeyedGenerator, numpy_generator
 from datamodules.image_crops import center_box, cut_box, random_box
 from datamodules.image_text import ImageTextDataModule, swap_sides
 from datamodules.loading import Draw
@@ -74,6 +75,19 @@ def test_draws_are_functions_of_seed_epoch_and_subject(mimic_root):
     fixed = data.val_dataloader().dataset[Draw(0, 0, 0)]
     assert torch.equal(other_run["image"], fixed["image"])
     assert torch.equal(other_run["labels"], fixed["labels"])
+
+
+@pytest.mark.parametrize("scheme", ["independent", "bert"])
+def test_hidden_words_say_nothing_about_hidden_patches(mimic_root, scheme):
+    """Both hang on the sample's key; with the same numbers, word i would be hidden where patch i is shown."""
+    dataset = module(mimic_root, mask_scheme=scheme).train_dataloader().dataset
+    items = [dataset[Draw(0, epoch, 0)] for epoch in range(400)]
+    words = torch.stack([item["labels"] != -100 for item in items])[:, 1:].double()
+    keys = torch.stack([item["key"] for item in items])
+    patches = RandomMasker(0.75)(400, words.shape[1] + 1, generator=KeyedGenerator(keys)).mask.double()
+    count = words.shape[1]
+    together = torch.corrcoef(torch.cat([words, patches], dim=1).T)[:count, count:]
+    assert together.abs().max() < 0.25
 
 
 def test_the_control_is_another_patient(mimic_root):

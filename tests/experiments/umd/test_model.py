@@ -12,6 +12,7 @@ from common.errors import CheckpointError, UserError
 from common.losses.reconstruction import masked_mse
 from common.losses.text import masked_cross_entropy
 from common.maskers.random import RandomMasker
+from common.randomness import KeyedGenerator
 from experiments.umd.encoders import TextTower, VisionTower, load_text, load_vision, resized_positions
 from experiments.umd.model import UMDEncoder
 from experiments.umd.module import UMDPretrain, total_weights
@@ -202,6 +203,13 @@ def test_teacher_begins_as_a_copy_and_sees_everything():
     ids = torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"])
     for once, again in zip(*(network.teacher_features(batch, ids) for _ in range(2)), strict=True):
         assert torch.equal(once, again)
+
+
+def test_who_keeps_the_image_says_nothing_about_hidden_patches():
+    keys = torch.arange(1000) * 7919 + 3
+    label = matching_pairs(keys, torch.arange(1000)).label.double()
+    patches = RandomMasker(0.75)(1000, 16, generator=KeyedGenerator(keys)).mask.double()
+    assert torch.corrcoef(torch.cat([label[:, None], patches], dim=1).T)[0, 1:].abs().max() < 0.15
 
 
 def test_pairs_are_a_derangement():
