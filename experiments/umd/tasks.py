@@ -422,26 +422,25 @@ class RetrievalTask(PairTask):
     def pool_scores(self, texts: Sequence[int]) -> Tensor:
         """Return the scores ``(len(texts), N)`` of some texts of the pool with all of its images."""
         encoder: UMDEncoder = self.network.encoder
-        images, own_images = (torch.stack([entry["image"][i] for entry in self._pool]) for i in (0, 1))
-        rows = []
-        for index in texts:
-            text, own_text = (part[None].to(self.device) for part in self._pool[index]["text"])
-            parts = []
-            for begin in range(0, len(images), _PAIRS_AT_ONCE):
-                image, own = (x[begin : begin + _PAIRS_AT_ONCE].to(self.device) for x in (images, own_images))
-                shape = (len(image), -1, -1)
+        columns = []
+        for begin in range(0, len(self._pool), _PAIRS_AT_ONCE):  # images are large, so each goes to the device once
+            chunk = [entry["image"] for entry in self._pool[begin : begin + _PAIRS_AT_ONCE]]
+            image, own = (torch.stack(parts).to(self.device) for parts in zip(*chunk, strict=True))
+            shape, rows = (len(image), -1, -1), []
+            for index in texts:
+                text, own_text = (part[None].to(self.device) for part in self._pool[index]["text"])
                 mask = torch.ones(len(image), text.shape[1], dtype=torch.long, device=self.device)
                 fused = encoder.fuse(text.expand(shape), image, mask, (own_text.expand(shape), own))
-                pooled = encoder.pool(fused, mask)
-                parts.append(self.network.head(torch.cat(pooled, dim=1))[:, 0].float().cpu())
-            rows.append(torch.cat(parts))
-        return torch.stack(rows) if rows else torch.zeros(0, len(images))
+                rows.append(self.network.head(torch.cat(encoder.pool(fused, mask), dim=1))[:, 0])
+            columns.append(torch.stack(rows).float().cpu() if rows else torch.zeros(0, len(image)))
+        return torch.cat(columns, dim=1)
 
     def take_rows(self) -> list[dict[str, Any]]:
         """Score the pool, its texts dealt to the ranks, each of which holds all of it."""
         if not self._pool:
             return []
-        with torch.no_grad():
+        # Lightning enters the run's precision around steps, not at the end of an epoch.
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             mine = self.pool_scores(range(rank(), len(self._pool), world_size()))
         scores = torch.zeros(len(self._pool), len(self._pool))
         for other, part in enumerate(gather_objects(mine)):

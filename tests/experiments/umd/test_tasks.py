@@ -1,5 +1,6 @@
 from functools import partial
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
@@ -161,11 +162,22 @@ def test_pool_scores_are_exact():
             ids, mask = (batch[name][text : text + 1].expand(5, -1) for name in ("input_ids", "attention_mask"))
             anew = task.network(batch["image"], ids, mask)[0][:, 0]
             assert torch.allclose(kept[text], anew, atol=1e-5)
+    task.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     rows = task.take_rows()
     metrics = task.metrics(rows)
     assert metrics["pool"] == 5
     assert metrics["t2i_recall_at_5"] == metrics["i2t_recall_at_10"] == 1
     assert task.take_rows() == []
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
+def test_the_pool_is_fused_in_the_precision_of_the_run(precision, dtype):
+    task, seen = make(RetrievalTask).eval(), []
+    task.trainer = pl.Trainer(accelerator="cpu", precision=precision, logger=False, enable_checkpointing=False)
+    task.score(batch_of(5))
+    task.network.head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    assert len(task.take_rows()) == 5
+    assert set(seen) == {dtype}
 
 
 def test_unknown_split_of_the_head():
