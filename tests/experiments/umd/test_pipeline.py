@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 from common import commands
 from common.checkpoint import load_encoder
@@ -161,7 +162,12 @@ def test_the_three_stages_hand_on_and_answer_a_question(trees, pretrained, tmp_p
     state = weights(calibrated)
     assert torch.equal(state["network.itm_head.weight"], weights(pretrained)["network.itm_head.weight"])
     tuned = execute(task_line("fit", "vqa_rad", trees / "vqa_rad", f"--model.pretrained={calibrated}",
-                              "--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1"))  # fmt: skip
+                              "--model.encoder.dropout=0.3", "--model.encoder.pool=cls", "--trainer.max_epochs=1",
+                              "--trainer.check_val_every_n_epoch=1"))  # fmt: skip
+    assert "dropout 0.3, pool cls" in capsys.readouterr().out
+    encoder = load_encoder(tuned)
+    assert encoder.pool_kind == "cls"
+    assert {module.p for module in encoder.fusion.modules() if isinstance(module, nn.Dropout)} == {0.3}
     scalars = json.loads((tuned / "summary.json").read_text())["scalars"]
     assert {"gmcoord/rho_text", "gmcoord/k_text", "gmcoord/k_image", "gmcoord/noise_over_grad", "val/accuracy_open",
             "val/accuracy_closed", "val/accuracy"} <= scalars.keys()  # fmt: skip
