@@ -96,6 +96,27 @@ def test_a_batch_holds_what_it_says(rad_root):
     assert {q.split for q in data.splits["val"]} == {"train"}
 
 
+def test_a_copy_of_the_test_set_as_validation_is_not_read(tmp_path):
+    """The valset.json that goes round with VQA-RAD is a copy of testset.json."""
+    write_vqa_rad(tmp_path, 2, 0)
+    path = tmp_path / "testset.json"
+    rows = [{**row, "question": f"{row['question']} ({row['qid']})"} for row in json.loads(path.read_text())]
+    path.write_text(json.dumps(rows))
+    (tmp_path / "valset.json").write_text(path.read_text())
+    asked = {row["question"] for row in rows}
+    data = module(tmp_path)
+    assert {q.text for q in data.splits["test"]} == asked
+    for name in ("train", "val"):
+        assert data.splits[name]
+        assert asked.isdisjoint(q.text for q in data.splits[name])
+    layout, questions = recognise(tmp_path, "auto", QUESTION_LAYOUTS)
+    assert {q.split for q in questions} == {"train", "test"}
+    studies = layout.for_calibration().find(tmp_path)
+    assert len(studies) == len(questions) - len(rows)
+    assert asked.isdisjoint(study.text for study in studies)
+    assert {study.split for study in studies} == {None}, "no official validation split"
+
+
 def test_questions_stay_out_of_tables_when_anonymised(rad_root):
     batch = next(iter(module(rad_root).train_dataloader()))
     hidden = next(iter(module(rad_root, anonymise=True).train_dataloader()))
