@@ -1,6 +1,7 @@
 """VQA-RAD, SLAKE and VQA-Med-2019: layouts, answers, and the data module over them."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -117,6 +118,38 @@ def test_a_copy_of_the_test_set_as_validation_is_not_read(tmp_path):
     assert {study.split for study in studies} == {None}, "no official validation split"
 
 
+def test_vqa_rad_as_it_was_released(tmp_path):
+    """Its form, after the specification: one list of all rows, with blanks, numbers and NULL where nothing is."""
+    write_vqa_rad(tmp_path, 2, 0)
+    train, test = (json.loads((tmp_path / f"{split}set.json").read_text()) for split in ("train", "test"))
+    first = {"question": " Is the lesion bright? ", "answer_type": "CLOSED ", "answer": "Yes ", "qid": "1"}
+    rows = [row | {"question_frame": "NULL", "question_rephrase": "NULL", "qid_linked_id": "x"} for row in train + test]
+    rows[0] |= first | {"question_frame": "Is/Are the lesion bright? ", "phrase_type": "freeform"}
+    rows[1] |= {"question": "Does the lesion shine?", "phrase_type": "para", "answer": 12, "question_frame": None}
+    rows[-2] |= {"phrase_type": "test_para", "question_frame": "Is/Are the tested lesion bright?"}
+    (tmp_path / "VQA_RAD Dataset Public.json").write_text(json.dumps(rows))
+    (tmp_path / "images").rename(tmp_path / "VQA_RAD Image Folder")
+    for split in ("train", "test"):
+        (tmp_path / f"{split}set.json").unlink()
+    layout, questions = recognise(tmp_path, "auto", QUESTION_LAYOUTS)
+    assert layout.name == "vqa_rad"
+    parts = {split: [q for q in questions if q.split == split] for split in ("train", "test")}
+    assert (len(parts["train"]), len(parts["test"])) == (len(train) + 1, len(test))
+    assert [q.text for q in parts["train"][:3]] == [
+        "Is the lesion bright?", "Is/Are the lesion bright?", "Does the lesion shine?"
+    ]  # fmt: skip
+    assert [(q.answers, q.kind) for q in parts["train"][:2]] == [(("yes",), "closed")] * 2
+    assert parts["train"][2].answers == ("12",)
+    assert not any("tested" in q.text or q.text == "NULL" for q in questions), "a test question in other words"
+    assert all(q.image.is_file() for q in questions)
+    assert len({q.case_id for q in questions}) == len(questions)
+    assert len(layout.for_calibration().find(tmp_path)) == len(parts["train"])
+    del rows[3]["phrase_type"]
+    (tmp_path / "VQA_RAD Dataset Public.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match="question 3 has no phrase_type"):
+        find_vqa_rad(tmp_path)
+
+
 def test_questions_stay_out_of_tables_when_anonymised(rad_root):
     batch = next(iter(module(rad_root).train_dataloader()))
     hidden = next(iter(module(rad_root, anonymise=True).train_dataloader()))
@@ -223,3 +256,16 @@ def test_real_vqa_rad(real_data):
     assert len({q.image for q in train}) == 314
     assert {q.image for q in test} <= {q.image for q in train}
     assert len(ambiguous(train)) == 595
+
+
+@pytest.mark.real_data
+def test_framed_questions_of_real_vqa_rad(real_data):
+    """Each follows, by its number, the question that it frames: 983 of training, 284 of the test set."""
+    rows = [{**row, "split": split} for split in ("train", "test")
+            for row in json.loads((real_data("vqa_rad") / f"{split}set.json").read_text())]  # fmt: skip
+    rows.sort(key=lambda row: row["qid"])
+    framed = [(own, frame) for own, frame in pairwise(rows) if frame["phrase_type"] == "frame"]
+    assert all(own["image_name"] == frame["image_name"] for own, frame in framed)
+    assert all(accepted_answers(own["answer"]) == accepted_answers(frame["answer"]) for own, frame in framed)
+    assert {frame["split"] for _, frame in framed} == {"train"}
+    assert [sum(own["split"] == split for own, _ in framed) for split in ("train", "test")] == [983, 284]
