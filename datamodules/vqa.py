@@ -155,7 +155,9 @@ def find_slake(root: Path, language: str = "en") -> list[Question]:
     return found
 
 
-_MED_CATEGORIES = {"modality": "Modality", "plane": "Plane", "organ": "Organ", "abnormality": "Abnormality"}
+_MED_FILES = {"modality": "Modality", "plane": "Plane", "organ": "Organ", "abnormality": "Abnormality"}
+#: Categories of VQA-Med-2019 where none are named: all but abnormality, as the published code.
+MED_CATEGORIES = ("modality", "plane", "organ")
 
 
 def _med_lines(path: Path, fields: int) -> list[list[str]]:
@@ -181,15 +183,15 @@ def _med_folder(root: Path, *names: str) -> Path | None:
     return next((path for name in names for path in sorted(root.glob(name)) if path.is_dir()), None)
 
 
-def find_vqa_med(root: Path, categories: Sequence[str] = ("modality", "plane", "organ")) -> list[Question]:
+def find_vqa_med(root: Path, categories: Sequence[str] = MED_CATEGORIES) -> list[Question]:
     """List VQA-Med-2019 in its official folders for training, validation and test; empty where there is no training.
 
     Raises:
         DataError: a damaged line, or an unknown category.
     """
-    unknown = [name for name in categories if name not in _MED_CATEGORIES]
+    unknown = [name for name in categories if name not in _MED_FILES]
     if unknown:
-        raise DataError(f"VQA-Med-2019 has no category {unknown[0]!r}; it has {', '.join(_MED_CATEGORIES)}.")
+        raise DataError(f"VQA-Med-2019 has no category {unknown[0]!r}; it has {', '.join(_MED_FILES)}.")
     training = _med_folder(root, "ImageClef-2019-VQA-Med-Training*", "*Training*")
     if training is None or not (training / "QAPairsByCategory").is_dir():
         return []
@@ -212,7 +214,7 @@ def find_vqa_med(root: Path, categories: Sequence[str] = ("modality", "plane", "
 def _med_training(folder: Path, categories: Sequence[str]) -> Iterator[list[str]]:
     """Yield image, category, question and answer of a folder with one file a category."""
     for category in categories:
-        for path in sorted(folder.glob(f"QAPairsByCategory/C*_{_MED_CATEGORIES[category]}_*.txt")):
+        for path in sorted(folder.glob(f"QAPairsByCategory/C*_{_MED_FILES[category]}_*.txt")):
             yield from ([name, category, question, answer] for name, question, answer in _med_lines(path, 3))
 
 

@@ -72,6 +72,21 @@ def test_three_layouts(tmp_path):
     assert find_slake(tmp_path / "slake") == slake
 
 
+def test_categories_of_vqa_med(tmp_path, rad_root):
+    write_vqa_med_2019(tmp_path, 2, 0)
+    asked = {q.category for part in module(tmp_path).splits.values() for q in part}
+    assert asked == {"modality", "plane", "organ"}
+    chosen = module(tmp_path, categories=["plane", "abnormality"])
+    assert {q.category for q in chosen.splits["test"]} == {"plane", "abnormality"}
+    assert {q.category for q in chosen.splits["train"]} == {"plane", "abnormality"}
+    with pytest.raises(DataError, match="has no category 'colour'; it has modality, plane, organ, abnormality"):
+        module(tmp_path, categories=["colour"])
+    with pytest.raises(DataError, match=r"is for vqa_med_2019 alone, and .* is of the layout vqa_rad"):
+        module(rad_root, categories=["plane"])
+    with pytest.raises(ValueError, match="empty list"):
+        QuestionDataModule(str(tmp_path), categories=[])
+
+
 def test_calibration_reads_questions_alone(rad_root):
     data = ImageTextDataModule(str(rad_root), complete=True, image_size=(32, 32), cache_side=48, vocab_size=200,
                                text_length=16, split_fractions=(0.9, 0.1, 0.0))  # fmt: skip
