@@ -215,15 +215,21 @@ def test_ambiguous_questions(rad_root):
     assert data.splits["val"] == data.splits["train"]
 
 
-def test_bad_rows(tmp_path):
+def test_bad_rows(tmp_path, capsys):
     write_vqa_rad(tmp_path, 2, 0)
     path = tmp_path / "trainset.json"
     rows = json.loads(path.read_text())
     rows[0]["image_name"], rows[4]["question"], rows[8]["answer"] = "", " ", 7
+    rows[9] |= {"answer": None, "question": "Which answer is null?"}
+    rows[10] |= {"answer": "None", "question": "Which answer is a word?"}
     path.write_text(json.dumps(rows))
     data = module(tmp_path, split_fractions=(1.0, 0.0, 0.0), max_fault_fraction=1.0)
     assert {fault.kind for fault in data.ledger.faults} == {"missing", "empty"}
-    assert "7" in data.task_classes()
+    assert {"7", "none"} <= set(data.task_classes())
+    asked = {q.text: q.answers for q in data.splits["train"]}
+    assert "Which answer is null?" not in asked
+    assert asked["Which answer is a word?"] == ("none",)
+    assert "1 training questions have no answer" in capsys.readouterr().out
     rows[1]["image_name"] = "../secret.jpg"
     path.write_text(json.dumps(rows))
     with pytest.raises(DataError, match="does not lie under"):
