@@ -161,6 +161,19 @@ def test_melinda(tmp_path):
         read_melinda(tmp_path)
 
 
+def test_melinda_with_other_numbers_than_published(tmp_path, capsys):
+    (tmp_path / "melinda_images").mkdir()
+    table = pd.DataFrame({"figure_file": ["a.png"], "caption": ["A caption."], "p_meth_label": ["x"]})
+    for name, number in (("train", 4344), ("dev", 449), ("test", 578)):
+        table.loc[[0] * number].to_csv(tmp_path / f"{name}.csv", index=False)
+    assert len(read_melinda(tmp_path)) == 5371
+    assert not capsys.readouterr().out
+    (tmp_path / "test.csv").unlink()
+    assert len(read_melinda(tmp_path)) == 4793
+    said = capsys.readouterr().out
+    assert "(4344 train, 449 val, 0 test) than MELINDA as published (4344 train, 449 val, 578 test)" in said
+
+
 @pytest.mark.real_data
 def test_real_records_parse_without_loss(real_data):
     """MedICaT's ten figures, and the 8,179 captions of ROCO's test split with their papers."""
