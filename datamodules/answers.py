@@ -26,8 +26,11 @@ def normalised_answer(answer: object) -> str:
 def accepted_answers(answer: object) -> tuple[str, ...]:
     """Return what counts as right, normalised, the one that is learned first.
 
-    In VQA-Med ``#`` separates alternatives and parentheses mark what may be left out.
+    In VQA-Med ``#`` separates alternatives and parentheses mark what may be left out. None, the null of JSON, is no
+    answer; the word "none" is one.
     """
+    if answer is None:
+        return ()
     found: dict[str, None] = {}
     for part in str(answer).split("#"):
         for text in (_OPTIONAL.sub(" ", part), part):

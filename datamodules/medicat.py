@@ -1,7 +1,7 @@
 """MedICaT: figures of open-access papers with captions and the sentences that refer to them (Subramanian et al. 2020).
 
-``ROOT/release/*.jsonl`` has one line a figure, ``figures/{pdf_hash}_{fig_uri}`` lies beside it. Where ROCO's inline
-references (``roco_{train,val,test}_references.jsonl``) lie under a root, :mod:`datamodules.roco` reads them.
+``ROOT/release/*.jsonl`` has one line a figure, ``figures/{pdf_hash}_{fig_uri}`` lies beside it. The release also has
+inline references to ROCO's figures (``roco_{train,val,test}_references.jsonl``), which :mod:`datamodules.roco` reads.
 """
 
 import json

@@ -3,10 +3,12 @@
 ``ROOT/{train,dev,test}.csv`` with ``figure_file``, ``caption`` and four label columns, ``ROOT/melinda_images/``.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import DataError
+from common.reporting import say
 from datamodules.manifest import read_table
 from datamodules.medicat import collapsed
 from datamodules.reports import plain_text
@@ -14,6 +16,8 @@ from datamodules.studies import Study, StudyLayout
 
 TASKS = ("i_meth", "p_meth", "i_meth_label", "p_meth_label")
 _FILES = {"train": "train.csv", "val": "dev.csv", "test": "test.csv"}
+#: Rows of each split as published. The numbers are second-hand, so a difference is said and not refused.
+_ROWS = {"train": 4344, "val": 449, "test": 578}
 
 
 class CaptionedFigure(NamedTuple):
@@ -39,6 +43,8 @@ class CaptionedFigure(NamedTuple):
 def read_melinda(root: Path, task: str = "p_meth_label") -> list[CaptionedFigure]:
     """List MELINDA's rows in its official splits; empty where the root is another archive.
 
+    Says so where their numbers are not the published ones.
+
     Raises:
         DataError: an unknown task, or a table that lacks a column.
     """
@@ -62,6 +68,10 @@ def read_melinda(root: Path, task: str = "p_meth_label") -> list[CaptionedFigure
             text = "" if row["caption"].lower() == "nan" else collapsed(row["caption"])
             image = root / "melinda_images" / figure
             rows.append(CaptionedFigure(f"{split}/{number}-{figure}", figure, image, text, row[task], split))
+    counts = Counter(row.split for row in rows)
+    if any(counts[split] != number for split, number in _ROWS.items()):
+        here, published = (", ".join(f"{numbers[split]} {split}" for split in _ROWS) for numbers in (counts, _ROWS))
+        say(f"warning: {root} has other numbers of rows ({here}) than MELINDA as published ({published})")
     return rows
 
 

@@ -3,6 +3,8 @@
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +15,7 @@ from datamodules.layouts import recognise
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.pairs import PairDataModule
 from datamodules.splits import SPLITS, seeded_split
-from datamodules.vqa import QUESTION_LAYOUTS, Question
+from datamodules.vqa import MED_CATEGORIES, QUESTION_LAYOUTS, VQA_MED, Question, find_vqa_med
 
 
 def ambiguous(questions: Sequence[Question]) -> list[Question]:
@@ -43,6 +45,8 @@ class QuestionDataModule(PairDataModule):
             validation, it is cut out of training in the ratio of the first two.
         val: ``"held_out"`` as above; ``"test"`` selects on the test split, as the published code does.
         classes_from: ``"train"``, or ``"all_splits"`` as the published code, so that no answer is unseen.
+        categories: Of VQA-Med-2019 alone: which of ``modality``, ``plane``, ``organ`` and ``abnormality`` to ask about;
+            None takes the first three, as the published code does.
         questions: ``"all"``, or ``"ambiguous"``: those of training that occur word for word with more than one answer,
             as words alone.
         image: With ``lightning predict``: one image, in place of the archive.
@@ -61,6 +65,7 @@ class QuestionDataModule(PairDataModule):
         split_fractions: tuple[float, float, float] = (0.9, 0.1, 0.0),
         val: Literal["held_out", "test"] = "held_out",
         classes_from: Literal["train", "all_splits"] = "train",
+        categories: list[str] | None = None,
         questions: Literal["all", "ambiguous"] = "all",
         image: str | None = None,
         question: str | None = None,
@@ -70,8 +75,11 @@ class QuestionDataModule(PairDataModule):
         super().__init__(root, **settings)
         if (image is None) != (question is None):
             raise ValueError("`image` and `question` go together: give both, or neither.")
+        if categories is not None and not categories:
+            raise ValueError("`categories` is an empty list: name at least one, or leave it out.")
         self._layout, self._split, self._fractions, self._split_seed = layout, split, split_fractions, split_seed
         self._val, self._classes_from, self._questions = val, classes_from, questions
+        self._categories = categories
         self._single = None if image is None else (Path(image), str(question))
         self._name = ""
         self._classes: tuple[str, ...] = ()
@@ -86,12 +94,19 @@ class QuestionDataModule(PairDataModule):
         """List the questions by split; training questions without an answer are left out.
 
         Raises:
-            DataError: an unknown layout, a damaged table, or no answer to learn.
+            DataError: an unknown layout, a damaged table, ``categories`` that the archive does not have, or no answer
+                to learn.
         """
         if self._single is not None:
             return self._one_question(*self._single)
-        layout, found = recognise(root, self._layout, QUESTION_LAYOUTS)
+        chosen = replace(VQA_MED, find=partial(find_vqa_med, categories=self._categories or MED_CATEGORIES))
+        layouts = [chosen if layout is VQA_MED else layout for layout in QUESTION_LAYOUTS]
+        layout, found = recognise(root, self._layout, layouts)
         self._name = layout.name
+        if self._categories and layout is not chosen:
+            raise DataError(
+                f"`categories` is for {VQA_MED.name} alone, and {root} is of the layout {layout.name}: leave it out."
+            )
         splits = self._deal(found)
         silent = [question for question in splits["train"] if not question.answers]
         splits["train"] = [question for question in splits["train"] if question.answers]

@@ -2,7 +2,8 @@
 
 ``ROOT/{train,val or validation,test}/radiology/{captions.txt,dlinks.txt,images/}``. The fetched images are called
 ``{PMCID}_{original name}``, those of the authors' archive ``ROCO_00020.jpg``. ROCOv2 has
-``*_captions.csv`` and a folder of images a split.
+``*_captions.csv`` and a folder of images a split. MedICaT's release has sentences of the papers about ROCO's figures,
+``net/nfs2.corp/allennlp/sanjays/roco_files/roco_{train,val,test}_references.jsonl``; they are texts of these figures.
 """
 
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from common.errors import DataError
+from common.reporting import say
 from datamodules.manifest import read_table
 from datamodules.medicat import collapsed, find_medicat, hashed_split, json_lines, say_left_out, studies_of_texts
 from datamodules.reports import plain_text
@@ -91,14 +93,15 @@ def image_of(caption: Caption, folder: Path, there: set[str]) -> Path | None:
     return None if found is None else folder / found
 
 
-def _references(root: Path) -> dict[str, list[str]]:
-    """Return MedICaT's sentences about ROCO's figures, by the name that the fetch script gives the image."""
-    texts: dict[str, list[str]] = {}
-    for path in sorted(root.rglob("roco_*_references.jsonl")):
+def _references(*roots: Path) -> dict[str, list[str]]:
+    """Return MedICaT's sentences about ROCO's figures, each once, by the name that the fetch script gives the image."""
+    texts: dict[str, dict[str, None]] = {}
+    for path in (path for root in roots for path in sorted(root.rglob("roco_*_references.jsonl"))):
         for row in json_lines(path):
-            found = [text for text in map(collapsed, row.get("gorc_references") or []) if text]
-            texts.setdefault(str(row.get("roco_image_id", "")), []).extend(found)
-    return texts
+            if name := collapsed(row.get("roco_image_id")):
+                found = [text for text in map(collapsed, row.get("gorc_references") or []) if text]
+                texts.setdefault(name, {}).update(dict.fromkeys(found))
+    return {name: list(found) for name, found in texts.items()}
 
 
 def _part_folder(root: Path, split: str) -> Path | None:
@@ -108,8 +111,12 @@ def _part_folder(root: Path, split: str) -> Path | None:
     return None
 
 
-def find_roco(root: Path) -> list[Study]:
+def find_roco(root: Path, medicat: Path | None = None) -> list[Study]:
     """List one study for each text of each figure that is there, official splits; empty where the root is no ROCO.
+
+    Args:
+        root: The archive.
+        medicat: MedICaT's release, whose sentences about ROCO's figures are read too; those under ``root`` always are.
 
     Raises:
         DataError: a damaged list, or not one image is there.
@@ -117,9 +124,9 @@ def find_roco(root: Path) -> list[Study]:
     folders = {split: folder for split in _FOLDERS if (folder := _part_folder(root, split)) is not None}
     if not folders:
         return _find_v2(root)
-    references = _references(root)
+    references = _references(*filter(None, (root, medicat)))
     studies: list[Study] = []
-    total = missing = silent = 0
+    total = missing = silent = joined = 0
     for split, folder in folders.items():
         images = folder / "images"
         there = {path.name for path in images.iterdir()} if images.is_dir() else set()
@@ -129,8 +136,10 @@ def find_roco(root: Path) -> list[Study]:
             if image is None:
                 missing += 1
                 continue
-            texts = [caption.text, *references.get(caption.fetched, [])]
+            sentences = references.get(caption.fetched, [])
+            texts = [caption.text, *sentences]
             found = studies_of_texts(f"{split}/{caption.name}", f"{split}/{caption.name}", image, texts, split)
+            joined += len(sentences)
             silent += not found
             studies += found
     if not studies:
@@ -139,6 +148,12 @@ def find_roco(root: Path) -> list[Study]:
             f"radiology/images); its fetch script downloads them."
         )
     say_left_out("ROCO figures", total, missing, silent)
+    if references:
+        say(f"note: {joined} of {sum(map(len, references.values()))} sentences that MedICaT has about ROCO figures "
+            f"are about figures that are here")  # fmt: skip
+    elif medicat is not None:
+        say(f"note: no sentence about a ROCO figure (roco_*_references.jsonl) is under {medicat} or {root}: ROCO's "
+            f"figures have their captions alone")  # fmt: skip
     return studies
 
 
@@ -167,11 +182,14 @@ def _find_v2(root: Path) -> list[Study]:
 
 
 def find_medicat_roco(root: Path) -> list[Study]:
-    """List MedICaT under ``root/medicat`` and ROCO under ``root/roco``, as UMD is pre-trained; empty without both."""
+    """List MedICaT under ``root/medicat`` and ROCO under ``root/roco``, as UMD is pre-trained; empty without both.
+
+    ROCO's figures have captions and the sentences about them that lie in MedICaT's release.
+    """
     if not (root / "medicat").is_dir() or not (root / "roco").is_dir():
         return []
     figures = [study._replace(split=hashed_split(study.patient_id)) for study in find_medicat(root / "medicat")]
-    captions = find_roco(root / "roco")
+    captions = find_roco(root / "roco", root / "medicat")
     return [*figures, *captions] if figures and captions else []
 
 

@@ -4,7 +4,7 @@ The same archives, without their answers and their test split, are images with t
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -78,25 +78,57 @@ def _kind(value: object) -> str:
     return word if word in ("open", "closed") else ""
 
 
+def _rad_question(row: Mapping[str, Any], text: str, case: str, split: str, images: Path, source: Path) -> Question:
+    """Return a row of VQA-RAD as a question.
+
+    Raises:
+        DataError: its image lies outside ``images``.
+    """
+    image = _under(images, row["image_name"], source)
+    return Question(f"{split}/{case}", image.name, image, text, accepted_answers(row["answer"]),
+                    _kind(row.get("answer_type")), split, str(row.get("question_type") or "").strip())  # fmt: skip
+
+
 def find_vqa_rad(root: Path) -> list[Question]:
-    """List VQA-RAD in its community split: ``{trainset,testset}.json`` and ``images/``; empty without.
+    """List VQA-RAD in its community split: ``{trainset,testset}.json`` and ``images/``; else its official release.
 
     A ``valset.json`` that others made is not read: the one that goes round is a copy of the test set.
+
+    Raises:
+        DataError: a damaged list.
     """
     files = {"train": root / "trainset.json", "test": root / "testset.json"}
     if not files["train"].is_file() or not (root / "images").is_dir():
-        return []
+        return _find_rad_release(root)
     found = []
     for split, path in files.items():
         if not path.is_file():
             continue
         for number, row in enumerate(_json_rows(path, ("image_name", "question", "answer"))):
-            image = _under(root / "images", row["image_name"], path)
-            found.append(
-                Question(f"{split}/{row.get('qid', number)}-{number}", image.name, image, collapsed(row["question"]),
-                         accepted_answers(row["answer"]), _kind(row.get("answer_type")), split,
-                         str(row.get("question_type") or "").strip())
-            )  # fmt: skip
+            case = f"{row.get('qid', number)}-{number}"
+            found.append(_rad_question(row, collapsed(row["question"]), case, split, root / "images", path))
+    return found
+
+
+def _find_rad_release(root: Path) -> list[Question]:
+    """List VQA-RAD as it was released: ``VQA_RAD Dataset Public.json`` and ``VQA_RAD Image Folder/``; empty without.
+
+    Each row's ``question`` is read, free-form or rephrased (a rephrased question has a row of its own), those whose
+    ``phrase_type`` begins with "test" for testing; rows of training have their framed question too. By the numbers of
+    the community split these are 1,797 rows and 983 framed questions, and 451 rows for testing. That split trains on
+    284 further ones: the framed questions of test rows, with their answers. They are left out here.
+    """
+    path, images = root / "VQA_RAD Dataset Public.json", root / "VQA_RAD Image Folder"
+    if not path.is_file() or not images.is_dir():
+        return []
+    found = []
+    for number, row in enumerate(_json_rows(path, ("image_name", "question", "answer", "phrase_type"))):
+        split = "test" if str(row["phrase_type"]).strip().lower().startswith("test") else "train"
+        case, framed = f"{row.get('qid', number)}-{number}", collapsed(row.get("question_frame"))
+        texts = {case: collapsed(row["question"])}
+        if split == "train" and framed not in ("", "NULL"):
+            texts[f"{case}-framed"] = framed
+        found += [_rad_question(row, text, name, split, images, path) for name, text in texts.items()]
     return found
 
 
@@ -123,7 +155,9 @@ def find_slake(root: Path, language: str = "en") -> list[Question]:
     return found
 
 
-_MED_CATEGORIES = {"modality": "Modality", "plane": "Plane", "organ": "Organ", "abnormality": "Abnormality"}
+_MED_FILES = {"modality": "Modality", "plane": "Plane", "organ": "Organ", "abnormality": "Abnormality"}
+#: Categories of VQA-Med-2019 where none are named: all but abnormality, as the published code.
+MED_CATEGORIES = ("modality", "plane", "organ")
 
 
 def _med_lines(path: Path, fields: int) -> list[list[str]]:
@@ -149,15 +183,15 @@ def _med_folder(root: Path, *names: str) -> Path | None:
     return next((path for name in names for path in sorted(root.glob(name)) if path.is_dir()), None)
 
 
-def find_vqa_med(root: Path, categories: Sequence[str] = ("modality", "plane", "organ")) -> list[Question]:
+def find_vqa_med(root: Path, categories: Sequence[str] = MED_CATEGORIES) -> list[Question]:
     """List VQA-Med-2019 in its official folders for training, validation and test; empty where there is no training.
 
     Raises:
         DataError: a damaged line, or an unknown category.
     """
-    unknown = [name for name in categories if name not in _MED_CATEGORIES]
+    unknown = [name for name in categories if name not in _MED_FILES]
     if unknown:
-        raise DataError(f"VQA-Med-2019 has no category {unknown[0]!r}; it has {', '.join(_MED_CATEGORIES)}.")
+        raise DataError(f"VQA-Med-2019 has no category {unknown[0]!r}; it has {', '.join(_MED_FILES)}.")
     training = _med_folder(root, "ImageClef-2019-VQA-Med-Training*", "*Training*")
     if training is None or not (training / "QAPairsByCategory").is_dir():
         return []
@@ -180,7 +214,7 @@ def find_vqa_med(root: Path, categories: Sequence[str] = ("modality", "plane", "
 def _med_training(folder: Path, categories: Sequence[str]) -> Iterator[list[str]]:
     """Yield image, category, question and answer of a folder with one file a category."""
     for category in categories:
-        for path in sorted(folder.glob(f"QAPairsByCategory/C*_{_MED_CATEGORIES[category]}_*.txt")):
+        for path in sorted(folder.glob(f"QAPairsByCategory/C*_{_MED_FILES[category]}_*.txt")):
             yield from ([name, category, question, answer] for name, question, answer in _med_lines(path, 3))
 
 
@@ -227,7 +261,11 @@ def _studies(find: Callable[[Path], list[Question]], root: Path) -> list[Study]:
     ]
 
 
-VQA_RAD = QuestionLayout("vqa_rad", "ROOT/{trainset,testset}.json and ROOT/images/", find_vqa_rad)
+VQA_RAD = QuestionLayout(
+    "vqa_rad",
+    "ROOT/{trainset,testset}.json and ROOT/images/, or ROOT/VQA_RAD Dataset Public.json and ROOT/VQA_RAD Image Folder/",
+    find_vqa_rad,
+)
 SLAKE = QuestionLayout("slake", "ROOT/{train,validate,test}.json and ROOT/imgs/", find_slake)
 VQA_MED = QuestionLayout(
     "vqa_med_2019", "ROOT/ImageClef-2019-VQA-Med-{Training,Validation}/ and ROOT/VQAMed2019Test/", find_vqa_med

@@ -98,6 +98,33 @@ def test_references_join_rocos_captions(tmp_path):
     assert texts[1] == "A sentence about the figure."
 
 
+def test_references_to_roco_lie_in_the_release_of_medicat(tmp_path, capsys):
+    """As MedICaT's archive unpacks: ``net/nfs2.corp/...`` beside ``release``."""
+    write_medicat(tmp_path / "medicat", 2, 0)
+    write_roco(tmp_path / "roco", 2, 0)
+    _, without = recognise(tmp_path, "auto", STUDY_LAYOUTS)
+    assert "no sentence about a ROCO figure" in capsys.readouterr().out
+    folder = tmp_path / "medicat/net/nfs2.corp/allennlp/sanjays/roco_files"
+    folder.mkdir(parents=True)
+    fetched = {caption.name: caption.fetched for caption in read_part(tmp_path / "roco/train/radiology")}
+    name, paper = next(iter(fetched.items()))
+    sentences = ["A sentence  about the figure.", "Another one\tabout the same figure."]
+    rows = [
+        {"roco_image_id": paper, "gorc_references": sentences},
+        {"roco_image_id": "PMC1_gone.jpg", "gorc_references": ["It is about a figure that is not here."]},
+        {"roco_image_id": paper, "gorc_references": None},
+        {"roco_image_id": None, "gorc_references": ["It is about no figure at all."]},
+    ]
+    (folder / "roco_train_references.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "roco/roco_train_references.jsonl").write_text(json.dumps(rows[0]))
+    layout, studies = recognise(tmp_path, "auto", STUDY_LAYOUTS)
+    assert layout.name == "medicat_roco"
+    assert "2 of 3 sentences" in capsys.readouterr().out
+    added = [study for study in studies if study not in without]
+    assert [study.text for study in added] == ["A sentence about the figure.", "Another one about the same figure."]
+    assert {(study.split, study.images[0].stem) for study in added} == {("train", name)}
+
+
 def test_second_roco(tmp_path):
     for split, name in (("train", "train"), ("valid", "valid"), ("test", "test")):
         (tmp_path / name).mkdir()
@@ -132,6 +159,19 @@ def test_melinda(tmp_path):
     table.to_csv(tmp_path / "train.csv", index=False)
     with pytest.raises(DataError, match="no column caption"):
         read_melinda(tmp_path)
+
+
+def test_melinda_with_other_numbers_than_published(tmp_path, capsys):
+    (tmp_path / "melinda_images").mkdir()
+    table = pd.DataFrame({"figure_file": ["a.png"], "caption": ["A caption."], "p_meth_label": ["x"]})
+    for name, number in (("train", 4344), ("dev", 449), ("test", 578)):
+        table.loc[[0] * number].to_csv(tmp_path / f"{name}.csv", index=False)
+    assert len(read_melinda(tmp_path)) == 5371
+    assert not capsys.readouterr().out
+    (tmp_path / "test.csv").unlink()
+    assert len(read_melinda(tmp_path)) == 4793
+    said = capsys.readouterr().out
+    assert "(4344 train, 449 val, 0 test) than MELINDA as published (4344 train, 449 val, 578 test)" in said
 
 
 @pytest.mark.real_data

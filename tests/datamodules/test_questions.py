@@ -1,6 +1,7 @@
 """VQA-RAD, SLAKE and VQA-Med-2019: layouts, answers, and the data module over them."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -71,6 +72,21 @@ def test_three_layouts(tmp_path):
     assert find_slake(tmp_path / "slake") == slake
 
 
+def test_categories_of_vqa_med(tmp_path, rad_root):
+    write_vqa_med_2019(tmp_path, 2, 0)
+    asked = {q.category for part in module(tmp_path).splits.values() for q in part}
+    assert asked == {"modality", "plane", "organ"}
+    chosen = module(tmp_path, categories=["plane", "abnormality"])
+    assert {q.category for q in chosen.splits["test"]} == {"plane", "abnormality"}
+    assert {q.category for q in chosen.splits["train"]} == {"plane", "abnormality"}
+    with pytest.raises(DataError, match="has no category 'colour'; it has modality, plane, organ, abnormality"):
+        module(tmp_path, categories=["colour"])
+    with pytest.raises(DataError, match=r"is for vqa_med_2019 alone, and .* is of the layout vqa_rad"):
+        module(rad_root, categories=["plane"])
+    with pytest.raises(ValueError, match="empty list"):
+        QuestionDataModule(str(tmp_path), categories=[])
+
+
 def test_calibration_reads_questions_alone(rad_root):
     data = ImageTextDataModule(str(rad_root), complete=True, image_size=(32, 32), cache_side=48, vocab_size=200,
                                text_length=16, split_fractions=(0.9, 0.1, 0.0))  # fmt: skip
@@ -94,6 +110,59 @@ def test_a_batch_holds_what_it_says(rad_root):
     assert held
     assert held.isdisjoint(q.patient_id for q in data.splits["train"])
     assert {q.split for q in data.splits["val"]} == {"train"}
+
+
+def test_a_copy_of_the_test_set_as_validation_is_not_read(tmp_path):
+    """The valset.json that goes round with VQA-RAD is a copy of testset.json."""
+    write_vqa_rad(tmp_path, 2, 0)
+    path = tmp_path / "testset.json"
+    rows = [{**row, "question": f"{row['question']} ({row['qid']})"} for row in json.loads(path.read_text())]
+    path.write_text(json.dumps(rows))
+    (tmp_path / "valset.json").write_text(path.read_text())
+    asked = {row["question"] for row in rows}
+    data = module(tmp_path)
+    assert {q.text for q in data.splits["test"]} == asked
+    for name in ("train", "val"):
+        assert data.splits[name]
+        assert asked.isdisjoint(q.text for q in data.splits[name])
+    layout, questions = recognise(tmp_path, "auto", QUESTION_LAYOUTS)
+    assert {q.split for q in questions} == {"train", "test"}
+    studies = layout.for_calibration().find(tmp_path)
+    assert len(studies) == len(questions) - len(rows)
+    assert asked.isdisjoint(study.text for study in studies)
+    assert {study.split for study in studies} == {None}, "no official validation split"
+
+
+def test_vqa_rad_as_it_was_released(tmp_path):
+    """Its form, after the specification: one list of all rows, with blanks, numbers and NULL where nothing is."""
+    write_vqa_rad(tmp_path, 2, 0)
+    train, test = (json.loads((tmp_path / f"{split}set.json").read_text()) for split in ("train", "test"))
+    first = {"question": " Is the lesion bright? ", "answer_type": "CLOSED ", "answer": "Yes ", "qid": "1"}
+    rows = [row | {"question_frame": "NULL", "question_rephrase": "NULL", "qid_linked_id": "x"} for row in train + test]
+    rows[0] |= first | {"question_frame": "Is/Are the lesion bright? ", "phrase_type": "freeform"}
+    rows[1] |= {"question": "Does the lesion shine?", "phrase_type": "para", "answer": 12, "question_frame": None}
+    rows[-2] |= {"phrase_type": "test_para", "question_frame": "Is/Are the tested lesion bright?"}
+    (tmp_path / "VQA_RAD Dataset Public.json").write_text(json.dumps(rows))
+    (tmp_path / "images").rename(tmp_path / "VQA_RAD Image Folder")
+    for split in ("train", "test"):
+        (tmp_path / f"{split}set.json").unlink()
+    layout, questions = recognise(tmp_path, "auto", QUESTION_LAYOUTS)
+    assert layout.name == "vqa_rad"
+    parts = {split: [q for q in questions if q.split == split] for split in ("train", "test")}
+    assert (len(parts["train"]), len(parts["test"])) == (len(train) + 1, len(test))
+    assert [q.text for q in parts["train"][:3]] == [
+        "Is the lesion bright?", "Is/Are the lesion bright?", "Does the lesion shine?"
+    ]  # fmt: skip
+    assert [(q.answers, q.kind) for q in parts["train"][:2]] == [(("yes",), "closed")] * 2
+    assert parts["train"][2].answers == ("12",)
+    assert not any("tested" in q.text or q.text == "NULL" for q in questions), "a test question in other words"
+    assert all(q.image.is_file() for q in questions)
+    assert len({q.case_id for q in questions}) == len(questions)
+    assert len(layout.for_calibration().find(tmp_path)) == len(parts["train"])
+    del rows[3]["phrase_type"]
+    (tmp_path / "VQA_RAD Dataset Public.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match="question 3 has no phrase_type"):
+        find_vqa_rad(tmp_path)
 
 
 def test_questions_stay_out_of_tables_when_anonymised(rad_root):
@@ -146,15 +215,21 @@ def test_ambiguous_questions(rad_root):
     assert data.splits["val"] == data.splits["train"]
 
 
-def test_bad_rows(tmp_path):
+def test_bad_rows(tmp_path, capsys):
     write_vqa_rad(tmp_path, 2, 0)
     path = tmp_path / "trainset.json"
     rows = json.loads(path.read_text())
     rows[0]["image_name"], rows[4]["question"], rows[8]["answer"] = "", " ", 7
+    rows[9] |= {"answer": None, "question": "Which answer is null?"}
+    rows[10] |= {"answer": "None", "question": "Which answer is a word?"}
     path.write_text(json.dumps(rows))
     data = module(tmp_path, split_fractions=(1.0, 0.0, 0.0), max_fault_fraction=1.0)
     assert {fault.kind for fault in data.ledger.faults} == {"missing", "empty"}
-    assert "7" in data.task_classes()
+    assert {"7", "none"} <= set(data.task_classes())
+    asked = {q.text: q.answers for q in data.splits["train"]}
+    assert "Which answer is null?" not in asked
+    assert asked["Which answer is a word?"] == ("none",)
+    assert "1 training questions have no answer" in capsys.readouterr().out
     rows[1]["image_name"] = "../secret.jpg"
     path.write_text(json.dumps(rows))
     with pytest.raises(DataError, match="does not lie under"):
@@ -202,3 +277,16 @@ def test_real_vqa_rad(real_data):
     assert len({q.image for q in train}) == 314
     assert {q.image for q in test} <= {q.image for q in train}
     assert len(ambiguous(train)) == 595
+
+
+@pytest.mark.real_data
+def test_framed_questions_of_real_vqa_rad(real_data):
+    """Each follows, by its number, the question that it frames: 983 of training, 284 of the test set."""
+    rows = [{**row, "split": split} for split in ("train", "test")
+            for row in json.loads((real_data("vqa_rad") / f"{split}set.json").read_text())]  # fmt: skip
+    rows.sort(key=lambda row: row["qid"])
+    framed = [(own, frame) for own, frame in pairwise(rows) if frame["phrase_type"] == "frame"]
+    assert all(own["image_name"] == frame["image_name"] for own, frame in framed)
+    assert all(accepted_answers(own["answer"]) == accepted_answers(frame["answer"]) for own, frame in framed)
+    assert {frame["split"] for _, frame in framed} == {"train"}
+    assert [sum(own["split"] == split for own, _ in framed) for split in ("train", "test")] == [983, 284]

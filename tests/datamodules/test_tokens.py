@@ -1,5 +1,5 @@
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from common.errors import DataError
 from datamodules.tokens import SPECIAL, ReportTokenizer, load_tokenizer, train_tokenizer
@@ -33,6 +33,44 @@ def test_starts_mark_the_words():
     tokens = [tokenizer.token(i) for i in encoded.ids.tolist()]
     assert encoded.starts.tolist() == [not token.startswith("##") for token in tokens]
     assert not encoded.starts.all()
+
+
+def words_of(tokenizer, text):
+    """Return the pieces of a text that begin at word starts, as written."""
+    encoded = tokenizer.encode(text, 10**3)
+    firsts = [index for index, start in enumerate(encoded.starts.tolist()) if start and index]
+    ids = encoded.ids.tolist()
+    pieces = [ids[i:j] for i, j in zip(firsts, [*firsts[1:], len(ids)], strict=True)]
+    return ["".join(map(tokenizer.token, piece)).replace("##", "").removeprefix("Ġ") for piece in pieces]
+
+
+@pytest.mark.parametrize(("kind", "words"), [
+    ("bpe", ["a", "T2-weighted", "x-ray", "of", "the", "patient's", "lung"]),
+    ("wordpiece", ["a", "t", "2", "-", "weighted", "x", "-", "ray", "of", "the", "patient", "'", "s", "lung"]),
+])  # fmt: skip
+def test_words_are_those_between_blanks_or_those_of_the_wordpiece(kind, words):
+    """Specification 2.3: in byte-level tokens a word begins at the blank marker or with the first token."""
+    text = "a T2-weighted x-ray of the patient's lung"
+    for size in (300, 400):
+        assert words_of(train_tokenizer([*TEXTS, text, text], size, kind), text) == words
+
+
+def test_the_first_token_begins_a_word_without_a_blank_before_it():
+    bare = train_tokenizer(TEXTS, 300, "bpe").backend
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert words_of(ReportTokenizer(bare), "x-ray of T2") == ["x-ray", "of", "T2"]
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_special_tokens_in_a_text_are_text(kind):
+    tokenizer = train_tokenizer([*TEXTS, "[MASK] lung [CLS] [PAD]"], 400, kind)
+    encoded = tokenizer.encode("[MASK] lung [CLS]", 40)
+    ids = encoded.ids.tolist()
+    assert tokenizer.mask_id not in ids
+    assert ids.count(tokenizer.cls_id) == 1
+    assert ids[0] == tokenizer.cls_id
+    assert encoded.maskable[1:].all()
+    assert tokenizer.backend.decode(ids[1:]).lower().replace(" ", "") == "[mask]lung[cls]"
 
 
 def test_a_long_text_loses_its_end():
