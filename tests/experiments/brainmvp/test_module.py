@@ -146,6 +146,9 @@ def test_reconstruction_lies_with_its_sequence():
     assert output.mask.sum((1, 2)).tolist() == [3584, 3584, 0]
     assert not output.mask[1, 0].any()
     assert 0 < output.groups["lesion"].sum() < output.mask.sum()
+    assert torch.equal(output.unchanged[1, 1, :, 0], module._inputs(batch).cross[1].flatten())
+    hidden = output.mask[1, 1]
+    assert torch.equal(output.unchanged[1, 1, hidden, 0], batch["partner"][1].flatten()[hidden])
     target, valid = module.reconstruction_target(
         {"image": torch.rand(2, 4, 16, 16, 16), "modality_mask": torch.ones(2, 4, dtype=torch.bool)}
     )
