@@ -1,8 +1,10 @@
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from common.blocks.template_bank import TemplateBank
 from common.blocks.uniformer import UniFormer3D
@@ -123,6 +125,12 @@ def test_phases(monkeypatch, progress, terms, same_fill):
     assert torch.equal(inputs.cross[hidden], torch.zeros_like(inputs.cross[hidden])) == same_fill
     module.eval()
     assert "contrastive" in module.step(batch, sync=False).losses
+
+
+def test_the_warm_up_of_the_public_code_ends_with_epoch_300():
+    overlay = yaml.safe_load(Path("experiments/brainmvp/configs/upstream.yaml").read_text())
+    share = overlay["model"]["init_args"]["template_warmup"]
+    assert [epoch for epoch in range(1500) if epoch / 1500 < share] == list(range(301))
 
 
 @pytest.mark.parametrize("fill", ["cross", "template", "zero"])
