@@ -220,12 +220,15 @@ class Reconstruction(NamedTuple):
         target: ``(B, ..., P)``, in the units of the loss.
         mask: bool ``(B, ...)``, True = scored.
         groups: named subsets of ``mask``, such as positions where nothing was visible.
+        unchanged: ``(B, ..., P)``, what a network would predict that returns its input; None where hidden entries are
+            left out of the input.
     """
 
     pred: Tensor
     target: Tensor
     mask: Tensor
     groups: dict[str, Tensor]
+    unchanged: Tensor | None = None
 
 
 class TokenFeatures(NamedTuple):

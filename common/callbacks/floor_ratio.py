@@ -47,7 +47,9 @@ class FloorRatio(ValidationCallback):
     Subsets that the method names (``Reconstruction.groups``) get a ratio each, ``collapse/floor_ratio_<group>``: to the
     constant that is best in the subset where ``reconstruction_groups`` says what belongs to it, else to that of all.
     Where samples carry ``control_image``, ``collapse/floor_ratio_control`` is the ratio where another subject's visible
-    content stands in the same places: a model that reads its input must do worse, well above 1.
+    content stands in the same places: a model that reads its input must do worse, well above 1. Where hidden entries
+    are replaced and not left out (``Reconstruction.unchanged``), ``collapse/floor_ratio_identity`` is the ratio of a
+    network that returns its input.
 
     Args:
         num_reference: Training samples behind the constant, at least 200.
@@ -87,6 +89,9 @@ class FloorRatio(ValidationCallback):
             constant = self._constants.get(name, best).expand_as(output.target)
             self._add(f"loss{name}", *masked_error(output.pred, output.target, mask))
             self._add(f"floor{name}", *masked_error(constant, output.target, mask))
+        if output.unchanged is not None:
+            self._add("loss_identity", *masked_error(output.unchanged, output.target, output.mask))
+            self._add("floor_identity", *masked_error(best.expand_as(output.target), output.target, output.mask))
         if "control_image" in batch:
             control = module.reconstruct(batch, image="control_image")
             self._add("loss_control", *masked_error(control.pred, control.target, control.mask))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -20,6 +20,7 @@ from common.reporting import log_scalars, say
 from common.types import InputSpec
 
 NetworkFactory = Callable[[VisionTransformer, int], nn.Module]
+WindowMode = Literal["constant", "gaussian"]
 
 _FLIPS = ((), (2,), (3,), (4,), (2, 3), (2, 4), (3, 4), (2, 3, 4))
 
@@ -52,6 +53,7 @@ class SegmentationModule(FineTuning):
         loss: Compares logits and targets ``(B, R, *space)``.
         overlap: Overlap of neighbouring windows.
         window_batch: Windows computed at once.
+        window_mode: How overlapping windows are averaged: all voxels alike, or those in the middle of a window more.
         flip_ensemble: Whether to average over all mirrorings at test time.
         layer_decay: Factor of the learning rate per encoder layer towards the input.
         optimizer: Makes the optimiser.
@@ -74,6 +76,7 @@ class SegmentationModule(FineTuning):
         loss: nn.Module | None = None,
         overlap: float = 0.5,
         window_batch: int = 2,
+        window_mode: WindowMode = "gaussian",
         flip_ensemble: bool = False,
         layer_decay: float = 1.0,
         optimizer: OptimizerCallable = torch.optim.AdamW,
@@ -97,6 +100,7 @@ class SegmentationModule(FineTuning):
         self.loss = loss or RegionDiceBCE()
         self._make_network, self._dropout = network, dropout
         self._overlap, self._window_batch, self._flip_ensemble = overlap, window_batch, flip_ensemble
+        self._window_mode = window_mode
         self._predict: SlidingWindowInferer | None = None
 
     def build_network(self, spec: InputSpec) -> nn.Module:
@@ -126,7 +130,7 @@ class SegmentationModule(FineTuning):
         """Return logits ``(B, R, X, Y, Z)`` of whole volumes ``(B, C, X, Y, Z)``."""
         if self._predict is None:
             size = [int(n) for n in self.hparams["image_size"]]
-            self._predict = SlidingWindowInferer(size, self._window_batch, self._overlap, mode="gaussian")
+            self._predict = SlidingWindowInferer(size, self._window_batch, self._overlap, mode=self._window_mode)
         logits = torch.zeros(())
         flips = _FLIPS if self._flip_ensemble else _FLIPS[:1]
         for axes in flips:

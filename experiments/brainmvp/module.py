@@ -229,6 +229,7 @@ class BrainMVPPretrain(SSLModule):
             self._spread(batch["image"], batch)[..., None],
             self._spread(scored, batch),
             {name: self._spread(mask, batch) for name, mask in groups.items()},
+            self._spread(inputs.cross.float(), batch)[..., None],
         )
 
     def reconstruct(self, batch: Any, image: str = "image") -> Reconstruction:

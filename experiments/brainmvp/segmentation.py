@@ -17,7 +17,7 @@ from common.blocks.template_bank import crop_of, place_of
 from common.blocks.uniformer import UniFormer3D
 from common.checkpoint import StoredEncoder, read_encoder
 from common.downstream.encoder import EncoderFactory
-from common.downstream.segmentation import SegmentationModule
+from common.downstream.segmentation import SegmentationModule, WindowMode
 from common.losses.region import BatchDiceBCE
 from common.metrics import region_dice
 from common.optim import Schedule
@@ -105,6 +105,7 @@ class BrainSegmentation(SegmentationModule):
         score_missing: Whether a test scores every set of sequences.
         overlap: Overlap of neighbouring windows.
         window_batch: Windows computed at once.
+        window_mode: How overlapping windows are averaged: all voxels alike, or those in the middle of a window more.
         optimizer: Makes the optimiser.
         schedule: Attaches the learning-rate schedule.
         compile_network: Whether to compile the network.
@@ -126,6 +127,7 @@ class BrainSegmentation(SegmentationModule):
         score_missing: bool = True,
         overlap: float = 0.5,
         window_batch: int = 2,
+        window_mode: WindowMode = "constant",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         schedule: Schedule | None = None,
         compile_network: bool = False,
@@ -141,6 +143,7 @@ class BrainSegmentation(SegmentationModule):
             loss=loss or BatchDiceBCE(),
             overlap=overlap,
             window_batch=window_batch,
+            window_mode=window_mode,
             optimizer=optimizer,
             schedule=schedule,
             compile_network=compile_network,

@@ -125,6 +125,20 @@ def test_a_group_has_the_best_constant_of_its_own():
     )
 
 
+def test_what_the_input_alone_would_score():
+    """Over the same masks and the same constant; nothing is logged where hidden entries are left out."""
+
+    class Filled(Stub):
+        def reconstruct(self, batch, image="image"):
+            return super().reconstruct(batch, image)._replace(unchanged=batch["image"] - 0.3)
+
+    scalars = validate(Filled(lambda t: t + 0.5), FloorRatio(), samples())
+    floor = scalars["collapse/floor"]
+    assert scalars["collapse/floor_ratio_identity"] == pytest.approx(0.09 / floor, rel=1e-4)
+    assert scalars["collapse/floor_ratio"] == pytest.approx(0.25 / floor, rel=1e-4)
+    assert "collapse/floor_ratio_identity" not in validate(Stub(lambda t: t), FloorRatio(), samples())
+
+
 def test_absent_modalities_count_nowhere():
     data = samples()
     for sample in data[:10]:

@@ -149,6 +149,21 @@ def test_the_loss_is_the_specifications(monkeypatch):
     }
 
 
+def test_overlapping_windows_count_alike_unless_asked_otherwise():
+    class Ramp(torch.nn.Module):
+        def forward(self, image):
+            return torch.arange(16.0)[:, None, None].expand(len(image), 1, 16, 16, 16).clone()
+
+    def along(**settings):
+        made = module(**settings)
+        made.network = Ramp()
+        return made.logits(torch.zeros(1, 4, 24, 16, 16))[0, 0, :, 8, 8]
+
+    shared = torch.arange(8.0, 16) - 4  # the mean of v and v - 8
+    assert torch.allclose(along(), torch.cat([torch.arange(8.0), shared, torch.arange(8.0, 16)]))
+    assert not torch.allclose(along(window_mode="gaussian")[8:16], shared, atol=0.1)
+
+
 def test_sets_of_sequences():
     assert subsets(["a", "b", "c"]) == [("a", "b", "c"), ("a", "b"), ("a", "c"), ("b", "c"), ("a",), ("b",), ("c",)]
     assert len(subsets(CHANNELS)) == 15

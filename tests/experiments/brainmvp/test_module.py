@@ -1,8 +1,10 @@
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from common.blocks.template_bank import TemplateBank
 from common.blocks.uniformer import UniFormer3D
@@ -125,6 +127,12 @@ def test_phases(monkeypatch, progress, terms, same_fill):
     assert "contrastive" in module.step(batch, sync=False).losses
 
 
+def test_the_warm_up_of_the_public_code_ends_with_epoch_300():
+    overlay = yaml.safe_load(Path("experiments/brainmvp/configs/upstream.yaml").read_text())
+    share = overlay["model"]["init_args"]["template_warmup"]
+    assert [epoch for epoch in range(1500) if epoch / 1500 < share] == list(range(301))
+
+
 @pytest.mark.parametrize("fill", ["cross", "template", "zero"])
 def test_fills(fill):
     module, batch = make(fill=fill), batch_of(unpaired=[0])
@@ -146,6 +154,9 @@ def test_reconstruction_lies_with_its_sequence():
     assert output.mask.sum((1, 2)).tolist() == [3584, 3584, 0]
     assert not output.mask[1, 0].any()
     assert 0 < output.groups["lesion"].sum() < output.mask.sum()
+    assert torch.equal(output.unchanged[1, 1, :, 0], module._inputs(batch).cross[1].flatten())
+    hidden = output.mask[1, 1]
+    assert torch.equal(output.unchanged[1, 1, hidden, 0], batch["partner"][1].flatten()[hidden])
     target, valid = module.reconstruction_target(
         {"image": torch.rand(2, 4, 16, 16, 16), "modality_mask": torch.ones(2, 4, dtype=torch.bool)}
     )

@@ -37,6 +37,7 @@ def test_what_a_run_leaves(brain_arguments):
     assert {f"val/loss_{term}" for term in terms} | {"val/loss"} <= scalars.keys()
     assert {f"train/loss_{term}" for term in terms} <= scalars.keys()
     wanted = {"collapse/floor_ratio", "collapse/floor_ratio_control", "collapse/effective_rank"}
+    wanted |= {"collapse/floor_ratio_identity"}
     wanted |= {"collapse/prediction_diversity", "probe/view_retrieval", "templates/range_t1"}
     assert wanted <= scalars.keys()
     assert rows(folder) == []
