@@ -159,6 +159,44 @@ def test_a_patient_in_two_splits_is_refused(manifest_root):
         module(manifest_root)
 
 
+def with_rows(root, *rows):
+    """Add rows to a manifest."""
+    table = pd.read_csv(root / "manifest.csv", keep_default_na=False, dtype=str)
+    pd.concat([table, pd.DataFrame(rows)]).fillna("").to_csv(root / "manifest.csv", index=False)
+
+
+def test_a_study_in_two_splits_is_refused(manifest_root):
+    table = pd.read_csv(manifest_root / "manifest.csv", keep_default_na=False)
+    table.assign(split="train").to_csv(manifest_root / "manifest.csv", index=False)
+    with_rows(manifest_root, {"image": "00.jpg", "subject": "p9", "split": "test"})
+    with pytest.raises(DataError, match=r"manifest\.csv puts 00\.jpg into both train and test"):
+        module(manifest_root)
+
+
+def test_subjects_who_share_a_file_are_one_patient(manifest_root, capsys):
+    """Else what else there is of the second one could be in another split."""
+    Image.new("L", (48, 64), 9).save(manifest_root / "12.jpg")
+    with_rows(manifest_root, {"image": "00.jpg", "subject": "p9"}, {"image": "12.jpg", "subject": "p9"})
+    data = module(manifest_root)
+    patients = {sample.case_id: sample.patient_id for part in data.splits.values() for sample in part}
+    assert len(patients) == 13
+    assert {patients[name] for name in ("00.jpg", "01.jpg", "12.jpg")} == {"p0"}
+    assert "1 files under several subjects, such as 00.jpg under p0 and p9" in capsys.readouterr().out
+
+
+def test_text_alone_is_a_study(manifest_root):
+    with_rows(manifest_root, {"text": "Clear lungs.", "subject": "p9"}, {"text": "No mass."}, {"subject": "p9"})
+    data = module(manifest_root, split_fractions=(1.0, 0.0, 0.0), views=None)
+    dataset = data.train_dataloader().dataset
+    assert len(dataset) == 14
+    places = {dataset.subject(index): index for index in range(14)}
+    item = dataset[Draw(places["row 13"], 0, 0)]
+    assert (item["patient_id"], item["modality_mask"].tolist()) == ("p9", [False, True])
+    assert dataset[Draw(places["row 14"], 0, 0)]["patient_id"] == "row 14"
+    assert data.examine(deep=True, workers=1) == []
+    assert len(module(manifest_root, complete=True, split_fractions=(1.0, 0.0, 0.0)).splits["train"]) == 11
+
+
 def test_the_vocabulary_knows_the_training_split_alone(mimic_root, tmp_path):
     data = module(mimic_root)
     texts = data.training_texts()
