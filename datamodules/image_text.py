@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,7 +24,7 @@ from datamodules.image_crops import center_box, random_box
 from datamodules.images import CHANNELS, FIGURE, GRAY, per_channel, plain_numbers
 from datamodules.layouts import STUDY_LAYOUTS, recognise
 from datamodules.loading import Draw
-from datamodules.manifest import find_manifest
+from datamodules.manifest import MANIFEST, find_manifest
 from datamodules.reports import ReportError, read_report
 from datamodules.splits import SPLITS, assign_splits
 from datamodules.studies import Study, StudyLayout
@@ -322,6 +323,8 @@ class ImageTextDataModule(TextArchiveDataModule):
     Args:
         root: The archive.
         layout: Name of its layout; ``"auto"`` recognises it from the tree.
+        table: Name of a manifest's table under the root, such as ``metadata.csv``; None = ``manifest.csv``,
+            ``.jsonl`` or ``.parquet``. This and ``columns`` mean the layout ``manifest``.
         columns: Columns of a manifest by role (image, text, subject, split, view, folder); None = their names.
         image_size: Height and width of the crops, which are the target; the encoder may see fewer pixels.
         cache_side: Shorter side of the cached copies, in pixels.
@@ -366,6 +369,7 @@ class ImageTextDataModule(TextArchiveDataModule):
         self,
         root: str,
         layout: str = "auto",
+        table: str | None = None,
         columns: dict[str, str] | None = None,
         image_size: tuple[int, int] = (448, 448),
         cache_side: int = 512,
@@ -420,6 +424,9 @@ class ImageTextDataModule(TextArchiveDataModule):
             raise ValueError(f"`text_length` must be at least 2, the class token and one more, got {text_length}.")
         if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
+        manifest = table is not None or columns is not None
+        if manifest and layout not in ("auto", MANIFEST.name):
+            raise ValueError(f"`table` and `columns` describe a manifest, not the layout {layout}: leave one out.")
         masker: WordMasker | BertMasker = WordMasker(text_mask_ratio, mask_unit, mask_last)
         if mask_scheme == "bert":
             masker = BertMasker(text_mask_ratio, mask_unit)
@@ -428,7 +435,9 @@ class ImageTextDataModule(TextArchiveDataModule):
         self.mean, self.std = mean, std
         self.colour, self.complete, self.negative_images = colour, complete, negative_images
         self.draws_per_image = draws_per_image
-        self._layout_name, self._columns, self._pair, self._views = layout, columns, pair, views
+        self._layout_name = MANIFEST.name if manifest else layout
+        self._manifest = replace(MANIFEST, find=partial(find_manifest, columns=columns, table=table))
+        self._pair, self._views = pair, views
         self._unique_texts = unique_texts
         self._split = (split_fractions, split_seed, split_file)
         self._layout: StudyLayout | None = None
@@ -474,16 +483,8 @@ class ImageTextDataModule(TextArchiveDataModule):
         return kept
 
     def _known_layouts(self) -> Sequence[StudyLayout]:
-        """Return the layouts, the manifest's with the user's columns."""
-        if self._columns is None:
-            return STUDY_LAYOUTS
-        named = partial(find_manifest, columns=self._columns)
-        return [
-            StudyLayout(entry.name, entry.tree, named, entry.extract, entry.prefer)
-            if entry.name == "manifest"
-            else entry
-            for entry in STUDY_LAYOUTS
-        ]
+        """Return the layouts, the manifest's with the user's table and columns."""
+        return [self._manifest if entry is MANIFEST else entry for entry in STUDY_LAYOUTS]
 
     def text_of(self, sample: Sample) -> str:
         """Return the text of a sample that is used; empty where it has none.

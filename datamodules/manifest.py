@@ -5,20 +5,20 @@
 naming its columns. The COVID-19 image data collection (``ROOT/images`` and ``ROOT/metadata.csv``) is such a table.
 """
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from common.errors import DataError
-from common.reporting import say
+from common.reporting import contents, say
 from datamodules.reports import plain_text
 from datamodules.splits import patients_of_files
 from datamodules.studies import Study, StudyLayout
 
 #: Column of each role, where the user names no other.
 COLUMNS = {"image": "image", "text": "text", "subject": "subject", "split": "split", "view": "view"}
+_ROLES = {*COLUMNS, "folder"}
 _NEEDED = ("image", "subject")
 _COVID_COLUMNS = {
     "image": "filename",
@@ -51,7 +51,9 @@ def read_table(path: Path) -> pd.DataFrame:
     return table.map(lambda value: str(value).strip())
 
 
-def studies_of_table(root: Path, path: Path, columns: Mapping[str, str] = COLUMNS) -> list[Study]:
+def studies_of_table(
+    root: Path, path: Path, columns: Mapping[str, str] = COLUMNS, needed: Iterable[str] = _NEEDED
+) -> list[Study]:
     """Make one study of every listed image, and one of every row that has text alone.
 
     A file with several rows becomes one study, with the first text, view and split that are not empty; subjects who
@@ -62,12 +64,13 @@ def studies_of_table(root: Path, path: Path, columns: Mapping[str, str] = COLUMN
         path: The table.
         columns: Name of the column of each role: image, text, subject, split, view, and folder, which goes before the
             image's name.
+        needed: Roles whose columns must be there.
 
     Raises:
         DataError: a needed column is missing, a path leaves the root, or a file is in two splits.
     """
     table = read_table(path)
-    missing = [columns.get(role, role) for role in _NEEDED if columns.get(role, role) not in table.columns]
+    missing = [columns[role] for role in needed if columns[role] not in table.columns]
     if missing:
         raise DataError(
             f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns)}. Name the columns with "
@@ -127,14 +130,27 @@ def _say_shared(path: Path, names: Sequence[str], subjects: Sequence[str]) -> No
             f"{' and '.join(found)}; who shares a file is one patient")  # fmt: skip
 
 
-def find_manifest(root: Path, columns: Mapping[str, str] | None = None) -> list[Study]:
-    """List the studies of ``root/manifest.*``; empty where there is none.
+def find_manifest(root: Path, columns: Mapping[str, str] | None = None, table: str | None = None) -> list[Study]:
+    """List the studies of a table; empty where there is none.
+
+    Args:
+        root: The archive.
+        columns: Name of the column of each role that is not called as :data:`COLUMNS` says; all of them must be there.
+        table: Name of the table under the root; None = ``manifest.csv``, ``.jsonl`` or ``.parquet``.
 
     Raises:
-        DataError: as :func:`studies_of_table`.
+        DataError: there is no table of that name, a role is unknown; and as :func:`studies_of_table`.
     """
-    found = [root / f"manifest{suffix}" for suffix in _SUFFIXES if (root / f"manifest{suffix}").is_file()]
-    return studies_of_table(root, found[0], {**COLUMNS, **(columns or {})}) if found else []
+    columns = columns or {}
+    unknown = sorted(set(columns) - _ROLES)
+    if unknown:
+        raise DataError(f"data.columns names the role {unknown[0]}; known are {', '.join(sorted(_ROLES))}.")
+    if table is not None and not (root / table).is_file():
+        raise DataError(f"There is no table {table} (data.table) under {root}; it holds {contents(root)}.")
+    names = [f"manifest{suffix}" for suffix in _SUFFIXES] if table is None else [table]
+    path = next((root / name for name in names if (root / name).is_file()), None)
+    needed = dict.fromkeys((*_NEEDED, *columns))
+    return [] if path is None else studies_of_table(root, path, {**COLUMNS, **columns}, needed)
 
 
 def find_covid(root: Path) -> list[Study]:
@@ -151,8 +167,8 @@ def find_covid(root: Path) -> list[Study]:
 
 MANIFEST = StudyLayout(
     name="manifest",
-    tree="ROOT/manifest.{csv,jsonl,parquet} with image, text, subject [, split, view]",
-    find=partial(find_manifest),
+    tree="ROOT/manifest.{csv,jsonl,parquet}, or data.table, with image, text, subject [, split, view]",
+    find=find_manifest,
     extract=plain_text,
     prefer=-1,
 )

@@ -13,6 +13,7 @@ from datamodules.image_crops import center_box, cut_box, random_box
 from datamodules.image_text import ImageTextDataModule, swap_sides
 from datamodules.loading import Draw
 from datamodules.synthetic_cxr import write_mimic_cxr
+from datamodules.synthetic_labels import write_covid_cxr
 
 NOTES = ["The left lung is clear.", "A mass lies at the right base.", "No effusion. Heart size is normal."]
 
@@ -143,6 +144,37 @@ def test_other_tables_and_other_names(manifest_root, suffix):
     assert len(data.training_texts()) > 5
 
 
+COVID_COLUMNS = {"image": "filename", "folder": "folder", "text": "clinical_notes", "subject": "patientid",
+                 "view": "view"}  # fmt: skip
+
+
+def test_a_table_of_another_name_by_its_columns(tmp_path):
+    write_covid_cxr(tmp_path / "covid", 8, seed=0, size=(48, 64))
+    data = module(tmp_path / "covid", table="metadata.csv", columns=COVID_COLUMNS)
+    known = module(tmp_path / "covid")
+    assert (data.index().name, known.index().name) == ("manifest", "covid_cxr")
+    named, recognised = ([s.study._replace(attributes={}) for s in each.samples] for each in (data, known))
+    assert named == recognised
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"table": "metadata.csv"}, r"has no column image, subject; it has .*patientid"),
+        ({"table": "notes.csv"}, r"no table notes\.csv \(data\.table\) under .*; it holds images/, metadata\.csv"),
+        ({"columns": COVID_COLUMNS}, r"not of the layout manifest \(ROOT/manifest.*data\.table"),
+        ({"table": "metadata.csv", "columns": {**COVID_COLUMNS, "text": "note"}}, r"no column note; it has"),
+        ({"table": "metadata.csv", "columns": {**COVID_COLUMNS, "note": "text"}}, "the role note; known are folder, "),
+        ({"layout": "covid_cxr", "columns": COVID_COLUMNS}, "not the layout covid_cxr"),
+        ({"layout": "covid_cxr", "table": "metadata.csv"}, "not the layout covid_cxr"),
+    ],
+)
+def test_tables_that_are_not_what_is_said(tmp_path, settings, message):
+    write_covid_cxr(tmp_path / "covid", 2, seed=0, size=(48, 64))
+    with pytest.raises(ValueError, match=message):
+        module(tmp_path / "covid", **settings)
+
+
 def test_images_outside_the_root_are_refused(manifest_root):
     table = pd.read_csv(manifest_root / "manifest.csv", keep_default_na=False)
     table.loc[0, "image"] = "../secret.png"
@@ -269,6 +301,19 @@ def test_covid(real_data):
     assert data.ledger.faults == []
     batch = next(iter(data.val_dataloader()))
     assert batch["modality_mask"].all()
+
+
+@pytest.mark.real_data
+def test_covid_by_the_names_of_its_columns(real_data):
+    root = real_data("covid_cxr")
+    table = pd.read_csv(root / "metadata.csv", dtype=str, keep_default_na=False)
+    noted = table[table["clinical_notes"].str.strip() != ""]
+    data = ImageTextDataModule(str(root), table="metadata.csv", columns=COVID_COLUMNS)
+    data.index()
+    found = [sample for sample in data.samples if sample.images and sample.study.text]
+    assert len(found) == noted["filename"].nunique() == 218
+    assert len(data.samples) == table["filename"].nunique()
+    assert all(sample.images[0].is_file() for sample in found)
 
 
 def test_the_run_keeps_its_tokenizer(mimic_root, tmp_path):
