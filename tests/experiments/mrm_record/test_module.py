@@ -117,6 +117,18 @@ def test_scopes_by_hand(scope, expected, monkeypatch):
     assert output.weights["report"].item() == {"masked": 2, "real": 3, "all": 4}[scope]
 
 
+def test_the_ablation_without_super_resolution():
+    """Specification 2.8: what the encoder sees at factor 2 is the target at factor 1."""
+    settings = {"encoder": partial(VisionTransformer, patch_size=16, embed_dim=16, depth=1, num_heads=2,
+                                   class_token=True)}  # fmt: skip
+    for factor, side, values in ((2, 448, 3072), (1, 224, 768)):
+        network = make(sr_factor=factor, image_size=[side, side], **settings).network
+        image = torch.randn(1, 1, side, side)
+        assert network.low_resolution(image).shape == (1, 3, 224, 224)
+        assert network.encoder.grid_size == (14, 14)
+        assert network.target(image).shape == (1, 196, values)
+
+
 def test_learning_rates_of_the_specification():
     """R6; the warm-up counts the step that is taken, so it is one step ahead of the specification's."""
     schedule, per_epoch = WarmupCosine(0.2), 10
