@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import DataError
@@ -299,19 +300,23 @@ class ImageTextDataset(FaultTolerantDataset):
         return None
 
 
-def collate_image_text(samples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
-    """Join samples; texts are padded to the longest of the batch, not to T.
+def collate_image_text(samples: list[dict[str, Any]], pad_id: int, length: int = 0) -> dict[str, Any]:
+    """Join samples; texts are padded to the longest of the batch, or to ``length`` if that is more.
 
     Hidden positions are listed here, on the CPU, so that no step has to wait for their number: ``hidden_index`` counts
     through the flattened ``(B, T)``, ``hidden_ids`` are the true tokens there.
     """
     ids = [sample.pop("input_ids") for sample in samples]
     labels = [sample.pop("labels") for sample in samples]
-    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+
+    def pad(rows: list[Tensor], value: int) -> Tensor:
+        joined = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+        return F.pad(joined, (0, max(length - joined.shape[1], 0)), value=value)
+
     batch = collate_samples(samples)
-    batch["input_ids"] = pad(ids, padding_value=pad_id)
-    batch["attention_mask"] = pad([torch.ones_like(row) for row in ids], padding_value=0)
-    batch["labels"] = pad(labels, padding_value=-100)
+    batch["input_ids"] = pad(ids, pad_id)
+    batch["attention_mask"] = pad([torch.ones_like(row) for row in ids], 0)
+    batch["labels"] = pad(labels, -100)
     batch["hidden_index"] = (batch["labels"] != -100).flatten().nonzero()[:, 0]
     batch["hidden_ids"] = batch["labels"].flatten()[batch["hidden_index"]]
     return batch
@@ -339,6 +344,7 @@ class ImageTextDataModule(TextArchiveDataModule):
         tokenizer_kind: ``"wordpiece"`` or ``"bpe"``, where it is learned.
         vocab_size: Tokens at most, where the tokenizer is learned.
         text_length: Tokens of a report at most, the class token included.
+        pad_to_length: Whether texts are padded to ``text_length``, else to the longest of their batch.
         text_mask_ratio: Probability that a word is hidden.
         mask_unit: ``"word"`` or ``"token"``.
         mask_last: Whether the last of ``text_length`` positions may be hidden.
@@ -382,6 +388,7 @@ class ImageTextDataModule(TextArchiveDataModule):
         tokenizer_kind: Kind = "wordpiece",
         vocab_size: int = 30000,
         text_length: int = 100,
+        pad_to_length: bool = False,
         text_mask_ratio: float = 0.5,
         mask_unit: Literal["word", "token"] = "word",
         mask_last: bool = True,
@@ -432,6 +439,7 @@ class ImageTextDataModule(TextArchiveDataModule):
             masker = BertMasker(text_mask_ratio, mask_unit)
         self.crop_scale, self.flip = crop_scale, flip
         self.text = TextSettings(text, text_length, masker, end_token)
+        self.pad_to_length = pad_to_length
         self.mean, self.std = mean, std
         self.colour, self.complete, self.negative_images = colour, complete, negative_images
         self.draws_per_image = draws_per_image
@@ -571,7 +579,8 @@ class ImageTextDataModule(TextArchiveDataModule):
 
     def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Return what joins samples and pads their texts."""
-        return partial(collate_image_text, pad_id=self.tokenizer.pad_id)
+        length = self.text.length if self.pad_to_length else 0
+        return partial(collate_image_text, pad_id=self.tokenizer.pad_id, length=length)
 
     def token_counts(self) -> Tensor:
         """Count the tokens of the training texts that could be hidden, ``(V,)`` long."""

@@ -55,7 +55,7 @@ class ReportDecoder(nn.Module):
         attend: Literal["all", "own"] = "all",
     ) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim, self.length = dim, length
         self.fusion = fusion
         self.attend = attend
         config = BertConfig(

@@ -64,6 +64,18 @@ def test_a_batch_holds_what_it_says(mimic_root):
     assert batch["input_ids"].shape[1] == int(batch["attention_mask"].sum(1).max()) <= 24
 
 
+def test_texts_padded_in_full(mimic_root):
+    short, full = (next(iter(module(mimic_root, pad_to_length=pad, text_length=400).val_dataloader()))
+                   for pad in (False, True))  # fmt: skip
+    width = short["input_ids"].shape[1]
+    assert width < full["input_ids"].shape[1] == full["attention_mask"].shape[1] == full["labels"].shape[1] == 400
+    assert torch.equal(full["input_ids"][:, :width], short["input_ids"])
+    assert not full["attention_mask"][:, width:].any()
+    assert (full["labels"][:, width:] == -100).all()
+    assert torch.equal(full["hidden_ids"], short["hidden_ids"])
+    assert torch.equal(full["labels"].flatten()[full["hidden_index"]], full["hidden_ids"])
+
+
 def test_draws_are_functions_of_seed_epoch_and_subject(mimic_root):
     data = module(mimic_root)
     dataset = data.train_dataloader().dataset
