@@ -61,12 +61,14 @@ class TextSettings(NamedTuple):
         length: T, tokens at most, the class token included.
         masker: Draws which words are hidden, and replaces them.
         end: Whether the tokenizer's end token, if it has one, comes last.
+        redactions: Whether ``___``, which stands for what was removed from a report, stays.
     """
 
     part: str
     length: int
     masker: WordMasker | BertMasker
     end: bool = False
+    redactions: bool = False
 
 
 class Sample(NamedTuple):
@@ -114,7 +116,7 @@ def samples_of(studies: Sequence[Study], pair: str, views: Sequence[str] | None)
     return samples
 
 
-def distinct(samples: Sequence[Sample], layout: StudyLayout, text: str) -> list[Sample]:
+def distinct(samples: Sequence[Sample], layout: StudyLayout, text: TextSettings) -> list[Sample]:
     """Keep the first sample of each distinct text; samples without a readable text go."""
     kept: dict[str, Sample] = {}
     for sample in samples:
@@ -126,7 +128,7 @@ def distinct(samples: Sequence[Sample], layout: StudyLayout, text: str) -> list[
     return list(kept.values())
 
 
-def study_text(study: Study, layout: StudyLayout, part: str) -> str:
+def study_text(study: Study, layout: StudyLayout, settings: TextSettings) -> str:
     """Return the text of a study that is used; empty where it has none.
 
     Raises:
@@ -135,7 +137,7 @@ def study_text(study: Study, layout: StudyLayout, part: str) -> str:
     if study.text is None:
         return ""
     text = study.text if isinstance(study.text, str) else read_report(study.text)
-    return layout.extract(text, part)
+    return layout.extract(text, settings.part, settings.redactions)
 
 
 class ImageTextDataset(FaultTolerantDataset):
@@ -256,7 +258,7 @@ class ImageTextDataset(FaultTolerantDataset):
     def _text(self, sample: Sample, faults: list[Fault]) -> str:
         """Return the text; empty where there is none, with a fault where one is listed but damaged."""
         try:
-            return study_text(sample.study, self.layout, self.text.part)
+            return study_text(sample.study, self.layout, self.text)
         except ReportError as error:
             if error.kind != "empty":
                 faults.append(Fault(str(sample.study.text), error.kind, error.detail, sample.case_id))
@@ -338,6 +340,7 @@ class ImageTextDataModule(TextArchiveDataModule):
             views are drawn anew every epoch.
         views: Views to keep, such as ``[AP, PA]``; None keeps all.
         text: ``"findings_impression"`` or ``"full"``.
+        keep_redactions: Whether ``___``, which stands for what was removed from a report, stays.
         unique_texts: Whether to keep one sample of each distinct text and none without, before splitting: for archives
             whose reports repeat from person to person.
         tokenizer: JSON file, folder, or name of the hub; None learns one from the training split, kept in the cache.
@@ -383,6 +386,7 @@ class ImageTextDataModule(TextArchiveDataModule):
         pair: Literal["image", "study"] = "image",
         views: list[str] | None = None,
         text: Literal["findings_impression", "full"] = "findings_impression",
+        keep_redactions: bool = False,
         unique_texts: bool = False,
         tokenizer: str | None = None,
         tokenizer_kind: Kind = "wordpiece",
@@ -438,7 +442,7 @@ class ImageTextDataModule(TextArchiveDataModule):
         if mask_scheme == "bert":
             masker = BertMasker(text_mask_ratio, mask_unit)
         self.crop_scale, self.flip = crop_scale, flip
-        self.text = TextSettings(text, text_length, masker, end_token)
+        self.text = TextSettings(text, text_length, masker, end_token, keep_redactions)
         self.pad_to_length = pad_to_length
         self.mean, self.std = mean, std
         self.colour, self.complete, self.negative_images = colour, complete, negative_images
@@ -464,7 +468,7 @@ class ImageTextDataModule(TextArchiveDataModule):
             if self.complete:
                 samples = self._complete(samples)
             if self._unique_texts:
-                samples = distinct(samples, layout, text=self.text.part)
+                samples = distinct(samples, layout, self.text)
             parts = assign_splits(samples, *self._split)
             self.samples = samples
             self.splits = {name: [sample for sample in samples if parts.get(sample.case_id) == name] for name in SPLITS}
@@ -500,7 +504,7 @@ class ImageTextDataModule(TextArchiveDataModule):
         Raises:
             ReportError: a report that is listed cannot be read.
         """
-        return study_text(sample.study, self.index(), self.text.part)
+        return study_text(sample.study, self.index(), self.text)
 
     def training_texts(self) -> list[str]:
         """Return the texts of the training studies, each once, in a fixed order; unreadable ones are left out."""

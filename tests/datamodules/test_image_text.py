@@ -76,6 +76,13 @@ def test_texts_padded_in_full(mimic_root):
     assert torch.equal(full["labels"].flatten()[full["hidden_index"]], full["hidden_ids"])
 
 
+def test_redactions_stay_where_they_are_wanted(mimic_root):
+    texts = [" ".join(module(mimic_root, text="full", keep_redactions=keep).training_texts()) for keep in (False, True)]
+    assert "_" not in texts[0]
+    assert texts[1].count("___") > 5
+    assert " ".join(texts[1].replace("___", " ").split()) == texts[0]
+
+
 def test_draws_are_functions_of_seed_epoch_and_subject(mimic_root):
     data = module(mimic_root)
     dataset = data.train_dataloader().dataset
