@@ -117,11 +117,11 @@ def samples_of(studies: Sequence[Study], pair: str, views: Sequence[str] | None)
 
 
 def distinct(samples: Sequence[Sample], layout: StudyLayout, text: TextSettings) -> list[Sample]:
-    """Keep the first sample of each distinct text; samples without a readable text go."""
+    """Keep the first sample of each distinct text, capitals aside; samples without a readable text go."""
     kept: dict[str, Sample] = {}
     for sample in samples:
         try:
-            kept.setdefault(study_text(sample.study, layout, text), sample)
+            kept.setdefault(study_text(sample.study, layout, text).lower(), sample)
         except ReportError:
             continue
     kept.pop("", None)
@@ -341,8 +341,8 @@ class ImageTextDataModule(TextArchiveDataModule):
         views: Views to keep, such as ``[AP, PA]``; None keeps all.
         text: ``"findings_impression"`` or ``"full"``.
         keep_redactions: Whether ``___``, which stands for what was removed from a report, stays.
-        unique_texts: Whether to keep one sample of each distinct text and none without, before splitting: for archives
-            whose reports repeat from person to person.
+        unique_texts: Whether to keep one sample of each distinct text, capitals aside, and none without, before
+            splitting: for archives whose reports repeat from person to person.
         tokenizer: JSON file, folder, or name of the hub; None learns one from the training split, kept in the cache.
         tokenizer_kind: ``"wordpiece"`` or ``"bpe"``, where it is learned.
         vocab_size: Tokens at most, where the tokenizer is learned.

@@ -263,7 +263,7 @@ def test_the_vocabulary_knows_the_training_split_alone(mimic_root, tmp_path):
 
 def test_unique_texts_are_split_after_duplicates_have_gone(manifest_root):
     table = pd.read_csv(manifest_root / "manifest.csv", keep_default_na=False)
-    table["text"] = [NOTES[i % 3] for i in range(12)]
+    table["text"] = [NOTES[i % 3].upper() if i > 5 else NOTES[i % 3] for i in range(12)]
     table.to_csv(manifest_root / "manifest.csv", index=False)
     data = module(manifest_root, unique_texts=True, batch_size=1)
     assert sum(map(len, data.splits.values())) == 3
@@ -310,6 +310,17 @@ def test_settings_out_of_range_are_refused():
         ImageTextDataModule("nowhere", text_length=1)
     with pytest.raises(ValueError, match="crop_scale"):
         ImageTextDataModule("nowhere", crop_scale=(0.5, 0.2))
+
+
+@pytest.mark.real_data
+def test_distinct_reports_of_open_i(real_data):
+    """Tokens are lower case, so reports that differ in capitals alone are one to the network."""
+    data = ImageTextDataModule(str(real_data("openi_reports")), unique_texts=True)
+    data.index()
+    assert len(data.samples) == 3157
+    train, val, test = ({data.text_of(sample).lower() for sample in part} for part in data.splits.values())
+    assert not train & (val | test)
+    assert not val & test
 
 
 @pytest.mark.real_data
