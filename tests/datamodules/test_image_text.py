@@ -269,6 +269,16 @@ def test_unique_texts_are_split_after_duplicates_have_gone(manifest_root):
     assert sum(map(len, data.splits.values())) == 3
 
 
+def test_doctor_counts_words_that_no_training_report_has(manifest_root, capsys):
+    table = pd.read_csv(manifest_root / "manifest.csv", keep_default_na=False).iloc[4:10]
+    table["text"] = ["Clear lungs.", "No mass, 2 cm.", "", "Lungs hyperinflated; ___ 3 cm", "Mass!", "Hyperinflated"]
+    table["split"] = ["train", "train", "test", "test", "val", "val"]
+    table.to_csv(manifest_root / "manifest.csv", index=False)
+    module(manifest_root).examine(deep=False, workers=1)
+    words = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("words: "))
+    assert words.startswith("words: 2 of 5 in held-out reports occur in no training report (1 of 4 distinct")
+
+
 def test_swapping_sides():
     assert swap_sides("Left-sided effusion, RIGHT base, bright.") == "Right-sided effusion, LEFT base, bright."
     assert swap_sides(swap_sides(NOTES[0])) == NOTES[0]
