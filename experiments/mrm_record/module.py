@@ -117,7 +117,10 @@ class MRMPretrain(SSLModule):
         return MRM(encoder, decoder, report, **self._options, **scale)
 
     def on_fit_start(self) -> None:
-        """Take the encoder's first weights from a file, unless a checkpoint brings all (Lightning hook)."""
+        """Say what is unusual; take the encoder's first weights, unless a checkpoint brings all (Lightning hook)."""
+        patches = self.network.encoder.patch_embed.num_patches
+        if not self.masker(1, patches, generator=torch.Generator()).mask.any():
+            say("note: the masker hides no patch, so the image's loss is taken over all: super-resolution alone")
         if self.trainer.ckpt_path is not None:
             return
         if self.init_from:

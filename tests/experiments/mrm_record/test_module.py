@@ -1,6 +1,7 @@
 import math
 from functools import partial
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
@@ -171,6 +172,15 @@ def test_all_patches_are_scored_where_none_is_hidden(training):
     expected = (output.pred - output.target).square().mean()
     assert step.losses["reconstruction"].item() == pytest.approx(expected.item(), rel=1e-5)
     assert step.weights["reconstruction"].item() == 48
+
+
+@pytest.mark.parametrize(("ratio", "said"), [(0.0, True), (0.75, False)])
+def test_a_run_says_that_nothing_is_hidden(ratio, said, capsys):
+    """Specification 2.5."""
+    module = make(masker=RandomMasker(ratio))
+    module.trainer = pl.Trainer(logger=False, enable_checkpointing=False)
+    module.on_fit_start()
+    assert ("hides no patch" in capsys.readouterr().out) == said
 
 
 @pytest.mark.parametrize("masker", [RandomMasker(0.75), RandomMasker(0.0)])
