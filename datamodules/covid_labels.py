@@ -9,12 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-import pandas as pd
-
 from common.errors import DataError
 from datamodules.labels import LabelLayout, LabelledImage, need_columns, need_file
 from datamodules.manifest import read_table
-from datamodules.splits import joined_groups
+from datamodules.splits import patients_of_files
 
 Task = Literal["covid", "viral"]
 _CLASSES = {"covid": ("COVID-19",), "viral": ("viral",)}
@@ -65,7 +63,7 @@ class CovidFindings(LabelLayout):
         table = table[(table["filename"] != "") & (table["modality"].str.lower() == "x-ray")]
         if "folder" in table:  # the oldest tables have none
             table = table[table["folder"] == _IMAGES]
-        table = table.assign(patient=_patients(table))
+        table = table.assign(patient=patients_of_files(table["filename"].tolist(), table["patientid"].tolist()))
         found: dict[str, LabelledImage] = {}
         for row in table.to_dict("records"):
             image = self._image(root, path, row)
@@ -106,16 +104,3 @@ class CovidFindings(LabelLayout):
             return float(bool(_COVID.search(finding)))
         viral, bacterial = bool(_VIRAL.search(finding)), bool(_BACTERIAL.search(finding))
         return None if viral == bacterial else float(viral)
-
-
-def _patients(table: pd.DataFrame) -> list[str]:
-    """Return the patient of each row: the first of those who share a file, or the file where none is named."""
-    files, patients = table["filename"].tolist(), table["patientid"].tolist()
-    memberships = [
-        (f"file {file}", f"patient {patient}" if patient else "") for file, patient in zip(files, patients, strict=True)
-    ]
-    groups = joined_groups(memberships)
-    first: dict[int, str] = {}
-    for group, file, patient in zip(groups, files, patients, strict=True):
-        first.setdefault(group, patient or file)
-    return [first[group] for group in groups]

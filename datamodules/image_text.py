@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import DataError
@@ -23,7 +25,7 @@ from datamodules.image_crops import center_box, random_box
 from datamodules.images import CHANNELS, FIGURE, GRAY, per_channel, plain_numbers
 from datamodules.layouts import STUDY_LAYOUTS, recognise
 from datamodules.loading import Draw
-from datamodules.manifest import find_manifest
+from datamodules.manifest import MANIFEST, find_manifest
 from datamodules.reports import ReportError, read_report
 from datamodules.splits import SPLITS, assign_splits
 from datamodules.studies import Study, StudyLayout
@@ -59,12 +61,14 @@ class TextSettings(NamedTuple):
         length: T, tokens at most, the class token included.
         masker: Draws which words are hidden, and replaces them.
         end: Whether the tokenizer's end token, if it has one, comes last.
+        redactions: Whether ``___``, which stands for what was removed from a report, stays.
     """
 
     part: str
     length: int
     masker: WordMasker | BertMasker
     end: bool = False
+    redactions: bool = False
 
 
 class Sample(NamedTuple):
@@ -112,19 +116,19 @@ def samples_of(studies: Sequence[Study], pair: str, views: Sequence[str] | None)
     return samples
 
 
-def distinct(samples: Sequence[Sample], layout: StudyLayout, text: str) -> list[Sample]:
-    """Keep the first sample of each distinct text; samples without a readable text go."""
+def distinct(samples: Sequence[Sample], layout: StudyLayout, text: TextSettings) -> list[Sample]:
+    """Keep the first sample of each distinct text, capitals aside; samples without a readable text go."""
     kept: dict[str, Sample] = {}
     for sample in samples:
         try:
-            kept.setdefault(study_text(sample.study, layout, text), sample)
+            kept.setdefault(study_text(sample.study, layout, text).lower(), sample)
         except ReportError:
             continue
     kept.pop("", None)
     return list(kept.values())
 
 
-def study_text(study: Study, layout: StudyLayout, part: str) -> str:
+def study_text(study: Study, layout: StudyLayout, settings: TextSettings) -> str:
     """Return the text of a study that is used; empty where it has none.
 
     Raises:
@@ -133,7 +137,7 @@ def study_text(study: Study, layout: StudyLayout, part: str) -> str:
     if study.text is None:
         return ""
     text = study.text if isinstance(study.text, str) else read_report(study.text)
-    return layout.extract(text, part)
+    return layout.extract(text, settings.part, settings.redactions)
 
 
 class ImageTextDataset(FaultTolerantDataset):
@@ -254,7 +258,7 @@ class ImageTextDataset(FaultTolerantDataset):
     def _text(self, sample: Sample, faults: list[Fault]) -> str:
         """Return the text; empty where there is none, with a fault where one is listed but damaged."""
         try:
-            return study_text(sample.study, self.layout, self.text.part)
+            return study_text(sample.study, self.layout, self.text)
         except ReportError as error:
             if error.kind != "empty":
                 faults.append(Fault(str(sample.study.text), error.kind, error.detail, sample.case_id))
@@ -298,19 +302,23 @@ class ImageTextDataset(FaultTolerantDataset):
         return None
 
 
-def collate_image_text(samples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
-    """Join samples; texts are padded to the longest of the batch, not to T.
+def collate_image_text(samples: list[dict[str, Any]], pad_id: int, length: int = 0) -> dict[str, Any]:
+    """Join samples; texts are padded to the longest of the batch, or to ``length`` if that is more.
 
     Hidden positions are listed here, on the CPU, so that no step has to wait for their number: ``hidden_index`` counts
     through the flattened ``(B, T)``, ``hidden_ids`` are the true tokens there.
     """
     ids = [sample.pop("input_ids") for sample in samples]
     labels = [sample.pop("labels") for sample in samples]
-    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+
+    def pad(rows: list[Tensor], value: int) -> Tensor:
+        joined = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+        return F.pad(joined, (0, max(length - joined.shape[1], 0)), value=value)
+
     batch = collate_samples(samples)
-    batch["input_ids"] = pad(ids, padding_value=pad_id)
-    batch["attention_mask"] = pad([torch.ones_like(row) for row in ids], padding_value=0)
-    batch["labels"] = pad(labels, padding_value=-100)
+    batch["input_ids"] = pad(ids, pad_id)
+    batch["attention_mask"] = pad([torch.ones_like(row) for row in ids], 0)
+    batch["labels"] = pad(labels, -100)
     batch["hidden_index"] = (batch["labels"] != -100).flatten().nonzero()[:, 0]
     batch["hidden_ids"] = batch["labels"].flatten()[batch["hidden_index"]]
     return batch
@@ -322,6 +330,8 @@ class ImageTextDataModule(TextArchiveDataModule):
     Args:
         root: The archive.
         layout: Name of its layout; ``"auto"`` recognises it from the tree.
+        table: Name of a manifest's table under the root, such as ``metadata.csv``; None = ``manifest.csv``,
+            ``.jsonl`` or ``.parquet``. This and ``columns`` mean the layout ``manifest``.
         columns: Columns of a manifest by role (image, text, subject, split, view, folder); None = their names.
         image_size: Height and width of the crops, which are the target; the encoder may see fewer pixels.
         cache_side: Shorter side of the cached copies, in pixels.
@@ -330,12 +340,14 @@ class ImageTextDataModule(TextArchiveDataModule):
             views are drawn anew every epoch.
         views: Views to keep, such as ``[AP, PA]``; None keeps all.
         text: ``"findings_impression"`` or ``"full"``.
-        unique_texts: Whether to keep one sample of each distinct text and none without, before splitting: for archives
-            whose reports repeat from person to person.
+        keep_redactions: Whether ``___``, which stands for what was removed from a report, stays.
+        unique_texts: Whether to keep one sample of each distinct text, capitals aside, and none without, before
+            splitting: for archives whose reports repeat from person to person.
         tokenizer: JSON file, folder, or name of the hub; None learns one from the training split, kept in the cache.
         tokenizer_kind: ``"wordpiece"`` or ``"bpe"``, where it is learned.
         vocab_size: Tokens at most, where the tokenizer is learned.
         text_length: Tokens of a report at most, the class token included.
+        pad_to_length: Whether texts are padded to ``text_length``, else to the longest of their batch.
         text_mask_ratio: Probability that a word is hidden.
         mask_unit: ``"word"`` or ``"token"``.
         mask_last: Whether the last of ``text_length`` positions may be hidden.
@@ -366,6 +378,7 @@ class ImageTextDataModule(TextArchiveDataModule):
         self,
         root: str,
         layout: str = "auto",
+        table: str | None = None,
         columns: dict[str, str] | None = None,
         image_size: tuple[int, int] = (448, 448),
         cache_side: int = 512,
@@ -373,11 +386,13 @@ class ImageTextDataModule(TextArchiveDataModule):
         pair: Literal["image", "study"] = "image",
         views: list[str] | None = None,
         text: Literal["findings_impression", "full"] = "findings_impression",
+        keep_redactions: bool = False,
         unique_texts: bool = False,
         tokenizer: str | None = None,
         tokenizer_kind: Kind = "wordpiece",
         vocab_size: int = 30000,
         text_length: int = 100,
+        pad_to_length: bool = False,
         text_mask_ratio: float = 0.5,
         mask_unit: Literal["word", "token"] = "word",
         mask_last: bool = True,
@@ -420,15 +435,21 @@ class ImageTextDataModule(TextArchiveDataModule):
             raise ValueError(f"`text_length` must be at least 2, the class token and one more, got {text_length}.")
         if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
+        manifest = table is not None or columns is not None
+        if manifest and layout not in ("auto", MANIFEST.name):
+            raise ValueError(f"`table` and `columns` describe a manifest, not the layout {layout}: leave one out.")
         masker: WordMasker | BertMasker = WordMasker(text_mask_ratio, mask_unit, mask_last)
         if mask_scheme == "bert":
             masker = BertMasker(text_mask_ratio, mask_unit)
         self.crop_scale, self.flip = crop_scale, flip
-        self.text = TextSettings(text, text_length, masker, end_token)
+        self.text = TextSettings(text, text_length, masker, end_token, keep_redactions)
+        self.pad_to_length = pad_to_length
         self.mean, self.std = mean, std
         self.colour, self.complete, self.negative_images = colour, complete, negative_images
         self.draws_per_image = draws_per_image
-        self._layout_name, self._columns, self._pair, self._views = layout, columns, pair, views
+        self._layout_name = MANIFEST.name if manifest else layout
+        self._manifest = replace(MANIFEST, find=partial(find_manifest, columns=columns, table=table))
+        self._pair, self._views = pair, views
         self._unique_texts = unique_texts
         self._split = (split_fractions, split_seed, split_file)
         self._layout: StudyLayout | None = None
@@ -447,7 +468,7 @@ class ImageTextDataModule(TextArchiveDataModule):
             if self.complete:
                 samples = self._complete(samples)
             if self._unique_texts:
-                samples = distinct(samples, layout, text=self.text.part)
+                samples = distinct(samples, layout, self.text)
             parts = assign_splits(samples, *self._split)
             self.samples = samples
             self.splits = {name: [sample for sample in samples if parts.get(sample.case_id) == name] for name in SPLITS}
@@ -474,16 +495,8 @@ class ImageTextDataModule(TextArchiveDataModule):
         return kept
 
     def _known_layouts(self) -> Sequence[StudyLayout]:
-        """Return the layouts, the manifest's with the user's columns."""
-        if self._columns is None:
-            return STUDY_LAYOUTS
-        named = partial(find_manifest, columns=self._columns)
-        return [
-            StudyLayout(entry.name, entry.tree, named, entry.extract, entry.prefer)
-            if entry.name == "manifest"
-            else entry
-            for entry in STUDY_LAYOUTS
-        ]
+        """Return the layouts, the manifest's with the user's table and columns."""
+        return [self._manifest if entry is MANIFEST else entry for entry in STUDY_LAYOUTS]
 
     def text_of(self, sample: Sample) -> str:
         """Return the text of a sample that is used; empty where it has none.
@@ -491,7 +504,7 @@ class ImageTextDataModule(TextArchiveDataModule):
         Raises:
             ReportError: a report that is listed cannot be read.
         """
-        return study_text(sample.study, self.index(), self.text.part)
+        return study_text(sample.study, self.index(), self.text)
 
     def training_texts(self) -> list[str]:
         """Return the texts of the training studies, each once, in a fixed order; unreadable ones are left out."""
@@ -570,7 +583,8 @@ class ImageTextDataModule(TextArchiveDataModule):
 
     def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Return what joins samples and pads their texts."""
-        return partial(collate_image_text, pad_id=self.tokenizer.pad_id)
+        length = self.text.length if self.pad_to_length else 0
+        return partial(collate_image_text, pad_id=self.tokenizer.pad_id, length=length)
 
     def token_counts(self) -> Tensor:
         """Count the tokens of the training texts that could be hidden, ``(V,)`` long."""

@@ -1,7 +1,8 @@
 """What ``medmim doctor`` looks at in an archive of images with reports."""
 
+import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,8 @@ from datamodules.reports import ReportError
 
 if TYPE_CHECKING:
     from datamodules.image_text import ImageTextDataModule, Sample
+
+_WORD = re.compile(r"[^\W\d_]+")
 
 
 def check_sample(datamodule: "ImageTextDataModule", sample: "Sample", deep: bool) -> tuple[Member, str]:
@@ -31,8 +34,20 @@ def check_sample(datamodule: "ImageTextDataModule", sample: "Sample", deep: bool
     return images._replace(faults=faults, usable=images.usable or bool(text)), text
 
 
+def _say_unseen(texts: Mapping[str, str], training: Set[str]) -> None:
+    """Print how many words of held-out reports no training report has; numbers and redactions are no words."""
+    seen: Counter[str] = Counter()
+    held_out: Counter[str] = Counter()
+    for study, text in texts.items():
+        (seen if study in training else held_out).update(_WORD.findall(text.lower()))
+    unseen = Counter({word: count for word, count in held_out.items() if word not in seen})
+    if held_out:
+        say(f"words: {unseen.total()} of {held_out.total()} in held-out reports occur in no training report "
+            f"({len(unseen)} of {len(held_out)} distinct ones)")  # fmt: skip
+
+
 def _say_texts(datamodule: "ImageTextDataModule", samples: Sequence["Sample"], read: Sequence[str]) -> None:
-    """Print how long the reports are and what the tokenizer does not know."""
+    """Print how long the reports are, what the tokenizer does not know, and which words training never sees."""
     texts = {sample.study.case_id: text for sample, text in zip(samples, read, strict=True) if text}
     without = len({sample.study.case_id for sample in samples}) - len(texts)
     if not texts:
@@ -47,8 +62,9 @@ def _say_texts(datamodule: "ImageTextDataModule", samples: Sequence["Sample"], r
         f"90th percentile {np.percentile(lengths, 90):.0f}, {np.mean(lengths > limit):.1%} lose their end after "
         f"{limit} (data.text_length); {unknown} of {lengths.sum()} tokens unknown to the vocabulary of "
         f"{tokenizer.vocab_size}")  # fmt: skip
-    parts: dict[str, set[str]] = defaultdict(set)
+    _say_unseen(texts, {sample.study.case_id for sample in datamodule.splits["train"]})
     split_of = {sample.case_id: name for name, part in datamodule.splits.items() for sample in part}
+    parts: dict[str, set[str]] = defaultdict(set)
     for sample in samples:
         if text := texts.get(sample.study.case_id):
             parts[text].add(split_of[sample.case_id])

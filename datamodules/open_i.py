@@ -74,7 +74,7 @@ def _sections(report: ElementTree.Element) -> dict[str, str]:
     """Return the sections that hold any text, by label in lower case."""
     found: dict[str, str] = {}
     for element in report.iter("AbstractText"):
-        label, text = element.get("Label", "").lower(), clean("".join(element.itertext()))
+        label, text = element.get("Label", "").lower(), clean("".join(element.itertext()), keep_redactions=True)
         if text:
             found[label] = f"{found[label]} {text}" if label in found else text
     return found
@@ -105,12 +105,13 @@ def find_studies(root: Path) -> list[Study]:
     return [_study(number, _parse(str(name), reports[name]), images) for number, name in numbered]
 
 
-def open_i_text(text: str, part: str) -> str:
+def open_i_text(text: str, part: str, keep_redactions: bool = False) -> str:
     """Return what is used of a report of Open-I.
 
     Args:
         text: A study's text: a JSON object of sections.
         part: ``full`` joins all sections in order, ``findings_impression`` these two; empty where there are none.
+        keep_redactions: As :func:`datamodules.reports.clean`; the holes of these reports, ``XXXX``, stay anyway.
 
     Raises:
         ValueError: an unknown part.
@@ -118,7 +119,7 @@ def open_i_text(text: str, part: str) -> str:
     check_part(part)
     found: dict[str, str] = json.loads(text)
     names = found if part == "full" else ("findings", "impression")
-    return clean(" ".join(found.get(name, "") for name in names))
+    return clean(" ".join(found.get(name, "") for name in names), keep_redactions)
 
 
 OPEN_I = StudyLayout(

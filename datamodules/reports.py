@@ -78,14 +78,19 @@ def clean(text: str, keep_redactions: bool = False) -> str:
     return " ".join((_NO_REDACTION if keep_redactions else _UNDERSCORES).sub(" ", text).split())
 
 
-def plain_text(text: str, part: str) -> str:
+def plain_text(text: str, part: str, keep_redactions: bool = False) -> str:
     """Return a text that has no sections, such as a clinical note.
+
+    Args:
+        text: The text.
+        part: As :func:`mimic_text`; it is all the same here.
+        keep_redactions: As :func:`clean`.
 
     Raises:
         ValueError: an unknown part.
     """
     check_part(part)
-    return clean(text)
+    return clean(text, keep_redactions)
 
 
 @lru_cache(maxsize=4096)
@@ -132,23 +137,25 @@ def sections(text: str) -> list[tuple[str, str]]:
     return [(name, body.strip()) for name, body in found]
 
 
-def mimic_text(text: str, part: str) -> str:
+def mimic_text(text: str, part: str, keep_redactions: bool = False) -> str:
     """Return what is used of a MIMIC-CXR report.
 
     Args:
         text: The report as it stands.
         part: ``full``, or ``findings_impression``: both in this order, else the last paragraph, else the comparison,
             else everything. Of several sections of one name the last with any text counts.
+        keep_redactions: As :func:`clean`.
 
     Raises:
         ValueError: an unknown part.
     """
     check_part(part)
+    whole = clean(text, keep_redactions)
     if part == "full":
-        return clean(text)
-    found = {name: body for name, raw in sections(text) if (body := clean(raw))}
+        return whole
+    found = {name: body for name, raw in sections(text) if (body := clean(raw, keep_redactions))}
     both = " ".join(found[name] for name in _WANTED if name in found)
-    return both or found.get("last_paragraph") or found.get("comparison") or clean(text)
+    return both or found.get("last_paragraph") or found.get("comparison") or whole
 
 
 def decode(data: bytes) -> str:

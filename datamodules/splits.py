@@ -239,6 +239,23 @@ def joined_groups(memberships: Sequence[Sequence[str]]) -> list[int]:
     return [numbers.setdefault(find(next(name for name in names if name)), len(numbers)) for names in memberships]
 
 
+def patients_of_files(files: Sequence[str], patients: Sequence[str]) -> list[str]:
+    """Return the patient of each row of a table: those who share a file are one, called by the first name among them.
+
+    Args:
+        files: File of each row.
+        patients: Patient of each row; empty text = not named, so that the file stands for them.
+    """
+    memberships = [
+        (f"file {file}", f"patient {patient}" if patient else "") for file, patient in zip(files, patients, strict=True)
+    ]
+    groups = joined_groups(memberships)
+    named: dict[int, str] = {}
+    for group, patient in zip(groups, patients, strict=True):
+        named[group] = named.get(group) or patient
+    return [named[group] or file for group, file in zip(groups, files, strict=True)]
+
+
 def fold_of_each(strata: Sequence[str], groups: Sequence[int], num_folds: int, seed: int) -> list[int]:
     """Deal items into folds: no group in two of them, strata spread evenly.
 

@@ -48,14 +48,15 @@ class StudyLayout:
         name: What ``LAYOUT=`` takes.
         tree: One line that shows the tree, for a person whose root was not recognised.
         find: Lists the studies under a root; an empty list means the root is not of this layout.
-        extract: Makes the text that is used from a report as it stands; see :mod:`datamodules.reports`.
+        extract: Makes the text that is used from a report as it stands; see :mod:`datamodules.reports`. Takes the
+            report, the part and whether redactions stay.
         prefer: A layout of higher preference wins where several recognise a root.
     """
 
     name: str
     tree: str
     find: Callable[[Path], list[Study]]
-    extract: Callable[[str, str], str]
+    extract: Callable[..., str]
     prefer: int = 0
 
     def recognised(self, root: Path) -> list[Study]:

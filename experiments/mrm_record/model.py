@@ -36,6 +36,7 @@ class ReportDecoder(nn.Module):
         fusion: ``"visible"`` adds the image's vector to the visible tokens only, as the paper; ``"all"`` to every
             position, as the published code.
         tie_embeddings: Whether output and input share one table; the published code unties them by accident.
+        head: ``"transform"`` predicts as BERT does, ``"linear"`` by the output table alone, as appendix A.2.
         positions: ``"learned"`` or fixed ``"sincos"``.
         attend: ``"own"`` lets each position see itself alone, the control of what context is worth.
     """
@@ -51,11 +52,12 @@ class ReportDecoder(nn.Module):
         dropout: float = 0.1,
         fusion: Literal["visible", "all"] = "visible",
         tie_embeddings: bool = True,
+        head: Literal["transform", "linear"] = "transform",
         positions: Literal["learned", "sincos"] = "learned",
         attend: Literal["all", "own"] = "all",
     ) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim, self.length = dim, length
         self.fusion = fusion
         self.attend = attend
         config = BertConfig(
@@ -71,6 +73,8 @@ class ReportDecoder(nn.Module):
         config._attn_implementation = "sdpa"
         self.bert = BertModel(config, add_pooling_layer=False)
         self.head = BertLMPredictionHead(config)
+        if head == "linear":
+            self.head.transform = nn.Identity()
         self.head.bias = self.head.decoder.bias  # one bias; transformers keeps a second name for it
         self.apply(init_xavier_weights)
         embeddings = self.bert.embeddings

@@ -11,6 +11,7 @@ from torch import Tensor
 from common.blocks.decoder import MAEDecoder
 from common.blocks.vit import VisionTransformer
 from common.checkpoint import init_encoder
+from common.errors import UserError
 from common.losses.reconstruction import masked_mse
 from common.losses.text import masked_cross_entropy
 from common.maskers.random import RandomMasker
@@ -37,7 +38,8 @@ class MRMPretrain(SSLModule):
         masker: Hides patches.
         mlm_weight: Weight of the report's loss, Eq. 3's sum being 1 to lambda; 0 is the ablation without reports.
         mim_weight: Lambda, the weight of the image's loss; 0 is the ablation without images as a target.
-        mlm_scope: Tokens that are scored: the hidden ones (Eq. 1), all real ones, or padding too (published code).
+        mlm_scope: Tokens that are scored: the hidden ones (Eq. 1), all real ones, or padding too (published code),
+            for which texts must come padded to their full length (``data.pad_to_length``).
         sr_factor: How many times finer the target is than the input; 1 is the ablation without super-resolution.
         target_norm: ``"patch"``, ``"unit"`` or ``"dataset"``; see :class:`experiments.mrm_record.model.MRM`.
         pool: ``"gap"`` or ``"gmp"``.
@@ -115,7 +117,10 @@ class MRMPretrain(SSLModule):
         return MRM(encoder, decoder, report, **self._options, **scale)
 
     def on_fit_start(self) -> None:
-        """Take the encoder's first weights from a file, unless a checkpoint brings all (Lightning hook)."""
+        """Say what is unusual; take the encoder's first weights, unless a checkpoint brings all (Lightning hook)."""
+        patches = self.network.encoder.patch_embed.num_patches
+        if not self.masker(1, patches, generator=torch.Generator()).mask.any():
+            say("note: the masker hides no patch, so the image's loss is taken over all: super-resolution alone")
         if self.trainer.ckpt_path is not None:
             return
         if self.init_from:
@@ -137,13 +142,23 @@ class MRMPretrain(SSLModule):
         return None if visible == total else torch.argsort(mask.ids_restore, dim=1)[:, visible:]
 
     def _scored_text(self, batch: Any) -> Any:
-        """Return the batch with the positions that the report's loss is taken over."""
+        """Return the batch with the positions that the report's loss is taken over.
+
+        Raises:
+            UserError: padding is scored, but texts are padded to the longest of their batch alone.
+        """
         if self.mlm_scope == "masked":
             return batch
         truth = torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"]).flatten()
         if self.mlm_scope == "real":
             index = batch["attention_mask"].flatten().nonzero()[:, 0]
         else:
+            width, length = batch["input_ids"].shape[1], self.network.report.length
+            if width != length:
+                raise UserError(
+                    f"model.mlm_scope=all takes the mean over all {length} positions of a text, but those of this "
+                    f"batch are padded to {width}: set data.pad_to_length to true."
+                )
             index = torch.arange(len(truth), device=truth.device)
         return batch | {"hidden_index": index, "hidden_ids": truth[index]}
 

@@ -13,6 +13,7 @@ from datamodules.image_crops import center_box, cut_box, random_box
 from datamodules.image_text import ImageTextDataModule, swap_sides
 from datamodules.loading import Draw
 from datamodules.synthetic_cxr import write_mimic_cxr
+from datamodules.synthetic_labels import write_covid_cxr
 
 NOTES = ["The left lung is clear.", "A mass lies at the right base.", "No effusion. Heart size is normal."]
 
@@ -61,6 +62,25 @@ def test_a_batch_holds_what_it_says(mimic_root):
     assert torch.equal(batch["hidden_ids"], batch["labels"][hidden])
     assert torch.equal(batch["hidden_index"], hidden.flatten().nonzero()[:, 0])
     assert batch["input_ids"].shape[1] == int(batch["attention_mask"].sum(1).max()) <= 24
+
+
+def test_texts_padded_in_full(mimic_root):
+    short, full = (next(iter(module(mimic_root, pad_to_length=pad, text_length=400).val_dataloader()))
+                   for pad in (False, True))  # fmt: skip
+    width = short["input_ids"].shape[1]
+    assert width < full["input_ids"].shape[1] == full["attention_mask"].shape[1] == full["labels"].shape[1] == 400
+    assert torch.equal(full["input_ids"][:, :width], short["input_ids"])
+    assert not full["attention_mask"][:, width:].any()
+    assert (full["labels"][:, width:] == -100).all()
+    assert torch.equal(full["hidden_ids"], short["hidden_ids"])
+    assert torch.equal(full["labels"].flatten()[full["hidden_index"]], full["hidden_ids"])
+
+
+def test_redactions_stay_where_they_are_wanted(mimic_root):
+    texts = [" ".join(module(mimic_root, text="full", keep_redactions=keep).training_texts()) for keep in (False, True)]
+    assert "_" not in texts[0]
+    assert texts[1].count("___") > 5
+    assert " ".join(texts[1].replace("___", " ").split()) == texts[0]
 
 
 def test_draws_are_functions_of_seed_epoch_and_subject(mimic_root):
@@ -143,6 +163,38 @@ def test_other_tables_and_other_names(manifest_root, suffix):
     assert len(data.training_texts()) > 5
 
 
+COVID_COLUMNS = {"image": "filename", "folder": "folder", "text": "clinical_notes", "subject": "patientid",
+                 "view": "view"}  # fmt: skip
+
+
+def test_a_table_of_another_name_by_its_columns(tmp_path):
+    write_covid_cxr(tmp_path / "covid", 8, seed=0, size=(48, 64))
+    data = module(tmp_path / "covid", table="metadata.csv", columns=COVID_COLUMNS)
+    known = module(tmp_path / "covid")
+    assert (data.index().name, known.index().name) == ("manifest", "covid_cxr")
+    named, recognised = ([s.study._replace(attributes={}) for s in each.samples] for each in (data, known))
+    assert named[:-1] == recognised
+    assert named[-1].case_id == "volumes/ct_001.nii.gz"  # the layout of the collection keeps radiographs alone
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"table": "metadata.csv"}, r"has no column image, subject; it has .*patientid"),
+        ({"table": "notes.csv"}, r"no table notes\.csv \(data\.table\) under .*; it holds images/, metadata\.csv"),
+        ({"columns": COVID_COLUMNS}, r"not of the layout manifest \(ROOT/manifest.*data\.table"),
+        ({"table": "metadata.csv", "columns": {**COVID_COLUMNS, "text": "note"}}, r"no column note; it has"),
+        ({"table": "metadata.csv", "columns": {**COVID_COLUMNS, "note": "text"}}, "the role note; known are folder, "),
+        ({"layout": "covid_cxr", "columns": COVID_COLUMNS}, "not the layout covid_cxr"),
+        ({"layout": "covid_cxr", "table": "metadata.csv"}, "not the layout covid_cxr"),
+    ],
+)
+def test_tables_that_are_not_what_is_said(tmp_path, settings, message):
+    write_covid_cxr(tmp_path / "covid", 2, seed=0, size=(48, 64))
+    with pytest.raises(ValueError, match=message):
+        module(tmp_path / "covid", **settings)
+
+
 def test_images_outside_the_root_are_refused(manifest_root):
     table = pd.read_csv(manifest_root / "manifest.csv", keep_default_na=False)
     table.loc[0, "image"] = "../secret.png"
@@ -159,6 +211,44 @@ def test_a_patient_in_two_splits_is_refused(manifest_root):
         module(manifest_root)
 
 
+def with_rows(root, *rows):
+    """Add rows to a manifest."""
+    table = pd.read_csv(root / "manifest.csv", keep_default_na=False, dtype=str)
+    pd.concat([table, pd.DataFrame(rows)]).fillna("").to_csv(root / "manifest.csv", index=False)
+
+
+def test_a_study_in_two_splits_is_refused(manifest_root):
+    table = pd.read_csv(manifest_root / "manifest.csv", keep_default_na=False)
+    table.assign(split="train").to_csv(manifest_root / "manifest.csv", index=False)
+    with_rows(manifest_root, {"image": "00.jpg", "subject": "p9", "split": "test"})
+    with pytest.raises(DataError, match=r"manifest\.csv puts 00\.jpg into both train and test"):
+        module(manifest_root)
+
+
+def test_subjects_who_share_a_file_are_one_patient(manifest_root, capsys):
+    """Else what else there is of the second one could be in another split."""
+    Image.new("L", (48, 64), 9).save(manifest_root / "12.jpg")
+    with_rows(manifest_root, {"image": "00.jpg", "subject": "p9"}, {"image": "12.jpg", "subject": "p9"})
+    data = module(manifest_root)
+    patients = {sample.case_id: sample.patient_id for part in data.splits.values() for sample in part}
+    assert len(patients) == 13
+    assert {patients[name] for name in ("00.jpg", "01.jpg", "12.jpg")} == {"p0"}
+    assert "1 files under several subjects, such as 00.jpg under p0 and p9" in capsys.readouterr().out
+
+
+def test_text_alone_is_a_study(manifest_root):
+    with_rows(manifest_root, {"text": "Clear lungs.", "subject": "p9"}, {"text": "No mass."}, {"subject": "p9"})
+    data = module(manifest_root, split_fractions=(1.0, 0.0, 0.0), views=None)
+    dataset = data.train_dataloader().dataset
+    assert len(dataset) == 14
+    places = {dataset.subject(index): index for index in range(14)}
+    item = dataset[Draw(places["row 13"], 0, 0)]
+    assert (item["patient_id"], item["modality_mask"].tolist()) == ("p9", [False, True])
+    assert dataset[Draw(places["row 14"], 0, 0)]["patient_id"] == "row 14"
+    assert data.examine(deep=True, workers=1) == []
+    assert len(module(manifest_root, complete=True, split_fractions=(1.0, 0.0, 0.0)).splits["train"]) == 11
+
+
 def test_the_vocabulary_knows_the_training_split_alone(mimic_root, tmp_path):
     data = module(mimic_root)
     texts = data.training_texts()
@@ -173,10 +263,20 @@ def test_the_vocabulary_knows_the_training_split_alone(mimic_root, tmp_path):
 
 def test_unique_texts_are_split_after_duplicates_have_gone(manifest_root):
     table = pd.read_csv(manifest_root / "manifest.csv", keep_default_na=False)
-    table["text"] = [NOTES[i % 3] for i in range(12)]
+    table["text"] = [NOTES[i % 3].upper() if i > 5 else NOTES[i % 3] for i in range(12)]
     table.to_csv(manifest_root / "manifest.csv", index=False)
     data = module(manifest_root, unique_texts=True, batch_size=1)
     assert sum(map(len, data.splits.values())) == 3
+
+
+def test_doctor_counts_words_that_no_training_report_has(manifest_root, capsys):
+    table = pd.read_csv(manifest_root / "manifest.csv", keep_default_na=False).iloc[4:10]
+    table["text"] = ["Clear lungs.", "No mass, 2 cm.", "", "Lungs hyperinflated; ___ 3 cm", "Mass!", "Hyperinflated"]
+    table["split"] = ["train", "train", "test", "test", "val", "val"]
+    table.to_csv(manifest_root / "manifest.csv", index=False)
+    module(manifest_root).examine(deep=False, workers=1)
+    words = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("words: "))
+    assert words.startswith("words: 2 of 5 in held-out reports occur in no training report (1 of 4 distinct")
 
 
 def test_swapping_sides():
@@ -223,6 +323,17 @@ def test_settings_out_of_range_are_refused():
 
 
 @pytest.mark.real_data
+def test_distinct_reports_of_open_i(real_data):
+    """Tokens are lower case, so reports that differ in capitals alone are one to the network."""
+    data = ImageTextDataModule(str(real_data("openi_reports")), unique_texts=True)
+    data.index()
+    assert len(data.samples) == 3157
+    train, val, test = ({data.text_of(sample).lower() for sample in part} for part in data.splits.values())
+    assert not train & (val | test)
+    assert not val & test
+
+
+@pytest.mark.real_data
 def test_covid(real_data):
     data = module(real_data("covid_cxr"), views=["AP", "PA", "AP Supine"])
     patients = [{sample.patient_id for sample in part} for part in data.splits.values()]
@@ -231,6 +342,19 @@ def test_covid(real_data):
     assert data.ledger.faults == []
     batch = next(iter(data.val_dataloader()))
     assert batch["modality_mask"].all()
+
+
+@pytest.mark.real_data
+def test_covid_by_the_names_of_its_columns(real_data):
+    root = real_data("covid_cxr")
+    table = pd.read_csv(root / "metadata.csv", dtype=str, keep_default_na=False)
+    noted = table[table["clinical_notes"].str.strip() != ""]
+    data = ImageTextDataModule(str(root), table="metadata.csv", columns=COVID_COLUMNS)
+    data.index()
+    found = [sample for sample in data.samples if sample.images and sample.study.text]
+    assert len(found) == noted["filename"].nunique() == 218
+    assert len(data.samples) == table["filename"].nunique()
+    assert all(sample.images[0].is_file() for sample in found)
 
 
 def test_the_run_keeps_its_tokenizer(mimic_root, tmp_path):

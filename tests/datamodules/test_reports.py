@@ -178,3 +178,11 @@ def test_an_archive_is_opened_once_per_process(archive, monkeypatch):
         monkeypatch.setattr(os, "getpid", lambda process=process: process)
         read_report(ReportFile(archive, "a.txt"))
     assert len(opened) == 2
+
+
+def test_redactions_can_stay():
+    assert "___F with new onset" in mimic_text(REPORT, "full", keep_redactions=True)
+    found = mimic_text(REPORT, "findings_impression", keep_redactions=True)
+    assert "As compared to ___, No acute" in found
+    assert found.replace("___,", ",") == mimic_text(REPORT, "findings_impression")
+    assert plain_text("Seen by ___ at __ noon", "full", keep_redactions=True) == "Seen by ___ at noon"

@@ -206,6 +206,17 @@ def test_the_output_table_is_the_input_table():
         assert sum(p.shape == (VOCABULARY, 16) for p in decoder.parameters()) == (1 if tie else 2)
 
 
+def test_the_papers_head_is_one_layer():
+    """Appendix A.2: what the table and its bias give of a token, and nothing between."""
+    decoder, tokens = report_decoder(head="linear", tie_embeddings=False), torch.randn(3, 16)
+    assert {name for name, _ in decoder.head.named_parameters()} == {"bias", "decoder.weight"}
+    expected = F.linear(tokens, decoder.head.decoder.weight, decoder.head.decoder.bias)
+    assert torch.equal(decoder.head(tokens), expected)
+    path = Path(mrm_record.__file__).parent / "configs/paper.yaml"
+    settings = yaml.safe_load(path.read_text())["model"]["init_args"]["report"]["init_args"]
+    assert settings == {"head": "linear", "tie_embeddings": False}
+
+
 def test_fixed_positions_are_not_trained():
     weight = report_decoder(positions="sincos").bert.embeddings.position_embeddings.weight
     assert not weight.requires_grad

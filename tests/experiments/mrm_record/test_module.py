@@ -1,6 +1,7 @@
 import math
 from functools import partial
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
@@ -56,16 +57,24 @@ def batch_of(lengths=(9, 6, 4)):
     })  # fmt: skip
 
 
-def with_positions(batch):
-    """List the hidden positions, once the texts are no wider than the longest."""
-    width = int(batch["attention_mask"].sum(1).max())
+def with_positions(batch, full=False):
+    """List the hidden positions, once the texts are no wider than the longest, unless they are padded in full."""
+    width = batch["labels"].shape[1] if full else int(batch["attention_mask"].sum(1).max())
     batch = batch | {name: batch[name][:, :width] for name in ("input_ids", "attention_mask", "labels")}
     labels = batch["labels"].flatten()
     return batch | {"hidden_index": (labels != -100).nonzero()[:, 0], "hidden_ids": labels[labels != -100]}
 
 
-def part_of(batch, rows):
-    return with_positions({name: value[rows] for name, value in batch.items() if not name.startswith("hidden")})
+def part_of(batch, rows, full=False):
+    part = {name: value[rows] for name, value in batch.items() if not name.startswith("hidden")}
+    return with_positions(part, full)
+
+
+def padded(batch):
+    """Pad the texts to the length that the network was made for."""
+    rest = (0, VOCABULARY["length"] - batch["labels"].shape[1])
+    values = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return with_positions(batch | {name: F.pad(batch[name], rest, value=v) for name, v in values.items()}, full=True)
 
 
 def without_words(batch):
@@ -102,7 +111,7 @@ def test_loss_is_the_papers():
 @pytest.mark.parametrize(("scope", "expected"), [("masked", 0.581575), ("real", 0.849815), ("all", 0.983935)])
 def test_scopes_by_hand(scope, expected, monkeypatch):
     """R5 of the specification; its first position is the class token, its last padding."""
-    module = make(mlm_scope=scope)
+    module = make(mlm_scope=scope, vocabulary=VOCABULARY | {"length": 4})
     logits = torch.tensor([[0, 0, 0, 0], [math.log(3), 0, 0, 0], [0, 0, math.log(5), 0], [0, 0, 0, 0]])
     monkeypatch.setattr(module.network.report, "forward", lambda hybrid, attention_mask, index: logits[index])
     batch = batch_of((4,)) | {
@@ -115,6 +124,18 @@ def test_scopes_by_hand(scope, expected, monkeypatch):
     output = module.step(batch, sync=True)
     assert output.losses["report"].item() == pytest.approx(expected, abs=1e-6)
     assert output.weights["report"].item() == {"masked": 2, "real": 3, "all": 4}[scope]
+
+
+def test_the_ablation_without_super_resolution():
+    """Specification 2.8: what the encoder sees at factor 2 is the target at factor 1."""
+    settings = {"encoder": partial(VisionTransformer, patch_size=16, embed_dim=16, depth=1, num_heads=2,
+                                   class_token=True)}  # fmt: skip
+    for factor, side, values in ((2, 448, 3072), (1, 224, 768)):
+        network = make(sr_factor=factor, image_size=[side, side], **settings).network
+        image = torch.randn(1, 1, side, side)
+        assert network.low_resolution(image).shape == (1, 3, 224, 224)
+        assert network.encoder.grid_size == (14, 14)
+        assert network.target(image).shape == (1, 196, values)
 
 
 def test_learning_rates_of_the_specification():
@@ -153,6 +174,15 @@ def test_all_patches_are_scored_where_none_is_hidden(training):
     assert step.weights["reconstruction"].item() == 48
 
 
+@pytest.mark.parametrize(("ratio", "said"), [(0.0, True), (0.75, False)])
+def test_a_run_says_that_nothing_is_hidden(ratio, said, capsys):
+    """Specification 2.5."""
+    module = make(masker=RandomMasker(ratio))
+    module.trainer = pl.Trainer(logger=False, enable_checkpointing=False)
+    module.on_fit_start()
+    assert ("hides no patch" in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize("masker", [RandomMasker(0.75), RandomMasker(0.0)])
 @pytest.mark.parametrize("text_to_image", [False, True])
 def test_an_absent_image_has_no_part_in_anything(masker, text_to_image):
@@ -176,7 +206,13 @@ def test_an_absent_image_has_no_part_in_anything(masker, text_to_image):
         {"text_to_image": True, "pool": "gmp"},
         {"masker": RandomMasker(0.0), "sr_factor": 1},
         {"report": {"tie_embeddings": False, "positions": "sincos"}, "mlm_scope": "real"},
-        {"report": {"fusion": "all"}, "mlm_scope": "all", "antialias": False, "target_norm": "dataset"},
+        {
+            "report": {"fusion": "all"},
+            "mlm_scope": "all",
+            "antialias": False,
+            "target_norm": "dataset",
+            "vocabulary": VOCABULARY | {"length": 9},
+        },
         {"report": {"attend": "own"}, "mim_weight": 0.0, "target_norm": "unit"},
     ],
 )
@@ -252,8 +288,16 @@ def test_settings_without_a_meaning():
         make(image_size=[33, 32])
 
 
-def loss_and_gradient(state, batch):
-    module = make().double()
+def test_scoring_padding_needs_all_of_it():
+    """Else the mean would hang on the longest text of the batch."""
+    module, batch = make(mlm_scope="all"), batch_of()
+    with pytest.raises(UserError, match=r"all 12 positions of a text, but .* to 9: set data\.pad_to_length"):
+        module.step(batch, sync=True)
+    assert module.step(padded(batch), sync=True).weights["report"].item() == 36
+
+
+def loss_and_gradient(state, batch, scope="masked"):
+    module = make(mlm_scope=scope).double()
     module.load_state_dict(state)
     losses = module.step(batch, sync=True).losses
     assert {loss.dtype for loss in losses.values()} == {torch.float64}  # so that ranks can be held to 1e-10
@@ -263,7 +307,7 @@ def loss_and_gradient(state, batch):
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("case", ["uneven", "no words on one rank", "no images on one rank"])
+@pytest.mark.parametrize("case", ["uneven", "no words on one rank", "no images on one rank", "all scored"])
 def test_two_ranks_equal_one(rank_pool, case):
     batch = batch_of((11, 10, 3, 2))
     batch["image"] = batch["image"].double()
@@ -271,12 +315,13 @@ def test_two_ranks_equal_one(rank_pool, case):
         batch["labels"][2:] = -100
     elif case == "no images on one rank":
         batch["modality_mask"][:2, 0] = False
-    batch = with_positions(batch)
+    scope = "all" if case == "all scored" else "masked"
+    batch = padded(batch) if scope == "all" else with_positions(batch)
     state = make().double().state_dict()
-    whole, whole_gradient = loss_and_gradient(state, batch)
-    parts = [part_of(batch, slice(0, 2)), part_of(batch, slice(2, 4))]
+    whole, whole_gradient = loss_and_gradient(state, batch, scope)
+    parts = [part_of(batch, rows, scope == "all") for rows in (slice(0, 2), slice(2, 4))]
     assert len(parts[0]["hidden_ids"]) != len(parts[1]["hidden_ids"])
-    results = rank_pool.run(loss_and_gradient, [(state, part) for part in parts])
+    results = rank_pool.run(loss_and_gradient, [(state, part, scope) for part in parts])
     for losses, _ in results:
         assert losses == pytest.approx(whole, rel=1e-10)
     # The gradient of a reduced sum reaches every rank as often as there are ranks, which DDP's mean divides by.
