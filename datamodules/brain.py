@@ -148,6 +148,8 @@ class BrainDataModule(VolumeDataModule):
 
     Args:
         root: The archive; see :data:`datamodules.brain_layouts.BRAIN_LAYOUTS`.
+        modalities: Sequences to use, by their canonical names; None takes all. Studies without any of them are left
+            out. Templates keep their places, whatever is used.
         atlas: Voxels of the atlas at 1 mm.
         lesions: Whether validation samples say where a lesion is, for archives with labels.
         overhang: Share of a crop that may reach beyond the brain's box.
@@ -160,19 +162,21 @@ class BrainDataModule(VolumeDataModule):
     def __init__(
         self,
         root: str,
+        modalities: list[str] | None = None,
         atlas: tuple[int, int, int] = ATLAS,
         lesions: bool = False,
         overhang: float = 0.0,
         flip_axes: tuple[int, ...] = (),
         **options: Any,
     ) -> None:
-        super().__init__(root, overhang=overhang, flip_axes=flip_axes, **options)
+        super().__init__(root, modalities=modalities, overhang=overhang, flip_axes=flip_axes, **options)
         if flip_axes:
             raise ValueError("Templates lie in the atlas, which has a left and a right: flip_axes must be empty.")
         self.atlas, self.lesions = atlas, lesions
 
     def settle(self, layout: Layout) -> Layout:
-        """Keep each study's own sequences, prepared by BrainMVP's chain."""
+        """Keep each study's own sequences, or those of them that are asked for, prepared by BrainMVP's chain."""
+        wanted = self._restrict()
         names = tuple(name for name in CANONICAL if any(name in case.images for case in self.cases))
         if not names:
             unknown = sorted({case.attributes.get("unknown", "") for case in self.cases} - {""})
@@ -184,7 +188,7 @@ class BrainDataModule(VolumeDataModule):
             say(f"note: {note}")
         preparation = replace(
             layout.preprocessing,
-            intensity=dict.fromkeys(CANONICAL, "percentile_5_95"),
+            intensity=dict.fromkeys(wanted, "percentile_5_95"),
             spacing=(1.0, 1.0, 1.0),
             crop_foreground=True,
             centered=True,
@@ -192,6 +196,29 @@ class BrainDataModule(VolumeDataModule):
             ragged=True,
         )
         return replace(layout, modalities=CANONICAL, preprocessing=preparation)
+
+    def _restrict(self) -> tuple[str, ...]:
+        """Keep the sequences that are asked for, and the studies that have one of them; return their names."""
+        if not self._modalities:
+            return CANONICAL
+        unknown = [name for name in self._modalities if name not in CANONICAL]
+        if unknown:
+            raise DataError(f"data.modalities names {', '.join(unknown)}; pre-training knows {', '.join(CANONICAL)}.")
+        wanted = tuple(name for name in CANONICAL if name in self._modalities)
+        kept = []
+        for case in self.cases:
+            images = {name: path for name, path in case.images.items() if name in wanted}
+            if images:
+                kept.append(case._replace(images=images))
+        if not kept:
+            present = ", ".join(sorted({name for case in self.cases for name in case.images})) or "none of a known name"
+            raise DataError(f"No study under {self.root} has one of {', '.join(wanted)}, which data.modalities asks "
+                            f"for; present are {present}.")  # fmt: skip
+        if len(kept) < len(self.cases):
+            say(f"note: {len(self.cases) - len(kept)} of {len(self.cases)} studies have none of {', '.join(wanted)} "
+                f"and are left out")  # fmt: skip
+        self.cases = kept
+        return wanted
 
     def _report_names(self) -> None:
         strange = [case for case in self.cases if case.attributes.get("unknown")]

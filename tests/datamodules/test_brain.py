@@ -119,6 +119,22 @@ def test_every_sequence_of_a_study_is_drawn_equally_often(data):
     assert np.mean([value for values in losses.values() for value in values]) == 2.4
 
 
+def test_pre_training_on_some_of_the_sequences(brain_root, data, capsys):
+    some = ready(brain_root, modalities=["adc", "dwi", "t1c"])
+    assert "5 of 12 studies have none of t1c, dwi, adc and are left out" in capsys.readouterr().out
+    assert len(some.cases_in_use()) == 7
+    assert {name for case in some.cases for name in case.images} == {"t1c", "dwi", "adc"}
+    assert some.input_spec.channels == CANONICAL
+    drawn = {int(index) for _ in range(4) for batch in some.train_dataloader() for index in batch["modality"]}
+    assert drawn <= {CANONICAL.index(name) for name in ("t1c", "dwi", "adc")}
+    assert some.store.folder.name != data.store.folder.name  # its cache is another one
+    with pytest.raises(DataError, match="modalities names T1ce, swi; pre-training knows flair, t1, t1c"):
+        module(brain_root, modalities=["t1", "T1ce", "swi"]).index()
+    root = brain_root / "brats"
+    with pytest.raises(DataError, match=r"has one of pd, .* asks for; present are flair, t1, t1c, t2"):
+        module(root, modalities=["pd"]).index()
+
+
 def test_controls_and_reference(brain_root):
     data = ready(brain_root, lesions=True)
     batch = next(iter(data.val_dataloader()))
