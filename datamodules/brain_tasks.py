@@ -7,44 +7,28 @@ from typing import Any
 
 from common.errors import DataError
 from common.types import InputSpec
+from datamodules.brain_archive import BrainArchiveDataModule
 from datamodules.brain_labels import LabelSource, read_classes
-from datamodules.brain_layouts import ATLAS, BRAIN_LAYOUTS
 from datamodules.cases import Case, Layout
 from datamodules.layouts import with_modalities
 from datamodules.loading import ResumableLoader
-from datamodules.volumes import VolumeDataModule
 
 
-class BrainTaskDataModule(VolumeDataModule):
+class BrainTaskDataModule(BrainArchiveDataModule):
     """Volumes of one source under canonical sequence names, prepared as for pre-training.
 
     Args:
-        root: The archive; see :data:`datamodules.brain_layouts.BRAIN_LAYOUTS`.
+        root: The archive.
         modalities: Sequences by their canonical names; None takes those of the layout that its cases have.
-        atlas: Voxels of the atlas; where templates lie.
-        overhang: Share of a crop that may reach beyond the brain's box.
-        flip_axes: Must be empty: the fine-tuned module mirrors, templates and all.
-        **options: As :class:`datamodules.volumes.VolumeDataModule`.
+        **options: As :class:`datamodules.brain_archive.BrainArchiveDataModule`.
     """
 
-    known_layouts = BRAIN_LAYOUTS
-
-    def __init__(
-        self,
-        root: str,
-        modalities: list[str] | None = None,
-        atlas: tuple[int, int, int] = ATLAS,
-        overhang: float = 0.0,
-        flip_axes: tuple[int, ...] = (),
-        **options: Any,
-    ) -> None:
-        super().__init__(root, modalities=modalities, overhang=overhang, flip_axes=flip_axes, **options)
-        if flip_axes:
-            raise ValueError("flip_axes must be empty: the module mirrors crops, so that templates stay in place.")
-        self.atlas = atlas
+    def __init__(self, root: str, modalities: list[str] | None = None, **options: Any) -> None:
+        super().__init__(root, modalities=modalities, **options)
 
     def settle(self, layout: Layout) -> Layout:
         """Settle the sequences: those asked for, or those of the layout that any case has."""
+        layout = super().settle(layout)
         present = {name for case in self.cases for name in case.images}
         wanted = self._modalities or [name for name in layout.modalities if name in present]
         settled = with_modalities(layout, self.cases, wanted)

@@ -4,6 +4,7 @@ MONAI resamples; the rules of what may be used, and what is refused, are ours.
 """
 
 from collections import Counter
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ class PreparedCase(NamedTuple):
         offset: First voxel of the final grid in the reference grid; None where it was resampled.
         faults: Broken image members that the case does without.
         label_faults: What is wrong with the label; the case has none then.
-        sources: Size and check sum by path of every file read.
+        sources: Size and check sum by path of the images that can be used and of the labels.
     """
 
     image: NDArray[np.float32]
@@ -50,11 +51,19 @@ class PreparedCase(NamedTuple):
     sources: dict[str, dict[str, Any]]
 
 
-def _check_values(data: NDArray) -> None:
+def read_image(path: Path) -> Volume:
+    """Read a volume that shows something.
+
+    Raises:
+        VolumeError: as :func:`datamodules.volume_io.read_volume`; or voxels are not finite, or all the same.
+    """
+    volume = read_volume(path)
+    data = volume.data
     if data.dtype.kind == "f" and not np.isfinite(data).all():
         raise VolumeError("nan", f"{int((~np.isfinite(data)).sum())} voxels are not finite")
     if data.min() == data.max():
         raise VolumeError("constant", f"every voxel is {data.flat[0]:g}")
+    return volume
 
 
 def _rescaled(data: NDArray, rule: str) -> NDArray[np.float32]:
@@ -79,13 +88,11 @@ def _read_members(case: Case, modalities: tuple[str, ...]) -> tuple[dict[str, Vo
         if (path := case.images.get(modality)) is None:
             continue
         try:
-            volume = read_volume(path)
-            sources[str(path)] = volume.source
-            _check_values(volume.data)
+            volume = read_image(path)
         except VolumeError as error:
             faults.append(Fault(str(path), error.kind, error.detail, case.case_id))
         else:
-            volumes[modality] = volume
+            volumes[modality], sources[str(path)] = volume, volume.source
     return volumes, faults, sources
 
 
