@@ -23,6 +23,8 @@ _LABEL_NAMES = ("seg", "label", "mask", "msk")
 
 #: Regions of a glioma by the value of its enhancing part: 4 until 2021, 3 from 2023 on.
 _GLIOMA_REGIONS = {value: {"TC": (1, value), "WT": (1, 2, value), "ET": (value,)} for value in (3, 4)}
+#: Canonical sequences that no BraTS case has.
+_BEYOND_GLIOMAS = frozenset(CANONICAL) - {"flair", "t1", "t1c", "t2"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Pattern:
     """How the files of an official layout are called, as regular expressions over paths under the root.
 
     Attributes:
-        image: With the groups ``study`` and ``sequence``; ``patient`` where it is not the study, ``attribute`` for
+        image: In any case; with the groups ``study`` and ``sequence``; ``patient`` where it is not the study, ``attribute`` for
             what else a path says.
         label: With the group ``study``.
         names: Sequence as written to canonical name, where it is no common one.
@@ -51,10 +53,11 @@ class Pattern:
         for path in walk(root):
             name = path.relative_to(root).as_posix()
             if self.label is not None and (match := self.label.search(name)):
-                labels.setdefault(self.study.format(**match.groupdict()), path)
+                labels.setdefault(self.study.format(**match.groupdict()).lower(), path)
             elif match := self.image.search(name):
                 self._add(cases, path, match.groupdict())
-        return [case._replace(labels={"seg": labels[key]} if key in labels else {}) for key, case in cases.items()]
+        return [case._replace(labels={"seg": labels[key.lower()]} if key.lower() in labels else {})
+                for key, case in cases.items()]  # fmt: skip
 
     def _add(self, cases: dict[str, Case], path: Path, groups: dict[str, str]) -> None:
         given = groups.get("sequence", "")
@@ -80,15 +83,30 @@ def find_gliomas(root: Path, new_names: bool | None = None) -> list[Case]:
     cases = []
     for case in find_brats(root, new_names):
         images = {name: path for old, path in case.images.items() if (name := canonical_name(old))}
-        folders = {part for path in case.images.values() for part in path.relative_to(root).parts[:-1]}
+        folders = {part.upper() for path in case.images.values() for part in path.relative_to(root).parts[:-1]}
         grade = next((name for name in ("HGG", "LGG") if name in folders), None)
         cases.append(case._replace(images=images, attributes={"grade": grade} if grade else {}))
     return cases
 
 
+def recognise_old_gliomas(root: Path) -> list[Case]:
+    """List BraTS cases until 2021; none where a case folder holds a sequence that BraTS does not have.
+
+    ``CASE/CASE_<sequence>`` is also how a generic folder is called, of which only four sequences would be read.
+    """
+    cases = find_gliomas(root, False)
+    if cases and any(
+        path.name.lower().startswith(path.parent.name.lower())
+        and canonical_name(split_name(path)[1]) in _BEYOND_GLIOMAS
+        for path in walk(root)
+    ):
+        return []
+    return cases
+
+
 def find_cohort(root: Path, cohort: str) -> list[Case]:
     """List the cases of one challenge of BraTS 2023, such as PED."""
-    return [case for case in find_gliomas(root, True) if case.case_id.startswith(f"BraTS-{cohort}-")]
+    return [case for case in find_gliomas(root, True) if case.case_id.lower().startswith(f"brats-{cohort}-".lower())]
 
 
 def find_folder(root: Path) -> list[Case]:
@@ -147,7 +165,8 @@ def _pattern(
 ) -> Layout:
     """Make a layout of a pattern; further settings are those of the pattern and of the layout."""
     own = {key: more.pop(key) for key in ("names", "study", "attribute") if key in more}
-    pattern = Pattern(re.compile(image), re.compile(label) if label else None, **own)  # type: ignore[arg-type]
+    patterns = (re.compile(text, re.IGNORECASE) if text else None for text in (image, label))
+    pattern = Pattern(*patterns, **own)  # type: ignore[arg-type]
     return _layout(name, tree, pattern.find, labels, **more)
 
 
@@ -162,7 +181,7 @@ BRATS2023 = _layout(
 BRATS2021 = _layout(
     "brats2021", "ROOT/[HGG/,LGG/]CASE/CASE_{t1ce,t1,flair,t2[,seg]}.nii.gz (2017-2021, ET = 4)",
     partial(find_gliomas, new_names=None), (0, 1, 2, 4),
-    regions=_GLIOMA_REGIONS[4], recognise=partial(find_gliomas, new_names=False),
+    regions=_GLIOMA_REGIONS[4], recognise=recognise_old_gliomas,
 )  # fmt: skip
 UCSF_PDGM = _pattern(
     "ucsf_pdgm", "ROOT/UCSF-PDGM-0004_nifti/UCSF-PDGM-0004_{ADC,DWI,FLAIR,T1,T1c,T2[,tumor_segmentation]}.nii.gz",
@@ -181,7 +200,7 @@ IXI = _pattern(
 )  # fmt: skip
 ISLES22 = _pattern(
     "isles22", "ROOT/sub-strokecase0001/ses-0001/{anat/*_FLAIR,dwi/*_dwi,dwi/*_adc}.nii.gz, derivatives/ with *_msk",
-    r"(?P<study>(?P<patient>sub-strokecase\d+)_ses-\d+)_(?P<sequence>FLAIR|flair|dwi|adc)" + _END,
+    r"(?P<study>(?P<patient>sub-strokecase\d+)_ses-\d+)_(?P<sequence>flair|dwi|adc)" + _END,
     r"(?P<study>sub-strokecase\d+_ses-\d+)_msk" + _END, (0, 1), modalities=("adc", "dwi", "flair"),
     regions={"lesion": (1,)}, preprocessing=replace(_NATIVE, reference="dwi"), prefer=1,
 )  # fmt: skip

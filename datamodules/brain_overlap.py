@@ -11,7 +11,7 @@ from datamodules.cases import Case
 from datamodules.prepare import read_image
 from datamodules.volume_io import VolumeError
 
-_NEW_GLIOMA = re.compile(r"^BraTS-GLI-\d+")
+_NEW_GLIOMA = re.compile(r"^BraTS-GLI-\d+", re.IGNORECASE)
 _OLD_GLIOMA = re.compile(r"^BraTS(20)?21_\d+", re.IGNORECASE)
 
 
@@ -31,7 +31,7 @@ def overlap_notes(cases: Sequence[Case]) -> list[str]:
                         f"keep one of them, or the same scans train and validate.")  # fmt: skip
     notes = []
     for name in ("UCSF-PDGM", "UPENN-GBM"):
-        count = _count(cases, re.compile(name))
+        count = _count(cases, re.compile(name, re.IGNORECASE))
         if count and (new or old):
             notes.append(f"part of {name} ({count} studies) is inside BraTS ({new + old} studies) under other names: "
                          f"these patients count twice, and a task on either has been seen in pre-training")  # fmt: skip

@@ -300,10 +300,16 @@ def _rescaled_stack(
 
 
 def _nothing_left(case: Case, layout: Layout) -> Fault:
-    needed = layout.preprocessing.reference or "any modality"
-    unknown = case.attributes.get("unknown")
-    found = f"; it has {unknown}, and known are {', '.join(layout.modalities)}" if unknown else ""
-    return Fault(case.case_id, "missing", f"the case has no {needed}{found}", case.case_id)
+    known, found = ", ".join(layout.modalities), [*case.images, *filter(None, [case.attributes.get("unknown")])]
+    if layout.preprocessing.reference is not None:
+        detail = f"the case has no {layout.preprocessing.reference}"
+    elif case.images:
+        detail = f"the case has none of {known}; it has {', '.join(found)}"
+    else:
+        detail = (
+            f"the case has no sequence of a known name; it has {', '.join(found) or 'no image'}, and known are {known}"
+        )
+    return Fault(case.case_id, "missing", detail, case.case_id)
 
 
 def _prepare_label(

@@ -215,6 +215,18 @@ def test_native_space_is_refused_with_the_reason(tmp_path):
         ready(tmp_path / "archive", split_fractions=(1, 0, 0))
 
 
+def test_a_study_without_a_known_sequence_among_good_ones(brain_root, tmp_path):
+    root = shutil.copytree(brain_root, tmp_path / "archive")
+    studies = entries(root)
+    studies[0]["image"] = {"swi": studies[0]["image"]["t1"]}
+    data = ready(listed(root, {"training": studies[:3], "validation": studies[3:]}))
+    (fault,) = data.ledger.faults
+    assert fault.detail == (
+        f"the case has no sequence of a known name; it has swi, and known are {', '.join(CANONICAL)}"
+    )
+    assert len(data._usable(data.splits["train"])) == 2
+
+
 def test_volumes_smaller_than_the_crop_and_larger_than_the_atlas(brain_root):
     data = ready(brain_root, crop_size=(48, 16, 16), atlas=(24, 44, 36))
     batch = next(iter(data.train_dataloader()))
@@ -286,26 +298,56 @@ FOUND = {
 }
 
 
+def touch(root, pattern):
+    """Write the files that ``a/{b,c}.nii`` stands for; names alone decide, so they may be empty."""
+    before, _, rest = pattern.partition("{")
+    inside, _, after = rest.partition("}")
+    for part in inside.split(","):
+        path = root / f"{before}{part}{after}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        (path.parent / f"._{path.name}").touch()
+
+
+def sequences(cases):
+    return {case.case_id: " ".join([*sorted(case.images), *(["+seg"] if case.labels else [])]) for case in cases}
+
+
 @pytest.mark.parametrize("name", TREES)
 def test_official_layouts(tmp_path, name):
-    """Names alone decide, so the files may be empty here."""
     for pattern in TREES[name]:
-        before, _, rest = pattern.partition("{")
-        inside, _, after = rest.partition("}")
-        for part in inside.split(","):
-            path = tmp_path / f"{before}{part}{after}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-            (path.parent / f"._{path.name}").touch()
+        touch(tmp_path, pattern)
     layout, cases = recognise(tmp_path, known=BRAIN_LAYOUTS)
     assert layout.name == name
-    assert {
-        case.case_id: " ".join([*sorted(case.images), *(["+seg"] if case.labels else [])]) for case in cases
-    } == FOUND[name]
+    assert sequences(cases) == FOUND[name]
     if name == "ucsf_pdgm":
         assert {case.patient_id for case in cases} == {"UCSF-PDGM-0004"}
     if name == "brats2021":
         assert cases[0].attributes["grade"] == "HGG"
+
+
+@pytest.mark.parametrize("change", [str.lower, str.upper])
+@pytest.mark.parametrize("name", TREES)
+def test_official_layouts_in_any_case(tmp_path, name, change):
+    for pattern in TREES[name]:
+        stem, suffix = pattern.partition(".nii")[::2]
+        touch(tmp_path, f"{change(stem)}.nii{suffix}")
+    layout, cases = recognise(tmp_path, known=BRAIN_LAYOUTS)
+    assert layout.name == name
+    assert {case.lower(): found for case, found in sequences(cases).items()} == {
+        case.lower(): found for case, found in FOUND[name].items()
+    }
+
+
+@pytest.mark.parametrize("more", ["pd", "ADC"])
+def test_a_generic_folder_is_no_brats(tmp_path, more):
+    touch(tmp_path, "P0/P0_{t1,t2,swi,seg}.nii.gz")
+    assert recognise(tmp_path, known=BRAIN_LAYOUTS)[0].name == "brats2021"
+    touch(tmp_path, f"P1/P1_{{t1,{more}}}.nii.gz")
+    layout, cases = recognise(tmp_path, known=BRAIN_LAYOUTS)
+    assert layout.name == "folder"
+    assert sequences(cases) == {"P0": "t1 t2 +seg", "P1": " ".join(sorted(["t1", more.lower()]))}
+    assert cases[0].attributes == {"unknown": "swi"}
 
 
 def test_regions_by_release():
