@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from common.errors import DataError
 from datamodules.brain_manifest import find_manifest
+from datamodules.brain_patients import patient_of
 from datamodules.brats import find_cases as find_brats
 from datamodules.cases import Case, Layout, Preprocessing
 from datamodules.sequences import CANONICAL, canonical_name, is_volume, split_name
@@ -29,10 +31,10 @@ _BEYOND_GLIOMAS = frozenset(CANONICAL) - {"flair", "t1", "t1c", "t2"}
 
 @dataclass(frozen=True)
 class Pattern:
-    """How the files of an official layout are called, as regular expressions over paths under the root.
+    """How the files of an official layout are called, as regular expressions over paths under the root, in any case.
 
     Attributes:
-        image: In any case; with the groups ``study`` and ``sequence``; ``patient`` where it is not the study, ``attribute`` for
+        image: With the groups ``study`` and ``sequence``; ``patient`` where it is not the study, ``attribute`` for
             what else a path says.
         label: With the group ``study``.
         names: Sequence as written to canonical name, where it is no common one.
@@ -104,11 +106,6 @@ def recognise_old_gliomas(root: Path) -> list[Case]:
     return cases
 
 
-def find_cohort(root: Path, cohort: str) -> list[Case]:
-    """List the cases of one challenge of BraTS 2023, such as PED."""
-    return [case for case in find_gliomas(root, True) if case.case_id.lower().startswith(f"brats-{cohort}-".lower())]
-
-
 def find_folder(root: Path) -> list[Case]:
     """List ``CASE/[CASE_]<sequence>.nii.gz``, files of one case lying in the root itself, or ``CASE_<sequence>`` there.
 
@@ -142,7 +139,7 @@ def _folder_case(name: str, paths: list[Path]) -> Case | None:
             images.setdefault(sequence, path)
         else:
             unknown.append(given)
-    return Case(name, name, images, labels, attributes={"unknown": ", ".join(unknown)} if unknown else {})
+    return Case(name, patient_of(name), images, labels, attributes={"unknown": ", ".join(unknown)} if unknown else {})
 
 
 #: BrainMVP's chain: 1 mm, cut symmetrically about the atlas's centre, 5th to 95th percentile to [0, 1].
@@ -238,19 +235,52 @@ FOLDER = _layout(
 _OFFICIAL = (BRATS2023, BRATS2021, UCSF_PDGM, UPENN_GBM, IXI, ISLES22, MRBRAINS13, VSSEG, ADNI, INDI)
 
 
+def _read_source(folder: Path) -> tuple[str, list[Case]] | None:
+    """Return the layout of one source and its studies; None where it has none that we know."""
+    # Names of one archive may fit another's pattern too: the more particular layout wins.
+    for layout in (*sorted(_OFFICIAL, key=lambda candidate: -candidate.prefer), MANIFEST, FOLDER):
+        found = layout.recognised(folder)
+        if layout is FOLDER:  # volumes that lie in the folder itself may be anything
+            found = [case for case in found if case.images and folder not in {p.parent for p in case.images.values()}]
+        if found:
+            return layout.name, [case._replace(attributes={"source": layout.name, **case.attributes}) for case in found]
+    return None
+
+
 def find_sources(root: Path) -> list[Case]:
-    """List the studies of a root whose folders are archives of different official layouts; else none."""
+    """List the studies of a root whose folders are archives of different layouts; else none.
+
+    Where one of them is a manifest that names splits, the studies of the others train.
+
+    Raises:
+        DataError: a folder beside the archives holds volumes, but is none.
+    """
     parts: dict[str, list[Case]] = {}
+    strange = []
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        # Names of one archive may fit another's pattern too: the more particular layout wins.
-        for layout in sorted(_OFFICIAL, key=lambda candidate: -candidate.prefer):
-            if found := layout.recognised(folder):
-                named = [case._replace(attributes={**case.attributes, "source": layout.name}) for case in found]
-                parts.setdefault(layout.name, []).extend(named)
-                break
-    return [case for cases in parts.values() for case in cases] if len(parts) > 1 else []
+        if (source := _read_source(folder)) is not None:
+            parts.setdefault(source[0], []).extend(source[1])
+        elif next(walk(folder), None) is not None:
+            strange.append(folder.name)
+    if len(parts) < 2 or any(
+        layout.prefer > 0 and layout.name not in parts and layout.recognised(root) for layout in _OFFICIAL
+    ):
+        return []  # one archive, of which the folders are parts
+    if strange:
+        raise DataError(f"{root} holds archives ({', '.join(parts)}) and {strange[0]}, which has volumes but is of "
+                        f"no known layout: bring it to {FOLDER.tree}, or move it.")  # fmt: skip
+    cases = [case for found in parts.values() for case in found]
+    named = any(case.split for case in cases)
+    return [case._replace(split=case.split or "train") for case in cases] if named else cases
 
 
-SOURCES = _layout("sources", "ROOT/{ARCHIVE,ARCHIVE,...}, each of another official layout", find_sources, prefer=3)
+def recognise_sources(root: Path) -> list[Case]:
+    """As :func:`find_sources`; a manifest in the root itself says what there is."""
+    return [] if find_manifest(root) else find_sources(root)
+
+
+SOURCES = _layout(
+    "sources", "ROOT/{ARCHIVE,ARCHIVE,...}, each of another layout", find_sources, prefer=3, recognise=recognise_sources
+)
 
 BRAIN_LAYOUTS: tuple[Layout, ...] = (*_OFFICIAL, SOURCES, MANIFEST, FOLDER)

@@ -20,21 +20,44 @@ class BrainTaskDataModule(BrainArchiveDataModule):
     Args:
         root: The archive.
         modalities: Sequences by their canonical names; None takes those of the layout that its cases have.
+        cohort: Challenge of BraTS 2023 whose studies are used, such as PED; None takes all.
         **options: As :class:`datamodules.brain_archive.BrainArchiveDataModule`.
     """
 
-    def __init__(self, root: str, modalities: list[str] | None = None, **options: Any) -> None:
+    def __init__(
+        self, root: str, modalities: list[str] | None = None, cohort: str | None = None, **options: Any
+    ) -> None:
         super().__init__(root, modalities=modalities, **options)
+        self.cohort = cohort
 
     def settle(self, layout: Layout) -> Layout:
-        """Settle the sequences: those asked for, or those of the layout that any case has."""
+        """Settle the sequences: those asked for, or those of the layout that any case has.
+
+        Where the layout does not know the label's values, those of the regions and 0 are all that may occur.
+
+        Raises:
+            DataError: there is no study of the cohort, or none with a sequence that is asked for.
+        """
+        if self.cohort is not None:
+            self.cases = self._of_cohort(self.cohort)
         layout = super().settle(layout)
         present = {name for case in self.cases for name in case.images}
         wanted = self._modalities or [name for name in layout.modalities if name in present]
         settled = with_modalities(layout, self.cases, wanted)
+        if self._regions and not settled.label_values:
+            values = frozenset({0, *(value for region in self._regions.values() for value in region)})
+            settled = replace(settled, label_values=values)
         atlas = self.atlas if layout.preprocessing.atlas is not None else None
         intensity = dict.fromkeys(settled.modalities, "percentile_5_95")
         return replace(settled, preprocessing=replace(settled.preprocessing, intensity=intensity, atlas=atlas))
+
+    def _of_cohort(self, cohort: str) -> list[Case]:
+        start = f"BraTS-{cohort}-"
+        kept = [case for case in self.cases if case.case_id.lower().startswith(start.lower())]
+        if not kept:
+            raise DataError(f"No study under {self.root} is called {start}..., such as {self.cases[0].case_id} is; "
+                            f"to use every study, set data.cohort to null.")  # fmt: skip
+        return kept
 
 
 class BrainClassDataModule(BrainTaskDataModule):

@@ -173,7 +173,8 @@ def _label_volume(case: Case, layout: Layout, reference: Volume, sources: dict[s
         raise VolumeError(
             "label",
             f"holds the values {sorted(found)}, but {layout.name} allows {sorted(layout.label_values)} only"
-            + (": is this another release of the data? LAYOUT= chooses one" if layout.name.startswith("brats") else ""),
+            + (": is this another release of the data? LAYOUT= chooses one" if layout.name.startswith("brats") else "")
+            + ("" if layout.regions else ": data.regions must name every value"),
         )
     return merged.astype(np.uint8)
 
@@ -196,16 +197,18 @@ def centered_slice(size: int, low: int, high: int) -> slice:
 
 #: Share of voxels that are exactly 0 in every sequence, below which a volume has its skull and air still on.
 _MIN_AIR = 0.15
-#: Voxel edge in mm above which a volume is no resampling of an atlas.
-_MAX_EDGE = 2.5
+#: Voxel edges in mm, and degrees between an axis and the atlas's, beyond which a volume does not lie on its grid.
+_EDGES = (0.9, 1.1)
+_MAX_TILT = 2.0
 
 
 def native_space(affine: NDArray[np.float64]) -> str | None:
     """Say why voxels cannot lie on an atlas's grid; None where they may."""
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if spacing.max() <= _MAX_EDGE:
-        return None
-    return f"its voxels of {' x '.join(f'{s:.3g}' for s in spacing)} mm are those of a native scan"
+    if not all(_EDGES[0] <= edge <= _EDGES[1] for edge in spacing):
+        return f"its voxels of {' x '.join(f'{s:.3g}' for s in spacing)} mm are those of a native scan"
+    tilt = float(np.degrees(np.arccos(np.clip(np.abs(np.diag(affine)[:3]) / spacing, 0, 1))).max())
+    return f"its axes are tilted by {tilt:.0f} degrees" if tilt > _MAX_TILT else None
 
 
 def _check_space(case: Case, images: dict[str, Any], reference: Volume, atlas: tuple[int, ...]) -> None:

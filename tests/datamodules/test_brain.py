@@ -1,18 +1,23 @@
 import json
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import yaml
 
 from common.errors import DataError
 from datamodules.brain import BrainDataModule, PairDataset
 from datamodules.brain_layouts import BRAIN_LAYOUTS
+from datamodules.brain_tasks import BrainTaskDataModule
 from datamodules.layouts import recognise
 from datamodules.loading import Draw
+from datamodules.prepare import native_space
 from datamodules.sequences import CANONICAL
 from datamodules.volume_io import write_nifti
+from experiments import brainmvp
 
 SHAPE = (40, 44, 36)
 
@@ -348,6 +353,80 @@ def test_a_generic_folder_is_no_brats(tmp_path, more):
     assert layout.name == "folder"
     assert sequences(cases) == {"P0": "t1 t2 +seg", "P1": " ".join(sorted(["t1", more.lower()]))}
     assert cases[0].attributes == {"unknown": "swi"}
+
+
+def test_sources_of_no_official_layout(tmp_path):
+    touch(tmp_path, "a/BraTS-GLI-00001-000/BraTS-GLI-00001-000-{t1n,t1c}.nii.gz")
+    touch(tmp_path, "b/P0/P0_{t1,pd}.nii.gz")
+    layout, cases = recognise(tmp_path, known=BRAIN_LAYOUTS)
+    assert layout.name == "sources"
+    assert sequences(cases) == {"BraTS-GLI-00001-000": "t1 t1c", "P0": "pd t1"}
+    touch(tmp_path, "c/{x_t1,x_t2}.nii.gz")
+    listed(tmp_path / "c", {"training": [{"study": "x", "source": "own", "image": {"t1": "x_t1.nii.gz"}}],
+                            "validation": [{"study": "y", "image": {"t2": "x_t2.nii.gz"}}]})  # fmt: skip
+    _, cases = recognise(tmp_path, known=BRAIN_LAYOUTS)
+    assert {case.case_id: (case.attributes["source"], case.split) for case in cases} == {
+        "BraTS-GLI-00001-000": ("brats2023", "train"), "P0": ("folder", "train"), "x": ("own", "train"),
+        "y": ("datalist", "val"),
+    }  # fmt: skip
+    touch(tmp_path, "d/{more,scans}.nii.gz")
+    with pytest.raises(DataError, match=r"archives .* and d, which has volumes but is of no known layout"):
+        recognise(tmp_path, known=BRAIN_LAYOUTS)
+    listed(tmp_path, {"training": [{"study": "x", "image": {"t1": "c/x_t1.nii.gz"}}]})
+    assert recognise(tmp_path, known=BRAIN_LAYOUTS)[0].name == "brain_manifest"
+
+
+@pytest.mark.parametrize("task", ["ped", "met"])
+def test_a_task_of_one_cohort(task, tmp_path):
+    settings = yaml.safe_load((Path(brainmvp.__file__).parent / f"configs/finetune_brats_{task}_seg.yaml").read_text())
+    for cohort in ("GLI", "PED", "MET"):
+        touch(tmp_path, f"BraTS-{cohort}-00001-000/BraTS-{cohort}-00001-000-{{t1n,t1c,t2w,t2f,seg}}.nii.gz")
+    options = settings["data"]["init_args"] | {"root": str(tmp_path), "split_fractions": (1, 0, 0)}
+    data = BrainTaskDataModule(**options)
+    data.index()
+    assert [case.case_id for case in data.cases] == [f"BraTS-{task.upper()}-00001-000"]
+    with pytest.raises(DataError, match=r"is called BraTS-SSA-\.\.\.,"):
+        BrainTaskDataModule(**options | {"cohort": "SSA"}).index()
+
+
+def test_a_manifest_knows_patients_by_their_names(tmp_path):
+    for first, second in (("BraTS-GLI-00007-000", "BraTS-GLI-00007-001"), ("UPENN-GBM-00002_11", "UPENN-GBM-00002_21"),
+                          ("UCSF-PDGM-0004_nifti", "UCSF-PDGM-0004_FU001d_nifti")):  # fmt: skip
+        rows = [{"study": name, "image": {"t1": f"{name}.nii.gz"}} for name in (first, second)]
+        listed(tmp_path, {"training": rows[:1], "validation": rows[1:]})
+        with pytest.raises(DataError, match=f"1 patients are in several splits, first {first[:14]}.* Split by patient"):
+            module(tmp_path).index()
+        listed(tmp_path, {"training": [rows[0]], "validation": [dict(rows[1], patient="another")]})
+        assert len({case.patient_id for case in module(tmp_path).all_cases()}) == 2
+
+
+def test_values_of_no_region_are_a_fault_of_a_manifests_label(brain_root, tmp_path):
+    root = shutil.copytree(brain_root, tmp_path / "archive")
+    studies = entries(root)
+    for study in studies:
+        study["label"] = f"brats/{study['study']}/{study['study']}_seg.nii.gz"
+    listed(root, {"training": studies[:3], "validation": studies[3:]})
+
+    def task(enhancing):
+        data = BrainTaskDataModule(str(root), labels=True, regions={"WT": [1, 2, enhancing], "ET": [enhancing]},
+                                   atlas=SHAPE, crop_size=(16, 16, 16), batch_size=2, max_fault_fraction=1)  # fmt: skip
+        data.prepare_data()
+        return data
+
+    data = task(4)
+    data.setup("fit")
+    assert data.ledger.faults == []
+    data = task(3)
+    with pytest.raises(DataError, match=r"4\], but brain_manifest allows \[0, 1, 2, 3\] only: data.regions must name"):
+        data.setup("fit")
+
+
+def test_what_lies_on_an_atlas_s_grid():
+    turned = np.eye(4)
+    turned[:2, :2] = [[np.cos(0.2), -np.sin(0.2)], [np.sin(0.2), np.cos(0.2)]]
+    assert native_space(np.diag([1.0, 1.02, 0.97, 1.0])) is None
+    assert "1.2 x 0.94 x 0.94 mm are those of a native scan" in native_space(np.diag([1.2, 0.94, 0.94, 1.0]))
+    assert "its axes are tilted by 11 degrees" in native_space(turned)
 
 
 def test_regions_by_release():
