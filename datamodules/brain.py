@@ -16,14 +16,14 @@ from common.faults import SampleFaultError, pseudonym
 from common.randomness import numpy_generator, stable_hash
 from common.reporting import say
 from common.types import InputSpec
-from datamodules.brain_layouts import ATLAS, BRAIN_LAYOUTS
-from datamodules.brain_overlap import check_copies, overlap_notes
-from datamodules.cache import OpenCase, VolumeCache
+from datamodules.brain_archive import BrainArchiveDataModule
+from datamodules.brain_layouts import ATLAS
+from datamodules.cache import OpenCase
 from datamodules.cases import Case, Layout
 from datamodules.crops import cut, to_tensor
 from datamodules.loading import Draw
 from datamodules.sequences import CANONICAL
-from datamodules.volumes import Domain, VolumeDataModule, VolumeDataset
+from datamodules.volumes import Domain, VolumeDataset
 
 #: More passes than this over the training cases buy the floor's constant nothing.
 _MAX_REFERENCE_DRAWS = 64
@@ -140,39 +140,25 @@ class StudyDataset(VolumeDataset):
         return {"image": image, "modality_mask": there, "faults": opened.record.image_faults()}
 
 
-class BrainDataModule(VolumeDataModule):
+class BrainDataModule(BrainArchiveDataModule):
     """Studies of one or many sources, each with the sequences it has, in atlas space, for pre-training.
 
-    Sequences go under canonical names. Overlap between sources that is known is reported, and what would put the same
-    scans on both sides of the split is refused.
-
     Args:
-        root: The archive; see :data:`datamodules.brain_layouts.BRAIN_LAYOUTS`.
-        atlas: Voxels of the atlas at 1 mm.
+        root: The archive.
+        modalities: Sequences to use, by their canonical names; None takes all. Studies without any of them are left
+            out. Templates keep their places, whatever is used.
         lesions: Whether validation samples say where a lesion is, for archives with labels.
-        overhang: Share of a crop that may reach beyond the brain's box.
-        flip_axes: Axes that training crops are mirrored along; BrainMVP mirrors none, templates have a left and right.
-        **options: As :class:`datamodules.volumes.VolumeDataModule`.
+        **options: As :class:`datamodules.brain_archive.BrainArchiveDataModule`.
     """
 
-    known_layouts = BRAIN_LAYOUTS
-
-    def __init__(
-        self,
-        root: str,
-        atlas: tuple[int, int, int] = ATLAS,
-        lesions: bool = False,
-        overhang: float = 0.0,
-        flip_axes: tuple[int, ...] = (),
-        **options: Any,
-    ) -> None:
-        super().__init__(root, overhang=overhang, flip_axes=flip_axes, **options)
-        if flip_axes:
-            raise ValueError("Templates lie in the atlas, which has a left and a right: flip_axes must be empty.")
-        self.atlas, self.lesions = atlas, lesions
+    def __init__(self, root: str, modalities: list[str] | None = None, lesions: bool = False, **options: Any) -> None:
+        super().__init__(root, modalities=modalities, **options)
+        self.lesions = lesions
 
     def settle(self, layout: Layout) -> Layout:
-        """Keep each study's own sequences, prepared by BrainMVP's chain."""
+        """Keep each study's own sequences, or those of them that are asked for, prepared by BrainMVP's chain."""
+        layout = super().settle(layout)
+        wanted = self._restrict()
         names = tuple(name for name in CANONICAL if any(name in case.images for case in self.cases))
         if not names:
             unknown = sorted({case.attributes.get("unknown", "") for case in self.cases} - {""})
@@ -180,11 +166,9 @@ class BrainDataModule(VolumeDataModule):
             raise DataError(f"No study under {self.root} has a sequence of a known name "
                             f"({', '.join(CANONICAL)} and their usual spellings){found}.")  # fmt: skip
         self._report_names()
-        for note in overlap_notes(self.cases):
-            say(f"note: {note}")
         preparation = replace(
             layout.preprocessing,
-            intensity=dict.fromkeys(CANONICAL, "percentile_5_95"),
+            intensity=dict.fromkeys(wanted, "percentile_5_95"),
             spacing=(1.0, 1.0, 1.0),
             crop_foreground=True,
             centered=True,
@@ -192,6 +176,29 @@ class BrainDataModule(VolumeDataModule):
             ragged=True,
         )
         return replace(layout, modalities=CANONICAL, preprocessing=preparation)
+
+    def _restrict(self) -> tuple[str, ...]:
+        """Keep the sequences that are asked for, and the studies that have one of them; return their names."""
+        if not self._modalities:
+            return CANONICAL
+        unknown = [name for name in self._modalities if name not in CANONICAL]
+        if unknown:
+            raise DataError(f"data.modalities names {', '.join(unknown)}; pre-training knows {', '.join(CANONICAL)}.")
+        wanted = tuple(name for name in CANONICAL if name in self._modalities)
+        kept = []
+        for case in self.cases:
+            images = {name: path for name, path in case.images.items() if name in wanted}
+            if images:
+                kept.append(case._replace(images=images))
+        if not kept:
+            present = ", ".join(sorted({name for case in self.cases for name in case.images})) or "none of a known name"
+            raise DataError(f"No study under {self.root} has one of {', '.join(wanted)}, which data.modalities asks "
+                            f"for; present are {present}.")  # fmt: skip
+        if len(kept) < len(self.cases):
+            say(f"note: {len(self.cases) - len(kept)} of {len(self.cases)} studies have none of {', '.join(wanted)} "
+                f"and are left out")  # fmt: skip
+        self.cases = kept
+        return wanted
 
     def _report_names(self) -> None:
         strange = [case for case in self.cases if case.attributes.get("unknown")]
@@ -206,16 +213,6 @@ class BrainDataModule(VolumeDataModule):
             sources[source] = sources.get(source, 0) + 1
         of = ", ".join(f"{count} of {name}" for name, count in sources.items() if name)
         say(f"sequences: {shown}{'; studies ' + of if of else ''}")
-
-    def setup(self, stage: str) -> None:
-        """As every archive; a study that is listed twice under two names is refused (Lightning hook).
-
-        Raises:
-            DataError: no study can be used, or one is there twice.
-        """
-        super().setup(stage)
-        if isinstance(self.store, VolumeCache):
-            check_copies(self.cases_in_use(), self.store)
 
     @property
     def input_spec(self) -> InputSpec:

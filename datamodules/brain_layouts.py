@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from common.errors import DataError
 from datamodules.brain_manifest import find_manifest
+from datamodules.brain_patients import patient_of
 from datamodules.brats import find_cases as find_brats
 from datamodules.cases import Case, Layout, Preprocessing
 from datamodules.sequences import CANONICAL, canonical_name, is_volume, split_name
@@ -23,11 +25,13 @@ _LABEL_NAMES = ("seg", "label", "mask", "msk")
 
 #: Regions of a glioma by the value of its enhancing part: 4 until 2021, 3 from 2023 on.
 _GLIOMA_REGIONS = {value: {"TC": (1, value), "WT": (1, 2, value), "ET": (value,)} for value in (3, 4)}
+#: Canonical sequences that no BraTS case has.
+_BEYOND_GLIOMAS = frozenset(CANONICAL) - {"flair", "t1", "t1c", "t2"}
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """How the files of an official layout are called, as regular expressions over paths under the root.
+    """How the files of an official layout are called, as regular expressions over paths under the root, in any case.
 
     Attributes:
         image: With the groups ``study`` and ``sequence``; ``patient`` where it is not the study, ``attribute`` for
@@ -51,10 +55,11 @@ class Pattern:
         for path in walk(root):
             name = path.relative_to(root).as_posix()
             if self.label is not None and (match := self.label.search(name)):
-                labels.setdefault(self.study.format(**match.groupdict()), path)
+                labels.setdefault(self.study.format(**match.groupdict()).lower(), path)
             elif match := self.image.search(name):
                 self._add(cases, path, match.groupdict())
-        return [case._replace(labels={"seg": labels[key]} if key in labels else {}) for key, case in cases.items()]
+        return [case._replace(labels={"seg": labels[key.lower()]} if key.lower() in labels else {})
+                for key, case in cases.items()]  # fmt: skip
 
     def _add(self, cases: dict[str, Case], path: Path, groups: dict[str, str]) -> None:
         given = groups.get("sequence", "")
@@ -80,15 +85,25 @@ def find_gliomas(root: Path, new_names: bool | None = None) -> list[Case]:
     cases = []
     for case in find_brats(root, new_names):
         images = {name: path for old, path in case.images.items() if (name := canonical_name(old))}
-        folders = {part for path in case.images.values() for part in path.relative_to(root).parts[:-1]}
+        folders = {part.upper() for path in case.images.values() for part in path.relative_to(root).parts[:-1]}
         grade = next((name for name in ("HGG", "LGG") if name in folders), None)
         cases.append(case._replace(images=images, attributes={"grade": grade} if grade else {}))
     return cases
 
 
-def find_cohort(root: Path, cohort: str) -> list[Case]:
-    """List the cases of one challenge of BraTS 2023, such as PED."""
-    return [case for case in find_gliomas(root, True) if case.case_id.startswith(f"BraTS-{cohort}-")]
+def recognise_old_gliomas(root: Path) -> list[Case]:
+    """List BraTS cases until 2021; none where a case folder holds a sequence that BraTS does not have.
+
+    ``CASE/CASE_<sequence>`` is also how a generic folder is called, of which only four sequences would be read.
+    """
+    cases = find_gliomas(root, False)
+    if cases and any(
+        path.name.lower().startswith(path.parent.name.lower())
+        and canonical_name(split_name(path)[1]) in _BEYOND_GLIOMAS
+        for path in walk(root)
+    ):
+        return []
+    return cases
 
 
 def find_folder(root: Path) -> list[Case]:
@@ -124,7 +139,7 @@ def _folder_case(name: str, paths: list[Path]) -> Case | None:
             images.setdefault(sequence, path)
         else:
             unknown.append(given)
-    return Case(name, name, images, labels, attributes={"unknown": ", ".join(unknown)} if unknown else {})
+    return Case(name, patient_of(name), images, labels, attributes={"unknown": ", ".join(unknown)} if unknown else {})
 
 
 #: BrainMVP's chain: 1 mm, cut symmetrically about the atlas's centre, 5th to 95th percentile to [0, 1].
@@ -147,7 +162,8 @@ def _pattern(
 ) -> Layout:
     """Make a layout of a pattern; further settings are those of the pattern and of the layout."""
     own = {key: more.pop(key) for key in ("names", "study", "attribute") if key in more}
-    pattern = Pattern(re.compile(image), re.compile(label) if label else None, **own)  # type: ignore[arg-type]
+    patterns = (re.compile(text, re.IGNORECASE) if text else None for text in (image, label))
+    pattern = Pattern(*patterns, **own)  # type: ignore[arg-type]
     return _layout(name, tree, pattern.find, labels, **more)
 
 
@@ -162,7 +178,7 @@ BRATS2023 = _layout(
 BRATS2021 = _layout(
     "brats2021", "ROOT/[HGG/,LGG/]CASE/CASE_{t1ce,t1,flair,t2[,seg]}.nii.gz (2017-2021, ET = 4)",
     partial(find_gliomas, new_names=None), (0, 1, 2, 4),
-    regions=_GLIOMA_REGIONS[4], recognise=partial(find_gliomas, new_names=False),
+    regions=_GLIOMA_REGIONS[4], recognise=recognise_old_gliomas,
 )  # fmt: skip
 UCSF_PDGM = _pattern(
     "ucsf_pdgm", "ROOT/UCSF-PDGM-0004_nifti/UCSF-PDGM-0004_{ADC,DWI,FLAIR,T1,T1c,T2[,tumor_segmentation]}.nii.gz",
@@ -181,7 +197,7 @@ IXI = _pattern(
 )  # fmt: skip
 ISLES22 = _pattern(
     "isles22", "ROOT/sub-strokecase0001/ses-0001/{anat/*_FLAIR,dwi/*_dwi,dwi/*_adc}.nii.gz, derivatives/ with *_msk",
-    r"(?P<study>(?P<patient>sub-strokecase\d+)_ses-\d+)_(?P<sequence>FLAIR|flair|dwi|adc)" + _END,
+    r"(?P<study>(?P<patient>sub-strokecase\d+)_ses-\d+)_(?P<sequence>flair|dwi|adc)" + _END,
     r"(?P<study>sub-strokecase\d+_ses-\d+)_msk" + _END, (0, 1), modalities=("adc", "dwi", "flair"),
     regions={"lesion": (1,)}, preprocessing=replace(_NATIVE, reference="dwi"), prefer=1,
 )  # fmt: skip
@@ -219,19 +235,52 @@ FOLDER = _layout(
 _OFFICIAL = (BRATS2023, BRATS2021, UCSF_PDGM, UPENN_GBM, IXI, ISLES22, MRBRAINS13, VSSEG, ADNI, INDI)
 
 
+def _read_source(folder: Path) -> tuple[str, list[Case]] | None:
+    """Return the layout of one source and its studies; None where it has none that we know."""
+    # Names of one archive may fit another's pattern too: the more particular layout wins.
+    for layout in (*sorted(_OFFICIAL, key=lambda candidate: -candidate.prefer), MANIFEST, FOLDER):
+        found = layout.recognised(folder)
+        if layout is FOLDER:  # volumes that lie in the folder itself may be anything
+            found = [case for case in found if case.images and folder not in {p.parent for p in case.images.values()}]
+        if found:
+            return layout.name, [case._replace(attributes={"source": layout.name, **case.attributes}) for case in found]
+    return None
+
+
 def find_sources(root: Path) -> list[Case]:
-    """List the studies of a root whose folders are archives of different official layouts; else none."""
+    """List the studies of a root whose folders are archives of different layouts; else none.
+
+    Where one of them is a manifest that names splits, the studies of the others train.
+
+    Raises:
+        DataError: a folder beside the archives holds volumes, but is none.
+    """
     parts: dict[str, list[Case]] = {}
+    strange = []
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        # Names of one archive may fit another's pattern too: the more particular layout wins.
-        for layout in sorted(_OFFICIAL, key=lambda candidate: -candidate.prefer):
-            if found := layout.recognised(folder):
-                named = [case._replace(attributes={**case.attributes, "source": layout.name}) for case in found]
-                parts.setdefault(layout.name, []).extend(named)
-                break
-    return [case for cases in parts.values() for case in cases] if len(parts) > 1 else []
+        if (source := _read_source(folder)) is not None:
+            parts.setdefault(source[0], []).extend(source[1])
+        elif next(walk(folder), None) is not None:
+            strange.append(folder.name)
+    if len(parts) < 2 or any(
+        layout.prefer > 0 and layout.name not in parts and layout.recognised(root) for layout in _OFFICIAL
+    ):
+        return []  # one archive, of which the folders are parts
+    if strange:
+        raise DataError(f"{root} holds archives ({', '.join(parts)}) and {strange[0]}, which has volumes but is of "
+                        f"no known layout: bring it to {FOLDER.tree}, or move it.")  # fmt: skip
+    cases = [case for found in parts.values() for case in found]
+    named = any(case.split for case in cases)
+    return [case._replace(split=case.split or "train") for case in cases] if named else cases
 
 
-SOURCES = _layout("sources", "ROOT/{ARCHIVE,ARCHIVE,...}, each of another official layout", find_sources, prefer=3)
+def recognise_sources(root: Path) -> list[Case]:
+    """As :func:`find_sources`; a manifest in the root itself says what there is."""
+    return [] if find_manifest(root) else find_sources(root)
+
+
+SOURCES = _layout(
+    "sources", "ROOT/{ARCHIVE,ARCHIVE,...}, each of another layout", find_sources, prefer=3, recognise=recognise_sources
+)
 
 BRAIN_LAYOUTS: tuple[Layout, ...] = (*_OFFICIAL, SOURCES, MANIFEST, FOLDER)

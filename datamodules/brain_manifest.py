@@ -2,8 +2,9 @@
 
 ``ROOT/datalist.json`` has the keys ``training``, ``validation`` and, if wanted, ``test``; an entry is
 ``{"study": "...", "source": "...", "patient": "...", "image": {"t1": "path", ...}, "label": "path"}`` with paths under
-the root; ``patient`` and ``label`` may be missing. The published ``dataset_NAME.json`` list paths alone
-(``{"image": [path, ...], "label": path}``), whose names say the sequences; NAME becomes the source.
+the root; ``label`` may be missing, and ``patient``, which then is what a public archive's name says, or else the study.
+The published ``dataset_NAME.json`` list paths alone (``{"image": [path, ...], "label": path}``), whose names say the
+sequences; NAME becomes the source.
 """
 
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import DataError
+from datamodules.brain_patients import patient_of
 from datamodules.cases import Case
 from datamodules.sequences import canonical_name, split_name
 
@@ -77,7 +79,7 @@ def _case(entry: Mapping[str, Any], root: Path, source: str, split: str, where: 
     facts = {"source": source} | ({"unknown": ", ".join(unknown)} if unknown else {})
     label = entry.get("label")
     labels = {"seg": _inside(root, str(label), where)} if label else {}
-    return Case(study, str(entry.get("patient") or study), images, labels, split, facts)
+    return Case(study, str(entry.get("patient") or patient_of(study)), images, labels, split, facts)
 
 
 def _inside(root: Path, name: str, where: str) -> Path:

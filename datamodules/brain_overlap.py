@@ -1,13 +1,17 @@
 """The same scans under several names: what is known of the public archives, and what check sums show."""
 
+import contextlib
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
 from common.errors import DataError
-from datamodules.cache import VolumeCache
+from datamodules.cache import SourceVolumes, VolumeCache
 from datamodules.cases import Case
+from datamodules.prepare import read_image
+from datamodules.volume_io import VolumeError
 
-_NEW_GLIOMA = re.compile(r"^BraTS-GLI-\d+")
+_NEW_GLIOMA = re.compile(r"^BraTS-GLI-\d+", re.IGNORECASE)
 _OLD_GLIOMA = re.compile(r"^BraTS(20)?21_\d+", re.IGNORECASE)
 
 
@@ -27,31 +31,48 @@ def overlap_notes(cases: Sequence[Case]) -> list[str]:
                         f"keep one of them, or the same scans train and validate.")  # fmt: skip
     notes = []
     for name in ("UCSF-PDGM", "UPENN-GBM"):
-        count = _count(cases, re.compile(name))
+        count = _count(cases, re.compile(name, re.IGNORECASE))
         if count and (new or old):
             notes.append(f"part of {name} ({count} studies) is inside BraTS ({new + old} studies) under other names: "
                          f"these patients count twice, and a task on either has been seen in pre-training")  # fmt: skip
     return notes
 
 
-def check_copies(cases: Sequence[Case], store: VolumeCache) -> None:
+def _check_sums(cases: Sequence[Case], store: VolumeCache | SourceVolumes) -> Iterator[tuple[Case, str, str]]:
+    """Yield case, path and check sum of every image in use; without a cache, of those as long as another.
+
+    Files with a fault are left out: two sequences of nothing but zeros are equal, and show nothing.
+    """
+    if isinstance(store, VolumeCache):
+        for case in cases:
+            if (record := store.read_record(case.case_id)) is not None:
+                useful = {str(path) for path in case.images.values()} - {path for path, _, _ in record.faults}
+                for path, source in record.sources.items():
+                    if path in useful and "xxh3" in source:
+                        yield case, path, source["xxh3"]
+        return
+    files = [(case, path) for case in cases for name, path in case.images.items() if name in store.layout.modalities]
+    sizes = {path: path.stat().st_size for _, path in files if path.is_file()}
+    count = Counter(sizes.values())
+    for case, path in files:
+        if path in sizes and count[sizes[path]] > 1:
+            with contextlib.suppress(VolumeError):
+                yield case, str(path), read_image(path).source["xxh3"]
+
+
+def check_copies(cases: Sequence[Case], store: VolumeCache | SourceVolumes) -> None:
     """Refuse a study that is listed under two names: files of two patients that are equal byte by byte.
 
     Args:
         cases: The cases.
-        store: Their cache, which knows the check sums of the sources.
+        store: Opens them; a cache knows the check sums of the sources, else they are read.
 
     Raises:
         DataError: names the first pair.
     """
     owners: dict[str, tuple[Case, str]] = {}
-    for case in cases:
-        record = store.read_record(case.case_id)
-        images = {str(path) for path in case.images.values()}
-        for path, source in (record.sources if record is not None else {}).items():
-            if path not in images or "xxh3" not in source:
-                continue
-            other, twin = owners.setdefault(source["xxh3"], (case, path))
-            if other.patient_id != case.patient_id:
-                raise DataError(f"{other.case_id} and {case.case_id} are the same study under two names: {twin} and "
-                                f"{path} are equal byte by byte. Keep one of them.")  # fmt: skip
+    for case, path, check_sum in _check_sums(cases, store):
+        other, twin = owners.setdefault(check_sum, (case, path))
+        if other.patient_id != case.patient_id:
+            raise DataError(f"{other.case_id} and {case.case_id} are the same study under two names: {twin} and "
+                            f"{path} are equal byte by byte. Keep one of them.")  # fmt: skip

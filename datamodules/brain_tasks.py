@@ -7,50 +7,57 @@ from typing import Any
 
 from common.errors import DataError
 from common.types import InputSpec
+from datamodules.brain_archive import BrainArchiveDataModule
 from datamodules.brain_labels import LabelSource, read_classes
-from datamodules.brain_layouts import ATLAS, BRAIN_LAYOUTS
 from datamodules.cases import Case, Layout
 from datamodules.layouts import with_modalities
 from datamodules.loading import ResumableLoader
-from datamodules.volumes import VolumeDataModule
 
 
-class BrainTaskDataModule(VolumeDataModule):
+class BrainTaskDataModule(BrainArchiveDataModule):
     """Volumes of one source under canonical sequence names, prepared as for pre-training.
 
     Args:
-        root: The archive; see :data:`datamodules.brain_layouts.BRAIN_LAYOUTS`.
+        root: The archive.
         modalities: Sequences by their canonical names; None takes those of the layout that its cases have.
-        atlas: Voxels of the atlas; where templates lie.
-        overhang: Share of a crop that may reach beyond the brain's box.
-        flip_axes: Must be empty: the fine-tuned module mirrors, templates and all.
-        **options: As :class:`datamodules.volumes.VolumeDataModule`.
+        cohort: Challenge of BraTS 2023 whose studies are used, such as PED; None takes all.
+        **options: As :class:`datamodules.brain_archive.BrainArchiveDataModule`.
     """
 
-    known_layouts = BRAIN_LAYOUTS
-
     def __init__(
-        self,
-        root: str,
-        modalities: list[str] | None = None,
-        atlas: tuple[int, int, int] = ATLAS,
-        overhang: float = 0.0,
-        flip_axes: tuple[int, ...] = (),
-        **options: Any,
+        self, root: str, modalities: list[str] | None = None, cohort: str | None = None, **options: Any
     ) -> None:
-        super().__init__(root, modalities=modalities, overhang=overhang, flip_axes=flip_axes, **options)
-        if flip_axes:
-            raise ValueError("flip_axes must be empty: the module mirrors crops, so that templates stay in place.")
-        self.atlas = atlas
+        super().__init__(root, modalities=modalities, **options)
+        self.cohort = cohort
 
     def settle(self, layout: Layout) -> Layout:
-        """Settle the sequences: those asked for, or those of the layout that any case has."""
+        """Settle the sequences: those asked for, or those of the layout that any case has.
+
+        Where the layout does not know the label's values, those of the regions and 0 are all that may occur.
+
+        Raises:
+            DataError: there is no study of the cohort, or none with a sequence that is asked for.
+        """
+        if self.cohort is not None:
+            self.cases = self._of_cohort(self.cohort)
+        layout = super().settle(layout)
         present = {name for case in self.cases for name in case.images}
         wanted = self._modalities or [name for name in layout.modalities if name in present]
         settled = with_modalities(layout, self.cases, wanted)
+        if self._regions and not settled.label_values:
+            values = frozenset({0, *(value for region in self._regions.values() for value in region)})
+            settled = replace(settled, label_values=values)
         atlas = self.atlas if layout.preprocessing.atlas is not None else None
         intensity = dict.fromkeys(settled.modalities, "percentile_5_95")
         return replace(settled, preprocessing=replace(settled.preprocessing, intensity=intensity, atlas=atlas))
+
+    def _of_cohort(self, cohort: str) -> list[Case]:
+        start = f"BraTS-{cohort}-"
+        kept = [case for case in self.cases if case.case_id.lower().startswith(start.lower())]
+        if not kept:
+            raise DataError(f"No study under {self.root} is called {start}..., such as {self.cases[0].case_id} is; "
+                            f"to use every study, set data.cohort to null.")  # fmt: skip
+        return kept
 
 
 class BrainClassDataModule(BrainTaskDataModule):

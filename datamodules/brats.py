@@ -15,7 +15,7 @@ MODALITIES = ("t1c", "t1n", "t2f", "t2w")
 _ALIASES = {"t1ce": "t1c", "t1gd": "t1c", "t1": "t1n", "flair": "t2f", "t2": "t2w"} | {
     m: m for m in (*MODALITIES, "seg")
 }
-_NEW_NAME = re.compile(r"^(BraTS-[A-Za-z]+-\d+)-(\d{3})$")
+_NEW_NAME = re.compile(r"^(BraTS-[A-Z]+-\d+)-(\d{3})$", re.IGNORECASE)
 _SUFFIXES = (".nii.gz", ".nii")
 _MAX_DEPTH = 3
 
@@ -25,7 +25,7 @@ def _case(folder: Path) -> Case | None:
     files: dict[str, Path] = {}
     for path in natural_files(folder, _SUFFIXES):
         stem = stem_of(path, _SUFFIXES)
-        if not stem.startswith(folder.name):
+        if not stem.lower().startswith(folder.name.lower()):
             continue
         modality = _ALIASES.get(stem[len(folder.name) :].lstrip("-_").lower())
         if modality is not None:

@@ -4,6 +4,7 @@ MONAI resamples; the rules of what may be used, and what is refused, are ours.
 """
 
 from collections import Counter
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ class PreparedCase(NamedTuple):
         offset: First voxel of the final grid in the reference grid; None where it was resampled.
         faults: Broken image members that the case does without.
         label_faults: What is wrong with the label; the case has none then.
-        sources: Size and check sum by path of every file read.
+        sources: Size and check sum by path of the images that can be used and of the labels.
     """
 
     image: NDArray[np.float32]
@@ -50,11 +51,19 @@ class PreparedCase(NamedTuple):
     sources: dict[str, dict[str, Any]]
 
 
-def _check_values(data: NDArray) -> None:
+def read_image(path: Path) -> Volume:
+    """Read a volume that shows something.
+
+    Raises:
+        VolumeError: as :func:`datamodules.volume_io.read_volume`; or voxels are not finite, or all the same.
+    """
+    volume = read_volume(path)
+    data = volume.data
     if data.dtype.kind == "f" and not np.isfinite(data).all():
         raise VolumeError("nan", f"{int((~np.isfinite(data)).sum())} voxels are not finite")
     if data.min() == data.max():
         raise VolumeError("constant", f"every voxel is {data.flat[0]:g}")
+    return volume
 
 
 def _rescaled(data: NDArray, rule: str) -> NDArray[np.float32]:
@@ -79,13 +88,11 @@ def _read_members(case: Case, modalities: tuple[str, ...]) -> tuple[dict[str, Vo
         if (path := case.images.get(modality)) is None:
             continue
         try:
-            volume = read_volume(path)
-            sources[str(path)] = volume.source
-            _check_values(volume.data)
+            volume = read_image(path)
         except VolumeError as error:
             faults.append(Fault(str(path), error.kind, error.detail, case.case_id))
         else:
-            volumes[modality] = volume
+            volumes[modality], sources[str(path)] = volume, volume.source
     return volumes, faults, sources
 
 
@@ -166,7 +173,8 @@ def _label_volume(case: Case, layout: Layout, reference: Volume, sources: dict[s
         raise VolumeError(
             "label",
             f"holds the values {sorted(found)}, but {layout.name} allows {sorted(layout.label_values)} only"
-            + (": is this another release of the data? LAYOUT= chooses one" if layout.name.startswith("brats") else ""),
+            + (": is this another release of the data? LAYOUT= chooses one" if layout.name.startswith("brats") else "")
+            + ("" if layout.regions else ": data.regions must name every value"),
         )
     return merged.astype(np.uint8)
 
@@ -189,16 +197,18 @@ def centered_slice(size: int, low: int, high: int) -> slice:
 
 #: Share of voxels that are exactly 0 in every sequence, below which a volume has its skull and air still on.
 _MIN_AIR = 0.15
-#: Voxel edge in mm above which a volume is no resampling of an atlas.
-_MAX_EDGE = 2.5
+#: Voxel edges in mm, and degrees between an axis and the atlas's, beyond which a volume does not lie on its grid.
+_EDGES = (0.9, 1.1)
+_MAX_TILT = 2.0
 
 
 def native_space(affine: NDArray[np.float64]) -> str | None:
     """Say why voxels cannot lie on an atlas's grid; None where they may."""
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if spacing.max() <= _MAX_EDGE:
-        return None
-    return f"its voxels of {' x '.join(f'{s:.3g}' for s in spacing)} mm are those of a native scan"
+    if not all(_EDGES[0] <= edge <= _EDGES[1] for edge in spacing):
+        return f"its voxels of {' x '.join(f'{s:.3g}' for s in spacing)} mm are those of a native scan"
+    tilt = float(np.degrees(np.arccos(np.clip(np.abs(np.diag(affine)[:3]) / spacing, 0, 1))).max())
+    return f"its axes are tilted by {tilt:.0f} degrees" if tilt > _MAX_TILT else None
 
 
 def _check_space(case: Case, images: dict[str, Any], reference: Volume, atlas: tuple[int, ...]) -> None:
@@ -293,10 +303,16 @@ def _rescaled_stack(
 
 
 def _nothing_left(case: Case, layout: Layout) -> Fault:
-    needed = layout.preprocessing.reference or "any modality"
-    unknown = case.attributes.get("unknown")
-    found = f"; it has {unknown}, and known are {', '.join(layout.modalities)}" if unknown else ""
-    return Fault(case.case_id, "missing", f"the case has no {needed}{found}", case.case_id)
+    known, found = ", ".join(layout.modalities), [*case.images, *filter(None, [case.attributes.get("unknown")])]
+    if layout.preprocessing.reference is not None:
+        detail = f"the case has no {layout.preprocessing.reference}"
+    elif case.images:
+        detail = f"the case has none of {known}; it has {', '.join(found)}"
+    else:
+        detail = (
+            f"the case has no sequence of a known name; it has {', '.join(found) or 'no image'}, and known are {known}"
+        )
+    return Fault(case.case_id, "missing", detail, case.case_id)
 
 
 def _prepare_label(

@@ -17,6 +17,9 @@ SUFFIXES = (".nii.gz", ".nii", ".mha")
 #: A header may promise any size; this many voxels (a 2048-cube holds more) is no volume of ours.
 MAX_VOXELS = 2**31
 
+#: Volume of a voxel in units of its edges, which is 1 where they are at right angles; nearer to 0 it is flat.
+_MIN_VOLUME = 1e-3
+
 #: Goes into the cache key: another decoder may give other voxels.
 DECODERS = {"nibabel": nib.__version__, "SimpleITK": sitk.Version.VersionString()}
 
@@ -78,6 +81,17 @@ def _check_header(shape: tuple[int, ...]) -> None:
         raise VolumeError("shape", f"the header promises {shape} voxels, more than is opened here")
 
 
+def _check_affine(affine: NDArray[np.float64]) -> None:
+    """Refuse an affine that is not finite or has no inverse: its voxels lie nowhere."""
+    edges = np.linalg.norm(affine[:3, :3], axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        volume = abs(np.linalg.det(affine[:3, :3] / edges)) if np.isfinite(affine).all() and edges.all() else 0.0
+    if volume < _MIN_VOLUME:
+        rows = "; ".join(" ".join(f"{value:g}" for value in row) for row in affine[:3])
+        raise VolumeError("unreadable", f"the header places its voxels nowhere: its affine is ({rows}), which has no "
+                                        f"inverse; write a valid sform or qform")  # fmt: skip
+
+
 def _squeeze(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:3] if len(shape) > 3 and set(shape[3:]) == {1} else shape
 
@@ -99,6 +113,7 @@ def _read_nifti(path: Path) -> Volume:
 
 def _canonical(data: NDArray[Any], affine: NDArray[np.float64], source: dict[str, Any]) -> Volume:
     """Turn the axes to RAS, without resampling."""
+    _check_affine(affine)
     image = nib.as_closest_canonical(nib.Nifti1Image(_plain(data), affine))
     return Volume(np.asanyarray(image.dataobj), image.affine, source, affine)
 
@@ -177,6 +192,7 @@ def read_header(path: Path) -> Header:
     except Exception as error:  # as in _read_nifti: every kind means a broken header
         raise VolumeError("unreadable", f"the header cannot be read ({str(error).splitlines()[0]})") from error
     _check_header(shape)
+    _check_affine(affine)
     turn = nib.orientations.io_orientation(affine)
     ras_shape = tuple(int(shape[list(turn[:, 0]).index(axis)]) for axis in range(3))
     return Header(ras_shape, affine @ nib.orientations.inv_ornt_aff(turn, shape))

@@ -1,18 +1,23 @@
 import json
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import yaml
 
 from common.errors import DataError
 from datamodules.brain import BrainDataModule, PairDataset
 from datamodules.brain_layouts import BRAIN_LAYOUTS
+from datamodules.brain_tasks import BrainTaskDataModule
 from datamodules.layouts import recognise
 from datamodules.loading import Draw
+from datamodules.prepare import native_space
 from datamodules.sequences import CANONICAL
 from datamodules.volume_io import write_nifti
+from experiments import brainmvp
 
 SHAPE = (40, 44, 36)
 
@@ -119,6 +124,22 @@ def test_every_sequence_of_a_study_is_drawn_equally_often(data):
     assert np.mean([value for values in losses.values() for value in values]) == 2.4
 
 
+def test_pre_training_on_some_of_the_sequences(brain_root, data, capsys):
+    some = ready(brain_root, modalities=["adc", "dwi", "t1c"])
+    assert "5 of 12 studies have none of t1c, dwi, adc and are left out" in capsys.readouterr().out
+    assert len(some.cases_in_use()) == 7
+    assert {name for case in some.cases for name in case.images} == {"t1c", "dwi", "adc"}
+    assert some.input_spec.channels == CANONICAL
+    drawn = {int(index) for _ in range(4) for batch in some.train_dataloader() for index in batch["modality"]}
+    assert drawn <= {CANONICAL.index(name) for name in ("t1c", "dwi", "adc")}
+    assert some.store.folder.name != data.store.folder.name  # its cache is another one
+    with pytest.raises(DataError, match="modalities names T1ce, swi; pre-training knows flair, t1, t1c"):
+        module(brain_root, modalities=["t1", "T1ce", "swi"]).index()
+    root = brain_root / "brats"
+    with pytest.raises(DataError, match=r"has one of pd, .* asks for; present are flair, t1, t1c, t2"):
+        module(root, modalities=["pd"]).index()
+
+
 def test_controls_and_reference(brain_root):
     data = ready(brain_root, lesions=True)
     batch = next(iter(data.val_dataloader()))
@@ -199,6 +220,18 @@ def test_native_space_is_refused_with_the_reason(tmp_path):
         ready(tmp_path / "archive", split_fractions=(1, 0, 0))
 
 
+def test_a_study_without_a_known_sequence_among_good_ones(brain_root, tmp_path):
+    root = shutil.copytree(brain_root, tmp_path / "archive")
+    studies = entries(root)
+    studies[0]["image"] = {"swi": studies[0]["image"]["t1"]}
+    data = ready(listed(root, {"training": studies[:3], "validation": studies[3:]}))
+    (fault,) = data.ledger.faults
+    assert fault.detail == (
+        f"the case has no sequence of a known name; it has swi, and known are {', '.join(CANONICAL)}"
+    )
+    assert len(data._usable(data.splits["train"])) == 2
+
+
 def test_volumes_smaller_than_the_crop_and_larger_than_the_atlas(brain_root):
     data = ready(brain_root, crop_size=(48, 16, 16), atlas=(24, 44, 36))
     batch = next(iter(data.train_dataloader()))
@@ -270,26 +303,130 @@ FOUND = {
 }
 
 
+def touch(root, pattern):
+    """Write the files that ``a/{b,c}.nii`` stands for; names alone decide, so they may be empty."""
+    before, _, rest = pattern.partition("{")
+    inside, _, after = rest.partition("}")
+    for part in inside.split(","):
+        path = root / f"{before}{part}{after}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        (path.parent / f"._{path.name}").touch()
+
+
+def sequences(cases):
+    return {case.case_id: " ".join([*sorted(case.images), *(["+seg"] if case.labels else [])]) for case in cases}
+
+
 @pytest.mark.parametrize("name", TREES)
 def test_official_layouts(tmp_path, name):
-    """Names alone decide, so the files may be empty here."""
     for pattern in TREES[name]:
-        before, _, rest = pattern.partition("{")
-        inside, _, after = rest.partition("}")
-        for part in inside.split(","):
-            path = tmp_path / f"{before}{part}{after}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-            (path.parent / f"._{path.name}").touch()
+        touch(tmp_path, pattern)
     layout, cases = recognise(tmp_path, known=BRAIN_LAYOUTS)
     assert layout.name == name
-    assert {
-        case.case_id: " ".join([*sorted(case.images), *(["+seg"] if case.labels else [])]) for case in cases
-    } == FOUND[name]
+    assert sequences(cases) == FOUND[name]
     if name == "ucsf_pdgm":
         assert {case.patient_id for case in cases} == {"UCSF-PDGM-0004"}
     if name == "brats2021":
         assert cases[0].attributes["grade"] == "HGG"
+
+
+@pytest.mark.parametrize("change", [str.lower, str.upper])
+@pytest.mark.parametrize("name", TREES)
+def test_official_layouts_in_any_case(tmp_path, name, change):
+    for pattern in TREES[name]:
+        stem, suffix = pattern.partition(".nii")[::2]
+        touch(tmp_path, f"{change(stem)}.nii{suffix}")
+    layout, cases = recognise(tmp_path, known=BRAIN_LAYOUTS)
+    assert layout.name == name
+    assert {case.lower(): found for case, found in sequences(cases).items()} == {
+        case.lower(): found for case, found in FOUND[name].items()
+    }
+
+
+@pytest.mark.parametrize("more", ["pd", "ADC"])
+def test_a_generic_folder_is_no_brats(tmp_path, more):
+    touch(tmp_path, "P0/P0_{t1,t2,swi,seg}.nii.gz")
+    assert recognise(tmp_path, known=BRAIN_LAYOUTS)[0].name == "brats2021"
+    touch(tmp_path, f"P1/P1_{{t1,{more}}}.nii.gz")
+    layout, cases = recognise(tmp_path, known=BRAIN_LAYOUTS)
+    assert layout.name == "folder"
+    assert sequences(cases) == {"P0": "t1 t2 +seg", "P1": " ".join(sorted(["t1", more.lower()]))}
+    assert cases[0].attributes == {"unknown": "swi"}
+
+
+def test_sources_of_no_official_layout(tmp_path):
+    touch(tmp_path, "a/BraTS-GLI-00001-000/BraTS-GLI-00001-000-{t1n,t1c}.nii.gz")
+    touch(tmp_path, "b/P0/P0_{t1,pd}.nii.gz")
+    layout, cases = recognise(tmp_path, known=BRAIN_LAYOUTS)
+    assert layout.name == "sources"
+    assert sequences(cases) == {"BraTS-GLI-00001-000": "t1 t1c", "P0": "pd t1"}
+    touch(tmp_path, "c/{x_t1,x_t2}.nii.gz")
+    listed(tmp_path / "c", {"training": [{"study": "x", "source": "own", "image": {"t1": "x_t1.nii.gz"}}],
+                            "validation": [{"study": "y", "image": {"t2": "x_t2.nii.gz"}}]})  # fmt: skip
+    _, cases = recognise(tmp_path, known=BRAIN_LAYOUTS)
+    assert {case.case_id: (case.attributes["source"], case.split) for case in cases} == {
+        "BraTS-GLI-00001-000": ("brats2023", "train"), "P0": ("folder", "train"), "x": ("own", "train"),
+        "y": ("datalist", "val"),
+    }  # fmt: skip
+    touch(tmp_path, "d/{more,scans}.nii.gz")
+    with pytest.raises(DataError, match=r"archives .* and d, which has volumes but is of no known layout"):
+        recognise(tmp_path, known=BRAIN_LAYOUTS)
+    listed(tmp_path, {"training": [{"study": "x", "image": {"t1": "c/x_t1.nii.gz"}}]})
+    assert recognise(tmp_path, known=BRAIN_LAYOUTS)[0].name == "brain_manifest"
+
+
+@pytest.mark.parametrize("task", ["ped", "met"])
+def test_a_task_of_one_cohort(task, tmp_path):
+    settings = yaml.safe_load((Path(brainmvp.__file__).parent / f"configs/finetune_brats_{task}_seg.yaml").read_text())
+    for cohort in ("GLI", "PED", "MET"):
+        touch(tmp_path, f"BraTS-{cohort}-00001-000/BraTS-{cohort}-00001-000-{{t1n,t1c,t2w,t2f,seg}}.nii.gz")
+    options = settings["data"]["init_args"] | {"root": str(tmp_path), "split_fractions": (1, 0, 0)}
+    data = BrainTaskDataModule(**options)
+    data.index()
+    assert [case.case_id for case in data.cases] == [f"BraTS-{task.upper()}-00001-000"]
+    with pytest.raises(DataError, match=r"is called BraTS-SSA-\.\.\.,"):
+        BrainTaskDataModule(**options | {"cohort": "SSA"}).index()
+
+
+def test_a_manifest_knows_patients_by_their_names(tmp_path):
+    for first, second in (("BraTS-GLI-00007-000", "BraTS-GLI-00007-001"), ("UPENN-GBM-00002_11", "UPENN-GBM-00002_21"),
+                          ("UCSF-PDGM-0004_nifti", "UCSF-PDGM-0004_FU001d_nifti")):  # fmt: skip
+        rows = [{"study": name, "image": {"t1": f"{name}.nii.gz"}} for name in (first, second)]
+        listed(tmp_path, {"training": rows[:1], "validation": rows[1:]})
+        with pytest.raises(DataError, match=f"1 patients are in several splits, first {first[:14]}.* Split by patient"):
+            module(tmp_path).index()
+        listed(tmp_path, {"training": [rows[0]], "validation": [dict(rows[1], patient="another")]})
+        assert len({case.patient_id for case in module(tmp_path).all_cases()}) == 2
+
+
+def test_values_of_no_region_are_a_fault_of_a_manifests_label(brain_root, tmp_path):
+    root = shutil.copytree(brain_root, tmp_path / "archive")
+    studies = entries(root)
+    for study in studies:
+        study["label"] = f"brats/{study['study']}/{study['study']}_seg.nii.gz"
+    listed(root, {"training": studies[:3], "validation": studies[3:]})
+
+    def task(enhancing):
+        data = BrainTaskDataModule(str(root), labels=True, regions={"WT": [1, 2, enhancing], "ET": [enhancing]},
+                                   atlas=SHAPE, crop_size=(16, 16, 16), batch_size=2, max_fault_fraction=1)  # fmt: skip
+        data.prepare_data()
+        return data
+
+    data = task(4)
+    data.setup("fit")
+    assert data.ledger.faults == []
+    data = task(3)
+    with pytest.raises(DataError, match=r"4\], but brain_manifest allows \[0, 1, 2, 3\] only: data.regions must name"):
+        data.setup("fit")
+
+
+def test_what_lies_on_an_atlas_s_grid():
+    turned = np.eye(4)
+    turned[:2, :2] = [[np.cos(0.2), -np.sin(0.2)], [np.sin(0.2), np.cos(0.2)]]
+    assert native_space(np.diag([1.0, 1.02, 0.97, 1.0])) is None
+    assert "1.2 x 0.94 x 0.94 mm are those of a native scan" in native_space(np.diag([1.2, 0.94, 0.94, 1.0]))
+    assert "its axes are tilted by 11 degrees" in native_space(turned)
 
 
 def test_regions_by_release():

@@ -106,3 +106,18 @@ def test_a_header_that_promises_too_much_is_not_believed(tmp_path):
 def test_a_trailing_axis_of_one_is_fine(tmp_path):
     write_nifti(tmp_path / "x.nii", np.ones((4, 5, 6, 1), np.uint8), np.eye(4))
     assert read_volume(tmp_path / "x.nii").data.shape == (4, 5, 6)
+
+
+@pytest.mark.parametrize("column", [[0, 0, 0], [np.nan, 1, 1], [1, 0, 0]], ids=["zero", "nan", "as the first"])
+@pytest.mark.parametrize("read", [read_volume, read_header])
+def test_an_affine_that_places_voxels_nowhere(volume, tmp_path, read, column):
+    path, data = volume
+    image = nib.load(path)
+    image.header["sform_code"] = 1
+    for row, value in zip(("srow_x", "srow_y", "srow_z"), column, strict=True):
+        image.header[row] = [1.0 * (row == "srow_x"), value, 1.0 * (row == "srow_z"), 0]
+    header = image.header.binaryblock + bytes(4)
+    (tmp_path / "x.nii").write_bytes(header + np.asfortranarray(data).tobytes("F"))
+    with pytest.raises(VolumeError, match="places its voxels nowhere") as error:
+        read(tmp_path / "x.nii")
+    assert error.value.kind == "unreadable"
