@@ -47,9 +47,9 @@ def _check_sums(cases: Sequence[Case], store: VolumeCache | SourceVolumes) -> It
         for case in cases:
             if (record := store.read_record(case.case_id)) is not None:
                 useful = {str(path) for path in case.images.values()} - {path for path, _, _ in record.faults}
-                for path, source in record.sources.items():
-                    if path in useful and "xxh3" in source:
-                        yield case, path, source["xxh3"]
+                for name, source in record.sources.items():
+                    if name in useful and "xxh3" in source:
+                        yield case, name, source["xxh3"]
         return
     files = [(case, path) for case in cases for name, path in case.images.items() if name in store.layout.modalities]
     sizes = {path: path.stat().st_size for _, path in files if path.is_file()}

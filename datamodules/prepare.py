@@ -197,15 +197,14 @@ def centered_slice(size: int, low: int, high: int) -> slice:
 
 #: Share of voxels that are exactly 0 in every sequence, below which a volume has its skull and air still on.
 _MIN_AIR = 0.15
-#: Voxel edges in mm, and degrees between an axis and the atlas's, beyond which a volume does not lie on its grid.
-_EDGES = (0.9, 1.1)
-_MAX_TILT = 2.0
+#: Longest edge in mm, ratio of the edges, and degrees between an axis and the atlas's of what may be in atlas space.
+_MAX_EDGE, _MAX_RATIO, _MAX_TILT = 2.5, 1.02, 2.0
 
 
 def native_space(affine: NDArray[np.float64]) -> str | None:
-    """Say why voxels cannot lie on an atlas's grid; None where they may."""
+    """Say why voxels are not those of an atlas, whatever its resolution; None where they may be."""
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if not all(_EDGES[0] <= edge <= _EDGES[1] for edge in spacing):
+    if spacing.max() > _MAX_EDGE or spacing.max() > _MAX_RATIO * spacing.min():
         return f"its voxels of {' x '.join(f'{s:.3g}' for s in spacing)} mm are those of a native scan"
     tilt = float(np.degrees(np.arccos(np.clip(np.abs(np.diag(affine)[:3]) / spacing, 0, 1))).max())
     return f"its axes are tilted by {tilt:.0f} degrees" if tilt > _MAX_TILT else None

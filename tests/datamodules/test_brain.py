@@ -424,7 +424,8 @@ def test_values_of_no_region_are_a_fault_of_a_manifests_label(brain_root, tmp_pa
 def test_what_lies_on_an_atlas_s_grid():
     turned = np.eye(4)
     turned[:2, :2] = [[np.cos(0.2), -np.sin(0.2)], [np.sin(0.2), np.cos(0.2)]]
-    assert native_space(np.diag([1.0, 1.02, 0.97, 1.0])) is None
+    assert native_space(np.diag([1.0, 1.01, 1.0, 1.0])) is None
+    assert native_space(np.diag([2.0, 2.0, 2.0, 1.0])) is None, "resampled to 1 mm"
     assert "1.2 x 0.94 x 0.94 mm are those of a native scan" in native_space(np.diag([1.2, 0.94, 0.94, 1.0]))
     assert "its axes are tilted by 11 degrees" in native_space(turned)
 
