@@ -67,7 +67,7 @@ def _say_texts(datamodule: "ImageTextDataModule", samples: Sequence["Sample"], r
     parts: dict[str, set[str]] = defaultdict(set)
     for sample in samples:
         if text := texts.get(sample.study.case_id):
-            parts[text].add(split_of[sample.case_id])
+            parts[text.lower()].add(split_of[sample.case_id])
     shared = sum(len(found) > 1 for found in parts.values())
     if shared:
         say(f"note: {shared} of {len(parts)} distinct texts occur in several splits, under different patients")
