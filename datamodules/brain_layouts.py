@@ -162,8 +162,8 @@ def _pattern(
 ) -> Layout:
     """Make a layout of a pattern; further settings are those of the pattern and of the layout."""
     own = {key: more.pop(key) for key in ("names", "study", "attribute") if key in more}
-    patterns = (re.compile(text, re.IGNORECASE) if text else None for text in (image, label))
-    pattern = Pattern(*patterns, **own)  # type: ignore[arg-type]
+    label_pattern = re.compile(label, re.IGNORECASE) if label else None
+    pattern = Pattern(re.compile(image, re.IGNORECASE), label_pattern, **own)  # type: ignore[arg-type]
     return _layout(name, tree, pattern.find, labels, **more)
 
 
