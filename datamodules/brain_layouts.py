@@ -158,12 +158,19 @@ def _layout(name: str, tree: str, find: object, labels: tuple[int, ...] = (), **
 
 
 def _pattern(
-    name: str, tree: str, image: str, label: str | None = None, labels: tuple[int, ...] = (), **more: object
+    name: str,
+    tree: str,
+    image: str,
+    label: str | None = None,
+    labels: tuple[int, ...] = (),
+    names: Mapping[str, str] | None = None,
+    study: str = Pattern.study,
+    attribute: str = Pattern.attribute,
+    **more: object,
 ) -> Layout:
-    """Make a layout of a pattern; further settings are those of the pattern and of the layout."""
-    own = {key: more.pop(key) for key in ("names", "study", "attribute") if key in more}
+    """Make a layout of a :class:`Pattern`, given as texts; further settings are those of the layout."""
     label_pattern = re.compile(label, re.IGNORECASE) if label else None
-    pattern = Pattern(re.compile(image, re.IGNORECASE), label_pattern, **own)  # type: ignore[arg-type]
+    pattern = Pattern(re.compile(image, re.IGNORECASE), label_pattern, names, study, attribute)
     return _layout(name, tree, pattern.find, labels, **more)
 
 

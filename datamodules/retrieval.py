@@ -36,7 +36,7 @@ def captioned_images(studies: Sequence[Study], layout: StudyLayout) -> list[Capt
     found: dict[Path, CaptionedImage] = {}
     for study in studies:
         if study.images and isinstance(study.text, str):
-            text = layout.extract(study.text, "full")
+            text = layout.extract(study.text, "full", False)
             image = study.images[0]
             found.setdefault(image, CaptionedImage(study.case_id, study.patient_id, image, text, study.split))
     return [item for item in found.values() if item.text]

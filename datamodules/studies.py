@@ -56,7 +56,7 @@ class StudyLayout:
     name: str
     tree: str
     find: Callable[[Path], list[Study]]
-    extract: Callable[..., str]
+    extract: Callable[[str, str, bool], str]
     prefer: int = 0
 
     def recognised(self, root: Path) -> list[Study]:
