@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common.blocks.monai_keys import from_monai
 from common.blocks.patch_embed import grid_of
 from common.blocks.pos_embed import resize_position_embedding
-from common.blocks.timm_keys import from_timm
 from common.errors import CheckpointError
+from common.weights.monai_keys import from_monai
+from common.weights.timm_keys import from_timm
 
 
 def resolve_checkpoint(path: str | Path, prefer: str = "best") -> Path:

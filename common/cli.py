@@ -30,13 +30,13 @@ from common.callbacks.preemption import Preemption, slurm_job
 from common.callbacks.run_record import RunRecord
 from common.checkpoint import read_checkpoint, resolve_checkpoint, run_tokenizer
 from common.checkpoint_io import AtomicCheckpointIO
-from common.data_config import one_line, package_file
 from common.distributed import launched_rank
 from common.errors import PreemptedError, UserError
-from common.loggers import RunCSVLogger, RunTensorBoardLogger, SummaryLogger
 from common.module import SIZES
 from common.randomness import DEFAULT_SEED
-from common.reporting import is_dry_run, say
+from common.runtime.data_config import one_line, package_file
+from common.runtime.loggers import RunCSVLogger, RunTensorBoardLogger, SummaryLogger
+from common.runtime.reporting import is_dry_run, say
 
 PREEMPTED = 143
 

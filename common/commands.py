@@ -9,17 +9,20 @@ import sys
 
 #: Subcommand to (module with ``add_arguments`` and ``run``, what it does). Modules are imported when they are needed.
 COMMANDS = {
-    "synthesize": ("datamodules.synthetic", "write a small synthetic tree in an official layout"),
-    "doctor": ("datamodules.doctor", "read an archive's headers (--deep: every byte) and say what is wrong with it"),
-    "prepare": ("datamodules.prepare_command", "build or verify the cache of an archive"),
-    "split": ("datamodules.split_command", "write a split by patient as a file"),
-    "tokenizer": ("datamodules.tokens", "learn a vocabulary from the training texts of an archive"),
-    "export": ("common.export", "write a pre-trained encoder for use without this project"),
-    "convert": ("common.convert", "turn the weights of MAE, timm or published code into an encoder for CKPT="),
+    "synthesize": ("datamodules.synthetic.command", "write a small synthetic tree in an official layout"),
+    "doctor": ("datamodules.volumes.checks", "read an archive's headers (--deep: every byte) and print what is wrong"),
+    "prepare": ("datamodules.commands.prepare", "build or verify the cache of an archive"),
+    "split": ("datamodules.commands.split", "write a split by patient as a file"),
+    "tokenizer": ("datamodules.reports.tokens", "learn a vocabulary from the training texts of an archive"),
+    "export": ("common.weights.export", "write a pre-trained encoder for use without this project"),
+    "convert": ("common.weights.convert", "turn the weights of MAE, timm or published code into an encoder for CKPT="),
     "embed": ("common.embed", "write the features of every case to Parquet"),
-    "associate": ("datamodules.association", "test variants against the features of images, and count regions"),
-    "study": ("common.study", "run the arms of a comparison over seeds and write its results"),
-    "bench": ("common.bench", "time our own pairs side by side and print the ratios"),
+    "associate": (
+        "datamodules.genetics.association",
+        "test variants against image features, and count regions",
+    ),
+    "study": ("common.sweeps.runner", "run the arms of a comparison over seeds and write its results"),
+    "bench": ("common.sweeps.bench", "time our own pairs side by side and print the ratios"),
 }
 
 #: From malloc.h of glibc.

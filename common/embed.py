@@ -7,9 +7,9 @@ import pandas as pd
 import torch
 
 from common.checkpoint import load_encoder
-from common.data_config import add_data_arguments, make_datamodule
 from common.downstream.encoder import mean_features
-from common.reporting import say
+from common.runtime.data_config import add_data_arguments, make_datamodule
+from common.runtime.reporting import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from common.distributed import reduce_sums
 from common.errors import CheckpointError, UserError
 from common.optim import Schedule, WarmupCosine, param_groups
 from common.randomness import run_seed, seed_step, stable_hash
-from common.reporting import log_scalars
+from common.runtime.reporting import log_scalars
 from common.types import HiddenTokens, InputSpec, Panel, Reconstruction, TokenFeatures
 
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 from tqdm import tqdm
 
 from common.faults import Fault, FaultLedger
-from common.reporting import say
-from datamodules.cache import say_cache
+from common.runtime.reporting import say
+from datamodules.volumes.cache import say_cache
 
 _T = TypeVar("_T")
 

@@ -9,8 +9,8 @@ import torch
 
 from common.cli import main
 from common.distributed import RankPool
-from datamodules.synthetic import write_brats, write_lung, write_pi_cai
-from datamodules.synthetic_brain import write_brain_archive
+from datamodules.synthetic.brain import write_brain_archive
+from datamodules.synthetic.command import write_brats, write_lung, write_pi_cai
 
 
 def pytest_configure():

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 import experiments
 from common.cli import MedmimCLI, resolve_config_arguments
 from common.commands import COMMANDS
-from common.study import read_study
+from common.sweeps.runner import read_study
 
 ROOT = Path(next(iter(experiments.__path__)))
 CONFIGS = sorted(ROOT.glob("*/configs/*.yaml"))

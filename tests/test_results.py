@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from common.results import update_readme
+from common.sweeps.results import update_readme
 
 REPOSITORY = Path(__file__).parent.parent
 EXPERIMENTS = REPOSITORY / "experiments"

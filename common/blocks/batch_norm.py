@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.distributed import all_reduce_sum, world_size
-from common.precision import at_least_float32
+from common.runtime.precision import at_least_float32
 
 
 class GlobalBatchNorm3d(nn.BatchNorm3d):

@@ -11,7 +11,7 @@ from common.callbacks.validation import ValidationCallback
 from common.distributed import gather_objects
 from common.metrics import singular_values, spectrum_rank
 from common.module import SSLModule
-from common.reporting import log_figure, log_scalars
+from common.runtime.reporting import log_figure, log_scalars
 from common.types import Reconstruction
 
 

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 
 from common.distributed import agree, gather_objects
 from common.faults import FaultLedger
-from common.reporting import is_dry_run, say
+from common.runtime.reporting import is_dry_run, say
 
 
 class FaultReport(pl.Callback):

@@ -10,7 +10,7 @@ from common.callbacks.validation import ValidationCallback
 from common.distributed import reduce_sums
 from common.losses.reconstruction import masked_error
 from common.module import SSLModule
-from common.reporting import log_scalars, say
+from common.runtime.reporting import log_scalars, say
 from common.types import Reconstruction
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
-from common.reporting import is_dry_run
+from common.runtime.reporting import is_dry_run
 
 
 class LastCheckpoint(Checkpoint):

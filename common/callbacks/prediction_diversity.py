@@ -9,7 +9,7 @@ from torch import Tensor
 from common.callbacks.validation import ValidationCallback
 from common.distributed import gather_objects
 from common.module import SSLModule
-from common.reporting import log_scalars
+from common.runtime.reporting import log_scalars
 from common.types import Reconstruction
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from common.callbacks.last_checkpoint import LastCheckpoint
 from common.distributed import agree
 from common.errors import PreemptedError
-from common.reporting import say
+from common.runtime.reporting import say
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

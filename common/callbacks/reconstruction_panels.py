@@ -13,7 +13,7 @@ from scipy.ndimage import binary_dilation
 
 from common.callbacks.validation import ValidationCallback
 from common.module import SSLModule
-from common.reporting import log_figure
+from common.runtime.reporting import log_figure
 from common.types import Panel, Reconstruction
 
 _COLUMNS = ("input", "visible (hidden in blue)", "prediction", "prediction - input where scored")

@@ -10,10 +10,10 @@ import torch
 
 from common.callbacks.preemption import slurm_job
 from common.callbacks.throughput import Throughput
-from common.loggers import SummaryLogger
-from common.provenance import environment
 from common.randomness import run_seed
-from common.reporting import is_dry_run, say
+from common.runtime.loggers import SummaryLogger
+from common.runtime.provenance import environment
+from common.runtime.reporting import is_dry_run, say
 
 
 def _encoder(module: torch.nn.Module) -> torch.nn.Module | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from common.callbacks.validation import ValidationCallback
 from common.distributed import reduce_sums
 from common.module import SSLModule
-from common.reporting import log_scalars
+from common.runtime.reporting import log_scalars
 from common.types import Reconstruction
 
 

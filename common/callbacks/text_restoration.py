@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 
 from common.callbacks.validation import ValidationCallback
 from common.module import SSLModule
-from common.reporting import log_text
+from common.runtime.reporting import log_text
 from common.types import Reconstruction
 
 _RIGHT, _WRONG = "\N{LARGE GREEN SQUARE}", "\N{LARGE RED SQUARE}"

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.reporting import say
+from common.runtime.reporting import say
 
 
 class Throughput(pl.Callback):

@@ -15,7 +15,7 @@ from common.distributed import gather_objects
 from common.downstream.encoder import EncoderFactory, encoder_architecture, make_encoder
 from common.module import BuiltFromData
 from common.optim import Schedule, WarmupCosine, param_groups
-from common.reporting import log_scalars, say, write_rows
+from common.runtime.reporting import log_scalars, say, write_rows
 from common.types import InputSpec
 
 

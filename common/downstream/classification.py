@@ -21,7 +21,7 @@ from common.downstream.base import ScoredTask
 from common.downstream.encoder import EncoderFactory, mean_features
 from common.errors import UserError
 from common.optim import Schedule
-from common.reporting import is_dry_run, say, write_rows
+from common.runtime.reporting import is_dry_run, say, write_rows
 from common.types import InputSpec
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from common.checkpoint import build_encoder, load_encoder
 from common.errors import UserError
-from common.reporting import say
+from common.runtime.reporting import say
 from common.types import InputSpec
 
 EncoderFactory = Callable[[int, Sequence[int]], nn.Module]

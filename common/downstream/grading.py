@@ -25,7 +25,7 @@ from common.downstream.classification import (
 from common.downstream.encoder import mean_features
 from common.errors import UserError
 from common.metrics import central_interval, resampled_counts, weighted_quadratic_kappa
-from common.reporting import say
+from common.runtime.reporting import say
 from common.types import InputSpec
 
 

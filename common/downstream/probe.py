@@ -19,7 +19,7 @@ from common.distributed import all_reduce_sum
 from common.downstream.base import FineTuning
 from common.downstream.encoder import EncoderFactory, mean_features
 from common.errors import DataError
-from common.reporting import is_dry_run, log_scalars, say, write_rows
+from common.runtime.reporting import is_dry_run, log_scalars, say, write_rows
 from common.types import InputSpec
 
 

@@ -16,7 +16,7 @@ from common.downstream.encoder import EncoderFactory
 from common.losses.region import RegionDiceBCE
 from common.metrics import region_dice, region_hd95
 from common.optim import Schedule
-from common.reporting import log_scalars, say
+from common.runtime.reporting import log_scalars, say
 from common.types import InputSpec
 
 NetworkFactory = Callable[[VisionTransformer, int], nn.Module]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from common.distributed import all_gather_cat, all_reduce_sum, world_size
-from common.precision import at_least_float32
+from common.runtime.precision import at_least_float32
 
 _EPS_POSITION = 1e-6
 _EPS_FEATURE = 1e-5

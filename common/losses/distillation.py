@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.losses.reconstruction import masked_mse
-from common.precision import at_least_float32
+from common.runtime.precision import at_least_float32
 
 _EPS = 1e-6
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
 from common.distributed import all_reduce_sum
-from common.precision import at_least_float32
+from common.runtime.precision import at_least_float32
 
 #: Label of the pixels that count nowhere.
 IGNORED = 255

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from common.distributed import all_reduce_sum
-from common.precision import at_least_float32
+from common.runtime.precision import at_least_float32
 
 
 def masked_error(pred: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from monai.losses import DiceLoss
 from torch import Tensor, nn
 
 from common.distributed import all_reduce_sum
-from common.precision import at_least_float32
+from common.runtime.precision import at_least_float32
 
 
 class RegionDiceBCE(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from common.distributed import all_gather_cat
-from common.precision import at_least_float32
+from common.runtime.precision import at_least_float32
 
 _EPS = 1e-8
 

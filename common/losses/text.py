@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.distributed import all_reduce_sum
-from common.precision import at_least_float32
+from common.runtime.precision import at_least_float32
 
 
 def masked_cross_entropy(logits: Tensor, targets: Tensor, sync: bool = True) -> Tensor:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.bench import Row, in_turn, one_thread, seconds, speedup, training_step
 from common.blocks.depthwise import DepthwiseConv3d
 from common.blocks.template_bank import TemplateBank
 from common.blocks.uniformer import UniFormer3D
 from common.cli import supports_bfloat16
+from common.sweeps.bench import Row, in_turn, one_thread, seconds, speedup, training_step
 from experiments.brainmvp.module import BrainMVPPretrain
 
 _CHANNELS = ["flair", "t1", "t1c", "t2", "mra", "pd", "dwi", "adc"]

@@ -12,7 +12,7 @@ from common.distributed import gather_objects
 from common.losses.contrastive import retrieval_accuracy
 from common.module import SSLModule
 from common.panels import axial
-from common.reporting import log_figure, log_scalars
+from common.runtime.reporting import log_figure, log_scalars
 
 
 def template_figure(template: Tensor, title: str) -> Figure:

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from common.blocks.residual_unet import ResidualUNetEncoder
 from common.blocks.uniformer import UniFormer3D
-from common.blocks.uniformer_keys import from_released
 from common.checkpoint import StoredEncoder, build_encoder, read_checkpoint
 from common.errors import CheckpointError
-from common.reporting import say
+from common.runtime.reporting import say
+from common.weights.uniformer_keys import from_released
 
 #: Format of ``medmim export`` that the converted weights are kept in.
 FORMAT = "released"

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.blocks.template_bank import TemplateBank
-from common.blocks.uniformer_keys import from_released, to_released
 from common.checkpoint import StoredEncoder, build_encoder
-from common.export import Exported, Writer
+from common.weights.export import Exported, Writer
+from common.weights.uniformer_keys import from_released, to_released
 
 _PROGRAM = """
 import torch

@@ -22,10 +22,10 @@ from common.losses.region import BatchDiceBCE
 from common.metrics import region_dice
 from common.optim import Schedule
 from common.randomness import KeyedGenerator
-from common.reporting import say, write_rows
+from common.runtime.reporting import say, write_rows
 from common.types import InputSpec
 from experiments.brainmvp.export import normalized_templates
-from experiments.brainmvp.networks import segmenter
+from experiments.brainmvp.segmentation_networks import segmenter
 
 #: What a channel's template is called where there is none under the channel's own name (MRBrainS13's T1-IR).
 _TEMPLATE_OF = {"t1ir": "t1"}

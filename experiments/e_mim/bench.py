@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import torch
 
-from common.bench import Row, in_turn, speedup, training_rows, training_step
 from common.blocks.attention import SelfAttention
 from common.cli import supports_bfloat16
+from common.sweeps.bench import Row, in_turn, speedup, training_rows, training_step
 from experiments.e_mim.model import EMIM
 from experiments.e_mim.module import EMIMPretrain
 

@@ -1,9 +1,9 @@
 """E-MIM's encoder for other libraries."""
 
-from common.blocks.monai_keys import monai_config, to_monai
 from common.checkpoint import StoredEncoder
 from common.errors import UserError
-from common.export import Exported, Writer
+from common.weights.export import Exported, Writer
+from common.weights.monai_keys import monai_config, to_monai
 
 _USAGE = """
 import json

@@ -15,8 +15,8 @@ from common.maskers.hybrid import HybridMasker
 from common.module import SSLModule, StepOutput
 from common.optim import Schedule
 from common.panels import volume_panels
-from common.precision import at_least_float32
 from common.randomness import KeyedGenerator
+from common.runtime.precision import at_least_float32
 from common.types import InputSpec, MaskOutput, Panel, Reconstruction, TokenFeatures
 from experiments.e_mim.model import EMIM, CleanBranch, EMIMOutput, MaskFill
 

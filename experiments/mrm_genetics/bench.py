@@ -6,9 +6,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from common.bench import Row, in_turn, speedup, training_rows, training_step
 from common.blocks.attention import relation_masked_attention
 from common.blocks.vit import VisionTransformer
+from common.sweeps.bench import Row, in_turn, speedup, training_rows, training_step
 from experiments.mrm_genetics.module import RelationPretrain
 
 _BATCH = 4

@@ -17,7 +17,7 @@ from common.distributed import gather_objects, reduce_sums
 from common.losses.reconstruction import masked_error
 from common.losses.relation import sample_relations
 from common.module import SSLModule
-from common.reporting import log_figure, log_scalars
+from common.runtime.reporting import log_figure, log_scalars
 from common.types import Reconstruction
 
 

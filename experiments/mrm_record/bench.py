@@ -5,9 +5,9 @@ from functools import partial
 
 import torch
 
-from common.bench import Row, training_rows, training_step
 from common.blocks.decoder import MAEDecoder
 from common.blocks.vit import VisionTransformer
+from common.sweeps.bench import Row, training_rows, training_step
 from experiments.mrm_record.module import MRMPretrain
 
 #: 256 radiographs of 448 pixels in total, as configured, on eight devices.

@@ -14,7 +14,7 @@ from common.callbacks.validation import ValidationCallback
 from common.distributed import gather_objects
 from common.module import SSLModule
 from common.randomness import numpy_generator
-from common.reporting import log_scalars
+from common.runtime.reporting import log_scalars
 from common.types import Reconstruction
 
 #: What the report decoder is given in place of the sample's own image.

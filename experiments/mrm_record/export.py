@@ -1,5 +1,5 @@
 """Formats of an exported encoder."""
 
-from common.vit_export import FORMATS
+from common.weights.vit_export import FORMATS
 
 __all__ = ["FORMATS"]

@@ -19,7 +19,7 @@ from common.module import SSLModule, StepOutput
 from common.optim import Schedule
 from common.panels import image_panel
 from common.randomness import KeyedGenerator
-from common.reporting import say
+from common.runtime.reporting import say
 from common.types import HiddenTokens, InputSpec, MaskOutput, Panel, Reconstruction, TokenFeatures
 from experiments.mrm_record.model import MRM, Pool, ReportDecoder, TargetNorm
 

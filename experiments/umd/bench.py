@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.bench import Row, in_turn, speedup, training_rows, training_step
 from common.blocks.co_attention import PostNormAttention
 from common.blocks.decoder import MAEDecoder
-from experiments.umd.model import UMDEncoder
+from common.sweeps.bench import Row, in_turn, speedup, training_rows, training_step
+from experiments.umd.encoder import UMDEncoder
 from experiments.umd.module import UMDPretrain, whole_text
 
 _TOKENS, _VOCABULARY, _HIDDEN = 64, 50265, 10

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from common.distributed import all_reduce_sum
 from common.errors import UserError
 from common.randomness import run_seed, stable_hash
-from common.reporting import log_figure, log_text, say
+from common.runtime.reporting import log_figure, log_text, say
 from experiments.umd.coordination import (
     Noise,
     NoiseScope,

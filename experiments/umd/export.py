@@ -2,8 +2,8 @@
 
 from common.checkpoint import StoredEncoder, build_encoder
 from common.errors import UserError
-from common.export import Exported, Part, Writer
-from experiments.umd.model import UMDEncoder
+from common.weights.export import Exported, Part, Writer
+from experiments.umd.encoder import UMDEncoder
 
 _HF = """from safetensors.torch import load_file
 from transformers import CLIPVisionModel, RobertaModel

@@ -8,9 +8,9 @@ from torch import nn
 
 from common.checkpoint import build_encoder, load_encoder, read_checkpoint
 from common.errors import CheckpointError, UserError
-from common.reporting import say
+from common.runtime.reporting import say
 from common.types import InputSpec
-from experiments.umd.model import UMDEncoder
+from experiments.umd.encoder import UMDEncoder
 
 EncoderFactory = Callable[[Sequence[int], int, int], UMDEncoder]
 #: What is no part of the weights, so that each stage has its own.

@@ -21,15 +21,15 @@ from common.maskers.random import RandomMasker
 from common.module import SSLModule, StepOutput
 from common.optim import Schedule, WarmupLinear, param_groups
 from common.panels import image_panel
-from common.precision import at_least_float32
 from common.randomness import KeyedGenerator
-from common.reporting import say
+from common.runtime.precision import at_least_float32
+from common.runtime.reporting import say
 from common.types import HiddenTokens, InputSpec, MaskOutput, Panel, Reconstruction, TokenFeatures
-from experiments.umd.encoders import load_text, load_vision
+from experiments.umd.encoder import Fused, UMDEncoder
 from experiments.umd.handover import EncoderFactory, load_heads, make_umd_encoder, tower_scale
-from experiments.umd.model import Fused, UMDEncoder
-from experiments.umd.network import Positions, Target, UMDNetwork
 from experiments.umd.pairs import Pairs, matching_pairs
+from experiments.umd.pretrain_network import Positions, Target, UMDNetwork
+from experiments.umd.towers import load_text, load_vision
 
 DecoderFactory = Callable[[int, Sequence[int], int], MAEDecoder]
 LOSSES = ("mim", "mlm", "feature_image", "feature_text", "itm")
@@ -84,7 +84,7 @@ class UMDPretrain(SSLModule):
         feature_dim: Width of projected image features.
         text_feature_dim: Width of projected text features.
         feature_positions: ``"visible"``, ``"masked_decoder"`` or ``"upstream"``; see
-            :class:`experiments.umd.network.UMDNetwork`.
+            :class:`experiments.umd.pretrain_network.UMDNetwork`.
         feature_target: ``"ema_ln"``, ``"paper"`` or ``"stopgrad"``.
         feature_text_padding: Whether padding counts among text features.
         mim_layer: Fusion layer before which patches are decoded; -1 decodes the output.

@@ -24,12 +24,12 @@ from common.downstream.encoder import encoder_architecture
 from common.errors import UserError
 from common.metrics import bootstrap_mean
 from common.optim import Schedule, WarmupCosine, param_groups
-from common.precision import at_least_float32
-from common.reporting import is_dry_run, say
+from common.runtime.precision import at_least_float32
+from common.runtime.reporting import is_dry_run, say
 from common.types import InputSpec
 from experiments.umd.coordination import ContributionSums, true_class_probability
+from experiments.umd.encoder import UMDEncoder, init_normal_weights
 from experiments.umd.handover import EncoderFactory, make_umd_encoder, tower_scale
-from experiments.umd.model import UMDEncoder, init_normal_weights
 
 SplitHead = Literal["zero_other", "linear_split", "upstream"]
 #: Fusions of a pair that are computed at once when a whole pool is scored.

@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 
 from common.errors import DataError
-from datamodules.cases import Case
 from datamodules.splits import (
     assign_splits,
     fold_of_each,
@@ -15,6 +14,7 @@ from datamodules.splits import (
     seeded_split,
     write_split_file,
 )
+from datamodules.volumes.cases import Case
 
 
 def cases(*names, split=None):

@@ -2,9 +2,9 @@ import monai.networks.nets
 import pytest
 import torch
 
-from common.blocks.monai_keys import from_monai
 from common.blocks.unetr import UNETR
 from common.blocks.vit import VisionTransformer
+from common.weights.monai_keys import from_monai
 
 
 def test_equals_monai_with_monais_skips():

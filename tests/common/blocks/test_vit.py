@@ -2,8 +2,8 @@ import pytest
 import torch
 from monai.networks.nets import ViT
 
-from common.blocks.monai_keys import from_monai, monai_config, to_monai
 from common.blocks.vit import VisionTransformer
+from common.weights.monai_keys import from_monai, monai_config, to_monai
 
 
 def small(**settings):

@@ -114,7 +114,7 @@ def test_a_histogram_counts_pixels():
 
 @pytest.fixture(scope="module")
 def covid_root(tmp_path_factory):
-    from datamodules.synthetic_labels import write_covid_cxr
+    from datamodules.synthetic.labelled import write_covid_cxr
 
     folder = tmp_path_factory.mktemp("covid_cxr")
     write_covid_cxr(folder, 24, seed=0, size=(56, 64))

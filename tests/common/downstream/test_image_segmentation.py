@@ -18,8 +18,8 @@ from common.losses.focal_dice import IGNORED, FocalDice
 from common.metrics import region_dice
 from common.optim import WarmupLinear
 from common.types import InputSpec
-from datamodules.masked_images import fitted_size, reduced_mask
-from datamodules.siim import SIIMPneumothorax, decode_runs
+from datamodules.labelled.segmentation import fitted_size, reduced_mask
+from datamodules.labelled.siim import SIIMPneumothorax, decode_runs
 
 SPEC = InputSpec(("red", "green", "blue"), (16, 16), {"R": (1,)})
 ENCODER = partial(VisionTransformer, patch_size=8, embed_dim=16, depth=2, num_heads=2)
@@ -178,7 +178,7 @@ def test_it_learns_where_a_bright_box_is():
 
 @pytest.fixture(scope="module")
 def siim_root(tmp_path_factory):
-    from datamodules.synthetic_labels import write_siim
+    from datamodules.synthetic.labelled import write_siim
 
     folder = tmp_path_factory.mktemp("siim")
     write_siim(folder, 16, seed=0, size=(56, 64))

@@ -17,10 +17,10 @@ from common.cli import execute
 from common.distributed import loss_and_gradient
 from common.losses.region import BatchDiceBCE
 from common.metrics import region_dice
-from datamodules.synthetic_brain import write_tree
+from datamodules.synthetic.brain import write_tree
 from experiments.brainmvp.classification import weighted_cross_entropy
-from experiments.brainmvp.networks import segmenter
 from experiments.brainmvp.segmentation import BrainSegmentation, augmented, replaced_channels, subsets
+from experiments.brainmvp.segmentation_networks import segmenter
 
 TINY = {"embed_dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1), "head_dim": 8}
 ENCODER = ["--model.encoder.embed_dims=[8,8,16,16]", "--model.encoder.depths=[1,1,1,1]", "--model.encoder.head_dim=8",

@@ -8,8 +8,8 @@ import yaml
 
 from common.blocks.template_bank import TemplateBank
 from common.blocks.uniformer import UniFormer3D
-from common.data_config import package_file
 from common.maskers.voxel_blocks import blocks_to_voxels
+from common.runtime.data_config import package_file
 from experiments.brainmvp.model import Views
 from experiments.brainmvp.module import BrainMVPPretrain
 

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from common.cli import execute, main
 from common.errors import PreemptedError
-from datamodules.synthetic_brain import write_brain_archive
+from datamodules.synthetic.brain import write_brain_archive
 from experiments.brainmvp.module import BrainMVPPretrain
 
 pytestmark = pytest.mark.slow

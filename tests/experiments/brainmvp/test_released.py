@@ -9,9 +9,9 @@ import torch
 from common import commands
 from common.blocks.residual_unet import ResidualUNetDecoder, ResidualUNetEncoder
 from common.blocks.uniformer import UniFormer3D, UpsamplingDecoder
-from common.blocks.uniformer_keys import from_released, to_released
 from common.checkpoint import encoder_record, load_encoder, read_encoder
 from common.checkpoint_io import atomic_save
+from common.weights.uniformer_keys import from_released, to_released
 from experiments.brainmvp.module import BrainMVPPretrain
 
 TINY = {"embed_dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1), "head_dim": 8}

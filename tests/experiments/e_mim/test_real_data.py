@@ -11,10 +11,10 @@ import pytest
 
 from common.cli import execute, main
 from common.errors import DataError
-from datamodules.layouts import recognise
-from datamodules.pi_cai import read_marksheet
-from datamodules.prepare import prepare_case
-from datamodules.volumes import VolumeDataModule
+from datamodules.registry import recognise
+from datamodules.volumes.datamodule import VolumeDataModule
+from datamodules.volumes.pi_cai import read_marksheet
+from datamodules.volumes.prepare import prepare_case
 
 pytestmark = pytest.mark.real_data
 

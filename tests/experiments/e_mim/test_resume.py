@@ -113,7 +113,7 @@ def test_a_stop_inside_validation(pretrain_arguments, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(EMIMPretrain, "validation_step", wrapped)
-        patch.setattr("datamodules.volumes.VolumeDataModule.evaluation_loader", _one_by_one)
+        patch.setattr("datamodules.volumes.datamodule.VolumeDataModule.evaluation_loader", _one_by_one)
         with pytest.raises(PreemptedError):
             execute(arguments)
     folder = newest()

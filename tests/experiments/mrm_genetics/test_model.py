@@ -6,9 +6,9 @@ import pytest
 import timm.models.vision_transformer as timm_vit
 import torch
 
-from common.blocks.timm_keys import timm_config, to_timm
 from common.blocks.vit import VisionTransformer
 from common.maskers.random import RandomMasker
+from common.weights.timm_keys import timm_config, to_timm
 from experiments.mrm_genetics.model import (
     FusedDecoder,
     Genetics,

@@ -18,7 +18,7 @@ from common import commands
 from common.checkpoint import load_encoder
 from common.cli import execute
 from common.errors import PreemptedError
-from datamodules.synthetic_fundus import write_aptos, write_idrid, write_palm, write_rfmid, write_tcga, write_ukb
+from datamodules.synthetic.fundus import write_aptos, write_idrid, write_palm, write_rfmid, write_tcga, write_ukb
 from experiments.mrm_genetics.module import RelationPretrain
 
 pytestmark = pytest.mark.slow
@@ -255,7 +255,7 @@ def test_real_eyes_with_real_genotypes(arguments, real_data):
 
 @pytest.mark.real_data
 def test_real_regions_join_their_omics(real_data, capsys):
-    from datamodules.image_genome import ImageGenomeDataModule
+    from datamodules.genetics.datamodule import ImageGenomeDataModule
 
     data = ImageGenomeDataModule(str(real_data("tcga_gbmlgg")), split_fractions=(1.0, 0.0, 0.0), image_size=(64, 64))
     data.prepare_data()

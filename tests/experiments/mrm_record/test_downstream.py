@@ -10,10 +10,10 @@ import torch
 from common.cli import execute
 from common.downstream.classification import ImageClassifier
 from common.errors import PreemptedError
-from datamodules.covid_labels import CovidFindings
-from datamodules.labelled_images import LabelledImageDataModule
-from datamodules.manifest import COVID_CXR
-from datamodules.synthetic import WRITERS
+from datamodules.labelled.classification import LabelledImageDataModule
+from datamodules.labelled.covid import CovidFindings
+from datamodules.reports.manifest import COVID_CXR
+from datamodules.synthetic.command import WRITERS
 
 CONFIGS = "experiments/mrm_record/configs"
 TREES = {"chexpert": "chexpert", "nih": "nih_cxr", "rsna": "rsna", "covid": "covid_cxr", "viral": "covid_cxr",

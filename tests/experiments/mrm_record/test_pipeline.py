@@ -18,7 +18,7 @@ from common import commands
 from common.checkpoint import load_encoder
 from common.cli import execute
 from common.errors import PreemptedError
-from datamodules.synthetic_cxr import write_mimic_cxr
+from datamodules.synthetic.reports import write_mimic_cxr
 from experiments.mrm_record.module import MRMPretrain
 
 pytestmark = pytest.mark.slow

@@ -13,10 +13,10 @@ from common.losses.reconstruction import masked_mse
 from common.losses.text import masked_cross_entropy
 from common.maskers.random import RandomMasker
 from common.randomness import KeyedGenerator
-from experiments.umd.encoders import TextTower, VisionTower, load_text, load_vision, resized_positions
-from experiments.umd.model import UMDEncoder
+from experiments.umd.encoder import UMDEncoder
 from experiments.umd.module import UMDPretrain, total_weights
 from experiments.umd.pairs import matching_pairs
+from experiments.umd.towers import TextTower, VisionTower, load_text, load_vision, resized_positions
 
 VOCABULARY = {"size": 40, "length": 12, "fingerprint": "x", "pad_id": 0}
 TINY = {

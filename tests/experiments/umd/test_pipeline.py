@@ -18,7 +18,7 @@ from common import commands
 from common.checkpoint import load_encoder
 from common.cli import execute
 from common.errors import PreemptedError
-from datamodules.synthetic import WRITERS
+from datamodules.synthetic.command import WRITERS
 from experiments.umd.callbacks import GradientCoordination
 from experiments.umd.module import UMDPretrain
 

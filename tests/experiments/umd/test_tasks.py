@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from experiments.umd.model import UMDEncoder
+from experiments.umd.encoder import UMDEncoder
 from experiments.umd.tasks import AnswerTask, FigureTask, RetrievalTask, answer_head, best_ranks, split_logits
 
 TINY = {

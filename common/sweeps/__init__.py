@@ -1,0 +1,1 @@
+"""Sweeps over arms and seeds: running them, their results, and benchmarks."""

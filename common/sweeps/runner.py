@@ -1,0 +1,247 @@
+"""``medmim study``: comparisons over arms and seeds, from one file, into one result.
+
+A study is a YAML file: arms, each a list of steps (``fit``, ``validate``, ``test``), run once per seed, and the
+configurations and arguments that all steps share. Arms see equal samples because they share these; what each cost
+stands beside what it reached. Results are JSON rows; the tables of an experiment's README are made from these and from
+nothing else. Jobs that run an arm or a seed each (``--arms``, ``--seeds``, ``--out``) are put together by ``--merge``.
+"""
+
+import argparse
+import itertools
+import json
+import shlex
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from common.errors import UserError
+from common.runtime.data_config import package_file
+from common.runtime.provenance import environment
+from common.runtime.reporting import say
+from common.sweeps.results import COSTS, Pool, merge, refuse_loss, table, update_readme, write_result
+
+
+@dataclass
+class Step:
+    """One command of an arm.
+
+    Attributes:
+        run: ``fit``, ``validate`` or ``test``, or a subcommand of ``medmim``.
+        config: Configurations, in order, relative to the experiment's ``configs`` folder.
+        args: Further arguments; ``{name}`` stands for the run folder of an earlier step, ``{data}`` for the archive,
+            ``{seed}`` for the seed, ``{fold}`` for the fold, ``{folder}`` for a folder of the study's own.
+        name: How later steps refer to this one.
+        score: Name under which its metrics are reported; None reports nothing.
+        beside: Metrics of this step that stand beside every later score of its arm.
+    """
+
+    run: str
+    config: list[str]
+    args: list[str]
+    name: str = ""
+    score: str | None = None
+    beside: list[str] = field(default_factory=list)
+
+    def arguments(self, configs: Path, places: Mapping[str, str]) -> list[str]:
+        """Return the command line."""
+        files = [package_file(str(configs / name)) for name in self.config]
+        given = [argument.format(**places) for argument in self.args]
+        return [self.run, *(word for file in files for word in ("--config", file)), *given]
+
+
+def read_study(path: Path) -> dict[str, Any]:
+    """Read a study and its steps.
+
+    Raises:
+        UserError: the file is missing, or an arm has no step with a score.
+    """
+    if not path.is_file():
+        raise UserError(f"The study {path} does not exist.")
+    study = yaml.safe_load(path.read_text())
+    config, args = study.get("config", []), study.get("args", [])
+
+    def make(entry: dict[str, Any]) -> Step:
+        entry = {"config": [], "args": [], **entry}
+        return Step(**entry | {"config": config + entry["config"], "args": args + entry["args"]})
+
+    study["arms"] = {name: [make(entry) for entry in steps] for name, steps in study["arms"].items()}
+    silent = [name for name, steps in study["arms"].items() if not any(step.score for step in steps)]
+    if silent:
+        raise UserError(f"{path}: the arm {silent[0]} has no step with a score.")
+    return study
+
+
+def _metrics(folder: Path, columns: Mapping[str, str]) -> dict[str, float]:
+    """Collect the wanted metrics of a run: scalars by name, ``metrics.json`` by dotted path."""
+    found: dict[str, Any] = {}
+    if (folder / "metrics.json").is_file():
+        for name, value in json.loads((folder / "metrics.json").read_text()).items():
+            if isinstance(value, dict) and "mean" in value:
+                found[name] = value["mean"]
+            elif isinstance(value, int | float):
+                found[name] = value
+    if (folder / "summary.json").is_file():
+        scalars = json.loads((folder / "summary.json").read_text())["scalars"]
+        found |= {name: value["final"] for name, value in scalars.items() if name not in found}
+    return {name: float(found[name]) for name in columns if name in found}
+
+
+def run_arm(
+    steps: list[Step],
+    configs: Path,
+    places: Mapping[str, str],
+    columns: Mapping[str, str],
+    done: dict[tuple[str, ...], Path] | None = None,
+) -> list[dict[str, Any]]:
+    """Run the steps of one arm and return one row per score: its metrics, what its last fit cost and its folder.
+
+    Args:
+        steps: The steps.
+        configs: Folder of the configurations.
+        places: What stands for names in arguments.
+        columns: Metrics that are wanted.
+        done: Commands that were run before, with their run folders: a command under the same seed gives the same, so
+            arms that begin alike share their beginning. New ones are added.
+    """
+    from common.cli import execute
+    from common.commands import COMMANDS
+    from common.commands import execute as execute_medmim
+
+    places = dict(places)
+    rows: list[dict[str, Any]] = []
+    cost: dict[str, float] = dict.fromkeys(COSTS, 0.0)
+    beside: dict[str, float] = {}
+    for step in steps:
+        arguments = step.arguments(configs, places)
+        if step.run in COMMANDS:
+            execute_medmim(arguments)
+            continue
+        before = None if done is None else done.get(tuple(arguments))
+        folder = before or execute(arguments)
+        if done is not None:
+            done[tuple(arguments)] = folder
+        places[step.name or step.run] = str(folder)
+        if step.run == "fit":
+            summary = json.loads((folder / "summary.json").read_text())
+            cost = {name: float(summary.get(name) or 0) for name in COSTS}
+        if step.score:
+            metrics = beside | _metrics(folder, columns)
+            rows.append({"score": step.score, "metrics": metrics, "cost": cost, "folder": folder})
+        beside |= _metrics(folder, dict.fromkeys(step.beside, ""))
+    return rows
+
+
+def run_folds(
+    steps: list[Step], configs: Path, places: Mapping[str, str], folds: int, pool: Pool
+) -> list[dict[str, Any]]:
+    """Run one arm on every fold and return one row per score, its metrics those of all folds together."""
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for fold in range(folds):
+        say(f"fold {fold} of {folds}")
+        for row in run_arm(steps, configs, {**places, "fold": str(fold)}, {}):
+            parts.setdefault(row["score"], []).append(row)
+    return [
+        {
+            "score": score,
+            "metrics": pool.metrics([row["folder"] for row in rows]),
+            "cost": {
+                "samples": sum(row["cost"]["samples"] for row in rows),
+                "train_seconds": sum(row["cost"]["train_seconds"] for row in rows),
+                "flops_per_sample": statistics.fmean(row["cost"]["flops_per_sample"] for row in rows),
+            },
+        }
+        for score, rows in parts.items()
+    ]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``medmim study``."""
+    parser.add_argument("study", nargs="?", help="YAML file, such as experiments/e_mim/configs/studies/collapse.yaml")
+    parser.add_argument("--data", help="the archive")
+    parser.add_argument("--out", help="JSON file to write (default: into the experiment's results folder)")
+    parser.add_argument("--arms", nargs="+", help="only these arms")
+    parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
+    parser.add_argument("--merge", nargs="+", metavar="FILE", help="run nothing: make one result of several parts")
+    parser.add_argument("--readme", nargs="+", metavar="FILE", help="make the tables of these READMEs anew and stop")
+
+
+def _rows(
+    study: Mapping[str, Any],
+    arm: str,
+    configs: Path,
+    places: Mapping[str, str],
+    done: dict[tuple[str, ...], Path],
+) -> list[dict[str, Any]]:
+    """Run one arm, on every fold where there are folds, and return its rows with their run folders."""
+    steps = study["arms"][arm]
+    if "folds" in study:
+        return run_folds(steps, configs, places, study["folds"], Pool(**study["pool"]))
+    return run_arm(steps, configs, places, study["columns"], done)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry out ``medmim study``.
+
+    Raises:
+        UserError: the study, its data or an arm is missing, a result would be lost, or parts do not fit together.
+    """
+    if args.readme:
+        for readme in map(Path, args.readme):
+            if not readme.is_file():
+                raise UserError(f"There is no README at {readme}.")
+            readme.write_text(update_readme(readme))
+            say(f"tables of {readme} made anew")
+        return
+    if not args.study or not (args.data or args.merge):
+        raise UserError("medmim study needs a study file, and --data or --merge.")
+    path = Path(package_file(args.study)).resolve()
+    study = read_study(path)
+    unknown = set(args.arms or []) - study["arms"].keys()
+    if unknown:
+        raise UserError(f"{path.name} has no arm {sorted(unknown)[0]!r}; it has {', '.join(study['arms'])}.")
+    configs = path.parent.parent
+    facts = environment(torch.device("cpu"))
+    if args.merge:
+        facts, command, rows = merge(study, [Path(part) for part in args.merge])
+        wanted = [(row["seed"], row["arm"]) for row in rows]
+    else:
+        command = _command(args, configs.parent.name, path.name)
+        wanted = list(itertools.product(args.seeds or study["seeds"], args.arms or study["arms"]))
+    out = Path(args.out) if args.out else configs.parent / "results" / _file_name(path.stem, facts)
+    refuse_loss(out, wanted)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if args.merge:
+        result = write_result(out, study, command, facts, rows)
+    else:
+        rows = []
+        done: dict[tuple[str, ...], Path] = {}
+        folder = str(Path("runs") / configs.parent.name / f"study_{path.stem}")
+        for seed, arm in wanted:
+            say(f"study {path.stem}: seed {seed}, {arm}")
+            places = {"data": args.data, "seed": str(seed), "folder": folder}
+            rows += [{"arm": arm, "seed": seed, **row} for row in _rows(study, arm, configs, places, done)]
+            # After every arm, so that a study that is stopped keeps what it has.
+            result = write_result(out, study, command, facts, rows)
+    say(table(result))
+    say(f"written to {out}")
+
+
+def _command(args: argparse.Namespace, experiment: str, name: str) -> str:
+    """Return the command that does the same again, for whoever has the archive."""
+    words = ["medmim", "study", f"experiments/{experiment}/configs/studies/{name}", "--data", "DATA"]
+    for option in ("arms", "seeds"):
+        if getattr(args, option):
+            words += [f"--{option}", *map(str, getattr(args, option))]
+    return shlex.join(words)
+
+
+def _file_name(task: str, facts: Mapping[str, Any]) -> str:
+    hardware = "-".join(word for word in facts["device"].replace("(R)", "").split() if word not in ("Processor", "CPU"))
+    torch_version = facts["versions"]["torch"].split("+")[0]
+    return f"{task}_{hardware}_torch{torch_version}_{time.strftime('%Y-%m-%d')}.json".lower()

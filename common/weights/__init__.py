@@ -1,0 +1,1 @@
+"""Encoders in and out: export, conversion, and the key maps of other libraries."""

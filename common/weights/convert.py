@@ -1,0 +1,91 @@
+"""``medmim convert``: weights of MAE, of timm or of published code as an encoder that fine-tuning can start from.
+
+An experiment whose published weights are no ViT brings ``convert.py`` with ``read_weights(path)``, which returns a
+:class:`common.checkpoint.StoredEncoder`, and ``FORMAT``, the format it is kept in.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from common.blocks.vit import VisionTransformer
+from common.checkpoint import StoredEncoder, build_encoder, read_foreign, transfer_encoder
+from common.errors import CheckpointError
+from common.runtime.reporting import say
+from common.weights.export import write_export
+
+#: Width of a head in every published ViT.
+_HEAD_WIDTH = 64
+_CHANNELS = ["red", "green", "blue"]
+
+
+def architecture(state: dict[str, Tensor], num_heads: int | None = None) -> dict[str, Any]:
+    """Read a ViT's arguments off its weights.
+
+    Args:
+        state: Weights under our names.
+        num_heads: Attention heads, which no shape shows; None = heads of 64.
+
+    Raises:
+        CheckpointError: the patches are not those of a square image of three channels, or the heads do not divide.
+    """
+    width, values = state["patch_embed.proj.weight"].shape
+    patch, side = math.isqrt(values // len(_CHANNELS)), math.isqrt(state["pos_embed"].shape[1])
+    if len(_CHANNELS) * patch**2 != values or side**2 != state["pos_embed"].shape[1]:
+        raise CheckpointError(f"The weights are not those of square images of three channels: {values} values a patch, "
+                              f"{state['pos_embed'].shape[1]} patches.")  # fmt: skip
+    heads = num_heads or width // _HEAD_WIDTH
+    if heads < 1 or width % heads:
+        raise CheckpointError(f"The width {width} does not divide into {heads} heads: give --num-heads.")
+    return {
+        "in_channels": len(_CHANNELS),
+        "image_size": [side * patch, side * patch],
+        "patch_size": patch,
+        "embed_dim": width,
+        "depth": 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
+        "num_heads": heads,
+        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "class_token": "cls_token" in state,
+        "norm_eps": 1e-6,
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``medmim convert``."""
+    parser.add_argument("--exp", required=True, help="experiment whose fine-tuning will take it, such as mrm_record")
+    parser.add_argument("--weights", required=True, help="file with a ViT: .safetensors, or of torch.save")
+    parser.add_argument("--out", required=True, help="folder to write, for CKPT=")
+    parser.add_argument("--num-heads", type=int, help="attention heads (default: width / 64)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry out ``medmim convert``, saying which keys found no place.
+
+    Raises:
+        CheckpointError: the file holds no ViT, or an incomplete one.
+    """
+    own = f"experiments.{args.exp}.convert"
+    if importlib.util.find_spec(f"experiments.{args.exp}") and importlib.util.find_spec(own):
+        module = importlib.import_module(own)
+        stored = module.read_weights(Path(args.weights))
+        out = write_export(stored, args.exp, module.FORMAT, Path(args.out), Path(args.weights).name)
+        say(f"converted to {out}")
+        return
+    state = read_foreign(args.weights)
+    if "pos_embed" not in state:
+        raise CheckpointError(f"{args.weights} holds no position table.")
+    arguments = architecture(state, args.num_heads)
+    class_path = f"{VisionTransformer.__module__}.{VisionTransformer.__qualname__}"
+    encoder = build_encoder(class_path, arguments)
+    report = transfer_encoder(StoredEncoder(class_path, arguments, state, _CHANNELS, {}), encoder)
+    say(report)
+    if report.missing:
+        raise CheckpointError(f"{args.weights} lacks {', '.join(report.missing)}: no whole encoder can be made of it.")
+    whole = StoredEncoder(class_path, arguments, encoder.state_dict(), _CHANNELS, {"source": Path(args.weights).name})
+    say(f"converted to {write_export(whole, args.exp, 'timm', Path(args.out), Path(args.weights).name)}")

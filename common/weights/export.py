@@ -1,0 +1,172 @@
+"""``medmim export``: an encoder for use without this project, with a card that says where it came from."""
+
+import argparse
+import hashlib
+import importlib
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from common.checkpoint import StoredEncoder, read_encoder, resolve_checkpoint, run_tokenizer
+from common.errors import UserError
+from common.runtime.provenance import source_state
+from common.runtime.reporting import say
+
+_CARD = """# Encoder exported from medmim
+
+Pre-trained with the experiment `{experiment}`, written in the format `{format}`.
+
+- weights: `{weights_file}`, sha256 `{sha256}`
+- channels, in this order: {channels}
+- input size: {image_size}
+- preprocessing: `{preprocessing}`
+- checkpoint: `{checkpoint}`
+- commit of the code: {commit}{dirty}
+
+Load it with:
+
+```python
+{usage}
+```
+"""
+
+
+class Part(NamedTuple):
+    """A part of an encoder that a library loads from a folder of its own.
+
+    Attributes:
+        tensors: Weights under the library's names.
+        config: Its ``config.json``.
+    """
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+
+
+class Exported(NamedTuple):
+    """What a format's writer makes of an encoder.
+
+    Attributes:
+        tensors: Weights under the target library's names.
+        config: The target library's arguments.
+        usage: Python that loads the result, run inside the export's folder.
+        save: Writes further files into that folder.
+        parts: Parts by the name of their folder.
+    """
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+    usage: str
+    save: Callable[[Path], None] | None = None
+    parts: Mapping[str, Part] = {}
+
+
+Writer = Callable[[StoredEncoder], Exported]
+
+
+def formats_of(experiment: str) -> dict[str, Writer]:
+    """Return the formats that an experiment can be exported to.
+
+    Raises:
+        UserError: there is no such experiment, or it has none.
+    """
+    name = f"experiments.{experiment}.export"
+    if importlib.util.find_spec(f"experiments.{experiment}") is None or importlib.util.find_spec(name) is None:
+        raise UserError(f"The experiment {experiment!r} does not exist or has no export.")
+    return importlib.import_module(name).FORMATS
+
+
+def export(experiment: str, checkpoint: Path, format: str, out: Path) -> Path:
+    """Write an encoder as safetensors, ``config.json`` and a card.
+
+    Args:
+        experiment: Whose encoder it is.
+        checkpoint: A run folder or checkpoint.
+        format: One of the experiment's formats.
+        out: Folder to write.
+
+    Raises:
+        UserError: the experiment has no such format; names those it has.
+        CheckpointError: there is no encoder in the checkpoint.
+    """
+    writers = formats_of(experiment)
+    if format not in writers:
+        raise UserError(f"{experiment} cannot be exported as {format!r}; valid: {', '.join(sorted(writers))}.")
+    written = write_export(read_encoder(checkpoint), experiment, format, out, resolve_checkpoint(checkpoint).name)
+    if (tokenizer := run_tokenizer(checkpoint)) is not None:
+        shutil.copy(tokenizer, out / "tokenizer.json")
+    return written
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({key: value.detach().contiguous().clone() for key, value in tensors.items()}, path, {"format": "pt"})
+
+
+def write_export(stored: StoredEncoder, experiment: str, format: str, out: Path, source: str) -> Path:
+    """Write an encoder as safetensors, ``config.json`` and a card.
+
+    Args:
+        stored: The encoder.
+        experiment: Whose encoder it is.
+        format: One of the experiment's formats.
+        out: Folder to write.
+        source: The file it came from, for the card.
+    """
+    exported = formats_of(experiment)[format](stored)
+    out.mkdir(parents=True, exist_ok=True)
+    weights = out / "model.safetensors"
+    _save(exported.tensors, weights)
+    for name, part in exported.parts.items():
+        (out / name).mkdir(exist_ok=True)
+        _save(part.tensors, out / name / "model.safetensors")
+        (out / name / "config.json").write_text(json.dumps(part.config, indent=2))
+    if exported.save is not None:
+        exported.save(out)
+    facts = {
+        "format": format,
+        "experiment": experiment,
+        "arguments": exported.config,
+        "encoder": {"class_path": stored.class_path, "init_args": stored.init_args},
+        "channels": stored.channels,
+        "preprocessing": stored.preprocessing,
+        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        **source_state(),
+    }
+    (out / "config.json").write_text(json.dumps(facts, indent=2))
+    (out / "README.md").write_text(_card(facts, source, exported.usage))
+    return out
+
+
+def _card(facts: dict[str, Any], source: str, usage: str) -> str:
+    return _CARD.format(
+        experiment=facts["experiment"],
+        format=facts["format"],
+        weights_file="model.safetensors",
+        sha256=facts["sha256"],
+        channels=", ".join(facts["channels"]) or "unknown",
+        image_size=" x ".join(map(str, facts["encoder"]["init_args"]["image_size"])),
+        preprocessing=json.dumps(facts["preprocessing"]),
+        checkpoint=source,
+        commit=facts["commit"] or "unknown",
+        dirty=" (with local changes)" if facts["dirty"] else "",
+        usage=usage.strip(),
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``medmim export``."""
+    parser.add_argument("--exp", required=True, help="experiment, such as e_mim")
+    parser.add_argument("--ckpt", required=True, help="run folder or checkpoint")
+    parser.add_argument("--format", required=True, help="format, such as monai")
+    parser.add_argument("--out", required=True, help="folder to write")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry out ``medmim export``."""
+    say(f"exported to {export(args.exp, Path(args.ckpt), args.format, Path(args.out))}")

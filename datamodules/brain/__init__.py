@@ -1,0 +1,1 @@
+"""Brain MRI from many sources under canonical sequence names."""

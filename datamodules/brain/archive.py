@@ -1,0 +1,59 @@
+"""What every data module of brain studies has in common: its layouts, and that no scan is there under two names."""
+
+from typing import Any
+
+from common.runtime.reporting import say
+from datamodules.brain.layouts import ATLAS, BRAIN_LAYOUTS
+from datamodules.brain.overlap import check_copies, overlap_notes
+from datamodules.volumes.cases import Layout
+from datamodules.volumes.datamodule import VolumeDataModule
+
+
+class BrainArchiveDataModule(VolumeDataModule):
+    """Brain studies under canonical sequence names, for pre-training or a task.
+
+    Overlap between sources that is known is said, and what would put the same scans on both sides of the split is
+    refused.
+
+    Args:
+        root: The archive; see :data:`datamodules.brain.layouts.BRAIN_LAYOUTS`.
+        atlas: Voxels of the atlas at 1 mm; where templates lie.
+        overhang: Share of a crop that may reach beyond the brain's box.
+        flip_axes: Must be empty: the atlas, in which templates lie, has a left and a right.
+        **options: As :class:`datamodules.volumes.datamodule.VolumeDataModule`.
+    """
+
+    known_layouts = BRAIN_LAYOUTS
+
+    def __init__(
+        self,
+        root: str,
+        atlas: tuple[int, int, int] = ATLAS,
+        overhang: float = 0.0,
+        flip_axes: tuple[int, ...] = (),
+        **options: Any,
+    ) -> None:
+        super().__init__(root, overhang=overhang, flip_axes=flip_axes, **options)
+        if flip_axes:
+            raise ValueError("flip_axes must be empty: templates lie in the atlas, which has a left and a right; "
+                             "fine-tuning mirrors crops and templates together.")  # fmt: skip
+        self.atlas = atlas
+
+    def settle(self, layout: Layout) -> Layout:
+        """Say which sources share patients.
+
+        Raises:
+            DataError: BraTS 2021 stands beside BraTS 2023-GLI.
+        """
+        for note in overlap_notes(self.cases):
+            say(f"note: {note}")
+        return layout
+
+    def setup(self, stage: str) -> None:
+        """As every archive; a study that is listed twice under two names is refused (Lightning hook).
+
+        Raises:
+            DataError: no study can be used, or one is there twice.
+        """
+        super().setup(stage)
+        check_copies(self.cases_in_use(), self.store)

@@ -1,0 +1,1 @@
+"""Commands about an archive: examine it, prepare its cache, split it, measure it."""

@@ -1,0 +1,36 @@
+"""``medmim prepare``: build the cache ahead of training, or verify it. Interrupt it and start it again at will."""
+
+import argparse
+
+from common.errors import DataError
+from common.runtime.data_config import add_data_arguments, make_datamodule
+from common.runtime.reporting import say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``medmim prepare``."""
+    add_data_arguments(parser)
+    parser.add_argument("--workers", type=int, default=4, help="threads (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry out ``medmim prepare``.
+
+    Raises:
+        DataError: the settings switch the cache off, or no case can be used.
+    """
+    datamodule = make_datamodule(args)
+    datamodule.index()
+    if not hasattr(datamodule.store, "folder"):
+        raise DataError("These settings use no cache (cache: none), so there is nothing to prepare.")
+    datamodule.num_workers = args.workers
+    datamodule.prepare_data()
+    datamodule.setup("prepare")
+    ledger = datamodule.ledger
+    size = sum(path.stat().st_size for path in datamodule.store.folder.rglob("*") if path.is_file())
+    say(f"cache: {size / 2**30:.2f} GiB at {datamodule.store.folder}")
+    say(
+        f"faults: {ledger.num_faulty} of {ledger.num_samples} cases. {ledger.describe()}"
+        if ledger.num_faulty
+        else "faults: none"
+    )

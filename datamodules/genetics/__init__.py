@@ -1,0 +1,1 @@
+"""Colour images of people with their genetics."""

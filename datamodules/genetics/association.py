@@ -1,0 +1,370 @@
+"""``medmim associate``: which variants go with what an encoder sees, as independent regions of the genome.
+
+Features of images become principal components; covariates are regressed out of each, and what is left is brought to a
+normal distribution. Every variant is then tested by a linear model with the same covariates, and significant variants
+in linkage are clumped into regions. Relatives are left out; there is no mixed model.
+
+Letters: P persons, V variants, C covariates, K components.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from scipy import stats
+from sklearn.decomposition import PCA
+
+from common.errors import DataError
+from common.runtime.reporting import say
+from datamodules.genetics.genotypes import Genotypes, allele_frequencies, open_genotypes
+from datamodules.genetics.kinship import KINSHIP, kinship, read_kinship, unrelated
+from datamodules.reports.manifest import read_table
+
+_CHUNK = 2048
+_MOST_PERSONS = 5000
+
+Array = NDArray[np.float64]
+
+
+def inverse_normal(values: Array) -> Array:
+    """Return the normal quantiles of the ranks of ``(P,)``: ``Phi^-1((r - 3/8) / (n + 1/4))``, ties averaged."""
+    return stats.norm.ppf((stats.rankdata(values) - 0.375) / (len(values) + 0.25))
+
+
+def residuals(values: Array, covariates: Array) -> Array:
+    """Return what covariates ``(P, C)`` and a constant leave of each column of ``(P, ...)``."""
+    design = np.column_stack([np.ones(len(values)), covariates])
+    basis, singular, _ = np.linalg.svd(design, full_matrices=False)
+    basis = basis[:, singular > singular[0] * 1e-10]
+    return values - basis @ (basis.T @ values)
+
+
+class Tested(NamedTuple):
+    """Linear association of each variant with each component.
+
+    Attributes:
+        beta: ``(V, K)``, effect of an allele.
+        p: ``(V, K)``, two-sided; 1 where a variant does not vary.
+    """
+
+    beta: Array
+    p: Array
+
+
+def linear_association(genotypes: Genotypes, persons: NDArray[np.int64], outcomes: Array, covariates: Array) -> Tested:
+    """Regress every outcome on every variant and the covariates (ordinary least squares).
+
+    By the theorem of Frisch, Waugh and Lovell this is the regression of residuals on residuals. Calls that are missing
+    count as the mean.
+
+    Args:
+        genotypes: The genotypes.
+        persons: Places of the persons.
+        outcomes: ``(P, K)``.
+        covariates: ``(P, C)``.
+    """
+    left = residuals(outcomes, covariates)
+    freedom = len(persons) - 2 - np.linalg.matrix_rank(np.column_stack([np.ones(len(persons)), covariates])) + 1
+    if freedom < 1:
+        raise DataError(f"{len(persons)} persons are too few for {covariates.shape[1]} covariates.")
+    total = (left**2).sum(0)
+    betas, values = [], []
+    for start in range(0, len(genotypes.variants), _CHUNK):
+        columns = np.arange(start, min(start + _CHUNK, len(genotypes.variants)))
+        counts = genotypes.counts(persons, columns)
+        filled = np.where(np.isnan(counts), 2 * np.nan_to_num(allele_frequencies(counts)), counts)
+        dosage = residuals(filled.astype(np.float64), covariates)
+        spread = (dosage**2).sum(0)[:, None]
+        varies = spread > 1e-8 * len(persons)
+        beta = np.divide(dosage.T @ left, spread, out=np.zeros((len(columns), left.shape[1])), where=varies)
+        error = np.maximum(total - beta**2 * spread, 1e-12 * total) / freedom
+        t = beta * np.sqrt(np.where(varies, spread, 0) / error)
+        betas.append(beta)
+        values.append(np.where(varies, 2 * stats.t.sf(np.abs(t), freedom), 1.0))
+    return Tested(np.concatenate(betas), np.concatenate(values))
+
+
+def combined_p(p: Array) -> Array:
+    """Return ``min(1, K min_k p)`` of ``(V, K)``: Bonferroni over the components."""
+    return np.minimum(1.0, p.shape[1] * p.min(1))
+
+
+class Clump(NamedTuple):
+    """A region: its most significant variant and those in linkage with it.
+
+    Attributes:
+        lead: The variant.
+        members: The others.
+    """
+
+    lead: int
+    members: list[int]
+
+
+def clump(
+    p: Array,
+    variants: pd.DataFrame,
+    dosage: Mapping[int, Array],
+    first: float = 5e-8,
+    second: float = 1e-7,
+    r2: float = 0.1,
+    kilobases: float = 150,
+) -> list[Clump]:
+    """Join significant variants in linkage to regions, the most significant one leading, as PLINK's ``--clump``.
+
+    Args:
+        p: Of each variant ``(V,)``.
+        variants: With chrom and pos.
+        dosage: Standardised counts ``(P,)`` of every variant with ``p <= second``.
+        first: Largest P of a leading variant.
+        second: Largest P of a member.
+        r2: Squared correlation from which variants are in linkage.
+        kilobases: How far they may lie from the leading one.
+    """
+    chrom, pos = variants["chrom"].to_numpy(), variants["pos"].to_numpy()
+    candidates = [int(index) for index in np.argsort(p, kind="stable") if p[index] <= second]
+    taken: set[int] = set()
+    found = []
+    for index in candidates:
+        if index in taken or p[index] > first:
+            continue
+        members = [
+            other
+            for other in candidates
+            if other != index
+            and other not in taken
+            and chrom[other] == chrom[index]
+            and abs(int(pos[other]) - int(pos[index])) <= 1000 * kilobases
+            and float(dosage[index] @ dosage[other] / len(dosage[index])) ** 2 >= r2
+        ]
+        taken |= {index, *members}
+        found.append(Clump(index, members))
+    return found
+
+
+def standardised(counts: NDArray[np.float32]) -> Array:
+    """Return counts ``(P, V)`` with mean 0 and variance 1, missing calls 0."""
+    mean = np.nanmean(counts, axis=0)
+    values = np.where(np.isnan(counts), 0, counts - mean).astype(np.float64)
+    return values / np.maximum(values.std(0), 1e-12)
+
+
+def genetic_components(genotypes: Genotypes, persons: NDArray[np.int64], count: int) -> Array:
+    """Return principal components of the genotypes, to account for ancestry, ``(P, count)``."""
+    values = standardised(genotypes.counts(persons))
+    return PCA(count, svd_solver="full").fit_transform(values)
+
+
+def genomic_inflation(p: Array) -> float:
+    """Return the median of the test statistic over what chance gives."""
+    return float(stats.chi2.isf(np.median(p), 1) / stats.chi2.isf(0.5, 1))
+
+
+class Association(NamedTuple):
+    """What was tested and found.
+
+    Attributes:
+        table: A row a variant: chrom, id, pos, counted and other allele, p over all components, component and beta.
+        clumps: Independent regions.
+        inflation: Of the P values of each component.
+        persons: How many were tested.
+        relatives: How many were left out as relatives.
+    """
+
+    table: pd.DataFrame
+    clumps: list[Clump]
+    inflation: list[float]
+    persons: int
+    relatives: int
+
+
+def associate(
+    features: Array,
+    ids: Sequence[str],
+    genotypes: Genotypes,
+    covariates: pd.DataFrame | None = None,
+    components: int = 10,
+    genetic: int = 0,
+    relatives: Sequence[tuple[str, str]] | None = None,
+    first: float = 5e-8,
+    second: float = 1e-7,
+    r2: float = 0.1,
+    kilobases: float = 150,
+) -> Association:
+    """Test all variants against the principal components of image features.
+
+    Args:
+        features: ``(n, E)``.
+        ids: Person of each row; of a person's rows the first counts.
+        genotypes: The genotypes.
+        covariates: A row a person (index), numbers; persons with a gap are left out.
+        components: K; no more than there are features.
+        genetic: Principal components of the genotypes that are added to the covariates.
+        relatives: Pairs of relatives; None estimates kinship from the genotypes.
+        first: See :func:`clump`.
+        second: See :func:`clump`.
+        r2: See :func:`clump`.
+        kilobases: See :func:`clump`.
+
+    Raises:
+        DataError: ids do not join, or persons are too few.
+    """
+    row_of: dict[str, int] = {}
+    for row, name in enumerate(ids):
+        row_of.setdefault(str(name), row)
+    place_of = {name: place for place, name in enumerate(genotypes.ids)}
+    known = None if covariates is None else set(covariates.dropna().index.astype(str))
+    names = [name for name in row_of if name in place_of and (known is None or name in known)]
+    if not names:
+        raise DataError(f"No person has both features (such as {next(iter(row_of), '-')}) and genotypes "
+                        f"(such as {genotypes.ids[0]}){'' if known is None else ' and covariates'}.")  # fmt: skip
+    if relatives is None:
+        relatives = _estimated_relatives(genotypes, names, place_of)
+    kept = unrelated(relatives, names)
+    persons = np.array([place_of[name] for name in kept], dtype=np.int64)
+    chosen = features[[row_of[name] for name in kept]].astype(np.float64)
+    number = min(components, chosen.shape[1], len(kept) - 1)
+    outcomes = PCA(number, svd_solver="full").fit_transform(chosen)
+    parts = [] if covariates is None else [covariates.set_axis(covariates.index.astype(str)).loc[kept].to_numpy(float)]
+    parts += [genetic_components(genotypes, persons, genetic)] if genetic else []
+    design = np.column_stack(parts) if parts else np.zeros((len(kept), 0))
+    normal = np.column_stack([inverse_normal(column) for column in residuals(outcomes, design).T])
+    tested = linear_association(genotypes, persons, normal, design)
+    p = combined_p(tested.p)
+    best = tested.p.argmin(1)
+    table = genotypes.variants.assign(p=p, component=best + 1, beta=tested.beta[np.arange(len(p)), best])
+    wanted = np.flatnonzero(p <= second)
+    values = standardised(genotypes.counts(persons, wanted)) if len(wanted) else np.zeros((len(kept), 0))
+    dosage = {int(index): values[:, column] for column, index in enumerate(wanted)}
+    clumps = clump(p, genotypes.variants, dosage, first, second, r2, kilobases)
+    inflation = [genomic_inflation(column) for column in tested.p.T]
+    return Association(table, clumps, inflation, len(kept), len(names) - len(kept))
+
+
+def _estimated_relatives(
+    genotypes: Genotypes, names: Sequence[str], place_of: Mapping[str, int]
+) -> list[tuple[str, str]]:
+    """Estimate who is related.
+
+    Raises:
+        DataError: there are too many persons for every pair of them.
+    """
+    if len(names) > _MOST_PERSONS:
+        raise DataError(f"Kinship of {len(names)} persons is not estimated here: give --kinship, a table of plink2 or "
+                        f"KING with ID1 or IID1, ID2 or IID2, and KINSHIP.")  # fmt: skip
+    counts = genotypes.counts(np.array([place_of[name] for name in names], dtype=np.int64))
+    close = np.argwhere(np.triu(kinship(counts) > KINSHIP, 1))
+    return [(names[one], names[other]) for one, other in close]
+
+
+def manhattan_figure(table: pd.DataFrame, clumps: Sequence[Clump], line: float) -> Figure:
+    """Draw -log10 P of every variant along the genome; leading variants of regions are marked."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.add_subplot()
+    logs = -np.log10(np.maximum(table["p"].to_numpy(), 1e-300))
+    offset, ticks, places = 0.0, [], np.zeros(len(table))
+    for index, chromosome in enumerate(dict.fromkeys(table["chrom"])):
+        inside = (table["chrom"] == chromosome).to_numpy()
+        pos = table["pos"].to_numpy()[inside].astype(float)
+        places[inside] = pos - pos.min() + offset
+        axes.scatter(places[inside], logs[inside], s=4, color=f"C{index % 2}")
+        ticks.append((places[inside].mean(), chromosome))
+        offset = places[inside].max() + max(np.ptp(pos) * 0.05, 1.0)
+    leads = [entry.lead for entry in clumps]
+    axes.scatter(places[leads], logs[leads], s=30, facecolor="none", edgecolor="red", label=f"{len(leads)} regions")
+    axes.axhline(-np.log10(line), color="grey", linestyle=":")
+    axes.set_xticks([place for place, _ in ticks], [name for _, name in ticks], fontsize=7)
+    axes.set(xlabel="chromosome", ylabel="-log10 P")
+    axes.legend(loc="upper right")
+    return figure
+
+
+def qq_figure(p: Array, inflation: float) -> Figure:
+    """Draw the observed against the expected -log10 P."""
+    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    observed = -np.log10(np.sort(np.maximum(p, 1e-300)))
+    expected = -np.log10((np.arange(1, len(p) + 1) - 0.5) / len(p))
+    axes.scatter(expected, observed, s=4)
+    axes.plot([0, expected.max()], [0, expected.max()], color="grey", linestyle=":")
+    axes.set(xlabel="expected -log10 P", ylabel="observed -log10 P", title=f"inflation {inflation:.3f}")
+    return figure
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``medmim associate``."""
+    parser.add_argument("--features", required=True, help="Parquet file of medmim embed: subject_id, split, feature")
+    parser.add_argument("--genotypes", required=True, help="PLINK prefix, .bed or .bgen; {chrom} stands for 1 to 22")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--split", default="test", help="persons of this split alone, or all (default: %(default)s)")
+    parser.add_argument("--covariates", help="CSV with IID and columns of numbers, such as sex and age")
+    parser.add_argument("--components", type=int, default=10, help="of the features (default: %(default)s)")
+    parser.add_argument("--genetic-components", type=int, default=0, help="of the genotypes, added as covariates")
+    parser.add_argument("--kinship", help="table of pairs (IID1, IID2, KINSHIP); default: estimated from the genotypes")
+    parser.add_argument("--p1", type=float, default=5e-8, help="of a region's leading variant (default: %(default)s)")
+    parser.add_argument("--p2", type=float, default=1e-7, help="of its members (default: %(default)s)")
+    parser.add_argument("--r2", type=float, default=0.1, help="linkage inside a region (default: %(default)s)")
+    parser.add_argument("--kb", type=float, default=150, help="reach of a region (default: %(default)s)")
+
+
+def _covariates(path: str | None) -> pd.DataFrame | None:
+    if path is None:
+        return None
+    table = read_table(Path(path))
+    if "IID" not in table.columns:
+        raise DataError(f"{path} has no column IID; it has {', '.join(table.columns)}.")
+    return table.set_index("IID").apply(pd.to_numeric, errors="coerce")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry out ``medmim associate``: ``associations.csv``, ``regions.csv``, ``summary.json`` and two pictures.
+
+    Raises:
+        DataError: a file is missing or damaged, or persons do not join.
+    """
+    path = Path(args.features)
+    if not path.is_file():
+        raise DataError(f"There are no features at {path}: write them with medmim embed.")
+    table = pd.read_parquet(path)
+    if args.split != "all":
+        table = table[table["split"] == args.split]
+    if table.empty:
+        raise DataError(f"{path} holds no features of the split {args.split}.")
+    genotypes = open_genotypes(args.genotypes)
+    found = associate(
+        np.stack(table["feature"].to_list()),
+        table["subject_id"].astype(str).tolist(),
+        genotypes,
+        _covariates(args.covariates),
+        args.components,
+        args.genetic_components,
+        read_kinship(Path(args.kinship)) if args.kinship else None,
+        args.p1,
+        args.p2,
+        args.r2,
+        args.kb,
+    )
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    found.table.to_csv(out / "associations.csv", index=False)
+    leads = found.table.iloc[[entry.lead for entry in found.clumps]]
+    leads.assign(members=[len(entry.members) for entry in found.clumps]).to_csv(out / "regions.csv", index=False)
+    facts = {
+        "persons": found.persons,
+        "relatives_left_out": found.relatives,
+        "variants": len(found.table),
+        "regions": len(found.clumps),
+        "inflation": found.inflation,
+        "p1": args.p1,
+    }
+    (out / "summary.json").write_text(json.dumps(facts, indent=2))
+    manhattan_figure(found.table, found.clumps, args.p1).savefig(out / "manhattan.png", dpi=120)
+    qq_figure(found.table["p"].to_numpy(), found.inflation[0]).savefig(out / "qq.png", dpi=120)
+    say(f"{found.persons} persons ({found.relatives} relatives left out), {len(found.table)} variants, "
+        f"{len(found.clumps)} independent regions: {out}")  # fmt: skip

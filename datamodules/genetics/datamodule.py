@@ -1,0 +1,568 @@
+"""Colour images of persons, alone or with their genetics, for pre-training: one data module for every layout."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.errors import DataError
+from common.faults import Fault, SampleFaultError, pseudonym
+from common.randomness import numpy_generator, stable_hash
+from common.runtime.reporting import say
+from common.types import InputSpec
+from datamodules.base import FaultTolerantDataset, collate_samples
+from datamodules.genetics.genome import Genome, GenomeFiles, pair_persons, read_genome
+from datamodules.genetics.kinship import read_kinship
+from datamodules.genetics.layout import Picture, PictureLayout
+from datamodules.images.cache import BoxChoice, ImageCache, SourceImages
+from datamodules.images.crops import center_box, cut_box, random_box
+from datamodules.images.datamodule import ImageArchiveDataModule
+from datamodules.images.reading import CHANNELS, ImageError, per_channel
+from datamodules.loading import Draw
+from datamodules.registry import PICTURE_LAYOUTS, recognise
+from datamodules.splits import SPLITS, assign_splits, relatives_together
+
+#: Mean and standard deviation of ImageNet's channels.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Augmentation(NamedTuple):
+    """How training images vary.
+
+    Attributes:
+        crop_scale: Share of an image's area that a crop has; 1 to 1 takes the whole central part.
+        degrees: Largest angle by which a crop is turned.
+        flip: Whether half of the crops are mirrored.
+        upside_down: Whether half of them are turned upside down.
+        jitter: Largest relative change of brightness, contrast and saturation, and shift of the hue.
+    """
+
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    degrees: float = 20.0
+    flip: bool = True
+    upside_down: bool = False
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+
+
+def jittered(image: Tensor, amounts: Sequence[float], generator: np.random.Generator) -> Tensor:
+    """Change brightness, contrast, saturation and hue of an image ``(3, H, W)`` in [0, 1], in this order."""
+    from torchvision.transforms.v2 import functional
+
+    changes = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)
+    for change, amount in zip(changes, amounts[:3], strict=True):
+        if amount:
+            image = change(image, 1 + generator.uniform(-amount, amount))
+    return functional.adjust_hue(image, generator.uniform(-amounts[3], amounts[3])) if amounts[3] else image
+
+
+def cut_picture(
+    store: ImageCache | SourceImages,
+    path: Path,
+    size: Sequence[int],
+    augmentation: Augmentation | None = None,
+    generator: np.random.Generator | None = None,
+) -> Tensor:
+    """Cut one image to a size, ``(3, *size)`` in [0, 1].
+
+    Args:
+        store: Opens images.
+        path: The file.
+        size: Height and width.
+        augmentation: How it varies; None takes the central part as it is.
+        generator: Source of the variation.
+
+    Raises:
+        SampleFaultError: the image cannot be used.
+    """
+    choose: BoxChoice = partial(center_box, size=size)
+    if augmentation is None or generator is None:
+        return store.crop(path, choose, size)
+    mirror, turn = augmentation.flip and generator.random() < 0.5, generator.uniform(-1, 1) * augmentation.degrees
+    if tuple(augmentation.crop_scale) != (1.0, 1.0):
+        choose = partial(random_box, scale=augmentation.crop_scale, generator=generator)
+    image = store.crop(path, choose, size, mirror, turn)
+    if augmentation.upside_down and generator.random() < 0.5:
+        image = image.flip(1)
+    return jittered(image, augmentation.jitter, generator) if any(augmentation.jitter) else image
+
+
+class Lesions(NamedTuple):
+    """Masks of lesions, for pictures alone: nothing learns from them.
+
+    Attributes:
+        files: The mask of an image, by the image's file.
+        reader: See :class:`datamodules.genetics.layout.PictureLayout`.
+        shorter_side: Shorter side in pixels at which it reads.
+    """
+
+    files: Mapping[Path, Path]
+    reader: Callable[[Path, Path, int], NDArray[np.uint8]]
+    shorter_side: int
+
+    def read(self, image: Path, size: Sequence[int]) -> Tensor:
+        """Return where the lesion is in the central part of an image, bool ``size``; nowhere without a mask.
+
+        Raises:
+            ImageError: the mask cannot be read.
+        """
+        if image not in self.files:
+            return torch.zeros(tuple(size), dtype=torch.bool)
+        mask = self.reader(self.files[image], image, self.shorter_side)
+        return cut_box(255 * mask, center_box(mask.shape, size), size)[0] > 0.5
+
+
+class Sample(NamedTuple):
+    """An image, or a person whose images take turns.
+
+    Attributes:
+        case_id: Unique name.
+        patient_id: Splits are by this.
+        images: The images to choose from.
+        person: Whose genetics belong to it; None = there are none.
+        split: Unused: what the archive says has been heeded.
+    """
+
+    case_id: str
+    patient_id: str
+    images: tuple[Path, ...]
+    person: str | None = None
+    split: str | None = None
+
+
+class ImageGenomeDataset(FaultTolerantDataset):
+    """Images and the genetics of their persons.
+
+    Args:
+        samples: The samples.
+        store: Opens images.
+        genome: Their genetics; None without any.
+        image_size: Height and width.
+        train: Whether images vary and take turns under the run's seed; else they are fixed per subject.
+        seed: Seed of the training draws.
+        augmentation: How training images vary.
+        mean: Of each channel, subtracted from pixels in [0, 1].
+        std: What they are divided by then.
+        controls: Other persons' samples, for the control of the collapse diagnostics; None leaves it out.
+        lesions: Masks to be drawn; None where the archive has none.
+        anonymise: Whether subjects get pseudonyms.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        store: ImageCache | SourceImages,
+        genome: Genome | None,
+        image_size: Sequence[int],
+        train: bool,
+        seed: int,
+        augmentation: Augmentation,
+        mean: Sequence[float],
+        std: Sequence[float],
+        controls: Sequence[Sample] | None = None,
+        lesions: Lesions | None = None,
+        anonymise: bool = False,
+    ) -> None:
+        super().__init__(seed)
+        self.samples, self.store, self.genome = list(samples), store, genome
+        self.image_size, self.train, self.augmentation = tuple(image_size), train, augmentation
+        self.mean, self.std = per_channel(mean), per_channel(std)
+        self.controls = list(controls or ())
+        self.lesions = lesions
+        self.anonymise = anonymise
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def subject(self, index: int) -> str:
+        """Return the sample's name."""
+        return self.samples[index].case_id
+
+    def _parts(self, draw: Draw) -> tuple[Any, ...]:
+        """Return what the randomness of a draw hangs on."""
+        subject = self.subject(draw.index)
+        return ("train", self.seed, draw.epoch, subject, draw.draw) if self.train else ("val", subject, draw.draw)
+
+    def read(self, draw: Draw) -> dict[str, Any]:
+        """Return one sample; see :class:`common.types.ImageGenomeBatch`.
+
+        Raises:
+            SampleFaultError: none of its images can be used.
+        """
+        sample = self.samples[draw.index]
+        faults: list[Fault] = []
+        image = self._image(sample, numpy_generator("crop", *self._parts(draw)), faults)
+        if image is None:
+            raise SampleFaultError(faults)
+        result: dict[str, Any] = {
+            "image": image,
+            "key": torch.tensor(stable_hash("mask", *self._parts(draw))),
+            "subject_id": pseudonym(sample.case_id) if self.anonymise else sample.case_id,
+            "patient_id": pseudonym(sample.patient_id) if self.anonymise else sample.patient_id,
+            "faults": faults,
+        }
+        present = [True]
+        if self.genome is not None:
+            values, observed = self.genome.read(sample.person)
+            result |= {"genome": torch.from_numpy(values), "genome_observed": torch.from_numpy(observed)}
+            present += self.genome.has(sample.person)
+        result["modality_mask"] = torch.tensor(present)
+        if self.controls:
+            control = self._control(sample, draw)
+            result["control_image"] = torch.zeros_like(image) if control is None else control
+        if self.lesions is not None:
+            result["lesion"] = self._lesion(sample, faults)
+        return result
+
+    def _lesion(self, sample: Sample, faults: list[Fault]) -> Tensor:
+        """Return where the sample's lesion is; a damaged mask is a fault and shows nothing."""
+        assert self.lesions is not None
+        path = sample.images[0]
+        try:
+            return self.lesions.read(path, self.image_size)
+        except ImageError as error:
+            faults.append(Fault(str(self.lesions.files[path]), error.kind, error.detail, sample.case_id))
+            return torch.zeros(self.image_size, dtype=torch.bool)
+
+    def _image(self, sample: Sample, generator: np.random.Generator, faults: list[Fault]) -> Tensor | None:
+        """Return one of the images, another where that one cannot be read; None, and faults, where none can."""
+        first = int(generator.integers(len(sample.images))) if self.train else 0
+        for step in range(len(sample.images)):
+            path = sample.images[(first + step) % len(sample.images)]
+            try:
+                pixels = cut_picture(
+                    self.store, path, self.image_size, self.augmentation if self.train else None, generator
+                )
+            except SampleFaultError as error:
+                faults += [fault._replace(sample=sample.case_id) for fault in error.faults]
+                continue
+            return (pixels - self.mean) / self.std
+        return None
+
+    def _control(self, sample: Sample, draw: Draw) -> Tensor | None:
+        """Return the image of another person, the same one every time; None where none can be read."""
+        others = [other for other in self.controls if other.patient_id != sample.patient_id]
+        first = stable_hash("control", sample.case_id, draw.draw)
+        for attempt in range(min(len(others), 8)):
+            other = others[(first + attempt) % len(others)]
+            try:
+                return (cut_picture(self.store, other.images[0], self.image_size) - self.mean) / self.std
+            except SampleFaultError:
+                continue
+        return None
+
+
+def collate_images(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Join samples, and note whether all of them have every kind of genetics: no step then has to look."""
+    complete = all(bool(sample["modality_mask"].all()) for sample in samples)
+    return collate_samples(samples) | {"complete": complete}
+
+
+class ImageGenomeDataModule(ImageArchiveDataModule):
+    """Colour images of persons with or without their genetics, in any known layout; split by person.
+
+    Args:
+        root: The archive.
+        layout: Name of its layout; ``"auto"`` recognises it from the tree.
+        genotypes: PLINK prefix, ``.bed`` or ``.bgen``, with ``{chrom}`` for 1 to 22; None = what the layout has.
+        genotype_step: Every which variant is a feature; None = as the layout has it, else 1.
+        scores: Scoring files of the PGS Catalog, or a folder of them, applied to the genotypes.
+        score_tables: ``.sscore`` files of plink2, or a folder of them.
+        burden: ``combined_burdens.h5``.
+        genome_build: Genome build of the genotypes, such as GRCh37; empty = not known.
+        genetics: Whether genetics are used; false trains on images alone.
+        pairing: ``"auto"`` joins genetics by the person where the layout names persons, and else gives every image the
+            genetics of a stranger, which means nothing but exercises the method; ``"id"`` and ``"synthetic"`` insist.
+        complete_only: Whether persons who lack a kind of genetics are left out.
+        one_per_subject: Whether a person's images take turns; else each is a sample.
+        image_size: Height and width.
+        cache_side: Shorter side of the cached copies, in pixels.
+        cache: ``"npy"``, or ``"none"`` to decode the sources at every access.
+        crop_scale: Share of an image's area that a training crop has.
+        degrees: Largest angle by which a training image is turned.
+        flip: Whether half of the training images are mirrored.
+        upside_down: Whether half of them are turned upside down.
+        jitter: Largest change of brightness, contrast, saturation and hue.
+        mean: Of each channel, subtracted from pixels in [0, 1].
+        std: What they are divided by then.
+        clip: Standardised genetics are cut to this on both sides.
+        batch_size: Samples per device.
+        draws_per_image: Times that an image is drawn in an epoch.
+        num_workers: Loader processes per rank; also threads that build the cache.
+        split_fractions: Shares of persons for train, val and test where neither file nor archive says.
+        split_file: CSV with ``split`` and ``case_id`` or ``patient_id``.
+        kinship: Table of pairs of persons (ID1 or IID1, ID2 or IID2, KINSHIP): relatives of the third degree and closer
+            are then in one split, whatever else says, test before val before train.
+        max_fault_fraction: Share of faulty samples at which training stops.
+        anonymise: Whether subjects get pseudonyms in logs, pictures and fault files.
+        seed: Seed of order and crops; None takes ``seed_everything``'s.
+        split_seed: Seed of the split and of the pairing alone.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        layout: str = "auto",
+        genotypes: str | None = None,
+        genotype_step: int | None = None,
+        scores: str | list[str] | None = None,
+        score_tables: str | list[str] | None = None,
+        burden: str | None = None,
+        genome_build: str = "",
+        genetics: bool = True,
+        pairing: Literal["auto", "id", "synthetic"] = "auto",
+        complete_only: bool = False,
+        one_per_subject: bool = True,
+        image_size: tuple[int, int] = (224, 224),
+        cache_side: int = 256,
+        cache: Literal["npy", "none"] = "npy",
+        crop_scale: tuple[float, float] = (1.0, 1.0),
+        degrees: float = 20.0,
+        flip: bool = True,
+        upside_down: bool = False,
+        jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0),
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+        clip: float = 5.0,
+        batch_size: int = 64,
+        draws_per_image: int = 1,
+        num_workers: int = 0,
+        split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
+        split_file: str | None = None,
+        kinship: str | None = None,
+        max_fault_fraction: float = 0.01,
+        anonymise: bool = False,
+        seed: int | None = None,
+        split_seed: int = 0,
+    ) -> None:
+        super().__init__(
+            root,
+            image_size,
+            cache_side,
+            cache,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            max_fault_fraction=max_fault_fraction,
+            anonymise=anonymise,
+            seed=seed,
+        )
+        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
+        self.augmentation = Augmentation(crop_scale, degrees, flip, upside_down, jitter)
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.draws_per_image = draws_per_image
+        self.genetics, self.pairing, self.complete_only = genetics, pairing, complete_only
+        self._layout_name, self._one_per_subject, self._clip = layout, one_per_subject, clip
+        self._files = GenomeFiles(genotypes, genotype_step or 1, scores, score_tables, burden, genome_build)
+        self._step = genotype_step
+        self._split = (split_fractions, split_seed, split_file)
+        self._kinship = kinship
+        self._layout: PictureLayout | None = None
+        self._lesions: Lesions | None = None
+        self.genome: Genome | None = None
+
+    def index(self) -> PictureLayout:
+        """Recognise the layout, list and split the images, read the genetics and fit their statistics.
+
+        Reads names and tables, and the genotypes; no image.
+
+        Raises:
+            DataError: unknown layout, a person in two splits, persons that do not join, and the like.
+        """
+        if self._layout is None:
+            layout, pictures = recognise(self.root, self._layout_name, PICTURE_LAYOUTS)
+            parts = assign_splits(pictures, *self._split)
+            if self._kinship is not None:
+                parts = self._without_relatives(pictures, parts)
+            pictures = [picture for picture in pictures if picture.case_id in parts]
+            split_of = {picture.patient_id: parts[picture.case_id] for picture in pictures}
+            persons = self._join(layout, split_of) if self.genetics else {}
+            samples = self._samples(pictures, persons)
+            if layout.read_lesion is not None:
+                masks = {picture.image: picture.lesion for picture in pictures if picture.lesion is not None}
+                self._lesions = Lesions(masks, layout.read_lesion, self._cache_side)
+            self.splits = {
+                name: [sample for sample in samples if split_of[sample.patient_id] == name] for name in SPLITS
+            }
+            self._fit()
+            self.ledger.num_samples = len(samples)
+            self.store = self.make_store(layout.reader)
+            self._layout = layout
+        return self._layout
+
+    def _without_relatives(self, pictures: Sequence[Picture], parts: dict[str, str]) -> dict[str, str]:
+        """Move persons until nobody has a relative in another split.
+
+        Raises:
+            DataError: the table cannot be used, or nobody would be left to train on.
+        """
+        assert self._kinship is not None
+        together = relatives_together(pictures, parts, read_kinship(Path(self._kinship).expanduser()))
+        moved = {
+            picture.patient_id for picture in pictures if parts.get(picture.case_id) != together.get(picture.case_id)
+        }
+        say(f"kinship: {len(moved)} persons are in another split, with their relatives")
+        if "train" not in together.values():
+            raise DataError("Everyone is related to someone who is held out, so nobody is left to train on.")
+        return together
+
+    def _join(self, layout: PictureLayout, split_of: dict[str, str]) -> dict[str, str]:
+        """Read the genetics, and return whose belong to each patient.
+
+        Raises:
+            DataError: no patient is a person of the genetics.
+        """
+        root = Path(self.root).expanduser()
+        files = self._files if self._files.any else layout.files(root)
+        if self._step is not None:
+            files = GenomeFiles(**{**files.__dict__, "step": self._step})
+        kinds = layout.kinds(root) if layout.kinds is not None and not self._files.any else []
+        if not files.any and not kinds:
+            return {}
+        training = [patient for patient, split in split_of.items() if split == "train"]
+        self.genome = read_genome(files, root, self._clip, training)
+        self.genome.kinds += kinds
+        known = self.genome.persons
+        synthetic = self.pairing == "synthetic" or (self.pairing == "auto" and not layout.named)
+        if synthetic:
+            say(f"note: {layout.name} and these genetics are of different people, so their pairing is synthetic")
+            return pair_persons(split_of, known, self._split[1])
+        joined = {patient: patient for patient in set(known) & split_of.keys()}
+        if not joined:
+            raise DataError(
+                f"None of the {len(split_of)} persons with images (such as {next(iter(split_of))}) is among the "
+                f"{len(known)} with genetics (such as {known[0]}): check the identifiers, or set data.pairing to "
+                f"synthetic to pair strangers."
+            )
+        without = len(split_of) - len(joined)
+        if without:
+            say(f"genetics: {without} of {len(split_of)} persons with images have none")
+        return joined
+
+    def _samples(self, pictures: Sequence[Picture], persons: dict[str, str]) -> list[Sample]:
+        if not self._one_per_subject:
+            return self._kept(
+                [Sample(p.case_id, p.patient_id, (p.image,), persons.get(p.patient_id)) for p in pictures]
+            )
+        images: dict[str, list[Path]] = {}
+        for picture in pictures:
+            images.setdefault(picture.patient_id, []).append(picture.image)
+        return self._kept([Sample(name, name, tuple(files), persons.get(name)) for name, files in images.items()])
+
+    def _kept(self, samples: list[Sample]) -> list[Sample]:
+        """Leave out persons who lack a kind of genetics, where that was asked for.
+
+        Raises:
+            DataError: nobody is left, or there are no genetics at all.
+        """
+        if not self.complete_only:
+            return samples
+        if self.genome is None:
+            raise DataError("data.complete_only asks for genetics, and there are none: name them with data.genotypes.")
+        kept = [sample for sample in samples if all(self.genome.has(sample.person))]
+        if not kept:
+            raise DataError(f"None of the {len(samples)} persons has every kind of genetics.")
+        return kept
+
+    def _fit(self) -> None:
+        if self.genome is not None:
+            training = {sample.person for sample in self.splits["train"] if sample.person is not None}
+            self.genome.fit(training)
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """Channels, image size, genetics and preprocessing of the batches."""
+        layout = self.index()
+        preprocessing: dict[str, Any] = {
+            "layout": layout.name,
+            "intensity": "colour in [0, 1], minus mean, over std",
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "resize": "bicubic, antialiased",
+            "field": layout.reader.name,
+        }
+        if self.genome is not None:
+            preprocessing["genome"] = self.genome.fingerprint()
+        return InputSpec(CHANNELS, self.image_size, {}, preprocessing, genome=self.genome.sizes if self.genome else {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the loader's position and the statistics of the training persons (Lightning hook)."""
+        state = super().state_dict()
+        if self.genome is not None:
+            state |= {"genome": self.genome.statistics(), "genome_fingerprint": self.genome.fingerprint()}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the position, and refuse other statistics than the run began with (Lightning hook).
+
+        Raises:
+            DataError: the training persons or their genetics have changed.
+        """
+        stored = state_dict.get("genome_fingerprint")
+        if stored is not None and self.genome is not None and stored != self.genome.fingerprint():
+            raise DataError("The genetics of the training persons are not those that the checkpoint was trained with.")
+        super().load_state_dict({name: value for name, value in state_dict.items() if not name.startswith("genome")})
+
+    def images_of(self, case: Sample) -> Sequence[Path]:
+        """Return the images of a person."""
+        return case.images
+
+    def setup(self, stage: str) -> None:
+        """Put what is broken into the ledger and say what there is (Lightning hook).
+
+        Raises:
+            DataError: no image can be used.
+        """
+        layout, counts = self.index(), self.admit(stage)
+        size = "x".join(map(str, self.image_size))
+        say(f"data: {layout.name} at {self.root}, samples {counts}, images {size}, "
+            + (f"genetics: {self.genome.describe()}" if self.genome else "no genetics"))  # fmt: skip
+
+    def _dataset(self, cases: Sequence[Sample], train: bool = False, controls: bool = False) -> ImageGenomeDataset:
+        return ImageGenomeDataset(
+            cases,
+            self.store,
+            self.genome,
+            self.image_size,
+            train,
+            self.seed,
+            self.augmentation,
+            self.mean,
+            self.std,
+            controls=self.splits["train"] if controls else None,
+            lesions=self._lesions if controls else None,
+            anonymise=self.ledger.anonymise,
+        )
+
+    def _evaluated(self, cases: Sequence[Sample]) -> ImageGenomeDataset:
+        return self._dataset(cases, controls=True)
+
+    def _usable(self, cases: Iterable[Sample]) -> list[Sample]:
+        """Leave out persons none of whose images can be used."""
+        bad = {fault.path for fault in self.ledger.faults}
+        return [case for case in cases if any(str(path) not in bad for path in case.images)]
+
+    def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """Return what makes a batch from samples."""
+        return collate_images
+
+    def training_genomes(self) -> np.ndarray:
+        """Return the standardised genetics of the training persons ``(P, F)``, each person once, for baselines.
+
+        Raises:
+            DataError: there are none.
+        """
+        if self.genome is None:
+            raise DataError("These images have no genetics.")
+        persons = sorted({sample.person for sample in self.splits["train"] if sample.person is not None})
+        return np.stack([self.genome.read(person)[0] for person in persons])
+
+    def examine(self, deep: bool, workers: int) -> list[str]:
+        """Print a report on the archive and return the reasons why training would refuse it."""
+        from datamodules.genetics.checks import examine
+
+        return examine(self, deep, workers)

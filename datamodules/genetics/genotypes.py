@@ -1,0 +1,295 @@
+"""Genotypes from PLINK 1 (``.bed``) and BGEN files: who, which variants, and how often an allele occurs.
+
+Letters: P persons, V variants.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from common.errors import DataError, UserError
+from common.runtime.reporting import contents
+
+#: Counts of an allele, 0 to 2, where it was not called.
+MISSING = -127
+CHROMOSOMES = tuple(str(number) for number in range(1, 23))
+#: Variants read at once.
+_CHUNK = 2048
+_BED_MAGIC = b"\x6c\x1b\x01"
+_VARIANT_COLUMNS = ["chrom", "id", "pos", "counted", "other"]
+
+
+def optional_reader(module: str, what: str) -> Any:
+    """Import an optional reader.
+
+    Raises:
+        UserError: it is not installed; names the extra.
+    """
+    try:
+        return __import__(module)
+    except ImportError as error:
+        raise UserError(f"Reading {what} needs {module}: install it with pip install 'medmim[genetics]'.") from error
+
+
+def plain_chromosome(name: str) -> str:
+    """Return a chromosome's name without ``chr`` and leading zeros."""
+    return str(name).strip().lower().removeprefix("chr").lstrip("0").upper()
+
+
+class GenotypeFile(ABC):
+    """One file of genotypes.
+
+    Attributes:
+        path: The file.
+        ids: Person of each row; those who withdrew have a negative number.
+        variants: A row a variant: chrom, id, pos, counted and other allele.
+    """
+
+    path: Path
+    ids: list[str]
+    variants: pd.DataFrame
+    #: Whether counts are whole numbers, not expectations.
+    called: ClassVar[bool] = True
+
+    @abstractmethod
+    def counts(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return how often the counted allele occurs, ``(P, V)``, NaN where it was not called."""
+
+
+class BedFile(GenotypeFile):
+    """A PLINK 1 triple.
+
+    Args:
+        prefix: Path without its suffix.
+
+    Raises:
+        DataError: a file of the triple is missing, damaged or of another size than the others say.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        self.path = prefix.with_name(prefix.name + ".bed")
+        tables = {kind: prefix.with_name(f"{prefix.name}.{kind}") for kind in ("bim", "fam")}
+        for path in (self.path, *tables.values()):
+            if not path.is_file():
+                raise DataError(f"PLINK genotypes are three files, and {path} is missing.")
+        self.variants = _read_words(tables["bim"], ["chrom", "id", "cm", "pos", "counted", "other"], [0, 1, 2, 3, 4, 5])
+        self.variants["pos"] = pd.to_numeric(self.variants["pos"], errors="coerce").fillna(0).astype(np.int64)
+        self.variants["chrom"] = self.variants["chrom"].map(plain_chromosome)
+        self.variants = self.variants[_VARIANT_COLUMNS]
+        self.ids = _read_words(tables["fam"], ["family", "person"], [0, 1])["person"].tolist()
+        expected = 3 + len(self.variants) * -(-len(self.ids) // 4)
+        with self.path.open("rb") as file:
+            magic = file.read(3)
+        if magic != _BED_MAGIC:
+            raise DataError(
+                f"{self.path} is no variant-major PLINK 1 file: it begins with {magic.hex(' ')}, not 6c 1b 01."
+            )
+        if (size := self.path.stat().st_size) != expected:
+            raise DataError(
+                f"{self.path} has {size} bytes, but {len(self.ids)} persons in {tables['fam'].name} and "
+                f"{len(self.variants)} variants in {tables['bim'].name} make {expected}."
+            )
+
+    def counts(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return how often allele 1 occurs, ``(P, V)``, NaN where it was not called."""
+        bed_reader = optional_reader("bed_reader", "PLINK genotypes")
+        with bed_reader.open_bed(
+            self.path, iid_count=len(self.ids), sid_count=len(self.variants), count_A1=True, properties={}
+        ) as file:
+            raw = file.read(index=(rows, columns), dtype="int8", num_threads=1)
+        counts = raw.astype(np.float32)
+        counts[raw == MISSING] = np.nan
+        return counts
+
+
+class BgenFile(GenotypeFile):
+    """A BGEN file with its ``.sample`` file beside it, if it holds no names.
+
+    Variants of more than two alleles are left out and counted.
+
+    Args:
+        path: The file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+
+    called = False
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise DataError(f"There are no genotypes at {path}.")
+        try:
+            with self._open() as file:
+                self.ids = [str(name) for name in file.samples]
+                rows = []
+                self.multi_allelic = 0
+                self._places: list[int] = []
+                for place, variant in enumerate(file):
+                    if len(variant.alleles) != 2:
+                        self.multi_allelic += 1
+                        continue
+                    reference, alternative = variant.alleles
+                    name = variant.rsid or variant.varid
+                    chromosome = plain_chromosome(variant.chrom) or _chromosome_of(path)
+                    rows.append((chromosome, name, int(variant.pos), alternative, reference))
+                    self._places.append(place)
+        except (ValueError, OSError) as error:
+            raise DataError(f"{path} cannot be read as BGEN: {str(error).splitlines()[0]}") from error
+        self.variants = pd.DataFrame(rows, columns=_VARIANT_COLUMNS)
+
+    def _open(self) -> Any:
+        sample = self.path.with_suffix(".sample")
+        reader = optional_reader("bgen", "BGEN genotypes").BgenReader
+        return reader(self.path, sample_path=sample if sample.is_file() else "", delay_parsing=True)
+
+    def counts(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the expected number of second alleles, ``(P, V)``, NaN where it is not known."""
+        result = np.empty((len(rows), len(columns)), dtype=np.float32)
+        wanted = {self._places[column]: index for index, column in enumerate(columns)}
+        with self._open() as file:
+            for place, variant in enumerate(file):
+                if place in wanted:
+                    result[:, wanted[place]] = variant.alt_dosage[rows]
+        return result
+
+
+def _chromosome_of(path: Path) -> str:
+    """Return the chromosome in a file's name, such as ``ukb_hap_chr7_v2``, whose variants name none."""
+    match = re.search(r"(?:^|[_-])c(?:hr)?(\d{1,2})(?=[_-]|$)", path.stem)
+    return plain_chromosome(match[1]) if match else ""
+
+
+def _read_words(path: Path, names: Sequence[str], columns: Sequence[int]) -> pd.DataFrame:
+    """Read columns of a table without a header, divided by blanks or tabs."""
+    try:
+        table = pd.read_csv(path, sep=r"\s+", header=None, usecols=list(columns), dtype=str, keep_default_na=False)
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    return table.set_axis(list(names), axis=1)
+
+
+def find_genotypes(pattern: str, root: Path | None = None) -> list[Path]:
+    """Return the files that a pattern means.
+
+    Args:
+        pattern: A PLINK prefix, a ``.bed`` or ``.bgen`` file; ``{chrom}`` stands for 1 to 22, where there is a file.
+        root: What a relative pattern is looked for under first; else under the working directory.
+
+    Raises:
+        DataError: there is none.
+    """
+    names = [pattern.format(chrom=name) for name in CHROMOSOMES] if "{chrom}" in pattern else [pattern]
+    found = []
+    for name in names:
+        bases = [base / name for base in ([] if root is None else [root.expanduser()])] + [Path(name).expanduser()]
+        for path in bases:
+            file = path if path.suffix in (".bed", ".bgen") else path.with_name(path.name + ".bed")
+            if file.is_file():
+                found.append(file)
+                break
+    if not found:
+        place = Path(pattern).expanduser().parent
+        held = f"; {place} holds {contents(place)}" if place.is_dir() else ""
+        raise DataError(f"There are no genotypes at {pattern} (.bed or .bgen){held}.")
+    return found
+
+
+class Genotypes:
+    """Genotypes of the same persons over one or more files.
+
+    Args:
+        files: The files, in order.
+        step: Every which variant is used, counted in each file.
+
+    Raises:
+        DataError: files disagree on the persons, or a person occurs twice.
+    """
+
+    def __init__(self, files: Sequence[GenotypeFile], step: int = 1) -> None:
+        if step < 1:
+            raise ValueError(f"`step` must be at least 1, got {step}.")
+        first = files[0]
+        for file in files[1:]:
+            if file.ids != first.ids:
+                raise DataError(f"{file.path} and {first.path} list other persons, or in another order.")
+        twice = [name for name, count in Counter(first.ids).items() if count > 1 and not name.startswith("-")]
+        if twice:
+            raise DataError(f"{first.path} lists {len(twice)} persons twice, first {twice[0]}: keep one row of each.")
+        #: Persons who did not withdraw, and their rows.
+        self.rows = np.array([row for row, name in enumerate(first.ids) if not name.startswith("-")], dtype=np.int64)
+        self.ids = [first.ids[row] for row in self.rows]
+        self.withdrawn = len(first.ids) - len(self.ids)
+        self._files = list(files)
+        self._columns = [np.arange(0, len(file.variants), step) for file in files]
+        tables = [file.variants.iloc[columns] for file, columns in zip(files, self._columns, strict=True)]
+        self.variants = pd.concat(tables, ignore_index=True)
+        self._starts = np.cumsum([0, *(len(columns) for columns in self._columns)])
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files."""
+        return [file.path for file in self._files]
+
+    def counts(
+        self, persons: NDArray[np.int64] | None = None, variants: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """Return how often the counted allele occurs, ``(P, V)``, NaN where it was not called.
+
+        Args:
+            persons: Places in ``ids``; None = all.
+            variants: Places in ``variants``, rising; None = all.
+        """
+        rows = self.rows if persons is None else self.rows[persons]
+        wanted = np.arange(len(self.variants)) if variants is None else np.asarray(variants, dtype=np.int64)
+        parts = []
+        for index, file in enumerate(self._files):
+            inside = wanted[(wanted >= self._starts[index]) & (wanted < self._starts[index + 1])]
+            if len(inside):
+                parts.append(file.counts(rows, self._columns[index][inside - self._starts[index]]))
+        return np.concatenate(parts, axis=1) if parts else np.zeros((len(rows), 0), dtype=np.float32)
+
+    def table(self) -> NDArray[Any]:
+        """Return all counts ``(P, V)`` in the least memory: int8 with ``MISSING`` where all are calls, else float32."""
+        called = all(file.called for file in self._files)
+        result = np.empty((len(self.rows), len(self.variants)), dtype=np.int8 if called else np.float32)
+        for start in range(0, result.shape[1], _CHUNK):
+            part = self.counts(None, np.arange(start, min(start + _CHUNK, result.shape[1])))
+            result[:, start : start + _CHUNK] = np.where(np.isnan(part), MISSING, part) if called else part
+        return result
+
+
+def counts_of(table: NDArray[Any]) -> NDArray[np.float32]:
+    """Return float32 counts, NaN where there is no call, of a part of what :meth:`Genotypes.table` gives."""
+    counts = table.astype(np.float32)
+    if table.dtype == np.int8:
+        counts[table == MISSING] = np.nan
+    return counts
+
+
+def open_genotypes(pattern: str, root: Path | None = None, step: int = 1) -> Genotypes:
+    """Open the genotypes that a pattern means; see :func:`find_genotypes`.
+
+    Raises:
+        DataError: there are none, or they are damaged.
+    """
+    files = find_genotypes(pattern, root)
+    return Genotypes(
+        [BgenFile(path) if path.suffix == ".bgen" else BedFile(path.with_suffix("")) for path in files], step
+    )
+
+
+def allele_frequencies(counts: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the frequency of the counted allele ``(V,)`` over who was called; NaN where nobody was."""
+    called = ~np.isnan(counts)
+    total = np.where(called, counts, 0).sum(0, dtype=np.float64)
+    number = called.sum(0)
+    return np.divide(total, 2.0 * number, out=np.full(counts.shape[1], np.nan), where=number > 0)

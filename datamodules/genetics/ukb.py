@@ -1,0 +1,178 @@
+"""UK Biobank: fundus photographs by field and instance, and the genetics beside them.
+
+Photographs are ``{eid}_{field}_{instance}_{array}.png`` anywhere under the root, as the bulk download has them, or
+``{left,right}/512_{left,right}/processed/*.jpg`` with ``qc_paths_{left,right}.txt``, as ContIG prepares them.
+"""
+
+import re
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from common.errors import DataError
+from datamodules.genetics.genome import GenomeFiles
+from datamodules.genetics.layout import Picture, PictureLayout
+from datamodules.images.reading import FUNDUS
+from datamodules.labelled.layout import LabelLayout, LabelledImage, need_file
+from datamodules.labelled.tables import files_under
+from datamodules.reports.manifest import read_table
+
+#: What is predicted from a photograph.
+RISKS = {"regression": ("age", "bmi", "sbp", "dbp"), "classification": ("sex", "smoking")}
+#: Fundus photographs of the left and the right eye.
+FIELDS = ("21015", "21016")
+_NAME = re.compile(r"(-?\d+)_(21015|21016)_(\d)_(\d)")
+_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+def split_of_eids(eids: list[str], seed: int = 42) -> dict[str, str]:
+    """Split persons 70 / 10 / 20 as ContIG does, so that its test persons stay unseen."""
+    names = np.array(sorted(set(eids), key=int))
+    order = np.random.RandomState(seed).permutation(len(names))
+    train, val = int(0.7 * len(names)), int(0.1 * len(names))
+    parts = np.repeat(["train", "val", "test"], [train, val, len(names) - train - val])
+    return {str(names[index]): str(part) for index, part in zip(order, parts, strict=True)}
+
+
+def _checked_names(root: Path) -> set[str] | None:
+    """Return the names that passed the quality control; None where there was none."""
+    lists = [path for side in ("left", "right") for path in root.glob(f"**/qc_paths_{side}.txt")]
+    if not lists:
+        return None
+    return {Path(line.strip()).name for path in lists for line in path.read_text().splitlines() if line.strip()}
+
+
+def european(root: Path, threshold: float = 0.99) -> set[str] | None:
+    """Return the persons of ``ancestry.tsv`` whose probability ``EUR`` is high enough; None where there is no file.
+
+    Raises:
+        DataError: a column is missing.
+    """
+    path = root / "ancestry.tsv"
+    if not path.is_file():
+        return None
+    table = pd.read_csv(path, sep="\t", dtype=str)
+    if not {"IID", "EUR"} <= set(table.columns):
+        raise DataError(f"{path} needs the columns IID and EUR, it has {', '.join(table.columns)}.")
+    kept = pd.to_numeric(table["EUR"], errors="coerce") >= threshold
+    return set(table.loc[kept, "IID"])
+
+
+def find_ukb(root: Path) -> list[Picture]:
+    """List the photographs; empty where there is none. Of persons who withdrew (negative numbers) there is none.
+
+    Raises:
+        DataError: ancestry.tsv is damaged.
+    """
+    checked, kept = _checked_names(root), european(root)
+    found: dict[str, Path] = {}
+    for path in files_under([root], _SUFFIXES):
+        match = _NAME.fullmatch(path.stem)
+        if match is None or match[1].startswith("-") or (checked is not None and path.name not in checked):
+            continue
+        if kept is None or match[1] in kept:
+            found.setdefault(path.stem, path)
+    parts = split_of_eids([name.split("_")[0] for name in found]) if found else {}
+    return [Picture(name, name.split("_")[0], path, parts[name.split("_")[0]]) for name, path in sorted(found.items())]
+
+
+def genetics_of(root: Path) -> GenomeFiles:
+    """Return the genetics in ``genetics/``, ``pgs/`` and ``burden/`` under a root."""
+    found = sorted((root / "genetics").glob("*_chr*.bed")) or sorted((root / "genetics").glob("*_chr*.bgen"))
+    pattern = None
+    if found:
+        pattern = str(found[0].parent / re.sub(r"_chr\d+", "_chr{chrom}", found[0].name))
+    tables = root / "pgs"
+    burden = root / "burden" / "combined_burdens.h5"
+    return GenomeFiles(
+        genotypes=pattern,
+        step=100,
+        score_tables=str(tables) if any(tables.glob("*.sscore")) else None,
+        burden=str(burden) if burden.is_file() else None,
+        build="GRCh37",
+    )
+
+
+def read_phenotypes(path: Path) -> pd.DataFrame:
+    """Read age, BMI, blood pressure, sex and smoking of persons; NaN where unknown.
+
+    Returns:
+        A row a person (index eid): age, bmi, sbp, dbp, sex (1 = male), smoking (1 = now).
+
+    Raises:
+        DataError: a column is missing, or a person is listed twice.
+    """
+    table = read_table(path)
+    needed = ["eid", "31-0.0", "21022-0.0", "21001-0.0", "20116-0.0", "4080-0.0", "4079-0.0"]
+    missing = [name for name in needed if name not in table.columns]
+    if missing:
+        raise DataError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns[:12])}.")
+    if table["eid"].duplicated().any():
+        raise DataError(f"{path} lists {table['eid'][table['eid'].duplicated()].iloc[0]} twice.")
+
+    def number(*names: str) -> pd.Series:
+        columns = [pd.to_numeric(table[name], errors="coerce") for name in names if name in table.columns]
+        return pd.concat(columns, axis=1).mean(axis=1)
+
+    smoking = number("20116-0.0")
+    result = pd.DataFrame(
+        {
+            "age": number("21022-0.0"),
+            "bmi": number("21001-0.0"),
+            "sbp": number("4080-0.0", "4080-0.1"),
+            "dbp": number("4079-0.0", "4079-0.1"),
+            "sex": number("31-0.0"),
+            # -3: would rather not say.
+            "smoking": (smoking == 2).astype(float).where(smoking >= 0),
+        }
+    )
+    return result.set_index(table["eid"])
+
+
+class UKBRisk(LabelLayout):
+    """Photographs of UK Biobank with what they are to predict, in the split of pre-training.
+
+    Args:
+        task: ``regression`` of age, BMI and both blood pressures, or ``classification`` of sex and smoking.
+    """
+
+    name = "UK Biobank"
+    tree = "ROOT/{phenotypes.csv, **/{eid}_{21015,21016}_{instance}_{array}.png}"
+    reader = FUNDUS
+
+    def __init__(self, task: Literal["regression", "classification"] = "regression") -> None:
+        if task not in RISKS:
+            raise ValueError(f"`task` must be one of {', '.join(RISKS)}, got {task!r}.")
+        self.classes = RISKS[task]
+
+    def find(self, root: Path) -> list[LabelledImage]:
+        """List the photographs of persons with any of the measurements.
+
+        Raises:
+            DataError: the table or a column is missing, or it and the photographs have no person in common.
+        """
+        path = need_file(root, ["phenotypes.csv", "ukb*_full.csv"], self)
+        table = read_phenotypes(path)[list(self.classes)]
+        table = table[table.notna().any(axis=1)]
+        rows = zip(table.index, table.to_numpy(), strict=True)
+        values = {str(eid): tuple(float(value) for value in row) for eid, row in rows}
+        found = [
+            LabelledImage(picture.case_id, picture.patient_id, picture.image, values[picture.patient_id], picture.split)
+            for picture in find_ukb(root)
+            if picture.patient_id in values
+        ]
+        if not found:
+            raise DataError(f"No photograph under {root} is of a person in {path}.")
+        return found
+
+
+UKB = PictureLayout(
+    name="ukb",
+    tree="ROOT/**/{eid}_{21015,21016}_{instance}_{array}.{png,jpg}, and genetics/, pgs/, burden/ if there are any",
+    find=find_ukb,
+    reader=FUNDUS,
+    named=True,
+    files=genetics_of,
+)

@@ -1,0 +1,1 @@
+"""Reading, caching and cropping 2D images."""

@@ -1,0 +1,1 @@
+"""Labelled 2D images for downstream tasks, and their official layouts."""

@@ -1,0 +1,351 @@
+"""Labelled 2D images for classification: a data module for all layouts of :mod:`datamodules.labelled.layout`."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.errors import DataError
+from common.faults import SampleFaultError, pseudonym
+from common.randomness import numpy_generator
+from common.runtime.reporting import say
+from common.types import InputSpec
+from datamodules.base import FaultTolerantDataset
+from datamodules.images.cache import BoxChoice, ImageCache, SourceImages
+from datamodules.images.crops import center_box, random_box
+from datamodules.images.datamodule import ImageArchiveDataModule
+from datamodules.images.reading import CHANNELS, GRAY, per_channel, plain_numbers
+from datamodules.labelled.layout import LabelLayout, LabelledImage
+from datamodules.loading import Draw, ResumableLoader
+from datamodules.splits import (
+    SPLITS,
+    assign_splits,
+    check_unique,
+    fold_of_each,
+    joined_groups,
+    nested_fraction,
+    seeded_split,
+)
+
+#: One value for every channel, or one each.
+Channelwise = float | tuple[float, float, float]
+
+
+class LabelledImageDataset(FaultTolerantDataset):
+    """Crops of images with their targets.
+
+    Args:
+        images: The images.
+        store: Opens them.
+        image_size: Height and width of a crop.
+        train: Whether crops are drawn anew every epoch; else they are central.
+        seed: Seed of the training draws.
+        crop_scale: Share of an image's area that a training crop has.
+        flip: Whether half of the training crops are mirrored.
+        mean: Subtracted from pixels in [0, 1].
+        std: What they are divided by then.
+        anonymise: Whether subjects get pseudonyms.
+        degrees: Largest angle by which training crops are turned.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[LabelledImage],
+        store: ImageCache | SourceImages,
+        image_size: Sequence[int],
+        train: bool,
+        seed: int,
+        crop_scale: Sequence[float] = (0.08, 1.0),
+        flip: bool = True,
+        mean: Channelwise = 0.0,
+        std: Channelwise = 1.0,
+        anonymise: bool = False,
+        degrees: float = 0.0,
+    ) -> None:
+        super().__init__(seed)
+        self.images, self.store = list(images), store
+        self.image_size, self.train = tuple(image_size), train
+        self.crop_scale, self.flip, self.degrees = tuple(crop_scale), flip, degrees
+        self.mean, self.std = per_channel(mean), per_channel(std)
+        self.anonymise = anonymise
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def subject(self, index: int) -> str:
+        """Return the image's name."""
+        return self.images[index].case_id
+
+    def generator(self, draw: Draw) -> np.random.Generator:
+        """Return the randomness of a draw."""
+        return numpy_generator("crop", self.seed, draw.epoch, self.subject(draw.index), draw.draw)
+
+    def names(self, item: LabelledImage) -> dict[str, str]:
+        """Return who an image is of."""
+        hide = pseudonym if self.anonymise else str
+        return {"subject_id": hide(item.case_id), "patient_id": hide(item.patient_id)}
+
+    def crop(
+        self, item: LabelledImage, choose: BoxChoice, size: Sequence[int], mirror: bool, degrees: float = 0.0
+    ) -> Tensor:
+        """Cut the box that ``choose`` wants out of an image, ``(C, *size)`` in [0, 1].
+
+        Raises:
+            SampleFaultError: the image cannot be used.
+        """
+        try:
+            return self.store.crop(item.image, choose, size, mirror, degrees)
+        except SampleFaultError as error:
+            raise SampleFaultError(fault._replace(sample=item.case_id) for fault in error.faults) from error
+
+    def read(self, draw: Draw) -> dict[str, Any]:
+        """Return one sample; see :class:`common.types.LabelledBatch`.
+
+        Raises:
+            SampleFaultError: the image cannot be used.
+        """
+        item = self.images[draw.index]
+        choose: BoxChoice = partial(center_box, size=self.image_size)
+        mirror, degrees = False, 0.0
+        if self.train:
+            generator = self.generator(draw)
+            mirror = self.flip and generator.random() < 0.5
+            if self.crop_scale != (1.0, 1.0):
+                choose = partial(random_box, scale=self.crop_scale, generator=generator)
+            degrees = generator.uniform(-1, 1) * self.degrees if self.degrees else 0.0
+        image = self.crop(item, choose, self.image_size, mirror, degrees)
+        target = torch.tensor(item.targets, dtype=torch.float32)
+        known = ~target.isnan()
+        return {
+            "image": (image - self.mean) / self.std,
+            "target": target.where(known, torch.zeros(())),
+            "target_mask": known,
+            **self.names(item),
+        }
+
+
+def strata_of(images: Sequence[LabelledImage]) -> dict[str, str]:
+    """Return a stratum for each patient: the rarest class that any of their images has, or none."""
+    patients: dict[str, NDArray[np.bool_]] = {}
+    for item in images:
+        positive = np.array([target == 1 for target in item.targets], dtype=bool)
+        patients[item.patient_id] = patients.get(item.patient_id, positive) | positive
+    counts = np.sum(list(patients.values()), axis=0) if patients else np.zeros(0)
+    rarest = np.argsort(counts, kind="stable")
+    return {
+        name: str(next((index for index in rarest if positive[index]), "none")) for name, positive in patients.items()
+    }
+
+
+def shuffled_targets(images: Sequence[LabelledImage], seed: int) -> list[LabelledImage]:
+    """Give every patient the targets of a random patient's first image: a control that nothing can be learned from."""
+    first: dict[str, tuple[float, ...]] = {}
+    for item in images:
+        first.setdefault(item.patient_id, item.targets)
+    patients = sorted(first)
+    others = numpy_generator("shuffled targets", seed).permutation(patients)
+    given = {name: first[str(other)] for name, other in zip(patients, others, strict=True)}
+    return [item._replace(targets=given[item.patient_id]) for item in images]
+
+
+class LabelledImageDataModule(ImageArchiveDataModule):
+    """Labelled images in any layout of :mod:`datamodules.labelled.layout`, cached, split by patient.
+
+    Args:
+        root: The archive.
+        labels: Its layout.
+        image_size: Height and width of the crops.
+        cache_side: Shorter side of the cached copies, in pixels.
+        cache: ``"npy"``, or ``"none"`` to decode the sources at every access.
+        crop_scale: Share of an image's area that a training crop has.
+        flip: Whether half of the training crops are mirrored.
+        mean: Subtracted from pixels in [0, 1].
+        std: What they are divided by then; for colours one value a channel, or one for all.
+        degrees: Largest angle by which training crops are turned.
+        batch_size: Images per device.
+        num_workers: Loader processes per rank; also threads that build the cache.
+        label_fraction: Share of the training patients to use, of every class alike; shares are nested.
+        split_fractions: Shares of patients for train, val and test where neither file nor archive says. An archive that
+            names training images but no validation ones has the latter cut out of the former, in the ratio of the
+            first two.
+        split_file: CSV with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes.
+        fold: Number of the fold to test on, from 0: cross-validation instead of any other split. No patient and no
+            group of the layout is in two folds; validation patients are cut out of the other folds.
+        num_folds: How many folds there are.
+        shuffle_targets: Seed of a permutation of the targets over patients, as a control; None leaves them.
+        shuffle_tested: Whether that permutes the targets of test images too; else they and the split stay true.
+        max_fault_fraction: Share of faulty images at which training stops.
+        anonymise: Whether subjects get pseudonyms in logs, tables and fault files.
+        seed: Seed of order and crops; None takes ``seed_everything``'s.
+        split_seed: Seed of splits, folds and fractions alone.
+    """
+
+    noun = "images"
+
+    def __init__(
+        self,
+        root: str,
+        labels: LabelLayout,
+        image_size: tuple[int, int] = (224, 224),
+        cache_side: int = 256,
+        cache: Literal["npy", "none"] = "npy",
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        flip: bool = True,
+        mean: Channelwise = 0.4978,
+        std: Channelwise = 0.2449,
+        degrees: float = 0.0,
+        batch_size: int = 96,
+        num_workers: int = 0,
+        label_fraction: float = 1.0,
+        split_fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
+        split_file: str | None = None,
+        fold: int | None = None,
+        num_folds: int = 5,
+        shuffle_targets: int | None = None,
+        shuffle_tested: bool = True,
+        max_fault_fraction: float = 0.01,
+        anonymise: bool = False,
+        seed: int | None = None,
+        split_seed: int = 0,
+    ) -> None:
+        super().__init__(
+            root,
+            image_size,
+            cache_side,
+            cache,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            max_fault_fraction=max_fault_fraction,
+            anonymise=anonymise,
+            seed=seed,
+        )
+        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
+        if fold is not None and not 0 <= fold < num_folds:
+            raise ValueError(f"`fold` counts from 0 to num_folds - 1 = {num_folds - 1}, got {fold}.")
+        if fold is not None and split_file is not None:
+            raise ValueError("`fold` and `split_file` both say what is tested on: set one of them to null.")
+        self.labels = labels
+        self.crop_scale, self.flip = tuple(crop_scale), flip
+        self.mean, self.std, self.degrees = mean, std, degrees
+        self.label_fraction = label_fraction
+        self.fold, self.num_folds = fold, num_folds
+        self.shuffle_targets, self.shuffle_tested = shuffle_targets, shuffle_tested
+        self._split = (split_fractions, split_seed, split_file)
+        self.images: list[LabelledImage] = []
+
+    def index(self) -> LabelLayout:
+        """List and split the images. Reads names and tables, no image.
+
+        Raises:
+            DataError: not the layout, missing columns, a patient in two splits, and the like.
+        """
+        if not self.splits:
+            root = Path(self.root).expanduser()
+            if not root.is_dir():
+                raise DataError(f"The data root {root} is not a folder.")
+            images = self.labels.find(root)
+            if not images:
+                raise DataError(f"{root} holds no labelled image of {self.labels.name} ({self.labels.tree}).")
+            check_unique(images)
+            _, split_seed, _ = self._split
+            if self.shuffle_targets is not None and self.shuffle_tested:
+                images = shuffled_targets(images, self.shuffle_targets)
+            strata = strata_of(images)
+            parts = self._parts(images, strata)
+            if self.shuffle_targets is not None and not self.shuffle_tested:
+                learned = [item for item in images if parts.get(item.case_id) in ("train", "val")]
+                given = {item.case_id: item for item in shuffled_targets(learned, self.shuffle_targets)}
+                images = [given.get(item.case_id, item) for item in images]
+            splits = {name: [item for item in images if parts.get(item.case_id) == name] for name in SPLITS}
+            splits["train"] = nested_fraction(splits["train"], self.label_fraction, split_seed, strata)
+            self.ledger.num_samples = sum(map(len, splits.values()))
+            self.store = self.make_store(self.labels.reader)
+            self.images, self.splits = images, splits
+        return self.labels
+
+    def _parts(self, images: Sequence[LabelledImage], strata: Mapping[str, str]) -> dict[str, str]:
+        """Return the split of each image."""
+        fractions, split_seed, split_file = self._split
+        if self.fold is None:
+            return assign_splits(images, fractions, split_seed, split_file, strata, cut_validation=True)
+        groups = joined_groups([(f"patient {item.patient_id}", item.group) for item in images])
+        # Patients that share a group are dealt together, so they must agree where they go: they count as one.
+        joined = [item._replace(patient_id=str(group)) for item, group in zip(images, groups, strict=True)]
+        strata = strata_of(joined)
+        folds = fold_of_each([strata[item.patient_id] for item in joined], groups, self.num_folds, split_seed)
+        tested = {item.case_id for item, fold in zip(joined, folds, strict=True) if fold == self.fold}
+        rest = [item for item in joined if item.case_id not in tested]
+        share = fractions[1] / (fractions[0] + fractions[1])
+        return dict.fromkeys(tested, "test") | seeded_split(rest, (1 - share, share, 0.0), split_seed, strata)
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """Channels, crop size, classes and preprocessing of the batches."""
+        preprocessing = {
+            "layout": self.labels.name,
+            "intensity": (
+                "grayscale in [0, 1], minus mean, over std, repeated three times"
+                if self.labels.reader is GRAY
+                else "colour in [0, 1], minus mean, over std"
+            ),
+            "mean": plain_numbers(self.mean),
+            "std": plain_numbers(self.std),
+            "resize": "bicubic, antialiased",
+        }
+        return InputSpec(CHANNELS, self.image_size, {}, preprocessing, classes=tuple(self.labels.classes))
+
+    def all_cases(self) -> list[LabelledImage]:
+        """Return every labelled image of the archive, whether or not it is used."""
+        self.index()
+        return self.images
+
+    def images_of(self, case: LabelledImage) -> Sequence[Path]:
+        """Return the one image."""
+        return (case.image,)
+
+    def setup(self, stage: str) -> None:
+        """Put what is broken into the ledger and say what there is (Lightning hook).
+
+        Raises:
+            DataError: no image can be used.
+        """
+        counts = self.admit(stage)
+        positive: Counter[str] = Counter()
+        for item in self.splits["train"]:
+            named = zip(self.labels.classes, item.targets, strict=True)
+            positive.update(name for name, target in named if target == 1)
+        shares = ", ".join(f"{name} {positive[name]}" for name in self.labels.classes if name in positive)
+        say(f"data: {self.labels.name} at {self.root}, images {counts}"
+            + (f"; positive in training: {shares}" if shares else ""))  # fmt: skip
+
+    def _dataset(self, cases: Sequence[LabelledImage], train: bool = False) -> LabelledImageDataset:
+        return LabelledImageDataset(
+            cases,
+            self.store,
+            self.image_size,
+            train,
+            self.seed,
+            crop_scale=self.crop_scale,
+            flip=self.flip,
+            mean=self.mean,
+            std=self.std,
+            anonymise=self.ledger.anonymise,
+            degrees=self.degrees,
+        )
+
+    def predict_dataloader(self) -> ResumableLoader:
+        """Return the test images, or all where nothing is set aside (Lightning hook)."""
+        return self.evaluation_loader(self._evaluated(self._usable(self.splits["test"] or self.cases_in_use())))
+
+    def examine(self, deep: bool, workers: int) -> list[str]:
+        """Print a report on the archive and return the reasons why training would refuse it."""
+        from datamodules.labelled.checks import examine
+
+        return examine(self, deep, workers)

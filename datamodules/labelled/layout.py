@@ -1,0 +1,141 @@
+"""Images with labels for a downstream task: what a labelled image is, and what a layout of such archives gives."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import pandas as pd
+
+from common.errors import DataError
+from common.runtime.reporting import contents
+from datamodules.images.reading import GRAY, ImageReader
+from datamodules.reports.manifest import read_table
+
+#: A target that is not known, or that is to be left out of the loss and of the scores.
+UNKNOWN = float("nan")
+
+
+class LabelledImage(NamedTuple):
+    """One image and what is known of it.
+
+    Attributes:
+        case_id: Unique name.
+        patient_id: Splits and folds are by this.
+        image: The file.
+        targets: 1, 0 or ``UNKNOWN`` for each class of the layout, or a measurement; empty where it has none.
+        split: ``train``, ``val`` or ``test`` where the archive says so.
+        group: Something else that no two folds may share, such as the text of a note; empty = nothing.
+        masks: Run-length codes of the regions that are to be segmented; empty = there is no such region.
+    """
+
+    case_id: str
+    patient_id: str
+    image: Path
+    targets: tuple[float, ...] = ()
+    split: str | None = None
+    group: str = ""
+    masks: tuple[str, ...] = ()
+
+
+class LabelLayout(ABC):
+    """A labelled archive in its official layout; its arguments are the choices that a task leaves open.
+
+    Attributes:
+        name: What a person calls it.
+        tree: One line that shows the tree.
+        classes: Names of the targets, in order.
+        reader: How its files become pixels.
+    """
+
+    name: ClassVar[str]
+    tree: ClassVar[str]
+    reader: ClassVar[ImageReader] = GRAY
+    classes: tuple[str, ...]
+
+    @abstractmethod
+    def find(self, root: Path) -> list[LabelledImage]:
+        """List the labelled images under a root. Reads names and tables, no image.
+
+        Raises:
+            DataError: the root is not of this layout, a table is damaged or lacks a column, or a label is none.
+        """
+
+
+def need_file(root: Path, patterns: Sequence[str], layout: LabelLayout) -> Path:
+    """Return the first file under a root that fits one of the patterns.
+
+    Raises:
+        DataError: there is none.
+    """
+    for pattern in patterns:
+        found = sorted(root.glob(pattern))
+        if found:
+            return found[-1]
+    raise DataError(
+        f"{root} holds no {patterns[0]}, so it is not {layout.name} ({layout.tree}); it holds {contents(root)}."
+    )
+
+
+def need_columns(path: Path, table: pd.DataFrame, columns: Sequence[str]) -> None:
+    """Refuse a table without the needed columns.
+
+    Raises:
+        DataError: names all that are missing and all that are there.
+    """
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise DataError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns)}.")
+
+
+def label_value(text: str, allowed: Mapping[str, float], path: Path, case_id: str, column: str) -> float:
+    """Return what a cell of a label table means.
+
+    Raises:
+        DataError: it means nothing.
+    """
+    if text not in allowed:
+        known = ", ".join(repr(value) for value in allowed)
+        raise DataError(f"{path} gives {case_id} the {column} {text!r}; known are {known}.")
+    return allowed[text]
+
+
+class LabelledTable(LabelLayout):
+    """Any images with labels, listed in a table: one row an image, one column of 0 and 1 (or empty) a class.
+
+    Args:
+        classes: The columns of the classes.
+        file: The table under the root: CSV, JSON lines or Parquet.
+        columns: Names of the columns ``image``, ``subject`` and ``split``, where they differ.
+    """
+
+    name = "a labelled table"
+    tree = "ROOT/labels.csv with image, subject [, split] and one column a class"
+
+    def __init__(
+        self, classes: Sequence[str], file: str = "labels.csv", columns: Mapping[str, str] | None = None
+    ) -> None:
+        self.classes = tuple(classes)
+        self.file = file
+        self.columns = {"image": "image", "subject": "subject", "split": "split", **(columns or {})}
+
+    def find(self, root: Path) -> list[LabelledImage]:
+        """List the rows of the table.
+
+        Raises:
+            DataError: there is no such table, a column is missing, a path leaves the root, or a label is no 0 or 1.
+        """
+        path = need_file(root, [self.file], self)
+        table = read_table(path)
+        names = self.columns
+        need_columns(path, table, [names["image"], names["subject"], *self.classes])
+        values = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "": UNKNOWN}
+        found = []
+        for row in table.to_dict("records"):
+            name = row[names["image"]]
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise DataError(f"{path} names the image {name}, which does not lie under {root}.")
+            targets = tuple(label_value(row[column], values, path, name, column) for column in self.classes)
+            split = row.get(names["split"], "").lower() or None
+            found.append(LabelledImage(name, row[names["subject"]] or name, root / name, targets, split))
+        return found

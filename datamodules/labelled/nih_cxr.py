@@ -1,0 +1,90 @@
+"""ChestX-ray14 of the National Institutes of Health: frontal chest radiographs with the findings of their reports."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from common.errors import DataError
+from datamodules.labelled.layout import LabelLayout, LabelledImage, need_columns, need_file
+from datamodules.labelled.tables import column_names, files_under
+from datamodules.reports.manifest import read_table
+
+CLASSES = (
+    "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
+    "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia",
+)  # fmt: skip
+_TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
+_LISTS = {"train": "train_val_list.txt", "test": "test_list.txt"}
+_NONE = "No Finding"
+
+
+class NIHChestXray14(LabelLayout):
+    """ChestX-ray14, as it was published or as the archives of its images unpack; the newer table before the older.
+
+    The official lists give training and test images; validation images they do not name. Without them there is no
+    split.
+    """
+
+    name = "NIH ChestX-ray14"
+    tree = "ROOT/{Data_Entry_2017_v2020.csv, images/ or images_001/images/ ... [, train_val_list.txt, test_list.txt]}"
+    classes = CLASSES
+
+    def find(self, root: Path) -> list[LabelledImage]:
+        """List the images of the table.
+
+        Raises:
+            DataError: the table, a column or one of the two lists is missing, a finding or a name is none, or an image
+                is in both lists.
+        """
+        path = need_file(root, _TABLES, self)
+        table = read_table(path)
+        need_columns(path, table, ["Image Index", "Finding Labels", "Patient ID"])
+        names = column_names(path, table, "Image Index")
+        targets = _targets(path, table)
+        splits = _splits(root)
+        images = root / "images"
+        places = {file.name: file for file in files_under([images, *sorted(root.glob("images_*/images"))], [".png"])}
+        rows = zip(names, table["Patient ID"].tolist(), targets, strict=True)
+        return [
+            LabelledImage(name, patient, places.get(name, images / name), found, splits.get(name))
+            for name, patient, found in rows
+        ]
+
+
+def _targets(path: Path, table: pd.DataFrame) -> list[tuple[float, ...]]:
+    """Return the classes of each row.
+
+    Raises:
+        DataError: a finding is none.
+    """
+    meaning = {}
+    for text in table["Finding Labels"].unique():
+        findings = [finding.strip() for finding in text.split("|")]
+        unknown = [finding for finding in findings if finding not in (*CLASSES, _NONE)]
+        if unknown:
+            image = table.loc[table["Finding Labels"] == text, "Image Index"].iloc[0]
+            raise DataError(
+                f"{path} gives {image} the finding {unknown[0]!r}; known are {_NONE} and {', '.join(CLASSES)}."
+            )
+        meaning[text] = tuple(float(name in findings) for name in CLASSES)
+    return [meaning[text] for text in table["Finding Labels"].tolist()]
+
+
+def _splits(root: Path) -> dict[str, str]:
+    """Return the split of each image by the official lists; empty where there are none.
+
+    Raises:
+        DataError: one list is missing, or an image is in both.
+    """
+    there = {split: root / name for split, name in _LISTS.items() if (root / name).is_file()}
+    if not there:
+        return {}
+    missing = [name for split, name in _LISTS.items() if split not in there]
+    if missing:
+        raise DataError(f"{root} has {there.popitem()[1].name} without {missing[0]}; fetch it too.")
+    listed: dict[str, Sequence[str]] = {split: path.read_text().split() for split, path in there.items()}
+    both = set(listed["train"]) & set(listed["test"])
+    if both:
+        raise DataError(f"{len(both)} images are in both {' and '.join(_LISTS.values())} of {root}, first {min(both)}.")
+    return {name: split for split, names in listed.items() for name in names}

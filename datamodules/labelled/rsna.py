@@ -1,0 +1,37 @@
+"""The RSNA Pneumonia Detection Challenge: chest radiographs with boxes around opacities."""
+
+from pathlib import Path
+
+from datamodules.labelled.layout import LabelLayout, LabelledImage, need_columns, need_file
+from datamodules.labelled.tables import column_names, column_targets
+from datamodules.reports.manifest import read_table
+
+TABLE = "stage_2_train_labels.csv"
+IMAGES = "stage_2_train_images"
+
+
+class RSNAPneumonia(LabelLayout):
+    """Training images of the second stage; the test images have no labels.
+
+    An image has pneumonia if one of its rows says so; else it is normal or shows something else.
+    """
+
+    name = "RSNA Pneumonia"
+    tree = f"ROOT/{{{TABLE}, {IMAGES}/<patientId>.dcm}}"
+    classes = ("Pneumonia",)
+
+    def find(self, root: Path) -> list[LabelledImage]:
+        """List the images of the table; each is a patient's only one.
+
+        Raises:
+            DataError: the table or a column is missing, a name is none, or a target is no 0 or 1.
+        """
+        path = need_file(root, [TABLE], self)
+        table = read_table(path)
+        need_columns(path, table, ["patientId", "Target"])
+        names = column_names(path, table, "patientId")
+        targets = column_targets(path, table, "Target", {"0": 0.0, "1": 1.0}, names)
+        highest: dict[str, float] = {}
+        for name, target in zip(names, targets, strict=True):
+            highest[name] = max(highest.get(name, 0.0), target)
+        return [LabelledImage(name, name, root / IMAGES / f"{name}.dcm", (target,)) for name, target in highest.items()]

@@ -1,0 +1,224 @@
+"""Radiographs with regions to be segmented: the whole image at one size, and its mask on the grid of its file."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from common.errors import DataError
+from common.faults import Fault, FaultLedger, SampleFaultError
+from common.losses.focal_dice import IGNORED
+from common.runtime.reporting import say
+from common.types import InputSpec
+from datamodules.images.crops import Box
+from datamodules.images.reading import ImageError, read_header
+from datamodules.labelled.classification import LabelledImageDataModule, LabelledImageDataset
+from datamodules.labelled.layout import LabelLayout, LabelledImage
+from datamodules.labelled.siim import decode_runs
+from datamodules.loading import Draw
+
+
+def fitted_size(shape: Sequence[int], size: Sequence[int]) -> tuple[int, int]:
+    """Return the largest height and width of ``shape``'s ratio that fit into ``size``."""
+    factor = min(size[0] / shape[0], size[1] / shape[1])
+    return max(round(shape[0] * factor), 1), max(round(shape[1] * factor), 1)
+
+
+def whole_box(shape: Sequence[int]) -> Box:
+    """Return the box of a whole image."""
+    return (0, 0, shape[1], shape[0])
+
+
+def read_mask(item: LabelledImage) -> NDArray[np.uint8]:
+    """Draw an image's regions on the grid of its file, of which the header alone is read.
+
+    Returns:
+        ``(H, W)``, 1 inside.
+
+    Raises:
+        SampleFaultError: a code is damaged, or the file has no header.
+    """
+    try:
+        return decode_runs(item.masks, read_header(item.image))
+    except ImageError as error:
+        raise SampleFaultError([Fault(str(item.image), error.kind, error.detail, item.case_id)]) from error
+
+
+def reduced_mask(mask: NDArray[np.uint8], size: Sequence[int], mirror: bool = False) -> Tensor:
+    """Resize a mask ``(H, W)`` to ``(1, *size)`` float32 by the nearest pixel, as an image by ``cut_box``.
+
+    Args:
+        mask: 0 and 1.
+        size: Height and width of the result.
+        mirror: Whether to swap left and right.
+    """
+    resized = np.asarray(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
+    if mirror:
+        resized = resized[:, ::-1]
+    return torch.from_numpy(resized.astype(np.float32))[None]
+
+
+class MaskedImageDataset(LabelledImageDataset):
+    """Whole images with their masks, padded to one size; the arguments are those of :class:`LabelledImageDataset`."""
+
+    def read(self, draw: Draw) -> dict[str, Any]:
+        """Return one sample.
+
+        ``image`` ``(1, H, W)`` is resized to fit and lies at the top left, with the mean, which is 0, around it;
+        ``label`` ``(1, H, W)`` is 1 inside a region, 0 outside and ``IGNORED`` around the image. For evaluation there
+        are ``region``, uint8 on the grid of the file, and ``size``, the height and width that the image takes up.
+
+        Raises:
+            SampleFaultError: the image or its mask cannot be used.
+        """
+        item = self.images[draw.index]
+        mask = read_mask(item)
+        size = fitted_size(mask.shape, self.image_size)
+        mirror = self.train and self.flip and self.generator(draw).random() < 0.5
+        image = self.crop(item, whole_box, size, mirror)
+        padding = (0, self.image_size[1] - size[1], 0, self.image_size[0] - size[0])
+        sample = {
+            "image": F.pad((image - self.mean) / self.std, padding),
+            "label": F.pad(reduced_mask(mask, size, mirror), padding, value=IGNORED),
+            **self.names(item),
+        }
+        return sample if self.train else sample | {"region": mask, "size": size}
+
+
+class MaskedImageDataModule(LabelledImageDataModule):
+    """Images with regions of one kind in a layout of :mod:`datamodules.labelled.layout`, cached, split by patient.
+
+    Args:
+        root: The archive.
+        labels: Its layout, of one class.
+        image_size: Height and width that images are fitted into.
+        cache_side: Shorter side of the cached copies, in pixels.
+        cache: ``"npy"``, or ``"none"`` to decode the sources at every access.
+        flip: Whether half of the training images are mirrored.
+        mean: Subtracted from pixels in [0, 1].
+        std: What they are divided by then.
+        batch_size: Images per device.
+        num_workers: Loader processes per rank; also threads that build the cache.
+        label_fraction: Share of the training patients to use, with and without regions alike; shares are nested.
+        split_fractions: Shares of patients for train, val and test where neither file nor archive says.
+        split_file: CSV with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes.
+        max_fault_fraction: Share of faulty images at which training stops.
+        anonymise: Whether subjects get pseudonyms in logs, tables and fault files.
+        seed: Seed of order and flips; None takes ``seed_everything``'s.
+        split_seed: Seed of splits and fractions alone.
+
+    Raises:
+        ValueError: the layout has several classes, or cached copies would be smaller than the images.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        labels: LabelLayout,
+        image_size: tuple[int, int] = (512, 512),
+        cache_side: int = 512,
+        cache: Literal["npy", "none"] = "npy",
+        flip: bool = True,
+        mean: float = 0.4978,
+        std: float = 0.2449,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        label_fraction: float = 1.0,
+        split_fractions: tuple[float, float, float] = (0.7, 0.15, 0.15),
+        split_file: str | None = None,
+        max_fault_fraction: float = 0.01,
+        anonymise: bool = False,
+        seed: int | None = None,
+        split_seed: int = 0,
+    ) -> None:
+        super().__init__(
+            root,
+            labels,
+            image_size,
+            cache_side,
+            cache,
+            flip=flip,
+            mean=mean,
+            std=std,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            label_fraction=label_fraction,
+            split_fractions=split_fractions,
+            split_file=split_file,
+            max_fault_fraction=max_fault_fraction,
+            anonymise=anonymise,
+            seed=seed,
+            split_seed=split_seed,
+        )
+        if len(labels.classes) != 1:
+            raise ValueError(
+                f"Regions of one kind are segmented here, {labels.name} has {len(labels.classes)} classes."
+            )
+        if cache == "npy" and cache_side < min(self.image_size):
+            raise ValueError(
+                f"`cache_side` must be at least the smaller side of `image_size`, {min(self.image_size)}, or images "
+                f"would be enlarged from reduced copies; got {cache_side}."
+            )
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """Channels, size, region and preprocessing of the batches."""
+        spec = super().input_spec
+        resize = "bicubic, antialiased, to fit with its ratio kept; mean below and to the right"
+        preprocessing = {**spec.preprocessing, "resize": resize}
+        return spec._replace(regions={self.labels.classes[0]: (1,)}, preprocessing=preprocessing, classes=())
+
+    def _mask_faults(self, images: Sequence[LabelledImage]) -> list[Fault]:
+        """Return what is wrong with the masks of images."""
+        faults = []
+        for item in images:
+            if item.masks:
+                try:
+                    read_mask(item)
+                except SampleFaultError as error:
+                    faults += error.faults
+        return faults
+
+    def setup(self, stage: str) -> None:
+        """Put what is broken into the ledger and say what there is; masks to be scored are tried (Lightning hook).
+
+        Raises:
+            DataError: no image can be used, or none of the training images has a region.
+        """
+        super().setup(stage)
+        for part in ("val", "test"):
+            self.ledger.add(self._mask_faults(self._usable(self.splits[part])))
+        if stage == "fit" and not any(item.masks for item in self.splits["train"]):
+            raise DataError(f"None of the {len(self.splits['train'])} training images under {self.root} has a region.")
+
+    def _dataset(self, cases: Sequence[LabelledImage], train: bool = False) -> MaskedImageDataset:
+        return MaskedImageDataset(
+            cases,
+            self.store,
+            self.image_size,
+            train,
+            self.seed,
+            flip=self.flip,
+            mean=self.mean,
+            std=self.std,
+            anonymise=self.ledger.anonymise,
+        )
+
+    def examine(self, deep: bool, workers: int) -> list[str]:
+        """Print a report on the archive, its masks included, and return the reasons why training would refuse it."""
+        reasons = super().examine(deep, workers)
+        images = self.cases_in_use()
+        ledger = FaultLedger(self.ledger.max_fraction, self.ledger.anonymise)
+        ledger.num_samples = len(images)
+        ledger.add(fault for fault in self._mask_faults(images) if fault.kind == "label")
+        drawn = sum(bool(item.masks) for item in images)
+        say(f"masks: {drawn} of {len(images)} images have one"
+            + (f", {ledger.num_faulty} of them damaged. {ledger.describe()}" if ledger.num_faulty else ""))  # fmt: skip
+        if ledger.num_faulty > ledger.limit:
+            reasons.append(f"{ledger.num_faulty} damaged masks, more than the {ledger.limit:g} that are tolerated")
+        return reasons

@@ -1,0 +1,112 @@
+"""SIIM-ACR Pneumothorax Segmentation: chest radiographs with the run-length codes of pneumothoraces.
+
+A code is pairs of numbers: pixels outside since the end of the run before, pixels inside; columns first.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import DataError
+from datamodules.images.reading import ImageError
+from datamodules.labelled.layout import LabelLayout, LabelledImage, need_columns, need_file
+from datamodules.labelled.tables import column_names, files_under
+from datamodules.reports.manifest import read_table
+
+#: In place of a code: there is no region.
+NO_REGION = "-1"
+_TABLES = ("train-rle.csv", "stage_2_train.csv")
+_DICOM, _FLAT = "dicom-images-train", "images"
+
+
+class SIIMPneumothorax(LabelLayout):
+    """Training images, in the official tree of studies and series or in one folder. Several codes are one region."""
+
+    name = "SIIM-ACR Pneumothorax"
+    tree = (
+        f"ROOT/{{{_TABLES[0]} or {_TABLES[1]}, {_DICOM}/<study>/<series>/<ImageId>.dcm or "
+        f"{_FLAT}/<ImageId>.{{dcm,png,jpg}}}}"
+    )
+    classes = ("Pneumothorax",)
+
+    def find(self, root: Path) -> list[LabelledImage]:
+        """List the images of the table; a study is a patient, and so is an image that lies in none.
+
+        Raises:
+            DataError: the table or a column is missing, a name is none, or an image has neither a code nor a -1.
+        """
+        path = need_file(root, _TABLES, self)
+        table = read_table(path)
+        need_columns(path, table, ["ImageId", "EncodedPixels"])
+        names = column_names(path, table, "ImageId")
+        codes: dict[str, list[str]] = {}
+        for name, code in zip(names, table["EncodedPixels"].tolist(), strict=True):
+            if not code:
+                raise DataError(f"{path} gives {name} an empty EncodedPixels; where there is no region it is -1.")
+            codes.setdefault(name, []).extend([] if code == NO_REGION else [code])
+        tree = root / _DICOM
+        places: dict[str, Path] = {}
+        for file in files_under([tree, root / _FLAT], [".dcm", ".png", ".jpg"]):
+            places.setdefault(file.stem, file)
+        return [_image(name, places.get(name, tree / f"{name}.dcm"), tree, masks) for name, masks in codes.items()]
+
+
+def _image(name: str, file: Path, tree: Path, masks: Sequence[str]) -> LabelledImage:
+    """Make an image of its codes."""
+    folders = file.relative_to(tree).parts[:-1] if file.is_relative_to(tree) else ()
+    patient = folders[0] if folders else name
+    return LabelledImage(name, patient, file, (float(bool(masks)),), masks=tuple(masks))
+
+
+def decode_runs(codes: Sequence[str], shape: tuple[int, int]) -> NDArray[np.uint8]:
+    """Draw the regions of run-length codes into one mask.
+
+    Args:
+        codes: Pairs of a gap since the end of the run before and a run, columns first; ``-1`` is no region.
+        shape: ``(H, W)`` of the image that the codes were made on.
+
+    Returns:
+        ``(H, W)``, 1 inside any of the regions and 0 elsewhere.
+
+    Raises:
+        ImageError: a code is no pairs of whole numbers, or runs beyond the image.
+    """
+    height, width = shape
+    flat = np.zeros(height * width, dtype=np.uint8)
+    for code in codes:
+        if code != NO_REGION:
+            numbers = _numbers(code, len(flat))
+            values = np.repeat(np.arange(len(numbers), dtype=np.uint8) % 2, numbers)
+            flat[: len(values)] |= values
+    return np.ascontiguousarray(flat.reshape(width, height).T)
+
+
+def _numbers(code: str, num_pixels: int) -> NDArray[np.int64]:
+    """Read a code.
+
+    Raises:
+        ImageError: it is none, or is longer than the image.
+    """
+    words = code.split()
+    odd = next((word for word in words if not (word.isascii() and word.isdigit())), None)
+    if odd is not None:
+        raise ImageError("label", f"a run-length code holds {odd[:20]!r}, which is no whole number from 0 on")
+    if not words or len(words) % 2:
+        raise ImageError("label", f"a run-length code of {len(words)} numbers is no pairs of a gap and a run")
+    total = sum(map(int, words))
+    if total > num_pixels:
+        raise ImageError("label", f"a run-length code covers {total} pixels of an image of {num_pixels}")
+    return np.array(words).astype(np.int64)
+
+
+def encode_runs(mask: NDArray) -> str:
+    """Return the run-length code of a mask; the inverse of :func:`decode_runs`.
+
+    Args:
+        mask: ``(H, W)``; what is not 0 is inside.
+    """
+    inside = np.concatenate([[False], mask.T.ravel() != 0, [False]])
+    edges = np.flatnonzero(inside[1:] != inside[:-1])
+    return " ".join(map(str, np.diff(edges, prepend=0).tolist())) or NO_REGION

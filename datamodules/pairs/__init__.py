@@ -1,0 +1,1 @@
+"""Image-text pairs for downstream tasks: questions and retrieval."""

@@ -1,0 +1,350 @@
+"""Images with a text each for downstream tasks: what question answering, retrieval and classification share."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from common.errors import DataError
+from common.faults import Fault, SampleFaultError, pseudonym
+from common.randomness import numpy_generator, stable_hash
+from common.runtime.reporting import say
+from common.types import InputSpec
+from datamodules.base import FaultTolerantDataset, collate_samples
+from datamodules.images.cache import BoxChoice, ImageCache, SourceImages
+from datamodules.images.crops import center_box, random_box
+from datamodules.images.reading import CHANNELS, FIGURE, per_channel
+from datamodules.loading import Draw, ResumableLoader
+from datamodules.reports.archive import TextArchiveDataModule
+from datamodules.reports.tokens import Kind
+
+#: What CLIP subtracts and divides by, red, green, blue.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+#: Which image a text is shown: its own, that of another pair (when evaluating), or none.
+Shown = Literal["own", "permuted", "blank"]
+
+
+class Pair(Protocol):
+    """An image with a text."""
+
+    @property
+    def case_id(self) -> str:
+        """Unique name."""
+        ...
+
+    @property
+    def patient_id(self) -> str:
+        """What equal images share."""
+        ...
+
+    @property
+    def image(self) -> Path:
+        """The image's file."""
+        ...
+
+    @property
+    def text(self) -> str:
+        """The text; may be empty."""
+        ...
+
+
+#: Makes what a task adds to a sample from the pair and its draw.
+Facts = Callable[[Any, Draw], Mapping[str, Any]]
+
+
+def other_images(paths: Iterable[Path], seed: int = 0) -> dict[Path, Path]:
+    """Give every image the place of another one: a rotation in a seeded order."""
+    distinct = sorted(set(paths))
+    order = [distinct[i] for i in numpy_generator("permuted images", seed).permutation(len(distinct))]
+    return dict(zip(order, order[1:] + order[:1], strict=True))
+
+
+class PairDataset(FaultTolerantDataset):
+    """Crops of images, tokens of texts, and what a task adds.
+
+    Args:
+        pairs: The pairs.
+        store: Opens images.
+        encode: Makes tokens.
+        image_size: Height and width of a crop.
+        facts: What the task adds.
+        seed: Seed of the training draws.
+        crop_scale: Share of the image's area that a training crop has; None cuts the central crop.
+        mean: Subtracted from pixels in [0, 1].
+        std: What they are divided by then.
+        stand_ins: Image to the one that is shown in its place; None shows the mean gray.
+        anonymise: Whether subjects get pseudonyms.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        store: ImageCache | SourceImages,
+        encode: Callable[[str], Tensor],
+        image_size: Sequence[int],
+        facts: Facts,
+        seed: int,
+        crop_scale: Sequence[float] | None = None,
+        mean: Sequence[float] = CLIP_MEAN,
+        std: Sequence[float] = CLIP_STD,
+        stand_ins: Mapping[Path, Path] | None = {},
+        anonymise: bool = False,
+    ) -> None:
+        super().__init__(seed)
+        self.pairs, self.store, self.encode = list(pairs), store, encode
+        self.image_size, self.crop_scale = tuple(image_size), crop_scale
+        self.mean, self.std = per_channel(mean), per_channel(std)
+        self.facts, self.stand_ins, self.anonymise = facts, stand_ins, anonymise
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def subject(self, index: int) -> str:
+        """Return the pair's name."""
+        return self.pairs[index].case_id
+
+    def _image(self, pair: Pair, draw: Draw) -> Tensor:
+        if self.stand_ins is None:
+            return torch.zeros(3, *self.image_size)
+        choose: BoxChoice = partial(center_box, size=self.image_size)
+        if self.crop_scale is not None:
+            generator = numpy_generator("crop", self.seed, draw.epoch, pair.case_id, draw.draw)
+            choose = partial(random_box, scale=self.crop_scale, generator=generator)
+        try:
+            image = self.store.crop(self.stand_ins.get(pair.image, pair.image), choose, self.image_size)
+        except SampleFaultError as error:
+            raise SampleFaultError(fault._replace(sample=pair.case_id) for fault in error.faults) from error
+        return (image - self.mean) / self.std
+
+    def read(self, draw: Draw) -> dict[str, Any]:
+        """Return one sample; see :class:`common.types.ImageTextTaskBatch`.
+
+        Raises:
+            SampleFaultError: the image cannot be used, or the text is empty.
+        """
+        pair = self.pairs[draw.index]
+        if not pair.text:
+            raise SampleFaultError([Fault(pair.case_id, "empty", "no text", pair.case_id)])
+        hide = pseudonym if self.anonymise else str
+        return {
+            "image": self._image(pair, draw),
+            "image_key": stable_hash("image", pair.image),
+            "input_ids": self.encode(pair.text),
+            "subject_id": hide(pair.case_id),
+            "patient_id": hide(pair.patient_id),
+            "text": "" if self.anonymise else pair.text,
+            **self.facts(pair, draw),
+        }
+
+
+def collate_pairs(samples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
+    """Join samples; texts are padded to the longest of the batch. Several candidate texts make ``(B, C, T)``."""
+    batch: dict[str, Any] = {}
+    for name, mask in (("input_ids", "attention_mask"), ("candidate_ids", "candidate_mask")):
+        if name not in samples[0]:
+            continue
+        rows = [sample.pop(name) for sample in samples]
+        texts = [text for row in rows for text in (row if isinstance(row, list) else [row])]
+        padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=pad_id)
+        real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+        shape = (len(rows), -1, padded.shape[1]) if isinstance(rows[0], list) else padded.shape
+        batch |= {name: padded.reshape(shape), mask: real.reshape(shape)}
+    return batch | collate_samples(samples)
+
+
+class PairDataModule(TextArchiveDataModule):
+    """Images with texts for a downstream task: cache, tokenizer, loaders. Subclasses list pairs and add targets.
+
+    Args:
+        root: The archive.
+        image_size: Height and width of the crops.
+        cache_side: Shorter side of the cached copies, in pixels.
+        cache: ``"npy"``, or ``"none"`` to decode the sources at every access.
+        crop_scale: Share of an image's area that a training crop has; None cuts the central crop.
+        mean: Subtracted from pixels in [0, 1], red, green, blue.
+        std: What they are divided by then.
+        tokenizer: JSON file, folder, or name of the hub; ``CKPT=`` brings its own; None learns one from the training
+            texts.
+        tokenizer_kind: ``"wordpiece"`` or ``"bpe"``, where it is learned.
+        vocab_size: Tokens at most, where it is learned.
+        text_length: Tokens of a text at most, the class token included.
+        end_token: Whether texts end with the tokenizer's token for that, if it has one.
+        shown: Which image a text is shown: ``"own"``; ``"permuted"`` when evaluating; ``"blank"``, always.
+        test_split: Split that ``lightning test`` reads.
+        batch_size: Pairs per device.
+        num_workers: Loader processes per rank; also threads that build the cache.
+        max_fault_fraction: Share of faulty pairs at which training stops.
+        anonymise: Whether subjects and texts stay out of logs, tables and fault files.
+        seed: Seed of order and crops; None takes ``seed_everything``'s.
+    """
+
+    noun = "pairs"
+
+    def __init__(
+        self,
+        root: str,
+        image_size: tuple[int, int] = (384, 384),
+        cache_side: int = 448,
+        cache: Literal["npy", "none"] = "npy",
+        crop_scale: tuple[float, float] | None = (0.9, 1.0),
+        mean: tuple[float, float, float] = CLIP_MEAN,
+        std: tuple[float, float, float] = CLIP_STD,
+        tokenizer: str | None = None,
+        tokenizer_kind: Kind = "bpe",
+        vocab_size: int = 30000,
+        text_length: int = 32,
+        end_token: bool = True,
+        shown: Shown = "own",
+        test_split: Literal["train", "val", "test"] = "test",
+        batch_size: int = 32,
+        num_workers: int = 0,
+        max_fault_fraction: float = 0.01,
+        anonymise: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(
+            tokenizer,
+            tokenizer_kind,
+            vocab_size,
+            text_length,
+            end_token,
+            root=root,
+            image_size=image_size,
+            cache_side=cache_side,
+            cache=cache,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            max_fault_fraction=max_fault_fraction,
+            anonymise=anonymise,
+            seed=seed,
+        )
+        if text_length < 3:
+            raise ValueError(f"`text_length` must be at least 3, got {text_length}.")
+        if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
+        self.crop_scale = crop_scale
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.shown, self.test_split = shown, test_split
+
+    @abstractmethod
+    def find(self, root: Path) -> dict[str, list[Any]]:
+        """List the pairs of train, val and test. Reads names and tables, no image.
+
+        Raises:
+            DataError: not the layout, a damaged table, and the like.
+        """
+
+    @abstractmethod
+    def facts(self, pair: Any, draw: Draw) -> Mapping[str, Any]:
+        """Return what the task adds to a sample."""
+
+    def describe(self) -> str:
+        """Return what else there is to say of the data."""
+        return ""
+
+    def task_classes(self) -> tuple[str, ...]:
+        """Return the classes that the task chooses from."""
+        return ()
+
+    @property
+    def layout_name(self) -> str:
+        """What the archive is called."""
+        return type(self).__name__
+
+    def index(self) -> str:
+        """List the pairs; return the layout's name.
+
+        Raises:
+            DataError: no such root, nothing to train on, and as :meth:`find`.
+        """
+        if not self.splits:
+            root = Path(self.root).expanduser()
+            if not root.is_dir():
+                raise DataError(f"The data root {root} is not a folder.")
+            splits = self.find(root)
+            if not splits["train"]:
+                raise DataError(f"The training split of {root} is empty.")
+            self.ledger.num_samples = sum(map(len, splits.values()))
+            self.store = self.make_store(FIGURE)
+            self.splits = splits
+        return self.layout_name
+
+    def training_texts(self) -> list[str]:
+        """Return the distinct texts of the training split, in their order."""
+        self.index()
+        return list(dict.fromkeys(pair.text for pair in self.splits["train"] if pair.text))
+
+    def encode(self, text: str) -> Tensor:
+        """Return the tokens of a text, long ``(T,)``."""
+        return self.tokenizer.encode(text, self.text_length, self.end_token).ids
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """Channels, crop size, vocabulary, classes and preprocessing of the batches."""
+        preprocessing = {
+            "layout": self.layout_name,
+            "intensity": "RGB in [0, 1], minus mean, over std",
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "resize": "bicubic, antialiased",
+        }
+        return InputSpec(CHANNELS, self.image_size, {}, preprocessing, self.vocabulary, self.task_classes())
+
+    def images_of(self, case: Pair) -> Sequence[Path]:
+        """Return the one image."""
+        return (case.image,)
+
+    def known_faults(self) -> list[Fault]:
+        """Return what is known to be wrong: images that cannot be read, and pairs without a text."""
+        silent = [case.case_id for case in self.cases_in_use() if not case.text]
+        return super().known_faults() + [Fault(name, "empty", "no text", name) for name in silent]
+
+    def setup(self, stage: str) -> None:
+        """Put what is broken into the ledger, keep the tokenizer with the run, and say what there is (Lightning hook).
+
+        Raises:
+            DataError: no pair can be used.
+        """
+        counts = self.admit(stage)
+        say(f"data: {self.layout_name} at {self.root}, {self.noun} {counts}, {len(self.paths_in_use())} images, "
+            f"vocabulary of {self.tokenizer.vocab_size}{self.describe()}")  # fmt: skip
+        self.keep_tokenizer(stage)
+
+    def _dataset(self, cases: Sequence[Any], train: bool = False) -> PairDataset:
+        stand_ins: Mapping[Path, Path] | None = {}
+        if self.shown == "blank":
+            stand_ins = None
+        elif self.shown == "permuted" and not train:
+            stand_ins = other_images(case.image for case in cases)
+        return PairDataset(
+            cases,
+            self.store,
+            self.encode,
+            self.image_size,
+            self.facts,
+            self.seed,
+            crop_scale=self.crop_scale if train else None,
+            mean=self.mean,
+            std=self.std,
+            stand_ins=stand_ins,
+            anonymise=self.ledger.anonymise,
+        )
+
+    def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """Return what joins samples and pads their texts."""
+        return partial(collate_pairs, pad_id=self.tokenizer.pad_id)
+
+    def predict_dataloader(self) -> ResumableLoader:
+        """Return the pairs that ``test`` reads (Lightning hook)."""
+        return self.test_dataloader()
+
+    def examine(self, deep: bool, workers: int) -> list[str]:
+        """Print a report on the archive and return the reasons why training would refuse it."""
+        from datamodules.pairs.checks import examine
+
+        return examine(self, deep, workers)

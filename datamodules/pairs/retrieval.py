@@ -1,0 +1,139 @@
+"""Captions and images of ROCO or of any archive of images with texts, for retrieval."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.errors import DataError
+from common.randomness import numpy_generator, stable_hash
+from datamodules.loading import Draw, ResumableLoader
+from datamodules.pairs.datamodule import PairDataModule, PairDataset
+from datamodules.registry import STUDY_LAYOUTS, recognise
+from datamodules.reports.studies import Study, StudyLayout
+from datamodules.splits import SPLITS, assign_splits
+
+
+class CaptionedImage(NamedTuple):
+    """An image with its caption.
+
+    Attributes:
+        case_id: Unique name.
+        patient_id: What splits are by.
+        image: The image's file.
+        text: The caption.
+        split: As the archive says.
+    """
+
+    case_id: str
+    patient_id: str
+    image: Path
+    text: str
+    split: str | None = None
+
+
+def captioned_images(studies: Sequence[Study], layout: StudyLayout) -> list[CaptionedImage]:
+    """Keep the first text of each image."""
+    found: dict[Path, CaptionedImage] = {}
+    for study in studies:
+        if study.images and isinstance(study.text, str):
+            text = layout.extract(study.text, "full", False)
+            image = study.images[0]
+            found.setdefault(image, CaptionedImage(study.case_id, study.patient_id, image, text, study.split))
+    return [item for item in found.values() if item.text]
+
+
+class RetrievalDataModule(PairDataModule):
+    """Images with captions; each training image comes with its caption and others.
+
+    Validation and test are pools of distinct images, every one read once on every rank: recalls are over all pairs.
+
+    Args:
+        root: The archive.
+        layout: Name of its layout; ``"auto"`` recognises it from the tree.
+        candidates: Texts of a training image, its own first.
+        pool_size: Images of the test pool, at most, drawn the same every time.
+        val_pool_size: Images of the validation pool, at most.
+        split_fractions: Shares for train, val and test where the archive does not say.
+        split_seed: Seed of the split alone.
+        **settings: Those of :class:`datamodules.pairs.datamodule.PairDataModule`.
+    """
+
+    noun = "images with captions"
+
+    def __init__(
+        self,
+        root: str,
+        layout: str = "auto",
+        candidates: int = 16,
+        pool_size: int = 2000,
+        val_pool_size: int = 2000,
+        split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
+        split_seed: int = 0,
+        **settings: Any,
+    ) -> None:
+        super().__init__(root, **settings)
+        if candidates < 2:
+            raise ValueError(f"`candidates` must be at least 2, a caption and another one, got {candidates}.")
+        self._layout, self._candidates = layout, candidates
+        self._pools = {"val": val_pool_size, "test": pool_size}
+        self._fractions, self._split_seed = split_fractions, split_seed
+        self._name = ""
+
+    @property
+    def layout_name(self) -> str:
+        """What the archive is called."""
+        return self._name
+
+    def find(self, root: Path) -> dict[str, list[CaptionedImage]]:
+        """List the images with captions by split; validation and test are cut to their pools.
+
+        Raises:
+            DataError: an unknown layout, a damaged table, or fewer captions than candidates.
+        """
+        layout, studies = recognise(root, self._layout, STUDY_LAYOUTS)
+        self._name = layout.name
+        items = captioned_images(studies, layout)
+        parts = assign_splits(items, self._fractions, self._split_seed, cut_validation=True)
+        splits = {name: [item for item in items if parts.get(item.case_id) == name] for name in SPLITS}
+        for name, size in self._pools.items():
+            order = sorted(splits[name], key=lambda item: stable_hash("pool", item.case_id))[:size]
+            splits[name] = sorted(order)
+        if len(splits["train"]) < self._candidates:
+            raise DataError(
+                f"{root} has {len(splits['train'])} training captions, fewer than the {self._candidates} candidates."
+            )
+        return splits
+
+    def facts(self, pair: CaptionedImage, draw: Draw) -> Mapping[str, Any]:
+        """Return the candidates' tokens, the true caption's first; none when evaluating."""
+        return {}
+
+    def training_facts(self, pair: CaptionedImage, draw: Draw) -> Mapping[str, Any]:
+        """Return the tokens of the true caption and of others that are not of the same image."""
+        train = self.splits["train"]
+        generator = numpy_generator("candidates", self.seed, draw.epoch, pair.case_id, draw.draw)
+        texts = [pair.text]
+        for index in generator.permutation(len(train)):
+            other = train[int(index)]
+            if other.image != pair.image:
+                texts.append(other.text)
+            if len(texts) == self._candidates:
+                break
+        return {"candidate_ids": [self.encode(text) for text in texts]}
+
+    def _dataset(self, cases: Sequence[Any], train: bool = False) -> PairDataset:
+        made = super()._dataset(cases, train)
+        made.facts = self.training_facts if train else self.facts
+        return made
+
+    def val_dataloader(self) -> ResumableLoader:
+        """Return the whole validation pool, on every rank (Lightning hook)."""
+        return self.evaluation_loader(self._dataset(self._usable(self.splits["val"])), all_ranks=False)
+
+    def test_dataloader(self) -> ResumableLoader:
+        """Return the whole test pool, on every rank (Lightning hook).
+
+        Raises:
+            DataError: it is empty.
+        """
+        return self.evaluation_loader(self._dataset(self.test_cases()), all_ranks=False)

@@ -1,0 +1,273 @@
+"""Questions about images with answers: VQA-RAD, SLAKE and VQA-Med-2019 in their official layouts.
+
+The same archives, without their answers and their test split, are images with text for calibration.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.errors import DataError
+from datamodules.pairs.answers import accepted_answers
+from datamodules.reports.medicat import collapsed
+from datamodules.reports.studies import Study, StudyLayout
+from datamodules.reports.text import plain_text
+
+
+class Question(NamedTuple):
+    """One question about one image.
+
+    Attributes:
+        case_id: Unique name.
+        patient_id: The image; splits are by this, except official ones.
+        image: Its file.
+        text: The question, white space collapsed; may be empty.
+        answers: What counts as right, normalised, the one that is learned first; empty where there is none.
+        kind: ``"open"``, ``"closed"`` or, where the archive does not say, empty.
+        split: ``train``, ``val`` or ``test``.
+        category: Further kind of question, such as ``modality``; empty = unknown.
+    """
+
+    case_id: str
+    patient_id: str
+    image: Path
+    text: str
+    answers: tuple[str, ...]
+    kind: str
+    split: str | None
+    category: str = ""
+
+
+def _json_rows(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
+    """Read a list of objects.
+
+    Raises:
+        DataError: no such list, or the first object without a needed field.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise DataError(f"{path} is no JSON: {error}.") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{path} is no list of questions.")
+    for number, row in enumerate(rows):
+        missing = [name for name in needed if not isinstance(row, dict) or name not in row]
+        if missing:
+            raise DataError(f"{path}: question {number} has no {', '.join(missing)}.")
+    return rows
+
+
+def _under(root: Path, name: object, source: Path) -> Path:
+    """Return the file that a table names under ``root``; where it names none, one that is not there.
+
+    Raises:
+        DataError: it lies outside.
+    """
+    text = str(name or "").strip() or "(no image)"
+    if Path(text).is_absolute() or ".." in Path(text).parts:
+        raise DataError(f"{source} names the image {text!r}, which does not lie under {root}.")
+    return root / text
+
+
+def _kind(value: object) -> str:
+    """Return ``open`` or ``closed`` of what may have trailing blanks and any case; empty where it is neither."""
+    word = str(value or "").strip().lower()
+    return word if word in ("open", "closed") else ""
+
+
+def _rad_question(row: Mapping[str, Any], text: str, case: str, split: str, images: Path, source: Path) -> Question:
+    """Return a row of VQA-RAD as a question.
+
+    Raises:
+        DataError: its image lies outside ``images``.
+    """
+    image = _under(images, row["image_name"], source)
+    return Question(f"{split}/{case}", image.name, image, text, accepted_answers(row["answer"]),
+                    _kind(row.get("answer_type")), split, str(row.get("question_type") or "").strip())  # fmt: skip
+
+
+def find_vqa_rad(root: Path) -> list[Question]:
+    """List VQA-RAD in its community split: ``{trainset,testset}.json`` and ``images/``; else its official release.
+
+    A ``valset.json`` that others made is not read: the one that goes round is a copy of the test set.
+
+    Raises:
+        DataError: a damaged list.
+    """
+    files = {"train": root / "trainset.json", "test": root / "testset.json"}
+    if not files["train"].is_file() or not (root / "images").is_dir():
+        return _find_rad_release(root)
+    found = []
+    for split, path in files.items():
+        if not path.is_file():
+            continue
+        for number, row in enumerate(_json_rows(path, ("image_name", "question", "answer"))):
+            case = f"{row.get('qid', number)}-{number}"
+            found.append(_rad_question(row, collapsed(row["question"]), case, split, root / "images", path))
+    return found
+
+
+def _find_rad_release(root: Path) -> list[Question]:
+    """List VQA-RAD as it was released: ``VQA_RAD Dataset Public.json`` and ``VQA_RAD Image Folder/``; empty without.
+
+    Each row's ``question`` is read, free-form or rephrased (a rephrased question has a row of its own), those whose
+    ``phrase_type`` begins with "test" for testing; rows of training have their framed question too. By the numbers of
+    the community split these are 1,797 rows and 983 framed questions, and 451 rows for testing. That split trains on
+    284 further ones: the framed questions of test rows, with their answers. They are left out here.
+    """
+    path, images = root / "VQA_RAD Dataset Public.json", root / "VQA_RAD Image Folder"
+    if not path.is_file() or not images.is_dir():
+        return []
+    found = []
+    for number, row in enumerate(_json_rows(path, ("image_name", "question", "answer", "phrase_type"))):
+        split = "test" if str(row["phrase_type"]).strip().lower().startswith("test") else "train"
+        case, framed = f"{row.get('qid', number)}-{number}", collapsed(row.get("question_frame"))
+        texts = {case: collapsed(row["question"])}
+        if split == "train" and framed not in ("", "NULL"):
+            texts[f"{case}-framed"] = framed
+        found += [_rad_question(row, text, name, split, images, path) for name, text in texts.items()]
+    return found
+
+
+def find_slake(root: Path, language: str = "en") -> list[Question]:
+    """List SLAKE in one language: ``{train,validate or validation,test}.json`` and ``imgs/``; empty without."""
+    if not (root / "train.json").is_file() or not (root / "imgs").is_dir():
+        return []
+    names = {"train": ("train",), "val": ("validate", "validation"), "test": ("test",)}
+    files = {split: [root / f"{name}.json" for name in given] for split, given in names.items()}
+    found: list[Question] = []
+    for split, paths in files.items():
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None:
+            continue
+        for row in _json_rows(path, ("img_name", "question", "answer", "q_lang")):
+            if str(row["q_lang"]).strip().lower() != language:
+                continue
+            image = _under(root / "imgs", row["img_name"], path)
+            found.append(
+                Question(f"{split}/{row.get('qid', len(found))}", image.parent.name, image, collapsed(row["question"]),
+                         accepted_answers(row["answer"]), _kind(row.get("answer_type")), split,
+                         str(row.get("content_type") or "").strip())
+            )  # fmt: skip
+    return found
+
+
+_MED_FILES = {"modality": "Modality", "plane": "Plane", "organ": "Organ", "abnormality": "Abnormality"}
+#: Categories of VQA-Med-2019 where none are named: all but abnormality, as the published code.
+MED_CATEGORIES = ("modality", "plane", "organ")
+
+
+def _med_lines(path: Path, fields: int) -> list[list[str]]:
+    """Split lines at ``|``; the question keeps tabs as blanks, the answer all that is left.
+
+    Raises:
+        DataError: names the first line with fewer fields.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+        if not line.strip():
+            continue
+        parts = line.split("|", fields - 1)
+        if len(parts) < fields:
+            raise DataError(
+                f"{path} line {number} has {len(parts)} fields between |, {fields} are needed: {line[:60]!r}."
+            )
+        rows.append([collapsed(part) for part in parts])
+    return rows
+
+
+def _med_folder(root: Path, *names: str) -> Path | None:
+    return next((path for name in names for path in sorted(root.glob(name)) if path.is_dir()), None)
+
+
+def find_vqa_med(root: Path, categories: Sequence[str] = MED_CATEGORIES) -> list[Question]:
+    """List VQA-Med-2019 in its official folders for training, validation and test; empty where there is no training.
+
+    Raises:
+        DataError: a damaged line, or an unknown category.
+    """
+    unknown = [name for name in categories if name not in _MED_FILES]
+    if unknown:
+        raise DataError(f"VQA-Med-2019 has no category {unknown[0]!r}; it has {', '.join(_MED_FILES)}.")
+    training = _med_folder(root, "ImageClef-2019-VQA-Med-Training*", "*Training*")
+    if training is None or not (training / "QAPairsByCategory").is_dir():
+        return []
+    test = _med_folder(root, "VQAMed2019Test*", "*Test*")
+    parts = {"train": training, "val": _med_folder(root, "*Validation*"), "test": test}
+    found: list[Question] = []
+    for split, folder in parts.items():
+        images = None if folder is None else _med_folder(folder, "*[Ii]mages")
+        if folder is None or images is None:
+            continue
+        rows = _med_test(folder, categories) if split == "test" else _med_training(folder, categories)
+        for name, category, question, answer in rows:
+            image = images / (name if Path(name).suffix else f"{name}.jpg")
+            case = f"{split}/{image.stem}/{category}-{len(found)}"
+            patient = f"{split}/{image.stem}"
+            found.append(Question(case, patient, image, question, accepted_answers(answer), "", split, category))
+    return found
+
+
+def _med_training(folder: Path, categories: Sequence[str]) -> Iterator[list[str]]:
+    """Yield image, category, question and answer of a folder with one file a category."""
+    for category in categories:
+        for path in sorted(folder.glob(f"QAPairsByCategory/C*_{_MED_FILES[category]}_*.txt")):
+            yield from ([name, category, question, answer] for name, question, answer in _med_lines(path, 3))
+
+
+def _med_test(folder: Path, categories: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the same of the test folder, whose one file names the category of each question."""
+    for path in sorted(folder.glob("*Questions_w_Ref_Answers.txt")):
+        for name, category, question, answer in _med_lines(path, 4):
+            if category.lower() in categories:
+                yield [name, category.lower(), question, answer]
+
+
+@dataclass(frozen=True)
+class QuestionLayout:
+    """An archive of questions in its official layout.
+
+    Attributes:
+        name: What ``LAYOUT=`` takes.
+        tree: One line that shows the tree.
+        find: Lists the questions under a root; empty where the root is of another layout.
+        prefer: A layout of higher preference wins where several recognise a root.
+    """
+
+    name: str
+    tree: str
+    find: Callable[[Path], list[Question]]
+    prefer: int = 0
+
+    def recognised(self, root: Path) -> list[Question]:
+        """List the questions if the root is plainly of this layout."""
+        return self.find(root)
+
+    def for_calibration(self) -> StudyLayout:
+        """Return the same archive as images with text: no answers, and nothing of the test split."""
+        return StudyLayout(self.name, self.tree, partial(_studies, self.find), plain_text, self.prefer)
+
+
+def _studies(find: Callable[[Path], list[Question]], root: Path) -> list[Study]:
+    """List the questions of training, and of an official validation split, as texts of their images."""
+    questions = [question for question in find(root) if question.split != "test"]
+    official = any(question.split == "val" for question in questions)
+    return [
+        Study(q.case_id, q.patient_id, (q.image,), ("",), q.text or None, q.split if official else None)
+        for q in questions
+    ]
+
+
+VQA_RAD = QuestionLayout(
+    "vqa_rad",
+    "ROOT/{trainset,testset}.json and ROOT/images/, or ROOT/VQA_RAD Dataset Public.json and ROOT/VQA_RAD Image Folder/",
+    find_vqa_rad,
+)
+SLAKE = QuestionLayout("slake", "ROOT/{train,validate,test}.json and ROOT/imgs/", find_slake)
+VQA_MED = QuestionLayout(
+    "vqa_med_2019", "ROOT/ImageClef-2019-VQA-Med-{Training,Validation}/ and ROOT/VQAMed2019Test/", find_vqa_med
+)
+QUESTION_LAYOUTS: tuple[QuestionLayout, ...] = (VQA_RAD, SLAKE, VQA_MED)

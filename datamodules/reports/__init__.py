@@ -1,0 +1,1 @@
+"""Images with reports or captions, for pre-training, and their official layouts."""

@@ -1,0 +1,86 @@
+"""What archives of images with texts share: the tokenizer, given or learned, and what it makes of the texts."""
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+from common.runtime.reporting import is_dry_run, say
+from datamodules.images.datamodule import ImageArchiveDataModule
+from datamodules.reports.tokens import Kind, ReportTokenizer, learned_tokenizer, load_tokenizer
+
+
+class TextArchiveDataModule(ImageArchiveDataModule):
+    """Cases with images and texts.
+
+    Args:
+        tokenizer: JSON file, folder, or name of the hub; None learns one from the training split, kept in the cache.
+        tokenizer_kind: ``"wordpiece"`` or ``"bpe"``, where it is learned.
+        vocab_size: Tokens at most, where it is learned.
+        text_length: Tokens of a text at most, the class token included.
+        end_token: Whether texts end with the tokenizer's token for that, if it has one.
+        **settings: Those of :class:`datamodules.images.datamodule.ImageArchiveDataModule`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str | None,
+        tokenizer_kind: Kind,
+        vocab_size: int,
+        text_length: int,
+        end_token: bool,
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        self.vocab_size, self.tokenizer_kind = vocab_size, tokenizer_kind
+        self.text_length, self.end_token = text_length, end_token
+        self._tokenizer_path = tokenizer
+        self._tokenizer: ReportTokenizer | None = None
+
+    @abstractmethod
+    def training_texts(self) -> list[str]:
+        """Return the texts of the training split, in a fixed order."""
+
+    @property
+    def tokenizer(self) -> ReportTokenizer:
+        """The tokenizer: the given one, or one learned from the training texts and kept in the cache.
+
+        Raises:
+            DataError: there is none at the given path, or there is no text to learn one from.
+        """
+        if self._tokenizer is None:
+            path = self._tokenizer_path
+            self._tokenizer = (
+                load_tokenizer(path)
+                if path
+                else learned_tokenizer(self.training_texts(), self.vocab_size, self.tokenizer_kind)
+            )
+        return self._tokenizer
+
+    @property
+    def vocabulary(self) -> dict[str, Any]:
+        """What networks need to know of the tokens."""
+        tokenizer = self.tokenizer
+        return {
+            "size": tokenizer.vocab_size,
+            "length": self.text_length,
+            "fingerprint": tokenizer.fingerprint,
+            "pad_id": tokenizer.pad_id,
+        }
+
+    def prepare_data(self) -> None:
+        """Build and verify the cache and the tokenizer, once per machine (Lightning hook)."""
+        super().prepare_data()
+        _ = self.tokenizer
+
+    def keep_tokenizer(self, stage: str) -> None:
+        """When training: say how many texts are cut, and keep the tokenizer with the run."""
+        if stage != "fit":
+            return
+        texts = self.training_texts()
+        cut = sum(self.tokenizer.encode(text, self.text_length, self.end_token).cut for text in texts)
+        if cut:
+            say(f"note: {cut} of {len(texts)} training texts are longer than text_length {self.text_length} "
+                f"and lose their end")  # fmt: skip
+        trainer = self.trainer
+        if trainer is not None and trainer.is_global_zero and not is_dry_run(trainer):
+            self.tokenizer.save(Path(trainer.default_root_dir) / "tokenizer.json")

@@ -1,0 +1,603 @@
+"""Images with reports for pre-training: one data module for every layout."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.errors import DataError
+from common.faults import Fault, SampleFaultError, pseudonym
+from common.maskers.bert import BertMasker
+from common.maskers.words import WordMasker
+from common.randomness import KeyedGenerator, numpy_generator, stable_hash
+from common.runtime.reporting import say
+from common.types import InputSpec
+from datamodules.base import FaultTolerantDataset, collate_samples
+from datamodules.images.cache import BoxChoice, ImageCache, SourceImages
+from datamodules.images.crops import center_box, random_box
+from datamodules.images.reading import CHANNELS, FIGURE, GRAY, per_channel, plain_numbers
+from datamodules.loading import Draw
+from datamodules.registry import STUDY_LAYOUTS, recognise
+from datamodules.reports.archive import TextArchiveDataModule
+from datamodules.reports.manifest import MANIFEST, find_manifest
+from datamodules.reports.studies import Study, StudyLayout
+from datamodules.reports.text import ReportError, read_report
+from datamodules.reports.tokens import Kind, ReportTokenizer
+from datamodules.splits import SPLITS, assign_splits
+
+Flip = Literal["off", "swap_words", "naive"]
+_OTHER_SIDE = {"left": "right", "right": "left"}
+_SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
+
+
+def swap_sides(text: str) -> str:
+    """Exchange left and right, also inside longer words such as ``right-sided``; capitals stay."""
+
+    def other(match: re.Match[str]) -> str:
+        word = _OTHER_SIDE[match[0].lower()]
+        return (
+            word.upper()
+            if match[0].isupper() and len(match[0]) > 1
+            else word.title()
+            if match[0][0].isupper()
+            else word
+        )
+
+    return _SIDES.sub(other, text)
+
+
+class TextSettings(NamedTuple):
+    """How a report becomes tokens.
+
+    Attributes:
+        part: ``"findings_impression"`` or ``"full"``; see :mod:`datamodules.reports.text`.
+        length: T, tokens at most, the class token included.
+        masker: Draws which words are hidden, and replaces them.
+        end: Whether the tokenizer's end token, if it has one, comes last.
+        redactions: Whether ``___``, which stands for what was removed from a report, stays.
+    """
+
+    part: str
+    length: int
+    masker: WordMasker | BertMasker
+    end: bool = False
+    redactions: bool = False
+
+
+class Sample(NamedTuple):
+    """An image with its report, or a study whose views take turns.
+
+    Attributes:
+        case_id: Unique name.
+        patient_id: Splits are by this.
+        images: The views to choose from; empty = text alone.
+        study: Where the text lies.
+        split: As the archive says.
+    """
+
+    case_id: str
+    patient_id: str
+    images: tuple[Path, ...]
+    study: Study
+    split: str | None
+
+
+def samples_of(studies: Sequence[Study], pair: str, views: Sequence[str] | None) -> list[Sample]:
+    """Make the samples of studies: one an image, or one a study; only of the wanted views.
+
+    Raises:
+        DataError: no image shows a wanted view.
+    """
+    samples = []
+    wanted = None if views is None else {view.upper() for view in views}
+    for study in studies:
+        shown = study.views or ("",) * len(study.images)
+        images = [
+            path for path, view in zip(study.images, shown, strict=True) if wanted is None or view.upper() in wanted
+        ]
+        if study.images and not images:
+            continue
+        if pair == "study" or len(study.images) <= 1:
+            samples.append(Sample(study.case_id, study.patient_id, tuple(images), study, study.split))
+        else:
+            samples += [
+                Sample(f"{study.case_id}/{path.stem}", study.patient_id, (path,), study, study.split) for path in images
+            ]
+    if not samples:
+        found = sorted({view for study in studies for view in study.views})
+        raise DataError(f"No image shows any of the views {', '.join(views or ())}; there are {', '.join(found)}.")
+    return samples
+
+
+def distinct(samples: Sequence[Sample], layout: StudyLayout, text: TextSettings) -> list[Sample]:
+    """Keep the first sample of each distinct text, capitals aside; samples without a readable text go."""
+    kept: dict[str, Sample] = {}
+    for sample in samples:
+        try:
+            kept.setdefault(study_text(sample.study, layout, text).lower(), sample)
+        except ReportError:
+            continue
+    kept.pop("", None)
+    return list(kept.values())
+
+
+def study_text(study: Study, layout: StudyLayout, settings: TextSettings) -> str:
+    """Return the text of a study that is used; empty where it has none.
+
+    Raises:
+        ReportError: a report that is listed cannot be read.
+    """
+    if study.text is None:
+        return ""
+    text = study.text if isinstance(study.text, str) else read_report(study.text)
+    return layout.extract(text, settings.part, settings.redactions)
+
+
+class ImageTextDataset(FaultTolerantDataset):
+    """Crops of images and tokens of their reports, words hidden.
+
+    Args:
+        samples: The samples.
+        layout: Makes the text from a report.
+        store: Opens images.
+        tokenizer: Makes tokens.
+        text: How.
+        image_size: Height and width of a crop.
+        train: Whether crops, views and hidden words are drawn anew every epoch under the run's seed; else they are
+            fixed per subject whatever the run.
+        seed: Seed of the training draws.
+        crop_scale: Share of the image's area that a training crop has; None cuts the central crop in training too.
+        flip: Whether training crops are mirrored, with the words for the sides exchanged or without.
+        mean: Subtracted from pixels in [0, 1], one number or one of each channel.
+        std: What they are divided by then.
+        controls: Other patients' samples, for the control of the collapse diagnostics; None leaves it out.
+        anonymise: Whether subjects get pseudonyms.
+        complete: Whether a sample needs image and text; else one of them will do.
+        negatives: Whether each sample comes with the image of another one.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        layout: StudyLayout,
+        store: ImageCache | SourceImages,
+        tokenizer: ReportTokenizer,
+        text: TextSettings,
+        image_size: Sequence[int],
+        train: bool,
+        seed: int,
+        crop_scale: Sequence[float] | None = (0.2, 1.0),
+        flip: Flip = "off",
+        mean: float | Sequence[float] = 0.0,
+        std: float | Sequence[float] = 1.0,
+        controls: Sequence[Sample] | None = None,
+        anonymise: bool = False,
+        complete: bool = False,
+        negatives: bool = False,
+    ) -> None:
+        super().__init__(seed)
+        self.samples = list(samples)
+        self.layout, self.store, self.tokenizer, self.text = layout, store, tokenizer, text
+        self.image_size = tuple(image_size)
+        self.train = train
+        self.crop_scale, self.flip = crop_scale, flip
+        self.mean, self.std = per_channel(mean), per_channel(std)
+        self.complete, self.negatives = complete, negatives
+        self.controls = [sample for sample in controls or () if sample.images]
+        self.anonymise = anonymise
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def subject(self, index: int) -> str:
+        """Return the sample's name."""
+        return self.samples[index].case_id
+
+    def _parts(self, draw: Draw) -> tuple[Any, ...]:
+        """Return what the randomness of a draw hangs on."""
+        subject = self.subject(draw.index)
+        return ("train", self.seed, draw.epoch, subject, draw.draw) if self.train else ("val", subject, draw.draw)
+
+    def read(self, draw: Draw) -> dict[str, Any]:
+        """Return one sample; see :class:`common.types.ImageTextBatch`.
+
+        Raises:
+            SampleFaultError: neither image nor text can be used.
+        """
+        sample = self.samples[draw.index]
+        generator = numpy_generator("crop", *self._parts(draw))
+        mirror = self.train and self.flip != "off" and generator.random() < 0.5
+        faults: list[Fault] = []
+        image = self._image(sample, generator, mirror, faults)
+        text = self._text(sample, faults)
+        if (image is None and not text) or (self.complete and (image is None or not text)):
+            detail = "neither image nor text" if image is None else "no text"
+            raise SampleFaultError(faults or [Fault(sample.case_id, "empty", detail, sample.case_id)])
+        if mirror and self.flip == "swap_words":
+            text = swap_sides(text)
+        key = torch.tensor(stable_hash("mask", *self._parts(draw)))
+        result: dict[str, Any] = {
+            "image": self._standardised(image),
+            "modality_mask": torch.tensor([image is not None, bool(text)]),
+            "key": key,
+            "image_key": stable_hash("image", *sample.images[:1] or [sample.case_id]),
+            "subject_id": pseudonym(sample.case_id) if self.anonymise else sample.case_id,
+            "patient_id": pseudonym(sample.patient_id) if self.anonymise else sample.patient_id,
+            "faults": faults,
+        }
+        result |= self._tokens(text, key)
+        if self.controls:
+            result["control_image"] = self._standardised(self._control(sample, draw))
+        if self.negatives:
+            result["negative_image"] = self._standardised(self._negative(sample, draw))
+        return result
+
+    def _image(
+        self, sample: Sample, generator: np.random.Generator, mirror: bool, faults: list[Fault]
+    ) -> Tensor | None:
+        """Return a crop of one view; None, and a fault, where it cannot be read."""
+        if not sample.images:
+            return None
+        path = sample.images[int(generator.integers(len(sample.images))) if self.train else 0]
+        choose: BoxChoice = partial(center_box, size=self.image_size)
+        if self.train and self.crop_scale is not None:
+            choose = partial(random_box, scale=self.crop_scale, generator=generator)
+        try:
+            return self.store.crop(path, choose, self.image_size, mirror)
+        except SampleFaultError as error:
+            faults += [fault._replace(sample=sample.case_id) for fault in error.faults]
+            return None
+
+    def _text(self, sample: Sample, faults: list[Fault]) -> str:
+        """Return the text; empty where there is none, with a fault where one is listed but damaged."""
+        try:
+            return study_text(sample.study, self.layout, self.text)
+        except ReportError as error:
+            if error.kind != "empty":
+                faults.append(Fault(str(sample.study.text), error.kind, error.detail, sample.case_id))
+            return ""
+
+    def _tokens(self, text: str, key: Tensor) -> dict[str, Tensor]:
+        encoded = self.tokenizer.encode(text, self.text.length, self.text.end)
+        generator = KeyedGenerator(key[None], "words")
+        hidden = self.text.masker(encoded.starts[None], encoded.maskable[None], generator)[0]
+        seen = self.text.masker.corrupt(
+            encoded.ids[None], hidden[None], self.tokenizer.mask_id, self.tokenizer.vocab_size, generator
+        )
+        return {"input_ids": seen[0], "labels": encoded.ids.masked_fill(~hidden, -100)}
+
+    def _standardised(self, image: Tensor | None) -> Tensor:
+        """Return the image in the encoder's units; the mean, which is 0, where there is none."""
+        if image is None:
+            return torch.zeros(max(self.store.reader.channels, len(self.mean)), *self.image_size)
+        return (image - self.mean) / self.std
+
+    def _negative(self, sample: Sample, draw: Draw) -> Tensor | None:
+        """Cut an image that is not the sample's own, drawn anew every epoch; None where none can be read."""
+        first = stable_hash("negative", *self._parts(draw))
+        for attempt in range(len(self.samples)):
+            other = self.samples[(first + attempt) % len(self.samples)]
+            if other.images and other.images[0] != sample.images[0]:
+                image = self._image(other, numpy_generator("negative", *self._parts(draw)), False, [])
+                if image is not None:
+                    return image
+        return None
+
+    def _control(self, sample: Sample, draw: Draw) -> Tensor | None:
+        """Cut the image of another patient, the same one every time; None where none can be read."""
+        others = [other for other in self.controls if other.patient_id != sample.patient_id]
+        first = stable_hash("control", sample.case_id, draw.draw)
+        for attempt in range(len(others)):
+            other = others[(first + attempt) % len(others)]
+            image = self._image(other, numpy_generator("control"), False, [])
+            if image is not None:
+                return image
+        return None
+
+
+def collate_image_text(samples: list[dict[str, Any]], pad_id: int, length: int = 0) -> dict[str, Any]:
+    """Join samples; texts are padded to the longest of the batch, or to ``length`` if that is more.
+
+    Hidden positions are listed here, on the CPU, so that no step has to wait for their number: ``hidden_index`` counts
+    through the flattened ``(B, T)``, ``hidden_ids`` are the true tokens there.
+    """
+    ids = [sample.pop("input_ids") for sample in samples]
+    labels = [sample.pop("labels") for sample in samples]
+
+    def pad(rows: list[Tensor], value: int) -> Tensor:
+        joined = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+        return F.pad(joined, (0, max(length - joined.shape[1], 0)), value=value)
+
+    batch = collate_samples(samples)
+    batch["input_ids"] = pad(ids, pad_id)
+    batch["attention_mask"] = pad([torch.ones_like(row) for row in ids], 0)
+    batch["labels"] = pad(labels, -100)
+    batch["hidden_index"] = (batch["labels"] != -100).flatten().nonzero()[:, 0]
+    batch["hidden_ids"] = batch["labels"].flatten()[batch["hidden_index"]]
+    return batch
+
+
+class ImageTextDataModule(TextArchiveDataModule):
+    """Radiographs, or other images, with their reports, in any known layout; split by patient.
+
+    Args:
+        root: The archive.
+        layout: Name of its layout; ``"auto"`` recognises it from the tree.
+        table: Name of a manifest's table under the root, such as ``metadata.csv``; None = ``manifest.csv``,
+            ``.jsonl`` or ``.parquet``. This and ``columns`` mean the layout ``manifest``.
+        columns: Columns of a manifest by role (image, text, subject, split, view, folder); None = their names.
+        image_size: Height and width of the crops, which are the target; the encoder may see fewer pixels.
+        cache_side: Shorter side of the cached copies, in pixels.
+        cache: ``"npy"``, or ``"none"`` to decode the sources at every access.
+        pair: ``"image"`` makes every image a sample with its study's report; ``"study"`` one sample a study, whose
+            views are drawn anew every epoch.
+        views: Views to keep, such as ``[AP, PA]``; None keeps all.
+        text: ``"findings_impression"`` or ``"full"``.
+        keep_redactions: Whether ``___``, which stands for what was removed from a report, stays.
+        unique_texts: Whether to keep one sample of each distinct text, capitals aside, and none without, before
+            splitting: for archives whose reports repeat from person to person.
+        tokenizer: JSON file, folder, or name of the hub; None learns one from the training split, kept in the cache.
+        tokenizer_kind: ``"wordpiece"`` or ``"bpe"``, where it is learned.
+        vocab_size: Tokens at most, where the tokenizer is learned.
+        text_length: Tokens of a report at most, the class token included.
+        pad_to_length: Whether texts are padded to ``text_length``, else to the longest of their batch.
+        text_mask_ratio: Probability that a word is hidden.
+        mask_unit: ``"word"`` or ``"token"``.
+        mask_last: Whether the last of ``text_length`` positions may be hidden.
+        mask_scheme: ``"independent"`` draws for each word and always writes the mask token
+            (:class:`common.maskers.words.WordMasker`); ``"bert"`` hides a fixed share of each text, 80 % by the mask
+            token (:class:`common.maskers.bert.BertMasker`).
+        end_token: Whether texts end with the tokenizer's token for that, if it has one.
+        colour: Whether images are read in colour, else gray.
+        complete: Whether only samples with image and text are used.
+        negative_images: Whether each sample comes with another one's image.
+        crop_scale: Share of an image's area that a training crop has; None cuts the central crop.
+        mean: Subtracted from pixels in [0, 1], one number or one of each channel.
+        std: What they are divided by then.
+        flip: ``"off"``; ``"swap_words"`` mirrors half of the training crops and exchanges left and right in the report;
+            ``"naive"`` mirrors only, so that the words for the sides become wrong.
+        batch_size: Samples per device.
+        draws_per_image: Times that an image is drawn in an epoch.
+        num_workers: Loader processes per rank; also threads that build the cache.
+        split_fractions: Shares of patients for train, val and test where neither file nor archive says.
+        split_file: CSV with ``split`` and ``case_id`` or ``patient_id``.
+        max_fault_fraction: Share of faulty samples at which training stops.
+        anonymise: Whether subjects and texts stay out of logs, pictures and fault files.
+        seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
+        split_seed: Seed of the split alone.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        layout: str = "auto",
+        table: str | None = None,
+        columns: dict[str, str] | None = None,
+        image_size: tuple[int, int] = (448, 448),
+        cache_side: int = 512,
+        cache: Literal["npy", "none"] = "npy",
+        pair: Literal["image", "study"] = "image",
+        views: list[str] | None = None,
+        text: Literal["findings_impression", "full"] = "findings_impression",
+        keep_redactions: bool = False,
+        unique_texts: bool = False,
+        tokenizer: str | None = None,
+        tokenizer_kind: Kind = "wordpiece",
+        vocab_size: int = 30000,
+        text_length: int = 100,
+        pad_to_length: bool = False,
+        text_mask_ratio: float = 0.5,
+        mask_unit: Literal["word", "token"] = "word",
+        mask_last: bool = True,
+        mask_scheme: Literal["independent", "bert"] = "independent",
+        end_token: bool = False,
+        colour: bool = False,
+        complete: bool = False,
+        negative_images: bool = False,
+        crop_scale: tuple[float, float] | None = (0.2, 1.0),
+        mean: float | list[float] = 0.4978,
+        std: float | list[float] = 0.2449,
+        flip: Flip = "off",
+        batch_size: int = 256,
+        draws_per_image: int = 1,
+        num_workers: int = 0,
+        split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
+        split_file: str | None = None,
+        max_fault_fraction: float = 0.01,
+        anonymise: bool = False,
+        seed: int | None = None,
+        split_seed: int = 0,
+    ) -> None:
+        super().__init__(
+            tokenizer,
+            tokenizer_kind,
+            vocab_size,
+            text_length,
+            end_token,
+            root=root,
+            image_size=image_size,
+            cache_side=cache_side,
+            cache=cache,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            max_fault_fraction=max_fault_fraction,
+            anonymise=anonymise,
+            seed=seed,
+        )
+        if text_length < 2:
+            raise ValueError(f"`text_length` must be at least 2, the class token and one more, got {text_length}.")
+        if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
+        manifest = table is not None or columns is not None
+        if manifest and layout not in ("auto", MANIFEST.name):
+            raise ValueError(f"`table` and `columns` describe a manifest, not the layout {layout}: leave one out.")
+        masker: WordMasker | BertMasker = WordMasker(text_mask_ratio, mask_unit, mask_last)
+        if mask_scheme == "bert":
+            masker = BertMasker(text_mask_ratio, mask_unit)
+        self.crop_scale, self.flip = crop_scale, flip
+        self.text = TextSettings(text, text_length, masker, end_token, keep_redactions)
+        self.pad_to_length = pad_to_length
+        self.mean, self.std = mean, std
+        self.colour, self.complete, self.negative_images = colour, complete, negative_images
+        self.draws_per_image = draws_per_image
+        self._layout_name = MANIFEST.name if manifest else layout
+        self._manifest = replace(MANIFEST, find=partial(find_manifest, columns=columns, table=table))
+        self._pair, self._views = pair, views
+        self._unique_texts = unique_texts
+        self._split = (split_fractions, split_seed, split_file)
+        self._layout: StudyLayout | None = None
+        self.samples: list[Sample] = []
+        self._counts: Tensor | None = None
+
+    def index(self) -> StudyLayout:
+        """Recognise the layout, list and split the samples. Reads names and tables, no image.
+
+        Raises:
+            DataError: unknown layout, missing columns, a patient in two splits, and the like.
+        """
+        if self._layout is None:
+            layout, studies = recognise(self.root, self._layout_name, self._known_layouts())
+            samples = samples_of(studies, self._pair, self._views)
+            if self.complete:
+                samples = self._complete(samples)
+            if self._unique_texts:
+                samples = distinct(samples, layout, self.text)
+            parts = assign_splits(samples, *self._split)
+            self.samples = samples
+            self.splits = {name: [sample for sample in samples if parts.get(sample.case_id) == name] for name in SPLITS}
+            self.ledger.num_samples = len(parts)
+            self.store = self.make_store(FIGURE if self.colour else GRAY)
+            self._layout = layout
+        return self._layout
+
+    def images_of(self, case: Sample) -> Sequence[Path]:
+        """Return the views of a sample."""
+        return case.images
+
+    def _complete(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Keep the samples that have both an image and a text.
+
+        Raises:
+            DataError: none has.
+        """
+        kept = [sample for sample in samples if sample.images and sample.study.text]
+        if not kept:
+            raise DataError(f"None of the {len(samples)} samples under {self.root} has both an image and a text.")
+        if len(kept) < len(samples):
+            say(f"note: {len(samples) - len(kept)} of {len(samples)} samples lack image or text and are left out")
+        return kept
+
+    def _known_layouts(self) -> Sequence[StudyLayout]:
+        """Return the layouts, the manifest's with the user's table and columns."""
+        return [self._manifest if entry is MANIFEST else entry for entry in STUDY_LAYOUTS]
+
+    def text_of(self, sample: Sample) -> str:
+        """Return the text of a sample that is used; empty where it has none.
+
+        Raises:
+            ReportError: a report that is listed cannot be read.
+        """
+        return study_text(sample.study, self.index(), self.text)
+
+    def training_texts(self) -> list[str]:
+        """Return the texts of the training studies, each once, in a fixed order; unreadable ones are left out."""
+        self.index()
+        texts = {}
+        for sample in self.splits["train"]:
+            if sample.study.case_id not in texts:
+                try:
+                    texts[sample.study.case_id] = self.text_of(sample)
+                except ReportError:
+                    texts[sample.study.case_id] = ""
+        return [text for text in texts.values() if text]
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """Channels, crop size, vocabulary and preprocessing of the batches."""
+        layout = self.index()
+        preprocessing = {
+            "layout": layout.name,
+            "intensity": "RGB in [0, 1], minus mean, over std"
+            if self.colour
+            else "grayscale in [0, 1], minus mean, over std, repeated three times",
+            "mean": plain_numbers(self.mean),
+            "std": plain_numbers(self.std),
+            "resize": "bicubic, antialiased",
+            "text": self.text.part,
+        }
+        return InputSpec(CHANNELS, self.image_size, {}, preprocessing, self.vocabulary)
+
+    def all_cases(self) -> list[Sample]:
+        """Return every sample of the archive, whether or not it is used."""
+        self.index()
+        return self.samples
+
+    def setup(self, stage: str) -> None:
+        """Put what is broken into the ledger, keep the tokenizer with the run, and say what there is (Lightning hook).
+
+        Raises:
+            DataError: no sample can be used.
+        """
+        layout, counts = self.index(), self.admit(stage)
+        with_text = sum(sample.study.text is not None for sample in self.cases_in_use())
+        size = "x".join(map(str, self.image_size))
+        say(f"data: {layout.name} at {self.root}, samples {counts}, {with_text} with a report, crops {size}, "
+            f"vocabulary of {self.tokenizer.vocab_size}")  # fmt: skip
+        self.keep_tokenizer(stage)
+
+    def _dataset(self, cases: Sequence[Sample], train: bool = False, controls: bool = False) -> ImageTextDataset:
+        return ImageTextDataset(
+            cases,
+            self.index(),
+            self.store,
+            self.tokenizer,
+            self.text,
+            self.image_size,
+            train,
+            self.seed,
+            crop_scale=self.crop_scale,
+            flip=self.flip,
+            mean=self.mean,
+            std=self.std,
+            controls=self.splits["train"] if controls else None,
+            anonymise=self.ledger.anonymise,
+            complete=self.complete,
+            negatives=self.negative_images,
+        )
+
+    def _evaluated(self, cases: Sequence[Sample]) -> ImageTextDataset:
+        return self._dataset(cases, controls=True)
+
+    def _usable(self, cases: Iterable[Sample]) -> list[Sample]:
+        """Leave out samples known to be broken, but for those whose text will do alone."""
+        good = {case.case_id for case in super()._usable(cases)}
+        alone = not self.complete
+        return [case for case in cases if case.case_id in good or (alone and case.study.text is not None)]
+
+    def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """Return what joins samples and pads their texts."""
+        length = self.text.length if self.pad_to_length else 0
+        return partial(collate_image_text, pad_id=self.tokenizer.pad_id, length=length)
+
+    def token_counts(self) -> Tensor:
+        """Count the tokens of the training texts that could be hidden, ``(V,)`` long."""
+        if self._counts is None:
+            counts = torch.zeros(self.tokenizer.vocab_size, dtype=torch.long)
+            for text in self.training_texts():
+                encoded = self.tokenizer.encode(text, self.text.length)
+                counts += torch.bincount(encoded.ids[encoded.maskable], minlength=len(counts))
+            self._counts = counts
+        return self._counts
+
+    def examine(self, deep: bool, workers: int) -> list[str]:
+        """Print a report on the archive and return the reasons why training would refuse it."""
+        from datamodules.reports.checks import examine
+
+        return examine(self, deep, workers)

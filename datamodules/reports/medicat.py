@@ -1,0 +1,149 @@
+"""MedICaT: figures of open-access papers with captions and the sentences that refer to them (Subramanian et al. 2020).
+
+``ROOT/release/*.jsonl`` has one line a figure, ``figures/{pdf_hash}_{fig_uri}`` lies beside it. The release also has
+inline references to ROCO's figures (``roco_{train,val,test}_references.jsonl``), read by
+:mod:`datamodules.reports.roco`.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.errors import DataError
+from common.randomness import stable_hash
+from common.runtime.reporting import say
+from datamodules.reports.studies import Study, StudyLayout
+from datamodules.reports.text import plain_text
+
+#: Texts with fewer words say nothing, such as "Figure 1".
+MIN_WORDS = 3
+
+
+class Figure(NamedTuple):
+    """One line of the list.
+
+    Attributes:
+        name: File under ``figures``.
+        paper: Hash of the paper; splits are by this.
+        caption: Caption, white space collapsed; empty where there is none.
+        references: Sentences that refer to the figure.
+        radiology: Whether it was classified as radiology.
+    """
+
+    name: str
+    paper: str
+    caption: str
+    references: tuple[str, ...]
+    radiology: bool
+
+
+def collapsed(text: Any) -> str:
+    """Return a text with white space collapsed; empty for None."""
+    return " ".join(str(text or "").split())
+
+
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Read a file of one JSON object a line.
+
+    Raises:
+        DataError: names the first line that is none.
+    """
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path} line {number} is no JSON: {error}.") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path} line {number} is no JSON object.")
+            yield row
+
+
+def read_figures(path: Path) -> list[Figure]:
+    """Read the list of figures, every line of it.
+
+    Raises:
+        DataError: a line is no JSON, or lacks ``pdf_hash`` or ``fig_uri``.
+    """
+    figures = []
+    for number, row in enumerate(json_lines(path), 1):
+        if not row.get("pdf_hash") or not row.get("fig_uri"):
+            raise DataError(f"{path} line {number} has no pdf_hash or no fig_uri.")
+        paper, references = str(row["pdf_hash"]), row.get("s2orc_references") or []
+        caption = collapsed(row.get("s2_caption")) or collapsed(row.get("s2orc_caption"))
+        texts = tuple(text for text in map(collapsed, references) if text)
+        figures.append(Figure(f"{paper}_{row['fig_uri']}", paper, caption, texts, bool(row.get("radiology"))))
+    return figures
+
+
+def studies_of_texts(name: str, patient: str, image: Path, texts: list[str], split: str | None) -> list[Study]:
+    """Make one study of each distinct text of an image that has words enough."""
+    usable = [text for text in dict.fromkeys(texts) if len(text.split()) >= MIN_WORDS]
+    return [Study(f"{name}#{i}", patient, (image,), ("",), text, split) for i, text in enumerate(usable)]
+
+
+def say_left_out(what: str, total: int, missing: int, silent: int) -> None:
+    """Print how many figures have no file and how many no text."""
+    if missing or silent:
+        say(
+            f"note: of {total} {what}, {missing} have no image file and {silent} no text of {MIN_WORDS} words; left out"
+        )
+
+
+def find_medicat(root: Path, radiology_only: bool = True) -> list[Study]:
+    """List one study for each text of each figure; empty where the root is no MedICaT.
+
+    Raises:
+        DataError: a damaged line, or none of the listed images is there.
+    """
+    for folder in (root / "release", root):
+        if (folder / "figures").is_dir():
+            lists = [path for path in sorted(folder.glob("*.jsonl")) if _lists_figures(path)]
+            break
+    else:
+        return []
+    figures = [figure for path in lists for figure in read_figures(path)]
+    if radiology_only:
+        figures = [figure for figure in figures if figure.radiology]
+    there = {path.name for path in (folder / "figures").iterdir()}
+    present = [figure for figure in figures if figure.name in there]
+    if figures and not present:
+        raise DataError(f"None of the {len(figures)} figures of {lists[0]} is in {folder / 'figures'}.")
+    studies = [
+        studies_of_texts(f.name, f.paper, folder / "figures" / f.name, [f.caption, *f.references], None)
+        for f in present
+    ]
+    say_left_out("MedICaT figures", len(figures), len(figures) - len(present), sum(not part for part in studies))
+    return [study for part in studies for study in part]
+
+
+def _lists_figures(path: Path) -> bool:
+    """Whether the first line of a file is a figure of MedICaT."""
+    with path.open(encoding="utf-8") as file:
+        first = file.readline()
+    return '"pdf_hash"' in first and '"fig_uri"' in first
+
+
+def hashed_split(paper: str) -> str:
+    """Hold out one paper in a hundred for validation and one for testing, the same ones every time."""
+    place = stable_hash("medicat", paper) % 100
+    return {0: "val", 1: "test"}.get(place, "train")
+
+
+MEDICAT = StudyLayout(
+    name="medicat",
+    tree="ROOT/release/*.jsonl and ROOT/release/figures/ (figures that are radiology)",
+    find=find_medicat,
+    extract=plain_text,
+)
+MEDICAT_ALL = StudyLayout(
+    name="medicat_all",
+    tree="the same, all figures",
+    find=partial(find_medicat, radiology_only=False),
+    extract=plain_text,
+    prefer=-2,
+)

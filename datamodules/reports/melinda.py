@@ -1,0 +1,91 @@
+"""MELINDA: figures of biology papers with captions and experiment methods (Wu et al. 2021).
+
+``ROOT/{train,dev,test}.csv`` with ``figure_file``, ``caption`` and four label columns, ``ROOT/melinda_images/``.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from common.errors import DataError
+from common.runtime.reporting import say
+from datamodules.reports.manifest import read_table
+from datamodules.reports.medicat import collapsed
+from datamodules.reports.studies import Study, StudyLayout
+from datamodules.reports.text import plain_text
+
+TASKS = ("i_meth", "p_meth", "i_meth_label", "p_meth_label")
+_FILES = {"train": "train.csv", "val": "dev.csv", "test": "test.csv"}
+#: Rows of each split as published. The numbers are second-hand, so a difference is said and not refused.
+_ROWS = {"train": 4344, "val": 449, "test": 578}
+
+
+class CaptionedFigure(NamedTuple):
+    """One figure, or part of one, with a caption and a class.
+
+    Attributes:
+        case_id: Unique name.
+        patient_id: The figure, which several rows may share.
+        image: Its file.
+        text: Caption, white space collapsed; may be empty.
+        label: The class; empty where the task does not name one.
+        split: ``train``, ``val`` or ``test``.
+    """
+
+    case_id: str
+    patient_id: str
+    image: Path
+    text: str
+    label: str
+    split: str | None
+
+
+def read_melinda(root: Path, task: str = "p_meth_label") -> list[CaptionedFigure]:
+    """List MELINDA's rows in its official splits; empty where the root is another archive.
+
+    Says so where their numbers are not the published ones.
+
+    Raises:
+        DataError: an unknown task, or a table that lacks a column.
+    """
+    if task not in TASKS:
+        raise DataError(f"MELINDA has no task {task!r}; it has {', '.join(TASKS)}.")
+    if not (root / "train.csv").is_file() or not (root / "melinda_images").is_dir():
+        return []
+    rows = []
+    for split, name in _FILES.items():
+        path = root / name
+        if not path.is_file():
+            continue
+        table = read_table(path)
+        missing = [column for column in ("figure_file", "caption", task) if column not in table.columns]
+        if missing:
+            raise DataError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns)}.")
+        for number, row in enumerate(table.to_dict("records")):
+            figure = row["figure_file"]
+            if not figure or Path(figure).is_absolute() or ".." in Path(figure).parts:
+                raise DataError(f"{path} names the image {figure!r}, which does not lie under {root}.")
+            text = "" if row["caption"].lower() == "nan" else collapsed(row["caption"])
+            image = root / "melinda_images" / figure
+            rows.append(CaptionedFigure(f"{split}/{number}-{figure}", figure, image, text, row[task], split))
+    counts = Counter(row.split for row in rows)
+    if any(counts[split] != number for split, number in _ROWS.items()):
+        here, published = (", ".join(f"{numbers[split]} {split}" for split in _ROWS) for numbers in (counts, _ROWS))
+        say(f"warning: {root} has other numbers of rows ({here}) than MELINDA as published ({published})")
+    return rows
+
+
+def _find(root: Path) -> list[Study]:
+    """List training and validation rows as images with text, for calibration: no labels, nothing of the test split."""
+    rows = [row for row in read_melinda(root) if row.split != "test"]
+    held = {row.patient_id for row in rows if row.split == "val"}
+    return [
+        Study(row.case_id, row.patient_id, (row.image,), ("",), row.text or None, row.split)
+        for row in rows
+        if row.split == "val" or row.patient_id not in held
+    ]
+
+
+MELINDA = StudyLayout(
+    name="melinda", tree="ROOT/{train,dev,test}.csv and ROOT/melinda_images/", find=_find, extract=plain_text
+)

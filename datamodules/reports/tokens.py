@@ -1,0 +1,242 @@
+"""Tokenizers for reports: trained on the training split, or any fast tokenizer of transformers.
+
+``medmim tokenizer`` trains one from an archive and writes it as JSON for ``data.tokenizer``.
+"""
+
+import argparse
+import os
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+
+from common.errors import DataError, UserError
+from common.randomness import stable_hash
+from common.runtime.data_config import add_data_arguments, make_datamodule
+from common.runtime.reporting import say
+from datamodules.volumes.cache import cache_root
+
+Kind = Literal["wordpiece", "bpe"]
+#: The special tokens in the order of their ids, 0 to 3.
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[MASK]")
+_OTHER_NAMES = {"[PAD]": "<pad>", "[UNK]": "<unk>", "[CLS]": "<s>", "[MASK]": "<mask>"}
+_MAX_WORD = 100
+#: How byte-level tokenizers write the blank before a word.
+_BLANK = "Ġ"
+
+
+class EncodedText(NamedTuple):
+    """A text as tokens, the class token first.
+
+    Attributes:
+        ids: long ``(T,)``.
+        starts: bool ``(T,)``, True where a token begins a word.
+        maskable: bool ``(T,)``, False at special tokens.
+        cut: Whether the text was longer.
+    """
+
+    ids: Tensor
+    starts: Tensor
+    maskable: Tensor
+    cut: bool
+
+
+class ReportTokenizer:
+    """Turns reports into tokens and back.
+
+    A word is what the tokenizer splits a text into first; of byte-level tokenizers, which split at digits and hyphens
+    too, whatever stands between two blanks.
+
+    Args:
+        tokenizer: A tokenizer of the tokenizers library.
+
+    Raises:
+        DataError: it has no token for padding, class, mask or unknown words.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.backend = tokenizer
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.backend.encode_special_tokens = True  # what looks like a special token in a text is text
+        self._byte_level = tokenizer.token_to_id(_BLANK) is not None
+        found = {name: self._special_id(name) for name in SPECIAL}
+        missing = [f"{name} (or {_OTHER_NAMES[name]})" for name, value in found.items() if value is None]
+        if missing:
+            raise DataError(f"The tokenizer has no {', '.join(missing)}: train one with `medmim tokenizer`.")
+        self.pad_id, self.unk_id, self.cls_id, self.mask_id = (int(value or 0) for value in found.values())
+        #: The token that ends a text; None where the tokenizer has none, such as those that are trained here.
+        self.end_id = next((i for i in map(tokenizer.token_to_id, ("[SEP]", "</s>")) if i is not None), None)
+
+    def _special_id(self, name: str) -> int | None:
+        value = self.backend.token_to_id(name)
+        return self.backend.token_to_id(_OTHER_NAMES[name]) if value is None else value
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens."""
+        return self.backend.get_vocab_size()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the whole tokenizer: two of the same fingerprint give the same ids."""
+        return f"{stable_hash(self.backend.to_str()):016x}"
+
+    def encode(self, text: str, length: int, end: bool = False) -> EncodedText:
+        """Turn a text into at most ``length`` tokens, the class token first.
+
+        Args:
+            text: The text.
+            length: T at most.
+            end: Whether the token that ends a text comes last, if there is one.
+        """
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        last = [self.end_id] if end and self.end_id is not None else []
+        room = length - 1 - len(last)
+        words = encoding.word_ids[:room]
+        ids = torch.tensor([self.cls_id, *encoding.ids[:room], *last])
+        if self._byte_level:
+            begins = [index == 0 or token.startswith(_BLANK) for index, token in enumerate(encoding.tokens[:room])]
+        else:
+            begins = [index == 0 or word != words[index - 1] for index, word in enumerate(words)]
+        starts = torch.tensor([True, *begins, *(True for _ in last)])
+        maskable = torch.tensor([False, *(True for _ in words), *(False for _ in last)])
+        return EncodedText(ids, starts, maskable, len(encoding.ids) > room)
+
+    def token(self, index: int) -> str:
+        """Return the text of a token, ``##`` before the continuation of a word."""
+        return self.backend.id_to_token(index) or SPECIAL[1]
+
+    def save(self, path: Path) -> None:
+        """Write the tokenizer as JSON, under a temporary name first."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        self.backend.save(str(temporary))
+        os.replace(temporary, path)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: Kind = "wordpiece") -> ReportTokenizer:
+    """Learn a vocabulary from texts.
+
+    Args:
+        texts: Texts of the training split only.
+        vocab_size: Tokens at most, the four special ones included.
+        kind: ``"wordpiece"`` (lower case, no accents, digits apart), or ``"bpe"`` on bytes, which keeps all characters.
+
+    Raises:
+        DataError: there is no text, or ``vocab_size`` leaves no room beside the special tokens.
+    """
+    texts = [text for text in texts if text]
+    if not texts:
+        raise DataError("There is no text in the training split to learn a vocabulary from.")
+    if vocab_size <= len(SPECIAL):
+        raise DataError(f"vocab_size must be above {len(SPECIAL)}, got {vocab_size}.")
+    return ReportTokenizer(
+        _train_wordpiece(texts, vocab_size) if kind == "wordpiece" else _train_bpe(texts, vocab_size)
+    )
+
+
+def learned_tokenizer(texts: Sequence[str], vocab_size: int, kind: Kind = "wordpiece") -> ReportTokenizer:
+    """Learn a vocabulary as :func:`train_tokenizer` does, or take the one that was learned from these texts before.
+
+    Raises:
+        DataError: as :func:`train_tokenizer`.
+    """
+    digest = stable_hash(vocab_size, *sorted(texts))
+    path = cache_root() / "tokenizers" / f"{kind}-{digest:016x}.json"
+    if not path.is_file():
+        train_tokenizer(texts, vocab_size, kind).save(path)
+    return load_tokenizer(path)
+
+
+def _wordpiece(vocabulary: dict[str, int]) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=_MAX_WORD))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.NFKD(), normalizers.StripAccents()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Digits(individual_digits=False)]
+    )
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    return tokenizer
+
+
+def _train_wordpiece(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    """Learn a WordPiece that is the same every time.
+
+    The trainer numbers continued characters in the order of a hash table, and breaks ties by number. Named ahead as
+    special tokens they have their numbers already; the vocabulary then goes to a tokenizer without these.
+    """
+    blank = _wordpiece({})
+    alphabet = {c for text in texts for c in blank.normalizer.normalize_str(text) if not c.isspace()}
+    reserved = [*SPECIAL, *(f"##{c}" for c in sorted(alphabet))]
+    blank.train_from_iterator(
+        texts, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=reserved, show_progress=False)
+    )
+    tokenizer = _wordpiece(blank.get_vocab())
+    tokenizer.add_special_tokens(list(SPECIAL))
+    return tokenizer
+
+
+def _train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def load_tokenizer(path: str | Path) -> ReportTokenizer:
+    """Load a tokenizer: a JSON of the tokenizers library, a folder that transformers can read, or a name of its hub.
+
+    Raises:
+        DataError: there is none at ``path``.
+    """
+    name, path = str(path), Path(path)
+    named = not path.exists() and path.suffix != ".json" and name.count("/") == 1 and not path.is_absolute()
+    try:
+        if path.is_dir() or named:
+            from transformers import AutoTokenizer
+
+            loaded = AutoTokenizer.from_pretrained(name, local_files_only=not named)
+            return ReportTokenizer(loaded.backend_tokenizer)
+        return ReportTokenizer(Tokenizer.from_file(str(path)))
+    except UserError:
+        raise
+    except Exception as error:  # both libraries raise what they like
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"There is no tokenizer at {path} (a JSON file, a folder of transformers, or a name of its hub): {reason}"
+        ) from error
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``medmim tokenizer``."""
+    add_data_arguments(parser)
+    parser.add_argument("--kind", choices=("wordpiece", "bpe"), help="default: the configuration's, else wordpiece")
+    parser.add_argument("--vocab-size", type=int, help="tokens at most (default: the configuration's)")
+    parser.add_argument("--out", required=True, help="JSON file to write, for data.tokenizer")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry out ``medmim tokenizer``.
+
+    Raises:
+        DataError: the archive has no text to train on.
+    """
+    datamodule = make_datamodule(args)
+    texts = datamodule.training_texts()
+    kind = args.kind or getattr(datamodule, "tokenizer_kind", "wordpiece")
+    tokenizer = train_tokenizer(texts, args.vocab_size or datamodule.vocab_size, kind)
+    tokenizer.save(Path(args.out))
+    say(f"tokenizer: {tokenizer.vocab_size} tokens ({kind}) from {len(texts)} training texts, at {args.out}")

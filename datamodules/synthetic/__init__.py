@@ -1,0 +1,1 @@
+"""Small synthetic archives in the official layouts."""

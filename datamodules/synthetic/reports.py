@@ -1,0 +1,159 @@
+"""A synthetic MIMIC-CXR: radiographs and tables of MIMIC-CXR-JPG 2.0.0, reports of MIMIC-CXR 2.0.0."""
+
+import csv
+import gzip
+import io
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from common.randomness import numpy_generator
+from datamodules.synthetic.radiographs import CHEXPERT_COLUMNS, EXAMINATIONS, draw_findings, draw_image, write_report
+
+_METADATA = (
+    "dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows", "Columns",
+    "StudyDate", "StudyTime", "ProcedureCodeSequence_CodeMeaning", "ViewCodeSequence_CodeMeaning",
+    "PatientOrientationCodeSequence_CodeMeaning",
+)  # fmt: skip
+_VIEW_CODES = {"PA": "postero-anterior", "AP": "antero-posterior", "LATERAL": "lateral"}
+
+
+class _Study(NamedTuple):
+    """One study.
+
+    Attributes:
+        subject: ``subject_id``.
+        name: ``study_id``.
+        images: ``dicom_id`` to view.
+        date: ``StudyDate``.
+        time: ``StudyTime``.
+        report: Text; None = the archive has none.
+        labels: CheXpert column to value.
+    """
+
+    subject: int
+    name: int
+    images: dict[str, str]
+    date: str
+    time: str
+    report: str | None
+    labels: Mapping[str, float]
+
+    @property
+    def folder(self) -> str:
+        """Where its images lie; its report has the same name."""
+        return f"files/p{str(self.subject)[:2]}/p{self.subject}/s{self.name}"
+
+
+def _write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
+
+
+def _identifier(first_digit: int, number: int, seed: int) -> int:
+    """Return eight digits for a number: scattered over their range, no two alike under one seed."""
+    offset = int(numpy_generator("synthetic", "mimic_cxr", seed, "identifiers", first_digit).integers(10**7))
+    return first_digit * 10**7 + (number * 7368787 + offset) % 10**7
+
+
+def _draw_study(root: Path, seed: int, index: int, size: Sequence[int]) -> _Study:
+    """Draw one study and write its images."""
+    rng = numpy_generator("synthetic", "mimic_cxr", seed, index)
+    findings = draw_findings(rng)
+    frontal = "PA" if rng.random() < 0.6 else "AP"
+    views = (frontal, "LATERAL") if index % 3 == 2 else (frontal,)
+    report = write_report(rng, findings, " AND ".join(views), sections=index != 2)
+    digits = [rng.bytes(20).hex() for _ in views]
+    study = _Study(
+        subject=_identifier(1, index - (index + 1) // 5, seed),
+        name=_identifier(5, index, seed),
+        images={"-".join(d[i : i + 8] for i in range(0, 40, 8)): v for d, v in zip(digits, views, strict=True)},
+        date=f"{rng.integers(2110, 2200)}{rng.integers(1, 13):02d}{rng.integers(1, 29):02d}",
+        time=f"{rng.integers(24):02d}{rng.integers(60):02d}{rng.integers(60):02d}.{rng.integers(1000):03d}",
+        report=None if index == 1 else report.text,
+        labels=report.labels,
+    )
+    folder = root / study.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for dicom, view in study.images.items():
+        Image.fromarray(draw_image(rng, findings, size, view)).save(folder / f"{dicom}.jpg", quality=95)
+    return study
+
+
+def _metadata(study: _Study, size: Sequence[int]) -> list[tuple[object, ...]]:
+    """Return the rows of a study in the order of the official columns."""
+    procedure, _ = EXAMINATIONS[" AND ".join(study.images.values())]
+    return [
+        (dicom, study.subject, study.name, procedure, view, *size, study.date, study.time,
+         procedure, _VIEW_CODES[view], "Recumbent" if view == "AP" else "Erect")
+        for dicom, view in study.images.items()
+    ]  # fmt: skip
+
+
+def _splits(subjects: Sequence[int]) -> dict[int, str]:
+    """Hold out a tenth of the patients for validation and a tenth for testing, at least one each of three or more."""
+    held = max(1, round(len(subjects) / 10)) if len(subjects) > 2 else 0
+    names = ["train"] * (len(subjects) - 2 * held) + ["validate"] * held + ["test"] * held
+    return dict(zip(subjects, names, strict=True))
+
+
+def _write_reports(path: Path, studies: Sequence[_Study]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for study in studies:
+            if study.report is not None:
+                member = zipfile.ZipInfo(f"{study.folder}.txt", date_time=(1980, 1, 1, 0, 0, 0))
+                member.create_system = 3
+                member.external_attr = 0o644 << 16
+                archive.writestr(member, study.report, zipfile.ZIP_DEFLATED)
+
+
+def write_mimic_cxr(root: Path, num_cases: int, seed: int, size: Sequence[int] = (320, 384)) -> None:
+    """Write studies in the layouts of MIMIC-CXR-JPG and MIMIC-CXR, of which a reader needs both.
+
+    Every fifth study is a second one of the patient before; every third has a lateral view too. The second study has no
+    report, and the report of the third has no section headers.
+    """
+    jpg, text = root / "mimic-cxr-jpg/2.0.0", root / "mimic-cxr/2.0.0"
+    studies = [_draw_study(jpg, seed, index, size) for index in range(num_cases)]
+    splits = _splits(list(dict.fromkeys(study.subject for study in studies)))
+    studies.sort(key=lambda study: (study.subject, study.name))
+    images = [(study, dicom) for study in studies for dicom in study.images]
+
+    _write_table(
+        jpg / "mimic-cxr-2.0.0-metadata.csv.gz",
+        _METADATA,
+        [row for study in studies for row in _metadata(study, size)],
+    )
+    _write_table(
+        jpg / "mimic-cxr-2.0.0-split.csv.gz",
+        ("dicom_id", "study_id", "subject_id", "split"),
+        [(dicom, study.name, study.subject, splits[study.subject]) for study, dicom in images],
+    )
+    _write_table(
+        jpg / "mimic-cxr-2.0.0-chexpert.csv.gz",
+        ("subject_id", "study_id", *CHEXPERT_COLUMNS),
+        [
+            (study.subject, study.name, *(study.labels.get(column, "") for column in CHEXPERT_COLUMNS))
+            for study in studies
+            if study.report is not None
+        ],
+    )
+    _write_table(
+        text / "cxr-record-list.csv.gz",
+        ("subject_id", "study_id", "dicom_id", "path"),
+        [(study.subject, study.name, dicom, f"{study.folder}/{dicom}.dcm") for study, dicom in images],
+    )
+    _write_table(
+        text / "cxr-study-list.csv.gz",
+        ("subject_id", "study_id", "path"),
+        [(study.subject, study.name, f"{study.folder}.txt") for study in studies],
+    )
+    _write_reports(text / "mimic-cxr-reports.zip", studies)

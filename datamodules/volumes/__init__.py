@@ -1,0 +1,1 @@
+"""Volumes: cases of several modalities, prepared, cached and cropped."""

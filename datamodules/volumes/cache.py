@@ -1,0 +1,380 @@
+"""A cache of prepared cases: memory-mapped float16, made once, resumable, check-summed.
+
+One folder per case under ``<cache>/volumes/<key>/``: ``image.npy`` (or ``image.b2nd``), ``label.npy``, and
+``record.json``, which is written last and names every file with size and xxh3. A case without a valid record does not
+exist; one whose files differ from the record is rebuilt. Folders are written under a temporary name and renamed, so an
+interrupted run leaves nothing half made.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import blosc2
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from common.faults import Fault, SampleFaultError
+from common.randomness import stable_hash
+from common.runtime.reporting import say
+from datamodules.volumes.cases import Case, Layout
+from datamodules.volumes.prepare import PreparedCase, prepare_case
+from datamodules.volumes.reading import DECODERS, fingerprint
+
+CacheFormat = Literal["npy", "b2nd"]
+VERSION = 3
+#: Labelled voxels kept per region value, for crops that must contain some.
+MAX_LABEL_VOXELS = 2048
+#: A half-written case this old belongs to no run that is still alive.
+STALE_SECONDS = 24 * 3600
+
+
+def cache_root() -> Path:
+    """Return the cache folder: ``MEDMIM_CACHE``, else ``~/.cache/medmim``."""
+    return Path(os.environ.get("MEDMIM_CACHE") or "~/.cache/medmim").expanduser()
+
+
+def say_cache(size: int, folder: Path) -> None:
+    """Print how large a finished cache would be at most, in bytes ``size``, and how much room there is."""
+    existing = next(path for path in (cache_root(), *cache_root().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    say(f"cache: at most {size / 2**30:.2f} GiB at {folder} ({free / 2**30:.0f} GiB free)")
+
+
+@dataclass
+class Record:
+    """What is known of a prepared case.
+
+    Attributes:
+        case_id: The case.
+        usable: Whether there is an image.
+        modality_mask: Per modality, whether it was acquired and readable.
+        shape: Space of the stored image.
+        affine: Its affine, RAS.
+        source_shape: Space of the reference volume (RAS) before cropping or resampling.
+        source_affine: Its affine.
+        file_affine: Its affine as the file has it, before its axes were turned to RAS.
+        offset: First stored voxel in the reference volume; None where it was resampled.
+        faults: Broken image members: path, kind, detail.
+        label_faults: What is wrong with the label, likewise.
+        sources: Path to size, modification time and check sum of each source file.
+        files: Name to size and check sum of each cache file.
+        label_values: Labelled voxels by value.
+        modalities: Names of the image's modalities, in order.
+    """
+
+    case_id: str
+    usable: bool
+    modality_mask: list[bool] = field(default_factory=list)
+    shape: list[int] = field(default_factory=list)
+    affine: list[list[float]] = field(default_factory=list)
+    source_shape: list[int] = field(default_factory=list)
+    source_affine: list[list[float]] = field(default_factory=list)
+    file_affine: list[list[float]] = field(default_factory=list)
+    offset: list[int] | None = None
+    faults: list[tuple[str, str, str]] = field(default_factory=list)
+    label_faults: list[tuple[str, str, str]] = field(default_factory=list)
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    label_values: dict[str, int] = field(default_factory=dict)
+    modalities: list[str] = field(default_factory=list)
+
+    def image_faults(self) -> list[Fault]:
+        """Return the faults of the image members."""
+        return [Fault(*fault, self.case_id) for fault in self.faults]
+
+    def all_faults(self) -> list[Fault]:
+        """Return the faults of image and label."""
+        return [Fault(*fault, self.case_id) for fault in [*self.faults, *self.label_faults]]
+
+
+def _plain(faults: Iterable[Fault]) -> list[tuple[str, str, str]]:
+    return [(fault.path, fault.kind, fault.detail) for fault in faults]
+
+
+def record_of(prepared: PreparedCase, case: Case) -> Record:
+    """Describe a prepared case, without cache files."""
+    label = np.zeros(0, np.uint8) if prepared.label is None else prepared.label
+    values, counts = np.unique(label, return_counts=True)
+    return Record(
+        case_id=case.case_id,
+        usable=True,
+        modality_mask=prepared.modality_mask,
+        shape=list(prepared.image.shape[1:]),
+        affine=prepared.affine.tolist(),
+        source_shape=list(prepared.source_shape),
+        source_affine=prepared.source_affine.tolist(),
+        file_affine=prepared.file_affine.tolist(),
+        offset=None if prepared.offset is None else list(prepared.offset),
+        faults=_plain(prepared.faults),
+        label_faults=_plain(prepared.label_faults),
+        sources=prepared.sources,
+        label_values={str(int(v)): int(c) for v, c in zip(values, counts, strict=True) if v},
+        modalities=list(prepared.modalities),
+    )
+
+
+def _label_voxels(label: NDArray[np.uint8], case_id: str) -> NDArray[np.int16]:
+    """Return a fixed sample of labelled voxels, ``(K, 4)``: value and coordinates."""
+    parts = []
+    for value in np.unique(label[label > 0]):
+        voxels = np.argwhere(label == value)
+        chosen = np.random.default_rng(stable_hash("voxels", case_id, int(value))).permutation(len(voxels))
+        voxels = voxels[np.sort(chosen[:MAX_LABEL_VOXELS])]
+        parts.append(np.column_stack([np.full(len(voxels), value), voxels]))
+    return np.concatenate(parts).astype(np.int16) if parts else np.zeros((0, 4), dtype=np.int16)
+
+
+class OpenCase(NamedTuple):
+    """A case ready to be cropped.
+
+    Attributes:
+        record: What is known of it.
+        image: ``(M, X, Y, Z)``, anything that slices like an array.
+        label: ``(X, Y, Z)`` likewise, or None.
+        label_voxels: A sample of labelled voxels, ``(K, 4)``: value and coordinates; None without a label.
+    """
+
+    record: Record
+    image: Any
+    label: Any
+    label_voxels: NDArray[np.int16] | None
+
+
+class SourceVolumes:
+    """The cases of an archive without a cache: every access reads and prepares the sources anew.
+
+    Args:
+        layout: The layout, with settled modalities.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    def ensure(self, cases: Sequence[Case], workers: int = 1, progress: bool = True) -> dict[str, Record]:
+        """Return a record per case without looking at any; what is broken shows when it is read."""
+        return {case.case_id: Record(case.case_id, usable=True) for case in cases}
+
+    def open(self, case: Case) -> OpenCase:
+        """Read and prepare a case.
+
+        Raises:
+            SampleFaultError: nothing of it can be used.
+        """
+        prepared = prepare_case(case, self.layout, self.layout.modalities)
+        voxels = None if prepared.label is None else _label_voxels(prepared.label, case.case_id)
+        return OpenCase(record_of(prepared, case), prepared.image, prepared.label, voxels)
+
+
+class VolumeCache:
+    """The prepared cases of one archive under one set of settings.
+
+    Args:
+        root: The archive.
+        layout: Its layout, with settled modalities.
+        format: ``"npy"`` is fast; ``"b2nd"`` (blosc2) is a fraction of the size and slower to cut crops from.
+        folder: Where caches live; None means :func:`cache_root`.
+    """
+
+    def __init__(
+        self, root: str | Path, layout: Layout, format: CacheFormat = "npy", folder: Path | None = None
+    ) -> None:
+        if format not in ("npy", "b2nd"):
+            raise ValueError(f"The cache format must be 'npy' or 'b2nd', got {format!r}.")
+        self.layout = layout
+        self.format = format
+        key = {
+            "version": VERSION,
+            "root": str(Path(root).expanduser().resolve()),
+            "layout": layout.name,
+            "modalities": layout.modalities,
+            "preprocessing": layout.preprocessing.as_dict(),
+            "label_values": sorted(layout.label_values),
+            "decoders": DECODERS,
+            "format": format,
+        }
+        text = json.dumps(key, sort_keys=True)
+        self.folder = (folder or cache_root()) / "volumes" / f"{layout.name}-{stable_hash(text):016x}"
+        self._key = text
+
+    def case_folder(self, case_id: str) -> Path:
+        """Return where a case's files lie."""
+        return self.folder / case_id
+
+    def read_record(self, case_id: str) -> Record | None:
+        """Return the record of a case, or None where there is none."""
+        try:
+            return Record(**json.loads((self.case_folder(case_id) / "record.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def is_valid(self, case: Case, record: Record, full: bool = True) -> bool:
+        """Whether a record still fits its sources and its files.
+
+        Args:
+            case: The case as the archive has it now.
+            record: What was stored.
+            full: Whether to compare check sums of the cache files, not only their sizes.
+        """
+        if any("cannot be opened" in detail for _, _, detail in (*record.faults, *record.label_faults)):
+            return False  # a mount or a permission, which may have come back without a trace in the file
+        current = {str(path) for path in (*self._image_paths(case), *case.labels.values())}
+        if current != set(record.sources):
+            return False
+        for path, source in record.sources.items():
+            stat = os.stat(path) if os.path.isfile(path) else None
+            if stat is None or (stat.st_size, stat.st_mtime_ns) != (source.get("size"), source.get("mtime_ns")):
+                return False
+        return all(self._file_matches(record, name, expected, full) for name, expected in record.files.items())
+
+    def _image_paths(self, case: Case) -> list[Path]:
+        return [path for name, path in case.images.items() if name in self.layout.modalities]
+
+    def _file_matches(self, record: Record, name: str, expected: dict[str, Any], full: bool) -> bool:
+        path = self.case_folder(record.case_id) / name
+        if not path.is_file() or path.stat().st_size != expected["size"]:
+            return False
+        return not full or fingerprint(path)["xxh3"] == expected["xxh3"]
+
+    def build(self, case: Case) -> Record:
+        """Prepare one case and store it, whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{case.case_id}-", dir=self.folder))
+        try:
+            record = self._write_case(case, temporary)
+            (temporary / "record.json").write_text(json.dumps(asdict(record), indent=1))
+            final = self.case_folder(case.case_id)
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(temporary, final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return record
+
+    def _write_case(self, case: Case, folder: Path) -> Record:
+        try:
+            prepared = prepare_case(case, self.layout, self.layout.modalities)
+        except SampleFaultError as error:
+            record = Record(case.case_id, usable=False, faults=_plain(error.faults))
+        else:
+            record = record_of(prepared, case)
+            self._write_array(folder / f"image.{self.format}", prepared.image.astype(np.float16))
+            if prepared.label is not None:
+                self._write_array(folder / f"label.{self.format}", prepared.label)
+                np.save(folder / "label_voxels.npy", _label_voxels(prepared.label, case.case_id))
+            record.files = {path.name: fingerprint(path) for path in sorted(folder.iterdir())}
+        for path in (*self._image_paths(case), *case.labels.values()):
+            source = record.sources.setdefault(str(path), {})
+            if path.is_file():
+                stat = path.stat()
+                source.update(size=stat.st_size, mtime_ns=stat.st_mtime_ns)
+        return record
+
+    def _write_array(self, path: Path, array: NDArray) -> None:
+        if self.format == "npy":
+            np.save(path, array)
+            return
+        edge = (1,) if array.ndim == 4 else ()
+        chunks = (*edge, *(min(64, size) for size in array.shape[-3:]))
+        blocks = (*edge, *(min(32, size) for size in array.shape[-3:]))
+        blosc2.asarray(
+            np.ascontiguousarray(array),
+            urlpath=str(path),
+            mode="w",
+            chunks=chunks,
+            blocks=blocks,
+            # Inflates three times as fast as Zstandard and is a fifth larger.
+            cparams={"codec": blosc2.Codec.LZ4HC, "clevel": 9},
+        )
+
+    def open_array(self, case_id: str, name: str) -> Any:
+        """Open ``image`` or ``label`` for slicing: a slice reads its own voxels only.
+
+        Raises:
+            OSError: the cache file is gone.
+        """
+        path = self.case_folder(case_id) / f"{name}.{self.format}"
+        if self.format == "npy":
+            return np.load(path, mmap_mode="c")  # private: nothing that is written to it reaches the file
+        if not path.is_file():
+            raise FileNotFoundError(path)
+        return blosc2.open(str(path), mode="r", mmap_mode="r")
+
+    def open(self, case: Case) -> OpenCase:
+        """Open a case for cropping; one whose files have gone is built again.
+
+        Raises:
+            SampleFaultError: the case has no usable image.
+        """
+        record = self.read_record(case.case_id)
+        try:
+            if record is None:
+                raise FileNotFoundError(self.case_folder(case.case_id))
+            return self._open(record)
+        except OSError:
+            return self._open(self.build(case))
+
+    def _open(self, record: Record) -> OpenCase:
+        if not record.usable:
+            raise SampleFaultError(record.image_faults())
+        image = self.open_array(record.case_id, "image")
+        if f"label.{self.format}" not in record.files:
+            return OpenCase(record, image, None, None)
+        voxels = np.load(self.case_folder(record.case_id) / "label_voxels.npy")
+        return OpenCase(record, image, self.open_array(record.case_id, "label"), voxels)
+
+    def ensure(self, cases: Sequence[Case], workers: int = 1, progress: bool = True) -> dict[str, Record]:
+        """Make every case's entry valid: verify what is there, build what is not.
+
+        Args:
+            cases: The cases.
+            workers: Threads; reading and inflating release the interpreter lock.
+            progress: Whether to show a bar while cases are built.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(".*-*"):
+            if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)
+        (self.folder / "key.json").write_text(self._key)
+
+        def verify(case: Case) -> Record | None:
+            record = self.read_record(case.case_id)
+            return record if record is not None and self.is_valid(case, record) else None
+
+        records = self._map(verify, cases, workers, None)
+        missing = [case for case, record in zip(cases, records, strict=True) if record is None]
+        title = f"caching {self.layout.name}" if progress else None
+        built = self._map(self.build, missing, workers, title if missing else None)
+        result = {case.case_id: record for case, record in zip(cases, records, strict=True) if record is not None}
+        return result | {record.case_id: record for record in built if record is not None}
+
+    @staticmethod
+    def _map(
+        function: Callable[[Case], Record | None], cases: Sequence[Case], workers: int, title: str | None
+    ) -> list[Record | None]:
+        with ThreadPoolExecutor(max(workers, 1)) as pool:
+            results = pool.map(function, cases)
+            return list(tqdm(results, total=len(cases), desc=title, unit="case") if title else results)
+
+    def estimated_bytes(self, cases: Sequence[Case]) -> int:
+        """Estimate the size of the finished cache from the sources' headers: 2 bytes a voxel, b2nd a third of it."""
+        from datamodules.volumes.reading import VolumeError, read_header
+
+        total = 0
+        for case in cases:
+            for path in self._image_paths(case)[:1]:
+                try:
+                    shape = self.layout.preprocessing.size or read_header(path).shape
+                except VolumeError:
+                    continue
+                ragged = self.layout.preprocessing.ragged
+                total += int(np.prod(shape)) * 2 * len(self._image_paths(case) if ragged else self.layout.modalities)
+        return total if self.format == "npy" else total // 3

@@ -1,0 +1,122 @@
+"""What an archive of volumes consists of: cases, layouts, and how a tree is recognised."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Case(NamedTuple):
+    """One study of one patient.
+
+    Attributes:
+        case_id: Unique name.
+        patient_id: Splits are by this.
+        images: Modality to file; a missing modality has no entry.
+        labels: Label name to file.
+        split: ``train``, ``val`` or ``test`` where the archive says so.
+        attributes: Further facts by name, such as a diagnosis; empty text = unknown.
+    """
+
+    case_id: str
+    patient_id: str
+    images: Mapping[str, Path]
+    labels: Mapping[str, Path] = {}
+    split: str | None = None
+    attributes: Mapping[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How the volumes of a layout are brought to one form.
+
+    Attributes:
+        intensity: Rule by modality; see :mod:`datamodules.volumes.intensity`.
+        reference: Modality whose grid all others are resampled to; None = they must share a grid already.
+        spacing: Voxel size in mm along R, A, S; None keeps the reference's.
+        size: Voxels to crop or pad to around the centre; None keeps all.
+        resize: Voxels to interpolate to, whatever the voxel size becomes; None keeps it.
+        crop_foreground: Whether to cut away the border where every modality is 0.
+        centered: Whether that cut is symmetric about the volume's centre, which then stays the atlas's. Intensities are
+            those of the cut volume, and it is cut again where they become 0.
+        atlas: Voxels of the atlas in whose space volumes must be, skull-stripped; None = any space.
+        ragged: Whether a case is kept with the modalities it has alone, not with 0 for the others.
+    """
+
+    intensity: Mapping[str, str]
+    reference: str | None = None
+    spacing: tuple[float, float, float] | None = None
+    size: tuple[int, int, int] | None = None
+    crop_foreground: bool = False
+    centered: bool = False
+    atlas: tuple[int, int, int] | None = None
+    ragged: bool = False
+    resize: tuple[int, int, int] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values, for cache keys and cards."""
+        return {
+            "intensity": dict(self.intensity),
+            "reference": self.reference,
+            "spacing": None if self.spacing is None else list(self.spacing),
+            "size": None if self.size is None else list(self.size),
+            "crop_foreground": self.crop_foreground,
+            "centered": self.centered,
+            "atlas": None if self.atlas is None else list(self.atlas),
+            "ragged": self.ragged,
+            "resize": None if self.resize is None else list(self.resize),
+            "orientation": "RAS",
+        }
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way in which archives lie on disk, with the conventions that come with it.
+
+    Attributes:
+        name: What ``LAYOUT=`` takes.
+        tree: One line that shows the tree, for a person whose root was not recognised.
+        find: Lists the cases under a root; an empty list means the root is not of this layout.
+        modalities: Channels in order; empty = whatever the tree holds.
+        regions: Region to the label values that make it up.
+        label_values: Every value a label may hold; empty = not checked.
+        preprocessing: See :class:`Preprocessing`.
+        crop_size: Default crop for pre-training.
+        prefer: A layout of higher preference wins where several recognise a root.
+        recognise: Stricter form of ``find`` for finding out the layout; None uses ``find``.
+    """
+
+    name: str
+    tree: str
+    find: Callable[[Path], list[Case]]
+    modalities: tuple[str, ...]
+    regions: Mapping[str, tuple[int, ...]]
+    label_values: frozenset[int]
+    preprocessing: Preprocessing
+    crop_size: tuple[int, int, int]
+    prefer: int = 0
+    recognise: Callable[[Path], list[Case]] | None = None
+
+    def recognised(self, root: Path) -> list[Case]:
+        """List the cases if the root is plainly of this layout."""
+        return (self.recognise or self.find)(root)
+
+    def with_intensity(self, rule: str | None) -> "Layout":
+        """Return the layout with one intensity rule for all modalities; None changes nothing."""
+        if rule is None:
+            return self
+        intensity = dict.fromkeys(self.preprocessing.intensity or self.modalities, rule)
+        return replace(self, preprocessing=replace(self.preprocessing, intensity=intensity))
+
+
+def natural_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """List the files of a folder with one of the suffixes, sorted by name."""
+    return sorted(path for path in folder.iterdir() if path.name.endswith(tuple(suffixes)) and path.is_file())
+
+
+def stem_of(path: Path, suffixes: Sequence[str]) -> str:
+    """Return a file's name without its (possibly double) suffix."""
+    for suffix in sorted(suffixes, key=len, reverse=True):
+        if path.name.endswith(suffix):
+            return path.name[: -len(suffix)]
+    return path.name

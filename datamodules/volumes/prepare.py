@@ -1,0 +1,334 @@
+"""From the files of a case to one array on one grid, with every broken member named.
+
+MONAI resamples; the rules of what may be used, and what is refused, are ours.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import ResampleToMatch, Resize, ResizeWithPadOrCrop, Spacing
+from numpy.typing import NDArray
+
+from common.faults import Fault, SampleFaultError
+from datamodules.volumes.cases import Case, Layout
+from datamodules.volumes.intensity import rescale
+from datamodules.volumes.reading import Volume, VolumeError, read_volume
+
+
+class PreparedCase(NamedTuple):
+    """A case on its final grid.
+
+    Attributes:
+        image: float32 ``(M, X, Y, Z)``, absent modalities 0.
+        modality_mask: Per modality, whether it can be used.
+        modalities: Their names: all of the layout, or the case's own.
+        label: uint8 ``(X, Y, Z)``, or None.
+        affine: ``(4, 4)`` of the final grid, RAS.
+        source_shape: Shape of the reference volume in RAS, before cropping or resampling.
+        source_affine: Its affine.
+        file_affine: Its affine as the file has it, before its axes were turned to RAS.
+        offset: First voxel of the final grid in the reference grid; None where it was resampled.
+        faults: Broken image members that the case does without.
+        label_faults: What is wrong with the label; the case has none then.
+        sources: Size and check sum by path of the images that can be used and of the labels.
+    """
+
+    image: NDArray[np.float32]
+    modality_mask: list[bool]
+    modalities: tuple[str, ...]
+    label: NDArray[np.uint8] | None
+    affine: NDArray[np.float64]
+    source_shape: tuple[int, ...]
+    source_affine: NDArray[np.float64]
+    file_affine: NDArray[np.float64]
+    offset: tuple[int, int, int] | None
+    faults: list[Fault]
+    label_faults: list[Fault]
+    sources: dict[str, dict[str, Any]]
+
+
+def read_image(path: Path) -> Volume:
+    """Read a volume that shows something.
+
+    Raises:
+        VolumeError: as :func:`datamodules.volumes.reading.read_volume`; or voxels are not finite, or all the same.
+    """
+    volume = read_volume(path)
+    data = volume.data
+    if data.dtype.kind == "f" and not np.isfinite(data).all():
+        raise VolumeError("nan", f"{int((~np.isfinite(data)).sum())} voxels are not finite")
+    if data.min() == data.max():
+        raise VolumeError("constant", f"every voxel is {data.flat[0]:g}")
+    return volume
+
+
+def _rescaled(data: NDArray, rule: str) -> NDArray[np.float32]:
+    """Scale what lies on the final grid; it may be another part of the file than the one that was checked."""
+    if data.min() == data.max():
+        raise VolumeError("grid", "no part of it lies on the grid that the case is brought to")
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scaled = rescale(data, rule)
+    if not np.isfinite(scaled).all() or scaled.min() == scaled.max():
+        raise VolumeError("constant", f"nothing is left of it on the intensity scale {rule!r}")
+    return scaled
+
+
+def _same_grid(a: Volume, b: Volume) -> bool:
+    return a.data.shape == b.data.shape and np.allclose(a.affine, b.affine, atol=1e-2)
+
+
+def _read_members(case: Case, modalities: tuple[str, ...]) -> tuple[dict[str, Volume], list[Fault], dict[str, Any]]:
+    volumes: dict[str, Volume] = {}
+    faults, sources = [], {}
+    for modality in modalities:
+        if (path := case.images.get(modality)) is None:
+            continue
+        try:
+            volume = read_image(path)
+        except VolumeError as error:
+            faults.append(Fault(str(path), error.kind, error.detail, case.case_id))
+        else:
+            volumes[modality], sources[str(path)] = volume, volume.source
+    return volumes, faults, sources
+
+
+def _describe(volume: Volume) -> str:
+    spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
+    return f"{'x'.join(map(str, volume.data.shape))} voxels of {' x '.join(f'{s:.3g}' for s in spacing)} mm"
+
+
+def _drop_other_grids(case: Case, volumes: dict[str, Volume]) -> tuple[dict[str, Volume], list[Fault]]:
+    """Keep the members on the grid that most share; a case without such a grid cannot be stacked."""
+    names = list(volumes)
+    votes = Counter({name: sum(_same_grid(volumes[name], other) for other in volumes.values()) for name in names})
+    reference, agreeing = votes.most_common(1)[0]
+    if agreeing == 1 and len(names) > 1:
+        grids = ", ".join(f"{name} {_describe(volume)}" for name, volume in volumes.items())
+        detail = f"the modalities lie on different grids ({grids}); co-register and resample them to one grid first"
+        raise SampleFaultError([Fault(str(case.images[reference].parent), "grid", detail, case.case_id)])
+    kept = {name: volume for name, volume in volumes.items() if _same_grid(volume, volumes[reference])}
+    where = f"{reference} ({_describe(volumes[reference])})"
+    faults = [
+        Fault(str(case.images[name]), "grid", f"{_describe(volumes[name])} at another place than {where}", case.case_id)
+        for name in names
+        if name not in kept
+    ]
+    return kept, faults
+
+
+def _meta(data: NDArray, affine: NDArray) -> MetaTensor:
+    return MetaTensor(
+        torch.as_tensor(np.ascontiguousarray(data, dtype=np.float32))[None], affine=torch.as_tensor(affine)
+    )
+
+
+def _on_reference_grid(volumes: dict[str, Volume], layout: Layout) -> tuple[dict[str, MetaTensor], Volume]:
+    """Resample every modality to the reference's grid, then to the layout's spacing and size."""
+    settings = layout.preprocessing
+    reference = volumes[settings.reference or next(iter(volumes))]
+    target = _meta(reference.data, reference.affine)
+    images = {}
+    for name, volume in volumes.items():
+        image: Any = _meta(volume.data, volume.affine)
+        if not _same_grid(volume, reference):
+            image = ResampleToMatch(mode="bilinear", padding_mode="zeros")(image, target)
+        images[name] = _to_final_grid(image, layout, "bilinear")
+    return images, reference
+
+
+def _to_final_grid(image: Any, layout: Layout, mode: str) -> MetaTensor:
+    settings = layout.preprocessing
+    if settings.spacing is not None:
+        padding = "border" if mode == "bilinear" else "zeros"
+        image = Spacing(pixdim=settings.spacing, mode=mode, padding_mode=padding)(image)
+    if settings.size is not None:
+        image = ResizeWithPadOrCrop(settings.size)(image)
+    if settings.resize is not None:
+        image = Resize(settings.resize, mode="trilinear" if mode == "bilinear" else "nearest")(image)
+    return image
+
+
+def _label_volume(case: Case, layout: Layout, reference: Volume, sources: dict[str, Any]) -> NDArray[np.uint8]:
+    """Read the label; several binary masks become the bits of one integer."""
+    merged: NDArray | None = None
+    for bit, path in enumerate(case.labels.values()):
+        volume = read_volume(path)
+        sources[str(path)] = volume.source
+        rounded = np.rint(volume.data)
+        if volume.data.dtype.kind == "f" and not (np.abs(volume.data - rounded) <= 1e-3).all():
+            raise VolumeError("label", "some voxels are not integers")
+        if not _same_grid(volume, reference):
+            raise VolumeError("grid", f"the label has {_describe(volume)}, the image {_describe(reference)}")
+        values = rounded.astype(np.int64)
+        if len(case.labels) > 1 and not set(np.unique(values)) <= {0, 1}:
+            raise VolumeError("label", f"a mask must hold 0 and 1 only, {path.name} holds {np.unique(values).tolist()}")
+        merged = values if merged is None else merged | (values << bit)
+    assert merged is not None
+    found = set(np.unique(merged).tolist())
+    if layout.label_values and not found <= layout.label_values:
+        raise VolumeError(
+            "label",
+            f"holds the values {sorted(found)}, but {layout.name} allows {sorted(layout.label_values)} only"
+            + (": is this another release of the data? LAYOUT= chooses one" if layout.name.startswith("brats") else "")
+            + ("" if layout.regions else ": data.regions must name every value"),
+        )
+    return merged.astype(np.uint8)
+
+
+def _foreground_box(present: NDArray, centered: bool = False) -> tuple[slice, ...]:
+    """Return the box outside of which nothing is present, or the symmetric one around it."""
+    box = []
+    for axis in range(3):
+        indices = np.flatnonzero(present.any(tuple(other for other in range(3) if other != axis)))
+        low, high = (int(indices[0]), int(indices[-1]) + 1) if len(indices) else (0, present.shape[axis])
+        box.append(centered_slice(present.shape[axis], low, high) if centered else slice(low, high))
+    return tuple(box)
+
+
+def centered_slice(size: int, low: int, high: int) -> slice:
+    """Return the smallest slice around ``low:high`` that is symmetric about the middle of ``size`` voxels."""
+    margin = min(low, size - high)
+    return slice(margin, size - margin)
+
+
+#: Share of voxels that are exactly 0 in every sequence, below which a volume has its skull and air still on.
+_MIN_AIR = 0.15
+#: Longest edge in mm, ratio of the edges, and degrees between an axis and the atlas's of what may be in atlas space.
+_MAX_EDGE, _MAX_RATIO, _MAX_TILT = 2.5, 1.02, 2.0
+
+
+def native_space(affine: NDArray[np.float64]) -> str | None:
+    """Say why voxels are not those of an atlas, whatever its resolution; None where they may be."""
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if spacing.max() > _MAX_EDGE or spacing.max() > _MAX_RATIO * spacing.min():
+        return f"its voxels of {' x '.join(f'{s:.3g}' for s in spacing)} mm are those of a native scan"
+    tilt = float(np.degrees(np.arccos(np.clip(np.abs(np.diag(affine)[:3]) / spacing, 0, 1))).max())
+    return f"its axes are tilted by {tilt:.0f} degrees" if tilt > _MAX_TILT else None
+
+
+def _check_space(case: Case, images: dict[str, Any], reference: Volume, atlas: tuple[int, ...]) -> None:
+    """Refuse volumes that are not in atlas space: templates, and what lies where in them, would mean nothing."""
+    reasons = [reason] if (reason := native_space(reference.affine)) else []
+    air = float(np.logical_and.reduce([image[0].numpy() == 0 for image in images.values()]).mean())
+    if air < _MIN_AIR:
+        reasons.append(f"only {air:.0%} of its voxels are exactly 0, so the skull is still on")
+    if reasons:
+        detail = (f"not in atlas space: {' and '.join(reasons)}; register it to the atlas "
+                  f"({'x'.join(map(str, atlas))} voxels of 1 mm, such as SRI24) and strip the skull first")  # fmt: skip
+        raise SampleFaultError([Fault(str(next(iter(case.images.values())).parent), "space", detail, case.case_id)])
+
+
+def prepare_case(case: Case, layout: Layout, modalities: tuple[str, ...]) -> PreparedCase:
+    """Read a case to the last byte and bring it to its final grid and intensities.
+
+    Raises:
+        SampleFaultError: no usable modality, grids that cannot be stacked, or another space than is needed.
+    """
+    settings = layout.preprocessing
+    if settings.ragged:
+        modalities = tuple(name for name in modalities if name in case.images)
+    volumes, faults, sources = _read_members(case, modalities)
+    try:
+        if volumes and settings.reference is None:
+            volumes, grid_faults = _drop_other_grids(case, volumes)
+            faults += grid_faults
+        if not volumes or (settings.reference is not None and settings.reference not in volumes):
+            raise SampleFaultError([] if faults else [_nothing_left(case, layout)])
+        images, reference = _on_reference_grid(volumes, layout)
+        if settings.atlas is not None:
+            _check_space(case, images, reference, settings.atlas)
+    except SampleFaultError as error:
+        raise SampleFaultError([*faults, *error.faults]) from error
+    stack, there, constant = _rescaled_stack(case, layout, modalities, images)
+    faults += constant
+    if not any(there):
+        raise SampleFaultError(faults)
+    final = next(iter(images.values()))
+    label, label_faults = _prepare_label(case, layout, reference, stack, sources)
+    affine, offset = np.asarray(final.affine, dtype=np.float64), None
+    if settings.crop_foreground:
+        present = (stack != 0).any(0) | (False if label is None else label > 0)
+        box = _foreground_box(present, settings.centered)
+        stack = stack[:, *box]
+        label = None if label is None else label[box]
+        start = [edge.start for edge in box]
+        if final.shape[1:] == reference.data.shape and np.allclose(affine, reference.affine):
+            offset = (start[0], start[1], start[2])
+        shift = np.eye(4)
+        shift[:3, 3] = start
+        affine = affine @ shift
+    return PreparedCase(
+        image=stack,
+        modality_mask=there,
+        modalities=modalities,
+        label=label,
+        affine=affine,
+        source_shape=reference.data.shape,
+        source_affine=reference.affine,
+        file_affine=reference.file_affine,
+        offset=offset,
+        faults=faults,
+        label_faults=label_faults,
+        sources=sources,
+    )
+
+
+def _rescaled_stack(
+    case: Case, layout: Layout, modalities: tuple[str, ...], images: dict[str, Any]
+) -> tuple[NDArray[np.float32], list[bool], list[Fault]]:
+    """Scale the intensities of all modalities; where the cut is centred, of what lies inside it alone."""
+    settings = layout.preprocessing
+    arrays = {name: image[0].numpy() for name, image in images.items()}
+    shape = next(iter(arrays.values())).shape
+    box: tuple[slice, ...] = (slice(None),) * 3
+    if settings.centered:
+        box = _foreground_box(np.logical_or.reduce([array > 0 for array in arrays.values()]), centered=True)
+    stack = np.zeros((len(modalities), *shape), dtype=np.float32)
+    there = [False] * len(modalities)
+    faults = []
+    for index, name in enumerate(modalities):
+        if name not in arrays:
+            continue
+        try:
+            stack[index][box] = _rescaled(arrays[name][box], settings.intensity[name])
+            there[index] = True
+        except VolumeError as error:
+            faults.append(Fault(str(case.images[name]), error.kind, error.detail, case.case_id))
+    return stack, there, faults
+
+
+def _nothing_left(case: Case, layout: Layout) -> Fault:
+    known, found = ", ".join(layout.modalities), [*case.images, *filter(None, [case.attributes.get("unknown")])]
+    if layout.preprocessing.reference is not None:
+        detail = f"the case has no {layout.preprocessing.reference}"
+    elif case.images:
+        detail = f"the case has none of {known}; it has {', '.join(found)}"
+    else:
+        detail = (
+            f"the case has no sequence of a known name; it has {', '.join(found) or 'no image'}, and known are {known}"
+        )
+    return Fault(case.case_id, "missing", detail, case.case_id)
+
+
+def _prepare_label(
+    case: Case, layout: Layout, reference: Volume, image: NDArray, sources: dict[str, Any]
+) -> tuple[NDArray[np.uint8] | None, list[Fault]]:
+    if not case.labels:
+        return None, []
+    try:
+        values = _label_volume(case, layout, reference, sources)
+        resampled = _to_final_grid(_meta(values, reference.affine), layout, "nearest")[0].numpy()
+        label = np.rint(resampled).astype(np.uint8)
+        marked = label > 0
+        outside = int((marked & (image == 0).all(0)).sum())
+        if layout.preprocessing.crop_foreground and 2 * outside > int(marked.sum()):
+            raise VolumeError(
+                "label", f"{outside} of {int(marked.sum())} labelled voxels lie where every modality is 0"
+            )
+    except VolumeError as error:
+        return None, [Fault(str(next(iter(case.labels.values()))), error.kind, error.detail, case.case_id)]
+    return label, []

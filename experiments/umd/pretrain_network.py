@@ -1,0 +1,183 @@
+"""The pre-training network: encoder, heads, teacher (paper section III-B and C).
+
+Letters: B batch, N patches, K visible patches, S predicted patches or hidden tokens, T tokens, E width, P values of a
+patch, D width of projected features.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from common.blocks.decoder import MAEDecoder
+from common.blocks.patch_embed import normalise_patches, patchify_channels_last
+from common.ema import EMATeacher
+from common.types import MaskOutput
+from experiments.umd.encoder import Fused, TextHead, UMDEncoder, init_normal_weights
+
+Positions = Literal["visible", "masked_decoder", "upstream"]
+Target = Literal["ema_ln", "paper", "stopgrad"]
+
+
+class Features(NamedTuple):
+    """Projected features of student and teacher, token by token.
+
+    Attributes:
+        pred: ``(B, n, D)``, the student's.
+        target: ``(B, n, D)``, the teacher's.
+        mask: bool ``(B, n)``, which tokens are compared.
+    """
+
+    pred: Tensor
+    target: Tensor
+    mask: Tensor
+
+
+class UMDNetwork(nn.Module):
+    """Encoder with its heads, and a teacher of encoder and projections.
+
+    Args:
+        encoder: E.
+        decoder: Rebuilds patches; keeps one prefix token.
+        vocab_size: Tokens that the text head tells apart.
+        teacher_decay: Share of the teacher's old weights that is kept in a step; None makes no teacher.
+        feature_dim: Width of projected image features.
+        text_feature_dim: Width of projected text features.
+        positions: Which image tokens are compared. ``"visible"``: the class token and the kept patches; ``"upstream"``:
+            the removed ones, where the student has nothing but its mask token, so that its encoder gets no gradient;
+            ``"masked_decoder"``: the removed ones after the image decoder.
+        target: ``"ema_ln"``: the teacher projects with averaged projections, and targets are standardised and get no
+            gradient; ``"paper"``: one projection for both, trained through both; ``"stopgrad"``: one projection, the
+            target gets no gradient.
+        mim_layer: Fusion layer before which patches are decoded; -1 decodes the output.
+        text_padding: Whether padding counts among the text tokens that are compared (published code).
+
+    Raises:
+        ValueError: an option is unknown, or there is no such layer.
+    """
+
+    def __init__(
+        self,
+        encoder: UMDEncoder,
+        decoder: MAEDecoder,
+        vocab_size: int,
+        teacher_decay: float | None = 0.995,
+        feature_dim: int = 384,
+        text_feature_dim: int = 384,
+        positions: Positions = "visible",
+        target: Target = "ema_ln",
+        mim_layer: int = -1,
+        text_padding: bool = False,
+    ) -> None:
+        super().__init__()
+        if positions not in ("visible", "masked_decoder", "upstream"):
+            raise ValueError(f"`positions` must be 'visible', 'masked_decoder' or 'upstream', got {positions!r}.")
+        if target not in ("ema_ln", "paper", "stopgrad"):
+            raise ValueError(f"`target` must be 'ema_ln', 'paper' or 'stopgrad', got {target!r}.")
+        depth = len(encoder.fusion.text_layers)
+        if not -1 <= mim_layer < depth:
+            raise ValueError(f"`mim_layer` must be -1 or one of the fusion's layers 0 to {depth - 1}, got {mim_layer}.")
+        self.encoder, self.decoder = encoder, decoder
+        self.mlm_head = TextHead(encoder.dim, vocab_size)
+        self.itm_head = nn.Linear(2 * encoder.dim, 2)
+        shared = positions == "upstream"
+        self.project_image = decoder.embed if shared else nn.Linear(encoder.dim, feature_dim)
+        self.project_text = nn.Linear(encoder.dim, text_feature_dim)
+        # What the decoder makes of the removed patches has a width of its own.
+        self.project_decoded = (
+            nn.Linear(decoder.proj.in_features, feature_dim) if positions == "masked_decoder" else None
+        )
+        for head in (self.itm_head, decoder, self.project_image, self.project_text, self.project_decoded):
+            if head is not None:
+                head.apply(init_normal_weights)
+        self.positions, self.target, self.mim_layer, self.text_padding = positions, target, mim_layer, text_padding
+        self.teacher = None if teacher_decay is None else EMATeacher(self.averaged(), teacher_decay)
+
+    def averaged(self) -> nn.ModuleDict:
+        """Return what the teacher is an average of."""
+        parts = {"encoder": self.encoder, "image": self.project_image, "text": self.project_text}
+        return nn.ModuleDict(parts)
+
+    def reset_teacher(self) -> None:
+        """Make the teacher an exact copy again, after weights were loaded."""
+        if self.teacher is not None:
+            self.teacher.reset(self.averaged())
+
+    def update_teacher(self) -> None:
+        """Move the teacher by one step (Eq. 5)."""
+        if self.teacher is not None:
+            self.teacher.update(self.averaged())
+
+    def patch_target(self, image: Tensor, index: Tensor | None = None) -> Tensor:
+        """Return the standardised patches ``(B, S, P)`` of ``(B, 1 or 3, H, W)``; ``index`` ``(B, S)``, None = all."""
+        size = self.encoder.vision.patch_size
+        patches = patchify_channels_last(image.expand(-1, 3, -1, -1), (size, size))
+        if index is not None:
+            patches = patches.gather(1, index[..., None].expand(-1, -1, patches.shape[2]))
+        return normalise_patches(patches)
+
+    def student(self, batch: dict[str, Tensor], mask: MaskOutput, image: str = "image") -> Fused:
+        """Encode the visible patches of ``batch[image]`` and the text with its hidden words."""
+        return self.encoder(batch[image], batch["input_ids"], batch["attention_mask"], mask.ids_keep)
+
+    def decode(self, fused: Fused, mask: MaskOutput, index: Tensor | None = None) -> Tensor:
+        """Return what patches are predicted from, ``(B, S, F)``; ``index`` ``(B, S)``, None = all."""
+        return self.decoder.features(fused.image_at(self.mim_layer), mask.ids_restore, index)
+
+    def words(self, fused: Fused, hidden_index: Tensor) -> Tensor:
+        """Return logits ``(S, V)`` at the hidden positions, counted through the flattened ``(B, T)``."""
+        return self.mlm_head(fused.text.flatten(0, 1)[hidden_index])
+
+    def teacher_features(self, batch: dict[str, Tensor], input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the teacher's projected features of the whole pair: image ``(B, 1 + N, D)``, text ``(B, T, D)``.
+
+        Args:
+            batch: The images and the attention mask.
+            input_ids: ``(B, T)``, no word hidden.
+        """
+        assert self.teacher is not None
+        modules: Any = self.teacher.module
+        with torch.no_grad():
+            seen = modules["encoder"](batch["image"], input_ids, batch["attention_mask"])
+            if self.target == "ema_ln":
+                return modules["image"](seen.image), modules["text"](seen.text)
+        image, text = self.project_image(seen.image), self.project_text(seen.text)
+        return (image, text) if self.target == "paper" else (image.detach(), text.detach())
+
+    def image_features(
+        self, fused: Fused, mask: MaskOutput, target: Tensor, decoded: Tensor | None, index: Tensor | None
+    ) -> Features:
+        """Pair the student's image features with the teacher's.
+
+        Args:
+            fused: The student's.
+            mask: What it saw.
+            target: ``(B, 1 + N, D)``.
+            decoded: ``(B, S, F)``, what :meth:`decode` gave.
+            index: long ``(B, S)``, the patches that ``decoded`` is of; None = all N.
+        """
+        if self.positions == "visible":
+            assert mask.ids_keep is not None
+            keep = torch.cat([torch.zeros_like(mask.ids_keep[:, :1]), mask.ids_keep + 1], dim=1)
+            target = target.gather(1, keep[..., None].expand(-1, -1, target.shape[2]))
+            pred = self.project_image(fused.image)
+            return Features(pred, target, torch.ones(pred.shape[:2], dtype=torch.bool, device=pred.device))
+        target, hidden = target[:, 1:], mask.mask
+        if self.positions == "upstream":
+            return Features(self.decoder.restore(fused.image, mask.ids_restore)[1], target, hidden)
+        assert self.project_decoded is not None
+        assert decoded is not None
+        if index is not None:
+            target = target.gather(1, index[..., None].expand(-1, -1, target.shape[2]))
+            hidden = torch.ones_like(index, dtype=torch.bool)
+        return Features(self.project_decoded(decoded), target, hidden)
+
+    def text_features(self, fused: Fused, target: Tensor, attention_mask: Tensor) -> Features:
+        """Pair the student's text features ``(B, T, D)`` with the teacher's."""
+        counted = torch.ones_like(attention_mask) if self.text_padding else attention_mask
+        return Features(self.project_text(fused.text), target, counted.bool())
+
+    def match(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return logits ``(B, 2)`` of whether images and whole texts belong together (Eq. 6)."""
+        fused = self.encoder(image, input_ids, attention_mask)
+        return self.itm_head(torch.cat(self.encoder.pool(fused, attention_mask), dim=1))

@@ -1,0 +1,29 @@
+import pytest
+
+from common.errors import DataError
+from datamodules.brain.labels import LabelSource, read_classes
+from datamodules.volumes.cases import Case
+
+CASES = [Case(name, name, {}) for name in ("0050002", "0050003", "0050004")]
+AUTISM = LabelSource({"control": ["2"], "ASD": ["1"]}, table="Pheno*.csv", key="SUB_ID", column="DX_GROUP")
+
+
+def test_ids_without_their_zeros_and_values_of_no_class(tmp_path):
+    (tmp_path / "Pheno_V1.csv").write_text("SITE,SUB_ID , DX_GROUP\nA,50002,1\nA,50003, 2\nA,50004,-9999\n")
+    assert read_classes(CASES, AUTISM, tmp_path) == {"0050002": 1, "0050003": 0}
+
+
+def test_tabs(tmp_path):
+    (tmp_path / "Pheno.csv").write_text("SUB_ID\tDX_GROUP\n50002\t1\n50003\t2\n")
+    assert len(read_classes(CASES, AUTISM, tmp_path)) == 2
+
+
+def test_what_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no table Pheno"):
+        read_classes(CASES, AUTISM, tmp_path)
+    (tmp_path / "Pheno.csv").write_text("SUB_ID,DX\n50002,1\n")
+    with pytest.raises(DataError, match="has no column 'DX_GROUP'; it has SUB_ID, DX"):
+        read_classes(CASES, AUTISM, tmp_path)
+    (tmp_path / "Pheno.csv").write_text("SUB_ID,DX_GROUP\n50002,pending\n50003,1\n")
+    with pytest.raises(DataError, match="1 of 3 cases are one of control, ASD; the values found are 1, pending"):
+        read_classes(CASES, AUTISM, tmp_path)

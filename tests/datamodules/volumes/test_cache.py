@@ -1,0 +1,161 @@
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from common.faults import SampleFaultError
+from datamodules.registry import recognise
+from datamodules.volumes.cache import VolumeCache
+from datamodules.volumes.prepare import prepare_case
+
+
+@pytest.fixture
+def archive(brats_root, tmp_path):
+    root = tmp_path / "archive"
+    for name in ("BraTS-GLI-00000-000", "BraTS-GLI-00001-000"):
+        shutil.copytree(brats_root / name, root / name)
+    layout, cases = recognise(root)
+    return root, layout, cases
+
+
+@pytest.mark.parametrize("format", ["npy", "b2nd"])
+def test_crops_equal_the_prepared_case(archive, format):
+    root, layout, cases = archive
+    cache = VolumeCache(root, layout, format)
+    cache.ensure(cases, progress=False)
+    prepared = prepare_case(cases[0], layout, layout.modalities)
+    opened = cache.open(cases[0])
+    assert opened.image.dtype == np.float16
+    assert np.array_equal(opened.image[:, 3:9, 2:8, 5:11], prepared.image[:, 3:9, 2:8, 5:11].astype(np.float16))
+    assert np.array_equal(opened.label[3:9, 2:8, 5:11], prepared.label[3:9, 2:8, 5:11])
+    value, *voxel = opened.label_voxels[0]
+    assert opened.label[tuple(voxel)] == value
+
+
+def test_a_crop_reads_only_its_own_voxels(archive):
+    root, layout, cases = archive
+    cache = VolumeCache(root, layout)
+    cache.ensure(cases, progress=False)
+    assert isinstance(cache.open(cases[0]).image, np.memmap)
+
+
+def test_it_is_made_once_and_continued_after_an_interruption(archive, monkeypatch):
+    root, layout, cases = archive
+    cache = VolumeCache(root, layout)
+    built = []
+    build = VolumeCache.build
+    monkeypatch.setattr(VolumeCache, "build", lambda self, case: built.append(case.case_id) or build(self, case))
+    cache.ensure(cases[:1], progress=False)
+    cache.ensure(cases, progress=False)
+    cache.ensure(cases, progress=False)
+    assert built == [cases[0].case_id, cases[1].case_id]
+
+
+def test_an_interrupted_case_leaves_nothing(archive, monkeypatch):
+    root, layout, cases = archive
+    cache = VolumeCache(root, layout)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("datamodules.volumes.cache.record_of", fail)
+        with pytest.raises(KeyboardInterrupt):
+            cache.build(cases[0])
+    assert cache.read_record(cases[0].case_id) is None
+    assert list(cache.folder.iterdir()) == []
+
+
+def _ensure_rebuilds(cache, cases, monkeypatch):
+    built = []
+    build = VolumeCache.build
+    with monkeypatch.context() as patch:
+        patch.setattr(VolumeCache, "build", lambda self, case: built.append(case.case_id) or build(self, case))
+        cache.ensure(cases, progress=False)
+    return built
+
+
+@pytest.mark.parametrize("format", ["npy", "b2nd"])
+def test_a_flipped_byte_in_the_cache_is_never_trusted(archive, monkeypatch, format):
+    """Not even with the old modification time: the check sum decides."""
+    root, layout, cases = archive
+    cache = VolumeCache(root, layout, format)
+    cache.ensure(cases, progress=False)
+    good = np.array(cache.open(cases[0]).image[:])
+    path = cache.case_folder(cases[0].case_id) / f"image.{format}"
+    stat = path.stat()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(bytes(content))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert _ensure_rebuilds(cache, cases, monkeypatch) == [cases[0].case_id]
+    assert np.array_equal(np.array(cache.open(cases[0]).image[:]), good)
+
+
+def test_a_changed_source_is_read_again(archive, monkeypatch):
+    root, layout, cases = archive
+    cache = VolumeCache(root, layout)
+    cache.ensure(cases, progress=False)
+    os.utime(cases[1].images["t1c"], (1, 1))
+    assert _ensure_rebuilds(cache, cases, monkeypatch) == [cases[1].case_id]
+    cases[0].images["t2w"].unlink()
+    _, fewer = recognise(root)
+    assert _ensure_rebuilds(cache, fewer, monkeypatch) == [cases[0].case_id]
+    assert cache.open(fewer[0]).record.modality_mask == [True, True, True, False]
+
+
+def test_a_file_that_vanishes_during_a_run_is_made_again(archive):
+    root, layout, cases = archive
+    cache = VolumeCache(root, layout)
+    cache.ensure(cases, progress=False)
+    (cache.case_folder(cases[0].case_id) / "image.npy").unlink()
+    assert cache.open(cases[0]).image.shape[0] == 4
+
+
+def test_faults_are_remembered(archive):
+    root, layout, cases = archive
+    for path in cases[0].images.values():
+        path.write_bytes(b"broken")
+    cases[1].images["t2f"].write_bytes(b"broken")
+    cache = VolumeCache(root, layout)
+    for _ in range(2):
+        records = cache.ensure(cases, progress=False)
+        assert not records[cases[0].case_id].usable
+        assert len(records[cases[0].case_id].all_faults()) == 4
+        assert records[cases[1].case_id].modality_mask == [True, True, False, True]
+    with pytest.raises(SampleFaultError):
+        cache.open(cases[0])
+
+
+def test_settings_have_caches_of_their_own(archive):
+    root, layout, _ = archive
+    folders = {
+        VolumeCache(root, layout).folder,
+        VolumeCache(root, layout, "b2nd").folder,
+        VolumeCache(root, layout.with_intensity("max")).folder,
+        VolumeCache(root.parent, layout).folder,
+    }
+    assert len(folders) == 4
+    with pytest.raises(ValueError, match="'npy' or 'b2nd'"):
+        VolumeCache(root, layout, "zip")
+
+
+def test_the_record_names_every_file(archive):
+    root, layout, cases = archive
+    cache = VolumeCache(root, layout)
+    cache.ensure(cases, progress=False)
+    record = json.loads((cache.case_folder(cases[0].case_id) / "record.json").read_text())
+    assert set(record["files"]) == {"image.npy", "label.npy", "label_voxels.npy"}
+    assert all({"size", "xxh3"} <= entry.keys() for entry in record["files"].values())
+    assert all({"size", "xxh3", "mtime_ns"} <= entry.keys() for entry in record["sources"].values())
+    assert len(record["sources"]) == 5
+
+
+def test_size_estimate_is_an_upper_bound(archive):
+    root, layout, cases = archive
+    cache = VolumeCache(root, layout)
+    cache.ensure(cases, progress=False)
+    images = sum((cache.case_folder(c.case_id) / "image.npy").stat().st_size for c in cases)
+    assert images <= cache.estimated_bytes(cases) < 4 * images
