@@ -10,6 +10,7 @@ import torch
 
 from common.errors import DataError
 from common.faults import Fault, SampleFaultError, pseudonym
+from common.names import case_twins
 from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
@@ -254,6 +255,7 @@ class VolumeDataModule(ArchiveDataModule):
         self.cases: list[Case] = []
         self.splits: dict[str, list[Case]] = {}
         self.targets: dict[str, int] | None = None
+        self.twins: frozenset[str] = frozenset()
 
     #: What a root may be; subclasses that understand others name them here.
     known_layouts: Sequence[Layout] = VOLUME_LAYOUTS
@@ -282,7 +284,12 @@ class VolumeDataModule(ArchiveDataModule):
             self._check_regions(layout)
             self.ledger.num_samples = len(parts)
             self._layout = layout
-            self.store = SourceVolumes(layout) if self._cache == "none" else VolumeCache(self.root, layout, self._cache)
+            self.twins = case_twins(case.case_id for case in self.cases)
+            self.store = (
+                SourceVolumes(layout)
+                if self._cache == "none"
+                else VolumeCache(self.root, layout, self._cache, twins=self.twins)
+            )
         return self._layout
 
     def _is_wanted(self, case: Case) -> bool:

@@ -12,6 +12,8 @@ import SimpleITK as sitk
 import xxhash
 from numpy.typing import NDArray
 
+from common.files import whole_file
+
 SUFFIXES = (".nii.gz", ".nii", ".mha")
 
 #: A header may promise any size; this many voxels (a 2048-cube holds more) is no volume of ours.
@@ -207,12 +209,10 @@ def to_lps(array: NDArray) -> tuple[NDArray, NDArray[np.float64]]:
 
 def write_nifti(path: Path, data: NDArray[Any], affine: NDArray[np.float64]) -> None:
     """Write a NIfTI file under a temporary name and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     image = nib.Nifti1Image(data, affine)
     buffer = io.BytesIO(image.to_bytes())
     content = buffer.getvalue()
     if path.name.endswith(".gz"):
         content = gzip.compress(content, compresslevel=4, mtime=0)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
