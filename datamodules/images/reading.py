@@ -17,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from common.errors import UserError
+from datamodules.limits import MAX_PIXELS, MAX_SQUARE_PIXELS
 
 #: What is opened; PostScript and the like, which run programs, are not.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
@@ -100,15 +101,18 @@ def read_header(path: Path) -> tuple[int, int]:
     """Read height and width without decoding pixels.
 
     Raises:
-        ImageError: missing, empty, or of no known format.
+        ImageError: missing, empty, of no known format, or with more pixels than are opened.
         UserError: a DICOM file, and pydicom is not installed.
     """
     with _reading(path):
         if _is_dicom(path):
             dataset = _pydicom().dcmread(path, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
-            return int(dataset.Rows), int(dataset.Columns)
-        with Image.open(path, formats=FORMATS) as image:
-            return image.height, image.width
+            height, width = int(dataset.Rows), int(dataset.Columns)
+        else:
+            with Image.open(path, formats=FORMATS) as image:
+                height, width = image.height, image.width
+        _check_size(height, width, (1, MAX_PIXELS))
+        return height, width
 
 
 def reduced_size(height: int, width: int, shorter_side: int | None) -> tuple[int, int]:
@@ -120,7 +124,7 @@ def reduced_size(height: int, width: int, shorter_side: int | None) -> tuple[int
 
 
 def read_gray(
-    path: Path, shorter_side: int | None = None, min_side: int = MIN_SIDE, max_pixels: int = 200_000_000
+    path: Path, shorter_side: int | None = None, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS
 ) -> NDArray[np.uint8]:
     """Read an image as grayscale.
 
@@ -147,7 +151,7 @@ def read_gray(
 
 
 def read_colour(
-    path: Path, shorter_side: int | None = None, min_side: int = MIN_SIDE, max_pixels: int = 200_000_000
+    path: Path, shorter_side: int | None = None, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS
 ) -> NDArray[np.uint8]:
     """Read an image in colour: gray becomes three equal channels, alpha is dropped, more than 8 bits are stretched.
 
@@ -234,6 +238,9 @@ def _field_of_view(
 def _squared(pixels: NDArray[np.uint8], shorter_side: int | None, resampling: Image.Resampling) -> NDArray[np.uint8]:
     """Pad ``(H, W)`` or ``(H, W, 3)`` with black to a square, and reduce that to a side."""
     side = max(pixels.shape[:2])
+    if side**2 > MAX_SQUARE_PIXELS:
+        raise ImageError("shape", f"{pixels.shape[0]} x {pixels.shape[1]} pixels are no photograph of an eye: padded "
+                                  f"to a square, more than are opened here")  # fmt: skip
     above, left = (side - pixels.shape[0]) // 2, (side - pixels.shape[1]) // 2
     square = np.zeros((side, side, *pixels.shape[2:]), dtype=np.uint8)
     square[above : above + pixels.shape[0], left : left + pixels.shape[1]] = pixels
@@ -243,7 +250,7 @@ def _squared(pixels: NDArray[np.uint8], shorter_side: int | None, resampling: Im
 
 
 def read_figure(
-    path: Path, shorter_side: int | None = None, min_side: int = MIN_SIDE, max_pixels: int = 200_000_000
+    path: Path, shorter_side: int | None = None, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS
 ) -> NDArray[np.uint8]:
     """Read a figure of a paper in colour: transparent parts on white, turned as EXIF says.
 
@@ -294,7 +301,7 @@ FUNDUS = ImageReader("field of view", 3, read_field_of_view)
 
 
 def read_reduced(
-    path: Path, shorter_side: int, min_side: int = MIN_SIDE, max_pixels: int = 200_000_000
+    path: Path, shorter_side: int, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS
 ) -> tuple[NDArray[np.uint8], float]:
     """Read an image as :func:`read_gray` does, but leave it at the scale at which it was decoded.
 

@@ -406,7 +406,8 @@ class VolumeCache:
 
     def estimated_bytes(self, cases: Sequence[Case]) -> int:
         """Estimate the size of the finished cache from the sources' headers: 2 bytes a voxel, b2nd a third of it."""
-        from datamodules.volumes.reading import VolumeError, read_header
+        from datamodules.volumes.headers import VolumeError
+        from datamodules.volumes.reading import read_header
 
         total = 0
         for case in cases:

@@ -289,3 +289,19 @@ def test_colour_has_transparency_on_white_and_is_turned(tmp_path):
     Image.new("RGB", (40, 40), "red").save(tmp_path / "plain.png")
     with pytest.raises(ImageError, match="every pixel"):
         read_figure(tmp_path / "plain.png")
+
+
+def test_a_strip_is_not_padded_to_a_square(tmp_path):
+    """32 x 20,480 pixels padded to a square once took 2.5 GB."""
+    pixels = np.random.default_rng(0).integers(30, 256, (32, 20480, 3), dtype=np.uint8)
+    with pytest.raises(ImageError, match="padded") as error:
+        reading.read_field_of_view(save(tmp_path / "strip.png", pixels))
+    assert error.value.kind == "shape"
+
+
+def test_a_header_alone_is_bounded_too(gray, tmp_path, monkeypatch):
+    """Masks are drawn on the grid that a header promises."""
+    monkeypatch.setattr(images, "MAX_PIXELS", gray.size - 1)
+    for path in (save(tmp_path / "image.png", gray), dicom(tmp_path / "image.dcm", gray)):
+        with pytest.raises(ImageError, match="more than is opened here"):
+            read_header(path)
