@@ -22,7 +22,8 @@ from datamodules.genetics.layout import Picture, PictureLayout
 from datamodules.images.cache import BoxChoice, ImageCache, SourceImages
 from datamodules.images.crops import center_box, cut_box, random_box
 from datamodules.images.datamodule import ImageArchiveDataModule
-from datamodules.images.reading import CHANNELS, ImageError, per_channel
+from datamodules.images.reading import CHANNELS, per_channel
+from datamodules.images.values import ImageError
 from datamodules.loading import Draw
 from datamodules.registry import PICTURE_LAYOUTS, recognise
 from datamodules.splits import SPLITS, assign_splits, relatives_together

@@ -31,17 +31,8 @@ from common.faults import Fault, SampleFaultError
 from common.files import STALE_SECONDS, make_folder, move, remove_file, storage_errors, write_text
 from common.randomness import stable_hash
 from datamodules.images.crops import Box, cut_box
-from datamodules.images.reading import (
-    DECODERS,
-    GRAY,
-    MIN_SIDE,
-    ImageError,
-    ImageReader,
-    UnreachableImageError,
-    read_header,
-    read_reduced,
-    reduced_size,
-)
+from datamodules.images.reading import DECODERS, GRAY, MIN_SIDE, ImageReader, read_header, read_reduced, reduced_size
+from datamodules.images.values import ImageError, UnreachableImageError
 from datamodules.volumes.cache import cache_root
 from datamodules.volumes.reading import fingerprint
 

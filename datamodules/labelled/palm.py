@@ -11,7 +11,8 @@ from PIL import Image
 
 from common.errors import DataError
 from datamodules.genetics.layout import Picture, PictureLayout
-from datamodules.images.reading import COLOUR, FORMATS, FUNDUS, ImageError, cut_to_field_of_view, read_header
+from datamodules.images.reading import COLOUR, FORMATS, FUNDUS, cut_to_field_of_view, read_header
+from datamodules.images.values import ImageError
 from datamodules.labelled.layout import LabelLayout, LabelledImage
 from datamodules.labelled.tables import files_under
 

@@ -16,6 +16,7 @@ from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.base import ArchiveDataModule, FaultTolerantDataset
 from datamodules.loading import Draw, ResumableLoader
+from datamodules.notes import say_notes
 from datamodules.registry import VOLUME_LAYOUTS, recognise, with_modalities
 from datamodules.splits import assign_splits, nested_fraction
 from datamodules.volumes.cache import CacheFormat, OpenCase, Record, SourceVolumes, VolumeCache
@@ -356,6 +357,7 @@ class VolumeDataModule(ArchiveDataModule):
         """Build and verify the cache, once per machine (Lightning hook)."""
         self.index()
         self.store.ensure(self.cases_in_use(), max(self.num_workers, 1))
+        say_notes()
 
     def all_cases(self) -> list[Case]:
         """Return every case of the archive, whether or not it is used."""

@@ -140,7 +140,9 @@ def _itk_reader(path: Path) -> Any:
 def _itk_itemsize(reader: Any) -> int:
     dtype = _DTYPES.get(reader.GetPixelID())
     if dtype is None:
-        raise VolumeError("dtype", f"its voxels are {reader.GetPixelIDTypeAsString()}, not one number each")
+        raise VolumeError(
+            "dtype", f"its voxels are {sitk.GetPixelIDValueAsString(reader.GetPixelID())}, not one number each"
+        )
     return np.dtype(dtype).itemsize
 
 
