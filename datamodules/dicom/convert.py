@@ -6,8 +6,6 @@ asked to be anonymous, so only parameters of the sequence are kept.
 """
 
 import json
-import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -17,6 +15,7 @@ from typing import Any
 import xxhash
 
 from common.errors import UserError
+from common.files import make_folder, move
 from datamodules.dicom.index import Stack
 from datamodules.volumes.reading import VolumeError
 
@@ -102,7 +101,7 @@ def convert(stack: Stack, folder: Path, uneven: str = "refuse") -> Path:
     target = folder / conversion_key(stack, uneven)
     if (target / "volume.json").is_file():
         return target / "volume.nii"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".converting-") as name:
         work = Path(name)
         for part in ("in", "out", "done"):
@@ -115,9 +114,9 @@ def convert(stack: Stack, folder: Path, uneven: str = "refuse") -> Path:
             raise VolumeError("geometry", "dcm2niix evens out no slices of this pixel type: leave the series out")
         _clear_text(image)
         _clean_sidecar(image, work / "out", work / "done" / "volume.json", facts)
-        shutil.move(image, work / "done" / "volume.nii")
+        move(image, work / "done" / "volume.nii", work)
         try:
-            os.replace(work / "done", target)
+            move(work / "done", target, folder)
         except OSError:
             # Another process was first; its conversion is the same.
             if not (target / "volume.json").is_file():

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import DataError
+from common.files import whole_file
 
 #: Part of the key of kept headers: another set of fields is another index.
 INDEX_VERSION = 1
@@ -284,12 +285,10 @@ class DicomIndex:
     def _keep(self, result: dict[str, tuple[list[int], Instance | str]]) -> None:
         if self._file is None:
             return
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._file.with_suffix(f".{os.getpid()}.tmp")
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            for path, (stamp, found) in result.items():
-                file.write(json.dumps([path, stamp, found]) + "\n")
-        temporary.replace(self._file)
+        with whole_file(self._file) as temporary:
+            temporary.touch(mode=0o600)
+            lines = (json.dumps([path, stamp, found]) for path, (stamp, found) in result.items())
+            temporary.write_text("".join(f"{line}\n" for line in lines))
 
     @cached_property
     def stacks(self) -> list[Stack]:

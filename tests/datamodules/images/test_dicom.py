@@ -6,6 +6,7 @@ from PIL import Image
 
 from common.errors import UserError
 from datamodules import notes
+from datamodules.images import dicom as dicom_pictures
 from datamodules.images.reading import read_colour, read_gray, read_header
 from datamodules.images.values import ImageError
 
@@ -235,7 +236,7 @@ def test_a_deflated_data_set_is_bounded(ramp, tmp_path, monkeypatch):
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
     dataset.save_as(path)
     assert np.array_equal(read_gray(path), expected)
-    monkeypatch.setattr(dicom, "MAX_DATASET_BYTES", 1000)
+    monkeypatch.setattr(dicom_pictures, "MAX_DATASET_BYTES", 1000)
     assert fault_of(path)[0] == "shape"
     with pytest.raises(ImageError, match="deflated"):
         read_header(path)
