@@ -1,6 +1,5 @@
 """Multi-modal volumes for pre-training, segmentation and probes: one data module for every layout."""
 
-import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +14,12 @@ from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.base import ArchiveDataModule, FaultTolerantDataset
+from datamodules.ids import check_labels, join_ids, rows_by
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.notes import say_notes
 from datamodules.registry import VOLUME_LAYOUTS, recognise, with_modalities
 from datamodules.splits import assign_splits, nested_fraction
+from datamodules.tables import read_table
 from datamodules.volumes.cache import CacheFormat, OpenCase, Record, SourceVolumes, VolumeCache
 from datamodules.volumes.cases import Case, Layout
 from datamodules.volumes.crops import center_start, cut, flip, random_start, start_around, to_tensor
@@ -316,11 +317,11 @@ class VolumeDataModule(ArchiveDataModule):
             path = Path(self.target_file)
             if not path.is_file():
                 raise DataError(f"The target file {path} does not exist.")
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                rows = list(csv.DictReader(file))
-            if not rows or not {"case_id", self.target} <= rows[0].keys():
+            table = read_table(path)
+            if not {"case_id", self.target} <= set(table.columns):
                 raise DataError(f"{path} needs the columns case_id and {self.target}.")
-            facts = {row["case_id"]: row for row in rows}
+            facts = rows_by(path, table, "case_id")
+            check_labels(path, join_ids([case.case_id for case in self.cases], facts), "cases")
         texts = {name: facts.get(name, {}).get(self.target, "").strip() for name in (c.case_id for c in self.cases)}
         wrong = {name: text for name, text in texts.items() if text not in ("", "0", "1")}
         if wrong:
