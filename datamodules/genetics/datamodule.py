@@ -26,7 +26,7 @@ from datamodules.images.reading import CHANNELS, per_channel
 from datamodules.images.values import ImageError
 from datamodules.loading import Draw
 from datamodules.registry import PICTURE_LAYOUTS, recognise
-from datamodules.splits import SPLITS, assign_splits, relatives_together
+from datamodules.splits import SPLITS, SplitFile, assign_splits, relatives_together
 
 #: Mean and standard deviation of ImageNet's channels.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -295,7 +295,8 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         draws_per_image: Times that an image is drawn in an epoch.
         num_workers: Loader processes per rank; also threads that build the cache.
         split_fractions: Shares of persons for train, val and test where neither file nor archive says.
-        split_file: CSV with ``split`` and ``case_id`` or ``patient_id``.
+        split_file: Table with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes, or that and
+            how its names join; see :class:`datamodules.splits.SplitFile`.
         kinship: Table of pairs of persons (ID1 or IID1, ID2 or IID2, KINSHIP): relatives of the third degree and closer
             are then in one split, whatever else says, test before val before train.
         max_fault_fraction: Share of faulty samples at which training stops.
@@ -333,7 +334,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         draws_per_image: int = 1,
         num_workers: int = 0,
         split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        split_file: str | None = None,
+        split_file: str | SplitFile | None = None,
         kinship: str | None = None,
         max_fault_fraction: float = 0.01,
         anonymise: bool = False,

@@ -18,7 +18,7 @@ from datamodules.ids import check_labels, join_ids, rows_by
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.notes import say_notes
 from datamodules.registry import VOLUME_LAYOUTS, recognise, with_modalities
-from datamodules.splits import assign_splits, nested_fraction
+from datamodules.splits import SplitFile, assign_splits, nested_fraction
 from datamodules.tables import read_table
 from datamodules.volumes.cache import CacheFormat, OpenCase, Record, SourceVolumes, VolumeCache
 from datamodules.volumes.cases import Case, Layout
@@ -198,7 +198,8 @@ class VolumeDataModule(ArchiveDataModule):
         val_crops_per_case: Fixed validation crops per case.
         num_workers: Loader processes per rank; also threads that build the cache.
         split_fractions: Shares of patients for train, val and test where neither file nor archive says.
-        split_file: CSV with ``split`` and ``case_id`` or ``patient_id``.
+        split_file: Table with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes, or that and
+            how its names join; see :class:`datamodules.splits.SplitFile`.
         flip_axes: Axes (0 R, 1 A, 2 S) that training crops are mirrored along with probability one half.
         overhang: Share of a crop that may reach beyond the foreground, in each direction. Official volumes are about
             three quarters air; at 0 a crop of half the head's size would hardly ever see the brain's surface.
@@ -228,7 +229,7 @@ class VolumeDataModule(ArchiveDataModule):
         val_crops_per_case: int = 4,
         num_workers: int = 0,
         split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        split_file: str | None = None,
+        split_file: str | SplitFile | None = None,
         flip_axes: tuple[int, ...] = (0, 1, 2),
         overhang: float = 0.25,
         intensity: str | None = None,
