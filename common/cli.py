@@ -4,7 +4,6 @@ from common.commands import prepare_memory
 
 prepare_memory()
 
-import contextlib
 import json
 import logging
 import os
@@ -32,7 +31,9 @@ from common.checkpoint import read_checkpoint, resolve_checkpoint, run_tokenizer
 from common.checkpoint_io import AtomicCheckpointIO
 from common.distributed import launched_rank
 from common.errors import PreemptedError, UsageError, UserError
+from common.files import remove_empty_folders, whole_file
 from common.module import SIZES
+from common.names import printable, safe_name
 from common.randomness import DEFAULT_SEED
 from common.runtime.configs import expand_config_arguments
 from common.runtime.data_config import one_line
@@ -55,9 +56,9 @@ def run_name(arguments: list[str], class_path: str) -> tuple[str, str]:
         if config.name == "config.yaml" and len(parts) > 4:
             return parts[-4], parts[-3]
         if config.parent.name == "configs":
-            return config.parent.parent.name, config.name.split(".")[0]
+            return safe_name(config.parent.parent.name), safe_name(config.name.split(".")[0])
     package = class_path.split(".")
-    return (package[1] if package[0] == "experiments" and len(package) > 1 else "custom"), "run"
+    return (safe_name(package[1]) if package[0] == "experiments" and len(package) > 1 else "custom"), "run"
 
 
 def supports_bfloat16(device_type: str) -> bool:
@@ -74,14 +75,11 @@ class RunConfig(SaveConfigCallback):
     """Saves the resolved configuration as ``config.yaml`` in the run folder."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the file once, under a temporary name (Lightning hook)."""
+        """Write the file once, whole or not at all (Lightning hook)."""
         if self.already_saved or not trainer.is_global_zero or is_dry_run(trainer):
             return
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / "config.tmp.yaml"
-        self.parser.save(self.config, str(temporary), skip_unset=False, overwrite=True)
-        temporary.replace(folder / "config.yaml")
+        with whole_file(Path(trainer.default_root_dir) / "config.yaml") as temporary:
+            self.parser.save(self.config, str(temporary), skip_unset=False, overwrite=True)
         self.already_saved = True
 
 
@@ -115,8 +113,7 @@ class MedmimCLI(LightningCLI):
             )
         except BaseException:
             if self._made is not None:
-                with contextlib.suppress(OSError):
-                    os.removedirs(self._made)  # no more than what is empty
+                remove_empty_folders(self._made, Path())
             raise
 
     def _parse_ckpt_path(self) -> None:
@@ -181,7 +178,7 @@ class MedmimCLI(LightningCLI):
         if self.subcommand != "fit":
             stage = f"{'evaluate' if self.subcommand == 'test' else self.subcommand}_{stage.removeprefix('finetune_')}"
         # Ranks that this process starts inherit the name through the environment.
-        stamp = os.environ.setdefault("MEDMIM_RUN_TIME", time.strftime("%Y-%m-%d_%H-%M-%S"))
+        stamp = safe_name(os.environ.setdefault("MEDMIM_RUN_TIME", time.strftime("%Y-%m-%d_%H-%M-%S")))
         folder = Path("runs") / experiment / stage / stamp
         if launched_rank() == 0 and not self._get(self.config_init, "trainer")["fast_dev_run"]:
             for number in count(2):
@@ -259,7 +256,7 @@ class MedmimCLI(LightningCLI):
 
 def _fail(error: Exception) -> NoReturn:
     """Print one line and exit: with 2 for wrong usage, else with 1."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
     sys.exit(2 if isinstance(error, UsageError) else 1)
 
 

@@ -17,6 +17,10 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, unreadable or of another shape than the network."""
 
 
+class StorageError(UserError):
+    """Something cannot be written: the disk is full, the folder read-only, or the path is not ours to touch."""
+
+
 class TooManyFaultsError(DataError):
     """More distinct samples are broken than the run tolerates."""
 

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from common.faults import Fault, FaultLedger
 from common.runtime.reporting import say
+from datamodules.notes import say_notes
 from datamodules.volumes.cache import say_cache
 
 _T = TypeVar("_T")
@@ -82,6 +83,7 @@ def judge(
     elif len(train) * draws < datamodule.batch_size:
         reasons.append(f"the training split gives {len(train) * draws} samples, fewer than one batch of "
                        f"{datamodule.batch_size}")  # fmt: skip
+    say_notes()
     if ledger.num_faulty:
         say(f"faults: {ledger.num_faulty} of {len(found)} {noun}. {ledger.describe()}")
         if ledger.num_faulty > ledger.limit:

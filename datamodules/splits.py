@@ -11,6 +11,7 @@ import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
 from common.errors import DataError
+from common.files import whole_file
 from common.randomness import numpy_generator
 
 
@@ -348,11 +349,10 @@ def relatives_together(
 
 def write_split_file(path: Path, cases: Sequence[Member], parts: Mapping[str, str], by_patient: bool = False) -> None:
     """Write a split as CSV: case_id, patient_id, split; or patient_id, split."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [[case.case_id, case.patient_id, parts[case.case_id]] for case in cases if case.case_id in parts]
     if by_patient:
         rows = [list(row) for row in {(patient, split) for _, patient, split in rows}]
-    with path.open("w", newline="") as file:
+    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["case_id", "patient_id", "split"][int(by_patient) :])
         writer.writerows(sorted(rows))

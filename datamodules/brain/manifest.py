@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import DataError
+from common.names import path_under
 from datamodules.brain.patients import patient_of
 from datamodules.brain.sequences import canonical_name, split_name
 from datamodules.volumes.cases import Case
@@ -72,17 +73,11 @@ def _case(entry: Mapping[str, Any], root: Path, source: str, split: str, where: 
         elif sequence in images:
             raise DataError(f"{where} lists {sequence} twice: {images[sequence].name} and {Path(name).name}.")
         else:
-            images[sequence] = _inside(root, str(name), where)
+            images[sequence] = path_under(root, str(name), where)
     first = str(next(iter(dict(named).values())))
     source = str(entry.get("source") or source)
     study = str(entry.get("study") or Path(first).parent.name or split_name(Path(first))[0])
     facts = {"source": source} | ({"unknown": ", ".join(unknown)} if unknown else {})
     label = entry.get("label")
-    labels = {"seg": _inside(root, str(label), where)} if label else {}
+    labels = {"seg": path_under(root, str(label), where)} if label else {}
     return Case(study, str(entry.get("patient") or patient_of(study)), images, labels, split, facts)
-
-
-def _inside(root: Path, name: str, where: str) -> Path:
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise DataError(f"{where} names {name}, which does not lie under {root}; paths are relative to it.")
-    return root / name

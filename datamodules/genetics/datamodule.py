@@ -22,7 +22,8 @@ from datamodules.genetics.layout import Picture, PictureLayout
 from datamodules.images.cache import BoxChoice, ImageCache, SourceImages
 from datamodules.images.crops import center_box, cut_box, random_box
 from datamodules.images.datamodule import ImageArchiveDataModule
-from datamodules.images.reading import CHANNELS, ImageError, per_channel
+from datamodules.images.reading import CHANNELS, per_channel
+from datamodules.images.values import ImageError
 from datamodules.loading import Draw
 from datamodules.registry import PICTURE_LAYOUTS, recognise
 from datamodules.splits import SPLITS, assign_splits, relatives_together
@@ -422,6 +423,11 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
             files = GenomeFiles(**{**files.__dict__, "step": self._step})
         kinds = layout.kinds(root) if layout.kinds is not None and not self._files.any else []
         if not files.any and not kinds:
+            if self.pairing == "id":
+                raise DataError(f"data.pairing is 'id', but no genotypes, scores or burden table lie under {root}: "
+                                "looked for genetics/*_chr{1..22}* or *_c{1..22}_b0_v*, pgs/*.sscore and "
+                                "burden/combined_burdens.h5.")  # fmt: skip
+            say("genetics: none")
             return {}
         training = [patient for patient, split in split_of.items() if split == "train"]
         self.genome = read_genome(files, root, self._clip, training)
@@ -550,8 +556,11 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         """Return what makes a batch from samples."""
         return collate_images
 
-    def training_genomes(self) -> np.ndarray:
+    def training_genomes(self, max_persons: int | None = None) -> np.ndarray:
         """Return the standardised genetics of the training persons ``(P, F)``, each person once, for baselines.
+
+        Args:
+            max_persons: How many to return at most, drawn by a hash of their names; None returns all.
 
         Raises:
             DataError: there are none.
@@ -559,6 +568,8 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         if self.genome is None:
             raise DataError("These images have no genetics.")
         persons = sorted({sample.person for sample in self.splits["train"] if sample.person is not None})
+        if max_persons is not None and len(persons) > max_persons:
+            persons = sorted(sorted(persons, key=lambda name: stable_hash("genome floor", name))[:max_persons])
         return np.stack([self.genome.read(person)[0] for person in persons])
 
     def examine(self, deep: bool, workers: int) -> list[str]:

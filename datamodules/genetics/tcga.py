@@ -6,6 +6,7 @@ Two layouts of tables are read: ``all_dataset.csv`` and ``grade_data.csv`` of Pa
 
 import io
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from datamodules.genetics.genome import Kind
 from datamodules.genetics.layout import Picture, PictureLayout
 from datamodules.images.reading import COLOUR
 from datamodules.labelled.layout import LabelLayout, LabelledImage
+from datamodules.limits import MAX_TABLE_BYTES
 
 #: A patient's name is this much of a file's.
 PATIENT_LENGTH = 12
@@ -34,7 +36,6 @@ _FACTS = (
     "", "unnamed: 0", "indexes", "tcga id", "case_id", "slide_id", "age", "site", "survival_months", "survival months",
     "censored", "censorship", "is_female", "oncotree_code", "train", "codeletion",
 )  # fmt: skip
-_LARGEST_TABLE = 2**30
 
 
 def _first(root: Path, patterns: Sequence[str]) -> Path | None:
@@ -52,10 +53,10 @@ def _read(path: Path) -> pd.DataFrame:
             return pd.read_csv(path, dtype=str, keep_default_na=False)
         with zipfile.ZipFile(path) as archive:
             (member,) = [entry for entry in archive.infolist() if not entry.is_dir()]
-            if member.file_size > _LARGEST_TABLE:
+            if member.file_size > MAX_TABLE_BYTES:
                 raise DataError(f"{path} promises a table of {member.file_size} bytes, more than is opened here.")
             return pd.read_csv(io.BytesIO(archive.read(member)), dtype=str, keep_default_na=False)
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} cannot be read as a table: {str(error).splitlines()[0]}") from error
 
 

@@ -78,12 +78,36 @@ def find_ukb(root: Path) -> list[Picture]:
     return [Picture(name, name.split("_")[0], path, parts[name.split("_")[0]]) for name, path in sorted(found.items())]
 
 
+#: Genotype files of one autosome: ``*_chr7*``, and ``ukb22418_c7_b0_v2`` as the platform names them.
+_CHROMOSOME = re.compile(r"_c(?:hr)?(\d{1,2}|X|Y|XY|MT)(?=[_.]|$)", re.IGNORECASE)
+
+
+def _genotype_pattern(folder: Path) -> str | None:
+    """Return the one family of genotype files in a folder, ``{chrom}`` for 1 to 22; None where there is none.
+
+    Raises:
+        DataError: there are several families, or only sex chromosomes.
+    """
+    families: dict[str, set[str]] = {}
+    for path in sorted(folder.glob("*")):
+        match = _CHROMOSOME.search(path.stem)
+        if match is not None and path.suffix in (".bed", ".bgen"):
+            name = path.name[: match.start(1)] + "{chrom}" + path.name[match.end(1) :]
+            families.setdefault(name, set()).add(match[1])
+    autosomes = {name for name, found in families.items() if any(c.isdigit() and 1 <= int(c) <= 22 for c in found)}
+    if families and not autosomes:
+        others = ", ".join(sorted(set().union(*families.values())))
+        raise DataError(f"{folder} has genotypes of chromosome {others} alone; those of 1 to 22 are read.")
+    preferred = {name for name in autosomes if name.endswith(".bed")} or autosomes
+    if len(preferred) > 1:
+        raise DataError(f"{folder} has several families of genotypes ({', '.join(sorted(preferred))}): name one with "
+                        "data.genotypes.")  # fmt: skip
+    return str(folder / next(iter(preferred))) if preferred else None
+
+
 def genetics_of(root: Path) -> GenomeFiles:
     """Return the genetics in ``genetics/``, ``pgs/`` and ``burden/`` under a root."""
-    found = sorted((root / "genetics").glob("*_chr*.bed")) or sorted((root / "genetics").glob("*_chr*.bgen"))
-    pattern = None
-    if found:
-        pattern = str(found[0].parent / re.sub(r"_chr\d+", "_chr{chrom}", found[0].name))
+    pattern = _genotype_pattern(root / "genetics")
     tables = root / "pgs"
     burden = root / "burden" / "combined_burdens.h5"
     return GenomeFiles(

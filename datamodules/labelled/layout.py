@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple
 import pandas as pd
 
 from common.errors import DataError
+from common.names import path_under
 from common.runtime.reporting import contents
 from datamodules.images.reading import GRAY, ImageReader
 from datamodules.reports.manifest import read_table
@@ -133,9 +134,8 @@ class LabelledTable(LabelLayout):
         found = []
         for row in table.to_dict("records"):
             name = row[names["image"]]
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise DataError(f"{path} names the image {name}, which does not lie under {root}.")
+            image = path_under(root, name, path)
             targets = tuple(label_value(row[column], values, path, name, column) for column in self.classes)
             split = row.get(names["split"], "").lower() or None
-            found.append(LabelledImage(name, row[names["subject"]] or name, root / name, targets, split))
+            found.append(LabelledImage(name, row[names["subject"]] or name, image, targets, split))
         return found

@@ -16,7 +16,8 @@ from common.losses.focal_dice import IGNORED
 from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.images.crops import Box
-from datamodules.images.reading import ImageError, read_header
+from datamodules.images.reading import read_header
+from datamodules.images.values import ImageError
 from datamodules.labelled.classification import LabelledImageDataModule, LabelledImageDataset
 from datamodules.labelled.layout import LabelLayout, LabelledImage
 from datamodules.labelled.siim import decode_runs

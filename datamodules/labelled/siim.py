@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import DataError
-from datamodules.images.reading import ImageError
+from datamodules.images.values import ImageError
 from datamodules.labelled.layout import LabelLayout, LabelledImage, need_columns, need_file
 from datamodules.labelled.tables import column_names, files_under
 from datamodules.reports.manifest import read_table

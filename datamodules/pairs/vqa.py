@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import DataError
+from common.names import path_under
 from datamodules.pairs.answers import accepted_answers
 from datamodules.reports.medicat import collapsed
 from datamodules.reports.studies import Study, StudyLayout
@@ -67,9 +68,7 @@ def _under(root: Path, name: object, source: Path) -> Path:
         DataError: it lies outside.
     """
     text = str(name or "").strip() or "(no image)"
-    if Path(text).is_absolute() or ".." in Path(text).parts:
-        raise DataError(f"{source} names the image {text!r}, which does not lie under {root}.")
-    return root / text
+    return path_under(root, text, source)
 
 
 def _kind(value: object) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from common.errors import DataError
+from common.names import path_under
 from common.runtime.reporting import contents, say
 from datamodules.reports.studies import Study, StudyLayout
 from datamodules.reports.text import plain_text
@@ -111,8 +112,7 @@ def _image_name(root: Path, path: Path, fact: Mapping[str, str]) -> str:
     if not fact["image"]:
         return ""
     name = "/".join(part for part in (fact.get("folder", ""), fact["image"]) if part)
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise DataError(f"{path} names the image {name}, which does not lie under {root}.")
+    path_under(root, name, path)
     return name
 
 

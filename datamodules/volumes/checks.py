@@ -13,8 +13,9 @@ from common.runtime.data_config import add_data_arguments, make_datamodule
 from common.runtime.reporting import say
 from datamodules.examination import Member, judge, look_at_all, say_splits
 from datamodules.volumes.cases import Case, Layout
+from datamodules.volumes.headers import VolumeError
 from datamodules.volumes.prepare import native_space, prepare_case
-from datamodules.volumes.reading import Header, VolumeError, read_header
+from datamodules.volumes.reading import Header, read_header
 
 if TYPE_CHECKING:
     from datamodules.volumes.datamodule import VolumeDataModule

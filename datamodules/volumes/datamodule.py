@@ -10,11 +10,13 @@ import torch
 
 from common.errors import DataError
 from common.faults import Fault, SampleFaultError, pseudonym
+from common.names import case_twins
 from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.base import ArchiveDataModule, FaultTolerantDataset
 from datamodules.loading import Draw, ResumableLoader
+from datamodules.notes import say_notes
 from datamodules.registry import VOLUME_LAYOUTS, recognise, with_modalities
 from datamodules.splits import assign_splits, nested_fraction
 from datamodules.volumes.cache import CacheFormat, OpenCase, Record, SourceVolumes, VolumeCache
@@ -254,6 +256,7 @@ class VolumeDataModule(ArchiveDataModule):
         self.cases: list[Case] = []
         self.splits: dict[str, list[Case]] = {}
         self.targets: dict[str, int] | None = None
+        self.twins: frozenset[str] = frozenset()
 
     #: What a root may be; subclasses that understand others name them here.
     known_layouts: Sequence[Layout] = VOLUME_LAYOUTS
@@ -282,7 +285,12 @@ class VolumeDataModule(ArchiveDataModule):
             self._check_regions(layout)
             self.ledger.num_samples = len(parts)
             self._layout = layout
-            self.store = SourceVolumes(layout) if self._cache == "none" else VolumeCache(self.root, layout, self._cache)
+            self.twins = case_twins(case.case_id for case in self.cases)
+            self.store = (
+                SourceVolumes(layout)
+                if self._cache == "none"
+                else VolumeCache(self.root, layout, self._cache, twins=self.twins)
+            )
         return self._layout
 
     def _is_wanted(self, case: Case) -> bool:
@@ -349,6 +357,7 @@ class VolumeDataModule(ArchiveDataModule):
         """Build and verify the cache, once per machine (Lightning hook)."""
         self.index()
         self.store.ensure(self.cases_in_use(), max(self.num_workers, 1))
+        say_notes()
 
     def all_cases(self) -> list[Case]:
         """Return every case of the archive, whether or not it is used."""

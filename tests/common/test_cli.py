@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,16 @@ def test_two_runs_of_one_second(monkeypatch, pretrain_arguments):
     monkeypatch.setattr("common.cli.time.strftime", lambda layout: "now")
     arguments = pretrain_arguments("--trainer.max_steps=1", "--trainer.limit_val_batches=0")
     assert [execute(arguments).name for _ in range(2)] == ["now", "now_2"]
+
+
+def test_no_name_of_a_run_leads_out_of_the_folder_of_runs(monkeypatch, pretrain_arguments):
+    monkeypatch.setattr("common.cli.launched_rank", lambda: 1)  # else the time of the environment is not taken
+    monkeypatch.setenv("MEDMIM_RUN_TIME", "../../../victim")
+    with pytest.raises(UserError):
+        execute(pretrain_arguments("--trainer.precision=16-mixed", "--trainer.accelerator=cpu"))
+    assert os.environ["MEDMIM_RUN_TIME"].startswith("_.._.._victim~")
+    assert run_name(["fit", "--config", "configs/.yaml"], "a")[1].startswith("_~")
+    assert run_name(["fit"], "experiments.a/b.Model")[0].startswith("a_b~")
 
 
 def test_a_cpu_without_bfloat16_trains_in_float32(monkeypatch, pretrain_arguments, capsys):
