@@ -30,27 +30,17 @@ from common.callbacks.run_record import RunRecord
 from common.checkpoint import read_checkpoint, resolve_checkpoint, run_tokenizer
 from common.checkpoint_io import AtomicCheckpointIO
 from common.distributed import launched_rank
-from common.errors import PreemptedError, UserError
+from common.errors import PreemptedError, UsageError, UserError
 from common.files import remove_empty_folders, whole_file
 from common.module import SIZES
 from common.names import printable, safe_name
 from common.randomness import DEFAULT_SEED
-from common.runtime.data_config import one_line, package_file
+from common.runtime.configs import expand_config_arguments
+from common.runtime.data_config import one_line
 from common.runtime.loggers import RunCSVLogger, RunTensorBoardLogger, SummaryLogger
 from common.runtime.reporting import is_dry_run, say
 
 PREEMPTED = 143
-
-
-def resolve_config_arguments(arguments: list[str]) -> list[str]:
-    """Make every ``--config experiments/...`` work from any folder."""
-    result = list(arguments)
-    for index, argument in enumerate(result):
-        if argument in ("--config", "-c") and index + 1 < len(result):
-            result[index + 1] = package_file(result[index + 1])
-        elif argument.startswith("--config="):
-            result[index] = "--config=" + package_file(argument.removeprefix("--config="))
-    return result
 
 
 def run_name(arguments: list[str], class_path: str) -> tuple[str, str]:
@@ -109,7 +99,7 @@ class MedmimCLI(LightningCLI):
     """LightningCLI that owns the run folder and what must never be switched off by another callback list."""
 
     def __init__(self, arguments: list[str]) -> None:
-        self._arguments = arguments
+        self._arguments = arguments  # as given: they name the run
         self._made: Path | None = None
         defaults = str(files("experiments").joinpath("configs/defaults.yaml"))
         try:
@@ -119,7 +109,7 @@ class MedmimCLI(LightningCLI):
                 parser_kwargs={name: {"default_config_files": [defaults]} for name in self.subcommands()},
                 auto_configure_optimizers=False,
                 parser_class=OneLineParser,
-                args=arguments,
+                args=expand_config_arguments(arguments),
             )
         except BaseException:
             if self._made is not None:
@@ -264,10 +254,10 @@ class MedmimCLI(LightningCLI):
         return [best, last, Preemption(last)]
 
 
-def _fail(message: str) -> NoReturn:
-    """Print one line and exit with 1."""
-    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
-    sys.exit(1)
+def _fail(error: Exception) -> NoReturn:
+    """Print one line and exit: with 2 for wrong usage, else with 1."""
+    print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
+    sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 #: Advice that is not for the person who runs a command.
@@ -310,7 +300,7 @@ def execute(arguments: list[str]) -> Path:
     """
     _silence_advice()
     os.environ.pop("MEDMIM_RUN_TIME", None) if launched_rank() == 0 else None
-    return Path(MedmimCLI(resolve_config_arguments(arguments)).trainer.default_root_dir)
+    return Path(MedmimCLI(arguments).trainer.default_root_dir)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -327,7 +317,7 @@ def main(args: list[str] | None = None) -> None:
     except (UserError, MisconfigurationException) as error:
         if debug:
             raise
-        _fail(str(error))
+        _fail(error)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     prepare_memory()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
-    from common.errors import UserError
+    from common.errors import UsageError, UserError
     from common.names import printable
 
     try:
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             raise
         print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 if __name__ == "__main__":

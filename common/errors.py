@@ -5,6 +5,10 @@ class UserError(ValueError):
     """A setting or an input that cannot work. The commands print its text alone and exit with 1."""
 
 
+class UsageError(UserError):
+    """A command line or a configuration file that cannot be read. The commands exit with 2."""
+
+
 class DataError(UserError):
     """A data root, split or archive that training must refuse before its first step."""
 

@@ -22,7 +22,7 @@ import yaml
 
 from common.errors import UserError
 from common.files import write_text
-from common.runtime.data_config import package_file
+from common.runtime.configs import package_file
 from common.runtime.provenance import environment
 from common.runtime.reporting import say
 from common.sweeps.results import COSTS, Pool, merge, refuse_loss, table, update_readme, write_result
@@ -51,9 +51,8 @@ class Step:
 
     def arguments(self, configs: Path, places: Mapping[str, str]) -> list[str]:
         """Return the command line."""
-        files = [package_file(str(configs / name)) for name in self.config]
         given = [argument.format(**places) for argument in self.args]
-        return [self.run, *(word for file in files for word in ("--config", file)), *given]
+        return [self.run, *(word for name in self.config for word in ("--config", str(configs / name))), *given]
 
 
 def read_study(path: Path) -> dict[str, Any]:

@@ -25,10 +25,10 @@ def test_unknown_commands_exit_with_2():
     assert stop.value.code == 2
 
 
-def test_a_refusal_is_one_line_and_exits_with_1(capsys):
+def test_a_missing_configuration_is_one_line_and_exits_with_2(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["doctor", "--config", "nowhere.yaml"])
-    assert stop.value.code == 1
+    assert stop.value.code == 2
     assert capsys.readouterr().err == "error: The configuration nowhere.yaml does not exist.\n"
 
 
