@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import DataError
-from datamodules.brain.patients import patient_of
-from datamodules.brain.sequences import canonical_name, split_name
+from datamodules.brain.sequences import canonical_name, patient_of, split_name
 from datamodules.volumes.cases import Case
 
 NAME = "datalist.json"

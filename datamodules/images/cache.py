@@ -41,8 +41,7 @@ from datamodules.images.reading import (
     read_reduced,
     reduced_size,
 )
-from datamodules.volumes.cache import STALE_SECONDS, cache_root
-from datamodules.volumes.reading import fingerprint
+from datamodules.storage import STALE_SECONDS, cache_root, fingerprint
 
 VERSION = 1
 #: Headers that are read to estimate the size of a cache.
@@ -171,7 +170,7 @@ class ImageCache:
     Args:
         root: The archive.
         shorter_side: Shorter side in pixels to which images are reduced; smaller ones are kept as they are.
-        folder: Where caches live; None means :func:`datamodules.volumes.cache.cache_root`.
+        folder: Where caches live; None means :func:`datamodules.storage.cache_root`.
         name: Folder in it.
         reader: How files become pixels.
     """

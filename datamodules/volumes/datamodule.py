@@ -19,6 +19,7 @@ from datamodules.registry import VOLUME_LAYOUTS, recognise, with_modalities
 from datamodules.splits import assign_splits, nested_fraction
 from datamodules.volumes.cache import CacheFormat, OpenCase, Record, SourceVolumes, VolumeCache
 from datamodules.volumes.cases import Case, Layout
+from datamodules.volumes.checks import examine
 from datamodules.volumes.crops import center_start, cut, flip, random_start, start_around, to_tensor
 
 Domain = Literal["train", "val", "center", "full"]
@@ -252,7 +253,6 @@ class VolumeDataModule(ArchiveDataModule):
         self._split = (split_fractions, split_seed, split_file)
         self._layout: Layout | None = None
         self.cases: list[Case] = []
-        self.splits: dict[str, list[Case]] = {}
         self.targets: dict[str, int] | None = None
 
     #: What a root may be; subclasses that understand others name them here.
@@ -464,9 +464,9 @@ class VolumeDataModule(ArchiveDataModule):
 
     def examine(self, deep: bool, workers: int) -> list[str]:
         """Print a report on the archive and return the reasons why training would refuse it."""
-        from datamodules.volumes.checks import examine
-
-        return examine(self, deep, workers)
+        layout = self.index()
+        terms = self.terms(self.cases_in_use(), self.crops_per_case)
+        return examine(layout, terms, self.labels, deep, workers)
 
     def central_samples(self, splits: Sequence[str] = ("train", "val", "test")) -> Iterable[Any]:
         """Yield batches with the central crop of every case of some splits, for probes and embeddings."""

@@ -12,6 +12,8 @@ import SimpleITK as sitk
 import xxhash
 from numpy.typing import NDArray
 
+from datamodules.storage import fingerprint
+
 SUFFIXES = (".nii.gz", ".nii", ".mha")
 
 #: A header may promise any size; this many voxels (a 2048-cube holds more) is no volume of ours.
@@ -51,16 +53,6 @@ class Volume(NamedTuple):
     affine: NDArray[np.float64]
     source: dict[str, Any]
     file_affine: NDArray[np.float64]
-
-
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Return size and xxh3-128 of a file, read in pieces."""
-    digest, size = xxhash.xxh3_128(), 0
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-            size += len(piece)
-    return {"size": size, "xxh3": digest.hexdigest()}
 
 
 def _decompress(content: bytes) -> bytes:

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from datamodules.volumes.reading import VolumeError, fingerprint, read_header, read_volume, write_nifti
+from datamodules.storage import fingerprint
+from datamodules.volumes.reading import VolumeError, read_header, read_volume, write_nifti
 
 
 @pytest.fixture
