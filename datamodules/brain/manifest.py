@@ -13,8 +13,7 @@ from typing import Any
 
 from common.errors import DataError
 from common.names import path_under
-from datamodules.brain.patients import patient_of
-from datamodules.brain.sequences import canonical_name, split_name
+from datamodules.brain.sequences import canonical_name, patient_of, split_name
 from datamodules.files import read_json
 from datamodules.ids import check_subjects
 from datamodules.volumes.cases import Case

@@ -21,6 +21,7 @@ from datamodules.images.cache import BoxChoice, ImageCache, SourceImages
 from datamodules.images.crops import center_box, random_box
 from datamodules.images.datamodule import ImageArchiveDataModule
 from datamodules.images.reading import CHANNELS, GRAY, per_channel, plain_numbers
+from datamodules.labelled.checks import examine
 from datamodules.labelled.layout import LabelLayout, LabelledImage
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.splits import (
@@ -348,6 +349,5 @@ class LabelledImageDataModule(ImageArchiveDataModule):
 
     def examine(self, deep: bool, workers: int) -> list[str]:
         """Print a report on the archive and return the reasons why training would refuse it."""
-        from datamodules.labelled.checks import examine
-
-        return examine(self, deep, workers)
+        labels = self.index()
+        return examine(labels.name, labels.classes, self.terms(self.paths_in_use()), deep, workers)

@@ -26,6 +26,7 @@ from datamodules.images.reading import CHANNELS, FIGURE, GRAY, per_channel, plai
 from datamodules.loading import Draw
 from datamodules.registry import STUDY_LAYOUTS, recognise
 from datamodules.reports.archive import TextArchiveDataModule
+from datamodules.reports.checks import examine
 from datamodules.reports.manifest import MANIFEST, find_manifest
 from datamodules.reports.studies import Study, StudyLayout
 from datamodules.reports.text import ReportError, read_report
@@ -599,6 +600,6 @@ class ImageTextDataModule(TextArchiveDataModule):
 
     def examine(self, deep: bool, workers: int) -> list[str]:
         """Print a report on the archive and return the reasons why training would refuse it."""
-        from datamodules.reports.checks import examine
-
-        return examine(self, deep, workers)
+        layout = self.index()
+        terms = self.terms(self.paths_in_use(), self.draws_per_image)
+        return examine(layout.name, terms, self.text_of, lambda: self.tokenizer, self.text.length, deep, workers)

@@ -22,6 +22,7 @@ from datamodules.splits import SplitFile, assign_splits, nested_fraction
 from datamodules.tables import read_table
 from datamodules.volumes.cache import CacheFormat, OpenCase, Record, SourceVolumes, VolumeCache
 from datamodules.volumes.cases import Case, Layout
+from datamodules.volumes.checks import examine
 from datamodules.volumes.crops import center_start, cut, flip, random_start, start_around, to_tensor
 
 Domain = Literal["train", "val", "center", "full"]
@@ -256,7 +257,6 @@ class VolumeDataModule(ArchiveDataModule):
         self._split = (split_fractions, split_seed, split_file)
         self._layout: Layout | None = None
         self.cases: list[Case] = []
-        self.splits: dict[str, list[Case]] = {}
         self.targets: dict[str, int] | None = None
         self.twins: frozenset[str] = frozenset()
 
@@ -475,9 +475,9 @@ class VolumeDataModule(ArchiveDataModule):
 
     def examine(self, deep: bool, workers: int) -> list[str]:
         """Print a report on the archive and return the reasons why training would refuse it."""
-        from datamodules.volumes.checks import examine
-
-        return examine(self, deep, workers)
+        layout = self.index()
+        terms = self.terms(self.cases_in_use(), self.crops_per_case)
+        return examine(layout, terms, self.labels, deep, workers)
 
     def central_samples(self, splits: Sequence[str] = ("train", "val", "test")) -> Iterable[Any]:
         """Yield batches with the central crop of every case of some splits, for probes and embeddings."""
