@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from common.blocks.decoder import MAEDecoder
 from common.blocks.vit import VisionTransformer
 from common.module import SSLModule
-from common.types import HiddenTokens
+from common.types import HiddenTokens, InputSpec
 from experiments.mrm_record.callbacks import ImageReportGap, bootstrap_interval
 from experiments.mrm_record.model import ReportDecoder
 from experiments.mrm_record.module import MRMPretrain
@@ -116,11 +116,8 @@ def test_a_decoder_that_is_given_no_image_has_no_gap():
         encoder=partial(VisionTransformer, **encoder),
         decoder=partial(MAEDecoder, decoder_dim=16, depth=1, num_heads=2, num_prefix_tokens=1),
         report=partial(ReportDecoder, dim=16, depth=1, num_heads=2, mlp_dim=32),
-        channels=["red", "green", "blue"],
-        image_size=[32, 32],
-        vocabulary={"size": 40, "length": 8},
     )
-    module.configure_model()
+    module.build(InputSpec(("red", "green", "blue"), (32, 32), vocabulary={"size": 40, "length": 8}))
     batches = [radiographs(), radiographs()]
     gaps = {name: value for name, value in validate(module, ImageReportGap(), batches).items() if "gap" in name}
     assert all(value != 0 for value in gaps.values())
