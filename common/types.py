@@ -297,6 +297,13 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else value
 
 
+def _frozen(value: Any) -> Any:
+    """Return tuples in the place of lists, as the data give them."""
+    if isinstance(value, Mapping):
+        return {name: _frozen(entry) for name, entry in value.items()}
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
 def _includes(given: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
     """Whether the data say all that a checkpoint knows; older checkpoints know less of their vocabulary."""
     return {name: value for name, value in given.items() if name in stored} == stored
@@ -393,7 +400,8 @@ class TaskState(NamedTuple):
     def read(cls, checkpoint: Mapping[str, Any]) -> "TaskState":
         """Return the state that a checkpoint holds; an empty one if it holds none."""
         stored = checkpoint.get("state") or {}
-        return cls(None if not stored.get("spec") else InputSpec(**stored["spec"]), stored.get("encoder"))
+        spec = InputSpec(**_frozen(stored["spec"])) if stored.get("spec") else None
+        return cls(spec, stored.get("encoder"))
 
 
 class HasInputSpec(Protocol):

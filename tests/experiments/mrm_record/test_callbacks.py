@@ -2,7 +2,6 @@ from functools import partial
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -11,7 +10,7 @@ from common.blocks.decoder import MAEDecoder
 from common.blocks.vit import VisionTransformer
 from common.module import SSLModule
 from common.types import HiddenTokens, InputSpec
-from experiments.mrm_record.callbacks import ImageReportGap, bootstrap_interval
+from experiments.mrm_record.callbacks import ImageReportGap
 from experiments.mrm_record.model import ReportDecoder
 from experiments.mrm_record.module import MRMPretrain
 
@@ -127,22 +126,3 @@ def test_a_decoder_that_is_given_no_image_has_no_gap():
     scalars = validate(module, ImageReportGap(), batches)
     assert {scalars[name] for name in gaps} == {0.0}
     assert scalars["report/loss_right_image"] == pytest.approx(scalars["val/loss_report"], rel=1e-5)
-
-
-def test_the_interval_holds_the_mean_and_is_the_same_every_time():
-    rng = np.random.default_rng(0)
-    counts = rng.integers(1, 9, 400).astype(float)
-    totals = counts * rng.normal(0.3, 1.0, 400)
-    low, high = bootstrap_interval(totals, counts)
-    mean = totals.sum() / counts.sum()
-    assert low < mean < high
-    assert (low, high) == bootstrap_interval(totals, counts)
-    # The linearised standard error of a ratio of sums.
-    error = np.sqrt(((totals - mean * counts) ** 2).sum()) / counts.sum()
-    assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.1)
-
-
-def test_the_interval_weighs_persons_by_their_words():
-    counts = np.array([1.0, 5, 20, 3])
-    assert bootstrap_interval(0.7 * counts, counts) == pytest.approx((0.7, 0.7))
-    assert bootstrap_interval(np.array([3.0]), np.array([2.0])) == (1.5, 1.5)
