@@ -45,6 +45,11 @@ class FaultTolerantDataset(Dataset):
             SampleFaultError: nothing of it can be used.
         """
 
+    def draw_key(self, draw: Draw, train: bool) -> tuple[object, ...]:
+        """Return the key that seeds a draw: in training of the run's seed and the epoch, else of the subject alone."""
+        subject = self.subject(draw.index)
+        return ("train", self.seed, draw.epoch, subject, draw.draw) if train else ("val", subject, draw.draw)
+
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         faults: list[Fault] = []
         index = draw.index

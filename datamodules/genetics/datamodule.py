@@ -16,6 +16,7 @@ from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.base import FaultTolerantDataset, collate_samples
+from datamodules.controls import read_control
 from datamodules.genetics.checks import examine
 from datamodules.genetics.genome import Genome, GenomeFiles, pair_persons, read_genome
 from datamodules.genetics.kinship import read_kinship
@@ -184,11 +185,6 @@ class ImageGenomeDataset(FaultTolerantDataset):
         """Return the sample's name."""
         return self.samples[index].case_id
 
-    def _parts(self, draw: Draw) -> tuple[Any, ...]:
-        """Return what the randomness of a draw hangs on."""
-        subject = self.subject(draw.index)
-        return ("train", self.seed, draw.epoch, subject, draw.draw) if self.train else ("val", subject, draw.draw)
-
     def read(self, draw: Draw) -> dict[str, Any]:
         """Return one sample; see :class:`common.types.ImageGenomeBatch`.
 
@@ -197,12 +193,12 @@ class ImageGenomeDataset(FaultTolerantDataset):
         """
         sample = self.samples[draw.index]
         faults: list[Fault] = []
-        image = self._image(sample, numpy_generator("crop", *self._parts(draw)), faults)
+        image = self._image(sample, numpy_generator("crop", *self.draw_key(draw, self.train)), faults)
         if image is None:
             raise SampleFaultError(faults)
         result: dict[str, Any] = {
             "image": image,
-            "key": torch.tensor(stable_hash("mask", *self._parts(draw))),
+            "key": torch.tensor(stable_hash("mask", *self.draw_key(draw, self.train))),
             "subject_id": pseudonym(sample.case_id) if self.anonymise else sample.case_id,
             "patient_id": pseudonym(sample.patient_id) if self.anonymise else sample.patient_id,
             "faults": faults,
@@ -246,16 +242,12 @@ class ImageGenomeDataset(FaultTolerantDataset):
         return None
 
     def _control(self, sample: Sample, draw: Draw) -> Tensor | None:
-        """Return the image of another person, the same one every time; None where none can be read."""
-        others = [other for other in self.controls if other.patient_id != sample.patient_id]
-        first = stable_hash("control", sample.case_id, draw.draw)
-        for attempt in range(min(len(others), 8)):
-            other = others[(first + attempt) % len(others)]
-            try:
-                return (cut_picture(self.store, other.images[0], self.image_size) - self.mean) / self.std
-            except SampleFaultError:
-                continue
-        return None
+        """Return the image of another person; None where none can be read."""
+
+        def read(other: Sample) -> Tensor:
+            return (cut_picture(self.store, other.images[0], self.image_size) - self.mean) / self.std
+
+        return read_control(sample, draw, self.controls, read)
 
 
 def collate_images(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from common.randomness import KeyedGenerator, numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.base import FaultTolerantDataset, collate_samples
+from datamodules.controls import read_control
 from datamodules.images.cache import BoxChoice, ImageCache, SourceImages
 from datamodules.images.crops import center_box, random_box
 from datamodules.images.reading import CHANNELS, FIGURE, GRAY, per_channel, plain_numbers
@@ -201,11 +202,6 @@ class ImageTextDataset(FaultTolerantDataset):
         """Return the sample's name."""
         return self.samples[index].case_id
 
-    def _parts(self, draw: Draw) -> tuple[Any, ...]:
-        """Return what the randomness of a draw hangs on."""
-        subject = self.subject(draw.index)
-        return ("train", self.seed, draw.epoch, subject, draw.draw) if self.train else ("val", subject, draw.draw)
-
     def read(self, draw: Draw) -> dict[str, Any]:
         """Return one sample; see :class:`common.types.ImageTextBatch`.
 
@@ -213,7 +209,7 @@ class ImageTextDataset(FaultTolerantDataset):
             SampleFaultError: neither image nor text can be used.
         """
         sample = self.samples[draw.index]
-        generator = numpy_generator("crop", *self._parts(draw))
+        generator = numpy_generator("crop", *self.draw_key(draw, self.train))
         mirror = self.train and self.flip != "off" and generator.random() < 0.5
         faults: list[Fault] = []
         image = self._image(sample, generator, mirror, faults)
@@ -223,7 +219,7 @@ class ImageTextDataset(FaultTolerantDataset):
             raise SampleFaultError(faults or [Fault(sample.case_id, "empty", detail, sample.case_id)])
         if mirror and self.flip == "swap_words":
             text = swap_sides(text)
-        key = torch.tensor(stable_hash("mask", *self._parts(draw)))
+        key = torch.tensor(stable_hash("mask", *self.draw_key(draw, self.train)))
         result: dict[str, Any] = {
             "image": self._standardised(image),
             "modality_mask": torch.tensor([image is not None, bool(text)]),
@@ -282,25 +278,26 @@ class ImageTextDataset(FaultTolerantDataset):
 
     def _negative(self, sample: Sample, draw: Draw) -> Tensor | None:
         """Cut an image that is not the sample's own, drawn anew every epoch; None where none can be read."""
-        first = stable_hash("negative", *self._parts(draw))
+        first = stable_hash("negative", *self.draw_key(draw, self.train))
         for attempt in range(len(self.samples)):
             other = self.samples[(first + attempt) % len(self.samples)]
             if other.images and other.images[0] != sample.images[0]:
-                image = self._image(other, numpy_generator("negative", *self._parts(draw)), False, [])
+                image = self._image(other, numpy_generator("negative", *self.draw_key(draw, self.train)), False, [])
                 if image is not None:
                     return image
         return None
 
     def _control(self, sample: Sample, draw: Draw) -> Tensor | None:
-        """Cut the image of another patient, the same one every time; None where none can be read."""
-        others = [other for other in self.controls if other.patient_id != sample.patient_id]
-        first = stable_hash("control", sample.case_id, draw.draw)
-        for attempt in range(len(others)):
-            other = others[(first + attempt) % len(others)]
-            image = self._image(other, numpy_generator("control"), False, [])
-            if image is not None:
-                return image
-        return None
+        """Cut the image of another patient; None where none can be read."""
+
+        def read(other: Sample) -> Tensor:
+            faults: list[Fault] = []
+            image = self._image(other, numpy_generator("control"), False, faults)
+            if image is None:
+                raise SampleFaultError(faults)
+            return image
+
+        return read_control(sample, draw, self.controls, read)
 
 
 def collate_image_text(samples: list[dict[str, Any]], pad_id: int, length: int = 0) -> dict[str, Any]:

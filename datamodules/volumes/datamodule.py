@@ -14,6 +14,7 @@ from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.base import ArchiveDataModule, FaultTolerantDataset
+from datamodules.controls import read_control
 from datamodules.ids import check_labels, join_ids, rows_by
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.notes import say_notes
@@ -82,13 +83,6 @@ class VolumeDataset(FaultTolerantDataset):
         """Return the case id."""
         return self.cases[index].case_id
 
-    def _parts(self, draw: Draw) -> tuple[Any, ...]:
-        """Return what the randomness of a draw hangs on."""
-        subject = self.subject(draw.index)
-        if self.domain == "train":
-            return ("train", self.seed, draw.epoch, subject, draw.draw)
-        return ("val", subject, draw.draw)
-
     def read(self, draw: Draw) -> dict[str, Any]:
         """Return one sample; see :class:`common.types.VolumeBatch`.
 
@@ -99,14 +93,14 @@ class VolumeDataset(FaultTolerantDataset):
         opened = self.store.open(case)
         if self.regions is not None and opened.label is None:
             raise SampleFaultError(self._label_faults(case, opened.record))
-        generator = numpy_generator("crop", *self._parts(draw))
+        generator = numpy_generator("crop", *self.draw_key(draw, self.domain == "train"))
         start, size = self._place(opened, generator)
         axes = [axis for axis in self.flip_axes if self.domain == "train" and generator.random() < 0.5]
         image = flip(cut(opened.image, start, size), axes)
         sample: dict[str, Any] = {
             "image": to_tensor(image),
             "modality_mask": torch.tensor(opened.record.modality_mask),
-            "key": torch.tensor(stable_hash("mask", *self._parts(draw))),
+            "key": torch.tensor(stable_hash("mask", *self.draw_key(draw, self.domain == "train"))),
             "subject_id": pseudonym(case.case_id) if self.anonymise else case.case_id,
             "place": (*start, *opened.image.shape[-3:]),
             "faults": opened.record.image_faults(),
@@ -144,21 +138,14 @@ class VolumeDataset(FaultTolerantDataset):
         return random_start(shape, self.crop_size, generator, self.overhang), self.crop_size
 
     def _control(self, draw: Draw) -> dict[str, Any]:
-        """Cut a crop out of another patient, the same one every time."""
-        case = self.cases[draw.index]
-        others = [other for other in self.controls or [] if other.patient_id != case.patient_id]
-        first = stable_hash("control", case.case_id, draw.draw)
-        for attempt in range(len(others)):
-            other = others[(first + attempt) % len(others)]
-            try:
-                opened = self.store.open(other)
-            except SampleFaultError:
-                continue
-            generator = numpy_generator("crop", "val", other.case_id, draw.draw)
-            start, size = self._place(opened, generator)
-            piece = cut(opened.image, start, size)
-            return {"control_image": to_tensor(piece)}
-        return {}
+        """Cut a crop out of another patient."""
+
+        def read(other: Case) -> dict[str, Any]:
+            opened = self.store.open(other)
+            start, size = self._place(opened, numpy_generator("crop", "val", other.case_id, draw.draw))
+            return {"control_image": to_tensor(cut(opened.image, start, size))}
+
+        return read_control(self.cases[draw.index], draw, self.controls or (), read) or {}
 
 
 class NamesDataset(FaultTolerantDataset):

@@ -8,26 +8,26 @@ from common.blocks.vit import VisionTransformer
 from common.checkpoint import (
     build_encoder,
     check_shapes,
-    encoder_record,
     load_encoder,
     read_checkpoint,
     resolve_checkpoint,
 )
 from common.checkpoint_io import AtomicCheckpointIO, atomic_save
 from common.errors import CheckpointError, StorageError
+from common.types import InputSpec
 from experiments.e_mim.module import EMIMPretrain
 
-CHANNELS = ["t1c", "t1n", "t2f"]
+CHANNELS = ("t1c", "t1n", "t2f")
 
 
 @pytest.fixture
 def run_folder(tmp_path):
     """A run folder with the checkpoint of an untrained network."""
     encoder = partial(VisionTransformer, embed_dim=24, depth=2, num_heads=2)
-    module = EMIMPretrain(encoder=encoder, taps=(1, 2), channels=CHANNELS, image_size=[32, 32, 32])
-    module.configure_model()
-    module.preprocessing = {"orientation": "RAS"}
-    content = {"state_dict": module.state_dict(), "encoder": encoder_record(module)}
+    module = EMIMPretrain(encoder=encoder, taps=(1, 2))
+    module.build(InputSpec(CHANNELS, (32, 32, 32), preprocessing={"orientation": "RAS"}))
+    content = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(content)
     for name in ("best", "last"):
         atomic_save(content, tmp_path / "run/checkpoints" / f"{name}.ckpt")
     return tmp_path / "run", module
