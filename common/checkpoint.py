@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from common.blocks.patch_embed import grid_of
 from common.blocks.pos_embed import resize_position_embedding
 from common.errors import CheckpointError
+from common.modalities import canonical_channels
+from common.weights.channels import ChannelReport, Channels, NewChannels, fit_kernel
 from common.weights.monai_keys import from_monai
 from common.weights.timm_keys import from_timm
 
@@ -98,13 +100,17 @@ def encoder_record(module: nn.Module) -> dict[str, Any]:
                 "init_args": dict(child.config),
                 "prefix": f"{name}.",
                 "channels": list(hparams.get("channels") or []),
+                "names": list(getattr(module, "channel_names", ())),
                 "preprocessing": dict(getattr(module, "preprocessing", {})),
             }
     return {}
 
 
 class StoredEncoder(NamedTuple):
-    """An encoder as a file holds it: how to build it, its weights, what its input was, and the weights beside it."""
+    """An encoder as a file holds it: how to build it, its weights, what its input was, and the weights beside it.
+
+    ``channels`` are canonical names, ``names`` what the archive it was trained on calls them; empty = the same.
+    """
 
     class_path: str
     init_args: dict[str, Any]
@@ -112,6 +118,7 @@ class StoredEncoder(NamedTuple):
     channels: list[str]
     preprocessing: dict[str, Any]
     rest: dict[str, Tensor] = {}
+    names: list[str] = []
 
 
 def read_encoder(path: str | Path) -> StoredEncoder:
@@ -120,8 +127,13 @@ def read_encoder(path: str | Path) -> StoredEncoder:
     Raises:
         CheckpointError: the file holds no encoder of ours.
     """
-    if (Path(path) / "config.json").is_file():
-        return _read_export(Path(path))
+    stored = _read_export(Path(path)) if (Path(path) / "config.json").is_file() else _read_run(path)
+    # Older files hold the archive's names alone.
+    return stored._replace(channels=list(canonical_channels(stored.channels)), names=stored.names or stored.channels)
+
+
+def _read_run(path: str | Path) -> StoredEncoder:
+    """Read the encoder of a run or of a checkpoint."""
     checkpoint = read_checkpoint(path)
     record = checkpoint.get("encoder") if isinstance(checkpoint, dict) else None
     if not record:
@@ -130,8 +142,9 @@ def read_encoder(path: str | Path) -> StoredEncoder:
     weights = checkpoint["state_dict"]
     state = {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
     rest = {key.removeprefix("network."): value for key, value in weights.items() if not key.startswith(prefix)}
+    channels, names = record["channels"], record.get("names") or []
     return StoredEncoder(
-        record["class_path"], record["init_args"], state, record["channels"], record["preprocessing"], rest
+        record["class_path"], record["init_args"], state, channels, record["preprocessing"], rest, names
     )
 
 
@@ -152,7 +165,10 @@ def _read_export(folder: Path) -> StoredEncoder:
         state = from_monai(state)
     else:
         state = from_timm(state, class_token=bool(record["init_args"].get("class_token")))
-    return StoredEncoder(record["class_path"], record["init_args"], state, config["channels"], config["preprocessing"])
+    channels, names = config["channels"], config.get("names") or []
+    return StoredEncoder(
+        record["class_path"], record["init_args"], state, channels, config["preprocessing"], names=names
+    )
 
 
 def _reader_of(config: Mapping[str, Any]) -> Any:
@@ -174,12 +190,14 @@ class LoadReport(NamedTuple):
         adapted: keys changed on the way, with the reason.
         missing: keys of the network that kept their initial value.
         unexpected: keys of the file that found no place.
+        channels: how the input's channels were matched; None where the encoder maps its own keys.
     """
 
     loaded: list[str]
     adapted: dict[str, str]
     missing: list[str]
     unexpected: list[str]
+    channels: ChannelReport | None = None
 
     def __str__(self) -> str:
         adapted = "; ".join(f"{key}: {reason}" for key, reason in self.adapted.items()) or "none"
@@ -189,47 +207,26 @@ class LoadReport(NamedTuple):
         )
 
 
-def _adapt_channels(weight: Tensor, fresh: Tensor, old: Sequence[str], new: Sequence[str]) -> Tensor:
-    """Move the columns of a patch embedding ``(E, C P)`` to other channels; unknown channels stay fresh."""
-    source = weight.reshape(weight.shape[0], len(old), -1)
-    target = fresh.detach().clone().reshape(fresh.shape[0], len(new), -1)
-    for index, name in enumerate(new):
-        if name in old:
-            target[:, index] = source[:, list(old).index(name)]
-    return target.flatten(1)
-
-
-def inflated(kernel: Tensor, count: int) -> Tensor:
-    """Give every one of ``count`` input channels its share of a kernel ``(E, C, ...)``.
-
-    Equal channels are then answered as one channel was.
-    """
-    return (kernel.sum(1, keepdim=True) / count).repeat(1, count, *[1] * (kernel.ndim - 2))
-
-
-def _channel_names(stored: StoredEncoder, count: int, names: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    old_count = stored.init_args["in_channels"]
-    old = stored.channels or [str(index) for index in range(old_count)]
-    if names is not None and stored.channels:
-        return old, list(names)
-    # Without names on both sides the first channels are taken to be the same ones.
-    return old, [old[index] if index < old_count else f"new {index}" for index in range(count)]
-
-
-def transfer_encoder(stored: StoredEncoder, encoder: nn.Module, channels: Sequence[str] | None = None) -> LoadReport:
+def transfer_encoder(
+    stored: StoredEncoder,
+    encoder: nn.Module,
+    channels: Sequence[str] | None = None,
+    new_channels: NewChannels = "refuse",
+) -> LoadReport:
     """Carry stored weights into ``encoder``, which may differ in channels and image size.
 
-    Learned positions are resampled to the new grid; patch-embedding columns follow the channels' names. An encoder with
-    an ``input_kernel`` was pre-trained on single channels: its first kernel is shared out among all channels. One of
-    another make, which has ``adapt_state(state, stored arguments)``, changes its own keys and says what it changed.
+    Learned positions are resampled to the new grid; the first kernel, which an encoder's ``input_kernel`` names,
+    follows the channels' canonical names (:func:`common.weights.channels.fit_kernel`). Encoders that define
+    ``adapt_state(state, stored arguments)`` map their own keys and say what they changed.
 
     Args:
         stored: The weights.
         encoder: Where they go; must have ``config``.
-        channels: Names of the new input's channels; None matches them by position.
+        channels: Names of the new input's channels; None takes the first ones to be the same.
+        new_channels: What channels that are not stored start as; ``"refuse"`` is for encoders that stay frozen.
 
     Raises:
-        CheckpointError: another key differs in shape.
+        CheckpointError: a channel is not stored and must be, or another key differs in shape.
     """
     wanted = encoder.state_dict()
     config: Mapping[str, Any] = encoder.config  # type: ignore[assignment]
@@ -238,15 +235,12 @@ def transfer_encoder(stored: StoredEncoder, encoder: nn.Module, channels: Sequen
         state, adapted = adapt(state, stored.init_args)
         return _load(encoder, state, adapted)
     key = getattr(encoder, "input_kernel", "patch_embed.proj.weight")
-    old_names, new_names = _channel_names(stored, config["in_channels"], channels)
-    if hasattr(encoder, "input_kernel"):
-        count = config["in_channels"]
-        if state[key].shape[1] != count:
-            adapted[key] = f"{state[key].shape[1]} channels shared out among {count}"
-            state[key] = inflated(state[key], count)
-    elif old_names != new_names:
-        state[key] = _adapt_channels(state[key], wanted[key], old_names, new_names)
-        adapted[key] = f"channels {old_names} to {new_names}"
+    old = Channels(stored.init_args["in_channels"], stored.channels or None, stored.names)
+    new = Channels(config["in_channels"], None if channels is None else canonical_channels(channels))
+    kernel, report = fit_kernel(state[key], wanted[key], old, new, new_channels)
+    if kernel.shape != state[key].shape or not torch.equal(kernel, state[key]):
+        adapted[key] = report.line().removeprefix("channels: ")
+    state[key] = kernel
     old_size, new_size = list(stored.init_args["image_size"]), list(config["image_size"])
     if old_size != new_size and "pos_embed" in state:
         patch = config["patch_size"]
@@ -256,7 +250,7 @@ def transfer_encoder(stored: StoredEncoder, encoder: nn.Module, channels: Sequen
         go_on = config.get("pos_embed") == "sincos" and len(new_size) == 3
         state["pos_embed"] = wanted["pos_embed"] if go_on else resize_position_embedding(state["pos_embed"], *grids)
         adapted["pos_embed"] = f"{'computed' if go_on else 'resampled'} from {old_size} to {new_size}"
-    return _load(encoder, state, adapted)
+    return _load(encoder, state, adapted)._replace(channels=report)
 
 
 def _load(encoder: nn.Module, state: Mapping[str, Tensor], adapted: dict[str, str]) -> LoadReport:
@@ -316,8 +310,10 @@ def init_encoder(encoder: nn.Module, path: str | Path) -> LoadReport:
         first, second = (patch, patch) if isinstance(patch, int) else patch
         if side**2 == state["pos_embed"].shape[1] != math.prod(grid_of(config["image_size"], (first, second))):
             arguments["image_size"] = [side * first, side * second]
-    stored = StoredEncoder("", arguments, state, [], {})
-    return transfer_encoder(stored, encoder)
+    patch = config["patch_size"]
+    values = patch**2 if isinstance(patch, int) else math.prod(patch)
+    arguments["in_channels"] = max(state["patch_embed.proj.weight"].shape[1] // values, 1)
+    return transfer_encoder(StoredEncoder("", arguments, state, [], {}), encoder, new_channels="mean")
 
 
 def build_encoder(class_path: str, init_args: Mapping[str, Any]) -> nn.Module:
@@ -344,6 +340,7 @@ def load_encoder(
     image_size: Sequence[int] | None = None,
     channels: Sequence[str] | None = None,
     settings: Mapping[str, Any] | None = None,
+    new_channels: NewChannels = "refuse",
 ) -> nn.Module:
     """Load a pre-trained encoder by itself.
 
@@ -353,6 +350,7 @@ def load_encoder(
         image_size: Size of the new input; None keeps the pre-training's. Positions are resampled.
         channels: Names of the new input's channels, to match them by name instead of by position.
         settings: Arguments of the encoder that take the place of pre-training's, such as a rate of dropout.
+        new_channels: What channels start as that the encoder was not trained on; see :func:`transfer_encoder`.
 
     Returns:
         A module with ``num_features`` and ``forward_features``; its ``load_report`` says what was adapted.
@@ -369,5 +367,5 @@ def load_encoder(
     if image_size is not None:
         arguments["image_size"] = list(image_size)
     encoder = build_encoder(stored.class_path, arguments)
-    encoder.load_report = transfer_encoder(stored, encoder, channels)  # type: ignore[assignment]
+    encoder.load_report = transfer_encoder(stored, encoder, channels, new_channels)  # type: ignore[assignment]
     return encoder

@@ -1,7 +1,7 @@
 """The one training step that every pre-training method shares."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from common.checkpoint import check_shapes, encoder_record
 from common.distributed import reduce_sums
 from common.errors import CheckpointError, UserError
+from common.modalities import canonical_channels
 from common.optim import Schedule, WarmupCosine, param_groups
 from common.randomness import run_seed, seed_step, stable_hash
-from common.runtime.reporting import log_scalars
+from common.runtime.reporting import log_scalars, say
 from common.types import HiddenTokens, InputSpec, Panel, Reconstruction, TokenFeatures
+from common.weights.channels import ChannelReport, deliver_channels
 
 
 class StepOutput(NamedTuple):
@@ -74,6 +76,10 @@ class BuiltFromData(pl.LightningModule):
     network: Any
     compile_network: bool = False
     preprocessing: Mapping[str, Any] = {}
+    #: What the archive calls the channels, in their order; empty = as they are.
+    channel_names: Sequence[str] = ()
+    #: How the channels of stored weights met those of the data; None where there are no such weights.
+    channel_report: ChannelReport | None = None
 
     @abstractmethod
     def build_network(self, spec: InputSpec) -> nn.Module:
@@ -106,7 +112,7 @@ class BuiltFromData(pl.LightningModule):
             if not {"channels", "image_size"} <= stored.keys():
                 raise CheckpointError("The input's `channels` and `image_size` are unknown: attach a data module.")
             return InputSpec(**stored)
-        spec: InputSpec = datamodule.input_spec
+        spec = self.meet_channels(datamodule, stored)
         given: dict[str, Any] = {"channels": list(spec.channels), "image_size": list(spec.image_size)}
         given |= {name: _plain(getattr(spec, name)) for name in ("regions", "vocabulary", "classes", "genome")}
         for name in ("regions", "classes"):
@@ -131,8 +137,37 @@ class BuiltFromData(pl.LightningModule):
                     )
                 )
         self.hparams.update({name: given[name] for name in SIZES if name in self.hparams})
-        self.preprocessing = spec.preprocessing
+        self.preprocessing, self.channel_names = spec.preprocessing, spec.names
         return spec
+
+    def meet_channels(self, datamodule: Any, stored: dict[str, Any]) -> InputSpec:
+        """Bring the data's channels into a checkpoint's order, and return what the batches will hold.
+
+        Args:
+            datamodule: The data.
+            stored: Sizes of the checkpoint; its channels become canonical. None there: the data decide.
+
+        Raises:
+            CheckpointError: the data have a channel that the checkpoint lacks, or none of its channels.
+        """
+        if "channels" not in stored:
+            return datamodule.input_spec
+        stored["channels"] = list(canonical_channels(stored["channels"]))
+        given: InputSpec = datamodule.input_spec
+        if list(given.channels) == stored["channels"]:
+            return given
+        spec, report = deliver_channels(datamodule, stored["channels"])
+        self.note_channels(report, spec)
+        return spec
+
+    def note_channels(self, report: ChannelReport, spec: InputSpec) -> None:
+        """Say how the channels of stored weights met those of the data, and keep it for the summary."""
+        self.channel_report = report
+        say(report.line(spec.shown))
+
+    def shown_channels(self) -> list[str]:
+        """Return what pictures and logs call the channels."""
+        return list(self.channel_names or self.hparams["channels"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record how to rebuild the encoder alone (Lightning hook)."""

@@ -114,7 +114,7 @@ class LinearProbe(FineTuning):
         image_size: list[int] | None = None,
         encoder_record: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(pretrained, encoder, optimizer=optimizer, encoder_record=encoder_record)
+        super().__init__(pretrained, encoder, optimizer=optimizer, encoder_record=encoder_record, new_channels="refuse")
         self.save_hyperparameters()
         self.num_folds, self.num_seeds = num_folds, num_seeds
         self._features = self._targets = torch.zeros(0)

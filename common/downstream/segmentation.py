@@ -18,6 +18,7 @@ from common.metrics import region_dice, region_hd95
 from common.optim import Schedule
 from common.runtime.reporting import log_scalars, say
 from common.types import InputSpec
+from common.weights.channels import NewChannels
 
 NetworkFactory = Callable[[VisionTransformer, int], nn.Module]
 WindowMode = Literal["constant", "gaussian"]
@@ -63,6 +64,8 @@ class SegmentationModule(FineTuning):
         image_size: Size of a crop; None = as the data say.
         regions: Region to label values; None = as the data say.
         encoder_record: Architecture of the encoder; filled in for checkpoints.
+        new_channels: What channels start as that the pre-trained encoder does not know: ``"mean"`` of those it knows,
+            or ``"fresh"``, at random.
     """
 
     monitor = ("val/dice", "max")
@@ -86,6 +89,7 @@ class SegmentationModule(FineTuning):
         image_size: list[int] | None = None,
         regions: dict[str, list[int]] | None = None,
         encoder_record: dict[str, Any] | None = None,
+        new_channels: NewChannels = "mean",
     ) -> None:
         super().__init__(
             pretrained,
@@ -95,6 +99,7 @@ class SegmentationModule(FineTuning):
             layer_decay=layer_decay,
             compile_network=compile_network,
             encoder_record=encoder_record,
+            new_channels=new_channels,
         )
         self.save_hyperparameters()
         self.loss = loss or RegionDiceBCE()

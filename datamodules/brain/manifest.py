@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import DataError
+from common.modalities import canonical_name
 from datamodules.brain.patients import patient_of
-from datamodules.brain.sequences import canonical_name, split_name
+from datamodules.brain.sequences import split_name
 from datamodules.volumes.cases import Case
 
 NAME = "datalist.json"
@@ -64,22 +65,17 @@ def _case(entry: Mapping[str, Any], root: Path, source: str, split: str, where: 
     listed = entry["image"]
     named = listed.items() if isinstance(listed, Mapping) else [(split_name(Path(name))[1], name) for name in listed]
     images: dict[str, Path] = {}
-    unknown = []
     for given, name in named:
         sequence = canonical_name(str(given))
-        if sequence is None:
-            unknown.append(str(given))
-        elif sequence in images:
-            raise DataError(f"{where} lists {sequence} twice: {images[sequence].name} and {Path(name).name}.")
-        else:
-            images[sequence] = _inside(root, str(name), where)
+        if first := next((path for other, path in images.items() if canonical_name(other) == sequence), None):
+            raise DataError(f"{where} lists {sequence} twice: {first.name} and {Path(name).name}.")
+        images[str(given)] = _inside(root, str(name), where)
     first = str(next(iter(dict(named).values())))
     source = str(entry.get("source") or source)
     study = str(entry.get("study") or Path(first).parent.name or split_name(Path(first))[0])
-    facts = {"source": source} | ({"unknown": ", ".join(unknown)} if unknown else {})
     label = entry.get("label")
     labels = {"seg": _inside(root, str(label), where)} if label else {}
-    return Case(study, str(entry.get("patient") or patient_of(study)), images, labels, split, facts)
+    return Case(study, str(entry.get("patient") or patient_of(study)), images, labels, split, {"source": source})
 
 
 def _inside(root: Path, name: str, where: str) -> Path:

@@ -19,6 +19,7 @@ from common.downstream.classification import macro_auroc
 from common.downstream.encoder import EncoderFactory, mean_features
 from common.optim import Schedule
 from common.types import InputSpec
+from common.weights.channels import NewChannels
 from experiments.brainmvp.segmentation import augmented
 
 
@@ -76,6 +77,8 @@ class BrainClassification(ScoredTask):
         image_size: Size of a crop; None = as the data say.
         classes: Names of the classes; None = as the data say.
         encoder_record: Architecture of the encoder; filled in for checkpoints.
+        new_channels: What channels start as that the pre-trained encoder does not know: ``"mean"`` of those it knows,
+            or ``"fresh"``, at random.
     """
 
     monitor = ("val/auroc", "max")
@@ -94,6 +97,7 @@ class BrainClassification(ScoredTask):
         image_size: list[int] | None = None,
         classes: list[str] | None = None,
         encoder_record: dict[str, Any] | None = None,
+        new_channels: NewChannels = "mean",
     ) -> None:
         super().__init__(
             pretrained,
@@ -103,6 +107,7 @@ class BrainClassification(ScoredTask):
             layer_decay=layer_decay,
             compile_network=compile_network,
             encoder_record=encoder_record,
+            new_channels=new_channels,
         )
         self.save_hyperparameters()
         self.hidden, self.augment = hidden, augment

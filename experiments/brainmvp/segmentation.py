@@ -24,6 +24,7 @@ from common.optim import Schedule
 from common.randomness import KeyedGenerator
 from common.runtime.reporting import say, write_rows
 from common.types import InputSpec
+from common.weights.channels import NewChannels
 from experiments.brainmvp.export import normalized_templates
 from experiments.brainmvp.segmentation_networks import segmenter
 
@@ -113,6 +114,8 @@ class BrainSegmentation(SegmentationModule):
         image_size: Size of a crop; None = as the data say.
         regions: Region to label values; None = as the data say.
         encoder_record: Architecture of the encoder; filled in for checkpoints.
+        new_channels: What channels start as that the pre-trained encoder does not know: ``"mean"`` of those it knows,
+            or ``"fresh"``, at random.
     """
 
     def __init__(
@@ -135,6 +138,7 @@ class BrainSegmentation(SegmentationModule):
         image_size: list[int] | None = None,
         regions: dict[str, list[int]] | None = None,
         encoder_record: dict[str, Any] | None = None,
+        new_channels: NewChannels = "mean",
     ) -> None:
         super().__init__(
             pretrained,
@@ -151,6 +155,7 @@ class BrainSegmentation(SegmentationModule):
             image_size=image_size,
             regions=regions,
             encoder_record=encoder_record,
+            new_channels=new_channels,
         )
         self.save_hyperparameters()
         self.replace, self.consistency_weight = replace, consistency_weight

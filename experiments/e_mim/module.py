@@ -196,6 +196,6 @@ class EMIMPretrain(SSLModule):
         hidden = output.mask[index][..., None].expand_as(output.target[index])
         filled = torch.where(hidden, output.pred[index], output.target[index])
         volumes = [network.volume(x[None].float())[0] for x in (output.target[index], hidden, filled)]
-        names = self.hparams["channels"]
+        names = self.shown_channels()
         acquired = batch["modality_mask"][index]
         return volume_panels(batch["subject_id"][index], names, acquired, *volumes)
