@@ -12,6 +12,7 @@ from common.checkpoint import load_encoder
 from common.downstream.encoder import mean_features, meet_encoder
 from common.runtime.data_config import add_data_arguments, make_datamodule
 from common.runtime.reporting import say
+from common.weights.channels import ChannelReport
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     spec = meet_encoder(datamodule, args.ckpt, "refuse")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     encoder = load_encoder(args.ckpt, image_size=spec.image_size, channels=spec.channels).eval().to(device)
-    channels = encoder.load_report.channels
+    channels: ChannelReport | None = encoder.load_report.channels  # type: ignore[union-attr, assignment]
     if channels is not None:
         channels = channels.without(spec.absent)
         say(channels.line(spec.shown))

@@ -122,26 +122,26 @@ class Channels(NamedTuple):
     """The channels of a first kernel.
 
     Attributes:
-        count: How many.
+        number: How many.
         names: Their canonical names, in order; None = unknown.
         shown: What their archive calls them; empty = the same.
     """
 
-    count: int
+    number: int
     names: Sequence[str] | None = None
     shown: Sequence[str] = ()
 
 
 def _by_position(kernel: Tensor, wanted: Channels, start: NewChannels) -> tuple[Tensor, ChannelReport]:
     """Return the kernel ``(E, C, P)`` where the stored weights do not name their channels."""
-    names = list(wanted.names or [f"channel {index}" for index in range(wanted.count)])
-    if kernel.shape[1] == wanted.count:
+    names = list(wanted.names or [f"channel {index}" for index in range(wanted.number)])
+    if kernel.shape[1] == wanted.number:
         matched = {name: f"channel {index}" for index, name in enumerate(names)}
         return kernel, ChannelReport(matched, [], [], [], rule="position", start=start)
     if start == "refuse":
         raise CheckpointError(f"The weights do not name their {kernel.shape[1]} channels, and the data have "
-                              f"{wanted.count} ({', '.join(names)}): frozen, they work on as many only.")  # fmt: skip
-    return inflated(kernel, wanted.count), ChannelReport({}, [], names, [], rule="position", start="mean")
+                              f"{wanted.number} ({', '.join(names)}): frozen, they work on as many only.")  # fmt: skip
+    return inflated(kernel, wanted.number), ChannelReport({}, [], names, [], rule="position", start="mean")
 
 
 def fit_kernel(
@@ -165,24 +165,24 @@ def fit_kernel(
         CheckpointError: a channel is not stored and must be, none matches and kernels may not be random, or the
             networks differ in more than channels.
     """
-    if len(weight) != len(fresh) or weight.numel() * wanted.count != fresh.numel() * stored.count:
+    if len(weight) != len(fresh) or weight.numel() * wanted.number != fresh.numel() * stored.number:
         raise CheckpointError(f"The first kernel is {tuple(weight.shape)} there and {tuple(fresh.shape)} here: the "
                               f"encoders differ in width or patch.")  # fmt: skip
-    kernel = weight.reshape(len(weight), stored.count, -1)
+    kernel = weight.reshape(len(weight), stored.number, -1)
     old = list(stored.names or [])
-    if stored.count == 1 < len(old):
-        names = wanted.names or [f"channel {index}" for index in range(wanted.count)]
+    if stored.number == 1 < len(old):
+        names = wanted.names or [f"channel {index}" for index in range(wanted.number)]
         report = ChannelReport(dict(zip(names, names, strict=True)), [], [], [], rule="shared", start=start)
-        return inflated(kernel, wanted.count).reshape(fresh.shape), report
-    if len(old) != stored.count:
+        return inflated(kernel, wanted.number).reshape(fresh.shape), report
+    if len(old) != stored.number:
         fitted, report = _by_position(kernel, wanted, start)
         return fitted.reshape(fresh.shape), report
     new = wanted.names
     if new is None:
-        new = [old[index] if index < len(old) else f"new {index}" for index in range(wanted.count)]
+        new = [old[index] if index < len(old) else f"new {index}" for index in range(wanted.number)]
         start = "mean" if start == "refuse" else start
     report = match_channels(old, new, stored.shown, start)
-    initial = fresh.detach().reshape(len(fresh), wanted.count, -1)
+    initial = fresh.detach().reshape(len(fresh), wanted.number, -1)
     return _by_name(kernel, initial, old, new, start).reshape(fresh.shape), report
 
 

@@ -67,8 +67,9 @@ def _case(entry: Mapping[str, Any], root: Path, source: str, split: str, where: 
     images: dict[str, Path] = {}
     for given, name in named:
         sequence = canonical_name(str(given))
-        if first := next((path for other, path in images.items() if canonical_name(other) == sequence), None):
-            raise DataError(f"{where} lists {sequence} twice: {first.name} and {Path(name).name}.")
+        twin = next((path for other, path in images.items() if canonical_name(other) == sequence), None)
+        if twin is not None:
+            raise DataError(f"{where} lists {sequence} twice: {twin.name} and {Path(name).name}.")
         images[str(given)] = _inside(root, str(name), where)
     first = str(next(iter(dict(named).values())))
     source = str(entry.get("source") or source)

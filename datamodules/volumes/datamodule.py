@@ -488,8 +488,8 @@ class VolumeDataModule(ArchiveDataModule):
         return self.evaluation_loader(self._unlabelled(cases), batch_size=1)
 
     def _unlabelled(self, cases: Sequence[Case]) -> VolumeDataset:
-        settings = {"anonymise": self.ledger.anonymise, "order": self._order()}
-        return VolumeDataset(cases, self.store, self.crop_size, "full", self.seed, **settings)
+        anonymise, order = self.ledger.anonymise, self._order()
+        return VolumeDataset(cases, self.store, self.crop_size, "full", self.seed, anonymise=anonymise, order=order)
 
     def reference_samples(self, count: int) -> Iterable[Any]:
         """Yield batches with at least ``count`` training crops, cut as validation crops are and never mirrored."""
