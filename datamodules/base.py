@@ -119,6 +119,16 @@ class ArchiveDataModule(pl.LightningDataModule):
     def input_spec(self) -> InputSpec:
         """What the batches will hold; known once the root has been indexed."""
 
+    def deliver(self, channels: Sequence[str]) -> None:
+        """Give batches these channels in this order; those that the archive lacks are fed as absent.
+
+        Raises:
+            DataError: the channels of this archive are fixed.
+        """
+        given = self.input_spec.channels
+        if tuple(channels) != given:
+            raise DataError(f"The data give the channels {', '.join(given)}, not {', '.join(channels)}.")
+
     @abstractmethod
     def examine(self, deep: bool, workers: int) -> list[str]:
         """Print a report on the archive and return the reasons why training would refuse it.

@@ -47,10 +47,19 @@ class RunRecord(pl.Callback):
         say(f"run folder: {self.folder}")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say how large the model is (Lightning hook)."""
+        """Say how large the model is, and note how channels were matched (Lightning hook)."""
+        self._note_channels(trainer, pl_module)
         counts = [sum(p.numel() for p in m.parameters()) for m in (pl_module, _encoder(pl_module)) if m is not None]
         names = [f"{count / 1e6:.1f} M parameters" for count in counts]
         say(f"model: {type(pl_module).__name__}, {names[0]}" + (f" ({names[1]} in the encoder)" if names[1:] else ""))
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note how channels were matched (Lightning hook)."""
+        self._note_channels(trainer, pl_module)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note how channels were matched (Lightning hook)."""
+        self._note_channels(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Complete the summary of a finished run (Lightning hook)."""
@@ -71,6 +80,16 @@ class RunRecord(pl.Callback):
                 "samples_per_second": throughput.samples / max(throughput.seconds, 1e-9),
                 "flops_per_sample": throughput.flops_per_sample,
             }
+        self._tell(trainer, facts)
+
+    def _note_channels(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        report = getattr(pl_module, "channel_report", None)
+        if report is not None:
+            self._tell(trainer, {"channels": report.facts()})
+
+    @staticmethod
+    def _tell(trainer: pl.Trainer, facts: dict[str, Any]) -> None:
+        """Add facts to ``summary.json``."""
         for logger in trainer.loggers:
             if isinstance(logger, SummaryLogger):
                 logger.facts |= facts

@@ -1,19 +1,7 @@
-"""Canonical names of brain MRI sequences, whatever an archive calls them, and whose study a name says it is."""
+"""What the file names of brain archives say: the study, whose it is, and the sequence."""
 
 import re
 from pathlib import Path
-
-#: The order is that of the templates in released checkpoints.
-CANONICAL = ("flair", "t1", "t1c", "t2", "mra", "pd", "dwi", "adc")
-
-_ALIASES = {
-    "t1n": "t1",
-    "t1ce": "t1c",
-    "t1gd": "t1c",
-    "t2w": "t2",
-    "t2f": "flair",
-    "fla": "flair",
-} | {name: name for name in CANONICAL}
 
 #: Endings that say how a file was made, not what it shows.
 _ENDINGS = ("_bias", "_unstripped")
@@ -24,11 +12,6 @@ _PATIENT = re.compile(
     r"|IXI\d+(?=-(Guys|HH|IOP)-\d+$)|sub-strokecase\d+(?=_ses-\d+$))",
     re.IGNORECASE,
 )
-
-
-def canonical_name(name: str) -> str | None:
-    """Return the canonical name of a sequence in any case, or None where it is none of ours."""
-    return _ALIASES.get(name.lower())
 
 
 def is_volume(path: Path) -> bool:

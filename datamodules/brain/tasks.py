@@ -10,8 +10,8 @@ from common.types import InputSpec
 from datamodules.brain.archive import BrainArchiveDataModule
 from datamodules.brain.labels import LabelSource, read_classes
 from datamodules.loading import ResumableLoader
-from datamodules.registry import with_modalities
 from datamodules.volumes.cases import Case, Layout
+from datamodules.volumes.modalities import with_modalities
 
 
 class BrainTaskDataModule(BrainArchiveDataModule):
@@ -19,7 +19,7 @@ class BrainTaskDataModule(BrainArchiveDataModule):
 
     Args:
         root: The archive.
-        modalities: Sequences by their canonical names; None takes those of the layout that its cases have.
+        modalities: Sequences in any usual spelling; None takes those of the layout that its cases have.
         cohort: Challenge of BraTS 2023 whose studies are used, such as PED; None takes all.
         **options: As :class:`datamodules.brain.archive.BrainArchiveDataModule`.
     """

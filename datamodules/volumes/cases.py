@@ -1,7 +1,7 @@
 """What an archive of volumes consists of: cases, layouts, and how a tree is recognised."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +12,12 @@ class Case(NamedTuple):
     Attributes:
         case_id: Unique name.
         patient_id: Splits are by this.
-        images: Modality to file; a missing modality has no entry.
+        images: Modality to file; a missing modality has no entry. Layouts name modalities as the archive does, data
+            modules canonically (:mod:`common.modalities`).
         labels: Label name to file.
         split: ``train``, ``val`` or ``test`` where the archive says so.
         attributes: Further facts by name, such as a diagnosis; empty text = unknown.
+        surplus: Files of a modality that has a file already, which data modules refuse.
     """
 
     case_id: str
@@ -24,6 +26,7 @@ class Case(NamedTuple):
     labels: Mapping[str, Path] = {}
     split: str | None = None
     attributes: Mapping[str, str] = {}
+    surplus: Sequence[Path] = ()
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Layout:
         crop_size: Default crop for pre-training.
         prefer: A layout of higher preference wins where several recognise a root.
         recognise: Stricter form of ``find`` for finding out the layout; None uses ``find``.
+        names: What the archive calls the modalities, by canonical name; known once its cases are listed.
     """
 
     name: str
@@ -96,6 +100,11 @@ class Layout:
     crop_size: tuple[int, int, int]
     prefer: int = 0
     recognise: Callable[[Path], list[Case]] | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def shown(self, modality: str) -> str:
+        """Return what the archive calls a modality."""
+        return self.names.get(modality, modality)
 
     def recognised(self, root: Path) -> list[Case]:
         """List the cases if the root is plainly of this layout."""

@@ -18,13 +18,14 @@ from datamodules.controls import read_control
 from datamodules.ids import check_labels, join_ids, rows_by
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.notes import say_notes
-from datamodules.registry import VOLUME_LAYOUTS, recognise, with_modalities
+from datamodules.registry import VOLUME_LAYOUTS, recognise
 from datamodules.splits import SplitFile, assign_splits, nested_fraction
 from datamodules.tables import read_table
 from datamodules.volumes.cache import CacheFormat, OpenCase, Record, SourceVolumes, VolumeCache
 from datamodules.volumes.cases import Case, Layout
 from datamodules.volumes.checks import examine
-from datamodules.volumes.crops import center_start, cut, flip, random_start, start_around, to_tensor
+from datamodules.volumes.crops import arranged, center_start, cut, flip, random_start, start_around, to_tensor
+from datamodules.volumes.modalities import under_canonical_names, with_modalities
 
 Domain = Literal["train", "val", "center", "full"]
 
@@ -46,6 +47,7 @@ class VolumeDataset(FaultTolerantDataset):
         controls: Other patients' cases, for the control of the collapse diagnostics; None leaves it out.
         targets: Class index by case id.
         anonymise: Whether subjects get pseudonyms.
+        order: Place of each channel of a sample among the stored ones, negative = absent; None takes them as stored.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class VolumeDataset(FaultTolerantDataset):
         controls: Sequence[Case] | None = None,
         targets: Mapping[str, int] | None = None,
         anonymise: bool = False,
+        order: Sequence[int] | None = None,
     ) -> None:
         super().__init__(seed)
         self.cases = list(cases)
@@ -75,6 +78,7 @@ class VolumeDataset(FaultTolerantDataset):
         self.controls = controls
         self.targets = targets
         self.anonymise = anonymise
+        self.order = order
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -98,8 +102,8 @@ class VolumeDataset(FaultTolerantDataset):
         axes = [axis for axis in self.flip_axes if self.domain == "train" and generator.random() < 0.5]
         image = flip(cut(opened.image, start, size), axes)
         sample: dict[str, Any] = {
-            "image": to_tensor(image),
-            "modality_mask": torch.tensor(opened.record.modality_mask),
+            "image": arranged(to_tensor(image), self.order),
+            "modality_mask": arranged(torch.tensor(opened.record.modality_mask), self.order),
             "key": torch.tensor(stable_hash("mask", *self.draw_key(draw, self.domain == "train"))),
             "subject_id": pseudonym(case.case_id) if self.anonymise else case.case_id,
             "place": (*start, *opened.image.shape[-3:]),
@@ -143,7 +147,7 @@ class VolumeDataset(FaultTolerantDataset):
         def read(other: Case) -> dict[str, Any]:
             opened = self.store.open(other)
             start, size = self._place(opened, numpy_generator("crop", "val", other.case_id, draw.draw))
-            return {"control_image": to_tensor(cut(opened.image, start, size))}
+            return {"control_image": arranged(to_tensor(cut(opened.image, start, size)), self.order)}
 
         return read_control(self.cases[draw.index], draw, self.controls or (), read) or {}
 
@@ -179,7 +183,7 @@ class VolumeDataModule(ArchiveDataModule):
     Args:
         root: The archive.
         layout: Name of its layout; ``"auto"`` recognises it from the tree.
-        modalities: Channels in order; None takes the layout's.
+        modalities: Channels in order, in any usual spelling; None takes the layout's.
         crop_size: Voxels along R, A, S; None takes the layout's.
         batch_size: Crops per device.
         crops_per_case: Training crops per case and epoch.
@@ -246,6 +250,7 @@ class VolumeDataModule(ArchiveDataModule):
         self.cases: list[Case] = []
         self.targets: dict[str, int] | None = None
         self.twins: frozenset[str] = frozenset()
+        self._delivered: tuple[str, ...] | None = None
 
     #: What a root may be; subclasses that understand others name them here.
     known_layouts: Sequence[Layout] = VOLUME_LAYOUTS
@@ -262,6 +267,7 @@ class VolumeDataModule(ArchiveDataModule):
         """
         if self._layout is None:
             layout, self.cases = recognise(self.root, self._layout_name, self.known_layouts)
+            layout, self.cases = under_canonical_names(layout, self.cases)
             layout = self.settle(layout).with_intensity(self._intensity)
             fractions, split_seed, split_file = self._split
             parts = assign_splits(self.cases, fractions, split_seed, split_file)
@@ -340,7 +346,35 @@ class VolumeDataModule(ArchiveDataModule):
         """Channels, crop size, regions and preprocessing of the batches."""
         layout = self.index()
         preprocessing = {"layout": layout.name, **layout.preprocessing.as_dict()}
-        return InputSpec(layout.modalities, self.crop_size, self.regions, preprocessing)
+        channels = self._delivered or layout.modalities
+        present = {name for case in self.cases for name in case.images}
+        return InputSpec(
+            channels,
+            self.crop_size,
+            self.regions,
+            preprocessing,
+            names=tuple(layout.shown(name) for name in channels),
+            absent=tuple(name for name in channels if name not in present),
+            chosen=bool(self._modalities),
+        )
+
+    def deliver(self, channels: Sequence[str]) -> None:
+        """Give batches these channels in this order; those that the archive lacks are fed as absent.
+
+        Raises:
+            DataError: a channel of the data is not among them.
+        """
+        layout = self.index()
+        if left_out := [layout.shown(name) for name in layout.modalities if name not in channels]:
+            raise DataError(f"{', '.join(left_out)} of {self.root} would be left out: set data.modalities.")
+        self._delivered = tuple(channels)
+
+    def _order(self) -> list[int] | None:
+        """Return where each channel of the batches is among the stored ones, -1 = nowhere; None = they are the same."""
+        stored = self.index().modalities
+        if self._delivered in (None, stored):
+            return None
+        return [stored.index(name) if name in stored else -1 for name in self._delivered or ()]
 
     def prepare_data(self) -> None:
         """Build and verify the cache, once per machine (Lightning hook)."""
@@ -373,7 +407,8 @@ class VolumeDataModule(ArchiveDataModule):
             raise DataError(f"None of the {len(self.cases_in_use())} cases under {self.root} can be used. "
                             f"{self.ledger.describe()}")  # fmt: skip
         counts = ", ".join(f"{len(part)} {name}" for name, part in self.splits.items() if part)
-        say(f"data: {layout.name} at {self.root}, cases {counts}, modalities {', '.join(layout.modalities)}, "
+        modalities = ", ".join(layout.shown(name) for name in layout.modalities)
+        say(f"data: {layout.name} at {self.root}, cases {counts}, modalities {modalities}, "
             f"crops {'x'.join(map(str, self.crop_size))}")  # fmt: skip
         if stage == "fit" and not self.splits["val"]:
             say("note: the val split is empty, so nothing will be measured and there will be no best checkpoint")
@@ -389,6 +424,7 @@ class VolumeDataModule(ArchiveDataModule):
             targets=self.targets,
             overhang=self.overhang,
             anonymise=self.ledger.anonymise,
+            order=self._order(),
             **options,
         )
 
@@ -450,8 +486,8 @@ class VolumeDataModule(ArchiveDataModule):
         return self.evaluation_loader(self._unlabelled(cases), batch_size=1)
 
     def _unlabelled(self, cases: Sequence[Case]) -> VolumeDataset:
-        anonymise = self.ledger.anonymise
-        return VolumeDataset(cases, self.store, self.crop_size, "full", self.seed, anonymise=anonymise)
+        anonymise, order = self.ledger.anonymise, self._order()
+        return VolumeDataset(cases, self.store, self.crop_size, "full", self.seed, anonymise=anonymise, order=order)
 
     def reference_samples(self, count: int) -> Iterable[Any]:
         """Yield batches with at least ``count`` training crops, cut as validation crops are and never mirrored."""
@@ -477,6 +513,7 @@ class VolumeDataModule(ArchiveDataModule):
             self.seed,
             targets=self.targets,
             anonymise=self.ledger.anonymise,
+            order=self._order(),
         )
         for batch in self.evaluation_loader(dataset, all_ranks=False):
             yield self.on_before_batch_transfer(batch, 0)

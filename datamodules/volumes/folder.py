@@ -9,9 +9,11 @@ from functools import partial
 from pathlib import Path
 
 from common.errors import DataError
+from common.modalities import canonical_name
 from datamodules.ids import check_subjects
 from datamodules.tables import read_table
 from datamodules.volumes.cases import Case, Layout, Preprocessing, natural_files, stem_of
+from datamodules.volumes.modalities import one_file_each
 from datamodules.volumes.reading import SUFFIXES
 
 LABEL_STEMS = ("seg", "label", "mask")
@@ -58,18 +60,19 @@ def find_cases(
     table = read_case_table(table_path) if table_path.is_file() else {}
     cases = []
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        files = {stem_of(path, SUFFIXES).lower(): path for path in natural_files(folder, SUFFIXES)}
-        images = {stem: path for stem, path in files.items() if stem not in labels}
-        if not images or (required and not required & images.keys()):
+        files = [(stem_of(path, SUFFIXES), path) for path in natural_files(folder, SUFFIXES)]
+        images, surplus = one_file_each((stem, path) for stem, path in files if stem.lower() not in labels)
+        if not images or (required and not required & {canonical_name(name) for name in images}):
             continue
         facts = dict(table.pop(folder.name, {}))
         facts.pop("case_id", None)
         patient, split = facts.pop("patient_id", "") or folder.name, facts.pop("split", "") or None
-        found = {stem: files[stem] for stem in labels if stem in files}
+        masks = {stem.lower(): path for stem, path in files}
+        found = {stem: masks[stem] for stem in labels if stem in masks}
         # A mask's place among the labels is its bit: with one missing, the others would mean something else.
         if all_labels and len(found) < len(labels):
             found = {}
-        cases.append(Case(folder.name, patient, images, found, split, facts))
+        cases.append(Case(folder.name, patient, images, found, split, facts, surplus))
     if cases and table:
         raise DataError(
             f"{table_path} lists {len(table)} cases without a folder under {root}, first {next(iter(table))}."

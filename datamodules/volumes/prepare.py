@@ -312,11 +312,12 @@ def _rescaled_stack(
 
 
 def _nothing_left(case: Case, layout: Layout) -> Fault:
-    known, found = ", ".join(layout.modalities), [*case.images, *filter(None, [case.attributes.get("unknown")])]
+    known = ", ".join(layout.modalities)
+    found = [*map(layout.shown, case.images), *filter(None, [case.attributes.get("unknown")])]
     if layout.preprocessing.reference is not None:
-        detail = f"the case has no {layout.preprocessing.reference}"
+        detail = f"the case has no {layout.shown(layout.preprocessing.reference)}"
     elif case.images:
-        detail = f"the case has none of {known}; it has {', '.join(found)}"
+        detail = f"the case has none of {', '.join(map(layout.shown, layout.modalities))}; it has {', '.join(found)}"
     else:
         detail = (
             f"the case has no sequence of a known name; it has {', '.join(found) or 'no image'}, and known are {known}"

@@ -68,12 +68,16 @@ def test_another_size_resamples_positions_alone(run_folder):
 def test_channels_are_matched_by_name(run_folder):
     folder, module = run_folder
     old = module.network.encoder.patch_embed.proj.weight.reshape(24, 3, -1)
-    encoder = load_encoder(folder, channels=["t2f", "adc", "t1c"])
+    with pytest.raises(CheckpointError, match=r"no kernel for adc \(it has t1c, t1n, t2f\)"):
+        load_encoder(folder, channels=["t2f", "adc", "t1c"])
+    encoder = load_encoder(folder, channels=["FLAIR", "adc", "T1ce"], new_channels="mean")
     new = encoder.patch_embed.proj.weight.reshape(24, 3, -1)
     assert torch.equal(new[:, 0], old[:, 2])
     assert torch.equal(new[:, 2], old[:, 0])
-    assert not torch.equal(new[:, 1], old[:, 1])
-    assert "channels ['t1c', 't1n', 't2f'] to ['t2f', 'adc', 't1c']" in str(encoder.load_report)
+    assert torch.equal(new[:, 1], old[:, [0, 2]].mean(1))
+    assert "2 of 3 matched (t1c, flair = t2f); adc start as the mean" in str(encoder.load_report)
+    report = encoder.load_report.channels
+    assert (report.permuted, report.new, report.dropped) == (["t1c", "flair"], ["adc"], ["t1"])
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
