@@ -4,6 +4,8 @@ Letters: P persons, V variants.
 """
 
 import re
+import struct
+import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -132,7 +134,7 @@ class BgenFile(GenotypeFile):
                     chromosome = plain_chromosome(variant.chrom) or _chromosome_of(path)
                     rows.append((chromosome, name, int(variant.pos), alternative, reference))
                     self._places.append(place)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError, IndexError, struct.error, zlib.error) as error:
             raise DataError(f"{path} cannot be read as BGEN: {str(error).splitlines()[0]}") from error
         self.variants = pd.DataFrame(rows, columns=_VARIANT_COLUMNS)
 

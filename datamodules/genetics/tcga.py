@@ -11,8 +11,10 @@ import numpy as np
 import pandas as pd
 
 from common.errors import DataError
+from common.runtime.reporting import say
 from datamodules.genetics.genome import Kind
 from datamodules.genetics.layout import Picture, PictureLayout
+from datamodules.ids import join_ids
 from datamodules.images.reading import COLOUR
 from datamodules.labelled.layout import LabelLayout, LabelledImage
 from datamodules.tables import read_table
@@ -116,7 +118,9 @@ class TCGAGrade(LabelLayout):
             if text and grades.setdefault(patient, _GRADES[text]) != _GRADES[text]:
                 raise DataError(f"{path} gives {patient} two grades.")
         found = []
-        for region in regions(root):
+        shown = regions(root)
+        say(join_ids([region.name[:PATIENT_LENGTH].upper() for region in shown], grades).counts(path.name, "patients"))
+        for region in shown:
             patient = region.name[:PATIENT_LENGTH].upper()
             if patient in grades:
                 targets = tuple(float(grades[patient] == grade) for grade in (2, 3, 4))
