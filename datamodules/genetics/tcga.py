@@ -11,10 +11,9 @@ import numpy as np
 import pandas as pd
 
 from common.errors import DataError
-from common.runtime.reporting import say
 from datamodules.genetics.genome import Kind
 from datamodules.genetics.layout import Picture, PictureLayout
-from datamodules.ids import join_ids
+from datamodules.ids import check_labels, join_ids
 from datamodules.images.reading import COLOUR
 from datamodules.labelled.layout import LabelLayout, LabelledImage
 from datamodules.tables import read_table
@@ -119,7 +118,8 @@ class TCGAGrade(LabelLayout):
                 raise DataError(f"{path} gives {patient} two grades.")
         found = []
         shown = regions(root)
-        say(join_ids([region.name[:PATIENT_LENGTH].upper() for region in shown], grades).counts(path.name, "patients"))
+        if shown:
+            check_labels(path, join_ids([region.name[:PATIENT_LENGTH].upper() for region in shown], grades), "patients")
         for region in shown:
             patient = region.name[:PATIENT_LENGTH].upper()
             if patient in grades:

@@ -12,11 +12,10 @@ import numpy as np
 import pandas as pd
 
 from common.errors import DataError
-from common.runtime.reporting import say
 from datamodules.files import listed_names
 from datamodules.genetics.genome import GenomeFiles
 from datamodules.genetics.layout import Picture, PictureLayout
-from datamodules.ids import join_ids
+from datamodules.ids import check_labels, join_ids
 from datamodules.images.reading import FUNDUS
 from datamodules.labelled.layout import LabelLayout, LabelledImage, need_file
 from datamodules.labelled.tables import files_under
@@ -186,9 +185,9 @@ class UKBRisk(LabelLayout):
         rows = zip(table.index, table.to_numpy(), strict=True)
         values = {str(eid): tuple(float(value) for value in row) for eid, row in rows}
         pictures = find_ukb(root)
-        say(
-            join_ids([picture.patient_id for picture in pictures], values).counts(path.name, "persons with photographs")
-        )
+        if pictures:
+            joined = join_ids([picture.patient_id for picture in pictures], values)
+            check_labels(path, joined, "persons with photographs")
         found = [
             LabelledImage(picture.case_id, picture.patient_id, picture.image, values[picture.patient_id], picture.split)
             for picture in pictures
