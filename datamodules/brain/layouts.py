@@ -79,7 +79,12 @@ def walk(root: Path) -> Iterator[Path]:
     for folder, below, files in os.walk(root):
         depth = len(Path(folder).relative_to(root).parts)
         below[:] = sorted(name for name in below if not name.startswith(".")) if depth < _MAX_DEPTH else []
-        yield from (path for name in sorted(files) if is_volume(path := Path(folder, name)))
+        named = [name for name in below if is_volume(Path(folder, name)) and not _holds_volumes(Path(folder, name))]
+        yield from (path for name in sorted([*files, *named]) if is_volume(path := Path(folder, name)))
+
+
+def _holds_volumes(folder: Path) -> bool:
+    return any(is_volume(path) for path in folder.iterdir())
 
 
 def find_gliomas(root: Path, new_names: bool | None = None) -> list[Case]:

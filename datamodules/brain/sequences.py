@@ -3,9 +3,11 @@
 import re
 from pathlib import Path
 
+from datamodules.members import REFUSED, VOLUMES, is_member, suffix_of
+
+SUFFIXES = (*VOLUMES, *REFUSED)
 #: Endings that say how a file was made, not what it shows.
 _ENDINGS = ("_bias", "_unstripped")
-_SUFFIXES = (".nii.gz", ".nii")
 
 _PATIENT = re.compile(
     r"(BraTS-[A-Z]+-\d+(?=-\d{3}$)|UCSF-PDGM-\d+(?=(_FU\d+d)?(_nifti)?$)|UPENN-GBM-\d+(?=_\d+$)"
@@ -15,8 +17,8 @@ _PATIENT = re.compile(
 
 
 def is_volume(path: Path) -> bool:
-    """Whether a file is a NIfTI volume, and none of the shadow files (``._*``) that macOS leaves behind."""
-    return path.name.endswith(_SUFFIXES) and not path.name.startswith(".") and path.is_file()
+    """Whether a file is a volume by its name, and none of the shadow files (``._*``) that macOS leaves behind."""
+    return is_member(path.name, SUFFIXES, path.parent)
 
 
 def split_name(path: Path) -> tuple[str, str]:
@@ -24,9 +26,7 @@ def split_name(path: Path) -> tuple[str, str]:
 
     The sequence is what follows the last ``-`` or ``_``; a name without either is a sequence alone.
     """
-    stem = path.name
-    for suffix in _SUFFIXES:
-        stem = stem.removesuffix(suffix)
+    stem = path.name[: len(path.name) - len(suffix_of(path))]
     for ending in _ENDINGS:
         stem = stem.removesuffix(ending)
     cut = max(stem.rfind("-"), stem.rfind("_"))

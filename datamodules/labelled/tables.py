@@ -8,6 +8,7 @@ import pandas as pd
 
 from common.errors import DataError
 from datamodules.labelled.layout import label_value
+from datamodules.members import is_member
 
 _FILE_NAME = r"\w[\w.-]*"
 
@@ -53,4 +54,4 @@ def files_under(folders: Iterable[Path], suffixes: Sequence[str]) -> Iterator[Pa
         for place, below, names in os.walk(folder):
             below.sort()
             parent = Path(place)
-            yield from (parent / name for name in sorted(names) if name.lower().endswith(tuple(suffixes)))
+            yield from (parent / name for name in sorted(names) if is_member(name, suffixes, place))

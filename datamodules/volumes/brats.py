@@ -9,21 +9,21 @@ import re
 from functools import partial
 from pathlib import Path
 
-from datamodules.volumes.cases import Case, Layout, Preprocessing, natural_files, stem_of
+from datamodules.members import NIFTI, members_of
+from datamodules.volumes.cases import Case, Layout, Preprocessing, stem_of
 from datamodules.volumes.modalities import one_file_each
 
 MODALITIES = ("t1c", "t1n", "t2f", "t2w")
 _NAMES = frozenset({*MODALITIES, "t1ce", "t1gd", "t1", "flair", "t2"})
 _NEW_NAME = re.compile(r"^(BraTS-[A-Z]+-\d+)-(\d{3})$", re.IGNORECASE)
-_SUFFIXES = (".nii.gz", ".nii")
 _MAX_DEPTH = 3
 
 
 def _case(folder: Path) -> Case | None:
     """Read a folder as a case: files are called after the folder and a modality."""
     found = []
-    for path in natural_files(folder, _SUFFIXES):
-        stem = stem_of(path, _SUFFIXES)
+    for path in members_of(folder, NIFTI):
+        stem = stem_of(path, NIFTI)
         if stem.lower().startswith(folder.name.lower()):
             found.append((stem[len(folder.name) :].lstrip("-_"), path))
     masks = [path for name, path in found if name.lower() == "seg"]

@@ -416,7 +416,7 @@ class VolumeCache:
         for case in cases:
             for path in self._image_paths(case)[:1]:
                 try:
-                    shape = self.layout.preprocessing.size or read_header(path).shape
+                    shape = self.layout.preprocessing.size or read_header(path, self.layout.preprocessing.voxels).shape
                 except VolumeError:
                     continue
                 ragged = self.layout.preprocessing.ragged

@@ -17,6 +17,7 @@ from datamodules.base import ArchiveDataModule, FaultTolerantDataset
 from datamodules.controls import read_control
 from datamodules.ids import check_labels, join_ids, rows_by
 from datamodules.loading import Draw, ResumableLoader
+from datamodules.members import check_content
 from datamodules.notes import say_notes
 from datamodules.registry import VOLUME_LAYOUTS, recognise
 from datamodules.splits import SplitFile, assign_splits, nested_fraction
@@ -26,6 +27,7 @@ from datamodules.volumes.cases import Case, Layout
 from datamodules.volumes.checks import examine
 from datamodules.volumes.crops import arranged, center_start, cut, flip, random_start, start_around, to_tensor
 from datamodules.volumes.modalities import under_canonical_names, with_modalities
+from datamodules.voxels import STRICT, VoxelConfig
 
 Domain = Literal["train", "val", "center", "full"]
 
@@ -196,6 +198,7 @@ class VolumeDataModule(ArchiveDataModule):
         overhang: Share of a crop that may reach beyond the foreground, in each direction. Official volumes are about
             three quarters air; at 0 a crop of half the head's size would hardly ever see the brain's surface.
         intensity: One rule for all modalities (see :mod:`datamodules.volumes.intensity`); None takes the layout's.
+        voxels: What is done about volumes that are a fault as they are.
         cache: ``"npy"``, ``"b2nd"``, or ``"none"`` to read the sources at every access.
         labels: Whether samples need labels; validation and test then give whole volumes.
         label_crop_probability: Share of the labelled training crops that must contain a labelled voxel.
@@ -225,6 +228,7 @@ class VolumeDataModule(ArchiveDataModule):
         flip_axes: tuple[int, ...] = (0, 1, 2),
         overhang: float = 0.25,
         intensity: str | None = None,
+        voxels: VoxelConfig = STRICT,
         cache: CacheFormat | Literal["none"] = "npy",
         labels: bool = False,
         label_crop_probability: float = 0.5,
@@ -244,7 +248,7 @@ class VolumeDataModule(ArchiveDataModule):
         self.labels, self.label_crop_probability, self.label_fraction = labels, label_crop_probability, label_fraction
         self.target, self.target_file = target, target_file
         self._layout_name, self._modalities, self._crop_size = layout, modalities, crop_size
-        self._regions, self._intensity, self._cache = regions, intensity, cache
+        self._regions, self._intensity, self._voxels, self._cache = regions, intensity, voxels, cache
         self._split = (split_fractions, split_seed, split_file)
         self._layout: Layout | None = None
         self.cases: list[Case] = []
@@ -268,7 +272,8 @@ class VolumeDataModule(ArchiveDataModule):
         if self._layout is None:
             layout, self.cases = recognise(self.root, self._layout_name, self.known_layouts)
             layout, self.cases = under_canonical_names(layout, self.cases)
-            layout = self.settle(layout).with_intensity(self._intensity)
+            layout = self.settle(layout).with_intensity(self._intensity).with_voxels(self._voxels)
+            check_content((path for case in self.cases for path in case.files()), self.root)
             fractions, split_seed, split_file = self._split
             parts = assign_splits(self.cases, fractions, split_seed, split_file)
             self.targets = self._read_targets()

@@ -11,11 +11,14 @@ from pathlib import Path
 from common.errors import DataError
 from common.modalities import canonical_name
 from datamodules.ids import check_subjects
+from datamodules.members import REFUSED, VOLUMES, members_of
 from datamodules.tables import read_table
-from datamodules.volumes.cases import Case, Layout, Preprocessing, natural_files, stem_of
+from datamodules.volumes.cases import Case, Layout, Preprocessing, stem_of
 from datamodules.volumes.modalities import one_file_each
-from datamodules.volumes.reading import SUFFIXES
 
+#: A label of 3D Slicer says so in its suffix.
+_LABEL_SUFFIX = ".seg.nrrd"
+SUFFIXES = (*VOLUMES, *REFUSED)
 LABEL_STEMS = ("seg", "label", "mask")
 LUNG_MODALITIES = ("1h", "xe")
 LUNG_LABELS = ("cavity", "vent")
@@ -39,6 +42,10 @@ def read_case_table(path: Path) -> dict[str, dict[str, str]]:
     return rows
 
 
+def _stem(path: Path) -> str:
+    return "seg" if path.name.lower().endswith(_LABEL_SUFFIX) else stem_of(path, SUFFIXES)
+
+
 def find_cases(
     root: Path,
     labels: tuple[str, ...] = LABEL_STEMS,
@@ -60,7 +67,7 @@ def find_cases(
     table = read_case_table(table_path) if table_path.is_file() else {}
     cases = []
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        files = [(stem_of(path, SUFFIXES), path) for path in natural_files(folder, SUFFIXES)]
+        files = [(_stem(path), path) for path in members_of(folder, SUFFIXES)]
         images, surplus = one_file_each((stem, path) for stem, path in files if stem.lower() not in labels)
         if not images or (required and not required & {canonical_name(name) for name in images}):
             continue

@@ -175,7 +175,7 @@ def test_a_modality_with_nothing_above_zero_is_dropped_with_a_row(case_folder):
     image = nib.load(path)
     nib.save(nib.Nifti1Image(-np.abs(np.asarray(image.dataobj, dtype=np.float32)), image.affine), path)
     prepared = prepare(case_folder)
-    assert [fault.kind for fault in prepared.faults] == ["constant"]
+    assert [fault.kind for fault in prepared.faults] == ["intensity"]
     assert np.isfinite(prepared.image).all()
 
 
