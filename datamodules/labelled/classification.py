@@ -269,8 +269,8 @@ class LabelledImageDataModule(ImageArchiveDataModule):
             splits = {name: [item for item in images if parts.get(item.case_id) == name] for name in SPLITS}
             splits["train"] = nested_fraction(splits["train"], self.label_fraction, split_seed, strata)
             self.ledger.num_samples = sum(map(len, splits.values()))
-            self.store = self.make_store(self.labels.reader)
             self.images, self.splits = images, splits
+            self.store = self.make_store(self.labels.reader)
         return self.labels
 
     def _parts(self, images: Sequence[LabelledImage], strata: Mapping[str, str]) -> dict[str, str]:

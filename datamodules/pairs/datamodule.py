@@ -271,8 +271,8 @@ class PairDataModule(TextArchiveDataModule):
             if not splits["train"]:
                 raise DataError(f"The training split of {root} is empty.")
             self.ledger.num_samples = sum(map(len, splits.values()))
-            self.store = self.make_store(FIGURE)
             self.splits = splits
+            self.store = self.make_store(FIGURE)
         return self.layout_name
 
     def training_texts(self) -> list[str]:
