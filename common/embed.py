@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> None:
     for split in ("train", "val", "test"):
         for batch in datamodule.central_samples((split,)):
             features = mean_features(encoder, batch["image"].to(device)).cpu()
-            names = zip(batch["subject_id"], features.tolist(), strict=True)
+            texts = [name.encode("utf-8", "backslashreplace").decode() for name in batch["subject_id"]]
+            names = zip(texts, features.tolist(), strict=True)
             rows += [{"subject_id": name, "split": split, "feature": feature} for name, feature in names]
     facts = {} if channels is None else {"channels": json.dumps(channels.facts())}
     with whole_file(Path(args.out)) as temporary:

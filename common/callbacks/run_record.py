@@ -1,6 +1,7 @@
 """What a run leaves behind for whoever asks later how it was made."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from common.callbacks.preemption import slurm_job
 from common.callbacks.throughput import Throughput
 from common.files import write_text
+from common.pseudonyms import names_are_hidden, public_name
 from common.randomness import run_seed
 from common.runtime.loggers import SummaryLogger
 from common.runtime.provenance import environment
@@ -19,6 +21,26 @@ from common.runtime.reporting import is_dry_run, say
 
 def _encoder(module: torch.nn.Module) -> torch.nn.Module | None:
     return next((m for name, m in module.named_modules() if name.rsplit(".", 1)[-1] in ("encoder", "vit")), None)
+
+
+def personal_settings(trainer: pl.Trainer) -> tuple[str, ...]:
+    """Return the settings of the data module that say something about one person, where names are hidden."""
+    return getattr(trainer.datamodule, "personal", ()) if names_are_hidden() else ()  # type: ignore[attr-defined]
+
+
+def _command(trainer: pl.Trainer) -> list[str]:
+    """Return the command line, without the values of personal settings."""
+    names = "|".join(personal_settings(trainer)) or "(?!)"
+    option = re.compile(rf"--data\.(?:init_args\.)?(?:{names})")
+    words: list[str] = []
+    for word in sys.argv[1:]:
+        given, sign, value = word.partition("=")
+        if sign and option.fullmatch(given):
+            word = f"{given}={public_name(value)}"
+        elif words and option.fullmatch(words[-1]):
+            word = public_name(word)
+        words.append(word)
+    return [Path(sys.argv[0]).name, *words]
 
 
 class RunRecord(pl.Callback):
@@ -41,7 +63,7 @@ class RunRecord(pl.Callback):
             "world_size": trainer.world_size,
             "precision": str(trainer.precision),
             "slurm_job": slurm_job(),
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "command": _command(trainer),
         }
         write_text(self.folder / "environment.json", json.dumps(facts, indent=2))
         say(f"run folder: {self.folder}")

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from common.files import whole_file
 from common.names import printable
+from common.pseudonyms import names_are_hidden
 
 
 def log_scalars(module: pl.LightningModule, scalars: Mapping[str, float], prog_bar: Collection[str] = ()) -> None:
@@ -63,7 +64,9 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def contents(folder: Path) -> str:
-    """Return what lies directly in a folder, in words."""
+    """Return what lies directly in a folder, in words: how much where names are hidden."""
+    if names_are_hidden():
+        return f"{sum(1 for path in folder.iterdir() if path.name[0] != '.')} entries"
     entries = sorted(path.name + ("/" if path.is_dir() else "") for path in folder.iterdir() if path.name[0] != ".")
     shown = ", ".join(entries[:4]) + (f", ... ({len(entries)} entries)" if len(entries) > 4 else "")
     return shown or "nothing"

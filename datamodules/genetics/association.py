@@ -22,6 +22,7 @@ from sklearn.decomposition import PCA
 
 from common.errors import DataError
 from common.files import whole_file, write_text
+from common.pseudonyms import public_name
 from common.runtime.reporting import say
 from datamodules.genetics.genotypes import Genotypes, allele_frequencies, open_genotypes
 from datamodules.genetics.kinship import KINSHIP, kinship, read_kinship, unrelated
@@ -227,8 +228,9 @@ def associate(
         say(join_ids(row_of, known).counts("covariates without gaps", "persons with features"))
     names = [name for name in row_of if name in place_of and (known is None or name in known)]
     if not names:
-        raise DataError(f"No person has both features (such as {next(iter(row_of), '-')}) and genotypes "
-                        f"(such as {genotypes.ids[0]}){'' if known is None else ' and covariates'}.")  # fmt: skip
+        one, other = public_name(next(iter(row_of), "-")), public_name(genotypes.ids[0])
+        more = "" if known is None else " and covariates"
+        raise DataError(f"No person has both features (such as {one}) and genotypes (such as {other}){more}.")
     if relatives is None:
         relatives = _estimated_relatives(genotypes, names, place_of)
     kept = unrelated(relatives, names)

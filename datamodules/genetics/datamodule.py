@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.errors import DataError
-from common.faults import Fault, SampleFaultError, pseudonym
+from common.faults import Fault, SampleFaultError
+from common.pseudonyms import pseudonym, public_name
 from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
@@ -434,9 +435,10 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
             return pair_persons(split_of, known, self._split[1])
         joined = join_ids(split_of, known)
         if not joined.found:
+            one, other = public_name(next(iter(split_of))), public_name(known[0])
             raise DataError(
-                f"None of the {len(split_of)} persons with images (such as {next(iter(split_of))}) is among the "
-                f"{len(known)} with genetics (such as {known[0]}): check the identifiers, or set data.pairing to "
+                f"None of the {len(split_of)} persons with images (such as {one}) is among the {len(known)} with "
+                f"genetics (such as {other}): check the identifiers, or set data.pairing to "
                 f"synthetic to pair strangers{mending(joined)}."
             )
         say(joined.counts("genetics", "persons with images") + mending(joined))

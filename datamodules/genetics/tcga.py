@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from common.errors import DataError
+from common.pseudonyms import public_name
 from datamodules.genetics.genome import Kind
 from datamodules.genetics.layout import Picture, PictureLayout
 from datamodules.ids import check_labels, join_ids
@@ -113,9 +114,11 @@ class TCGAGrade(LabelLayout):
         grades: dict[str, int] = {}
         for patient, text in zip(_patients(path, table), table["Grade"], strict=True):
             if text and text not in _GRADES:
-                raise DataError(f"{path} gives {patient} the grade {text!r}; known are 2, 3 and 4, or nothing.")
+                raise DataError(
+                    f"{path} gives {public_name(patient)} the grade {text!r}; known are 2, 3 and 4, or nothing."
+                )
             if text and grades.setdefault(patient, _GRADES[text]) != _GRADES[text]:
-                raise DataError(f"{path} gives {patient} two grades.")
+                raise DataError(f"{path} gives {public_name(patient)} two grades.")
         found = []
         shown = regions(root)
         if shown:

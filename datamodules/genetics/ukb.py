@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from common.errors import DataError
+from common.pseudonyms import public_name
 from datamodules.files import listed_names
 from datamodules.genetics.genome import GenomeFiles
 from datamodules.genetics.layout import Picture, PictureLayout
@@ -136,7 +137,8 @@ def read_phenotypes(path: Path) -> pd.DataFrame:
     if missing:
         raise DataError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns[:12])}.")
     if table["eid"].duplicated().any():
-        raise DataError(f"{path} lists {table['eid'][table['eid'].duplicated()].iloc[0]} twice.")
+        twice = table["eid"][table["eid"].duplicated()].iloc[0]
+        raise DataError(f"{path} lists {public_name(twice)} twice.")
 
     def number(*names: str) -> pd.Series:
         columns = [pd.to_numeric(table[name], errors="coerce") for name in names if name in table.columns]

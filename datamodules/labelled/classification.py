@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.errors import DataError
-from common.faults import SampleFaultError, pseudonym
+from common.faults import SampleFaultError
+from common.pseudonyms import pseudonym
 from common.randomness import numpy_generator
 from common.runtime.reporting import say
 from common.types import InputSpec

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from common.errors import DataError
-from common.faults import Fault, SampleFaultError, pseudonym
+from common.faults import Fault, SampleFaultError
+from common.pseudonyms import pseudonym
 from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from common.errors import DataError
-from common.faults import Fault, SampleFaultError, pseudonym
+from common.faults import Fault, SampleFaultError
 from common.names import case_twins
+from common.pseudonyms import pseudonym, public_name
 from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
@@ -103,11 +104,12 @@ class VolumeDataset(FaultTolerantDataset):
         start, size = self._place(opened, generator)
         axes = [axis for axis in self.flip_axes if self.domain == "train" and generator.random() < 0.5]
         image = flip(cut(opened.image, start, size), axes)
+        hide = pseudonym if self.anonymise else str
         sample: dict[str, Any] = {
             "image": arranged(to_tensor(image), self.order),
             "modality_mask": arranged(torch.tensor(opened.record.modality_mask), self.order),
             "key": torch.tensor(stable_hash("mask", *self.draw_key(draw, self.domain == "train"))),
-            "subject_id": pseudonym(case.case_id) if self.anonymise else case.case_id,
+            "subject_id": hide(case.case_id),
             "place": (*start, *opened.image.shape[-3:]),
             "faults": opened.record.image_faults(),
         }
@@ -118,7 +120,7 @@ class VolumeDataset(FaultTolerantDataset):
         if self.domain == "full":
             sample["record"] = opened.record
         if self.targets is not None:
-            sample |= {"target": self.targets[case.case_id], "patient_id": case.patient_id}
+            sample |= {"target": self.targets[case.case_id], "patient_id": hide(case.patient_id)}
         if self.controls is not None:
             sample |= self._control(draw)
         return sample
@@ -325,7 +327,9 @@ class VolumeDataModule(ArchiveDataModule):
         wrong = {name: text for name, text in texts.items() if text not in ("", "0", "1")}
         if wrong:
             name, text = next(iter(wrong.items()))
-            raise DataError(f"The target {self.target} of {name} is {text!r}; it must be 0, 1 or empty (unknown).")
+            raise DataError(
+                f"The target {self.target} of {public_name(name)} is {text!r}; it must be 0, 1 or empty (unknown)."
+            )
         targets = {name: int(text) for name, text in texts.items() if text}
         if len(set(targets.values())) < 2:
             raise DataError(

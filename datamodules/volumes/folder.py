@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.modalities import canonical_name
+from common.pseudonyms import public_name
 from datamodules.ids import check_subjects
 from datamodules.members import REFUSED, VOLUMES, members_of
 from datamodules.tables import read_table
@@ -37,7 +38,7 @@ def read_case_table(path: Path) -> dict[str, dict[str, str]]:
     rows: dict[str, dict[str, str]] = {}
     for facts in table.to_dict("records"):
         if facts["case_id"] in rows:
-            raise DataError(f"{path} lists the case {facts['case_id']} twice; keep one row per case.")
+            raise DataError(f"{path} lists the case {public_name(facts['case_id'])} twice; keep one row per case.")
         rows[facts["case_id"]] = facts
     return rows
 
@@ -82,7 +83,8 @@ def find_cases(
         cases.append(Case(folder.name, patient, images, found, split, facts, surplus))
     if cases and table:
         raise DataError(
-            f"{table_path} lists {len(table)} cases without a folder under {root}, first {next(iter(table))}."
+            f"{table_path} lists {len(table)} cases without a folder under {root}, first "
+            f"{public_name(next(iter(table)))}."
         )
     return cases
 
