@@ -30,7 +30,7 @@ from common.checkpoint_io import AtomicCheckpointIO
 from common.distributed import launched_rank
 from common.errors import PreemptedError, UsageError, UserError
 from common.files import remove_empty_folders, whole_file
-from common.module import SIZES
+from common.module import BuiltFromData
 from common.names import printable, safe_name
 from common.randomness import DEFAULT_SEED
 from common.runtime.configs import expand_config_arguments
@@ -38,6 +38,7 @@ from common.runtime.data_config import one_line
 from common.runtime.loggers import RunCSVLogger, RunTensorBoardLogger, SummaryLogger
 from common.runtime.process import silence_advice
 from common.runtime.reporting import is_dry_run, say
+from common.types import TaskState
 
 PREEMPTED = 143
 
@@ -100,6 +101,7 @@ class MedmimCLI(LightningCLI):
     def __init__(self, arguments: list[str]) -> None:
         self._arguments = arguments  # as given: they name the run
         self._made: Path | None = None
+        self._state = TaskState()
         defaults = str(files("experiments").joinpath("configs/defaults.yaml"))
         try:
             super().__init__(
@@ -116,10 +118,10 @@ class MedmimCLI(LightningCLI):
             raise
 
     def _parse_ckpt_path(self) -> None:
-        """Let a run folder stand for its checkpoint, and take sizes and architecture from it.
+        """Let a run folder stand for its checkpoint, and take what the network was built for from it.
 
         A folder means the last checkpoint to resume and the best for all else. Everything but what the weights' shapes
-        hang on stays as the configuration has it, so that a model can be scored under other settings.
+        depend on stays as the configuration has it, so that a model can be scored under other settings.
         """
         command = self.config["subcommand"]
         config = self.config[command]
@@ -129,11 +131,10 @@ class MedmimCLI(LightningCLI):
             return
         path = resolve_checkpoint(config["ckpt_path"], "last" if command == "fit" else "best")
         config["ckpt_path"] = str(path)
-        hparams = read_checkpoint(path).get("hyper_parameters", {})
-        sizes = {name: hparams[name] for name in (*SIZES, "encoder_record") if hparams.get(name) is not None}
-        if sizes and config["model"].get("class_path") == hparams.get("_class_path", config["model"]["class_path"]):
-            model = {"class_path": config["model"]["class_path"], "init_args": sizes}
-            self.config = self.parser.parse_object({command: {"model": model}}, self.config)
+        checkpoint = read_checkpoint(path)
+        class_path = config["model"].get("class_path")
+        if class_path == checkpoint.get("hyper_parameters", {}).get("_class_path", class_path):
+            self._state = TaskState.read(checkpoint)
 
     def before_instantiate_classes(self) -> None:
         """Give the data the tokenizer of the run that weights are from, unless one is asked for (CLI hook)."""
@@ -163,6 +164,8 @@ class MedmimCLI(LightningCLI):
             raise
         except ValueError as error:
             raise UserError(f"{one_line(str(error))}.") from error
+        if isinstance(self.model, BuiltFromData):
+            self.model.state = self._state
 
     def run_folder(self) -> Path:
         """Return the folder of this run; a resumed run continues in its own.

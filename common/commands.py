@@ -9,7 +9,7 @@ from common.runtime.process import prepare_memory
 #: Subcommand to (module with ``add_arguments`` and ``run``, what it does). Modules are imported when they are needed.
 COMMANDS = {
     "synthesize": ("datamodules.synthetic.command", "write a small synthetic tree in an official layout"),
-    "doctor": ("datamodules.volumes.checks", "read an archive's headers (--deep: every byte) and print what is wrong"),
+    "doctor": ("datamodules.commands.doctor", "read an archive's headers (--deep: every byte) and print what is wrong"),
     "prepare": ("datamodules.commands.prepare", "build or verify the cache of an archive"),
     "split": ("datamodules.commands.split", "write a split by patient as a file"),
     "tokenizer": ("datamodules.reports.tokens", "learn a vocabulary from the training texts of an archive"),

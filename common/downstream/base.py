@@ -34,7 +34,6 @@ class FineTuning(BuiltFromData):
         schedule: Attaches a learning-rate schedule for a number of optimiser steps.
         layer_decay: Factor of the learning rate per encoder layer towards the input.
         compile_network: Whether to compile the network.
-        encoder_record: Architecture of the encoder, as a checkpoint remembers it.
     """
 
     def __init__(
@@ -46,20 +45,18 @@ class FineTuning(BuiltFromData):
         schedule: Schedule | None = None,
         layer_decay: float = 1.0,
         compile_network: bool = False,
-        encoder_record: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.network = None
         self.compile_network = compile_network
         self.rows: list[dict[str, Any]] = []
-        self._pretrained, self._make_encoder, self._record = pretrained, encoder, encoder_record
+        self._pretrained, self._make_encoder = pretrained, encoder
         self._make_optimizer, self._make_schedule = optimizer, schedule or WarmupCosine()
         self._layer_decay = layer_decay
 
     def build_encoder(self, spec: InputSpec) -> nn.Module:
         """Make the encoder, and remember its architecture for checkpoints."""
-        encoder = make_encoder(spec, self._pretrained, self._make_encoder, self._record)
-        self.hparams["encoder_record"] = encoder_architecture(encoder)
+        encoder = make_encoder(spec, self._pretrained, self._make_encoder, self.state.encoder)
+        self.state = self.state._replace(encoder=encoder_architecture(encoder))
         return encoder
 
     def take_rows(self) -> list[dict[str, Any]]:

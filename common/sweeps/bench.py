@@ -140,7 +140,7 @@ def training_step(module: SSLModule, batch: Any, clip: float | None = 1.0) -> Ca
 
     def step(bfloat16: bool = False) -> None:
         with torch.autocast("cpu", torch.bfloat16) if bfloat16 else nullcontext():
-            loss = module.total(module.step(batch, sync=False).losses)
+            loss = module.step(batch, sync=False).loss()
         loss.backward()
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(module.parameters(), clip)

@@ -17,7 +17,7 @@ import xxhash
 from common.errors import UserError
 from common.files import make_folder, move
 from datamodules.dicom.index import Stack
-from datamodules.volumes.reading import VolumeError
+from datamodules.volumes.headers import VolumeError
 
 #: Seconds for one series.
 TIMEOUT = 600

@@ -13,7 +13,7 @@ from common.faults import Fault
 from datamodules.dicom.convert import check_geometry
 from datamodules.dicom.index import DicomIndex, Stack, check_subjects
 from datamodules.dicom.rules import Rule, classify, default_rules, is_picture
-from datamodules.volumes.reading import VolumeError
+from datamodules.volumes.headers import VolumeError
 
 
 @dataclass(frozen=True)

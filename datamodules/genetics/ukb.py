@@ -12,12 +12,13 @@ import numpy as np
 import pandas as pd
 
 from common.errors import DataError
+from datamodules.files import listed_names
 from datamodules.genetics.genome import GenomeFiles
 from datamodules.genetics.layout import Picture, PictureLayout
 from datamodules.images.reading import FUNDUS
 from datamodules.labelled.layout import LabelLayout, LabelledImage, need_file
 from datamodules.labelled.tables import files_under
-from datamodules.reports.manifest import read_table
+from datamodules.tables import read_table
 
 #: What is predicted from a photograph.
 RISKS = {"regression": ("age", "bmi", "sbp", "dbp"), "classification": ("sex", "smoking")}
@@ -41,7 +42,7 @@ def _checked_names(root: Path) -> set[str] | None:
     lists = [path for side in ("left", "right") for path in root.glob(f"**/qc_paths_{side}.txt")]
     if not lists:
         return None
-    return {Path(line.strip()).name for path in lists for line in path.read_text().splitlines() if line.strip()}
+    return {Path(name).name for name in listed_names(lists)}
 
 
 def european(root: Path, threshold: float = 0.99) -> set[str] | None:
@@ -53,7 +54,7 @@ def european(root: Path, threshold: float = 0.99) -> set[str] | None:
     path = root / "ancestry.tsv"
     if not path.is_file():
         return None
-    table = pd.read_csv(path, sep="\t", dtype=str)
+    table = read_table(path)
     if not {"IID", "EUR"} <= set(table.columns):
         raise DataError(f"{path} needs the columns IID and EUR, it has {', '.join(table.columns)}.")
     kept = pd.to_numeric(table["EUR"], errors="coerce") >= threshold

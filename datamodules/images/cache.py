@@ -33,8 +33,7 @@ from common.randomness import stable_hash
 from datamodules.images.crops import Box, cut_box
 from datamodules.images.reading import DECODERS, GRAY, MIN_SIDE, ImageReader, read_header, read_reduced, reduced_size
 from datamodules.images.values import ImageError, UnreachableImageError
-from datamodules.volumes.cache import cache_root
-from datamodules.volumes.reading import fingerprint
+from datamodules.storage import cache_root, fingerprint
 
 VERSION = 1
 #: Headers that are read to estimate the size of a cache.
@@ -163,7 +162,7 @@ class ImageCache:
     Args:
         root: The archive.
         shorter_side: Shorter side in pixels to which images are reduced; smaller ones are kept as they are.
-        folder: Where caches live; None means :func:`datamodules.volumes.cache.cache_root`.
+        folder: Where caches live; None means :func:`datamodules.storage.cache_root`.
         name: Folder in it.
         reader: How files become pixels.
     """

@@ -49,7 +49,6 @@ class ImageArchiveDataModule(ArchiveDataModule):
         super().__init__(**settings)
         self.root, self.image_size = root, tuple(image_size)
         self._cache, self._cache_side = cache, cache_side
-        self.splits: dict[str, list[Any]] = {}
 
     @abstractmethod
     def index(self) -> Any:

@@ -10,8 +10,9 @@ import pandas as pd
 from common.errors import DataError
 from common.names import path_under
 from common.runtime.reporting import contents
+from datamodules.ids import check_subjects
 from datamodules.images.reading import GRAY, ImageReader
-from datamodules.reports.manifest import read_table
+from datamodules.tables import read_table
 
 #: A target that is not known, or that is to be left out of the loss and of the scores.
 UNKNOWN = float("nan")
@@ -130,6 +131,7 @@ class LabelledTable(LabelLayout):
         table = read_table(path)
         names = self.columns
         need_columns(path, table, [names["image"], names["subject"], *self.classes])
+        check_subjects(path, table[names["subject"]])
         values = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "": UNKNOWN}
         found = []
         for row in table.to_dict("records"):

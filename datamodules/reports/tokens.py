@@ -18,7 +18,7 @@ from common.files import whole_file
 from common.randomness import stable_hash
 from common.runtime.data_config import add_data_arguments, make_datamodule
 from common.runtime.reporting import say
-from datamodules.volumes.cache import cache_root
+from datamodules.storage import cache_root
 
 Kind = Literal["wordpiece", "bpe"]
 #: The special tokens in the order of their ids, 0 to 3.

@@ -4,7 +4,6 @@ They are read by the same code as real archives. Some members are missing on pur
 """
 
 import argparse
-import csv
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,19 +31,12 @@ from datamodules.synthetic.figures import (
 from datamodules.synthetic.fundus import write_aptos, write_idrid, write_palm, write_rfmid, write_tcga, write_ukb
 from datamodules.synthetic.labelled import write_chexpert, write_covid_cxr, write_nih, write_rsna, write_siim
 from datamodules.synthetic.reports import write_mimic_cxr
+from datamodules.synthetic.tables import write_table
 from datamodules.volumes.reading import to_lps, write_nifti
 
 NOTE = "SYNTHETIC.json"
 _MARKSHEET = ("patient_id", "study_id", "mri_date", "patient_age", "psa", "psad", "prostate_volume", "histopath_type",
               "lesion_PIRADS", "lesion_GS", "lesion_ISUP", "case_ISUP", "case_csPCa", "center")  # fmt: skip
-
-
-def _write_table(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
 
 
 def write_brats(
@@ -72,7 +64,7 @@ def write_brats(
         label = np.where(brain.label == 3, 4, brain.label).astype(np.uint8) if legacy else brain.label
         write_nifti(root / case / f"{case}{joint}seg.nii.gz", *to_lps(label))
         rows.append((case, int(brain.mutant)))
-    _write_table(root / "idh.csv", ("case_id", "idh"), rows)
+    write_table(root / "idh.csv", ("case_id", "idh"), rows)
 
 
 def _itk_image(data: NDArray, spacing: Sequence[float], origin: Sequence[float]) -> sitk.Image:
@@ -114,7 +106,7 @@ def write_pi_cai(root: Path, num_cases: int, seed: int, shape: Sequence[int] = (
         grade = 3 if case.significant else 1
         rows.append((patient, study, "2020-01-01", 65, 7.1, 0.14, 50, "MRBx", 4, "4+3" if case.significant else "3+3",
                      grade, grade, "YES" if case.significant else "NO", "SYN"))  # fmt: skip
-    _write_table(root / "labels/clinical_information/marksheet.csv", _MARKSHEET, rows)
+    write_table(root / "labels/clinical_information/marksheet.csv", _MARKSHEET, rows)
 
 
 def write_lung(root: Path, num_cases: int, seed: int, shape: Sequence[int] = (96, 96, 24)) -> None:
@@ -129,7 +121,7 @@ def write_lung(root: Path, num_cases: int, seed: int, shape: Sequence[int] = (96
         write_nifti(root / name / "cavity.nii.gz", case.cavity, affine)
         write_nifti(root / name / "vent.nii.gz", case.ventilated, affine)
         rows.append((name, name, int(case.disease)))
-    _write_table(root / "cases.csv", ("case_id", "patient_id", "disease"), rows)
+    write_table(root / "cases.csv", ("case_id", "patient_id", "disease"), rows)
 
 
 def write_brats_legacy(root: Path, num_cases: int, seed: int) -> None:

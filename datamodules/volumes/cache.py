@@ -9,7 +9,6 @@ interrupted run leaves nothing half made.
 import errno
 import json
 import os
-import shutil
 import tempfile
 import time
 import uuid
@@ -29,10 +28,11 @@ from common.faults import Fault, SampleFaultError
 from common.files import STALE_SECONDS, make_folder, move, remove_tree, storage_errors, write_text
 from common.names import safe_name
 from common.randomness import stable_hash
-from common.runtime.reporting import say
+from datamodules.storage import cache_root, fingerprint
 from datamodules.volumes.cases import Case, Layout
+from datamodules.volumes.headers import VolumeError
 from datamodules.volumes.prepare import PreparedCase, prepare_case
-from datamodules.volumes.reading import DECODERS, fingerprint
+from datamodules.volumes.reading import DECODERS, read_header
 
 CacheFormat = Literal["npy", "b2nd"]
 VERSION = 4
@@ -40,18 +40,6 @@ VERSION = 4
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 #: Labelled voxels kept per region value, for crops that must contain some.
 MAX_LABEL_VOXELS = 2048
-
-
-def cache_root() -> Path:
-    """Return the cache folder: ``MEDMIM_CACHE``, else ``~/.cache/medmim``."""
-    return Path(os.environ.get("MEDMIM_CACHE") or "~/.cache/medmim").expanduser()
-
-
-def say_cache(size: int, folder: Path) -> None:
-    """Print how large a finished cache would be at most, in bytes ``size``, and how much room there is."""
-    existing = next(path for path in (cache_root(), *cache_root().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    say(f"cache: at most {size / 2**30:.2f} GiB at {folder} ({free / 2**30:.0f} GiB free)")
 
 
 @dataclass
@@ -406,9 +394,6 @@ class VolumeCache:
 
     def estimated_bytes(self, cases: Sequence[Case]) -> int:
         """Estimate the size of the finished cache from the sources' headers: 2 bytes a voxel, b2nd a third of it."""
-        from datamodules.volumes.headers import VolumeError
-        from datamodules.volumes.reading import read_header
-
         total = 0
         for case in cases:
             for path in self._image_paths(case)[:1]:

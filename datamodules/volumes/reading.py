@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from common.files import whole_file
 from datamodules.limits import MAX_FOOTER_BYTES
+from datamodules.storage import fingerprint
 from datamodules.volumes.headers import (
     VolumeError,
     check_affine,
@@ -62,16 +63,6 @@ class Volume(NamedTuple):
     affine: NDArray[np.float64]
     source: dict[str, Any]
     file_affine: NDArray[np.float64]
-
-
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Return size and xxh3-128 of a file, read in pieces."""
-    digest, size = xxhash.xxh3_128(), 0
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-            size += len(piece)
-    return {"size": size, "xxh3": digest.hexdigest()}
 
 
 def suffix_of(path: Path) -> str:

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from common.downstream.segmentation import SegmentationModule, merge_regions, summarise
+from common.types import InputSpec, TaskState
 
 BRATS = {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}
 
@@ -56,7 +57,8 @@ def test_the_flip_ensemble_is_symmetric():
         def forward(self, x):
             return x[:, :1] * torch.linspace(-1, 2, x.shape[2])[:, None, None] + 0.1
 
-    module = SegmentationModule(flip_ensemble=True, channels=["a"], image_size=[8, 8, 8], regions={"R": [1]})
+    module = SegmentationModule(flip_ensemble=True)
+    module.state = TaskState(InputSpec(("a",), (8, 8, 8), regions={"R": (1,)}))
     module.network = Lopsided()
     image = torch.randn(1, 1, 12, 8, 10, generator=torch.Generator().manual_seed(0))
     for axis in (2, 3, 4):

@@ -9,7 +9,7 @@ from datamodules.dicom.convert import check_geometry, conversion_facts, convert
 from datamodules.dicom.index import DicomIndex, is_dicom
 from datamodules.dicom.rules import parse_rules
 from datamodules.dicom.studies import DicomSettings, understand
-from datamodules.volumes.reading import VolumeError
+from datamodules.volumes.headers import VolumeError
 
 pydicom = pytest.importorskip("pydicom")
 

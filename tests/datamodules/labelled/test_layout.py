@@ -4,7 +4,7 @@ import pytest
 
 from common.errors import DataError
 from datamodules.labelled.layout import LabelledTable, need_columns, need_file
-from datamodules.reports.manifest import read_table
+from datamodules.tables import read_table
 
 TABLE = """image,subject, Split ,fluid,air
 a/1.png,ann, Train,1,0.0

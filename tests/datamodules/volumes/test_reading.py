@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from datamodules.storage import fingerprint
 from datamodules.volumes.headers import VolumeError
-from datamodules.volumes.reading import fingerprint, read_header, read_volume, write_nifti
+from datamodules.volumes.reading import read_header, read_volume, write_nifti
 
 
 @pytest.fixture
