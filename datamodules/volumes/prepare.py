@@ -6,12 +6,10 @@ MONAI resamples; the rules of what may be used, and what is refused, are ours.
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
-from monai.transforms import ResampleToMatch, Resize, ResizeWithPadOrCrop, Spacing
 from numpy.typing import NDArray
 
 from common.faults import Fault, SampleFaultError
@@ -21,6 +19,9 @@ from datamodules.volumes.headers import VolumeError, check_room
 from datamodules.volumes.intensity import CLIPPED_AT_0, rescale
 from datamodules.volumes.reading import Volume, read_volume
 from datamodules.voxels import FACES, STRICT, VoxelConfig, background_of, negative_share
+
+if TYPE_CHECKING:  # a quarter of a run's imports, and needed only where something is resampled
+    from monai.data import MetaTensor
 
 
 class PreparedCase(NamedTuple):
@@ -150,18 +151,24 @@ def _drop_other_grids(case: Case, volumes: dict[str, Volume]) -> tuple[dict[str,
     return kept, faults
 
 
-def _meta(data: NDArray, affine: NDArray, background: float | None = None) -> MetaTensor:
+def _meta(data: NDArray, affine: NDArray, background: float | None = None) -> "MetaTensor":
     """Make a tensor whose background is 0, so that what lies beyond the volume is background too."""
+    from monai.data import MetaTensor
+
     shifted = np.ascontiguousarray(data, dtype=np.float32) - np.float32(background or 0)
     return MetaTensor(torch.as_tensor(shifted)[None], affine=torch.as_tensor(affine))
 
 
-def _on_reference_grid(case: Case, volumes: dict[str, Volume], layout: Layout) -> tuple[dict[str, MetaTensor], Volume]:
+def _on_reference_grid(
+    case: Case, volumes: dict[str, Volume], layout: Layout
+) -> tuple[dict[str, "MetaTensor"], Volume]:
     """Resample every modality to the reference's grid, then to the layout's spacing and size; background becomes 0.
 
     Raises:
         SampleFaultError: a header's voxels are so large that too many would be made of them.
     """
+    from monai.transforms import ResampleToMatch
+
     settings = layout.preprocessing
     reference = volumes[settings.reference or next(iter(volumes))]
     target = _meta(reference.data, reference.affine)
@@ -177,7 +184,9 @@ def _on_reference_grid(case: Case, volumes: dict[str, Volume], layout: Layout) -
     return images, reference
 
 
-def _to_final_grid(image: Any, layout: Layout, mode: str) -> MetaTensor:
+def _to_final_grid(image: Any, layout: Layout, mode: str) -> "MetaTensor":
+    from monai.transforms import Resize, ResizeWithPadOrCrop, Spacing
+
     settings = layout.preprocessing
     if settings.spacing is not None:
         edges = np.linalg.norm(np.asarray(image.affine)[:3, :3], axis=0)
