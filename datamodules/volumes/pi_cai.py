@@ -56,7 +56,7 @@ def read_marksheet(path: Path) -> dict[str, dict[str, str]]:
             f"and has {', '.join(columns)}."
         )
     check_subjects(path, table["patient_id"])
-    rows = {}
+    rows: dict[str, dict[str, str]] = {}
     for facts in table.to_dict("records"):
         if facts.get("case_csPCa"):
             facts["csPCa"] = str(int(facts["case_csPCa"].upper() == "YES"))
