@@ -16,7 +16,7 @@ from common.modalities import canonical_channels
 from common.runtime.experiments import experiment_module
 from common.types import InputSpec
 from common.weights.channels import ChannelReport, Channels, NewChannels, fit_kernel
-from common.weights.files import read_json, read_tensors, read_torch
+from common.weights.files import LAST, PREVIOUS, check_export, read_json, read_tensors, read_torch
 from common.weights.monai_keys import from_monai
 from common.weights.timm_keys import from_timm
 
@@ -34,7 +34,7 @@ def resolve_checkpoint(path: str | Path, prefer: str = "best") -> Path:
     path = Path(path)
     if path.is_file():
         return path
-    names = ["best.ckpt", "last.ckpt"] if prefer == "best" else ["last.ckpt", "best.ckpt"]
+    names = ["best.ckpt", LAST, PREVIOUS] if prefer == "best" else [LAST, PREVIOUS, "best.ckpt"]
     for folder in (path / "checkpoints", path):
         for name in names:
             if (folder / name).is_file():
@@ -192,12 +192,11 @@ def _read_export(folder: Path) -> StoredEncoder:
     reader = _reader_of(config)
     if "encoder" not in config or (config.get("format") not in ("monai", "timm") and reader is None):
         raise CheckpointError(f"{folder} is no export in the format monai or timm; start from the run it came from.")
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        raise CheckpointError(f"{folder} has a config.json but no model.safetensors: export the encoder again.")
+    check_export(folder, config)
     if reader is not None:
         return reader(folder, config)
     record = config["encoder"]
+    weights = folder / "model.safetensors"
     state = read_tensors(weights)
     try:
         if config["format"] == "monai":
