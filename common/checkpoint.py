@@ -17,6 +17,7 @@ from common.blocks.patch_embed import grid_of
 from common.blocks.pos_embed import resize_position_embedding
 from common.errors import CheckpointError
 from common.modalities import canonical_channels
+from common.types import InputSpec
 from common.weights.channels import ChannelReport, Channels, NewChannels, fit_kernel
 from common.weights.monai_keys import from_monai
 from common.weights.timm_keys import from_timm
@@ -87,21 +88,21 @@ def check_shapes(loaded: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
         )
 
 
-def encoder_record(module: nn.Module) -> dict[str, Any]:
+def encoder_record(module: nn.Module, spec: InputSpec) -> dict[str, Any]:
     """Describe the encoder inside a module so that it can be rebuilt from the checkpoint alone.
 
-    The encoder is the first submodule called ``encoder`` that carries its ``config``.
+    The encoder is the first submodule called ``encoder`` that carries its ``config``; ``spec`` is what it was built
+    for.
     """
     for name, child in module.named_modules():
         if name.rsplit(".", 1)[-1] in ("encoder", "vit") and hasattr(child, "config"):
-            hparams = getattr(module, "hparams", {})
             return {
                 "class_path": f"{type(child).__module__}.{type(child).__qualname__}",
                 "init_args": dict(child.config),
                 "prefix": f"{name}.",
-                "channels": list(hparams.get("channels") or []),
-                "names": list(getattr(module, "channel_names", ())),
-                "preprocessing": dict(getattr(module, "preprocessing", {})),
+                "channels": list(spec.channels),
+                "names": list(spec.names),
+                "preprocessing": dict(spec.preprocessing),
             }
     return {}
 

@@ -10,6 +10,7 @@ import torch
 
 from common.checkpoint import load_encoder
 from common.downstream.encoder import mean_features, meet_encoder
+from common.files import whole_file
 from common.runtime.data_config import add_data_arguments, make_datamodule
 from common.runtime.reporting import say
 from common.weights.channels import ChannelReport
@@ -46,6 +47,6 @@ def run(args: argparse.Namespace) -> None:
             rows += [{"subject_id": name, "split": split, "feature": feature} for name, feature in names]
     table = pa.Table.from_pylist(rows)
     facts = {} if channels is None else {"channels": json.dumps(channels.facts())}
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table.replace_schema_metadata(facts), args.out)
+    with whole_file(Path(args.out)) as temporary:
+        pq.write_table(table.replace_schema_metadata(facts), temporary)
     say(f"embedded {len(rows)} cases, {encoder.num_features} features each, to {args.out}")

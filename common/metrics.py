@@ -95,18 +95,19 @@ def region_hd95(pred: Tensor, target: Tensor, diagonal: float, spacing: Sequence
     return result
 
 
-def resampled_counts(units: Sequence[Hashable], draws: int = 2000) -> NDArray[np.int64]:
+def resampled_counts(units: Sequence[Hashable], draws: int = 2000, key: str = "bootstrap mean") -> NDArray[np.int64]:
     """Return how often each case is drawn when units, such as persons, are resampled with all their cases.
 
     Args:
         units: What each of S cases belongs to.
         draws: Resamplings, the same ones every time.
+        key: Which resamplings.
 
     Returns:
         ``(draws, S)``.
     """
     number, names = pd.factorize(pd.Series(list(units)))
-    generator = numpy_generator("bootstrap mean", len(names))
+    generator = numpy_generator(key, len(names))
     return generator.multinomial(len(names), np.full(len(names), 1 / len(names)), draws)[:, number]
 
 
@@ -139,6 +140,26 @@ def weighted_quadratic_kappa(pred: ArrayLike, target: ArrayLike, counts: NDArray
         return 1 - (penalty * table).sum((1, 2)) / np.where(by_chance > 0, by_chance, np.nan)
 
 
+def weighted_auroc(scores: ArrayLike, target: ArrayLike, counts: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the AUROC where each case counts several times or not at all; NaN where one class is left.
+
+    Args:
+        scores: ``(S,)``; equal ones count half.
+        target: ``(S,)``, 1 = positive.
+        counts: ``(draws, S)``, how often each case counts.
+
+    Returns:
+        ``(draws,)``.
+    """
+    score, positive = np.asarray(scores), np.asarray(target) == 1
+    times = counts.astype(float)
+    wins = np.sign(score[positive][:, None] - score[~positive]) / 2 + 0.5
+    won = np.einsum("dp,pn,dn->d", times[:, positive], wins, times[:, ~positive], optimize=True)
+    pairs = times[:, positive].sum(1) * times[:, ~positive].sum(1)
+    with np.errstate(invalid="ignore"):
+        return won / np.where(pairs > 0, pairs, np.nan)
+
+
 def central_interval(values: NDArray[np.float64]) -> tuple[float, float]:
     """Return the central 95 % of the values that are numbers; NaN where none is."""
     finite = values[np.isfinite(values)]
@@ -157,3 +178,29 @@ def bootstrap_mean(values: Sequence[float], units: Sequence[Hashable], draws: in
         draws: Resamplings, the same ones every time.
     """
     return central_interval(weighted_mean(values, resampled_counts(units, draws)))
+
+
+def bootstrap_auroc(
+    scores: ArrayLike, target: ArrayLike, units: Sequence[Hashable], draws: int = 2000
+) -> tuple[float, float]:
+    """Return the central 95 % of the AUROC under resampling of units, such as persons; draws of one class do not count.
+
+    Args:
+        scores: One per case.
+        target: 1 = positive.
+        units: What each case belongs to.
+        draws: Resamplings, the same ones every time.
+    """
+    return central_interval(weighted_auroc(scores, target, resampled_counts(units, draws, "bootstrap")))
+
+
+def bootstrap_ratio(totals: NDArray[Any], counts: NDArray[Any], draws: int = 1000) -> tuple[float, float]:
+    """Return the central 95 % of a ratio of sums under resampling of persons.
+
+    Args:
+        totals: Sum of each person, ``(P,)``.
+        counts: Terms in each sum, ``(P,)``.
+        draws: Resamplings, the same ones every time.
+    """
+    chosen = numpy_generator("bootstrap", len(totals)).integers(0, len(totals), (draws, len(totals)))
+    return central_interval(totals[chosen].sum(1) / np.maximum(counts[chosen].sum(1), 1))

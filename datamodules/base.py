@@ -14,6 +14,7 @@ from common.errors import DataError
 from common.faults import Fault, FaultLedger, SampleFaultError
 from common.randomness import run_seed, stable_hash
 from common.types import InputSpec
+from datamodules.examination import Terms
 from datamodules.loading import Draw, EvaluationBatches, ResumableLoader, TrainBatches
 
 
@@ -43,6 +44,11 @@ class FaultTolerantDataset(Dataset):
         Raises:
             SampleFaultError: nothing of it can be used.
         """
+
+    def draw_key(self, draw: Draw, train: bool) -> tuple[object, ...]:
+        """Return the key that seeds a draw: in training of the run's seed and the epoch, else of the subject alone."""
+        subject = self.subject(draw.index)
+        return ("train", self.seed, draw.epoch, subject, draw.draw) if train else ("val", subject, draw.draw)
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         faults: list[Fault] = []
@@ -102,6 +108,8 @@ class ArchiveDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.seed = run_seed() if seed is None else seed
         self.ledger = FaultLedger(max_fault_fraction, anonymise)
+        self.splits: dict[str, list[Any]] = {}
+        self.store: Any = None
         self._train_loader: ResumableLoader | None = None
         self._loaders: list[ResumableLoader] = []
         self._position: dict[str, int] | None = None
@@ -129,6 +137,19 @@ class ArchiveDataModule(pl.LightningDataModule):
             deep: Whether to read every byte, not only headers.
             workers: Threads.
         """
+
+    def terms(self, cached: Sequence[Any], draws: int = 1) -> Terms:
+        """Return what training asks of the archive, for its doctor.
+
+        Args:
+            cached: What the cache would be made of.
+            draws: Training samples that a member gives per epoch.
+        """
+        cache = None
+        if hasattr(self.store, "estimated_bytes"):
+            cache = (self.store.estimated_bytes(cached), self.store.folder)
+        settings = (self.batch_size, draws, self.ledger.max_fraction, self.ledger.anonymise)
+        return Terms(self.splits, *settings, cache)
 
     @abstractmethod
     def reference_samples(self, count: int) -> Iterable[Any]:

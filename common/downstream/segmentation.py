@@ -1,7 +1,7 @@
 """Segmentation of regions in volumes, from a pre-trained encoder or from scratch."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -60,15 +60,12 @@ class SegmentationModule(FineTuning):
         optimizer: Makes the optimiser.
         schedule: Attaches the learning-rate schedule.
         compile_network: Whether to compile the network.
-        channels: Names of the modalities; None = as the data say.
-        image_size: Size of a crop; None = as the data say.
-        regions: Region to label values; None = as the data say.
-        encoder_record: Architecture of the encoder; filled in for checkpoints.
         new_channels: What channels start as that the pre-trained encoder does not know: ``"mean"`` of those it knows,
             or ``"fresh"``, at random.
     """
 
     monitor = ("val/dice", "max")
+    remembered = ("channels", "image_size", "regions")
 
     def __init__(
         self,
@@ -85,10 +82,6 @@ class SegmentationModule(FineTuning):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         schedule: Schedule | None = None,
         compile_network: bool = False,
-        channels: list[str] | None = None,
-        image_size: list[int] | None = None,
-        regions: dict[str, list[int]] | None = None,
-        encoder_record: dict[str, Any] | None = None,
         new_channels: NewChannels = "mean",
     ) -> None:
         super().__init__(
@@ -98,7 +91,6 @@ class SegmentationModule(FineTuning):
             schedule=schedule,
             layer_decay=layer_decay,
             compile_network=compile_network,
-            encoder_record=encoder_record,
             new_channels=new_channels,
         )
         self.save_hyperparameters()
@@ -117,9 +109,9 @@ class SegmentationModule(FineTuning):
         return self._make_network(cast(VisionTransformer, encoder), len(spec.regions))
 
     @property
-    def regions(self) -> Mapping[str, list[int]]:
+    def regions(self) -> Mapping[str, Sequence[int]]:
         """Region to label values, in the order of the output channels."""
-        return self.hparams["regions"]
+        return self.spec.regions
 
     def forward(self, image: Tensor) -> Tensor:
         """Return logits ``(B, R, H, W, D)`` for crops."""
@@ -134,7 +126,7 @@ class SegmentationModule(FineTuning):
     def logits(self, image: Tensor) -> Tensor:
         """Return logits ``(B, R, X, Y, Z)`` of whole volumes ``(B, C, X, Y, Z)``."""
         if self._predict is None:
-            size = [int(n) for n in self.hparams["image_size"]]
+            size = [int(n) for n in self.spec.image_size]
             self._predict = SlidingWindowInferer(size, self._window_batch, self._overlap, mode=self._window_mode)
         logits = torch.zeros(())
         flips = _FLIPS if self._flip_ensemble else _FLIPS[:1]
@@ -219,7 +211,7 @@ class SegmentationModule(FineTuning):
         ]
 
 
-def merge_regions(regions: Tensor, values: Mapping[str, list[int]]) -> Tensor:
+def merge_regions(regions: Tensor, values: Mapping[str, Sequence[int]]) -> Tensor:
     """Turn region masks into one label volume.
 
     Larger regions are written first, smaller ones over them; each writes the value that the regions inside it do not

@@ -5,6 +5,7 @@ Letters: S canonical sequences, H W D space.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,14 @@ import torch
 
 from common.blocks.template_bank import place_of
 from common.errors import DataError
-from common.faults import SampleFaultError, pseudonym
+from common.faults import pseudonym
 from common.modalities import TEMPLATES, canonical_name
 from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from datamodules.base import ArchiveDataModule
 from datamodules.brain.archive import BrainArchiveDataModule
 from datamodules.brain.layouts import ATLAS
+from datamodules.controls import read_control
 from datamodules.loading import Draw
 from datamodules.volumes.cache import OpenCase
 from datamodules.volumes.cases import Case, Layout
@@ -54,7 +56,7 @@ class PairDataset(VolumeDataset):
         """
         case = self.cases[draw.index]
         opened = self.store.open(case)
-        generator = numpy_generator("crop", *self._parts(draw))
+        generator = numpy_generator("crop", *self.draw_key(draw, self.domain == "train"))
         start, size = self._place(opened, generator)
         target, partner = self._choose(opened, draw, generator)
         sample: dict[str, Any] = {
@@ -62,7 +64,7 @@ class PairDataset(VolumeDataset):
             "modality": _index(opened, target),
             "partner_modality": _index(opened, target if partner is None else partner),
             "place": place_of(_index(opened, target), start, opened.image.shape[-3:], self.atlas),
-            "key": torch.tensor(stable_hash("mask", *self._parts(draw))),
+            "key": torch.tensor(stable_hash("mask", *self.draw_key(draw, self.domain == "train"))),
             "subject_id": pseudonym(case.case_id) if self.anonymise else case.case_id,
             "faults": opened.record.image_faults(),
         }
@@ -94,16 +96,10 @@ class PairDataset(VolumeDataset):
         }
 
     def _other_patient(self, case: Case, draw: Draw, target_name: str) -> dict[str, Any]:
-        """Cut a pair out of another patient, the same one every time; one with the same target where there is one."""
-        others = [other for other in self.controls or [] if other.patient_id != case.patient_id]
-        others = [other for other in others if target_name in other.images] or others
-        first = stable_hash("control", case.case_id, draw.draw)
-        for attempt in range(len(others)):
-            other = others[(first + attempt) % len(others)]
-            try:
-                opened = self.store.open(other)
-            except SampleFaultError:
-                continue
+        """Cut a pair out of another patient, one with the same target where there is one."""
+
+        def read(other: Case) -> dict[str, Any]:
+            opened = self.store.open(other)
             generator = numpy_generator("crop", "val", other.case_id, draw.draw)
             start, _ = self._place(opened, generator)
             target, partner = self._choose(opened, draw, generator)
@@ -112,7 +108,13 @@ class PairDataset(VolumeDataset):
                 wanted = names.index(target_name)
                 target, partner = wanted, target if target != wanted else partner
             return self._pair(opened, start, target, partner, "control_")
-        return {}
+
+        same_target = partial(_shows, name=target_name)
+        return read_control(case, draw, self.controls or (), read, same_target) or {}
+
+
+def _shows(case: Case, name: str) -> bool:
+    return name in case.images
 
 
 def _index(opened: OpenCase, channel: int) -> int:
@@ -130,7 +132,7 @@ class StudyDataset(VolumeDataset):
             SampleFaultError: the study has no usable sequence.
         """
         opened = self.store.open(self.cases[draw.index])
-        start, size = self._place(opened, numpy_generator("crop", *self._parts(draw)))
+        start, size = self._place(opened, numpy_generator("crop", *self.draw_key(draw, self.domain == "train")))
         piece = cut(opened.image, start, size)
         image = torch.zeros(len(TEMPLATES), *size)
         there = torch.zeros(len(TEMPLATES), dtype=torch.bool)

@@ -16,6 +16,7 @@ from common.blocks.uniformer import UniFormer3D
 from common.cli import supports_bfloat16
 from common.modalities import TEMPLATES
 from common.sweeps.bench import Row, in_turn, one_thread, seconds, speedup, training_step
+from common.types import InputSpec
 from experiments.brainmvp.module import BrainMVPPretrain
 
 _ATLAS = (240, 240, 155)
@@ -24,10 +25,8 @@ _GIB = 24
 
 
 def _module(size: int, **encoder: Any) -> BrainMVPPretrain:
-    module = BrainMVPPretrain(
-        encoder=partial(UniFormer3D, **encoder), template_shape=_ATLAS, channels=list(TEMPLATES), image_size=[size] * 3
-    )
-    module.configure_model()
+    module = BrainMVPPretrain(encoder=partial(UniFormer3D, **encoder), template_shape=_ATLAS)
+    module.build(InputSpec(TEMPLATES, (size,) * 3))
     return module
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from common.checkpoint import build_encoder, load_encoder, read_checkpoint
 from common.errors import CheckpointError, UserError
 from common.runtime.reporting import say
-from common.types import InputSpec
+from common.types import InputSpec, TaskState
 from experiments.umd.encoder import UMDEncoder
 
 EncoderFactory = Callable[[Sequence[int], int, int], UMDEncoder]
@@ -68,7 +68,8 @@ def make_umd_encoder(
     if record is not None:
         encoder = build_encoder(record["class_path"], record["init_args"])
     elif pretrained:
-        stored = read_checkpoint(pretrained).get("hyper_parameters", {}).get("vocabulary") or {}
+        known = TaskState.read(read_checkpoint(pretrained)).spec
+        stored = {} if known is None else known.vocabulary
         check_vocabulary(stored, spec, pretrained)
         with torch.device("meta"):
             wanted = _from_scratch(factory, spec).config

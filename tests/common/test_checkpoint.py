@@ -8,26 +8,26 @@ from common.blocks.vit import VisionTransformer
 from common.checkpoint import (
     build_encoder,
     check_shapes,
-    encoder_record,
     load_encoder,
     read_checkpoint,
     resolve_checkpoint,
 )
 from common.checkpoint_io import AtomicCheckpointIO, atomic_save
-from common.errors import CheckpointError
+from common.errors import CheckpointError, StorageError
+from common.types import InputSpec
 from experiments.e_mim.module import EMIMPretrain
 
-CHANNELS = ["t1c", "t1n", "t2f"]
+CHANNELS = ("t1c", "t1n", "t2f")
 
 
 @pytest.fixture
 def run_folder(tmp_path):
     """A run folder with the checkpoint of an untrained network."""
     encoder = partial(VisionTransformer, embed_dim=24, depth=2, num_heads=2)
-    module = EMIMPretrain(encoder=encoder, taps=(1, 2), channels=CHANNELS, image_size=[32, 32, 32])
-    module.configure_model()
-    module.preprocessing = {"orientation": "RAS"}
-    content = {"state_dict": module.state_dict(), "encoder": encoder_record(module)}
+    module = EMIMPretrain(encoder=encoder, taps=(1, 2))
+    module.build(InputSpec(CHANNELS, (32, 32, 32), preprocessing={"orientation": "RAS"}))
+    content = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(content)
     for name in ("best", "last"):
         atomic_save(content, tmp_path / "run/checkpoints" / f"{name}.ckpt")
     return tmp_path / "run", module
@@ -143,7 +143,23 @@ def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StorageError, match=r"last\.ckpt cannot be written: disk full"):
         plugin.save_checkpoint({"step": 2}, path)
     assert plugin.load_checkpoint(path) == {"step": 1}
     assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("name", ["../victim/best.ckpt", "../victim", "checkpoints", "best.txt"])
+def test_a_checkpoint_cannot_have_anything_but_a_checkpoint_removed(tmp_path, name):
+    """Lightning removes recursively what a resumed checkpoint calls the best one so far."""
+    folder = tmp_path / "checkpoints"
+    for path in (tmp_path / "victim/best.ckpt", folder / "best.ckpt", folder / "checkpoints/file", folder / "best.txt"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(StorageError, match="is no checkpoint of this run"):
+        AtomicCheckpointIO().remove_checkpoint(str(folder / name))
+    assert sorted(tmp_path.rglob("*")) == before
+    AtomicCheckpointIO().remove_checkpoint(folder / "best.ckpt")
+    AtomicCheckpointIO().remove_checkpoint(folder / "best.ckpt")
+    assert not (folder / "best.ckpt").exists()

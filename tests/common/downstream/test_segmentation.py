@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from common.downstream.segmentation import SegmentationModule, merge_regions, summarise
+from common.types import InputSpec, TaskState
 from datamodules.volumes.cache import Record
 
 BRATS = {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}
@@ -60,7 +61,8 @@ def test_the_flip_ensemble_is_symmetric():
         def forward(self, x):
             return x[:, :1] * torch.linspace(-1, 2, x.shape[2])[:, None, None] + 0.1
 
-    module = SegmentationModule(flip_ensemble=True, channels=["a"], image_size=[8, 8, 8], regions={"R": [1]})
+    module = SegmentationModule(flip_ensemble=True)
+    module.state = TaskState(InputSpec(("a",), (8, 8, 8), regions={"R": (1,)}))
     module.network = Lopsided()
     image = torch.randn(1, 1, 12, 8, 10, generator=torch.Generator().manual_seed(0))
     for axis in (2, 3, 4):
@@ -80,7 +82,8 @@ def test_hd95_of_a_resampled_set_has_one_unit(monkeypatch):
     )
     assert record.spacing == [1, 1, 2]
     assert record.source_diagonal == pytest.approx(math.hypot(20, 20, 30))
-    module = SegmentationModule(channels=["a"], image_size=[8, 8, 8], regions={"near": [1], "lost": [2]})
+    module = SegmentationModule()
+    module.state = TaskState(InputSpec(("a",), (8, 8, 8), {"near": (1,), "lost": (2,)}))
     label = torch.zeros(1, 2, 12, 12, 12)
     label[0, 0, 3, 3, 3] = label[0, 1, 5, 5, 5] = 1
     logits = torch.full_like(label, -9.0)
