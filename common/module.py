@@ -155,7 +155,7 @@ class BuiltFromData(pl.LightningModule):
             CheckpointError: the data have a channel that the checkpoint lacks, or none of its channels.
         """
         given: InputSpec = datamodule.input_spec
-        if stored is None or given.channels == stored.channels:
+        if stored is None or not stored.channels or given.channels == stored.channels:
             return given
         spec, report = deliver_channels(datamodule, stored.channels, stored.names)
         self.note_channels(report, spec)

@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple, Protocol, TypedDict
 import torch
 from torch import Tensor
 
+from common.modalities import canonical_channels
+
 #: Which image of a batch a method is shown: a sample's own, or that of another patient.
 ImageKey = Literal["image", "control_image"]
 
@@ -409,9 +411,11 @@ class TaskState(NamedTuple):
 
     @classmethod
     def read(cls, checkpoint: Mapping[str, Any]) -> "TaskState":
-        """Return the state that a checkpoint holds; an empty one if it holds none."""
+        """Return the state that a checkpoint holds, channels under canonical names; an empty one if it holds none."""
         stored = checkpoint.get("state") or {}
         spec = InputSpec(**_frozen(stored["spec"])) if stored.get("spec") else None
+        if spec is not None:
+            spec = spec._replace(channels=canonical_channels(spec.channels), names=spec.names or spec.channels)
         return cls(spec, stored.get("encoder"))
 
 
