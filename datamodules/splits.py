@@ -20,7 +20,7 @@ from common.files import whole_file
 from common.pseudonyms import public_name
 from common.randomness import stable_hash
 from common.runtime.reporting import say
-from datamodules.files import listed_names
+from datamodules.files import listed_names, listing
 from datamodules.ids import IdRule, check_subjects, join_ids, mending
 from datamodules.tables import read_table
 
@@ -145,7 +145,7 @@ def read_split_file(path: Path) -> tuple[str, dict[str, str]]:
     table = read_table(path)
     key = next((name for name in ("case_id", "patient_id") if name in table.columns), None)
     if key is None or "split" not in table.columns:
-        raise DataError(f"{path} needs the columns split and case_id or patient_id, it has {', '.join(table.columns)}.")
+        raise DataError(f"{path} needs the columns split and case_id or patient_id, it has {listing(table.columns)}.")
     check_subjects(path, table[key])
     parts: dict[str, str] = {}
     for name, word in zip(table[key], table["split"].str.lower(), strict=True):

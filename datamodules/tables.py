@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from common.errors import DataError
 from common.runtime.reporting import say
-from datamodules.files import MAX_BYTES, decoded, json_lines, read_bytes, read_text, zipped_member
+from datamodules.files import MAX_BYTES, decoded, json_lines, listing, read_bytes, read_text, short, zipped_member
 
 #: Characters of a cell at most; no report is longer.
 MAX_CELL = 2**20
@@ -207,7 +207,7 @@ class _Columns:
         self._parts: list[list[pa.Array]] = [[] for _ in names]
         twice = next((name for name, count in Counter(names).items() if count > 1 and name), None)
         if twice is not None:
-            raise DataError(f"{place} has two columns called {twice[:60]!r}: rename one of them.")
+            raise DataError(f"{place} has two columns called {short(twice)!r}: rename one of them.")
 
     def add(self, row: Sequence[str]) -> None:
         """Add a row of as many fields as there are names."""
@@ -332,10 +332,10 @@ def _check_names(path: Path, names: Sequence[str], wanted: Sequence[str]) -> Non
     """
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
-        raise DataError(f"{path} has two columns called {twice!r}: rename one of them.")
+        raise DataError(f"{path} has two columns called {short(twice)!r}: rename one of them.")
     missing = [name for name in wanted if name not in names]
     if missing:
-        raise DataError(f"{path} has no column {', '.join(missing)}; it has {', '.join(names[:12])}.")
+        raise DataError(f"{path} has no column {', '.join(missing)}; it has {listing(names)}.")
 
 
 def _unfolded_size(path: Path, column: pa.Array) -> int:
@@ -415,5 +415,5 @@ def finite_numbers(path: Path, column: pd.Series, what: str) -> pd.Series:
     values = pd.to_numeric(column, errors="coerce").astype(np.float64)
     odd = column[~np.isfinite(values)]
     if len(odd):
-        raise DataError(f"{path} has {len(odd)} {what} that are no number, first {odd.iloc[0][:40]!r}.")
+        raise DataError(f"{path} has {len(odd)} {what} that are no number, first {short(odd.iloc[0])!r}.")
     return values

@@ -15,7 +15,7 @@ from common.errors import DataError
 from common.modalities import canonical_name
 from common.pseudonyms import public_name
 from datamodules.brain.sequences import patient_of, split_name
-from datamodules.files import read_json
+from datamodules.files import read_json, short
 from datamodules.ids import check_subjects
 from datamodules.listed_files import path_under
 from datamodules.volumes.cases import Case
@@ -79,7 +79,7 @@ def _listed_images(entry: Any, where: str) -> list[tuple[str, str]]:
         raise DataError(f'{where} needs "image": a mapping of sequence to path, or a list of paths.')
     for name in ("study", "patient", "source", "label"):
         if not isinstance(entry.get(name), str | None):
-            raise DataError(f"{where}: {name} must be one text, and is {str(entry[name])[:40]!r}.")
+            raise DataError(f"{where}: {name} must be one text, and is {short(str(entry[name]))!r}.")
     return named
 
 

@@ -24,6 +24,7 @@ from common.errors import DataError
 from common.files import whole_file, write_text
 from common.pseudonyms import public_name
 from common.runtime.reporting import say
+from datamodules.files import listing
 from datamodules.genetics.genotypes import Genotypes, allele_frequencies, open_genotypes
 from datamodules.genetics.kinship import KINSHIP, kinship, read_kinship, unrelated
 from datamodules.ids import join_ids, rows_by
@@ -325,7 +326,7 @@ def _covariates(path: str | None) -> pd.DataFrame | None:
         return None
     table = read_table(Path(path))
     if "IID" not in table.columns:
-        raise DataError(f"{path} has no column IID; it has {', '.join(table.columns)}.")
+        raise DataError(f"{path} has no column IID; it has {listing(table.columns)}.")
     rows_by(Path(path), table, "IID")
     return table.drop_duplicates("IID").set_index("IID").apply(pd.to_numeric, errors="coerce")
 

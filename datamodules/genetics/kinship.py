@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from common.errors import DataError
+from datamodules.files import listing
 from datamodules.tables import read_words
 
 #: Relatives of the third degree and closer (Manichaikul et al. 2010).
@@ -65,6 +66,6 @@ def read_kinship(path: Path, threshold: float = KINSHIP) -> list[tuple[str, str]
     columns = [next((name for name in names if name in table.columns), None)
                for names in (("IID1", "ID1"), ("IID2", "ID2"), ("KINSHIP",))]  # fmt: skip
     if None in columns:
-        raise DataError(f"{path} needs the columns IID1, IID2 and KINSHIP; it has {', '.join(table.columns)}.")
+        raise DataError(f"{path} needs the columns IID1, IID2 and KINSHIP; it has {listing(table.columns)}.")
     close = table[pd.to_numeric(table[columns[2]], errors="coerce") > threshold]
     return list(zip(close[columns[0]], close[columns[1]], strict=True))

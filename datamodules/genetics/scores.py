@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from common.errors import DataError
-from datamodules.files import read_matrix, read_text
+from datamodules.files import listing, read_matrix, read_text
 from datamodules.genetics.genotypes import Genotypes, allele_frequencies, plain_chromosome
 from datamodules.tables import finite_numbers, parse_table, read_words, whole_numbers
 
@@ -79,7 +79,7 @@ def read_score(path: Path, build: str = "") -> Score:
     if not {"effect_allele", "effect_weight"} <= set(table.columns):
         raise DataError(
             f"{path} is no scoring file of the PGS Catalog: it needs the columns effect_allele and effect_weight, and "
-            f"has {', '.join(table.columns[:8])}."
+            f"has {listing(table.columns)}."
         )
     given, harmonised = normal_build(header.get("genome_build", "")), normal_build(header.get("HmPOS_build", ""))
     moved = bool(build) and harmonised == build and {"hm_chr", "hm_pos"} <= set(table.columns)
@@ -271,7 +271,7 @@ def read_score_table(path: Path) -> tuple[list[str], NDArray[np.float32]]:
     scores = [name for name in table.columns if not name.startswith(("NAMED", "ALLELE"))]
     value = next((name for end in ("_AVG", "_SUM") for name in scores if name.endswith(end)), None)
     if "IID" not in table.columns or value is None:
-        raise DataError(f"{path} is no score of plink2: it has {', '.join(table.columns[:12])}.")
+        raise DataError(f"{path} is no score of plink2: it has {listing(table.columns)}.")
     ids = table["IID"].tolist()
     if len(set(ids)) != len(ids):
         raise DataError(f"{path} lists a person twice.")

@@ -13,7 +13,7 @@ import pandas as pd
 
 from common.errors import DataError
 from common.pseudonyms import public_name
-from datamodules.files import listed_names
+from datamodules.files import listed_names, listing
 from datamodules.genetics.genome import GenomeFiles
 from datamodules.genetics.layout import Picture, PictureLayout
 from datamodules.ids import check_labels, join_ids
@@ -58,7 +58,7 @@ def european(root: Path, threshold: float = 0.99) -> set[str] | None:
         return None
     table = read_table(path)
     if not {"IID", "EUR"} <= set(table.columns):
-        raise DataError(f"{path} needs the columns IID and EUR, it has {', '.join(table.columns)}.")
+        raise DataError(f"{path} needs the columns IID and EUR, it has {listing(table.columns)}.")
     kept = pd.to_numeric(table["EUR"], errors="coerce") >= threshold
     return set(table.loc[kept, "IID"])
 
@@ -135,7 +135,7 @@ def read_phenotypes(path: Path) -> pd.DataFrame:
     needed = ["eid", "31-0.0", "21022-0.0", "21001-0.0", "20116-0.0", "4080-0.0", "4079-0.0"]
     missing = [name for name in needed if name not in table.columns]
     if missing:
-        raise DataError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns[:12])}.")
+        raise DataError(f"{path} has no column {listing(missing)}; it has {listing(table.columns)}.")
     if table["eid"].duplicated().any():
         twice = table["eid"][table["eid"].duplicated()].iloc[0]
         raise DataError(f"{path} lists {public_name(twice)} twice.")

@@ -7,7 +7,7 @@ import pandas as pd
 
 from common.errors import DataError
 from common.pseudonyms import public_name
-from datamodules.files import listed_names
+from datamodules.files import listed_names, short
 from datamodules.ids import check_subjects
 from datamodules.labelled.layout import LabelLayout, LabelledImage, need_columns, need_file
 from datamodules.labelled.tables import column_names, files_under
@@ -67,9 +67,9 @@ def _targets(path: Path, table: pd.DataFrame) -> list[tuple[float, ...]]:
         findings = [finding.strip() for finding in text.split("|")]
         unknown = [finding for finding in findings if finding not in (*CLASSES, _NONE)]
         if unknown:
-            image = table.loc[table["Finding Labels"] == text, "Image Index"].iloc[0]
+            image = short(table.loc[table["Finding Labels"] == text, "Image Index"].iloc[0])
             raise DataError(
-                f"{path} gives {public_name(image)} the finding {unknown[0]!r}; known are {_NONE} and "
+                f"{path} gives {public_name(image)} the finding {short(unknown[0])!r}; known are {_NONE} and "
                 f"{', '.join(CLASSES)}."
             )
         meaning[text] = tuple(float(name in findings) for name in CLASSES)

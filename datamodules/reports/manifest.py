@@ -11,7 +11,7 @@ from pathlib import Path
 from common.errors import DataError
 from common.pseudonyms import public_name
 from common.runtime.reporting import contents, say
-from datamodules.files import first_line
+from datamodules.files import first_line, listing
 from datamodules.ids import check_subjects
 from datamodules.listed_files import path_under
 from datamodules.reports.studies import Study, StudyLayout
@@ -56,7 +56,7 @@ def studies_of_table(
     missing = [columns[role] for role in needed if columns[role] not in table.columns]
     if missing:
         raise DataError(
-            f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns)}. Name the columns with "
+            f"{path} has no column {', '.join(missing)}; it has {listing(table.columns)}. Name the columns with "
             f"data.columns, such as {{image: filename, text: notes, subject: patient}}."
         )
     roles = {role: name for role, name in columns.items() if name in table.columns}

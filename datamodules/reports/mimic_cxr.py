@@ -19,6 +19,7 @@ import pandas as pd
 
 from common.errors import DataError
 from common.pseudonyms import public_name
+from datamodules.files import listing
 from datamodules.reports.studies import ReportFile, Study, StudyLayout
 from datamodules.reports.text import mimic_text
 from datamodules.tables import read_table
@@ -66,7 +67,7 @@ def _needed_table(path: Path, needed: Sequence[str]) -> pd.DataFrame:
     table = read_table(path)
     missing = [column for column in needed if column not in table]
     if missing:
-        raise DataError(f"{path} needs the column {missing[0]}, it has {', '.join(table.columns)}.")
+        raise DataError(f"{path} needs the column {missing[0]}, it has {listing(table.columns)}.")
     return table.drop_duplicates()
 
 

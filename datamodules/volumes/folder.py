@@ -11,6 +11,7 @@ from pathlib import Path
 from common.errors import DataError
 from common.modalities import canonical_name
 from common.pseudonyms import public_name
+from datamodules.files import listing
 from datamodules.ids import check_subjects
 from datamodules.members import REFUSED, VOLUMES, members_of
 from datamodules.tables import read_table
@@ -33,7 +34,7 @@ def read_case_table(path: Path) -> dict[str, dict[str, str]]:
     """
     table = read_table(path)
     if "case_id" not in table.columns:
-        raise DataError(f"{path} needs a column case_id, it has {', '.join(table.columns)}.")
+        raise DataError(f"{path} needs a column case_id, it has {listing(table.columns)}.")
     check_subjects(path, table["patient_id"] if "patient_id" in table.columns else [])
     rows: dict[str, dict[str, str]] = {}
     for facts in table.to_dict("records"):

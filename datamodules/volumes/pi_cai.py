@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from common.errors import DataError
+from datamodules.files import listing, short
 from datamodules.ids import check_subjects
 from datamodules.members import members_of
 from datamodules.tables import read_table
@@ -53,7 +54,7 @@ def read_marksheet(path: Path) -> dict[str, dict[str, str]]:
     if not {"patient_id", "study_id"} <= set(columns) or not {"case_csPCa", "lesion_GS"} & set(columns):
         raise DataError(
             f"{path} is no PI-CAI marksheet: it needs patient_id, study_id and case_csPCa or lesion_GS, "
-            f"and has {', '.join(columns)}."
+            f"and has {listing(columns)}."
         )
     check_subjects(path, table["patient_id"])
     rows: dict[str, dict[str, str]] = {}
@@ -64,7 +65,7 @@ def read_marksheet(path: Path) -> dict[str, dict[str, str]]:
             facts["csPCa"] = str(int((gleason_to_isup(facts.get("lesion_GS", "")) or 0) >= 2))
         study = f"{facts['patient_id']}_{facts['study_id']}"
         if rows.setdefault(study, facts) != facts:
-            raise DataError(f"{path} lists the study {study} twice, with different values; keep one row of it.")
+            raise DataError(f"{path} lists the study {short(study)} twice, with different values; keep one row of it.")
     return rows
 
 
