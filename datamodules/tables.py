@@ -31,6 +31,8 @@ _BLOCK = 50_000
 _DELIMITERS = ",\t;"
 _QUOTED = re.compile(r'"[^"]*"')
 _EXACT = 2.0**53
+#: What stands in a column of numbers where nothing is known.
+_NO_NUMBER = ("", "nan", "na", "n/a", "none", "null", ".", "-nan")
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -399,21 +401,33 @@ def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
     return column.cast(pa.large_string())
 
 
-def whole_numbers(column: pd.Series) -> pd.Series:
-    """Return the whole numbers of a column, int64; 0 where a cell is none, such as a position that is not known."""
-    values = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-    near = np.where(np.abs(values) < _EXACT, values, 0.5)
-    return pd.Series(np.where(near % 1 == 0, near, 0).astype(np.int64), index=column.index)
+def read_numbers(path: Path, column: pd.Series, what: str) -> pd.Series:
+    """Return a column as float64; NaN where a cell is empty or says that it is not known.
 
-
-def finite_numbers(path: Path, column: pd.Series, what: str) -> pd.Series:
-    """Return a column as float64.
+    Args:
+        path: The table, for a refusal.
+        column: Its cells.
+        what: What they are, for a refusal.
 
     Raises:
-        DataError: a cell is no finite number.
+        DataError: a cell is something else than a finite number.
     """
+    known = ~column.str.lower().isin(_NO_NUMBER)
     values = pd.to_numeric(column, errors="coerce").astype(np.float64)
-    odd = column[~np.isfinite(values)]
+    odd = column[known & ~np.isfinite(values)]
     if len(odd):
         raise DataError(f"{path} has {len(odd)} {what} that are no number, first {short(odd.iloc[0])!r}.")
-    return values
+    return values.where(known)
+
+
+def read_positions(path: Path, column: pd.Series) -> pd.Series:
+    """Return a column of positions on a chromosome as int64; 0 where one is not known.
+
+    Raises:
+        DataError: a cell is no whole number.
+    """
+    values = read_numbers(path, column, "positions").fillna(0)
+    odd = column[(values % 1 != 0) | (values.abs() >= _EXACT)]
+    if len(odd):
+        raise DataError(f"{path} has {len(odd)} positions that are no whole number, first {short(odd.iloc[0])!r}.")
+    return values.astype(np.int64)

@@ -28,7 +28,7 @@ from datamodules.files import listing
 from datamodules.genetics.genotypes import Genotypes, allele_frequencies, open_genotypes
 from datamodules.genetics.kinship import KINSHIP, kinship, read_kinship, unrelated
 from datamodules.ids import join_ids, rows_by
-from datamodules.tables import read_parquet, read_table
+from datamodules.tables import read_numbers, read_parquet, read_table
 
 _CHUNK = 2048
 _MOST_PERSONS = 5000
@@ -328,7 +328,8 @@ def _covariates(path: str | None) -> pd.DataFrame | None:
     if "IID" not in table.columns:
         raise DataError(f"{path} has no column IID; it has {listing(table.columns)}.")
     rows_by(Path(path), table, "IID")
-    return table.drop_duplicates("IID").set_index("IID").apply(pd.to_numeric, errors="coerce")
+    numbers = table.drop_duplicates("IID").set_index("IID")
+    return numbers.apply(lambda column: read_numbers(Path(path), column, f"values of {column.name}"))
 
 
 def run(args: argparse.Namespace) -> None:

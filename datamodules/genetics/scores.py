@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from common.errors import DataError
 from datamodules.files import listing, read_matrix, read_text
 from datamodules.genetics.genotypes import Genotypes, allele_frequencies, plain_chromosome
-from datamodules.tables import finite_numbers, parse_table, read_words, whole_numbers
+from datamodules.tables import parse_table, read_numbers, read_positions, read_words
 
 _COMPLEMENT = str.maketrans("ACGT", "TGCA")
 _UNSUPPORTED = ("is_haplotype", "is_diplotype", "is_interaction")
@@ -86,14 +86,16 @@ def read_score(path: Path, build: str = "") -> Score:
     names = ("hm_chr", "hm_pos") if moved else ("chr_name", "chr_position")
     simple = ~_any_true(table, _UNSUPPORTED)
     left_out, table = int((~simple).sum()), table[simple]
-    weight = finite_numbers(path, table["effect_weight"], "weights")
+    weight = read_numbers(path, table["effect_weight"], "weights")
+    if weight.isna().any():
+        raise DataError(f"{path} has {int(weight.isna().sum())} rows without a weight: leave them out or correct them.")
     dominant, recessive = _any_true(table, ["is_dominant"]), _any_true(table, ["is_recessive"])
     other = next((name for name in ("other_allele", "hm_inferOtherAllele") if name in table.columns), None)
     variants = pd.DataFrame(
         {
             "id": _column(table, "rsID"),
             "chrom": _column(table, names[0]).map(plain_chromosome),
-            "pos": whole_numbers(_column(table, names[1])),
+            "pos": read_positions(path, _column(table, names[1])),
             "effect": table["effect_allele"].str.upper(),
             "other": _column(table, other or "").str.upper(),
             "weight": weight,
@@ -275,7 +277,7 @@ def read_score_table(path: Path) -> tuple[list[str], NDArray[np.float32]]:
     ids = table["IID"].tolist()
     if len(set(ids)) != len(ids):
         raise DataError(f"{path} lists a person twice.")
-    return ids, pd.to_numeric(table[value], errors="coerce").to_numpy(dtype=np.float32)
+    return ids, read_numbers(path, table[value], "scores").to_numpy(dtype=np.float32)
 
 
 def join_scores(

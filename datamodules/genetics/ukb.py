@@ -20,7 +20,7 @@ from datamodules.ids import check_labels, join_ids
 from datamodules.images.reading import FUNDUS
 from datamodules.labelled.layout import LabelLayout, LabelledImage, need_file
 from datamodules.labelled.tables import files_under
-from datamodules.tables import read_table
+from datamodules.tables import read_numbers, read_table
 
 #: What is predicted from a photograph.
 RISKS = {"regression": ("age", "bmi", "sbp", "dbp"), "classification": ("sex", "smoking")}
@@ -59,7 +59,7 @@ def european(root: Path, threshold: float = 0.99) -> set[str] | None:
     table = read_table(path)
     if not {"IID", "EUR"} <= set(table.columns):
         raise DataError(f"{path} needs the columns IID and EUR, it has {listing(table.columns)}.")
-    kept = pd.to_numeric(table["EUR"], errors="coerce") >= threshold
+    kept = read_numbers(path, table["EUR"], "probabilities") >= threshold
     return set(table.loc[kept, "IID"])
 
 
@@ -141,7 +141,7 @@ def read_phenotypes(path: Path) -> pd.DataFrame:
         raise DataError(f"{path} lists {public_name(twice)} twice.")
 
     def number(*names: str) -> pd.Series:
-        columns = [pd.to_numeric(table[name], errors="coerce") for name in names if name in table.columns]
+        columns = [read_numbers(path, table[name], f"values of {name}") for name in names if name in table.columns]
         return pd.concat(columns, axis=1).mean(axis=1)
 
     smoking = number("20116-0.0")
