@@ -29,7 +29,7 @@ from common.checkpoint import read_checkpoint, resolve_checkpoint, run_tokenizer
 from common.checkpoint_io import AtomicCheckpointIO
 from common.distributed import launched_rank
 from common.errors import PreemptedError, UsageError, UserError
-from common.files import remove_empty_folders, whole_file
+from common.files import is_about_storage, remove_empty_folders, storage_sentence, whole_file
 from common.module import BuiltFromData
 from common.names import printable, safe_name
 from common.pseudonyms import public_name
@@ -295,6 +295,10 @@ def main(args: list[str] | None = None) -> None:
         if debug:
             raise
         _fail(error)
+    except OSError as error:
+        if debug or not is_about_storage(error):
+            raise
+        _fail(UserError(storage_sentence(Path(error.filename or "A file of the run"), error, "written or read")))
 
 
 if __name__ == "__main__":

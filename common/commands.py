@@ -3,6 +3,8 @@
 import argparse
 import importlib
 import sys
+from pathlib import Path
+from typing import NoReturn
 
 from common.runtime.process import prepare_memory
 
@@ -54,16 +56,27 @@ def main(arguments: list[str] | None = None) -> None:
     prepare_memory()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
-    from common.errors import UsageError, UserError
-    from common.names import printable
+    from common.errors import UserError
+    from common.files import is_about_storage, storage_sentence
 
     try:
         execute([argument for argument in arguments if argument != "--debug"])
     except UserError as error:
         if debug:
             raise
-        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        _fail(error)
+    except OSError as error:
+        if debug or not is_about_storage(error):
+            raise
+        _fail(UserError(storage_sentence(Path(error.filename or "A file"), error, "written or read")))
+
+
+def _fail(error: Exception) -> NoReturn:
+    from common.errors import UsageError
+    from common.names import printable
+
+    print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+    sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 if __name__ == "__main__":
