@@ -17,13 +17,13 @@ from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.brain.archive import BrainArchiveDataModule
-from datamodules.brain.layouts import ATLAS
 from datamodules.brain.sequences import CANONICAL
 from datamodules.loading import Draw
 from datamodules.volumes.cache import OpenCase
 from datamodules.volumes.cases import Case, Layout
 from datamodules.volumes.crops import cut, to_tensor
 from datamodules.volumes.datamodule import Domain, VolumeDataset
+from datamodules.volumes.profiles import ATLAS
 
 #: More passes than this over the training cases buy the floor's constant nothing.
 _MAX_REFERENCE_DRAWS = 64

@@ -13,22 +13,43 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import DataError
-from datamodules.brain.sequences import canonical_name, patient_of, split_name
-from datamodules.volumes.cases import Case
+from datamodules.brain.sequences import canonical_name, split_name
+from datamodules.registry import Evidence, Listing, described
+from datamodules.tree import Tree
+from datamodules.volumes.cases import Case, patient_of
 
 NAME = "datalist.json"
 _PUBLISHED = "dataset_*.json"
 _SPLITS = {"training": "train", "validation": "val", "test": "test", "testing": "test"}
 
 
-def find_manifest(root: Path) -> list[Case]:
-    """List the studies of the manifests under a root; empty where there is none.
+def _manifests(tree: Tree) -> list[Path]:
+    """Return the files that are manifests: of the published ones, those that list studies and describe nothing else."""
+    if tree.is_file(NAME):
+        return [tree / NAME]
+    return [path for path in tree.glob(_PUBLISHED) if _lists_studies(described(tree, path.name, "training"))]
+
+
+def _lists_studies(content: Mapping[str, Any] | None) -> bool:
+    studies = (content or {}).get("training")
+    listed = isinstance(studies, list) and all(isinstance(entry, dict) and "image" in entry for entry in studies)
+    return listed and bool(studies) and "BIDSVersion" not in (content or {})
+
+
+def find_manifest(tree: Tree) -> Listing:
+    """List the studies of the manifests of a tree; none where there is no manifest.
 
     Raises:
         DataError: a manifest is no such JSON, or names paths outside the root.
     """
-    files = [root / NAME] if (root / NAME).is_file() else sorted(root.glob(_PUBLISHED))
-    return [case for path in files for case in read_manifest(path, root)]
+    files = _manifests(tree)
+    return Listing([case for path in files for case in read_manifest(path, tree.root)], tables=[p.name for p in files])
+
+
+def recognise_manifest(tree: Tree) -> Evidence:
+    """Say whether a tree has a manifest."""
+    files = _manifests(tree)
+    return Evidence(3, files[0].name) if files else Evidence(0, missing=NAME)
 
 
 def read_manifest(path: Path, root: Path) -> list[Case]:
@@ -63,22 +84,18 @@ def _case(entry: Mapping[str, Any], root: Path, source: str, split: str, where: 
     listed = entry["image"]
     named = listed.items() if isinstance(listed, Mapping) else [(split_name(Path(name))[1], name) for name in listed]
     images: dict[str, Path] = {}
-    unknown = []
     for given, name in named:
         sequence = canonical_name(str(given))
-        if sequence is None:
-            unknown.append(str(given))
-        elif sequence in images:
+        sequence = sequence or str(given).lower()
+        if sequence in images:
             raise DataError(f"{where} lists {sequence} twice: {images[sequence].name} and {Path(name).name}.")
-        else:
-            images[sequence] = _inside(root, str(name), where)
+        images[sequence] = _inside(root, str(name), where)
     first = str(next(iter(dict(named).values())))
     source = str(entry.get("source") or source)
     study = str(entry.get("study") or Path(first).parent.name or split_name(Path(first))[0])
-    facts = {"source": source} | ({"unknown": ", ".join(unknown)} if unknown else {})
     label = entry.get("label")
     labels = {"seg": _inside(root, str(label), where)} if label else {}
-    return Case(study, str(entry.get("patient") or patient_of(study)), images, labels, split, facts)
+    return Case(study, str(entry.get("patient") or patient_of(study)), images, labels, split, {"source": source})
 
 
 def _inside(root: Path, name: str, where: str) -> Path:

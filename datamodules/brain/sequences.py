@@ -1,6 +1,5 @@
-"""Canonical names of brain MRI sequences, whatever an archive calls them, and whose study a name says it is."""
+"""Canonical names of brain MRI sequences, whatever an archive calls them."""
 
-import re
 from pathlib import Path
 
 #: The order is that of the templates in released checkpoints.
@@ -19,21 +18,13 @@ _ALIASES = {
 _ENDINGS = ("_bias", "_unstripped")
 _SUFFIXES = (".nii.gz", ".nii")
 
-_PATIENT = re.compile(
-    r"(BraTS-[A-Z]+-\d+(?=-\d{3}$)|UCSF-PDGM-\d+(?=(_FU\d+d)?(_nifti)?$)|UPENN-GBM-\d+(?=_\d+$)"
-    r"|IXI\d+(?=-(Guys|HH|IOP)-\d+$)|sub-strokecase\d+(?=_ses-\d+$))",
-    re.IGNORECASE,
-)
-
 
 def canonical_name(name: str) -> str | None:
     """Return the canonical name of a sequence in any case, or None where it is none of ours."""
-    return _ALIASES.get(name.lower())
-
-
-def is_volume(path: Path) -> bool:
-    """Whether a file is a NIfTI volume, and none of the shadow files (``._*``) that macOS leaves behind."""
-    return path.name.endswith(_SUFFIXES) and not path.name.startswith(".") and path.is_file()
+    name = name.lower()
+    for ending in _ENDINGS:
+        name = name.removesuffix(ending)
+    return _ALIASES.get(name)
 
 
 def split_name(path: Path) -> tuple[str, str]:
@@ -48,9 +39,3 @@ def split_name(path: Path) -> tuple[str, str]:
         stem = stem.removesuffix(ending)
     cut = max(stem.rfind("-"), stem.rfind("_"))
     return stem[: max(cut, 0)], stem[cut + 1 :]
-
-
-def patient_of(study: str) -> str:
-    """Return the patient that a study's name says, without its visit; the study where the name is none we know."""
-    match = _PATIENT.match(study)
-    return match.group(1) if match else study

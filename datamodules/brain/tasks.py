@@ -10,8 +10,7 @@ from common.types import InputSpec
 from datamodules.brain.archive import BrainArchiveDataModule
 from datamodules.brain.labels import LabelSource, read_classes
 from datamodules.loading import ResumableLoader
-from datamodules.registry import with_modalities
-from datamodules.volumes.cases import Case, Layout
+from datamodules.volumes.cases import Case, Layout, with_modalities
 
 
 class BrainTaskDataModule(BrainArchiveDataModule):

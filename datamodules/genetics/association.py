@@ -24,7 +24,7 @@ from common.errors import DataError
 from common.runtime.reporting import say
 from datamodules.genetics.genotypes import Genotypes, allele_frequencies, open_genotypes
 from datamodules.genetics.kinship import KINSHIP, kinship, read_kinship, unrelated
-from datamodules.reports.manifest import read_table
+from datamodules.tables import read_table
 
 _CHUNK = 2048
 _MOST_PERSONS = 5000

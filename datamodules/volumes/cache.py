@@ -30,7 +30,7 @@ from datamodules.volumes.prepare import PreparedCase, prepare_case
 from datamodules.volumes.reading import DECODERS, VolumeError, read_header
 
 CacheFormat = Literal["npy", "b2nd"]
-VERSION = 3
+VERSION = 4
 #: Labelled voxels kept per region value, for crops that must contain some.
 MAX_LABEL_VOXELS = 2048
 
@@ -55,6 +55,7 @@ class Record:
         files: Name to size and check sum of each cache file.
         label_values: Labelled voxels by value.
         modalities: Names of the image's modalities, in order.
+        members: Modality or label to the file it was read from, with its place in a 4-D one.
     """
 
     case_id: str
@@ -72,6 +73,7 @@ class Record:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     label_values: dict[str, int] = field(default_factory=dict)
     modalities: list[str] = field(default_factory=list)
+    members: dict[str, str] = field(default_factory=dict)
 
     def image_faults(self) -> list[Fault]:
         """Return the faults of the image members."""
@@ -212,14 +214,20 @@ class VolumeCache:
         """
         if any("cannot be opened" in detail for _, _, detail in (*record.faults, *record.label_faults)):
             return False  # a mount or a permission, which may have come back without a trace in the file
-        current = {str(path) for path in (*self._image_paths(case), *case.labels.values())}
-        if current != set(record.sources):
+        if self._members(case) != record.members:
             return False
         for path, source in record.sources.items():
             stat = os.stat(path) if os.path.isfile(path) else None
             if stat is None or (stat.st_size, stat.st_mtime_ns) != (source.get("size"), source.get("mtime_ns")):
                 return False
         return all(self._file_matches(record, name, expected, full) for name, expected in record.files.items())
+
+    def _members(self, case: Case) -> dict[str, str]:
+        """Return what a case is read from; two files that changed their roles make another case."""
+        images = {name: path for name, path in case.images.items() if name in self.layout.modalities}
+        files = {name: f"{path}[{case.places[name]}]" if name in case.places else str(path)
+                 for name, path in images.items()}  # fmt: skip
+        return files | {f"label {name}": str(path) for name, path in case.labels.items()}
 
     def _image_paths(self, case: Case) -> list[Path]:
         return [path for name, path in case.images.items() if name in self.layout.modalities]
@@ -257,6 +265,7 @@ class VolumeCache:
                 self._write_array(folder / f"label.{self.format}", prepared.label)
                 np.save(folder / "label_voxels.npy", _label_voxels(prepared.label, case.case_id))
             record.files = {path.name: fingerprint(path) for path in sorted(folder.iterdir())}
+        record.members = self._members(case)
         for path in (*self._image_paths(case), *case.labels.values()):
             source = record.sources.setdefault(str(path), {})
             if path.is_file():
@@ -354,9 +363,10 @@ class VolumeCache:
         """Estimate the size of the finished cache from the sources' headers: 2 bytes a voxel, b2nd a third of it."""
         total = 0
         for case in cases:
+            first = next(iter(case.places.values()), None)
             for path in self._image_paths(case)[:1]:
                 try:
-                    shape = self.layout.preprocessing.size or read_header(path).shape
+                    shape = self.layout.preprocessing.size or read_header(path, first).shape
                 except VolumeError:
                     continue
                 ragged = self.layout.preprocessing.ragged

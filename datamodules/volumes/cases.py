@@ -1,9 +1,13 @@
-"""What an archive of volumes consists of: cases, layouts, and how a tree is recognised."""
+"""What an archive of volumes consists of: cases, and the form that they are brought to."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from common.errors import DataError
+from datamodules.registry import FileRef, Record
 
 
 class Case(NamedTuple):
@@ -16,6 +20,7 @@ class Case(NamedTuple):
         labels: Label name to file.
         split: ``train``, ``val`` or ``test`` where the archive says so.
         attributes: Further facts by name, such as a diagnosis; empty text = unknown.
+        places: Modality to which volume of its file it is, where that is 4-D.
     """
 
     case_id: str
@@ -24,6 +29,40 @@ class Case(NamedTuple):
     labels: Mapping[str, Path] = {}
     split: str | None = None
     attributes: Mapping[str, str] = {}
+    places: Mapping[str, int] = {}
+
+    def record(self) -> Record:
+        """Return the case as every data module can read it."""
+        volumes = {name: FileRef(path, self.places.get(name)) for name, path in self.images.items()}
+        masks = {name: FileRef(path) for name, path in self.labels.items()}
+        return Record(self.case_id, self.patient_id, volumes=volumes, masks=masks, attributes=self.attributes,
+                      split=self.split)  # fmt: skip
+
+
+def case_of(record: Record) -> Case:
+    """Return the volumes of a record as a case."""
+    return Case(
+        record.case_id,
+        record.patient_id,
+        {name: ref.path for name, ref in record.volumes.items()},
+        {name: ref.path for name, ref in record.masks.items()},
+        record.split,
+        {**record.attributes, **record.targets},
+        {name: ref.volume for name, ref in record.volumes.items() if ref.volume is not None},
+    )
+
+
+_PATIENT = re.compile(
+    r"(BraTS-[A-Z]+-\d+(?=-\d{3}$)|UCSF-PDGM-\d+(?=(_FU\d+d)?(_nifti)?$)|UPENN-GBM-\d+(?=_\d+$)"
+    r"|IXI\d+(?=-(Guys|HH|IOP)-\d+$)|sub-strokecase\d+(?=_ses-\d+$))",
+    re.IGNORECASE,
+)
+
+
+def patient_of(study: str) -> str:
+    """Return the patient that a study's name says, as public archives write it; the study where it says none."""
+    match = _PATIENT.match(study)
+    return match.group(1) if match else study
 
 
 @dataclass(frozen=True)
@@ -71,35 +110,25 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Layout:
-    """A way in which archives lie on disk, with the conventions that come with it.
+    """An archive of volumes as training uses it: what its files are, and the form that they are brought to.
 
     Attributes:
-        name: What ``LAYOUT=`` takes.
-        tree: One line that shows the tree, for a person whose root was not recognised.
-        find: Lists the cases under a root; an empty list means the root is not of this layout.
+        name: Name of the archive's layout.
+        tree: One line that shows the tree.
         modalities: Channels in order; empty = whatever the tree holds.
         regions: Region to the label values that make it up.
         label_values: Every value a label may hold; empty = not checked.
         preprocessing: See :class:`Preprocessing`.
         crop_size: Default crop for pre-training.
-        prefer: A layout of higher preference wins where several recognise a root.
-        recognise: Stricter form of ``find`` for finding out the layout; None uses ``find``.
     """
 
     name: str
     tree: str
-    find: Callable[[Path], list[Case]]
     modalities: tuple[str, ...]
     regions: Mapping[str, tuple[int, ...]]
     label_values: frozenset[int]
     preprocessing: Preprocessing
     crop_size: tuple[int, int, int]
-    prefer: int = 0
-    recognise: Callable[[Path], list[Case]] | None = None
-
-    def recognised(self, root: Path) -> list[Case]:
-        """List the cases if the root is plainly of this layout."""
-        return (self.recognise or self.find)(root)
 
     def with_intensity(self, rule: str | None) -> "Layout":
         """Return the layout with one intensity rule for all modalities; None changes nothing."""
@@ -109,14 +138,16 @@ class Layout:
         return replace(self, preprocessing=replace(self.preprocessing, intensity=intensity))
 
 
-def natural_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """List the files of a folder with one of the suffixes, sorted by name."""
-    return sorted(path for path in folder.iterdir() if path.name.endswith(tuple(suffixes)) and path.is_file())
+def with_modalities(layout: Layout, cases: Sequence[Case], wanted: Sequence[str] | None) -> Layout:
+    """Settle a layout's channels: those asked for, its own, or all that its cases have.
 
-
-def stem_of(path: Path, suffixes: Sequence[str]) -> str:
-    """Return a file's name without its (possibly double) suffix."""
-    for suffix in sorted(suffixes, key=len, reverse=True):
-        if path.name.endswith(suffix):
-            return path.name[: -len(suffix)]
-    return path.name
+    Raises:
+        DataError: no case has a modality that is asked for.
+    """
+    present = sorted({name for case in cases for name in case.images})
+    names = tuple(wanted) if wanted else layout.modalities or tuple(present)
+    unknown = [name for name in names if name not in present]
+    if wanted and unknown:
+        raise DataError(f"No case has the modalities {', '.join(unknown)}; present are {', '.join(present)}.")
+    intensity = {name: layout.preprocessing.intensity.get(name, "percentile") for name in names}
+    return replace(layout, modalities=names, preprocessing=replace(layout.preprocessing, intensity=intensity))

@@ -16,7 +16,7 @@ from datamodules.volumes.reading import Header, VolumeError, read_header
 def _headers(case: Case, paths: dict[str, str]) -> Iterator[tuple[str, Header | Fault]]:
     for name, path in paths.items():
         try:
-            yield name, read_header(case.images.get(name) or case.labels[name])
+            yield name, read_header(case.images.get(name) or case.labels[name], case.places.get(name))
         except VolumeError as error:
             yield name, Fault(path, error.kind, error.detail, case.case_id)
 

@@ -15,12 +15,13 @@ from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.base import ArchiveDataModule, FaultTolerantDataset
 from datamodules.loading import Draw, ResumableLoader
-from datamodules.registry import VOLUME_LAYOUTS, recognise, with_modalities
+from datamodules.registry import Archive, Settings
 from datamodules.splits import assign_splits, nested_fraction
 from datamodules.volumes.cache import CacheFormat, OpenCase, Record, SourceVolumes, VolumeCache
-from datamodules.volumes.cases import Case, Layout
+from datamodules.volumes.cases import Case, Layout, case_of, with_modalities
 from datamodules.volumes.checks import examine
 from datamodules.volumes.crops import center_start, cut, flip, random_start, start_around, to_tensor
+from datamodules.volumes.profiles import prepared
 
 Domain = Literal["train", "val", "center", "full"]
 
@@ -189,6 +190,7 @@ class VolumeDataModule(ArchiveDataModule):
     Args:
         root: The archive.
         layout: Name of its layout; ``"auto"`` recognises it from the tree.
+        profile: How volumes are prepared (:mod:`datamodules.volumes.profiles`); None takes what suits the layout.
         modalities: Channels in order; None takes the layout's.
         crop_size: Voxels along R, A, S; None takes the layout's.
         batch_size: Crops per device.
@@ -219,6 +221,7 @@ class VolumeDataModule(ArchiveDataModule):
         self,
         root: str,
         layout: str = "auto",
+        profile: str | None = None,
         modalities: list[str] | None = None,
         crop_size: tuple[int, int, int] | None = None,
         batch_size: int = 4,
@@ -249,14 +252,36 @@ class VolumeDataModule(ArchiveDataModule):
         self.labels, self.label_crop_probability, self.label_fraction = labels, label_crop_probability, label_fraction
         self.target, self.target_file = target, target_file
         self._layout_name, self._modalities, self._crop_size = layout, modalities, crop_size
+        self._profile = profile or self.default_profile
         self._regions, self._intensity, self._cache = regions, intensity, cache
         self._split = (split_fractions, split_seed, split_file)
         self._layout: Layout | None = None
         self.cases: list[Case] = []
         self.targets: dict[str, int] | None = None
 
-    #: What a root may be; subclasses that understand others name them here.
-    known_layouts: Sequence[Layout] = VOLUME_LAYOUTS
+    #: Profile where none is named; None takes the one that suits the layout.
+    default_profile: str | None = None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Volumes, with masks or targets where the task is about them."""
+        wanted = {"volumes"} | ({"masks"} if self.labels else set())
+        return frozenset(wanted | ({"targets"} if self.target and not self.target_file else set()))
+
+    def used_files(self) -> Iterable[tuple[str, Path]]:
+        """Yield the volumes of the channels, and the labels where they are needed."""
+        layout = self.index()
+        for case in self.cases_in_use():
+            yield from (("volume", path) for name, path in case.images.items() if name in layout.modalities)
+            yield from (("mask", path) for path in case.labels.values() if self.labels)
+
+    def list_cases(self, archive: Archive) -> list[Case]:
+        """Return the archive's cases."""
+        return [case_of(record) for record in archive.records]
+
+    def prepare_layout(self, archive: Archive) -> Layout:
+        """Return what the archive's files are, and how they are prepared."""
+        return prepared(archive, self._profile)
 
     def settle(self, layout: Layout) -> Layout:
         """Settle channels and preparation of a recognised layout, once the cases are listed."""
@@ -269,10 +294,13 @@ class VolumeDataModule(ArchiveDataModule):
             DataError: unknown layout, missing split file, a patient in two splits, no labelled case, and the like.
         """
         if self._layout is None:
-            layout, self.cases = recognise(self.root, self._layout_name, self.known_layouts)
-            layout = self.settle(layout).with_intensity(self._intensity)
+            named = {name: name for name in self._modalities or ()}
+            archive = self.open(self.root, self._layout_name, Settings(modalities=named))
+            self.cases = self.list_cases(archive)
+            layout = self.settle(self.prepare_layout(archive)).with_intensity(self._intensity)
             fractions, split_seed, split_file = self._split
-            parts = assign_splits(self.cases, fractions, split_seed, split_file)
+            cut = archive.facts.cut_validation
+            parts = assign_splits(self.cases, fractions, split_seed, split_file, cut_validation=cut)
             self.targets = self._read_targets()
             usable = [case for case in self.cases if self._is_wanted(case)]
             self.splits = {
@@ -281,7 +309,7 @@ class VolumeDataModule(ArchiveDataModule):
             self.splits["train"] = nested_fraction(self.splits["train"], self.label_fraction, split_seed)
             self._check_regions(layout)
             self.ledger.num_samples = len(parts)
-            self._layout = layout
+            self._layout, self.archive = layout, archive
             self.store = SourceVolumes(layout) if self._cache == "none" else VolumeCache(self.root, layout, self._cache)
         return self._layout
 
@@ -377,6 +405,7 @@ class VolumeDataModule(ArchiveDataModule):
         counts = ", ".join(f"{len(part)} {name}" for name, part in self.splits.items() if part)
         say(f"data: {layout.name} at {self.root}, cases {counts}, modalities {', '.join(layout.modalities)}, "
             f"crops {'x'.join(map(str, self.crop_size))}")  # fmt: skip
+        self.keep_account(stage)
         if stage == "fit" and not self.splits["val"]:
             say("note: the val split is empty, so nothing will be measured and there will be no best checkpoint")
 

@@ -51,13 +51,17 @@ class PreparedCase(NamedTuple):
     sources: dict[str, dict[str, Any]]
 
 
-def read_image(path: Path) -> Volume:
+def read_image(path: Path, place: int | None = None) -> Volume:
     """Read a volume that shows something.
+
+    Args:
+        path: The file.
+        place: Which volume of a 4-D file; None = the file is one.
 
     Raises:
         VolumeError: as :func:`datamodules.volumes.reading.read_volume`; or voxels are not finite, or all the same.
     """
-    volume = read_volume(path)
+    volume = read_volume(path, place)
     data = volume.data
     if data.dtype.kind == "f" and not np.isfinite(data).all():
         raise VolumeError("nan", f"{int((~np.isfinite(data)).sum())} voxels are not finite")
@@ -88,7 +92,7 @@ def _read_members(case: Case, modalities: tuple[str, ...]) -> tuple[dict[str, Vo
         if (path := case.images.get(modality)) is None:
             continue
         try:
-            volume = read_image(path)
+            volume = read_image(path, case.places.get(modality))
         except VolumeError as error:
             faults.append(Fault(str(path), error.kind, error.detail, case.case_id))
         else:

@@ -88,14 +88,30 @@ def _squeeze(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:3] if len(shape) > 3 and set(shape[3:]) == {1} else shape
 
 
-def _read_nifti(path: Path) -> Volume:
+def _place_of(shape: tuple[int, ...], place: int | None) -> tuple[int, ...]:
+    """Return the shape of one volume of a file.
+
+    Raises:
+        VolumeError: the file has fewer volumes.
+    """
+    if place is None:
+        return _squeeze(shape)
+    count = int(np.prod(shape[3:], dtype=np.int64))
+    if len(shape) > 4 or place >= count:
+        raise VolumeError("shape", f"it holds {count} volumes, and volume {place + 1} is wanted")
+    return shape[:3]
+
+
+def _read_nifti(path: Path, place: int | None) -> Volume:
     content = path.read_bytes()
     source = {"size": len(content), "xxh3": xxhash.xxh3_128_hexdigest(content)}
     try:
         raw = _decompress(content) if path.name.endswith(".gz") else content
         image = nib.Nifti1Image.from_bytes(raw)
-        _check_header(_squeeze(image.shape))
-        data = np.asanyarray(image.dataobj).reshape(_squeeze(image.shape))
+        shape = _place_of(image.shape, place)
+        _check_header(shape)
+        data = np.asanyarray(image.dataobj)
+        data = data.reshape(shape) if place is None else data.reshape((*shape, -1))[..., place]
     except VolumeError:
         raise
     except Exception as error:  # nibabel raises many kinds for broken headers; all mean the same to us
@@ -144,8 +160,12 @@ def _itk_reader(path: Path) -> Any:
     return reader
 
 
-def read_volume(path: Path) -> Volume:
+def read_volume(path: Path, place: int | None = None) -> Volume:
     """Read a ``.nii``, ``.nii.gz`` or ``.mha`` to its end.
+
+    Args:
+        path: The file.
+        place: Which volume of a 4-D NIfTI file, from 0; None = the file is one.
 
     Raises:
         VolumeError: missing, truncated, failing its check sum, or not a volume of three axes.
@@ -153,7 +173,7 @@ def read_volume(path: Path) -> Volume:
     if not path.is_file():
         raise VolumeError("missing", "the file is not there")
     try:
-        return _read_itk(path) if path.suffix == ".mha" else _read_nifti(path)
+        return _read_itk(path) if path.suffix == ".mha" else _read_nifti(path, place)
     except OSError as error:
         raise VolumeError("unreadable", f"the file cannot be opened ({error.strerror or error})") from error
 
@@ -165,8 +185,12 @@ class Header(NamedTuple):
     affine: NDArray[np.float64]
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, place: int | None = None) -> Header:
     """Read the header alone.
+
+    Args:
+        path: The file.
+        place: Which volume of a 4-D NIfTI file, from 0; None = the file is one.
 
     Raises:
         VolumeError: the header is missing, broken, or not of a volume of three axes.
@@ -178,7 +202,9 @@ def read_header(path: Path) -> Header:
             shape, affine = tuple(reader.GetSize()), _itk_affine(reader)
         else:
             image = nib.Nifti1Image.from_filename(path)
-            shape, affine = _squeeze(image.shape), image.affine
+            shape, affine = _place_of(image.shape, place), image.affine
+    except VolumeError:
+        raise
     except FileNotFoundError as error:
         raise VolumeError("missing", "the file is not there") from error
     except Exception as error:  # as in _read_nifti: every kind means a broken header

@@ -2,14 +2,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from datamodules.registry import recognise
 from datamodules.volumes.cache import record_of
 from datamodules.volumes.predictions import to_source_grid
 from datamodules.volumes.prepare import prepare_case
 
 
-def test_a_label_returns_to_its_file_voxel_by_voxel(brats_root):
-    layout, cases = recognise(brats_root)
+def test_a_label_returns_to_its_file_voxel_by_voxel(brats_root, volumes_of):
+    layout, cases = volumes_of(brats_root)
     prepared = prepare_case(cases[0], layout, layout.modalities)
     label, affine = to_source_grid(prepared.label, record_of(prepared, cases[0]))
     original = nib.load(cases[0].labels["seg"])
@@ -17,8 +16,8 @@ def test_a_label_returns_to_its_file_voxel_by_voxel(brats_root):
     assert np.allclose(affine, original.affine)
 
 
-def test_a_resampled_label_returns_to_the_t2_grid(pi_cai_root):
-    layout, cases = recognise(pi_cai_root)
+def test_a_resampled_label_returns_to_the_t2_grid(pi_cai_root, volumes_of):
+    layout, cases = volumes_of(pi_cai_root)
     prepared = prepare_case(cases[0], layout, layout.modalities)
     label, affine = to_source_grid(prepared.label, record_of(prepared, cases[0]))
     original = nib.load(cases[0].labels["zones"])

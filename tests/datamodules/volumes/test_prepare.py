@@ -6,8 +6,10 @@ import pytest
 import SimpleITK
 
 from common.faults import SampleFaultError
-from datamodules.registry import recognise
+from datamodules.registry import open_archive
+from datamodules.volumes.cases import case_of
 from datamodules.volumes.prepare import prepare_case
+from datamodules.volumes.profiles import prepared as prepared_layout
 from datamodules.volumes.reading import read_volume, write_nifti
 
 
@@ -19,7 +21,8 @@ def case_folder(brats_root, tmp_path):
 
 
 def prepare(folder):
-    layout, cases = recognise(folder.parent)
+    archive = open_archive(folder.parent, needs={"volumes"})
+    layout, cases = prepared_layout(archive), [case_of(record) for record in archive.records]
     return prepare_case(cases[0], layout, layout.modalities)
 
 
@@ -125,8 +128,8 @@ def test_everything_broken(case_folder):
     assert len(error.value.faults) == 4
 
 
-def test_prostates_come_to_the_t2_grid(pi_cai_root):
-    layout, cases = recognise(pi_cai_root)
+def test_prostates_come_to_the_t2_grid(pi_cai_root, volumes_of):
+    layout, cases = volumes_of(pi_cai_root)
     prepared = prepare_case(cases[0], layout, layout.modalities)
     assert prepared.image.shape == (3, 160, 160, 20)
     assert prepared.offset is None
@@ -138,8 +141,8 @@ def test_prostates_come_to_the_t2_grid(pi_cai_root):
     assert inside > 1.3 * outside
 
 
-def test_a_prostate_without_its_reference_cannot_be_used(pi_cai_root):
-    layout, cases = recognise(pi_cai_root)
+def test_a_prostate_without_its_reference_cannot_be_used(pi_cai_root, volumes_of):
+    layout, cases = volumes_of(pi_cai_root)
     headless = cases[0]._replace(images={name: path for name, path in cases[0].images.items() if name != "t2w"})
     with pytest.raises(SampleFaultError, match="no t2w"):
         prepare_case(headless, layout, layout.modalities)
@@ -147,8 +150,8 @@ def test_a_prostate_without_its_reference_cannot_be_used(pi_cai_root):
     assert prepare_case(no_adc, layout, layout.modalities).modality_mask == [True, False, True]
 
 
-def test_lung_masks_become_bits(lung_root):
-    layout, cases = recognise(lung_root)
+def test_lung_masks_become_bits(lung_root, volumes_of):
+    layout, cases = volumes_of(lung_root)
     prepared = prepare_case(cases[0], layout, layout.modalities)
     cavity = read_volume(cases[0].labels["cavity"]).data > 0
     ventilated = read_volume(cases[0].labels["vent"]).data > 0
@@ -157,8 +160,8 @@ def test_lung_masks_become_bits(lung_root):
 
 
 @pytest.mark.parametrize("modality", ["adc", "hbv"])
-def test_what_lies_beside_the_reference_is_dropped_with_a_row(pi_cai_root, tmp_path, modality):
-    layout, cases = recognise(shutil.copytree(pi_cai_root, tmp_path / "pi_cai"))
+def test_what_lies_beside_the_reference_is_dropped_with_a_row(pi_cai_root, tmp_path, modality, volumes_of):
+    layout, cases = volumes_of(shutil.copytree(pi_cai_root, tmp_path / "pi_cai"))
     path = cases[0].images[modality]
     image = SimpleITK.ReadImage(str(path))
     image.SetOrigin([value + 900 for value in image.GetOrigin()])
