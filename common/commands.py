@@ -72,15 +72,16 @@ def main(arguments: list[str] | None = None) -> None:
     prepare_memory()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
-    from common.errors import UserError
+    from common.errors import UsageError, UserError
+    from common.names import printable
 
     try:
         execute([argument for argument in arguments if argument != "--debug"])
     except UserError as error:
         if debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,11 @@ class FaultTolerantDataset(Dataset):
             SampleFaultError: nothing of it can be used.
         """
 
+    def draw_key(self, draw: Draw, train: bool) -> tuple[object, ...]:
+        """Return the key that seeds a draw: in training of the run's seed and the epoch, else of the subject alone."""
+        subject = self.subject(draw.index)
+        return ("train", self.seed, draw.epoch, subject, draw.draw) if train else ("val", subject, draw.draw)
+
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         faults: list[Fault] = []
         index = draw.index
@@ -119,6 +124,16 @@ class ArchiveDataModule(pl.LightningDataModule):
     @abstractmethod
     def input_spec(self) -> InputSpec:
         """What the batches will hold; known once the root has been indexed."""
+
+    def deliver(self, channels: Sequence[str]) -> None:
+        """Give batches these channels in this order; those that the archive lacks are fed as absent.
+
+        Raises:
+            DataError: the channels of this archive are fixed.
+        """
+        given = self.input_spec.channels
+        if tuple(channels) != given:
+            raise DataError(f"The data give the channels {', '.join(given)}, not {', '.join(channels)}.")
 
     @abstractmethod
     def examine(self, deep: bool, workers: int) -> list[str]:

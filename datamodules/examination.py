@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from common.faults import Fault, FaultLedger
 from common.runtime.reporting import say
+from datamodules.notes import say_notes
 from datamodules.storage import say_cache
 
 _T = TypeVar("_T")
@@ -100,6 +101,7 @@ def judge(terms: Terms, found: Sequence[Member], noun: str, deep: bool, unit: st
     elif len(train) * terms.draws < terms.batch_size:
         reasons.append(f"the training split gives {len(train) * terms.draws} samples, fewer than one batch of "
                        f"{terms.batch_size}")  # fmt: skip
+    say_notes()
     if ledger.num_faulty:
         say(f"faults: {ledger.num_faulty} of {len(found)} {noun}. {ledger.describe()}")
         if ledger.num_faulty > ledger.limit:

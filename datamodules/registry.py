@@ -4,7 +4,6 @@ A layout says what the files of an archive are; how they are prepared is a profi
 needs, and every layout that gives it can be read. Nothing of an archive is imported here until it is asked for.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from common.errors import DataError
 from common.runtime.reporting import contents, say
+from datamodules.files import read_json
 from datamodules.tree import Tree
 
 #: What a layout gives and a data module needs.
@@ -57,6 +57,7 @@ class Record(NamedTuple):
         attributes: Further facts by name; empty = unknown.
         answers: What counts as the right answer where the text is a question.
         split: ``train``, ``val`` or ``test`` where the archive says so.
+        surplus: Files of a modality that has a file already, which data modules refuse.
     """
 
     case_id: str
@@ -70,6 +71,7 @@ class Record(NamedTuple):
     attributes: Mapping[str, str] = {}
     answers: tuple[str, ...] = ()
     split: str | None = None
+    surplus: tuple[Path, ...] = ()
 
     def record(self) -> "Record":
         """Return itself, as what other samples become."""
@@ -533,15 +535,12 @@ def open_archive(
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
+    """Read a JSON file that holds an object; numbers are the text they were written as.
 
     Raises:
         DataError: it cannot be read, or holds something else.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path} cannot be read as JSON: {error}") from error
+    content = read_json(path)
     if not isinstance(content, dict):
         raise DataError(f"{path} holds no JSON object.")
     return content

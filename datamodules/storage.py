@@ -9,9 +9,6 @@ import xxhash
 
 from common.runtime.reporting import say
 
-#: A half-written entry this old belongs to no run that is still alive.
-STALE_SECONDS = 24 * 3600
-
 
 def cache_root() -> Path:
     """Return the cache folder: ``MEDMIM_CACHE``, else ``~/.cache/medmim``."""

@@ -10,6 +10,7 @@ import torch
 
 from common.callbacks.preemption import slurm_job
 from common.callbacks.throughput import Throughput
+from common.files import write_text
 from common.randomness import run_seed
 from common.runtime.loggers import SummaryLogger
 from common.runtime.provenance import environment
@@ -34,7 +35,6 @@ class RunRecord(pl.Callback):
         """Write ``environment.json`` (Lightning hook)."""
         if not trainer.is_global_zero or is_dry_run(trainer):
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         facts = environment(trainer.strategy.root_device)
         facts |= {
             "seed": run_seed(),
@@ -43,14 +43,23 @@ class RunRecord(pl.Callback):
             "slurm_job": slurm_job(),
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         }
-        (self.folder / "environment.json").write_text(json.dumps(facts, indent=2))
+        write_text(self.folder / "environment.json", json.dumps(facts, indent=2))
         say(f"run folder: {self.folder}")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say how large the model is (Lightning hook)."""
+        """Say how large the model is, and note how channels were matched (Lightning hook)."""
+        self._note_channels(trainer, pl_module)
         counts = [sum(p.numel() for p in m.parameters()) for m in (pl_module, _encoder(pl_module)) if m is not None]
         names = [f"{count / 1e6:.1f} M parameters" for count in counts]
         say(f"model: {type(pl_module).__name__}, {names[0]}" + (f" ({names[1]} in the encoder)" if names[1:] else ""))
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note how channels were matched (Lightning hook)."""
+        self._note_channels(trainer, pl_module)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note how channels were matched (Lightning hook)."""
+        self._note_channels(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Complete the summary of a finished run (Lightning hook)."""
@@ -71,6 +80,16 @@ class RunRecord(pl.Callback):
                 "samples_per_second": throughput.samples / max(throughput.seconds, 1e-9),
                 "flops_per_sample": throughput.flops_per_sample,
             }
+        self._tell(trainer, facts)
+
+    def _note_channels(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        report = getattr(pl_module, "channel_report", None)
+        if report is not None:
+            self._tell(trainer, {"channels": report.facts()})
+
+    @staticmethod
+    def _tell(trainer: pl.Trainer, facts: dict[str, Any]) -> None:
+        """Add facts to ``summary.json``."""
         for logger in trainer.loggers:
             if isinstance(logger, SummaryLogger):
                 logger.facts |= facts

@@ -113,13 +113,10 @@ class ImageClassifier(ScoredTask):
         optimizer: Makes the optimiser.
         schedule: Attaches the learning-rate schedule.
         compile_network: Whether to compile the network.
-        channels: Names of the channels; None = as the data say.
-        image_size: Size of the images; None = as the data say.
-        classes: Names of the classes; None = as the data say.
-        encoder_record: Architecture of the encoder; filled in for checkpoints.
     """
 
     monitor = ("val/auroc", "max")
+    remembered = ("channels", "image_size", "classes")
     noun = "images"
 
     def __init__(
@@ -131,10 +128,6 @@ class ImageClassifier(ScoredTask):
         optimizer: OptimizerCallable = torch.optim.SGD,
         schedule: Schedule | None = None,
         compile_network: bool = False,
-        channels: list[str] | None = None,
-        image_size: list[int] | None = None,
-        classes: list[str] | None = None,
-        encoder_record: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
             pretrained,
@@ -143,7 +136,6 @@ class ImageClassifier(ScoredTask):
             schedule=schedule,
             layer_decay=layer_decay,
             compile_network=compile_network,
-            encoder_record=encoder_record,
         )
         self.save_hyperparameters()
         self._drop_path = drop_path
@@ -151,7 +143,7 @@ class ImageClassifier(ScoredTask):
     @property
     def classes(self) -> list[str]:
         """Names of the classes, in the order of the logits."""
-        return list(self.hparams["classes"])
+        return list(self.spec.classes)
 
     def build_network(self, spec: InputSpec) -> nn.Module:
         """Make encoder and head.

@@ -78,13 +78,10 @@ class ImageSegmentation(ScoredTask):
         optimizer: Makes the optimiser.
         schedule: Attaches the learning-rate schedule.
         compile_network: Whether to compile the network.
-        channels: Names of the channels; None = as the data say.
-        image_size: Size of the images; None = as the data say.
-        regions: Region to label values; None = as the data say.
-        encoder_record: Architecture of the encoder; filled in for checkpoints.
     """
 
     monitor = ("val/dice", "max")
+    remembered = ("channels", "image_size", "regions")
     noun = "images"
 
     def __init__(
@@ -99,10 +96,6 @@ class ImageSegmentation(ScoredTask):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         schedule: Schedule | None = None,
         compile_network: bool = False,
-        channels: list[str] | None = None,
-        image_size: list[int] | None = None,
-        regions: dict[str, list[int]] | None = None,
-        encoder_record: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
             pretrained,
@@ -111,7 +104,6 @@ class ImageSegmentation(ScoredTask):
             schedule=schedule or WarmupLinear(),
             layer_decay=layer_decay,
             compile_network=compile_network,
-            encoder_record=encoder_record,
         )
         self.save_hyperparameters()
         self.loss = loss or FocalDice()

@@ -96,9 +96,6 @@ class LinearProbe(FineTuning):
         num_folds: Folds of the cross-validation.
         num_seeds: Shuffles of the folds.
         optimizer: Makes the optimiser.
-        channels: Names of the modalities; None = as the data say.
-        image_size: Size of the central crop; None = as the data say.
-        encoder_record: Architecture of the encoder; filled in for checkpoints.
     """
 
     monitor = ("val/auroc", "max")
@@ -110,11 +107,8 @@ class LinearProbe(FineTuning):
         num_folds: int = 5,
         num_seeds: int = 5,
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        channels: list[str] | None = None,
-        image_size: list[int] | None = None,
-        encoder_record: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(pretrained, encoder, optimizer=optimizer, encoder_record=encoder_record)
+        super().__init__(pretrained, encoder, optimizer=optimizer, new_channels="refuse")
         self.save_hyperparameters()
         self.num_folds, self.num_seeds = num_folds, num_seeds
         self._features = self._targets = torch.zeros(0)

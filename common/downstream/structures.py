@@ -66,13 +66,10 @@ class StructureSegmentation(ScoredTask):
         optimizer: Makes the optimiser.
         schedule: Attaches the learning-rate schedule.
         compile_network: Whether to compile the network.
-        channels: Names of the channels; None = as the data say.
-        image_size: Size of the images; None = as the data say.
-        regions: Structure to label values; None = as the data say.
-        encoder_record: Architecture of the encoder; filled in for checkpoints.
     """
 
     monitor = ("val/dice", "max")
+    remembered = ("channels", "image_size", "regions")
     noun = "images"
 
     def __init__(
@@ -86,10 +83,6 @@ class StructureSegmentation(ScoredTask):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         schedule: Schedule | None = None,
         compile_network: bool = False,
-        channels: list[str] | None = None,
-        image_size: list[int] | None = None,
-        regions: dict[str, list[int]] | None = None,
-        encoder_record: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
             pretrained,
@@ -98,7 +91,6 @@ class StructureSegmentation(ScoredTask):
             schedule=schedule,
             layer_decay=layer_decay,
             compile_network=compile_network,
-            encoder_record=encoder_record,
         )
         self.save_hyperparameters()
         self._make_network, self._drop_path, self._dice_weight = network, drop_path, dice_weight
@@ -106,7 +98,7 @@ class StructureSegmentation(ScoredTask):
     @property
     def structures(self) -> list[str]:
         """Names of the structures, in the order of the channels."""
-        return list(self.hparams["regions"])
+        return list(self.spec.regions)
 
     def build_network(self, spec: InputSpec) -> nn.Module:
         """Make the network around the encoder.

@@ -23,6 +23,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.cli import supports_bfloat16
+from common.files import write_text
 from common.module import SSLModule
 from common.optim import param_groups
 from common.runtime.provenance import environment
@@ -139,7 +140,7 @@ def training_step(module: SSLModule, batch: Any, clip: float | None = 1.0) -> Ca
 
     def step(bfloat16: bool = False) -> None:
         with torch.autocast("cpu", torch.bfloat16) if bfloat16 else nullcontext():
-            loss = module.total(module.step(batch, sync=False).losses)
+            loss = module.step(batch, sync=False).loss()
         loss.backward()
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
@@ -218,4 +219,4 @@ def run(args: argparse.Namespace) -> None:
         chosen = f" --exp {args.exp}" if args.exp else ""
         result = {"command": f"medmim bench{chosen}", "environment": facts, "date": time.strftime("%Y-%m-%d"),
                   "rows": [asdict(row) for row in rows]}  # fmt: skip
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+        write_text(Path(args.out), json.dumps(result, indent=1) + "\n")

@@ -2,19 +2,18 @@
 
 import argparse
 import hashlib
-import importlib
-import importlib.util
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from common.checkpoint import StoredEncoder, read_encoder, resolve_checkpoint, run_tokenizer
 from common.errors import UserError
+from common.files import whole_file, write_text
+from common.runtime.experiments import experiment_module, experiment_names
 from common.runtime.provenance import source_state
 from common.runtime.reporting import say
 
@@ -76,10 +75,11 @@ def formats_of(experiment: str) -> dict[str, Writer]:
     Raises:
         UserError: there is no such experiment, or it has none.
     """
-    name = f"experiments.{experiment}.export"
-    if importlib.util.find_spec(f"experiments.{experiment}") is None or importlib.util.find_spec(name) is None:
-        raise UserError(f"The experiment {experiment!r} does not exist or has no export.")
-    return importlib.import_module(name).FORMATS
+    module = experiment_module(experiment, "export")
+    if module is None:
+        raise UserError(f"The experiment {experiment!r:.60} does not exist or has no export; there are "
+                        f"{', '.join(experiment_names())}.")  # fmt: skip
+    return module.FORMATS
 
 
 def export(experiment: str, checkpoint: Path, format: str, out: Path) -> Path:
@@ -100,12 +100,14 @@ def export(experiment: str, checkpoint: Path, format: str, out: Path) -> Path:
         raise UserError(f"{experiment} cannot be exported as {format!r}; valid: {', '.join(sorted(writers))}.")
     written = write_export(read_encoder(checkpoint), experiment, format, out, resolve_checkpoint(checkpoint).name)
     if (tokenizer := run_tokenizer(checkpoint)) is not None:
-        shutil.copy(tokenizer, out / "tokenizer.json")
+        write_text(out / "tokenizer.json", tokenizer.read_text(encoding="utf-8"))
     return written
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({key: value.detach().contiguous().clone() for key, value in tensors.items()}, path, {"format": "pt"})
+    content = {key: value.detach().contiguous().clone() for key, value in tensors.items()}
+    with whole_file(path) as temporary:
+        temporary.write_bytes(save(content, {"format": "pt"}))
 
 
 def write_export(stored: StoredEncoder, experiment: str, format: str, out: Path, source: str) -> Path:
@@ -119,13 +121,11 @@ def write_export(stored: StoredEncoder, experiment: str, format: str, out: Path,
         source: The file it came from, for the card.
     """
     exported = formats_of(experiment)[format](stored)
-    out.mkdir(parents=True, exist_ok=True)
     weights = out / "model.safetensors"
     _save(exported.tensors, weights)
     for name, part in exported.parts.items():
-        (out / name).mkdir(exist_ok=True)
         _save(part.tensors, out / name / "model.safetensors")
-        (out / name / "config.json").write_text(json.dumps(part.config, indent=2))
+        write_text(out / name / "config.json", json.dumps(part.config, indent=2))
     if exported.save is not None:
         exported.save(out)
     facts = {
@@ -134,13 +134,20 @@ def write_export(stored: StoredEncoder, experiment: str, format: str, out: Path,
         "arguments": exported.config,
         "encoder": {"class_path": stored.class_path, "init_args": stored.init_args},
         "channels": stored.channels,
+        "names": stored.names,
         "preprocessing": stored.preprocessing,
         "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         **source_state(),
     }
-    (out / "config.json").write_text(json.dumps(facts, indent=2))
-    (out / "README.md").write_text(_card(facts, source, exported.usage))
+    write_text(out / "config.json", json.dumps(facts, indent=2))
+    write_text(out / "README.md", _card(facts, source, exported.usage))
     return out
+
+
+def _named(channels: Sequence[str], names: Sequence[str]) -> str:
+    """Return channels with what their archive calls them."""
+    pairs = zip(channels, names or channels, strict=True)
+    return ", ".join(name if name == shown else f"{name} ({shown} in the archive)" for name, shown in pairs)
 
 
 def _card(facts: dict[str, Any], source: str, usage: str) -> str:
@@ -149,7 +156,7 @@ def _card(facts: dict[str, Any], source: str, usage: str) -> str:
         format=facts["format"],
         weights_file="model.safetensors",
         sha256=facts["sha256"],
-        channels=", ".join(facts["channels"]) or "unknown",
+        channels=_named(facts["channels"], facts["names"]) or "unknown",
         image_size=" x ".join(map(str, facts["encoder"]["init_args"]["image_size"])),
         preprocessing=json.dumps(facts["preprocessing"]),
         checkpoint=source,

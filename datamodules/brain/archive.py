@@ -1,48 +1,18 @@
 """What every data module of brain studies has in common: its layouts, and that no scan is there under two names."""
 
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from common.errors import DataError
+from common.modalities import TEMPLATES, canonical_name
 from common.runtime.reporting import say
 from datamodules.brain.overlap import check_copies, overlap_notes
-from datamodules.brain.sequences import CANONICAL, canonical_name
 from datamodules.registry import Archive
-from datamodules.volumes.cases import Case, Layout, case_of
+from datamodules.volumes.cases import Layout
 from datamodules.volumes.datamodule import VolumeDataModule
 from datamodules.volumes.profiles import ATLAS
 
 #: Regions of a glioma in the order of BrainMVP's channels.
 _REGIONS = ("TC", "WT", "ET")
-
-
-def canonical_case(case: Case, own: Sequence[str] = ()) -> Case:
-    """Return a case with its sequences under canonical names; others are named in the attribute ``unknown``.
-
-    Args:
-        case: The case.
-        own: Further names that its archive has for certain.
-
-    Raises:
-        DataError: two files are one sequence.
-    """
-    images: dict[str, Path] = {}
-    places: dict[str, int] = {}
-    unknown = []
-    for given, path in case.images.items():
-        name = canonical_name(given) or (given if given in own else None)
-        if name is None:
-            unknown.append(given)
-            continue
-        if name in images:
-            raise DataError(f"{case.case_id} has two files of {name}, {images[name].name} and {path.name}: name one of "
-                            f"them under modalities, the other under ignore.")  # fmt: skip
-        images[name] = path
-        places |= {name: case.places[given]} if given in case.places else {}
-    facts = {**case.attributes, "unknown": ", ".join(unknown)} if unknown else case.attributes
-    return case._replace(images=images, places=places, attributes=facts)
 
 
 class BrainArchiveDataModule(VolumeDataModule):
@@ -75,20 +45,12 @@ class BrainArchiveDataModule(VolumeDataModule):
                              "fine-tuning mirrors crops and templates together.")  # fmt: skip
         self.atlas = atlas
 
-    def list_cases(self, archive: Archive) -> list[Case]:
-        """Return the archive's cases under canonical sequence names.
-
-        Raises:
-            DataError: two files of a case are one sequence.
-        """
-        return [canonical_case(case_of(record), archive.facts.modalities) for record in archive.records]
-
     def prepare_layout(self, archive: Archive) -> Layout:
         """Return what the archive's files are and how they are prepared, its channels under canonical names."""
         layout = super().prepare_layout(archive)
         names = layout.modalities
-        if not names or any(canonical_name(name) not in (name, None) for name in names):
-            names = CANONICAL
+        if not names or any(canonical_name(name) != name for name in names):
+            names = TEMPLATES
         known = [name for name in _REGIONS if name in layout.regions]
         regions = {name: layout.regions[name] for name in known} | dict(layout.regions)
         rules = dict.fromkeys(names, "percentile_5_95")

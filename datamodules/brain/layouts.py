@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import DataError
+from common.modalities import CANONICAL, canonical_name
 from datamodules.brain.manifest import find_manifest, recognise_manifest
-from datamodules.brain.sequences import canonical_name
 from datamodules.registry import LAYOUTS, NO_FACTS, Evidence, Facts, Layout, Listing, Record
 from datamodules.tree import Tree, TreeFile
 from datamodules.volumes.cases import Case
+from datamodules.volumes.modalities import one_file_each
 
 #: Regions of a glioma by the value of its enhancing part, in the order that BrainMVP segments them.
 _GLIOMA = {"TC": (1, 4), "WT": (1, 2, 4), "ET": (4,)}
@@ -35,7 +36,7 @@ class Pattern:
         image: With the groups ``study`` and ``sequence``; ``patient`` where it is not the study, ``attribute`` for
             what else a path says.
         label: With the group ``study``.
-        names: Sequence as written to canonical name, where it is no common one.
+        names: Sequence as written to canonical name, where it is no usual spelling.
         study: How the name of a study is made of the groups.
         attribute: Name of the attribute.
         example: A name that the pattern has.
@@ -67,13 +68,14 @@ class Pattern:
 
     def _add(self, cases: dict[str, Case], path: Path, groups: dict[str, str]) -> None:
         given = groups.get("sequence", "")
-        sequence = (self.names or {}).get(given.lower()) or canonical_name(given)
-        if sequence is None:
+        sequence = (self.names or {}).get(given.lower()) or given
+        if canonical_name(sequence) not in CANONICAL:
             return
         study = self.study.format(**groups)
         facts = {self.attribute: groups["attribute"]} if groups.get("attribute") else {}
         case = cases.get(study) or Case(study, groups.get("patient") or study, {}, attributes=facts)
-        cases[study] = case._replace(images={sequence: path, **case.images})
+        images, surplus = one_file_each([*case.images.items(), (sequence, path)])
+        cases[study] = case._replace(images=images, surplus=[*case.surplus, *surplus])
 
 
 def volumes(tree: Tree) -> Iterator[TreeFile]:

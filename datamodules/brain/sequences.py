@@ -1,30 +1,10 @@
-"""Canonical names of brain MRI sequences, whatever an archive calls them."""
+"""What the file names of brain archives say: the study and the sequence."""
 
 from pathlib import Path
-
-#: The order is that of the templates in released checkpoints.
-CANONICAL = ("flair", "t1", "t1c", "t2", "mra", "pd", "dwi", "adc")
-
-_ALIASES = {
-    "t1n": "t1",
-    "t1ce": "t1c",
-    "t1gd": "t1c",
-    "t2w": "t2",
-    "t2f": "flair",
-    "fla": "flair",
-} | {name: name for name in CANONICAL}
 
 #: Endings that say how a file was made, not what it shows.
 _ENDINGS = ("_bias", "_unstripped")
 _SUFFIXES = (".nii.gz", ".nii")
-
-
-def canonical_name(name: str) -> str | None:
-    """Return the canonical name of a sequence in any case, or None where it is none of ours."""
-    name = name.lower()
-    for ending in _ENDINGS:
-        name = name.removesuffix(ending)
-    return _ALIASES.get(name)
 
 
 def split_name(path: Path) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.base import FaultTolerantDataset, collate_samples
+from datamodules.controls import read_control
 from datamodules.genetics.checks import examine
 from datamodules.genetics.genome import Genome, GenomeFiles, pair_persons, read_genome
 from datamodules.genetics.kinship import read_kinship
@@ -23,10 +24,11 @@ from datamodules.images.cache import BoxChoice, ImageCache, SourceImages
 from datamodules.images.crops import center_box, cut_box, random_box
 from datamodules.images.datamodule import ImageArchiveDataModule
 from datamodules.images.pictures import Picture, pictures_of
-from datamodules.images.reading import CHANNELS, COLOUR, ImageError, ImageReader, per_channel
+from datamodules.images.reading import CHANNELS, COLOUR, ImageReader, per_channel
+from datamodules.images.values import ImageError
 from datamodules.loading import Draw
 from datamodules.registry import Archive
-from datamodules.splits import SPLITS, assign_splits, relatives_together
+from datamodules.splits import SPLITS, SplitFile, assign_splits, relatives_together
 
 #: Mean and standard deviation of ImageNet's channels.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -183,11 +185,6 @@ class ImageGenomeDataset(FaultTolerantDataset):
         """Return the sample's name."""
         return self.samples[index].case_id
 
-    def _parts(self, draw: Draw) -> tuple[Any, ...]:
-        """Return what the randomness of a draw hangs on."""
-        subject = self.subject(draw.index)
-        return ("train", self.seed, draw.epoch, subject, draw.draw) if self.train else ("val", subject, draw.draw)
-
     def read(self, draw: Draw) -> dict[str, Any]:
         """Return one sample; see :class:`common.types.ImageGenomeBatch`.
 
@@ -196,12 +193,12 @@ class ImageGenomeDataset(FaultTolerantDataset):
         """
         sample = self.samples[draw.index]
         faults: list[Fault] = []
-        image = self._image(sample, numpy_generator("crop", *self._parts(draw)), faults)
+        image = self._image(sample, numpy_generator("crop", *self.draw_key(draw, self.train)), faults)
         if image is None:
             raise SampleFaultError(faults)
         result: dict[str, Any] = {
             "image": image,
-            "key": torch.tensor(stable_hash("mask", *self._parts(draw))),
+            "key": torch.tensor(stable_hash("mask", *self.draw_key(draw, self.train))),
             "subject_id": pseudonym(sample.case_id) if self.anonymise else sample.case_id,
             "patient_id": pseudonym(sample.patient_id) if self.anonymise else sample.patient_id,
             "faults": faults,
@@ -245,16 +242,12 @@ class ImageGenomeDataset(FaultTolerantDataset):
         return None
 
     def _control(self, sample: Sample, draw: Draw) -> Tensor | None:
-        """Return the image of another person, the same one every time; None where none can be read."""
-        others = [other for other in self.controls if other.patient_id != sample.patient_id]
-        first = stable_hash("control", sample.case_id, draw.draw)
-        for attempt in range(min(len(others), 8)):
-            other = others[(first + attempt) % len(others)]
-            try:
-                return (cut_picture(self.store, other.images[0], self.image_size) - self.mean) / self.std
-            except SampleFaultError:
-                continue
-        return None
+        """Return the image of another person; None where none can be read."""
+
+        def read(other: Sample) -> Tensor:
+            return (cut_picture(self.store, other.images[0], self.image_size) - self.mean) / self.std
+
+        return read_control(sample, draw, self.controls, read)
 
 
 def _reader_of(archive: Archive) -> ImageReader:
@@ -301,7 +294,8 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         draws_per_image: Times that an image is drawn in an epoch.
         num_workers: Loader processes per rank; also threads that build the cache.
         split_fractions: Shares of persons for train, val and test where neither file nor archive says.
-        split_file: CSV with ``split`` and ``case_id`` or ``patient_id``.
+        split_file: Table with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes, or that and
+            how its names join; see :class:`datamodules.splits.SplitFile`.
         kinship: Table of pairs of persons (ID1 or IID1, ID2 or IID2, KINSHIP): relatives of the third degree and closer
             are then in one split, whatever else says, test before val before train.
         max_fault_fraction: Share of faulty samples at which training stops.
@@ -339,7 +333,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         draws_per_image: int = 1,
         num_workers: int = 0,
         split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        split_file: str | None = None,
+        split_file: str | SplitFile | None = None,
         kinship: str | None = None,
         max_fault_fraction: float = 0.01,
         anonymise: bool = False,
@@ -436,6 +430,11 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
             files = GenomeFiles(**{**files.__dict__, "step": self._step})
         kinds = facts.genome_kinds(archive.tree) if facts.genome_kinds is not None and not self._files.any else []
         if not files.any and not kinds:
+            if self.pairing == "id":
+                raise DataError(f"data.pairing is 'id', but no genotypes, scores or burden table lie under {root}: "
+                                "looked for genetics/*_chr{1..22}* or *_c{1..22}_b0_v*, pgs/*.sscore and "
+                                "burden/combined_burdens.h5.")  # fmt: skip
+            say("genetics: none")
             return {}
         training = [patient for patient, split in split_of.items() if split == "train"]
         self.genome = read_genome(files, root, self._clip, training)
@@ -564,8 +563,11 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         """Return what makes a batch from samples."""
         return collate_images
 
-    def training_genomes(self) -> np.ndarray:
+    def training_genomes(self, max_persons: int | None = None) -> np.ndarray:
         """Return the standardised genetics of the training persons ``(P, F)``, each person once, for baselines.
+
+        Args:
+            max_persons: How many to return at most, drawn by a hash of their names; None returns all.
 
         Raises:
             DataError: there are none.
@@ -573,6 +575,8 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         if self.genome is None:
             raise DataError("These images have no genetics.")
         persons = sorted({sample.person for sample in self.splits["train"] if sample.person is not None})
+        if max_persons is not None and len(persons) > max_persons:
+            persons = sorted(sorted(persons, key=lambda name: stable_hash("genome floor", name))[:max_persons])
         return np.stack([self.genome.read(person)[0] for person in persons])
 
     def examine(self, deep: bool, workers: int) -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from common.errors import DataError
+from datamodules.files import listed_names
 from datamodules.genetics.genome import GenomeFiles
 from datamodules.images.pictures import Picture
 from datamodules.images.reading import FUNDUS
@@ -43,7 +44,7 @@ def _checked_names(root: Tree) -> set[str] | None:
     lists = [path for side in ("left", "right") for path in root.glob(f"**/qc_paths_{side}.txt")]
     if not lists:
         return None
-    return {Path(line.strip()).name for path in lists for line in path.read_text().splitlines() if line.strip()}
+    return {Path(name).name for name in listed_names(lists)}
 
 
 def european(root: Tree, threshold: float = 0.99) -> set[str] | None:
@@ -55,7 +56,7 @@ def european(root: Tree, threshold: float = 0.99) -> set[str] | None:
     path = root / "ancestry.tsv"
     if not root.is_file(path):
         return None
-    table = pd.read_csv(path, sep="\t", dtype=str)
+    table = read_table(path)
     if not {"IID", "EUR"} <= set(table.columns):
         raise DataError(f"{path} needs the columns IID and EUR, it has {', '.join(table.columns)}.")
     kept = pd.to_numeric(table["EUR"], errors="coerce") >= threshold
@@ -80,12 +81,37 @@ def find_ukb(root: Tree) -> list[Picture]:
     return [Picture(name, name.split("_")[0], path, parts[name.split("_")[0]]) for name, path in sorted(found.items())]
 
 
+#: Genotype files of one autosome: ``*_chr7*``, and ``ukb22418_c7_b0_v2`` as the platform names them.
+_CHROMOSOME = re.compile(r"_c(?:hr)?(\d{1,2}|X|Y|XY|MT)(?=[_.]|$)", re.IGNORECASE)
+
+
+def _genotype_pattern(root: Tree) -> str | None:
+    """Return the one family of genotype files in a folder, ``{chrom}`` for 1 to 22; None where there is none.
+
+    Raises:
+        DataError: there are several families, or only sex chromosomes.
+    """
+    families: dict[str, set[str]] = {}
+    folder = root / "genetics"
+    for path in (root / file.name for file in root.listed("genetics")):
+        match = _CHROMOSOME.search(path.stem)
+        if match is not None and path.suffix in (".bed", ".bgen"):
+            name = path.name[: match.start(1)] + "{chrom}" + path.name[match.end(1) :]
+            families.setdefault(name, set()).add(match[1])
+    autosomes = {name for name, found in families.items() if any(c.isdigit() and 1 <= int(c) <= 22 for c in found)}
+    if families and not autosomes:
+        others = ", ".join(sorted(set().union(*families.values())))
+        raise DataError(f"{folder} has genotypes of chromosome {others} alone; those of 1 to 22 are read.")
+    preferred = {name for name in autosomes if name.endswith(".bed")} or autosomes
+    if len(preferred) > 1:
+        raise DataError(f"{folder} has several families of genotypes ({', '.join(sorted(preferred))}): name one with "
+                        "data.genotypes.")  # fmt: skip
+    return str(folder / next(iter(preferred))) if preferred else None
+
+
 def genetics_of(root: Tree) -> GenomeFiles:
     """Return the genetics in ``genetics/``, ``pgs/`` and ``burden/`` under a root."""
-    found = root.glob("genetics/*_chr*.bed") or root.glob("genetics/*_chr*.bgen")
-    pattern = None
-    if found:
-        pattern = str(found[0].parent / re.sub(r"_chr\d+", "_chr{chrom}", found[0].name))
+    pattern = _genotype_pattern(root)
     tables = root / "pgs"
     burden = root / "burden" / "combined_burdens.h5"
     return GenomeFiles(

@@ -9,8 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from common.errors import DataError
+from common.names import path_under
 from common.runtime.reporting import contents, say
 from datamodules.account import ROWLESS
+from datamodules.files import first_line
+from datamodules.ids import check_subjects
 from datamodules.registry import NO_SETTINGS, Evidence, FileRef, Layout, Listing, Record, Settings, shortened
 from datamodules.splits import patients_of_files
 from datamodules.subjects import owner_of
@@ -93,6 +96,7 @@ def records_of_table(
         for name, fact in zip(names, facts, strict=True):
             fact["subject"] = owner_of(name, subject).subject if fact["image"] else ""
     subjects = [fact["subject"] for fact in facts]
+    check_subjects(path, subjects)
     _say_shared(path, names, subjects)
     found: dict[str, Record] = {}
     for name, patient, fact, rest in zip(names, patients_of_files(names, subjects), facts, others, strict=True):
@@ -142,8 +146,7 @@ def _image_name(tree: Tree, path: Path, fact: Mapping[str, str]) -> str:
     if not fact["image"]:
         return ""
     name = "/".join(part for part in (fact.get("folder", ""), fact["image"]) if part)
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise DataError(f"{path} names the image {name}, which does not lie under {tree}.")
+    path_under(tree.root, name, path)
     name = name.removeprefix("./")
     if suffix_of(name) not in _IMAGES and not tree.is_file(name):
         fits = [f"{name}{suffix}" for suffix in _IMAGES if tree.is_file(f"{name}{suffix}")]
@@ -204,10 +207,9 @@ def _header(path: Path) -> set[str]:
     """Return the names of a table's columns, as far as its first line says them."""
     if path.suffix.lower() == ".parquet":
         return set()
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        line = file.readline(1 << 16)
-    mark = "\t" if path.suffix.lower() == ".tsv" else ","
-    return {name.strip().strip('"') for name in line.rstrip("\n").split(mark)}
+    line = first_line(path)
+    mark = max(",\t;", key=line.count)
+    return {name.strip(' "') for name in line.split(mark)}
 
 
 def _plain_table(tree: Tree) -> Path | None:

@@ -26,6 +26,7 @@ from datamodules.labelled.layout import LabelLayout, LabelledImage, as_archive
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.splits import (
     SPLITS,
+    SplitFile,
     assign_splits,
     check_unique,
     fold_of_each,
@@ -176,7 +177,8 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         split_fractions: Shares of patients for train, val and test where neither file nor archive says. An archive that
             names training images but no validation ones has the latter cut out of the former, in the ratio of the
             first two.
-        split_file: CSV with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes.
+        split_file: Table with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes, or that and
+            how its names join; see :class:`datamodules.splits.SplitFile`.
         fold: Number of the fold to test on, from 0: cross-validation instead of any other split. No patient and no
             group of the layout is in two folds; validation patients are cut out of the other folds.
         num_folds: How many folds there are.
@@ -206,7 +208,7 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         num_workers: int = 0,
         label_fraction: float = 1.0,
         split_fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
-        split_file: str | None = None,
+        split_file: str | SplitFile | None = None,
         fold: int | None = None,
         num_folds: int = 5,
         shuffle_targets: int | None = None,

@@ -1,5 +1,6 @@
 """The COVID-19 image data collection: ``ROOT/images`` and ``ROOT/metadata.csv``, a table of X-rays with notes."""
 
+from datamodules.files import first_line
 from datamodules.images.table import records_of_table
 from datamodules.registry import Evidence, Layout, Record
 from datamodules.tree import Tree
@@ -12,8 +13,7 @@ _MARKS = {"filename", "folder", "patientid", "modality"}
 def _header(tree: Tree) -> set[str]:
     if not tree.is_file(_TABLE):
         return set()
-    with (tree / _TABLE).open(encoding="utf-8-sig", errors="replace") as file:
-        return {name.strip() for name in file.readline().split(",")}
+    return {name.strip(' "') for name in first_line(tree / _TABLE).split(",")}
 
 
 def find_covid(tree: Tree) -> list[Record]:

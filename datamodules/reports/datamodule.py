@@ -19,6 +19,7 @@ from common.randomness import KeyedGenerator, numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.base import FaultTolerantDataset, collate_samples
+from datamodules.controls import read_control
 from datamodules.images.cache import BoxChoice, ImageCache, SourceImages
 from datamodules.images.crops import center_box, random_box
 from datamodules.images.reading import CHANNELS, FIGURE, GRAY, per_channel, plain_numbers
@@ -29,7 +30,7 @@ from datamodules.reports.checks import examine
 from datamodules.reports.studies import Study, studies_of
 from datamodules.reports.text import Extract, ReportError, extract_of, study_text
 from datamodules.reports.tokens import Kind, ReportTokenizer
-from datamodules.splits import SPLITS, assign_splits
+from datamodules.splits import SPLITS, SplitFile, assign_splits
 
 Flip = Literal["off", "swap_words", "naive"]
 _OTHER_SIDE = {"left": "right", "right": "left"}
@@ -187,11 +188,6 @@ class ImageTextDataset(FaultTolerantDataset):
         """Return the sample's name."""
         return self.samples[index].case_id
 
-    def _parts(self, draw: Draw) -> tuple[Any, ...]:
-        """Return what the randomness of a draw hangs on."""
-        subject = self.subject(draw.index)
-        return ("train", self.seed, draw.epoch, subject, draw.draw) if self.train else ("val", subject, draw.draw)
-
     def read(self, draw: Draw) -> dict[str, Any]:
         """Return one sample; see :class:`common.types.ImageTextBatch`.
 
@@ -199,7 +195,7 @@ class ImageTextDataset(FaultTolerantDataset):
             SampleFaultError: neither image nor text can be used.
         """
         sample = self.samples[draw.index]
-        generator = numpy_generator("crop", *self._parts(draw))
+        generator = numpy_generator("crop", *self.draw_key(draw, self.train))
         mirror = self.train and self.flip != "off" and generator.random() < 0.5
         faults: list[Fault] = []
         image = self._image(sample, generator, mirror, faults)
@@ -209,7 +205,7 @@ class ImageTextDataset(FaultTolerantDataset):
             raise SampleFaultError(faults or [Fault(sample.case_id, "empty", detail, sample.case_id)])
         if mirror and self.flip == "swap_words":
             text = swap_sides(text)
-        key = torch.tensor(stable_hash("mask", *self._parts(draw)))
+        key = torch.tensor(stable_hash("mask", *self.draw_key(draw, self.train)))
         result: dict[str, Any] = {
             "image": self._standardised(image),
             "modality_mask": torch.tensor([image is not None, bool(text)]),
@@ -268,25 +264,26 @@ class ImageTextDataset(FaultTolerantDataset):
 
     def _negative(self, sample: Sample, draw: Draw) -> Tensor | None:
         """Cut an image that is not the sample's own, drawn anew every epoch; None where none can be read."""
-        first = stable_hash("negative", *self._parts(draw))
+        first = stable_hash("negative", *self.draw_key(draw, self.train))
         for attempt in range(len(self.samples)):
             other = self.samples[(first + attempt) % len(self.samples)]
             if other.images and other.images[0] != sample.images[0]:
-                image = self._image(other, numpy_generator("negative", *self._parts(draw)), False, [])
+                image = self._image(other, numpy_generator("negative", *self.draw_key(draw, self.train)), False, [])
                 if image is not None:
                     return image
         return None
 
     def _control(self, sample: Sample, draw: Draw) -> Tensor | None:
-        """Cut the image of another patient, the same one every time; None where none can be read."""
-        others = [other for other in self.controls if other.patient_id != sample.patient_id]
-        first = stable_hash("control", sample.case_id, draw.draw)
-        for attempt in range(len(others)):
-            other = others[(first + attempt) % len(others)]
-            image = self._image(other, numpy_generator("control"), False, [])
-            if image is not None:
-                return image
-        return None
+        """Cut the image of another patient; None where none can be read."""
+
+        def read(other: Sample) -> Tensor:
+            faults: list[Fault] = []
+            image = self._image(other, numpy_generator("control"), False, faults)
+            if image is None:
+                raise SampleFaultError(faults)
+            return image
+
+        return read_control(sample, draw, self.controls, read)
 
 
 def collate_image_text(samples: list[dict[str, Any]], pad_id: int, length: int = 0) -> dict[str, Any]:
@@ -354,7 +351,8 @@ class ImageTextDataModule(TextArchiveDataModule):
         draws_per_image: Times that an image is drawn in an epoch.
         num_workers: Loader processes per rank; also threads that build the cache.
         split_fractions: Shares of patients for train, val and test where neither file nor archive says.
-        split_file: CSV with ``split`` and ``case_id`` or ``patient_id``.
+        split_file: Table with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes, or that and
+            how its names join; see :class:`datamodules.splits.SplitFile`.
         max_fault_fraction: Share of faulty samples at which training stops.
         anonymise: Whether subjects and texts stay out of logs, pictures and fault files.
         seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
@@ -396,7 +394,7 @@ class ImageTextDataModule(TextArchiveDataModule):
         draws_per_image: int = 1,
         num_workers: int = 0,
         split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        split_file: str | None = None,
+        split_file: str | SplitFile | None = None,
         max_fault_fraction: float = 0.01,
         anonymise: bool = False,
         seed: int | None = None,

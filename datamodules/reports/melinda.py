@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import DataError
+from common.names import path_under
 from common.runtime.reporting import say
 from datamodules.registry import Layout, marked
 from datamodules.reports.medicat import collapsed
@@ -64,10 +65,8 @@ def read_melinda(root: Tree, task: str = "p_meth_label") -> list[CaptionedFigure
             raise DataError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns)}.")
         for number, row in enumerate(table.to_dict("records")):
             figure = row["figure_file"]
-            if not figure or Path(figure).is_absolute() or ".." in Path(figure).parts:
-                raise DataError(f"{path} names the image {figure!r}, which does not lie under {root}.")
             text = "" if row["caption"].lower() == "nan" else collapsed(row["caption"])
-            image = root / "melinda_images" / figure
+            image = path_under(root / "melinda_images", figure or "(no image)", path)
             rows.append(CaptionedFigure(f"{split}/{number}-{figure}", figure, image, text, row[task], split))
     counts = Counter(row.split for row in rows)
     if any(counts[split] != number for split, number in _ROWS.items()):

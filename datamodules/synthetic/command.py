@@ -4,17 +4,17 @@ They are read by the same code as real archives. Some members are missing on pur
 """
 
 import argparse
-import csv
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from common.errors import UserError
+from common.files import make_folder, move, remove_tree, storage_errors
 from common.randomness import numpy_generator
 from common.runtime.data_config import data_options
 from common.runtime.reporting import say
@@ -31,19 +31,12 @@ from datamodules.synthetic.figures import (
 from datamodules.synthetic.fundus import write_aptos, write_idrid, write_palm, write_rfmid, write_tcga, write_ukb
 from datamodules.synthetic.labelled import write_chexpert, write_covid_cxr, write_nih, write_rsna, write_siim
 from datamodules.synthetic.reports import write_mimic_cxr
+from datamodules.synthetic.tables import write_table
 from datamodules.volumes.reading import to_lps, write_nifti
 
 NOTE = "SYNTHETIC.json"
 _MARKSHEET = ("patient_id", "study_id", "mri_date", "patient_age", "psa", "psad", "prostate_volume", "histopath_type",
               "lesion_PIRADS", "lesion_GS", "lesion_ISUP", "case_ISUP", "case_csPCa", "center")  # fmt: skip
-
-
-def _write_table(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
 
 
 def write_brats(
@@ -71,7 +64,7 @@ def write_brats(
         label = np.where(brain.label == 3, 4, brain.label).astype(np.uint8) if legacy else brain.label
         write_nifti(root / case / f"{case}{joint}seg.nii.gz", *to_lps(label))
         rows.append((case, int(brain.mutant)))
-    _write_table(root / "idh.csv", ("case_id", "idh"), rows)
+    write_table(root / "idh.csv", ("case_id", "idh"), rows)
 
 
 def _itk_image(data: NDArray, spacing: Sequence[float], origin: Sequence[float]) -> sitk.Image:
@@ -113,7 +106,7 @@ def write_pi_cai(root: Path, num_cases: int, seed: int, shape: Sequence[int] = (
         grade = 3 if case.significant else 1
         rows.append((patient, study, "2020-01-01", 65, 7.1, 0.14, 50, "MRBx", 4, "4+3" if case.significant else "3+3",
                      grade, grade, "YES" if case.significant else "NO", "SYN"))  # fmt: skip
-    _write_table(root / "labels/clinical_information/marksheet.csv", _MARKSHEET, rows)
+    write_table(root / "labels/clinical_information/marksheet.csv", _MARKSHEET, rows)
 
 
 def write_lung(root: Path, num_cases: int, seed: int, shape: Sequence[int] = (96, 96, 24)) -> None:
@@ -128,7 +121,7 @@ def write_lung(root: Path, num_cases: int, seed: int, shape: Sequence[int] = (96
         write_nifti(root / name / "cavity.nii.gz", case.cavity, affine)
         write_nifti(root / name / "vent.nii.gz", case.ventilated, affine)
         rows.append((name, name, int(case.disease)))
-    _write_table(root / "cases.csv", ("case_id", "patient_id", "disease"), rows)
+    write_table(root / "cases.csv", ("case_id", "patient_id", "disease"), rows)
 
 
 def write_brats_legacy(root: Path, num_cases: int, seed: int) -> None:
@@ -176,12 +169,14 @@ def synthesize(layout: str, root: Path, num_cases: int = 16, seed: int = 0) -> b
         return False
     if root.exists() and any(root.iterdir()) and not (root / NOTE).is_file():
         raise UserError(f"{root} holds other files; choose an empty folder for synthetic data.")
-    temporary = root.with_name(f".{root.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    WRITERS[layout](temporary, num_cases, seed)
-    (temporary / NOTE).write_text(json.dumps(facts))
-    shutil.rmtree(root, ignore_errors=True)
-    temporary.rename(root)
+    root = root.absolute()
+    make_folder(root.parent)
+    with storage_errors(root), TemporaryDirectory(prefix=".synthetic-", dir=root.parent) as folder:
+        written = Path(folder) / "tree"
+        WRITERS[layout](written, num_cases, seed)
+        (written / NOTE).write_text(json.dumps(facts))
+        remove_tree(root, root.parent)  # empty, or one of ours
+        move(written, root, root.parent)
     return True
 
 

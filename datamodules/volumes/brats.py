@@ -7,15 +7,16 @@ case's grade). The enhancing tumour is 3 from 2023 on and 4 before; channels are
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 from datamodules.registry import Evidence, Facts, Layout
-from datamodules.tree import Tree, TreeFile
+from datamodules.tree import Tree
 from datamodules.volumes.cases import Case, patient_of
+from datamodules.volumes.modalities import one_file_each
 
 MODALITIES = ("t1c", "t1n", "t2f", "t2w")
-_ALIASES = {"t1ce": "t1c", "t1gd": "t1c", "t1": "t1n", "flair": "t2f", "t2": "t2w"} | {
-    m: m for m in (*MODALITIES, "seg")
-}
+_NAMES = frozenset({*MODALITIES, "t1ce", "t1gd", "t1", "flair", "t2", "seg"})
 _NEW_NAME = re.compile(r"^(BraTS-[A-Z]+-\d+)-(\d{3})$", re.IGNORECASE)
 #: The mask of BraTS20_Training_355 as the official release has it.
 _MISNAMED = "W39_1998.09.19_Segm"
@@ -23,40 +24,45 @@ _SUFFIXES = (".nii.gz", ".nii")
 _MAX_DEPTH = 3
 
 
-def _members(tree: Tree, folder: str) -> tuple[dict[str, TreeFile], int]:
-    """Return the files of a folder that are called after it and a modality, and how many volumes are called otherwise.
+class _Found(NamedTuple):
+    """A folder that holds a case.
 
-    The first of two files of one modality counts.
+    Attributes:
+        folder: The folder.
+        members: Modality, or ``seg``, as written, and file.
+        others: How many volumes are called otherwise.
     """
+
+    folder: str
+    members: list[tuple[str, Path]]
+    others: int
+
+
+def _read_folder(tree: Tree, folder: str) -> _Found:
+    """Return the files of a folder that are called after it and a modality."""
     name = _name(tree, folder)
-    files: dict[str, TreeFile] = {}
-    others = 0
+    found = _Found(folder, [], 0)
     for file in tree.listed(folder):
         if file.suffix not in _SUFFIXES or file.hidden:
             continue
-        stem = file.stem
-        modality = _ALIASES.get(stem[len(name) :].lstrip("-_").lower()) if _starts(stem, name) else None
-        modality = "seg" if stem == _MISNAMED else modality
-        if modality is None:
-            others += 1
+        after = file.stem[len(name) :].lstrip("-_") if file.stem.lower().startswith(name.lower()) else ""
+        modality = "seg" if file.stem == _MISNAMED else after
+        if modality.lower() in _NAMES:
+            found.members.append((modality, tree / file.name))
         else:
-            files.setdefault(modality, file)
-    return files, others
+            found = found._replace(others=found.others + 1)
+    return found
 
 
 def _name(tree: Tree, folder: str) -> str:
     return folder.rpartition("/")[2] or tree.root.name
 
 
-def _starts(stem: str, name: str) -> bool:
-    return bool(name) and stem.lower().startswith(name.lower())
-
-
-def _case_folders(tree: Tree, folder: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, TreeFile], int]]:
-    """Yield folders that hold a case, at most three down, with its files and the number of other volumes."""
-    files, others = _members(tree, folder)
-    if files.keys() - {"seg"}:
-        yield folder, files, others
+def _case_folders(tree: Tree, folder: str = "", depth: int = 0) -> Iterator[_Found]:
+    """Yield the folders that hold a case, at most three down."""
+    found = _read_folder(tree, folder)
+    if any(name.lower() != "seg" for name, _ in found.members):
+        yield found
     elif depth < _MAX_DEPTH:
         for name in tree.folders(folder):
             yield from _case_folders(tree, f"{folder}/{name}" if folder else name, depth + 1)
@@ -66,19 +72,19 @@ def find_cases(tree: Tree) -> list[Case]:
     """List the BraTS cases of a tree, at most three folders down, whatever year their names are of."""
     cases = []
     # One depth after the other: the order of cases decides what a seed draws, and recorded results hang on it.
-    for folder, files, _ in sorted(_case_folders(tree), key=lambda entry: entry[0].count("/") if entry[0] else -1):
-        name = _name(tree, folder)
-        paths = {modality: tree / file.name for modality, file in files.items()}
-        labels = {"seg": paths.pop("seg")} if "seg" in paths else {}
-        above = folder.upper().split("/")
-        grade = next((grade for grade in ("HGG", "LGG") if grade in above), None)
+    for found in sorted(_case_folders(tree), key=lambda entry: entry.folder.count("/") if entry.folder else -1):
+        name = _name(tree, found.folder)
+        masks = [path for modality, path in found.members if modality.lower() == "seg"]
+        images, surplus = one_file_each(member for member in found.members if member[0].lower() != "seg")
+        grade = next((grade for grade in ("HGG", "LGG") if grade in found.folder.upper().split("/")), None)
         facts = {"grade": grade} if grade else {}
-        cases.append(Case(name, patient_of(name), paths, labels, attributes=facts))
+        labels = {"seg": masks[-1]} if masks else {}
+        cases.append(Case(name, patient_of(name), images, labels, attributes=facts, surplus=surplus))
     return cases
 
 
 def _recognise_new(tree: Tree) -> Evidence:
-    folders = [folder for folder, _, _ in _case_folders(tree)]
+    folders = [found.folder for found in _case_folders(tree)]
     new = sum(bool(_NEW_NAME.match(_name(tree, folder))) for folder in folders)
     missing = "folders called BraTS-GLI-00000-000"
     if not new:
@@ -88,8 +94,8 @@ def _recognise_new(tree: Tree) -> Evidence:
 
 def _recognise_old(tree: Tree) -> Evidence:
     """Ask every volume of every case folder for one of the names: other trees are called so in part."""
-    found = [entry for entry in _case_folders(tree) if not _NEW_NAME.match(_name(tree, entry[0]))]
-    strange = sum(others for _, _, others in found)
+    found = [entry for entry in _case_folders(tree) if not _NEW_NAME.match(_name(tree, entry.folder))]
+    strange = sum(entry.others for entry in found)
     if found and not strange:
         return Evidence(2, f"every volume of {len(found)} case folders is called CASE_flair, _t1, _t1ce, _t2 or _seg")
     near = 0.5 if found else 0.0

@@ -2,11 +2,10 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.errors import DataError
 from datamodules.registry import FileRef, Record
 
 
@@ -16,10 +15,12 @@ class Case(NamedTuple):
     Attributes:
         case_id: Unique name.
         patient_id: Splits are by this.
-        images: Modality to file; a missing modality has no entry.
+        images: Modality to file; a missing modality has no entry. Layouts name modalities as the archive does, data
+            modules canonically (:mod:`common.modalities`).
         labels: Label name to file.
         split: ``train``, ``val`` or ``test`` where the archive says so.
         attributes: Further facts by name, such as a diagnosis; empty text = unknown.
+        surplus: Files of a modality that has a file already, which data modules refuse.
         places: Modality to which volume of its file it is, where that is 4-D.
     """
 
@@ -29,6 +30,7 @@ class Case(NamedTuple):
     labels: Mapping[str, Path] = {}
     split: str | None = None
     attributes: Mapping[str, str] = {}
+    surplus: Sequence[Path] = ()
     places: Mapping[str, int] = {}
 
     def record(self) -> Record:
@@ -36,7 +38,7 @@ class Case(NamedTuple):
         volumes = {name: FileRef(path, self.places.get(name)) for name, path in self.images.items()}
         masks = {name: FileRef(path) for name, path in self.labels.items()}
         return Record(self.case_id, self.patient_id, volumes=volumes, masks=masks, attributes=self.attributes,
-                      split=self.split)  # fmt: skip
+                      split=self.split, surplus=tuple(self.surplus))  # fmt: skip
 
 
 def case_of(record: Record) -> Case:
@@ -48,6 +50,7 @@ def case_of(record: Record) -> Case:
         {name: ref.path for name, ref in record.masks.items()},
         record.split,
         {**record.attributes, **record.targets},
+        record.surplus,
         {name: ref.volume for name, ref in record.volumes.items() if ref.volume is not None},
     )
 
@@ -120,6 +123,7 @@ class Layout:
         label_values: Every value a label may hold; empty = not checked.
         preprocessing: See :class:`Preprocessing`.
         crop_size: Default crop for pre-training.
+        names: What the archive calls the modalities, by canonical name; known once its cases are listed.
     """
 
     name: str
@@ -129,6 +133,11 @@ class Layout:
     label_values: frozenset[int]
     preprocessing: Preprocessing
     crop_size: tuple[int, int, int]
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def shown(self, modality: str) -> str:
+        """Return what the archive calls a modality."""
+        return self.names.get(modality, modality)
 
     def with_intensity(self, rule: str | None) -> "Layout":
         """Return the layout with one intensity rule for all modalities; None changes nothing."""
@@ -136,18 +145,3 @@ class Layout:
             return self
         intensity = dict.fromkeys(self.preprocessing.intensity or self.modalities, rule)
         return replace(self, preprocessing=replace(self.preprocessing, intensity=intensity))
-
-
-def with_modalities(layout: Layout, cases: Sequence[Case], wanted: Sequence[str] | None) -> Layout:
-    """Settle a layout's channels: those asked for, its own, or all that its cases have.
-
-    Raises:
-        DataError: no case has a modality that is asked for.
-    """
-    present = sorted({name for case in cases for name in case.images})
-    names = tuple(wanted) if wanted else layout.modalities or tuple(present)
-    unknown = [name for name in names if name not in present]
-    if wanted and unknown:
-        raise DataError(f"No case has the modalities {', '.join(unknown)}; present are {', '.join(present)}.")
-    intensity = {name: layout.preprocessing.intensity.get(name, "percentile") for name in names}
-    return replace(layout, modalities=names, preprocessing=replace(layout.preprocessing, intensity=intensity))

@@ -1,6 +1,5 @@
 """Multi-modal volumes for pre-training, segmentation and probes: one data module for every layout."""
 
-import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,17 +9,23 @@ import torch
 
 from common.errors import DataError
 from common.faults import Fault, SampleFaultError, pseudonym
+from common.names import case_twins
 from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.base import ArchiveDataModule, FaultTolerantDataset
+from datamodules.controls import read_control
+from datamodules.ids import check_labels, join_ids, rows_by
 from datamodules.loading import Draw, ResumableLoader
+from datamodules.notes import say_notes
 from datamodules.registry import Archive, Settings
-from datamodules.splits import assign_splits, nested_fraction
+from datamodules.splits import SplitFile, assign_splits, nested_fraction
+from datamodules.tables import read_table
 from datamodules.volumes.cache import CacheFormat, OpenCase, Record, SourceVolumes, VolumeCache
-from datamodules.volumes.cases import Case, Layout, case_of, with_modalities
+from datamodules.volumes.cases import Case, Layout, case_of
 from datamodules.volumes.checks import examine
-from datamodules.volumes.crops import center_start, cut, flip, random_start, start_around, to_tensor
+from datamodules.volumes.crops import arranged, center_start, cut, flip, random_start, start_around, to_tensor
+from datamodules.volumes.modalities import under_canonical_names, with_modalities
 from datamodules.volumes.profiles import prepared
 
 Domain = Literal["train", "val", "center", "full"]
@@ -43,6 +48,7 @@ class VolumeDataset(FaultTolerantDataset):
         controls: Other patients' cases, for the control of the collapse diagnostics; None leaves it out.
         targets: Class index by case id.
         anonymise: Whether subjects get pseudonyms.
+        order: Place of each channel of a sample among the stored ones, negative = absent; None takes them as stored.
     """
 
     def __init__(
@@ -59,6 +65,7 @@ class VolumeDataset(FaultTolerantDataset):
         controls: Sequence[Case] | None = None,
         targets: Mapping[str, int] | None = None,
         anonymise: bool = False,
+        order: Sequence[int] | None = None,
     ) -> None:
         super().__init__(seed)
         self.cases = list(cases)
@@ -72,6 +79,7 @@ class VolumeDataset(FaultTolerantDataset):
         self.controls = controls
         self.targets = targets
         self.anonymise = anonymise
+        self.order = order
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -79,13 +87,6 @@ class VolumeDataset(FaultTolerantDataset):
     def subject(self, index: int) -> str:
         """Return the case id."""
         return self.cases[index].case_id
-
-    def _parts(self, draw: Draw) -> tuple[Any, ...]:
-        """Return what the randomness of a draw hangs on."""
-        subject = self.subject(draw.index)
-        if self.domain == "train":
-            return ("train", self.seed, draw.epoch, subject, draw.draw)
-        return ("val", subject, draw.draw)
 
     def read(self, draw: Draw) -> dict[str, Any]:
         """Return one sample; see :class:`common.types.VolumeBatch`.
@@ -97,14 +98,14 @@ class VolumeDataset(FaultTolerantDataset):
         opened = self.store.open(case)
         if self.regions is not None and opened.label is None:
             raise SampleFaultError(self._label_faults(case, opened.record))
-        generator = numpy_generator("crop", *self._parts(draw))
+        generator = numpy_generator("crop", *self.draw_key(draw, self.domain == "train"))
         start, size = self._place(opened, generator)
         axes = [axis for axis in self.flip_axes if self.domain == "train" and generator.random() < 0.5]
         image = flip(cut(opened.image, start, size), axes)
         sample: dict[str, Any] = {
-            "image": to_tensor(image),
-            "modality_mask": torch.tensor(opened.record.modality_mask),
-            "key": torch.tensor(stable_hash("mask", *self._parts(draw))),
+            "image": arranged(to_tensor(image), self.order),
+            "modality_mask": arranged(torch.tensor(opened.record.modality_mask), self.order),
+            "key": torch.tensor(stable_hash("mask", *self.draw_key(draw, self.domain == "train"))),
             "subject_id": pseudonym(case.case_id) if self.anonymise else case.case_id,
             "place": (*start, *opened.image.shape[-3:]),
             "faults": opened.record.image_faults(),
@@ -142,21 +143,14 @@ class VolumeDataset(FaultTolerantDataset):
         return random_start(shape, self.crop_size, generator, self.overhang), self.crop_size
 
     def _control(self, draw: Draw) -> dict[str, Any]:
-        """Cut a crop out of another patient, the same one every time."""
-        case = self.cases[draw.index]
-        others = [other for other in self.controls or [] if other.patient_id != case.patient_id]
-        first = stable_hash("control", case.case_id, draw.draw)
-        for attempt in range(len(others)):
-            other = others[(first + attempt) % len(others)]
-            try:
-                opened = self.store.open(other)
-            except SampleFaultError:
-                continue
-            generator = numpy_generator("crop", "val", other.case_id, draw.draw)
-            start, size = self._place(opened, generator)
-            piece = cut(opened.image, start, size)
-            return {"control_image": to_tensor(piece)}
-        return {}
+        """Cut a crop out of another patient."""
+
+        def read(other: Case) -> dict[str, Any]:
+            opened = self.store.open(other)
+            start, size = self._place(opened, numpy_generator("crop", "val", other.case_id, draw.draw))
+            return {"control_image": arranged(to_tensor(cut(opened.image, start, size)), self.order)}
+
+        return read_control(self.cases[draw.index], draw, self.controls or (), read) or {}
 
 
 class NamesDataset(FaultTolerantDataset):
@@ -191,14 +185,15 @@ class VolumeDataModule(ArchiveDataModule):
         root: The archive.
         layout: Name of its layout; ``"auto"`` recognises it from the tree.
         profile: How volumes are prepared (:mod:`datamodules.volumes.profiles`); None takes what suits the layout.
-        modalities: Channels in order; None takes the layout's.
+        modalities: Channels in order, in any usual spelling; None takes the layout's.
         crop_size: Voxels along R, A, S; None takes the layout's.
         batch_size: Crops per device.
         crops_per_case: Training crops per case and epoch.
         val_crops_per_case: Fixed validation crops per case.
         num_workers: Loader processes per rank; also threads that build the cache.
         split_fractions: Shares of patients for train, val and test where neither file nor archive says.
-        split_file: CSV with ``split`` and ``case_id`` or ``patient_id``.
+        split_file: Table with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes, or that and
+            how its names join; see :class:`datamodules.splits.SplitFile`.
         flip_axes: Axes (0 R, 1 A, 2 S) that training crops are mirrored along with probability one half.
         overhang: Share of a crop that may reach beyond the foreground, in each direction. Official volumes are about
             three quarters air; at 0 a crop of half the head's size would hardly ever see the brain's surface.
@@ -229,7 +224,7 @@ class VolumeDataModule(ArchiveDataModule):
         val_crops_per_case: int = 4,
         num_workers: int = 0,
         split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        split_file: str | None = None,
+        split_file: str | SplitFile | None = None,
         flip_axes: tuple[int, ...] = (0, 1, 2),
         overhang: float = 0.25,
         intensity: str | None = None,
@@ -258,6 +253,8 @@ class VolumeDataModule(ArchiveDataModule):
         self._layout: Layout | None = None
         self.cases: list[Case] = []
         self.targets: dict[str, int] | None = None
+        self.twins: frozenset[str] = frozenset()
+        self._delivered: tuple[str, ...] | None = None
 
     #: Profile where none is named; None takes the one that suits the layout.
     default_profile: str | None = None
@@ -274,10 +271,6 @@ class VolumeDataModule(ArchiveDataModule):
         for case in self.cases_in_use():
             yield from (("volume", path) for name, path in case.images.items() if name in layout.modalities)
             yield from (("mask", path) for path in case.labels.values() if self.labels)
-
-    def list_cases(self, archive: Archive) -> list[Case]:
-        """Return the archive's cases."""
-        return [case_of(record) for record in archive.records]
 
     def prepare_layout(self, archive: Archive) -> Layout:
         """Return what the archive's files are, and how they are prepared."""
@@ -296,8 +289,10 @@ class VolumeDataModule(ArchiveDataModule):
         if self._layout is None:
             named = {name: name for name in self._modalities or ()}
             archive = self.open(self.root, self._layout_name, Settings(modalities=named))
-            self.cases = self.list_cases(archive)
-            layout = self.settle(self.prepare_layout(archive)).with_intensity(self._intensity)
+            self.archive = archive
+            cases = [case_of(record) for record in archive.records]
+            layout, self.cases = under_canonical_names(self.prepare_layout(archive), cases)
+            layout = self.settle(layout).with_intensity(self._intensity)
             fractions, split_seed, split_file = self._split
             cut = archive.facts.cut_validation
             parts = assign_splits(self.cases, fractions, split_seed, split_file, cut_validation=cut)
@@ -309,8 +304,13 @@ class VolumeDataModule(ArchiveDataModule):
             self.splits["train"] = nested_fraction(self.splits["train"], self.label_fraction, split_seed)
             self._check_regions(layout)
             self.ledger.num_samples = len(parts)
-            self._layout, self.archive = layout, archive
-            self.store = SourceVolumes(layout) if self._cache == "none" else VolumeCache(self.root, layout, self._cache)
+            self._layout = layout
+            self.twins = case_twins(case.case_id for case in self.cases)
+            self.store = (
+                SourceVolumes(layout)
+                if self._cache == "none"
+                else VolumeCache(self.root, layout, self._cache, twins=self.twins)
+            )
         return self._layout
 
     def _is_wanted(self, case: Case) -> bool:
@@ -336,11 +336,11 @@ class VolumeDataModule(ArchiveDataModule):
             path = Path(self.target_file)
             if not path.is_file():
                 raise DataError(f"The target file {path} does not exist.")
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                rows = list(csv.DictReader(file))
-            if not rows or not {"case_id", self.target} <= rows[0].keys():
+            table = read_table(path)
+            if not {"case_id", self.target} <= set(table.columns):
                 raise DataError(f"{path} needs the columns case_id and {self.target}.")
-            facts = {row["case_id"]: row for row in rows}
+            facts = rows_by(path, table, "case_id")
+            check_labels(path, join_ids([case.case_id for case in self.cases], facts), "cases")
         texts = {name: facts.get(name, {}).get(self.target, "").strip() for name in (c.case_id for c in self.cases)}
         wrong = {name: text for name, text in texts.items() if text not in ("", "0", "1")}
         if wrong:
@@ -371,12 +371,41 @@ class VolumeDataModule(ArchiveDataModule):
         """Channels, crop size, regions and preprocessing of the batches."""
         layout = self.index()
         preprocessing = {"layout": layout.name, **layout.preprocessing.as_dict()}
-        return InputSpec(layout.modalities, self.crop_size, self.regions, preprocessing)
+        channels = self._delivered or layout.modalities
+        present = {name for case in self.cases for name in case.images}
+        return InputSpec(
+            channels,
+            self.crop_size,
+            self.regions,
+            preprocessing,
+            names=tuple(layout.shown(name) for name in channels),
+            absent=tuple(name for name in channels if name not in present),
+            chosen=bool(self._modalities),
+        )
+
+    def deliver(self, channels: Sequence[str]) -> None:
+        """Give batches these channels in this order; those that the archive lacks are fed as absent.
+
+        Raises:
+            DataError: a channel of the data is not among them.
+        """
+        layout = self.index()
+        if left_out := [layout.shown(name) for name in layout.modalities if name not in channels]:
+            raise DataError(f"{', '.join(left_out)} of {self.root} would be left out: set data.modalities.")
+        self._delivered = tuple(channels)
+
+    def _order(self) -> list[int] | None:
+        """Return where each channel of the batches is among the stored ones, -1 = nowhere; None = they are the same."""
+        stored = self.index().modalities
+        if self._delivered in (None, stored):
+            return None
+        return [stored.index(name) if name in stored else -1 for name in self._delivered or ()]
 
     def prepare_data(self) -> None:
         """Build and verify the cache, once per machine (Lightning hook)."""
         self.index()
         self.store.ensure(self.cases_in_use(), max(self.num_workers, 1))
+        say_notes()
 
     def all_cases(self) -> list[Case]:
         """Return every case of the archive, whether or not it is used."""
@@ -403,7 +432,8 @@ class VolumeDataModule(ArchiveDataModule):
             raise DataError(f"None of the {len(self.cases_in_use())} cases under {self.root} can be used. "
                             f"{self.ledger.describe()}")  # fmt: skip
         counts = ", ".join(f"{len(part)} {name}" for name, part in self.splits.items() if part)
-        say(f"data: {layout.name} at {self.root}, cases {counts}, modalities {', '.join(layout.modalities)}, "
+        modalities = ", ".join(layout.shown(name) for name in layout.modalities)
+        say(f"data: {layout.name} at {self.root}, cases {counts}, modalities {modalities}, "
             f"crops {'x'.join(map(str, self.crop_size))}")  # fmt: skip
         self.keep_account(stage)
         if stage == "fit" and not self.splits["val"]:
@@ -420,6 +450,7 @@ class VolumeDataModule(ArchiveDataModule):
             targets=self.targets,
             overhang=self.overhang,
             anonymise=self.ledger.anonymise,
+            order=self._order(),
             **options,
         )
 
@@ -481,8 +512,8 @@ class VolumeDataModule(ArchiveDataModule):
         return self.evaluation_loader(self._unlabelled(cases), batch_size=1)
 
     def _unlabelled(self, cases: Sequence[Case]) -> VolumeDataset:
-        anonymise = self.ledger.anonymise
-        return VolumeDataset(cases, self.store, self.crop_size, "full", self.seed, anonymise=anonymise)
+        anonymise, order = self.ledger.anonymise, self._order()
+        return VolumeDataset(cases, self.store, self.crop_size, "full", self.seed, anonymise=anonymise, order=order)
 
     def reference_samples(self, count: int) -> Iterable[Any]:
         """Yield batches with at least ``count`` training crops, cut as validation crops are and never mirrored."""
@@ -508,6 +539,7 @@ class VolumeDataModule(ArchiveDataModule):
             self.seed,
             targets=self.targets,
             anonymise=self.ledger.anonymise,
+            order=self._order(),
         )
         for batch in self.evaluation_loader(dataset, all_ranks=False):
             yield self.on_before_batch_transfer(batch, 0)

@@ -6,14 +6,16 @@ several binary masks become the bits of one label. The lung layout is the same t
 masks of thoracic cavity and ventilation.
 """
 
-import csv
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import DataError
+from common.modalities import CANONICAL, canonical_name
 from datamodules.account import MASK
+from datamodules.ids import check_subjects
 from datamodules.registry import (
     NO_SETTINGS,
     Evidence,
@@ -25,9 +27,11 @@ from datamodules.registry import (
     Settings,
     foreign_marker,
 )
+from datamodules.tables import read_table
 from datamodules.tree import Tree, TreeFile
 from datamodules.volumes.cases import patient_of
-from datamodules.volumes.masks import chosen_masks
+from datamodules.volumes.masks import all_values, chosen_masks
+from datamodules.volumes.modalities import one_file_each
 
 LABEL_STEMS = ("seg", "label", "mask", "msk")
 LUNG_MODALITIES = ("1h", "xe")
@@ -36,11 +40,6 @@ LUNG_LABELS = ("cavity", "vent")
 SINGLE = "image"
 #: Folders of Medical Decathlon and nnU-Net, which are never cases.
 _PARTS = ("imagesTr", "labelsTr", "imagesTs", "labelsTs")
-#: Names that are modalities wherever they stand, so that they are no prefix and no case.
-_KNOWN = frozenset({
-    "t1", "t1n", "t1w", "t1c", "t1ce", "t1gd", "t2", "t2w", "t2f", "flair", "fla", "pd", "dwi", "adc", "swi", "mra",
-    "ct", "pet", "hbv", "t2star", "1h", "xe",
-})  # fmt: skip
 _TABLE = "cases.csv"
 #: From this many cases on, a modality that one case alone has is taken for a misunderstanding.
 _MANY = 3
@@ -53,13 +52,13 @@ class Group(NamedTuple):
         case_id: Its name.
         patient_id: Whose it is.
         session: Visit; empty = the tree knows none.
-        files: Modality or label, in lower case, to file.
+        files: Modality or label, as written, and file.
     """
 
     case_id: str
     patient_id: str
     session: str
-    files: dict[str, TreeFile]
+    files: list[tuple[str, TreeFile]]
 
 
 def read_case_table(path: Path) -> dict[str, dict[str, str]]:
@@ -68,16 +67,15 @@ def read_case_table(path: Path) -> dict[str, dict[str, str]]:
     Raises:
         DataError: no ``case_id`` column, or a case listed twice.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if "case_id" not in (reader.fieldnames or []):
-            raise DataError(f"{path} needs a column case_id, it has {', '.join(reader.fieldnames or ['none'])}.")
-        rows: dict[str, dict[str, str]] = {}
-        for row in reader:
-            facts = {name: (value or "").strip() for name, value in row.items() if name}
-            if facts["case_id"] in rows:
-                raise DataError(f"{path} lists the case {facts['case_id']} twice; keep one row per case.")
-            rows[facts["case_id"]] = facts
+    table = read_table(path)
+    if "case_id" not in table.columns:
+        raise DataError(f"{path} needs a column case_id, it has {', '.join(table.columns)}.")
+    check_subjects(path, table["patient_id"] if "patient_id" in table.columns else [])
+    rows: dict[str, dict[str, str]] = {}
+    for facts in table.to_dict("records"):
+        if facts["case_id"] in rows:
+            raise DataError(f"{path} lists the case {facts['case_id']} twice; keep one row per case.")
+        rows[facts["case_id"]] = facts
     return rows
 
 
@@ -94,6 +92,11 @@ def _cut(stem: str, owner: str) -> str | None:
     return rest.lstrip("_-") if not rest or rest[0] in "_-" else None
 
 
+def _is_known(name: str) -> bool:
+    """Whether a name is a modality wherever it stands, so that it is neither a prefix nor a case."""
+    return canonical_name(name) in CANONICAL
+
+
 def _shared_prefix(stems: Sequence[str]) -> str:
     """Return what several stems begin with, up to the last ``_`` or ``-``; nothing where that is a modality itself."""
     if len(stems) < 2:
@@ -102,57 +105,50 @@ def _shared_prefix(stems: Sequence[str]) -> str:
     length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     shared = first[:length]
     shared = shared[: max(shared.rfind("_"), shared.rfind("-")) + 1]
-    return "" if shared.rstrip("_-").lower() in _KNOWN else shared
+    return "" if _is_known(shared.rstrip("_-")) else shared
 
 
-def names_of(files: Sequence[TreeFile], owners: Sequence[str]) -> dict[str, TreeFile]:
-    """Return the files of a case by what their names say once the case's own name is cut off.
+def names_of(files: Sequence[TreeFile], owners: Sequence[str]) -> list[tuple[str, TreeFile]]:
+    """Return the files of a case with what their names say once the case's own name is cut off.
 
     Args:
         files: The files.
         owners: Names of the folders they lie in, the longest first.
-
-    Raises:
-        DataError: two files have one name then.
     """
-    stems = {file: file.stem for file in files}
-    owner = next((name for name in owners if any(_cut(stem, name) is not None for stem in stems.values())), "")
-    prefix = "" if owner else _shared_prefix(list(stems.values()))
-    found: dict[str, TreeFile] = {}
-    for file, stem in stems.items():
-        rest = _cut(stem, owner)
-        name = (stem[len(prefix) :] if rest is None else rest).lower() or SINGLE
-        if name in found:
-            raise DataError(f"{found[name].name} and {file.name} are both {name} of one case: keep one of them.")
-        found[name] = file
-    return found
+    stems = [file.stem for file in files]
+    owner = next((name for name in owners if any(_cut(stem, name) is not None for stem in stems)), "")
+    prefix = "" if owner else _shared_prefix(stems)
+    rests = [_cut(stem, owner) for stem in stems]
+    names = [stem[len(prefix) :] if rest is None else rest for stem, rest in zip(stems, rests, strict=True)]
+    # A label of 3D Slicer says so in its suffix.
+    kinds = ["seg" if file.suffix == ".seg.nrrd" else name or SINGLE for name, file in zip(names, files, strict=True)]
+    return list(zip(kinds, files, strict=True))
 
 
 def _flat(tree: Tree, files: Sequence[TreeFile]) -> Iterator[Group]:
     """Yield the cases whose files lie in the root itself: ``CASE_<modality>``, ``CASE_0000``, or one file per case."""
-    cuts = {file: max(file.stem.rfind("_"), file.stem.rfind("-")) for file in files}
-    parts = {file: (file.stem[: max(cut, 0)], file.stem[cut + 1 :].lower()) for file, cut in cuts.items()}
-    groups: dict[str, dict[str, TreeFile]] = {}
-    for file, (case, name) in parts.items():
-        groups.setdefault(case, {}).setdefault(name, file)
+    groups: dict[str, list[tuple[str, TreeFile]]] = {}
+    for file in files:
+        cut = max(file.stem.rfind("_"), file.stem.rfind("-"))
+        groups.setdefault(file.stem[: max(cut, 0)], []).append((file.stem[cut + 1 :], file))
+    names = [{name for name, _ in members} for members in groups.values()]
     # Numbers are channels only as nnU-Net writes them: four digits, and the first of them in every case.
-    numbered = all(name.isdigit() and len(name) == 4 for _, name in parts.values())
-    numbered = numbered and len(groups) > 1 and all("0000" in names for names in groups.values())
-    for case, names in groups.items():
-        whole = {} if numbered else {n: f for n, f in names.items() if n.isdigit() or (not case and n not in _KNOWN)}
-        yield from (Group(file.stem, patient_of(file.stem), "", {SINGLE: file}) for file in whole.values())
-        rest = {name: file for name, file in names.items() if name not in whole}
-        if rest:
+    numbered = all(re.fullmatch(r"\d{4}", name) for found in names for name in found)
+    numbered = numbered and len(groups) > 1 and all("0000" in found for found in names)
+    for case, members in groups.items():
+        single = [
+            (name, file)
+            for name, file in members
+            if not numbered and (name.isdigit() or not (case or _is_known(name) or _is_mask(name, LABEL_STEMS)))
+        ]
+        yield from (Group(file.stem, patient_of(file.stem), "", [(SINGLE, file)]) for _, file in single)
+        if rest := [member for member in members if member not in single]:
             name = case or tree.root.name
             yield Group(name, patient_of(name), "", rest)
 
 
 def groups_of(tree: Tree) -> list[Group]:
-    """List the cases of a tree with their files.
-
-    Raises:
-        DataError: two files of a case have one name.
-    """
+    """List the cases of a tree with their files."""
     found = []
     for folder in tree.folders():
         if folder in _PARTS:
@@ -168,18 +164,20 @@ def groups_of(tree: Tree) -> list[Group]:
 
 
 def _is_mask(name: str, labels: Sequence[str]) -> bool:
-    return name in labels or name.replace("-", "_").rpartition("_")[2] in labels
+    """Whether a name is a label's, or ends with one."""
+    return name.lower().replace("-", "_").rpartition("_")[2] in labels
 
 
-def _check_names(groups: Sequence[Mapping[str, TreeFile]], allowed: Sequence[str]) -> None:
+def _check_names(images: Sequence[Sequence[str]], allowed: Iterable[str]) -> None:
     """Refuse modalities that one of many cases alone has: names were understood wrongly.
 
     Raises:
         DataError: names the first.
     """
-    counts = Counter(name for images in groups for name in images)
-    once = sorted(name for name, count in counts.items() if count == 1 and name not in allowed)
-    if once and len(groups) >= _MANY:
+    counts = Counter(name for names in images for name in {canonical_name(name) for name in names})
+    known = {canonical_name(name) for name in allowed}
+    once = sorted(name for name, count in counts.items() if count == 1 and name not in known)
+    if once and len(images) >= _MANY:
         raise DataError(
             f"The modality {once[0][:40]} occurs in one case only ({len(once)} such of {len(counts)}): files of one "
             f"kind need one name in all cases; medmim init DIR proposes a pattern."
@@ -194,26 +192,25 @@ def find_cases(tree: Tree, settings: Settings = NO_SETTINGS) -> Listing:
         settings: ``masks`` names masks that are called otherwise; modalities that it lists may occur in one case only.
 
     Raises:
-        DataError: ``cases.csv`` names a case that has no folder, two files of a case have one name, or a modality
-            occurs in one case only.
+        DataError: ``cases.csv`` names a case that has no folder, or a modality occurs in one case only.
     """
     groups = groups_of(tree)
-    images = [{name: file for name, file in group.files.items() if not _is_mask(name, LABEL_STEMS)} for group in groups]
-    _check_names(images, [name.lower() for name in settings.modalities.values()])
+    images = [[member for member in group.files if not _is_mask(member[0], LABEL_STEMS)] for group in groups]
+    _check_names([[name for name, _ in members] for members in images if members], settings.modalities.values())
     masks = [
-        {name: FileRef(tree / file.name) for name, file in group.files.items() if _is_mask(name, LABEL_STEMS)}
+        {name.lower(): FileRef(tree / file.name) for name, file in group.files if _is_mask(name, LABEL_STEMS)}
         for group in groups
     ]
     used, regions, left = chosen_masks(masks, settings.masks, LABEL_STEMS)
-    records = _records(tree, groups, images, used)
-    reasons = {MASK: [tree.name_of(path) for path in left]}
-    return Listing(records, Facts(regions=regions), reasons, [_TABLE] if tree.is_file(_TABLE) else [])
+    facts = Facts(regions=regions, label_values=all_values(regions))
+    tables = [_TABLE] if tree.is_file(_TABLE) else []
+    return Listing(_records(tree, groups, images, used), facts, {MASK: [tree.name_of(path) for path in left]}, tables)
 
 
 def _records(
     tree: Tree,
     groups: Sequence[Group],
-    images: Sequence[Mapping[str, TreeFile]],
+    images: Sequence[Sequence[tuple[str, TreeFile]]],
     masks: Sequence[Mapping[str, FileRef]],
 ) -> list[Record]:
     """Join the cases with their rows in ``cases.csv``.
@@ -223,17 +220,17 @@ def _records(
     """
     table = read_case_table(tree / _TABLE) if tree.is_file(_TABLE) else {}
     records = []
-    for group, files, labels in zip(groups, images, masks, strict=True):
-        if not files:
+    for group, members, labels in zip(groups, images, masks, strict=True):
+        if not members:
             continue
         facts = dict(table.pop(group.case_id, {}))
         facts.pop("case_id", None)
         patient, split = facts.pop("patient_id", "") or group.patient_id, facts.pop("split", "") or None
         session = facts.pop("session", "") or group.session
-        volumes = {name: FileRef(tree / file.name) for name, file in files.items()}
-        records.append(
-            Record(group.case_id, patient, session, volumes, masks=labels, attributes=facts, split=split)
-        )  # fmt: skip
+        found, surplus = one_file_each((name, tree / file.name) for name, file in members)
+        volumes = {name: FileRef(path) for name, path in found.items()}
+        records.append(Record(group.case_id, patient, session, volumes, masks=labels, attributes=facts, split=split,
+                              surplus=tuple(surplus)))  # fmt: skip
     if records and table:
         raise DataError(
             f"{tree / _TABLE} lists {len(table)} cases without a folder under {tree}, first {next(iter(table))}."
@@ -256,11 +253,12 @@ def find_lung(tree: Tree) -> Listing:
     Raises:
         DataError: as :func:`find_cases`.
     """
-    groups = [group for group in groups_of(tree) if set(LUNG_MODALITIES) & group.files.keys()]
-    images = [{name: f for name, f in group.files.items() if name not in LUNG_LABELS} for group in groups]
+    groups = [group for group in groups_of(tree) if {name.lower() for name, _ in group.files} & set(LUNG_MODALITIES)]
+    images = [[member for member in group.files if member[0].lower() not in LUNG_LABELS] for group in groups]
     masks = []
     for group in groups:
-        found = {name: FileRef(tree / group.files[name].name) for name in LUNG_LABELS if name in group.files}
+        files = {name.lower(): file for name, file in group.files}
+        found = {name: FileRef(tree / files[name].name) for name in LUNG_LABELS if name in files}
         # A mask's place among the labels is its bit: with one missing, the others would mean something else.
         masks.append(found if len(found) == len(LUNG_LABELS) else {})
     return Listing(_records(tree, groups, images, masks), tables=[_TABLE] if tree.is_file(_TABLE) else [])

@@ -19,6 +19,7 @@ from common.downstream.classification import macro_auroc
 from common.downstream.encoder import EncoderFactory, mean_features
 from common.optim import Schedule
 from common.types import InputSpec
+from common.weights.channels import NewChannels
 from experiments.brainmvp.segmentation import augmented
 
 
@@ -72,13 +73,12 @@ class BrainClassification(ScoredTask):
         optimizer: Makes the optimiser.
         schedule: Attaches the learning-rate schedule.
         compile_network: Whether to compile the network.
-        channels: Names of the sequences; None = as the data say.
-        image_size: Size of a crop; None = as the data say.
-        classes: Names of the classes; None = as the data say.
-        encoder_record: Architecture of the encoder; filled in for checkpoints.
+        new_channels: What channels start as that the pre-trained encoder does not know: ``"mean"`` of those it knows,
+            or ``"fresh"``, at random.
     """
 
     monitor = ("val/auroc", "max")
+    remembered = ("channels", "image_size", "classes")
 
     def __init__(
         self,
@@ -90,10 +90,7 @@ class BrainClassification(ScoredTask):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         schedule: Schedule | None = None,
         compile_network: bool = False,
-        channels: list[str] | None = None,
-        image_size: list[int] | None = None,
-        classes: list[str] | None = None,
-        encoder_record: dict[str, Any] | None = None,
+        new_channels: NewChannels = "mean",
     ) -> None:
         super().__init__(
             pretrained,
@@ -102,7 +99,7 @@ class BrainClassification(ScoredTask):
             schedule=schedule,
             layer_decay=layer_decay,
             compile_network=compile_network,
-            encoder_record=encoder_record,
+            new_channels=new_channels,
         )
         self.save_hyperparameters()
         self.hidden, self.augment = hidden, augment
@@ -155,7 +152,7 @@ class BrainClassification(ScoredTask):
 
     def line(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Return names, true class and the probability of each class."""
-        names = list(self.hparams["classes"])
+        names = list(self.spec.classes)
         shares = torch.tensor(row["logits"]).softmax(0).tolist()
         line = {"subject_id": row["subject_id"], "patient_id": row["patient_id"]}
         return line | {"target": names[row["target"]]} | dict(zip(names, shares, strict=True))

@@ -15,12 +15,12 @@ from common.losses.reconstruction import masked_mse
 from common.losses.relation import relation_matching
 from common.maskers.random import RandomMasker
 from common.maskers.relation import TieRule
-from common.module import SSLModule, StepOutput
+from common.module import SSLModule, StepOutput, Term
 from common.optim import Schedule
 from common.panels import colour_panel
 from common.randomness import KeyedGenerator
 from common.runtime.reporting import say
-from common.types import InputSpec, MaskOutput, Panel, Reconstruction, TokenFeatures
+from common.types import ImageGenomeBatch, ImageKey, InputSpec, MaskOutput, Panel, Reconstruction, TokenFeatures
 from experiments.mrm_genetics.model import (
     CrossParameters,
     FusedDecoder,
@@ -41,7 +41,7 @@ def _decoder_sizes(encoder: VisionTransformer) -> tuple[int, Sequence[int], int]
     return encoder.embed_dim, encoder.grid_size, encoder.num_prefix_tokens
 
 
-class RelationPretrain(SSLModule):
+class RelationPretrain(SSLModule[ImageGenomeBatch]):
     """Reconstruction from masked relations, and relations between samples that masking must not change (Eq. 14).
 
     Images come with genetics or alone, as the data have it (section 4.6).
@@ -68,13 +68,12 @@ class RelationPretrain(SSLModule):
         optimizer: Makes the optimiser.
         schedule: Attaches the learning-rate schedule.
         compile_network: Whether to compile the network.
-        channels: Names of the channels; None = as the data say.
-        image_size: Size of the image; None = as the data say.
-        genome: Features of each kind of genetics; None = as the data say.
 
     Raises:
         ValueError: a share is outside [0, 1).
     """
+
+    remembered = ("channels", "image_size", "genome")
 
     def __init__(
         self,
@@ -98,15 +97,11 @@ class RelationPretrain(SSLModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         schedule: Schedule | None = None,
         compile_network: bool = False,
-        channels: list[str] | None = None,
-        image_size: list[int] | None = None,
-        genome: dict[str, int] | None = None,
     ) -> None:
         for name, value in (("tau_image", tau_image), ("tau_genome", tau_genome)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name} is the share of relations to remove, in [0, 1), got {value}.")
-        weights = {"image": 1.0, "genome": 1.0, "self": match_weight, "cross": match_weight}
-        super().__init__(weights, optimizer, schedule)
+        super().__init__(optimizer, schedule)
         self.save_hyperparameters()
         self.masker = masker
         self.match_weight = match_weight
@@ -152,14 +147,14 @@ class RelationPretrain(SSLModule):
         if self.trainer.ckpt_path is None and self.init_from:
             say(f"encoder from {self.init_from}: {init_encoder(self.network.encoder, self.init_from)}")
 
-    def draw_mask(self, batch: Any) -> MaskOutput | None:
+    def draw_mask(self, batch: ImageGenomeBatch) -> MaskOutput | None:
         """Draw the hidden patches that belong to the batch's samples; None where nothing is hidden at the input."""
         if self.masker is None:
             return None
         patches = self.network.encoder.patch_embed.num_patches
         return self.masker(len(batch["key"]), patches, generator=KeyedGenerator(batch["key"]))
 
-    def genetics(self, batch: Any) -> Genetics | None:
+    def genetics(self, batch: ImageGenomeBatch) -> Genetics | None:
         """Return the genetics of a batch; None where the network has none."""
         if self.network.genome is None:
             return None
@@ -170,7 +165,7 @@ class RelationPretrain(SSLModule):
         patches = at_least_single(self.network.encoder.patch_embed.patchify(image))
         return normalise_patches(patches) if self.norm_pix_loss else patches
 
-    def matching(self, output: RelationOutput, batch: Any, sync: bool) -> dict[str, Tensor]:
+    def matching(self, output: RelationOutput, batch: ImageGenomeBatch, sync: bool) -> dict[str, Tensor]:
         """Compare the relations between samples of both passes."""
         image, genome, image_masked, genome_masked = output.pooled
         assert image is not None
@@ -179,59 +174,58 @@ class RelationPretrain(SSLModule):
         present = None if genome is None else batch["modality_mask"][:, 1:].any(1)
         return relation_matching(image, genome, image_masked, genome_masked, present, sync=sync, **self._match)
 
-    def step(self, batch: Any, sync: bool) -> StepOutput:
+    def step(self, batch: ImageGenomeBatch, sync: bool) -> StepOutput:
         """Compute the losses of one batch."""
         genetics, mask = self.genetics(batch), self.draw_mask(batch)
         matched = self.match_weight > 0
         output = self.network(batch["image"], genetics, mask, intact=matched)
         recon = self._reconstruction(output.image, batch, mask)
-        losses = {"image": masked_mse(recon.pred, recon.target, recon.mask, sync)}
-        weights = {"image": recon.mask.sum()}
+        terms = {"image": Term(masked_mse(recon.pred, recon.target, recon.mask, sync), recon.mask.sum(), 1.0)}
         if genetics is not None:
             observed = batch["genome_observed"]
-            losses["genome"] = masked_mse(output.genome[..., None], genetics.values[..., None], observed, sync)
-            weights["genome"] = observed.sum()
+            error = masked_mse(output.genome[..., None], genetics.values[..., None], observed, sync)
+            terms["genome"] = Term(error, observed.sum(), 1.0)
         if matched:
-            losses |= self.matching(output, batch, sync)
-            weights |= dict.fromkeys(("self", "cross"), torch.tensor(float(len(batch["image"]))))
-            if genetics is None:
-                del losses["cross"], weights["cross"]
-        return StepOutput(losses, weights, recon, {})
+            relations = self.matching(output, batch, sync)
+            wanted = ("self",) if genetics is None else ("self", "cross")
+            samples = float(len(batch["image"]))
+            terms |= {name: Term(relations[name], samples, self.match_weight) for name in wanted}
+        return StepOutput(terms, recon)
 
-    def _reconstruction(self, pred: Tensor, batch: Any, mask: MaskOutput | None) -> Reconstruction:
+    def _reconstruction(self, pred: Tensor, batch: ImageGenomeBatch, mask: MaskOutput | None) -> Reconstruction:
         target = self.target(batch["image"])
         scored = torch.ones_like(target[..., 0], dtype=torch.bool) if mask is None else mask.mask
         return Reconstruction(at_least_single(pred), target, scored, {})
 
-    def reconstruct(self, batch: Any, image: str = "image") -> Reconstruction:
+    def reconstruct(self, batch: ImageGenomeBatch, image: ImageKey = "image") -> Reconstruction:
         """Reconstruct a batch from ``batch[image]`` with its relations masked, and its own genetics."""
         mask = self.draw_mask(batch)
         output = self.network(batch[image], self.genetics(batch), mask, intact=False)
         return self._reconstruction(output.image, batch, mask)
 
-    def reconstruct_genome(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def reconstruct_genome(self, batch: ImageGenomeBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return predicted and true features ``(B, F)``, and which were observed, bool ``(B, F)``."""
         output = self.network(batch["image"], self.genetics(batch), self.draw_mask(batch), intact=False)
         return output.genome.float(), batch["genome"].float(), batch["genome_observed"]
 
-    def relations(self, batch: Any) -> dict[str, Relations]:
+    def relations(self, batch: ImageGenomeBatch) -> dict[str, Relations]:
         """Return the masked relations of a batch by name: ``image_self``, ``genome_cross`` and so on."""
         record: dict[str, Relations] = {}
         self.network(batch["image"], self.genetics(batch), self.draw_mask(batch), intact=False, record=record)
         return record
 
-    def pooled(self, batch: Any) -> dict[str, Tensor]:
+    def pooled(self, batch: ImageGenomeBatch) -> dict[str, Tensor]:
         """Return the vectors ``(B, E)`` that samples are compared by, of both passes, by name."""
         output = self.network(batch["image"], self.genetics(batch), self.draw_mask(batch), intact=True)
         names = ("image", "genome", "image_masked", "genome_masked")
         return {name: x for name, x in zip(names, output.pooled, strict=True) if x is not None}
 
-    def reconstruction_target(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def reconstruction_target(self, batch: ImageGenomeBatch) -> tuple[Tensor, Tensor]:
         """Return the target patches ``(B, N, P)``, and that all of them exist."""
         target = self.target(batch["image"])
         return target, torch.ones_like(target[..., 0], dtype=torch.bool)
 
-    def token_features(self, batch: Any) -> TokenFeatures:
+    def token_features(self, batch: ImageGenomeBatch) -> TokenFeatures:
         """Encode whole images, nothing masked."""
         encoder = self.network.encoder
         patches = encoder.forward_features(batch["image"])[:, encoder.num_prefix_tokens :]
@@ -253,12 +247,12 @@ class RelationPretrain(SSLModule):
     def unit(self, image: Tensor) -> Tensor:
         """Undo the standardisation of ``(B, C, H, W)``, to [0, 1]."""
         mean, std = (
-            torch.tensor(self.preprocessing.get(name, default), device=image.device).view(1, -1, 1, 1)
+            torch.tensor(self.spec.preprocessing.get(name, default), device=image.device).view(1, -1, 1, 1)
             for name, default in (("mean", [0.0]), ("std", [1.0]))
         )
         return (image.float() * std + mean).clamp(0, 1)
 
-    def panels(self, batch: Any, output: Reconstruction, index: int) -> dict[str, Panel]:
+    def panels(self, batch: ImageGenomeBatch, output: Reconstruction, index: int) -> dict[str, Panel]:
         """Draw sample ``index``."""
         one = slice(index, index + 1)
         image = batch["image"][one].float()

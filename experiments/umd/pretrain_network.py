@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from common.blocks.decoder import MAEDecoder
 from common.blocks.patch_embed import normalise_patches, patchify_channels_last
 from common.ema import EMATeacher
-from common.types import MaskOutput
+from common.runtime.precision import at_least_float32
+from common.types import ImageKey, ImageTextBatch, MaskOutput, Reconstruction
 from experiments.umd.encoder import Fused, TextHead, UMDEncoder, init_normal_weights
 
 Positions = Literal["visible", "masked_decoder", "upstream"]
@@ -31,6 +32,39 @@ class Features(NamedTuple):
     pred: Tensor
     target: Tensor
     mask: Tensor
+
+
+class UMDOutput(NamedTuple):
+    """What the network makes of a batch; None where it was not asked for.
+
+    Attributes:
+        reconstruction: hidden patches.
+        words: logits ``(S, V)`` at the hidden positions.
+        image_features: of student and teacher.
+        text_features: likewise.
+        spread: standard deviation of the teacher's projected features, ``"img"`` and ``"txt"``; empty without one.
+        matches: logits ``(B, 2)`` of whether texts and the images they were shown belong together.
+    """
+
+    reconstruction: Reconstruction
+    words: Tensor | None
+    image_features: Features | None
+    text_features: Features | None
+    spread: dict[str, Tensor]
+    matches: Tensor | None
+
+
+def whole_text(batch: ImageTextBatch) -> Tensor:
+    """Return the tokens ``(B, T)`` as they were before any was hidden."""
+    return torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"])
+
+
+def spread_of(features: Tensor, mask: Tensor) -> Tensor:
+    """Return the standard deviation over tokens, mean over features: ``(B, n, D)`` where ``mask`` ``(B, n)``."""
+    weight = mask[..., None].to(features.dtype)
+    count = weight.sum().clamp(min=1)
+    mean = (features * weight).sum((0, 1)) / count
+    return ((features - mean).square() * weight).sum((0, 1)).div(count).sqrt().mean()
 
 
 class UMDNetwork(nn.Module):
@@ -108,6 +142,41 @@ class UMDNetwork(nn.Module):
         if self.teacher is not None:
             self.teacher.update(self.averaged())
 
+    def forward(
+        self, batch: ImageTextBatch, mask: MaskOutput, index: Tensor | None, words: bool, shown: Tensor | None
+    ) -> UMDOutput:
+        """Run one masked pass, the teacher's whole one, and one of whole pairs for matching.
+
+        Args:
+            batch: Images and texts with hidden words.
+            mask: Hidden patches.
+            index: long ``(B, S)``, the patches to predict; None predicts all.
+            words: Whether hidden words are predicted.
+            shown: The images ``(B, C, H, W)`` that texts are shown for matching; None leaves it out.
+        """
+        fused = self.student(batch, mask)
+        decoded = self.decode(fused, mask, index)
+        pred = at_least_float32(self.decoder.proj(decoded))
+        reconstruction = self.reconstruction(pred, batch, mask, index)
+        logits = self.words(fused, batch["hidden_index"]) if words else None
+        image_features, text_features, spread = None, None, {}
+        if self.teacher is not None:
+            image, text = self.teacher_features(batch, whole_text(batch))
+            image_features = self.image_features(fused, mask, image, decoded, index)
+            text_features = self.text_features(fused, text, batch["attention_mask"])
+            everywhere = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
+            spread = {
+                "img": spread_of(image.detach().float(), everywhere),
+                "txt": spread_of(text.detach().float(), batch["attention_mask"]),
+            }
+        matches = None if shown is None else self.match(shown, whole_text(batch), batch["attention_mask"])
+        return UMDOutput(reconstruction, logits, image_features, text_features, spread, matches)
+
+    def reconstruct(self, batch: ImageTextBatch, mask: MaskOutput, image: ImageKey = "image") -> Reconstruction:
+        """Reconstruct all patches from what is visible of ``batch[image]`` and the text."""
+        pred = self.decoder.proj(self.decode(self.student(batch, mask, image), mask)).float()
+        return self.reconstruction(pred, batch, mask, None)
+
     def patch_target(self, image: Tensor, index: Tensor | None = None) -> Tensor:
         """Return the standardised patches ``(B, S, P)`` of ``(B, 1 or 3, H, W)``; ``index`` ``(B, S)``, None = all."""
         size = self.encoder.vision.patch_size
@@ -116,7 +185,7 @@ class UMDNetwork(nn.Module):
             patches = patches.gather(1, index[..., None].expand(-1, -1, patches.shape[2]))
         return normalise_patches(patches)
 
-    def student(self, batch: dict[str, Tensor], mask: MaskOutput, image: str = "image") -> Fused:
+    def student(self, batch: ImageTextBatch, mask: MaskOutput, image: ImageKey = "image") -> Fused:
         """Encode the visible patches of ``batch[image]`` and the text with its hidden words."""
         return self.encoder(batch[image], batch["input_ids"], batch["attention_mask"], mask.ids_keep)
 
@@ -124,11 +193,20 @@ class UMDNetwork(nn.Module):
         """Return what patches are predicted from, ``(B, S, F)``; ``index`` ``(B, S)``, None = all."""
         return self.decoder.features(fused.image_at(self.mim_layer), mask.ids_restore, index)
 
+    def reconstruction(
+        self, pred: Tensor, batch: ImageTextBatch, mask: MaskOutput, index: Tensor | None
+    ) -> Reconstruction:
+        """Pair predictions ``(B, S, P)`` with the hidden patches of the batch's images; with all if none is hidden."""
+        target = self.patch_target(batch["image"].to(pred.dtype), index)
+        everything = index is not None or mask.hides_nothing
+        scored = torch.ones(pred.shape[:2], dtype=torch.bool, device=pred.device) if everything else mask.mask
+        return Reconstruction(pred, target, scored & batch["modality_mask"][:, :1], {})
+
     def words(self, fused: Fused, hidden_index: Tensor) -> Tensor:
         """Return logits ``(S, V)`` at the hidden positions, counted through the flattened ``(B, T)``."""
         return self.mlm_head(fused.text.flatten(0, 1)[hidden_index])
 
-    def teacher_features(self, batch: dict[str, Tensor], input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def teacher_features(self, batch: ImageTextBatch, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the teacher's projected features of the whole pair: image ``(B, 1 + N, D)``, text ``(B, T, D)``.
 
         Args:

@@ -8,7 +8,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from common.downstream.base import ScoredTask
 from common.downstream.classification import macro_auroc
 from common.downstream.encoder import encoder_architecture
 from common.errors import UserError
+from common.files import write_text
 from common.metrics import bootstrap_mean
 from common.optim import Schedule, WarmupCosine, param_groups
 from common.runtime.precision import at_least_float32
@@ -94,11 +95,6 @@ class PairTask(ScoredTask):
         optimizer: Makes the optimiser; its rate is the towers'.
         schedule: Attaches the learning-rate schedule.
         compile_network: Whether to compile the network.
-        channels: Names of the channels; None = as the data say.
-        image_size: Size of the images; None = as the data say.
-        vocabulary: Size, length and fingerprint of the tokens; None = as the data say.
-        classes: Names of the classes; None = as the data say.
-        encoder_record: Architecture of the encoder; filled in for checkpoints.
 
     Raises:
         ValueError: ``split_head`` is unknown.
@@ -106,6 +102,7 @@ class PairTask(ScoredTask):
 
     #: What ``best.ckpt`` watches.
     monitor = ("val/accuracy", "max")
+    remembered = ("channels", "image_size", "vocabulary", "classes")
 
     def __init__(
         self,
@@ -117,11 +114,6 @@ class PairTask(ScoredTask):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         schedule: Schedule | None = None,
         compile_network: bool = False,
-        channels: list[str] | None = None,
-        image_size: list[int] | None = None,
-        vocabulary: dict[str, Any] | None = None,
-        classes: list[str] | None = None,
-        encoder_record: dict[str, Any] | None = None,
     ) -> None:
         if split_head not in ("zero_other", "linear_split", "upstream"):
             raise ValueError(f"`split_head` must be 'zero_other', 'linear_split' or 'upstream', got {split_head!r}.")
@@ -130,7 +122,6 @@ class PairTask(ScoredTask):
             optimizer=optimizer,
             schedule=schedule or WarmupCosine(0.1),
             compile_network=compile_network,
-            encoder_record=encoder_record,
         )
         self.save_hyperparameters()
         self.split_head = split_head
@@ -141,7 +132,7 @@ class PairTask(ScoredTask):
     @property
     def classes(self) -> list[str]:
         """Names of the classes, in the order of the logits."""
-        return list(self.hparams["classes"] or [])
+        return list(self.spec.classes)
 
     @abstractmethod
     def make_head(self, encoder: UMDEncoder, classes: Sequence[str]) -> nn.Module:
@@ -153,8 +144,8 @@ class PairTask(ScoredTask):
 
     def build_network(self, spec: InputSpec) -> PairNetwork:
         """Make encoder and head."""
-        encoder = make_umd_encoder(spec, self._pretrained, self._make_pair_encoder, self._record)
-        self.hparams["encoder_record"] = encoder_architecture(encoder)
+        encoder = make_umd_encoder(spec, self._pretrained, self._make_pair_encoder, self.state.encoder)
+        self.state = self.state._replace(encoder=encoder_architecture(encoder))
         return PairNetwork(encoder, self.make_head(encoder, spec.classes))
 
     def modality_parameters(self) -> dict[str, list[nn.Parameter]]:
@@ -300,8 +291,7 @@ class AnswerTask(PairTask):
                 say(f"{entry['score']:.3f}  {entry['answer']}")
         if not is_dry_run(self.trainer):
             path = Path(self.trainer.default_root_dir) / "predictions.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+            write_text(path, json.dumps(rows, indent=1, ensure_ascii=False))
             say(f"answered {len(rows)} questions: {path}")
 
 
@@ -372,19 +362,27 @@ class RetrievalTask(PairTask):
 
     _pool: list[dict[str, Any]]
 
-    def make_head(self, encoder: UMDEncoder, classes: Sequence[str]) -> nn.Module:
-        """Make the head: that of "belongs together" of pre-training where there is one."""
-        self._pool = []
+    def make_head(self, encoder: UMDEncoder, classes: Sequence[str]) -> nn.Linear:
+        """Make the head: one score for a pair."""
         head = nn.Linear(2 * encoder.dim, 1)
         head.apply(init_normal_weights)
-        if self._pretrained and self._record is None:
-            state = read_checkpoint(self._pretrained)["state_dict"]
-            if "network.itm_head.weight" in state:
-                with torch.no_grad():
-                    head.weight.copy_(state["network.itm_head.weight"][1:])
-                    head.bias.copy_(state["network.itm_head.bias"][1:])
-                say("the retrieval head starts from image-text matching")
         return head
+
+    def build_network(self, spec: InputSpec) -> PairNetwork:
+        """Make encoder and head; the head begins as that of pre-training's matching, where there is one."""
+        self._pool = []
+        resumed = self.state.encoder is not None
+        network = super().build_network(spec)
+        if not self._pretrained or resumed:
+            return network
+        state = read_checkpoint(self._pretrained)["state_dict"]
+        if "network.itm_head.weight" in state:
+            head = cast(nn.Linear, network.head)
+            with torch.no_grad():
+                head.weight.copy_(state["network.itm_head.weight"][1:])
+                head.bias.copy_(state["network.itm_head.bias"][1:])
+            say("the retrieval head starts from image-text matching")
+        return network
 
     def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return the sum of cross-entropies of the true caption, the first candidate, and the number of images."""

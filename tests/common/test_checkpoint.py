@@ -1,4 +1,4 @@
-import pickle
+import json
 from functools import partial
 
 import pytest
@@ -6,28 +6,28 @@ import torch
 
 from common.blocks.vit import VisionTransformer
 from common.checkpoint import (
-    build_encoder,
     check_shapes,
-    encoder_record,
     load_encoder,
     read_checkpoint,
     resolve_checkpoint,
 )
 from common.checkpoint_io import AtomicCheckpointIO, atomic_save
-from common.errors import CheckpointError
+from common.errors import CheckpointError, StorageError
+from common.types import InputSpec
+from common.weights.export import export
 from experiments.e_mim.module import EMIMPretrain
 
-CHANNELS = ["t1c", "t1n", "t2f"]
+CHANNELS = ("t1c", "t1n", "t2f")
 
 
 @pytest.fixture
 def run_folder(tmp_path):
     """A run folder with the checkpoint of an untrained network."""
     encoder = partial(VisionTransformer, embed_dim=24, depth=2, num_heads=2)
-    module = EMIMPretrain(encoder=encoder, taps=(1, 2), channels=CHANNELS, image_size=[32, 32, 32])
-    module.configure_model()
-    module.preprocessing = {"orientation": "RAS"}
-    content = {"state_dict": module.state_dict(), "encoder": encoder_record(module)}
+    module = EMIMPretrain(encoder=encoder, taps=(1, 2))
+    module.build(InputSpec(CHANNELS, (32, 32, 32), preprocessing={"orientation": "RAS"}))
+    content = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(content)
     for name in ("best", "last"):
         atomic_save(content, tmp_path / "run/checkpoints" / f"{name}.ckpt")
     return tmp_path / "run", module
@@ -68,12 +68,16 @@ def test_another_size_resamples_positions_alone(run_folder):
 def test_channels_are_matched_by_name(run_folder):
     folder, module = run_folder
     old = module.network.encoder.patch_embed.proj.weight.reshape(24, 3, -1)
-    encoder = load_encoder(folder, channels=["t2f", "adc", "t1c"])
+    with pytest.raises(CheckpointError, match=r"no kernel for adc \(it has t1c, t1n, t2f\)"):
+        load_encoder(folder, channels=["t2f", "adc", "t1c"])
+    encoder = load_encoder(folder, channels=["FLAIR", "adc", "T1ce"], new_channels="mean")
     new = encoder.patch_embed.proj.weight.reshape(24, 3, -1)
     assert torch.equal(new[:, 0], old[:, 2])
     assert torch.equal(new[:, 2], old[:, 0])
-    assert not torch.equal(new[:, 1], old[:, 1])
-    assert "channels ['t1c', 't1n', 't2f'] to ['t2f', 'adc', 't1c']" in str(encoder.load_report)
+    assert torch.equal(new[:, 1], old[:, [0, 2]].mean(1))
+    assert "2 of 3 matched (t1c, flair = t2f); adc start as the mean" in str(encoder.load_report)
+    report = encoder.load_report.channels
+    assert (report.permuted, report.new, report.dropped) == (["t1c", "flair"], ["adc"], ["t1"])
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -93,24 +97,70 @@ def test_what_is_no_checkpoint_of_ours(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
     with pytest.raises(CheckpointError, match="holds no encoder"):
         load_encoder(tmp_path / "foreign.ckpt")
-    with pytest.raises(CheckpointError, match="not one of this project's"):
-        build_encoder("os.system", {})
-    with pytest.raises(CheckpointError, match="does not have"):
-        build_encoder("common.blocks.vit.Missing", {})
 
 
-class Payload:
-    def __reduce__(self):
-        return (print, ("executed",))
+def test_a_checkpoint_that_asks_for_a_command_builds_and_runs_nothing(run_folder, monkeypatch):
+    """The attack that was seen to work: the record of a run's encoder names a function of this project."""
+    folder, _ = run_folder
+    ran = []
+    monkeypatch.setattr("common.commands.execute", lambda *args, **more: ran.append((args, more)))
+    content = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)
+    record = content["encoder"]
+    for path, arguments in (
+        ("common.commands.execute", {"arguments": ["doctor", "--help"]}),
+        ("common.weights.export.run", {"args": None}),
+        ("experiments.e_mim.module.EMIMPretrain", {}),
+        (record["class_path"], {**record["init_args"], "depth": "12"}),
+        (record["class_path"], {**record["init_args"], "extra": 1}),
+    ):
+        atomic_save(
+            {**content, "encoder": {**record, "class_path": path, "init_args": arguments}}, folder / "evil.ckpt"
+        )
+        with pytest.raises(CheckpointError) as refusal:
+            load_encoder(folder / "evil.ckpt")
+        assert len(str(refusal.value)) <= 320
+    assert ran == []
 
 
-def test_nothing_is_unpickled(tmp_path, capsys):
-    torch.save({"state_dict": {}, "payload": Payload()}, tmp_path / "evil.ckpt")
-    (tmp_path / "raw.ckpt").write_bytes(pickle.dumps(Payload()))
-    for name in ("evil.ckpt", "raw.ckpt"):
-        with pytest.raises(CheckpointError):
-            read_checkpoint(tmp_path / name)
-    assert "executed" not in capsys.readouterr().out
+@pytest.mark.parametrize("name", ["class_path", "init_args", "prefix", "channels", "preprocessing"])
+def test_an_encoder_that_is_described_in_part(run_folder, name):
+    folder, _ = run_folder
+    content = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)
+    for record in ({**content["encoder"], name: 7}, {k: v for k, v in content["encoder"].items() if k != name}):
+        atomic_save({**content, "encoder": record}, folder / "part.ckpt")
+        with pytest.raises(CheckpointError, match=f"does not describe its encoder: `{name}` is"):
+            load_encoder(folder / "part.ckpt")
+
+
+def test_an_export_that_asks_for_a_command_or_is_damaged(run_folder, tmp_path, monkeypatch):
+    folder, _ = run_folder
+    ran = []
+    monkeypatch.setattr("common.commands.execute", lambda *args, **more: ran.append((args, more)))
+    out = export("e_mim", folder, "monai", tmp_path / "export")
+    whole = json.loads((out / "config.json").read_text())
+    evil = {"class_path": "common.commands.execute", "init_args": {"arguments": ["doctor"]}}
+    for change, message in (
+        ({"encoder": evil}, "is no encoder of this project"),
+        ({"encoder": []}, "does not describe its encoder: `class_path`"),
+        ({"channels": ["t1c"]}, "names 1 channels of an encoder of 3"),
+        ({"format": "timm", "experiment": "../../common/commands"}, "There is no patch_embed.proj.weight in it"),
+        ({"format": "released", "experiment": "brainmvp", "encoder": evil}, "is no encoder of this project"),
+        ({"format": "FORMATS", "experiment": "configs"}, "is no export in the format monai or timm"),
+    ):
+        (out / "config.json").write_text(json.dumps(whole | change))
+        with pytest.raises(CheckpointError, match=message):
+            load_encoder(out)
+    for text in ("{", "[1]", "[" * 100_000):
+        (out / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            load_encoder(out)
+    (out / "config.json").write_text(json.dumps(whole))
+    weights = (out / "model.safetensors").read_bytes()
+    for content in (weights[:-100], weights[:4], b"\xff" * 64):
+        (out / "model.safetensors").write_bytes(content)
+        with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+            load_encoder(out)
+    assert ran == []
 
 
 def test_a_truncated_checkpoint(run_folder):
@@ -139,7 +189,23 @@ def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StorageError, match=r"last\.ckpt cannot be written: disk full"):
         plugin.save_checkpoint({"step": 2}, path)
     assert plugin.load_checkpoint(path) == {"step": 1}
     assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("name", ["../victim/best.ckpt", "../victim", "checkpoints", "best.txt"])
+def test_a_checkpoint_cannot_have_anything_but_a_checkpoint_removed(tmp_path, name):
+    """Lightning removes recursively what a resumed checkpoint calls the best one so far."""
+    folder = tmp_path / "checkpoints"
+    for path in (tmp_path / "victim/best.ckpt", folder / "best.ckpt", folder / "checkpoints/file", folder / "best.txt"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(StorageError, match="is no checkpoint of this run"):
+        AtomicCheckpointIO().remove_checkpoint(str(folder / name))
+    assert sorted(tmp_path.rglob("*")) == before
+    AtomicCheckpointIO().remove_checkpoint(folder / "best.ckpt")
+    AtomicCheckpointIO().remove_checkpoint(folder / "best.ckpt")
+    assert not (folder / "best.ckpt").exists()

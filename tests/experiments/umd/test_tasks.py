@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.types import InputSpec
 from experiments.umd.encoder import UMDEncoder
 from experiments.umd.tasks import AnswerTask, FigureTask, RetrievalTask, answer_head, best_ranks, split_logits
 
@@ -25,13 +26,10 @@ class Stub:
 def make(kind, classes=("a", "no", "yes"), **settings):
     task = kind(
         encoder=partial(UMDEncoder, **TINY),
-        channels=["red", "green", "blue"],
-        image_size=[32, 32],
-        vocabulary=VOCABULARY,
-        classes=list(classes),
         **settings,
     )
-    task.configure_model()
+    size = {"channels": ("red", "green", "blue"), "image_size": (32, 32), "vocabulary": VOCABULARY}
+    task.build(InputSpec(**size, classes=tuple(classes)))
     return task
 
 
