@@ -166,6 +166,8 @@ class MedmimCLI(LightningCLI):
         """Make model, data and trainer; a value that one of them refuses is the user's to change."""
         try:
             super().instantiate_classes()
+            if self.datamodule is not None:
+                self.datamodule.purpose = run_name(self._arguments, "")[0]
         except UserError:
             raise
         except ValueError as error:

@@ -3,6 +3,7 @@
 import argparse
 from argparse import ArgumentError
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -88,6 +89,10 @@ def make_datamodule(args: argparse.Namespace) -> Any:
     parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False)
     section = data_section(args)
     try:
-        return parser.instantiate(parser.parse_object({"data": section})).data
+        datamodule = parser.instantiate(parser.parse_object({"data": section})).data
     except (ArgumentError, ValueError) as error:
         raise UserError(f"{one_line(str(error))}.") from error
+    folder = Path(args.config[0]).resolve().parent
+    if folder.name == "configs":
+        datamodule.purpose = folder.parent.name
+    return datamodule

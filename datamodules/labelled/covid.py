@@ -15,6 +15,7 @@ from datamodules.ids import check_subjects
 from datamodules.labelled.layout import LabelLayout, LabelledImage, need_columns, need_file
 from datamodules.splits import patients_of_files
 from datamodules.tables import read_table
+from datamodules.tree import Tree
 
 Task = Literal["covid", "viral"]
 _CLASSES = {"covid": ("COVID-19",), "viral": ("viral",)}
@@ -51,7 +52,7 @@ class CovidFindings(LabelLayout):
         self.task, self.views = task, tuple(views)
         self.classes = _CLASSES[task]
 
-    def find(self, root: Path) -> list[LabelledImage]:
+    def _find(self, root: Tree) -> list[LabelledImage]:
         """List the images that the task is about.
 
         Raises:

@@ -18,7 +18,7 @@ from datamodules.voxels import VoxelConfig
 def _headers(case: Case, paths: dict[str, str], voxels: VoxelConfig) -> Iterator[tuple[str, Header | Fault]]:
     for name, path in paths.items():
         try:
-            yield name, read_header(case.images.get(name) or case.labels[name], voxels)
+            yield name, read_header(case.images.get(name) or case.labels[name], voxels, case.places.get(name))
         except VolumeError as error:
             yield name, Fault(path, error.kind, error.detail, case.case_id)
 

@@ -12,17 +12,16 @@ import pytest
 from common.errors import StorageError
 from common.faults import SampleFaultError
 from common.names import case_twins
-from datamodules.registry import recognise
 from datamodules.volumes.cache import VolumeCache
 from datamodules.volumes.prepare import prepare_case
 
 
 @pytest.fixture
-def archive(brats_root, tmp_path):
+def archive(brats_root, tmp_path, volumes_of):
     root = tmp_path / "archive"
     for name in ("BraTS-GLI-00000-000", "BraTS-GLI-00001-000"):
         shutil.copytree(brats_root / name, root / name)
-    layout, cases = recognise(root)
+    layout, cases = volumes_of(root)
     return root, layout, cases
 
 
@@ -149,14 +148,14 @@ def test_a_flipped_byte_in_the_cache_is_never_trusted(archive, monkeypatch, form
     assert np.array_equal(np.array(cache.open(cases[0]).image[:]), good)
 
 
-def test_a_changed_source_is_read_again(archive, monkeypatch):
+def test_a_changed_source_is_read_again(archive, monkeypatch, volumes_of):
     root, layout, cases = archive
     cache = VolumeCache(root, layout)
     cache.ensure(cases, progress=False)
     os.utime(cases[1].images["t1c"], (1, 1))
     assert _ensure_rebuilds(cache, cases, monkeypatch) == [cases[1].case_id]
     cases[0].images["t2w"].unlink()
-    _, fewer = recognise(root)
+    _, fewer = volumes_of(root)
     assert _ensure_rebuilds(cache, fewer, monkeypatch) == [cases[0].case_id]
     assert cache.open(fewer[0]).record.modality_mask == [True, True, True, False]
 

@@ -260,7 +260,7 @@ def test_real_regions_join_their_omics(real_data, capsys):
     data = ImageGenomeDataModule(str(real_data("tcga_gbmlgg")), split_fractions=(1.0, 0.0, 0.0), image_size=(64, 64))
     data.prepare_data()
     data.setup("fit")
-    assert data.index().name == "tcga_gbmlgg"
+    assert data.index().layout.name == "tcga_gbmlgg"
     assert data.genome.sizes["omics"] > 20
     assert [all(data.genome.has(sample.person)) for sample in data.splits["train"]] == [True] * 3
     assert "omics" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from common.downstream.classification import ImageClassifier
 from common.errors import PreemptedError
 from datamodules.labelled.classification import LabelledImageDataModule
 from datamodules.labelled.covid import CovidFindings
-from datamodules.reports.manifest import COVID_CXR
+from datamodules.reports.covid_cxr import COVID_CXR
 from datamodules.synthetic.command import WRITERS
 
 CONFIGS = "experiments/mrm_record/configs"
