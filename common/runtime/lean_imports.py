@@ -17,7 +17,7 @@ def _optional_absent() -> Iterator[None]:
     It asks through ``lightning_utilities``, by a function and by a class that looks when its truth is taken. What was
     answered is not stored, so that both say the truth again afterwards.
     """
-    asked = importlib.import_module("lightning_utilities.core.imports")
+    asked: Any = importlib.import_module("lightning_utilities.core.imports")
     available, truth = asked.package_available, asked.RequirementCache.__bool__
 
     def package_available(name: str) -> bool:
