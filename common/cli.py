@@ -24,14 +24,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from common.callbacks.fault_report import FaultReport
 from common.callbacks.last_checkpoint import LastCheckpoint
 from common.callbacks.preemption import Preemption, slurm_job
-from common.callbacks.run_record import RunRecord
+from common.callbacks.run_record import RunRecord, personal_settings
 from common.checkpoint import read_checkpoint, resolve_checkpoint, run_tokenizer
 from common.checkpoint_io import AtomicCheckpointIO
 from common.distributed import launched_rank
 from common.errors import PreemptedError, UsageError, UserError
-from common.files import remove_empty_folders, whole_file
+from common.files import is_about_storage, remove_empty_folders, storage_sentence, whole_file
 from common.module import BuiltFromData
 from common.names import printable, safe_name
+from common.pseudonyms import public_name
 from common.randomness import DEFAULT_SEED
 from common.runtime.configs import expand_config_arguments
 from common.runtime.data_config import one_line
@@ -78,8 +79,13 @@ class RunConfig(SaveConfigCallback):
         """Write the file once, whole or not at all (Lightning hook)."""
         if self.already_saved or not trainer.is_global_zero or is_dry_run(trainer):
             return
+        config = self.config.clone()
+        options = (config.get("data") or {}).get("init_args") or {}
+        for name in personal_settings(trainer):
+            if options.get(name):
+                options[name] = public_name(options[name])
         with whole_file(Path(trainer.default_root_dir) / "config.yaml") as temporary:
-            self.parser.save(self.config, str(temporary), skip_unset=False, overwrite=True)
+            self.parser.save(config, str(temporary), skip_unset=False, skip_validation=True, overwrite=True)
         self.already_saved = True
 
 
@@ -289,6 +295,10 @@ def main(args: list[str] | None = None) -> None:
         if debug:
             raise
         _fail(error)
+    except OSError as error:
+        if debug or not is_about_storage(error):
+            raise
+        _fail(UserError(storage_sentence(Path(error.filename or "A file of the run"), error, "written or read")))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ import importlib
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 from common.errors import UsageError, UserError
+from common.files import is_about_storage, storage_sentence
 from common.names import printable
 from common.runtime.process import prepare_memory
 
@@ -204,8 +206,16 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         if debug:
             raise
-        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        _fail(error)
+    except OSError as error:
+        if debug or not is_about_storage(error):
+            raise
+        _fail(UserError(storage_sentence(Path(error.filename or "A file"), error, "written or read")))
+
+
+def _fail(error: Exception) -> NoReturn:
+    print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+    sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Fixtures: tiny official trees, a pool of two ranks, real samples where there are any."""
 
 import os
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +27,9 @@ def _isolated(tmp_path, monkeypatch):
     """Give every test its own working directory, cache and seeds."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MEDMIM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    monkeypatch.delenv("MEDMIM_RUN_TIME", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    for name in ("PL_GLOBAL_SEED", "MEDMIM_RUN_TIME", "MEDMIM_ANONYMISE", "MEDMIM_ANONYMISE_KEY"):
+        monkeypatch.delenv(name, raising=False)
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002
 
@@ -100,6 +103,22 @@ def refusal(capsys):
         return line
 
     return sentence
+
+
+@pytest.fixture
+def small_disk():
+    """Return a context in which no file can grow beyond some bytes, as on a disk that is full."""
+
+    @contextmanager
+    def limited(size: int):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 TINY = {

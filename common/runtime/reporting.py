@@ -9,6 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from common.files import whole_file
 from common.names import printable
+from common.pseudonyms import names_are_hidden
 
 if TYPE_CHECKING:  # commands say things too, before Lightning and without it
     import lightning.pytorch as pl
@@ -65,7 +66,9 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def contents(folder: Path) -> str:
-    """Return what lies directly in a folder, in words."""
+    """Return what lies directly in a folder, in words: how much where names are hidden."""
+    if names_are_hidden():
+        return f"{sum(1 for path in folder.iterdir() if path.name[0] != '.')} entries"
     entries = sorted(path.name + ("/" if path.is_dir() else "") for path in folder.iterdir() if path.name[0] != ".")
     shown = ", ".join(entries[:4]) + (f", ... ({len(entries)} entries)" if len(entries) > 4 else "")
     return shown or "nothing"

@@ -12,13 +12,15 @@ import numpy as np
 import pandas as pd
 
 from common.errors import DataError
-from datamodules.files import listed_names
+from common.pseudonyms import public_name
+from datamodules.files import listed_names, listing
 from datamodules.genetics.genome import GenomeFiles
 from datamodules.genetics.layout import Picture, PictureLayout
+from datamodules.ids import check_labels, join_ids
 from datamodules.images.reading import FUNDUS
 from datamodules.labelled.layout import LabelLayout, LabelledImage, need_file
 from datamodules.labelled.tables import files_under
-from datamodules.tables import read_table
+from datamodules.tables import read_numbers, read_table
 
 #: What is predicted from a photograph.
 RISKS = {"regression": ("age", "bmi", "sbp", "dbp"), "classification": ("sex", "smoking")}
@@ -56,8 +58,8 @@ def european(root: Path, threshold: float = 0.99) -> set[str] | None:
         return None
     table = read_table(path)
     if not {"IID", "EUR"} <= set(table.columns):
-        raise DataError(f"{path} needs the columns IID and EUR, it has {', '.join(table.columns)}.")
-    kept = pd.to_numeric(table["EUR"], errors="coerce") >= threshold
+        raise DataError(f"{path} needs the columns IID and EUR, it has {listing(table.columns)}.")
+    kept = read_numbers(path, table["EUR"], "probabilities") >= threshold
     return set(table.loc[kept, "IID"])
 
 
@@ -133,12 +135,13 @@ def read_phenotypes(path: Path) -> pd.DataFrame:
     needed = ["eid", "31-0.0", "21022-0.0", "21001-0.0", "20116-0.0", "4080-0.0", "4079-0.0"]
     missing = [name for name in needed if name not in table.columns]
     if missing:
-        raise DataError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns[:12])}.")
+        raise DataError(f"{path} has no column {listing(missing)}; it has {listing(table.columns)}.")
     if table["eid"].duplicated().any():
-        raise DataError(f"{path} lists {table['eid'][table['eid'].duplicated()].iloc[0]} twice.")
+        twice = table["eid"][table["eid"].duplicated()].iloc[0]
+        raise DataError(f"{path} lists {public_name(twice)} twice.")
 
     def number(*names: str) -> pd.Series:
-        columns = [pd.to_numeric(table[name], errors="coerce") for name in names if name in table.columns]
+        columns = [read_numbers(path, table[name], f"values of {name}") for name in names if name in table.columns]
         return pd.concat(columns, axis=1).mean(axis=1)
 
     smoking = number("20116-0.0")
@@ -183,9 +186,13 @@ class UKBRisk(LabelLayout):
         table = table[table.notna().any(axis=1)]
         rows = zip(table.index, table.to_numpy(), strict=True)
         values = {str(eid): tuple(float(value) for value in row) for eid, row in rows}
+        pictures = find_ukb(root)
+        if pictures:
+            joined = join_ids([picture.patient_id for picture in pictures], values)
+            check_labels(path, joined, "persons with photographs")
         found = [
             LabelledImage(picture.case_id, picture.patient_id, picture.image, values[picture.patient_id], picture.split)
-            for picture in find_ukb(root)
+            for picture in pictures
             if picture.patient_id in values
         ]
         if not found:

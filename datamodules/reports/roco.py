@@ -13,7 +13,7 @@ import pandas as pd
 
 from common.errors import DataError
 from common.runtime.reporting import say
-from datamodules.files import json_lines, read_lines
+from datamodules.files import json_lines, listing, read_lines
 from datamodules.reports.medicat import collapsed, find_medicat, hashed_split, say_left_out, studies_of_texts, texts_of
 from datamodules.reports.studies import Study, StudyLayout
 from datamodules.reports.text import plain_text
@@ -163,7 +163,7 @@ def _find_v2(root: Path) -> list[Study]:
             continue
         table: pd.DataFrame = read_table(tables[0])
         if not {"ID", "Caption"} <= set(table.columns):
-            raise DataError(f"{tables[0]} needs the columns ID and Caption, it has {', '.join(table.columns)}.")
+            raise DataError(f"{tables[0]} needs the columns ID and Caption, it has {listing(table.columns)}.")
         folder = next((root / name for name in _FOLDERS[split] if (root / name).is_dir()), root / split)
         there = {path.stem: path for path in folder.iterdir()} if folder.is_dir() else {}
         for name, text in zip(table["ID"], table["Caption"], strict=True):

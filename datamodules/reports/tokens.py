@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -143,8 +144,9 @@ def learned_tokenizer(texts: Sequence[str], vocab_size: int, kind: Kind = "wordp
     """
     digest = stable_hash(vocab_size, *sorted(texts))
     path = cache_root() / "tokenizers" / f"{kind}-{digest:016x}.json"
-    if not path.is_file():
-        train_tokenizer(texts, vocab_size, kind).save(path)
+    with suppress(DataError):  # not learned yet, or damaged since
+        return load_tokenizer(path)
+    train_tokenizer(texts, vocab_size, kind).save(path)
     return load_tokenizer(path)
 
 

@@ -8,9 +8,8 @@ interrupted run leaves nothing half made.
 
 import errno
 import json
+import math
 import os
-import tempfile
-import time
 import uuid
 from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,10 +24,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from common.faults import Fault, SampleFaultError
-from common.files import STALE_SECONDS, make_folder, move, remove_tree, storage_errors, write_text
+from common.files import make_folder, move, remove_leftovers, remove_tree, storage_errors, temporary_beside, write_text
 from common.names import safe_name
 from common.randomness import stable_hash
-from datamodules.storage import cache_root, fingerprint
+from datamodules.storage import cache_root, file_is_good, fingerprint, save_array, sole_builder, source_facts
 from datamodules.volumes.cases import Case, Layout
 from datamodules.volumes.headers import VolumeError
 from datamodules.volumes.prepare import PreparedCase, prepare_case
@@ -80,6 +79,18 @@ class Record:
     label_values: dict[str, int] = field(default_factory=dict)
     modalities: list[str] = field(default_factory=list)
 
+    @property
+    def spacing(self) -> list[float]:
+        """Sides of a stored voxel in mm."""
+        return _sides(self.affine)
+
+    @property
+    def source_diagonal(self) -> float:
+        """Diagonal of the reference volume, as its file has it, in mm."""
+        return math.hypot(
+            *(side * size for side, size in zip(_sides(self.source_affine), self.source_shape, strict=True))
+        )
+
     def image_faults(self) -> list[Fault]:
         """Return the faults of the image members."""
         return [Fault(*fault, self.case_id) for fault in self.faults]
@@ -87,6 +98,15 @@ class Record:
     def all_faults(self) -> list[Fault]:
         """Return the faults of image and label."""
         return [Fault(*fault, self.case_id) for fault in [*self.faults, *self.label_faults]]
+
+
+def _sides(affine: Sequence[Sequence[float]]) -> list[float]:
+    """Return the sides of a voxel in mm."""
+    return np.linalg.norm(np.asarray(affine)[:3, :3], axis=0).tolist()
+
+
+def _written(file: dict[str, Any]) -> tuple[int, str]:
+    return file["size"], file["xxh3"]
 
 
 def _plain(faults: Iterable[Fault]) -> list[tuple[str, str, str]]:
@@ -231,19 +251,14 @@ class VolumeCache:
         if current != set(record.sources):
             return False
         for path, source in record.sources.items():
-            stat = os.stat(path) if os.path.isfile(path) else None
-            if stat is None or (stat.st_size, stat.st_mtime_ns) != (source.get("size"), source.get("mtime_ns")):
+            known = {name: source.get(name) for name in ("size", "mtime_ns")}
+            if not os.path.isfile(path) or source_facts(Path(path)) != known:
                 return False
-        return all(self._file_matches(record, name, expected, full) for name, expected in record.files.items())
+        folder = self.case_folder(record.case_id)
+        return all(file_is_good(folder / name, *_written(file), full) for name, file in record.files.items())
 
     def _image_paths(self, case: Case) -> list[Path]:
         return [path for name, path in case.images.items() if name in self.layout.modalities]
-
-    def _file_matches(self, record: Record, name: str, expected: dict[str, Any], full: bool) -> bool:
-        path = self.case_folder(record.case_id) / name
-        if not path.is_file() or path.stat().st_size != expected["size"]:
-            return False
-        return not full or fingerprint(path)["xxh3"] == expected["xxh3"]
 
     def build(self, case: Case) -> Record:
         """Prepare one case and store it, whole or not at all.
@@ -255,10 +270,10 @@ class VolumeCache:
         """
         final = self.case_folder(case.case_id)
         prepared, record = self._prepare(case)
-        make_folder(self.folder / "tmp")
+        temporary = temporary_beside(self.folder / "tmp" / "case")
         make_folder(final.parent)
+        make_folder(temporary)
         with storage_errors(final):
-            temporary = Path(tempfile.mkdtemp(dir=self.folder / "tmp"))
             try:
                 if prepared is not None:
                     self._write_arrays(prepared, case, temporary)
@@ -289,7 +304,7 @@ class VolumeCache:
         self._write_array(folder / f"image.{self.format}", prepared.image.astype(np.float16))
         if prepared.label is not None:
             self._write_array(folder / f"label.{self.format}", prepared.label)
-            np.save(folder / "label_voxels.npy", _label_voxels(prepared.label, case.case_id))
+            save_array(folder / "label_voxels.npy", _label_voxels(prepared.label, case.case_id))
 
     def _prepare(self, case: Case) -> tuple[PreparedCase | None, Record]:
         """Prepare a case, None where nothing of it can be used, and describe it but for its cache files."""
@@ -302,13 +317,12 @@ class VolumeCache:
         for path in (*self._image_paths(case), *case.labels.values()):
             source = record.sources.setdefault(str(path), {})
             if path.is_file():
-                stat = path.stat()
-                source.update(size=stat.st_size, mtime_ns=stat.st_mtime_ns)
+                source.update(source_facts(path))
         return prepared, record
 
     def _write_array(self, path: Path, array: NDArray) -> None:
         if self.format == "npy":
-            np.save(path, array)
+            save_array(path, array)
             return
         edge = (1,) if array.ndim == 4 else ()
         chunks = (*edge, *(min(64, size) for size in array.shape[-3:]))
@@ -366,23 +380,28 @@ class VolumeCache:
             workers: Threads; reading and inflating release the interpreter lock.
             progress: Whether to show a bar while cases are built.
         """
-        make_folder(self.folder / "tmp")
-        for leftover in (self.folder / "tmp").iterdir():
-            with suppress(FileNotFoundError):
-                if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
-                    remove_tree(leftover, self.folder)
-        write_text(self.folder / "key.json", self._key)
+        records = self._verified(cases, workers)
+        missing = [case for case in cases if case.case_id not in records]
+        if not missing:
+            return records  # and a folder that cannot be written will do
+        with sole_builder(self.folder):
+            remove_leftovers(self.folder / "tmp")
+            write_text(self.folder / "key.json", self._key)
+            records |= self._verified(missing, workers)  # another process may have built some in the meantime
+            missing = [case for case in missing if case.case_id not in records]
+            title = f"caching {self.layout.name}" if progress and missing else None
+            built = self._map(self.build, missing, workers, title)
+        return records | {record.case_id: record for record in built if record is not None}
+
+    def _verified(self, cases: Sequence[Case], workers: int) -> dict[str, Record]:
+        """Return the valid records of some cases."""
 
         def verify(case: Case) -> Record | None:
             record = self.read_record(case.case_id)
             return record if record is not None and self.is_valid(case, record) else None
 
         records = self._map(verify, cases, workers, None)
-        missing = [case for case, record in zip(cases, records, strict=True) if record is None]
-        title = f"caching {self.layout.name}" if progress else None
-        built = self._map(self.build, missing, workers, title if missing else None)
-        result = {case.case_id: record for case, record in zip(cases, records, strict=True) if record is not None}
-        return result | {record.case_id: record for record in built if record is not None}
+        return {record.case_id: record for record in records if record is not None}
 
     @staticmethod
     def _map(
@@ -398,7 +417,7 @@ class VolumeCache:
         for case in cases:
             for path in self._image_paths(case)[:1]:
                 try:
-                    shape = self.layout.preprocessing.size or read_header(path).shape
+                    shape = self.layout.preprocessing.size or read_header(path, self.layout.preprocessing.voxels).shape
                 except VolumeError:
                     continue
                 ragged = self.layout.preprocessing.ragged

@@ -9,12 +9,14 @@ import re
 from pathlib import Path
 
 from common.errors import DataError
+from datamodules.files import listing, short
 from datamodules.ids import check_subjects
+from datamodules.members import members_of
 from datamodules.tables import read_table
 from datamodules.volumes.cases import Case, Layout, Preprocessing
 
 MODALITIES = ("t2w", "adc", "hbv")
-_FILE = re.compile(r"^(?P<study>(?P<patient>.+?)_(?P<visit>[^_]+))_(?P<modality>t2w|adc|hbv)\.mha$")
+_FILE = re.compile(r"^(?P<study>(?P<patient>.+?)_(?P<visit>[^_]+))_(?P<modality>t2w|adc|hbv)\.mha$", re.IGNORECASE)
 _LABEL_ROOTS = ("labels", "picai_labels", ".")
 _ZONES = ("HeviAI23", "Yuan23")
 _MARKSHEETS = ("clinical_information/marksheet.csv", "marksheet.csv")
@@ -52,10 +54,10 @@ def read_marksheet(path: Path) -> dict[str, dict[str, str]]:
     if not {"patient_id", "study_id"} <= set(columns) or not {"case_csPCa", "lesion_GS"} & set(columns):
         raise DataError(
             f"{path} is no PI-CAI marksheet: it needs patient_id, study_id and case_csPCa or lesion_GS, "
-            f"and has {', '.join(columns)}."
+            f"and has {listing(columns)}."
         )
     check_subjects(path, table["patient_id"])
-    rows = {}
+    rows: dict[str, dict[str, str]] = {}
     for facts in table.to_dict("records"):
         if facts.get("case_csPCa"):
             facts["csPCa"] = str(int(facts["case_csPCa"].upper() == "YES"))
@@ -63,7 +65,7 @@ def read_marksheet(path: Path) -> dict[str, dict[str, str]]:
             facts["csPCa"] = str(int((gleason_to_isup(facts.get("lesion_GS", "")) or 0) >= 2))
         study = f"{facts['patient_id']}_{facts['study_id']}"
         if rows.setdefault(study, facts) != facts:
-            raise DataError(f"{path} lists the study {study} twice, with different values; keep one row of it.")
+            raise DataError(f"{path} lists the study {short(study)} twice, with different values; keep one row of it.")
     return rows
 
 
@@ -72,10 +74,11 @@ def find_cases(root: Path) -> list[Case]:
     images = root / "images" if (root / "images").is_dir() else root
     studies: dict[str, dict[str, Path]] = {}
     patients: dict[str, str] = {}
-    for path in sorted(images.glob("*/*.mha")):
+    folders = sorted(path for path in images.iterdir() if path.is_dir())
+    for path in (path for folder in folders for path in members_of(folder, (".mha",))):
         match = _FILE.match(path.name)
         if match and match["patient"] == path.parent.name:
-            studies.setdefault(match["study"], {})[match["modality"]] = path
+            studies.setdefault(match["study"], {})[match["modality"].lower()] = path
             patients[match["study"]] = match["patient"]
     if not studies:
         return []

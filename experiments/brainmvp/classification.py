@@ -19,6 +19,7 @@ from common.downstream.classification import macro_auroc
 from common.downstream.encoder import EncoderFactory, mean_features
 from common.optim import Schedule
 from common.types import InputSpec
+from common.weights.channels import NewChannels
 from experiments.brainmvp.segmentation import augmented
 
 
@@ -72,6 +73,8 @@ class BrainClassification(ScoredTask):
         optimizer: Makes the optimiser.
         schedule: Attaches the learning-rate schedule.
         compile_network: Whether to compile the network.
+        new_channels: What channels start as that the pre-trained encoder does not know: ``"mean"`` of those it knows,
+            or ``"fresh"``, at random.
     """
 
     monitor = ("val/auroc", "max")
@@ -87,6 +90,7 @@ class BrainClassification(ScoredTask):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         schedule: Schedule | None = None,
         compile_network: bool = False,
+        new_channels: NewChannels = "mean",
     ) -> None:
         super().__init__(
             pretrained,
@@ -95,6 +99,7 @@ class BrainClassification(ScoredTask):
             schedule=schedule,
             layer_decay=layer_decay,
             compile_network=compile_network,
+            new_channels=new_channels,
         )
         self.save_hyperparameters()
         self.hidden, self.augment = hidden, augment

@@ -26,6 +26,7 @@ from common.optim import Schedule
 from common.randomness import KeyedGenerator
 from common.runtime.reporting import say, write_rows
 from common.types import InputSpec
+from common.weights.channels import NewChannels
 from experiments.brainmvp.export import normalized_templates
 from experiments.brainmvp.segmentation_networks import segmenter
 
@@ -114,6 +115,8 @@ class BrainSegmentation(SegmentationModule):
         optimizer: Makes the optimiser.
         schedule: Attaches the learning-rate schedule.
         compile_network: Whether to compile the network.
+        new_channels: What channels start as that the pre-trained encoder does not know: ``"mean"`` of those it knows,
+            or ``"fresh"``, at random.
     """
 
     def __init__(
@@ -132,6 +135,7 @@ class BrainSegmentation(SegmentationModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         schedule: Schedule | None = None,
         compile_network: bool = False,
+        new_channels: NewChannels = "mean",
     ) -> None:
         super().__init__(
             pretrained,
@@ -144,6 +148,7 @@ class BrainSegmentation(SegmentationModule):
             optimizer=optimizer,
             schedule=schedule,
             compile_network=compile_network,
+            new_channels=new_channels,
         )
         self.save_hyperparameters()
         self.replace, self.consistency_weight = replace, consistency_weight
