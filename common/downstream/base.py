@@ -87,7 +87,9 @@ class FineTuning(BuiltFromData):
         """Write ``per_case.csv`` and ``metrics.json`` into the run folder."""
         folder = Path(self.trainer.default_root_dir)
         write_rows(folder / "per_case.csv", rows)
-        write_text(folder / "metrics.json", json.dumps(metrics, indent=2))
+        seen = getattr(getattr(self.trainer, "datamodule", None), "seen", {})
+        facts = {**metrics, "seen_patients": seen} if seen else metrics
+        write_text(folder / "metrics.json", json.dumps(facts, indent=2))
 
     def configure_optimizers(self) -> Any:
         """Make the optimiser and its schedule (Lightning hook)."""

@@ -304,6 +304,8 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         anonymise: Whether subjects get pseudonyms in logs, pictures and fault files.
         seed: Seed of order and crops; None takes ``seed_everything``'s.
         split_seed: Seed of the split and of the pairing alone.
+        **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of
+            :class:`datamodules.base.ArchiveDataModule`.
     """
 
     def __init__(
@@ -341,6 +343,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         anonymise: bool = False,
         seed: int | None = None,
         split_seed: int = 0,
+        **membership: Any,
     ) -> None:
         super().__init__(
             root,
@@ -352,6 +355,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
             max_fault_fraction=max_fault_fraction,
             anonymise=anonymise,
             seed=seed,
+            **membership,
         )
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
@@ -386,6 +390,8 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
             parts = assign_splits(pictures, *self._split)
             if self._kinship is not None:
                 parts = self._without_relatives(pictures, parts)
+            seeded = self._split[2] is None and not any(picture.split for picture in pictures)
+            parts = self.place(pictures, parts, seeded, self._split)
             pictures = [picture for picture in pictures if picture.case_id in parts]
             split_of = {picture.patient_id: parts[picture.case_id] for picture in pictures}
             persons = self._join(archive, split_of) if self.genetics else {}
@@ -520,6 +526,10 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         if stored is not None and self.genome is not None and stored != self.genome.fingerprint():
             raise DataError("The genetics of the training persons are not those that the checkpoint was trained with.")
         super().load_state_dict({name: value for name, value in state_dict.items() if not name.startswith("genome")})
+
+    def member_paths(self, case: Picture) -> Sequence[Path]:
+        """Return the one image of a picture."""
+        return (case.image,)
 
     def images_of(self, case: Sample) -> Sequence[Path]:
         """Return the images of a person."""

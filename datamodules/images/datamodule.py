@@ -78,6 +78,20 @@ class ImageArchiveDataModule(ArchiveDataModule):
             return SourceImages(reader)
         return ImageCache(Path(self.root).expanduser(), self._cache_side, reader=reader)
 
+    def member_paths(self, case: Any) -> Sequence[Path]:
+        """Return the images of a case as the archive lists it, before cases are joined or paired."""
+        return self.images_of(case)
+
+    def sources(self, cases: Sequence[Any]) -> dict[str, tuple[str, ...]]:
+        """Return the check sums of the images of each case; without a cache none is known."""
+        if not isinstance(self.store, ImageCache):
+            return {}
+        known = self.store.check_sums()
+        return {
+            case.case_id: tuple(sorted(known[path] for path in self.member_paths(case) if path in known))
+            for case in cases
+        }
+
     def cases_in_use(self) -> list[Any]:
         """Return the cases of all splits."""
         return [case for part in self.splits.values() for case in part]

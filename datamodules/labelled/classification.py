@@ -189,6 +189,8 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         anonymise: Whether subjects get pseudonyms in logs, tables and fault files.
         seed: Seed of order and crops; None takes ``seed_everything``'s.
         split_seed: Seed of splits, folds and fractions alone.
+        **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of
+            :class:`datamodules.base.ArchiveDataModule`.
     """
 
     noun = "images"
@@ -218,6 +220,7 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         anonymise: bool = False,
         seed: int | None = None,
         split_seed: int = 0,
+        **membership: Any,
     ) -> None:
         super().__init__(
             root,
@@ -229,6 +232,7 @@ class LabelledImageDataModule(ImageArchiveDataModule):
             max_fault_fraction=max_fault_fraction,
             anonymise=anonymise,
             seed=seed,
+            **membership,
         )
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
@@ -261,7 +265,9 @@ class LabelledImageDataModule(ImageArchiveDataModule):
             if self.shuffle_targets is not None and self.shuffle_tested:
                 images = shuffled_targets(images, self.shuffle_targets)
             strata = strata_of(images)
-            parts = self._parts(images, strata)
+            seeded = self._split[2] is None and self.fold is None and not any(item.split for item in images)
+            setting = self._split if self.fold is None else (*self._split, self.fold, self.num_folds)
+            parts = self.place(images, self._parts(images, strata), seeded, setting)
             if self.shuffle_targets is not None and not self.shuffle_tested:
                 learned = [item for item in images if parts.get(item.case_id) in ("train", "val")]
                 given = {item.case_id: item for item in shuffled_targets(learned, self.shuffle_targets)}

@@ -358,6 +358,8 @@ class ImageTextDataModule(TextArchiveDataModule):
         anonymise: Whether subjects and texts stay out of logs, pictures and fault files.
         seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
         split_seed: Seed of the split alone.
+        **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of
+            :class:`datamodules.base.ArchiveDataModule`.
     """
 
     def __init__(
@@ -400,6 +402,7 @@ class ImageTextDataModule(TextArchiveDataModule):
         anonymise: bool = False,
         seed: int | None = None,
         split_seed: int = 0,
+        **membership: Any,
     ) -> None:
         super().__init__(
             tokenizer,
@@ -416,6 +419,7 @@ class ImageTextDataModule(TextArchiveDataModule):
             max_fault_fraction=max_fault_fraction,
             anonymise=anonymise,
             seed=seed,
+            **membership,
         )
         if text_length < 2:
             raise ValueError(f"`text_length` must be at least 2, the class token and one more, got {text_length}.")
@@ -460,6 +464,8 @@ class ImageTextDataModule(TextArchiveDataModule):
             if self._unique_texts:
                 samples = distinct(samples, extract_of(archive), self.text)
             parts = assign_splits(samples, *self._split)
+            seeded = self._split[2] is None and not any(sample.split for sample in samples)
+            parts = self.place(samples, parts, seeded, self._split)
             self.samples = samples
             self.splits = {name: [sample for sample in samples if parts.get(sample.case_id) == name] for name in SPLITS}
             self.ledger.num_samples = len(parts)

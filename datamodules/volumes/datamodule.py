@@ -19,6 +19,7 @@ from datamodules.controls import read_control
 from datamodules.ids import check_labels, join_ids, rows_by
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.members import check_content
+from datamodules.membership import MASK
 from datamodules.notes import say_notes
 from datamodules.registry import Archive, Settings
 from datamodules.splits import SplitFile, assign_splits, nested_fraction
@@ -215,6 +216,7 @@ class VolumeDataModule(ArchiveDataModule):
         anonymise: Whether subject ids are replaced by pseudonyms in logs, pictures and fault files.
         seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
         split_seed: Seed of the split alone, so that runs of several seeds share their test patients.
+        **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of :class:`ArchiveDataModule`.
     """
 
     def __init__(
@@ -245,8 +247,9 @@ class VolumeDataModule(ArchiveDataModule):
         anonymise: bool = False,
         seed: int | None = None,
         split_seed: int = 0,
+        **membership: Any,
     ) -> None:
-        super().__init__(batch_size, num_workers, max_fault_fraction, anonymise, seed)
+        super().__init__(batch_size, num_workers, max_fault_fraction, anonymise, seed, **membership)
         self.root = root
         self.crops_per_case, self.val_crops_per_case = crops_per_case, val_crops_per_case
         self.flip_axes, self.overhang = flip_axes, overhang
@@ -303,6 +306,8 @@ class VolumeDataModule(ArchiveDataModule):
             fractions, split_seed, split_file = self._split
             cut = archive.facts.cut_validation
             parts = assign_splits(self.cases, fractions, split_seed, split_file, cut_validation=cut)
+            seeded = split_file is None and not any(case.split for case in self.cases)
+            parts = self.place(self.cases, parts, seeded, self._split)
             self.targets = self._read_targets()
             usable = [case for case in self.cases if self._is_wanted(case)]
             self.splits = {
@@ -420,6 +425,19 @@ class VolumeDataModule(ArchiveDataModule):
         """Return every case of the archive, whether or not it is used."""
         self.index()
         return self.cases
+
+    def sources(self, cases: Sequence[Case]) -> dict[str, tuple[str, ...]]:
+        """Return the check sums of the files of each case; without a cache none is known."""
+        found: dict[str, tuple[str, ...]] = {}
+        if not isinstance(self.store, VolumeCache):
+            return found
+        for case in cases:
+            if (record := self.store.read_record(case.case_id)) is not None:
+                sums = {path: source["xxh3"] for path, source in record.sources.items() if "xxh3" in source}
+                images = [sums[path] for path in map(str, case.images.values()) if path in sums]
+                masks = [MASK + sums[path] for path in map(str, case.labels.values()) if path in sums]
+                found[case.case_id] = (*sorted(images), *sorted(masks))
+        return found
 
     def cases_in_use(self) -> list[Case]:
         """Return the cases of all splits."""
