@@ -1,6 +1,5 @@
 """Checkpoints on disk: whole or not at all, and never unpickled."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -8,25 +7,19 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from common.checkpoint import read_checkpoint
+from common.errors import StorageError
+from common.files import remove_file, whole_file
+from common.names import printable
 
 
 def atomic_save(content: Any, path: Path) -> None:
-    """Save with torch under a temporary name, flush it to the disk, and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    """Save with torch under a temporary name, flush it to the disk, and rename it.
+
+    Raises:
+        StorageError: it cannot be written; the file that was there is still there.
+    """
+    with whole_file(path, durable=True) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -43,3 +36,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             CheckpointError: missing, damaged, or holding more than tensors and plain values.
         """
         return read_checkpoint(path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint that a better one has replaced: a file, never a folder.
+
+        Lightning names it as a checkpoint says that was resumed from, which may say anything.
+
+        Raises:
+            StorageError: it is no checkpoint of the run's.
+        """
+        path = Path(path)
+        if path.suffix != ".ckpt" or ".." in path.parts:
+            raise StorageError(f"{printable(path)} is no checkpoint of this run, so it was not removed.")
+        remove_file(path, path.parent)

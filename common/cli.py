@@ -4,7 +4,6 @@ from common.commands import prepare_memory
 
 prepare_memory()
 
-import contextlib
 import json
 import logging
 import os
@@ -31,26 +30,18 @@ from common.callbacks.run_record import RunRecord
 from common.checkpoint import read_checkpoint, resolve_checkpoint, run_tokenizer
 from common.checkpoint_io import AtomicCheckpointIO
 from common.distributed import launched_rank
-from common.errors import PreemptedError, UserError
+from common.errors import PreemptedError, UsageError, UserError
+from common.files import remove_empty_folders, whole_file
 from common.module import BuiltFromData
+from common.names import printable, safe_name
 from common.randomness import DEFAULT_SEED
-from common.runtime.data_config import one_line, package_file
+from common.runtime.configs import expand_config_arguments
+from common.runtime.data_config import one_line
 from common.runtime.loggers import RunCSVLogger, RunTensorBoardLogger, SummaryLogger
 from common.runtime.reporting import is_dry_run, say
 from common.types import TaskState
 
 PREEMPTED = 143
-
-
-def resolve_config_arguments(arguments: list[str]) -> list[str]:
-    """Make every ``--config experiments/...`` work from any folder."""
-    result = list(arguments)
-    for index, argument in enumerate(result):
-        if argument in ("--config", "-c") and index + 1 < len(result):
-            result[index + 1] = package_file(result[index + 1])
-        elif argument.startswith("--config="):
-            result[index] = "--config=" + package_file(argument.removeprefix("--config="))
-    return result
 
 
 def run_name(arguments: list[str], class_path: str) -> tuple[str, str]:
@@ -66,9 +57,9 @@ def run_name(arguments: list[str], class_path: str) -> tuple[str, str]:
         if config.name == "config.yaml" and len(parts) > 4:
             return parts[-4], parts[-3]
         if config.parent.name == "configs":
-            return config.parent.parent.name, config.name.split(".")[0]
+            return safe_name(config.parent.parent.name), safe_name(config.name.split(".")[0])
     package = class_path.split(".")
-    return (package[1] if package[0] == "experiments" and len(package) > 1 else "custom"), "run"
+    return (safe_name(package[1]) if package[0] == "experiments" and len(package) > 1 else "custom"), "run"
 
 
 def supports_bfloat16(device_type: str) -> bool:
@@ -85,14 +76,11 @@ class RunConfig(SaveConfigCallback):
     """Saves the resolved configuration as ``config.yaml`` in the run folder."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the file once, under a temporary name (Lightning hook)."""
+        """Write the file once, whole or not at all (Lightning hook)."""
         if self.already_saved or not trainer.is_global_zero or is_dry_run(trainer):
             return
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / "config.tmp.yaml"
-        self.parser.save(self.config, str(temporary), skip_unset=False, overwrite=True)
-        temporary.replace(folder / "config.yaml")
+        with whole_file(Path(trainer.default_root_dir) / "config.yaml") as temporary:
+            self.parser.save(self.config, str(temporary), skip_unset=False, overwrite=True)
         self.already_saved = True
 
 
@@ -112,7 +100,7 @@ class MedmimCLI(LightningCLI):
     """LightningCLI that owns the run folder and what must never be switched off by another callback list."""
 
     def __init__(self, arguments: list[str]) -> None:
-        self._arguments = arguments
+        self._arguments = arguments  # as given: they name the run
         self._made: Path | None = None
         self._state = TaskState()
         defaults = str(files("experiments").joinpath("configs/defaults.yaml"))
@@ -123,12 +111,11 @@ class MedmimCLI(LightningCLI):
                 parser_kwargs={name: {"default_config_files": [defaults]} for name in self.subcommands()},
                 auto_configure_optimizers=False,
                 parser_class=OneLineParser,
-                args=arguments,
+                args=expand_config_arguments(arguments),
             )
         except BaseException:
             if self._made is not None:
-                with contextlib.suppress(OSError):
-                    os.removedirs(self._made)  # no more than what is empty
+                remove_empty_folders(self._made, Path())
             raise
 
     def _parse_ckpt_path(self) -> None:
@@ -194,7 +181,7 @@ class MedmimCLI(LightningCLI):
         if self.subcommand != "fit":
             stage = f"{'evaluate' if self.subcommand == 'test' else self.subcommand}_{stage.removeprefix('finetune_')}"
         # Ranks that this process starts inherit the name through the environment.
-        stamp = os.environ.setdefault("MEDMIM_RUN_TIME", time.strftime("%Y-%m-%d_%H-%M-%S"))
+        stamp = safe_name(os.environ.setdefault("MEDMIM_RUN_TIME", time.strftime("%Y-%m-%d_%H-%M-%S")))
         folder = Path("runs") / experiment / stage / stamp
         if launched_rank() == 0 and not self._get(self.config_init, "trainer")["fast_dev_run"]:
             for number in count(2):
@@ -270,10 +257,10 @@ class MedmimCLI(LightningCLI):
         return [best, last, Preemption(last)]
 
 
-def _fail(message: str) -> NoReturn:
-    """Print one line and exit with 1."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    sys.exit(1)
+def _fail(error: Exception) -> NoReturn:
+    """Print one line and exit: with 2 for wrong usage, else with 1."""
+    print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
+    sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 #: Advice that is not for the person who runs a command.
@@ -316,7 +303,7 @@ def execute(arguments: list[str]) -> Path:
     """
     _silence_advice()
     os.environ.pop("MEDMIM_RUN_TIME", None) if launched_rank() == 0 else None
-    return Path(MedmimCLI(resolve_config_arguments(arguments)).trainer.default_root_dir)
+    return Path(MedmimCLI(arguments).trainer.default_root_dir)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -333,7 +320,7 @@ def main(args: list[str] | None = None) -> None:
     except (UserError, MisconfigurationException) as error:
         if debug:
             raise
-        _fail(str(error))
+        _fail(error)
 
 
 if __name__ == "__main__":

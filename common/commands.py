@@ -10,7 +10,7 @@ import sys
 #: Subcommand to (module with ``add_arguments`` and ``run``, what it does). Modules are imported when they are needed.
 COMMANDS = {
     "synthesize": ("datamodules.synthetic.command", "write a small synthetic tree in an official layout"),
-    "doctor": ("datamodules.volumes.checks", "read an archive's headers (--deep: every byte) and print what is wrong"),
+    "doctor": ("datamodules.commands.doctor", "read an archive's headers (--deep: every byte) and print what is wrong"),
     "prepare": ("datamodules.commands.prepare", "build or verify the cache of an archive"),
     "split": ("datamodules.commands.split", "write a split by patient as a file"),
     "tokenizer": ("datamodules.reports.tokens", "learn a vocabulary from the training texts of an archive"),
@@ -72,15 +72,16 @@ def main(arguments: list[str] | None = None) -> None:
     prepare_memory()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
-    from common.errors import UserError
+    from common.errors import UsageError, UserError
+    from common.names import printable
 
     try:
         execute([argument for argument in arguments if argument != "--debug"])
     except UserError as error:
         if debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 
 from common.checkpoint import load_encoder
 from common.downstream.encoder import mean_features
+from common.files import whole_file
 from common.runtime.data_config import add_data_arguments, make_datamodule
 from common.runtime.reporting import say
 
@@ -34,6 +35,6 @@ def run(args: argparse.Namespace) -> None:
             features = mean_features(encoder, batch["image"].to(device)).cpu()
             names = zip(batch["subject_id"], features.tolist(), strict=True)
             rows += [{"subject_id": name, "split": split, "feature": feature} for name, feature in names]
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_parquet(args.out)
+    with whole_file(Path(args.out)) as temporary:
+        pd.DataFrame(rows).to_parquet(temporary)
     say(f"embedded {len(rows)} cases, {encoder.num_features} features each, to {args.out}")

@@ -1,13 +1,13 @@
 """Broken members of an archive: one row each, counted, never hidden, fatal only when there are too many."""
 
 import csv
-import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import TooManyFaultsError
+from common.files import whole_file
 from common.randomness import stable_hash
 
 FIELDS = ("path", "kind", "detail", "rank", "worker")
@@ -118,15 +118,16 @@ class FaultLedger:
         return f"{pseudonym(fault.sample)}/{stable_hash(fault.path):016x}{''.join(Path(fault.path).suffixes[-2:])}"
 
     def write(self, path: Path) -> None:
-        """Write all faults as CSV, under a temporary name first."""
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
+        """Write all faults as CSV, whole or not at all."""
+        with (
+            whole_file(path) as temporary,
+            temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+        ):
             writer = csv.writer(file)
             writer.writerow(FIELDS)
             for fault in self.faults:
                 detail = "" if self.anonymise else fault.detail
                 writer.writerow([self.shown_path(fault), fault.kind, detail, fault.rank, fault.worker])
-        os.replace(temporary, path)
 
 
 def pseudonym(subject: str) -> str:

@@ -1,7 +1,7 @@
 """What every archive shares: loaders, faults, replacement of broken samples, and the position for resuming."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from common.errors import DataError
 from common.faults import Fault, FaultLedger, SampleFaultError
 from common.randomness import run_seed, stable_hash
 from common.types import InputSpec
+from datamodules.examination import Terms
 from datamodules.loading import Draw, EvaluationBatches, ResumableLoader, TrainBatches
 
 
@@ -107,6 +108,8 @@ class ArchiveDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.seed = run_seed() if seed is None else seed
         self.ledger = FaultLedger(max_fault_fraction, anonymise)
+        self.splits: dict[str, list[Any]] = {}
+        self.store: Any = None
         self._train_loader: ResumableLoader | None = None
         self._loaders: list[ResumableLoader] = []
         self._position: dict[str, int] | None = None
@@ -124,6 +127,19 @@ class ArchiveDataModule(pl.LightningDataModule):
             deep: Whether to read every byte, not only headers.
             workers: Threads.
         """
+
+    def terms(self, cached: Sequence[Any], draws: int = 1) -> Terms:
+        """Return what training asks of the archive, for its doctor.
+
+        Args:
+            cached: What the cache would be made of.
+            draws: Training samples that a member gives per epoch.
+        """
+        cache = None
+        if hasattr(self.store, "estimated_bytes"):
+            cache = (self.store.estimated_bytes(cached), self.store.folder)
+        settings = (self.batch_size, draws, self.ledger.max_fraction, self.ledger.anonymise)
+        return Terms(self.splits, *settings, cache)
 
     @abstractmethod
     def reference_samples(self, count: int) -> Iterable[Any]:

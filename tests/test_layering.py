@@ -58,6 +58,23 @@ def test_no_file_bends_the_import_path_or_leaves_work_undone(path):
             assert "NotImplementedError" not in ast.dump(node)
 
 
+def removals(path):
+    """Yield the lines of a file that remove or rename something without asking whose it is."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner, name = getattr(node.func.value, "id", ""), node.func.attr
+            system = owner in ("os", "shutil") and name in ("remove", "unlink", "rename", "renames", "replace", "move")
+            method = owner != "os" and name in ("unlink", "rmdir")
+            method |= name == "rename" and len(node.args) == 1 and not node.keywords  # those of tables have keywords
+            if system or method or name in ("rmtree", "removedirs"):
+                yield node.lineno
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: "/".join(path.parts[-3:]))
+def test_only_one_module_removes_and_renames(path):
+    assert list(removals(path)) == [] or path == ROOTS["common"] / "files.py"
+
+
 def test_every_module_and_public_name_is_documented():
     for path in FILES:
         tree = ast.parse(path.read_text())

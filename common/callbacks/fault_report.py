@@ -38,7 +38,6 @@ class FaultReport(pl.Callback):
 
     def _write(self, trainer: pl.Trainer, ledger: FaultLedger) -> None:
         if trainer.is_global_zero:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             ledger.write(self.path)
 
     def _share(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

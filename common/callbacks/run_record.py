@@ -10,6 +10,7 @@ import torch
 
 from common.callbacks.preemption import slurm_job
 from common.callbacks.throughput import Throughput
+from common.files import write_text
 from common.randomness import run_seed
 from common.runtime.loggers import SummaryLogger
 from common.runtime.provenance import environment
@@ -34,7 +35,6 @@ class RunRecord(pl.Callback):
         """Write ``environment.json`` (Lightning hook)."""
         if not trainer.is_global_zero or is_dry_run(trainer):
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         facts = environment(trainer.strategy.root_device)
         facts |= {
             "seed": run_seed(),
@@ -43,7 +43,7 @@ class RunRecord(pl.Callback):
             "slurm_job": slurm_job(),
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         }
-        (self.folder / "environment.json").write_text(json.dumps(facts, indent=2))
+        write_text(self.folder / "environment.json", json.dumps(facts, indent=2))
         say(f"run folder: {self.folder}")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from common.blocks.vit import VisionTransformer
 from common.distributed import gather_objects
 from common.downstream.encoder import EncoderFactory, encoder_architecture, make_encoder
+from common.files import write_text
 from common.module import BuiltFromData
 from common.optim import Schedule, WarmupCosine, param_groups
 from common.runtime.reporting import log_scalars, say, write_rows
@@ -68,7 +69,7 @@ class FineTuning(BuiltFromData):
         """Write ``per_case.csv`` and ``metrics.json`` into the run folder."""
         folder = Path(self.trainer.default_root_dir)
         write_rows(folder / "per_case.csv", rows)
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+        write_text(folder / "metrics.json", json.dumps(metrics, indent=2))
 
     def configure_optimizers(self) -> Any:
         """Make the optimiser and its schedule (Lightning hook)."""

@@ -3,8 +3,6 @@
 import argparse
 from argparse import ArgumentError
 from collections.abc import Sequence
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,6 +10,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 
 from common.errors import UserError
+from common.runtime.configs import find_config, merge, read_config
 
 #: Lines of jsonargparse's messages that only say how it tried.
 _NOISE = (
@@ -29,24 +28,6 @@ def one_line(message: str) -> str:
     lines = [line.strip() for line in message.splitlines()]
     words = [line.removeprefix("- ") for line in lines if line and not line.startswith(_NOISE)]
     return "; ".join(words).replace(":; ", ": ").removesuffix(".")
-
-
-def package_file(path: str) -> str:
-    """Resolve ``experiments/...`` against the installed package where the working directory does not hold it."""
-    if not Path(path).exists() and path.startswith("experiments/"):
-        installed = Path(str(files("experiments"))).joinpath(path.removeprefix("experiments/"))
-        if installed.exists():
-            return str(installed)
-    return path
-
-
-def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
-    """Merge two nested mappings; the overlay wins."""
-    result = dict(base)
-    for key, value in overlay.items():
-        old = result.get(key)
-        result[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return result
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,10 +50,7 @@ def read_data_section(configs: Sequence[str]) -> dict[str, Any]:
     """
     section: dict[str, Any] = {}
     for name in configs:
-        path = Path(package_file(name))
-        if not path.is_file():
-            raise UserError(f"The configuration {name} does not exist.")
-        section = merge(section, (yaml.safe_load(path.read_text()) or {}).get("data") or {})
+        section = merge(section, read_config(find_config(name)).get("data") or {})
     if "class_path" not in section:
         raise UserError(f"{', '.join(configs)} names no data module (data.class_path).")
     return section

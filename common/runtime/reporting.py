@@ -9,6 +9,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 
+from common.files import whole_file
+from common.names import printable
+
 
 def log_scalars(module: pl.LightningModule, scalars: Mapping[str, float], prog_bar: Collection[str] = ()) -> None:
     """Log values that are already equal on all ranks.
@@ -49,9 +52,11 @@ def is_dry_run(trainer: pl.Trainer) -> bool:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a CSV with one line per case."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    """Write a CSV with one line per case, whole or not at all."""
+    with (
+        whole_file(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["subject_id"])
         writer.writeheader()
         writer.writerows(rows)
@@ -66,5 +71,5 @@ def contents(folder: Path) -> str:
 
 @rank_zero_only
 def say(*words: Any) -> None:
-    """Print one line to the person at the terminal, once for all ranks."""
-    print(*words, flush=True)
+    """Print one line to the person at the terminal, once for all ranks; no name from outside can break it."""
+    print(*map(printable, words), flush=True)

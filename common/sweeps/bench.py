@@ -23,6 +23,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.cli import supports_bfloat16
+from common.files import write_text
 from common.module import SSLModule
 from common.optim import param_groups
 from common.runtime.provenance import environment
@@ -218,4 +219,4 @@ def run(args: argparse.Namespace) -> None:
         chosen = f" --exp {args.exp}" if args.exp else ""
         result = {"command": f"medmim bench{chosen}", "environment": facts, "date": time.strftime("%Y-%m-%d"),
                   "rows": [asdict(row) for row in rows]}  # fmt: skip
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+        write_text(Path(args.out), json.dumps(result, indent=1) + "\n")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from common.errors import UserError
+from common.files import write_text
 from common.metrics import bootstrap_auroc, central_interval, resampled_counts, weighted_mean, weighted_quadratic_kappa
 from common.runtime.reporting import say
 from common.sweeps import bench
@@ -333,7 +334,7 @@ def write_result(
         **further_tables(study, rows),
         "summary": summarise(rows, study["columns"]),
     }
-    out.write_text(json.dumps(_plain(result), indent=1) + "\n")
+    write_text(out, json.dumps(_plain(result), indent=1) + "\n")
     return result
 
 

@@ -21,7 +21,8 @@ import torch
 import yaml
 
 from common.errors import UserError
-from common.runtime.data_config import package_file
+from common.files import write_text
+from common.runtime.configs import package_file
 from common.runtime.provenance import environment
 from common.runtime.reporting import say
 from common.sweeps.results import COSTS, Pool, merge, refuse_loss, table, update_readme, write_result
@@ -50,9 +51,8 @@ class Step:
 
     def arguments(self, configs: Path, places: Mapping[str, str]) -> list[str]:
         """Return the command line."""
-        files = [package_file(str(configs / name)) for name in self.config]
         given = [argument.format(**places) for argument in self.args]
-        return [self.run, *(word for file in files for word in ("--config", file)), *given]
+        return [self.run, *(word for name in self.config for word in ("--config", str(configs / name))), *given]
 
 
 def read_study(path: Path) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def run(args: argparse.Namespace) -> None:
         for readme in map(Path, args.readme):
             if not readme.is_file():
                 raise UserError(f"There is no README at {readme}.")
-            readme.write_text(update_readme(readme))
+            write_text(readme, update_readme(readme))
             say(f"tables of {readme} made anew")
         return
     if not args.study or not (args.data or args.merge):
@@ -215,7 +215,6 @@ def run(args: argparse.Namespace) -> None:
         wanted = list(itertools.product(args.seeds or study["seeds"], args.arms or study["arms"]))
     out = Path(args.out) if args.out else configs.parent / "results" / _file_name(path.stem, facts)
     refuse_loss(out, wanted)
-    out.parent.mkdir(parents=True, exist_ok=True)
     if args.merge:
         result = write_result(out, study, command, facts, rows)
     else:
@@ -228,7 +227,8 @@ def run(args: argparse.Namespace) -> None:
             rows += [{"arm": arm, "seed": seed, **row} for row in _rows(study, arm, configs, places, done)]
             # After every arm, so that a study that is stopped keeps what it has.
             result = write_result(out, study, command, facts, rows)
-    say(table(result))
+    for line in table(result).splitlines():
+        say(line)
     say(f"written to {out}")
 
 

@@ -5,16 +5,16 @@ import hashlib
 import importlib
 import importlib.util
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from common.checkpoint import StoredEncoder, read_encoder, resolve_checkpoint, run_tokenizer
 from common.errors import UserError
+from common.files import whole_file, write_text
 from common.runtime.provenance import source_state
 from common.runtime.reporting import say
 
@@ -100,12 +100,14 @@ def export(experiment: str, checkpoint: Path, format: str, out: Path) -> Path:
         raise UserError(f"{experiment} cannot be exported as {format!r}; valid: {', '.join(sorted(writers))}.")
     written = write_export(read_encoder(checkpoint), experiment, format, out, resolve_checkpoint(checkpoint).name)
     if (tokenizer := run_tokenizer(checkpoint)) is not None:
-        shutil.copy(tokenizer, out / "tokenizer.json")
+        write_text(out / "tokenizer.json", tokenizer.read_text(encoding="utf-8"))
     return written
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({key: value.detach().contiguous().clone() for key, value in tensors.items()}, path, {"format": "pt"})
+    content = {key: value.detach().contiguous().clone() for key, value in tensors.items()}
+    with whole_file(path) as temporary:
+        temporary.write_bytes(save(content, {"format": "pt"}))
 
 
 def write_export(stored: StoredEncoder, experiment: str, format: str, out: Path, source: str) -> Path:
@@ -119,13 +121,11 @@ def write_export(stored: StoredEncoder, experiment: str, format: str, out: Path,
         source: The file it came from, for the card.
     """
     exported = formats_of(experiment)[format](stored)
-    out.mkdir(parents=True, exist_ok=True)
     weights = out / "model.safetensors"
     _save(exported.tensors, weights)
     for name, part in exported.parts.items():
-        (out / name).mkdir(exist_ok=True)
         _save(part.tensors, out / name / "model.safetensors")
-        (out / name / "config.json").write_text(json.dumps(part.config, indent=2))
+        write_text(out / name / "config.json", json.dumps(part.config, indent=2))
     if exported.save is not None:
         exported.save(out)
     facts = {
@@ -138,8 +138,8 @@ def write_export(stored: StoredEncoder, experiment: str, format: str, out: Path,
         "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         **source_state(),
     }
-    (out / "config.json").write_text(json.dumps(facts, indent=2))
-    (out / "README.md").write_text(_card(facts, source, exported.usage))
+    write_text(out / "config.json", json.dumps(facts, indent=2))
+    write_text(out / "README.md", _card(facts, source, exported.usage))
     return out
 
 

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from datamodules.brain.manifest import find_manifest
-from datamodules.brain.patients import patient_of
-from datamodules.brain.sequences import CANONICAL, canonical_name, is_volume, split_name
+from datamodules.brain.sequences import CANONICAL, canonical_name, is_volume, patient_of, split_name
 from datamodules.volumes.brats import find_cases as find_brats
 from datamodules.volumes.cases import Case, Layout, Preprocessing
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from common.errors import DataError
 from datamodules.volumes.cache import SourceVolumes, VolumeCache
 from datamodules.volumes.cases import Case
+from datamodules.volumes.headers import VolumeError
 from datamodules.volumes.prepare import read_image
-from datamodules.volumes.reading import VolumeError
 
 _NEW_GLIOMA = re.compile(r"^BraTS-GLI-\d+", re.IGNORECASE)
 _OLD_GLIOMA = re.compile(r"^BraTS(20)?21_\d+", re.IGNORECASE)

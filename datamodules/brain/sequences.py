@@ -1,5 +1,6 @@
-"""Canonical names of brain MRI sequences, whatever an archive calls them."""
+"""Canonical names of brain MRI sequences, whatever an archive calls them, and whose study a name says it is."""
 
+import re
 from pathlib import Path
 
 #: The order is that of the templates in released checkpoints.
@@ -17,6 +18,12 @@ _ALIASES = {
 #: Endings that say how a file was made, not what it shows.
 _ENDINGS = ("_bias", "_unstripped")
 _SUFFIXES = (".nii.gz", ".nii")
+
+_PATIENT = re.compile(
+    r"(BraTS-[A-Z]+-\d+(?=-\d{3}$)|UCSF-PDGM-\d+(?=(_FU\d+d)?(_nifti)?$)|UPENN-GBM-\d+(?=_\d+$)"
+    r"|IXI\d+(?=-(Guys|HH|IOP)-\d+$)|sub-strokecase\d+(?=_ses-\d+$))",
+    re.IGNORECASE,
+)
 
 
 def canonical_name(name: str) -> str | None:
@@ -41,3 +48,9 @@ def split_name(path: Path) -> tuple[str, str]:
         stem = stem.removesuffix(ending)
     cut = max(stem.rfind("-"), stem.rfind("_"))
     return stem[: max(cut, 0)], stem[cut + 1 :]
+
+
+def patient_of(study: str) -> str:
+    """Return the patient that a study's name says, without its visit; the study where the name is none we know."""
+    match = _PATIENT.match(study)
+    return match.group(1) if match else study

@@ -21,10 +21,11 @@ from scipy import stats
 from sklearn.decomposition import PCA
 
 from common.errors import DataError
+from common.files import whole_file, write_text
 from common.runtime.reporting import say
 from datamodules.genetics.genotypes import Genotypes, allele_frequencies, open_genotypes
 from datamodules.genetics.kinship import KINSHIP, kinship, read_kinship, unrelated
-from datamodules.reports.manifest import read_table
+from datamodules.tables import read_table
 
 _CHUNK = 2048
 _MOST_PERSONS = 5000
@@ -351,10 +352,10 @@ def run(args: argparse.Namespace) -> None:
         args.kb,
     )
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    found.table.to_csv(out / "associations.csv", index=False)
+    write_text(out / "associations.csv", found.table.to_csv(index=False))
     leads = found.table.iloc[[entry.lead for entry in found.clumps]]
-    leads.assign(members=[len(entry.members) for entry in found.clumps]).to_csv(out / "regions.csv", index=False)
+    leads = leads.assign(members=[len(entry.members) for entry in found.clumps])
+    write_text(out / "regions.csv", leads.to_csv(index=False))
     facts = {
         "persons": found.persons,
         "relatives_left_out": found.relatives,
@@ -363,8 +364,13 @@ def run(args: argparse.Namespace) -> None:
         "inflation": found.inflation,
         "p1": args.p1,
     }
-    (out / "summary.json").write_text(json.dumps(facts, indent=2))
-    manhattan_figure(found.table, found.clumps, args.p1).savefig(out / "manhattan.png", dpi=120)
-    qq_figure(found.table["p"].to_numpy(), found.inflation[0]).savefig(out / "qq.png", dpi=120)
+    write_text(out / "summary.json", json.dumps(facts, indent=2))
+    figures = {
+        "manhattan.png": manhattan_figure(found.table, found.clumps, args.p1),
+        "qq.png": qq_figure(found.table["p"].to_numpy(), found.inflation[0]),
+    }
+    for name, figure in figures.items():
+        with whole_file(out / name) as temporary:
+            figure.savefig(temporary, dpi=120)
     say(f"{found.persons} persons ({found.relatives} relatives left out), {len(found.table)} variants, "
         f"{len(found.clumps)} independent regions: {out}")  # fmt: skip

@@ -17,16 +17,18 @@ from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.base import FaultTolerantDataset, collate_samples
 from datamodules.controls import read_control
+from datamodules.genetics.checks import examine
 from datamodules.genetics.genome import Genome, GenomeFiles, pair_persons, read_genome
 from datamodules.genetics.kinship import read_kinship
 from datamodules.genetics.layout import Picture, PictureLayout
 from datamodules.images.cache import BoxChoice, ImageCache, SourceImages
 from datamodules.images.crops import center_box, cut_box, random_box
 from datamodules.images.datamodule import ImageArchiveDataModule
-from datamodules.images.reading import CHANNELS, ImageError, per_channel
+from datamodules.images.reading import CHANNELS, per_channel
+from datamodules.images.values import ImageError
 from datamodules.loading import Draw
 from datamodules.registry import PICTURE_LAYOUTS, recognise
-from datamodules.splits import SPLITS, assign_splits, relatives_together
+from datamodules.splits import SPLITS, SplitFile, assign_splits, relatives_together
 
 #: Mean and standard deviation of ImageNet's channels.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -286,7 +288,8 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         draws_per_image: Times that an image is drawn in an epoch.
         num_workers: Loader processes per rank; also threads that build the cache.
         split_fractions: Shares of persons for train, val and test where neither file nor archive says.
-        split_file: CSV with ``split`` and ``case_id`` or ``patient_id``.
+        split_file: Table with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes, or that and
+            how its names join; see :class:`datamodules.splits.SplitFile`.
         kinship: Table of pairs of persons (ID1 or IID1, ID2 or IID2, KINSHIP): relatives of the third degree and closer
             are then in one split, whatever else says, test before val before train.
         max_fault_fraction: Share of faulty samples at which training stops.
@@ -324,7 +327,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         draws_per_image: int = 1,
         num_workers: int = 0,
         split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        split_file: str | None = None,
+        split_file: str | SplitFile | None = None,
         kinship: str | None = None,
         max_fault_fraction: float = 0.01,
         anonymise: bool = False,
@@ -414,6 +417,11 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
             files = GenomeFiles(**{**files.__dict__, "step": self._step})
         kinds = layout.kinds(root) if layout.kinds is not None and not self._files.any else []
         if not files.any and not kinds:
+            if self.pairing == "id":
+                raise DataError(f"data.pairing is 'id', but no genotypes, scores or burden table lie under {root}: "
+                                "looked for genetics/*_chr{1..22}* or *_c{1..22}_b0_v*, pgs/*.sscore and "
+                                "burden/combined_burdens.h5.")  # fmt: skip
+            say("genetics: none")
             return {}
         training = [patient for patient, split in split_of.items() if split == "train"]
         self.genome = read_genome(files, root, self._clip, training)
@@ -542,8 +550,11 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         """Return what makes a batch from samples."""
         return collate_images
 
-    def training_genomes(self) -> np.ndarray:
+    def training_genomes(self, max_persons: int | None = None) -> np.ndarray:
         """Return the standardised genetics of the training persons ``(P, F)``, each person once, for baselines.
+
+        Args:
+            max_persons: How many to return at most, drawn by a hash of their names; None returns all.
 
         Raises:
             DataError: there are none.
@@ -551,10 +562,12 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         if self.genome is None:
             raise DataError("These images have no genetics.")
         persons = sorted({sample.person for sample in self.splits["train"] if sample.person is not None})
+        if max_persons is not None and len(persons) > max_persons:
+            persons = sorted(sorted(persons, key=lambda name: stable_hash("genome floor", name))[:max_persons])
         return np.stack([self.genome.read(person)[0] for person in persons])
 
     def examine(self, deep: bool, workers: int) -> list[str]:
         """Print a report on the archive and return the reasons why training would refuse it."""
-        from datamodules.genetics.checks import examine
-
-        return examine(self, deep, workers)
+        layout = self.index()
+        terms = self.terms(self.paths_in_use(), self.draws_per_image)
+        return examine(layout.name, self.genome, terms, deep, workers)

@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from common.errors import DataError
+from datamodules.tables import read_words
 
 #: Relatives of the third degree and closer (Manichaikul et al. 2010).
 KINSHIP = 0.0884
@@ -59,8 +60,8 @@ def read_kinship(path: Path, threshold: float = KINSHIP) -> list[tuple[str, str]
     """
     if not path.is_file():
         raise DataError(f"The table of kinship {path} does not exist.")
-    table = pd.read_csv(path, sep=r"\s+", dtype=str)
-    table.columns = [name.lstrip("#").upper() for name in table.columns]
+    table = read_words(path)
+    table.columns = [name.upper() for name in table.columns]
     columns = [next((name for name in names if name in table.columns), None)
                for names in (("IID1", "ID1"), ("IID2", "ID2"), ("KINSHIP",))]  # fmt: skip
     if None in columns:

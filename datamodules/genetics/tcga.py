@@ -4,8 +4,6 @@ Two layouts of tables are read: ``all_dataset.csv`` and ``grade_data.csv`` of Pa
 ``tcga_gbmlgg_all_clean.csv`` (or its ``.zip``) of PORPOISE.
 """
 
-import io
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,10 +15,12 @@ from datamodules.genetics.genome import Kind
 from datamodules.genetics.layout import Picture, PictureLayout
 from datamodules.images.reading import COLOUR
 from datamodules.labelled.layout import LabelLayout, LabelledImage
+from datamodules.tables import read_table
 
 #: A patient's name is this much of a file's.
 PATIENT_LENGTH = 12
 GRADES = ("II", "III", "IV")
+_GRADES = {text: grade for grade in (2, 3, 4) for text in (str(grade), f"{grade}.0")}
 _FOLDERS = ("**/all_st_patches_512", "**/all_st", "**/all_st_examples/imgs")
 _TABLES = (
     "**/all_dataset.csv",
@@ -34,29 +34,10 @@ _FACTS = (
     "", "unnamed: 0", "indexes", "tcga id", "case_id", "slide_id", "age", "site", "survival_months", "survival months",
     "censored", "censorship", "is_female", "oncotree_code", "train", "codeletion",
 )  # fmt: skip
-_LARGEST_TABLE = 2**30
 
 
 def _first(root: Path, patterns: Sequence[str]) -> Path | None:
     return next((path for pattern in patterns for path in sorted(root.glob(pattern))), None)
-
-
-def _read(path: Path) -> pd.DataFrame:
-    """Read a table, or the one table of a zip.
-
-    Raises:
-        DataError: it cannot be read, or is larger than a table of this archive can be.
-    """
-    try:
-        if path.suffix != ".zip":
-            return pd.read_csv(path, dtype=str, keep_default_na=False)
-        with zipfile.ZipFile(path) as archive:
-            (member,) = [entry for entry in archive.infolist() if not entry.is_dir()]
-            if member.file_size > _LARGEST_TABLE:
-                raise DataError(f"{path} promises a table of {member.file_size} bytes, more than is opened here.")
-            return pd.read_csv(io.BytesIO(archive.read(member)), dtype=str, keep_default_na=False)
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read as a table: {str(error).splitlines()[0]}") from error
 
 
 def _patients(path: Path, table: pd.DataFrame) -> pd.Series:
@@ -82,7 +63,7 @@ def read_omics(root: Path, rnaseq: bool = False) -> Kind:
     path = _first(root, _TABLES)
     if path is None:
         raise DataError(f"There are no omics under {root}: looked for {', '.join(name[3:] for name in _TABLES)}.")
-    table = _read(path)
+    table = read_table(path)
     patients = _patients(path, table)
     table, patients = table[~patients.duplicated()], patients[~patients.duplicated()]
     names = [name for name in table.columns if name.lower() not in _FACTS]
@@ -125,15 +106,14 @@ class TCGAGrade(LabelLayout):
         path = _first(root, ("**/grade_data.csv",))
         if path is None:
             raise DataError(f"There is no grade_data.csv under {root} ({self.tree}).")
-        table = _read(path)
+        table = read_table(path)
         if "Grade" not in table.columns:
             raise DataError(f"{path} has no column Grade; it has {', '.join(table.columns)}.")
         grades: dict[str, int] = {}
         for patient, text in zip(_patients(path, table), table["Grade"], strict=True):
-            value = pd.to_numeric(text, errors="coerce")
-            if text.strip() and value not in (2, 3, 4):
+            if text and text not in _GRADES:
                 raise DataError(f"{path} gives {patient} the grade {text!r}; known are 2, 3 and 4, or nothing.")
-            if text.strip() and grades.setdefault(patient, int(value)) != int(value):
+            if text and grades.setdefault(patient, _GRADES[text]) != _GRADES[text]:
                 raise DataError(f"{path} gives {patient} two grades.")
         found = []
         for region in regions(root):

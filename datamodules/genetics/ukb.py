@@ -12,12 +12,13 @@ import numpy as np
 import pandas as pd
 
 from common.errors import DataError
+from datamodules.files import listed_names
 from datamodules.genetics.genome import GenomeFiles
 from datamodules.genetics.layout import Picture, PictureLayout
 from datamodules.images.reading import FUNDUS
 from datamodules.labelled.layout import LabelLayout, LabelledImage, need_file
 from datamodules.labelled.tables import files_under
-from datamodules.reports.manifest import read_table
+from datamodules.tables import read_table
 
 #: What is predicted from a photograph.
 RISKS = {"regression": ("age", "bmi", "sbp", "dbp"), "classification": ("sex", "smoking")}
@@ -41,7 +42,7 @@ def _checked_names(root: Path) -> set[str] | None:
     lists = [path for side in ("left", "right") for path in root.glob(f"**/qc_paths_{side}.txt")]
     if not lists:
         return None
-    return {Path(line.strip()).name for path in lists for line in path.read_text().splitlines() if line.strip()}
+    return {Path(name).name for name in listed_names(lists)}
 
 
 def european(root: Path, threshold: float = 0.99) -> set[str] | None:
@@ -53,7 +54,7 @@ def european(root: Path, threshold: float = 0.99) -> set[str] | None:
     path = root / "ancestry.tsv"
     if not path.is_file():
         return None
-    table = pd.read_csv(path, sep="\t", dtype=str)
+    table = read_table(path)
     if not {"IID", "EUR"} <= set(table.columns):
         raise DataError(f"{path} needs the columns IID and EUR, it has {', '.join(table.columns)}.")
     kept = pd.to_numeric(table["EUR"], errors="coerce") >= threshold
@@ -78,12 +79,36 @@ def find_ukb(root: Path) -> list[Picture]:
     return [Picture(name, name.split("_")[0], path, parts[name.split("_")[0]]) for name, path in sorted(found.items())]
 
 
+#: Genotype files of one autosome: ``*_chr7*``, and ``ukb22418_c7_b0_v2`` as the platform names them.
+_CHROMOSOME = re.compile(r"_c(?:hr)?(\d{1,2}|X|Y|XY|MT)(?=[_.]|$)", re.IGNORECASE)
+
+
+def _genotype_pattern(folder: Path) -> str | None:
+    """Return the one family of genotype files in a folder, ``{chrom}`` for 1 to 22; None where there is none.
+
+    Raises:
+        DataError: there are several families, or only sex chromosomes.
+    """
+    families: dict[str, set[str]] = {}
+    for path in sorted(folder.glob("*")):
+        match = _CHROMOSOME.search(path.stem)
+        if match is not None and path.suffix in (".bed", ".bgen"):
+            name = path.name[: match.start(1)] + "{chrom}" + path.name[match.end(1) :]
+            families.setdefault(name, set()).add(match[1])
+    autosomes = {name for name, found in families.items() if any(c.isdigit() and 1 <= int(c) <= 22 for c in found)}
+    if families and not autosomes:
+        others = ", ".join(sorted(set().union(*families.values())))
+        raise DataError(f"{folder} has genotypes of chromosome {others} alone; those of 1 to 22 are read.")
+    preferred = {name for name in autosomes if name.endswith(".bed")} or autosomes
+    if len(preferred) > 1:
+        raise DataError(f"{folder} has several families of genotypes ({', '.join(sorted(preferred))}): name one with "
+                        "data.genotypes.")  # fmt: skip
+    return str(folder / next(iter(preferred))) if preferred else None
+
+
 def genetics_of(root: Path) -> GenomeFiles:
     """Return the genetics in ``genetics/``, ``pgs/`` and ``burden/`` under a root."""
-    found = sorted((root / "genetics").glob("*_chr*.bed")) or sorted((root / "genetics").glob("*_chr*.bgen"))
-    pattern = None
-    if found:
-        pattern = str(found[0].parent / re.sub(r"_chr\d+", "_chr{chrom}", found[0].name))
+    pattern = _genotype_pattern(root / "genetics")
     tables = root / "pgs"
     burden = root / "burden" / "combined_burdens.h5"
     return GenomeFiles(

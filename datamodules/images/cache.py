@@ -28,21 +28,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.faults import Fault, SampleFaultError
+from common.files import STALE_SECONDS, make_folder, move, remove_file, storage_errors, write_text
 from common.randomness import stable_hash
 from datamodules.images.crops import Box, cut_box
-from datamodules.images.reading import (
-    DECODERS,
-    GRAY,
-    MIN_SIDE,
-    ImageError,
-    ImageReader,
-    UnreachableImageError,
-    read_header,
-    read_reduced,
-    reduced_size,
-)
-from datamodules.volumes.cache import STALE_SECONDS, cache_root
-from datamodules.volumes.reading import fingerprint
+from datamodules.images.reading import DECODERS, GRAY, MIN_SIDE, ImageReader, read_header, read_reduced, reduced_size
+from datamodules.images.values import ImageError, UnreachableImageError
+from datamodules.storage import cache_root, fingerprint
 
 VERSION = 1
 #: Headers that are read to estimate the size of a cache.
@@ -149,7 +140,7 @@ class SourceImages:
 
 
 def _append(manifest: Path, line: str) -> None:
-    with manifest.open("ab", buffering=0) as file:
+    with storage_errors(manifest), manifest.open("ab", buffering=0) as file:
         file.write(f"{line}\n".encode())
 
 
@@ -171,7 +162,7 @@ class ImageCache:
     Args:
         root: The archive.
         shorter_side: Shorter side in pixels to which images are reduced; smaller ones are kept as they are.
-        folder: Where caches live; None means :func:`datamodules.volumes.cache.cache_root`.
+        folder: Where caches live; None means :func:`datamodules.storage.cache_root`.
         name: Folder in it.
         reader: How files become pixels.
     """
@@ -254,18 +245,18 @@ class ImageCache:
         A source that cannot be reached is not recorded: its copy, if there is one, is good when the source is back.
 
         Raises:
-            OSError: the cache cannot be written.
+            StorageError: the cache cannot be written.
         """
         relative = self._relative(path)
         file = self._file(relative)
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         try:
             entry = Entry(relative, **_source_facts(path))
             entry = entry._replace(**self._store(file, self.reader.read(path, self.shorter_side)))
         except UnreachableImageError as error:
             return _fault(path, error.kind, error.detail)
         except ImageError as error:
-            file.unlink(missing_ok=True)
+            remove_file(file, self.folder)
             entry = entry._replace(fault=(error.kind, error.detail))
         _append(file.parent / "manifest.jsonl", entry.line())
         return None if entry.fault is None else _fault(path, *entry.fault)
@@ -273,13 +264,14 @@ class ImageCache:
     def _store(self, file: Path, pixels: NDArray[np.uint8]) -> dict[str, Any]:
         """Write a copy, whole or not at all, and return what its entry says of it."""
         temporary = self.folder / "tmp" / f"{uuid.uuid4().hex}.npy"
-        temporary.parent.mkdir(exist_ok=True)
+        make_folder(temporary.parent)
         try:
-            np.save(temporary, pixels)
-            written = fingerprint(temporary)
-            os.replace(temporary, file)
+            with storage_errors(file):
+                np.save(temporary, pixels)
+                written = fingerprint(temporary)
+                move(temporary, file, self.folder)
         finally:
-            temporary.unlink(missing_ok=True)
+            remove_file(temporary, self.folder)
         name = file.relative_to(self.folder).as_posix()
         return {"file": name, "shape": pixels.shape[:2], "file_size": written["size"], "file_xxh3": written["xxh3"]}
 
@@ -321,12 +313,12 @@ class ImageCache:
 
     def _tidy(self) -> None:
         """Make the folder, and delete what runs that are no longer alive left half written."""
-        (self.folder / "tmp").mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder / "tmp")
         for leftover in (self.folder / "tmp").iterdir():
             with suppress(FileNotFoundError):  # a run that is alive has renamed it
                 if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
-                    leftover.unlink()
-        (self.folder / "key.json").write_text(self._key)
+                    remove_file(leftover, self.folder)
+        write_text(self.folder / "key.json", self._key)
 
     def _verify(self, shard: Path, paths: Iterable[Path], full: bool) -> dict[Path, Fault | None]:
         """Return the images whose entries are valid, and what is wrong with them."""

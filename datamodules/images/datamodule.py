@@ -12,6 +12,7 @@ from datamodules.base import ArchiveDataModule, FaultTolerantDataset
 from datamodules.images.cache import ImageCache, SourceImages
 from datamodules.images.reading import ImageReader
 from datamodules.loading import ResumableLoader
+from datamodules.notes import say_notes
 from datamodules.splits import SPLITS
 
 
@@ -48,7 +49,6 @@ class ImageArchiveDataModule(ArchiveDataModule):
         super().__init__(**settings)
         self.root, self.image_size = root, tuple(image_size)
         self._cache, self._cache_side = cache, cache_side
-        self.splits: dict[str, list[Any]] = {}
 
     @abstractmethod
     def index(self) -> Any:
@@ -89,6 +89,7 @@ class ImageArchiveDataModule(ArchiveDataModule):
         """Build and verify the cache, once per machine (Lightning hook)."""
         self.index()
         self.store.ensure(self.paths_in_use(), max(self.num_workers, 1))
+        say_notes()
 
     def known_faults(self) -> list[Fault]:
         """Return what is known to be wrong with the cases in use, before any is read."""

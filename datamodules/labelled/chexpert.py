@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from common.errors import DataError
 from datamodules.labelled.layout import UNKNOWN, LabelLayout, LabelledImage, need_columns, need_file
 from datamodules.labelled.tables import column_targets
-from datamodules.reports.manifest import read_table
+from datamodules.tables import read_table
 
 Uncertain = Literal["mixed", "ones", "zeros", "ignore"]
 COMPETITION = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")

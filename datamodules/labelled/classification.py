@@ -21,10 +21,12 @@ from datamodules.images.cache import BoxChoice, ImageCache, SourceImages
 from datamodules.images.crops import center_box, random_box
 from datamodules.images.datamodule import ImageArchiveDataModule
 from datamodules.images.reading import CHANNELS, GRAY, per_channel, plain_numbers
+from datamodules.labelled.checks import examine
 from datamodules.labelled.layout import LabelLayout, LabelledImage
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.splits import (
     SPLITS,
+    SplitFile,
     assign_splits,
     check_unique,
     fold_of_each,
@@ -174,7 +176,8 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         split_fractions: Shares of patients for train, val and test where neither file nor archive says. An archive that
             names training images but no validation ones has the latter cut out of the former, in the ratio of the
             first two.
-        split_file: CSV with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes.
+        split_file: Table with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes, or that and
+            how its names join; see :class:`datamodules.splits.SplitFile`.
         fold: Number of the fold to test on, from 0: cross-validation instead of any other split. No patient and no
             group of the layout is in two folds; validation patients are cut out of the other folds.
         num_folds: How many folds there are.
@@ -204,7 +207,7 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         num_workers: int = 0,
         label_fraction: float = 1.0,
         split_fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
-        split_file: str | None = None,
+        split_file: str | SplitFile | None = None,
         fold: int | None = None,
         num_folds: int = 5,
         shuffle_targets: int | None = None,
@@ -346,6 +349,5 @@ class LabelledImageDataModule(ImageArchiveDataModule):
 
     def examine(self, deep: bool, workers: int) -> list[str]:
         """Print a report on the archive and return the reasons why training would refuse it."""
-        from datamodules.labelled.checks import examine
-
-        return examine(self, deep, workers)
+        labels = self.index()
+        return examine(labels.name, labels.classes, self.terms(self.paths_in_use()), deep, workers)

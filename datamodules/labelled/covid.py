@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from common.errors import DataError
+from datamodules.ids import check_subjects
 from datamodules.labelled.layout import LabelLayout, LabelledImage, need_columns, need_file
-from datamodules.reports.manifest import read_table
 from datamodules.splits import patients_of_files
+from datamodules.tables import read_table
 
 Task = Literal["covid", "viral"]
 _CLASSES = {"covid": ("COVID-19",), "viral": ("viral",)}
@@ -60,6 +61,7 @@ class CovidFindings(LabelLayout):
         table = read_table(path)
         table.columns = table.columns.str.lower().str.replace(" ", "_")
         need_columns(path, table, _COLUMNS)
+        check_subjects(path, table["patientid"])
         table = table[(table["filename"] != "") & (table["modality"].str.lower() == "x-ray")]
         if "folder" in table:  # the oldest tables have none
             table = table[table["folder"] == _IMAGES]

@@ -12,7 +12,7 @@ from datamodules.genetics.layout import Picture, PictureLayout
 from datamodules.images.reading import FUNDUS
 from datamodules.labelled.layout import LabelLayout, LabelledImage, need_columns, need_file
 from datamodules.labelled.tables import column_names, column_targets, files_under
-from datamodules.reports.manifest import read_table
+from datamodules.tables import read_table
 
 GRADES = ("grade 0", "grade 1", "grade 2", "grade 3", "grade 4")
 _GRADE = {str(grade): float(grade) for grade in range(5)}

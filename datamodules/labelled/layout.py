@@ -8,9 +8,11 @@ from typing import ClassVar, NamedTuple
 import pandas as pd
 
 from common.errors import DataError
+from common.names import path_under
 from common.runtime.reporting import contents
+from datamodules.ids import check_subjects
 from datamodules.images.reading import GRAY, ImageReader
-from datamodules.reports.manifest import read_table
+from datamodules.tables import read_table
 
 #: A target that is not known, or that is to be left out of the loss and of the scores.
 UNKNOWN = float("nan")
@@ -129,13 +131,13 @@ class LabelledTable(LabelLayout):
         table = read_table(path)
         names = self.columns
         need_columns(path, table, [names["image"], names["subject"], *self.classes])
+        check_subjects(path, table[names["subject"]])
         values = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "": UNKNOWN}
         found = []
         for row in table.to_dict("records"):
             name = row[names["image"]]
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise DataError(f"{path} names the image {name}, which does not lie under {root}.")
+            image = path_under(root, name, path)
             targets = tuple(label_value(row[column], values, path, name, column) for column in self.classes)
             split = row.get(names["split"], "").lower() or None
-            found.append(LabelledImage(name, row[names["subject"]] or name, root / name, targets, split))
+            found.append(LabelledImage(name, row[names["subject"]] or name, image, targets, split))
         return found

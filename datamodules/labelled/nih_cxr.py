@@ -6,9 +6,11 @@ from pathlib import Path
 import pandas as pd
 
 from common.errors import DataError
+from datamodules.files import listed_names
+from datamodules.ids import check_subjects
 from datamodules.labelled.layout import LabelLayout, LabelledImage, need_columns, need_file
 from datamodules.labelled.tables import column_names, files_under
-from datamodules.reports.manifest import read_table
+from datamodules.tables import read_table
 
 CLASSES = (
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
@@ -41,6 +43,7 @@ class NIHChestXray14(LabelLayout):
         table = read_table(path)
         need_columns(path, table, ["Image Index", "Finding Labels", "Patient ID"])
         names = column_names(path, table, "Image Index")
+        check_subjects(path, table["Patient ID"])
         targets = _targets(path, table)
         splits = _splits(root)
         images = root / "images"
@@ -83,7 +86,7 @@ def _splits(root: Path) -> dict[str, str]:
     missing = [name for split, name in _LISTS.items() if split not in there]
     if missing:
         raise DataError(f"{root} has {there.popitem()[1].name} without {missing[0]}; fetch it too.")
-    listed: dict[str, Sequence[str]] = {split: path.read_text().split() for split, path in there.items()}
+    listed: dict[str, Sequence[str]] = {split: listed_names([path]) for split, path in there.items()}
     both = set(listed["train"]) & set(listed["test"])
     if both:
         raise DataError(f"{len(both)} images are in both {' and '.join(_LISTS.values())} of {root}, first {min(both)}.")

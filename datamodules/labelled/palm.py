@@ -11,7 +11,8 @@ from PIL import Image
 
 from common.errors import DataError
 from datamodules.genetics.layout import Picture, PictureLayout
-from datamodules.images.reading import COLOUR, FORMATS, FUNDUS, ImageError, cut_to_field_of_view, read_header
+from datamodules.images.reading import COLOUR, FORMATS, FUNDUS, cut_to_field_of_view, read_header
+from datamodules.images.values import ImageError
 from datamodules.labelled.layout import LabelLayout, LabelledImage
 from datamodules.labelled.tables import files_under
 
@@ -55,12 +56,12 @@ def read_structure(path: Path | None, shape: tuple[int, int]) -> NDArray[np.uint
         return np.zeros(shape, dtype=np.uint8)
     try:
         with Image.open(path, formats=FORMATS) as image:
+            if (image.height, image.width) != shape:
+                raise ImageError("grid", f"the mask {path.name} has {image.height} x {image.width} pixels, "
+                                         f"its image {shape[0]} x {shape[1]}")  # fmt: skip
             values = np.asarray(image.convert("L"))
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError("unreadable", f"the mask {path.name} cannot be read ({error})") from error
-    if values.shape != shape:
-        raise ImageError("grid", f"the mask {path.name} has {values.shape[0]} x {values.shape[1]} pixels, "
-                                 f"its image {shape[0]} x {shape[1]}")  # fmt: skip
     between = (values > _TOLERANCE) & (values < 255 - _TOLERANCE)
     if between.any():
         raise ImageError("label", f"the mask {path.name} holds {int(values[between][0])}, which is neither 0 nor 255")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from datamodules.labelled.layout import LabelLayout, LabelledImage, need_columns, need_file
 from datamodules.labelled.tables import column_names, column_targets
-from datamodules.reports.manifest import read_table
+from datamodules.tables import read_table
 
 TABLE = "stage_2_train_labels.csv"
 IMAGES = "stage_2_train_images"

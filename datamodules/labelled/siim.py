@@ -10,14 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import DataError
-from datamodules.images.reading import ImageError
+from datamodules.images.values import ImageError
 from datamodules.labelled.layout import LabelLayout, LabelledImage, need_columns, need_file
 from datamodules.labelled.tables import column_names, files_under
-from datamodules.reports.manifest import read_table
+from datamodules.tables import read_table
 
 #: In place of a code: there is no region.
 NO_REGION = "-1"
 _TABLES = ("train-rle.csv", "stage_2_train.csv")
+#: Of a number that is looked at: more are beyond any image, and Python refuses to read thousands.
+_DIGITS = 20
 _DICOM, _FLAT = "dicom-images-train", "images"
 
 
@@ -95,7 +97,7 @@ def _numbers(code: str, num_pixels: int) -> NDArray[np.int64]:
         raise ImageError("label", f"a run-length code holds {odd[:20]!r}, which is no whole number from 0 on")
     if not words or len(words) % 2:
         raise ImageError("label", f"a run-length code of {len(words)} numbers is no pairs of a gap and a run")
-    total = sum(map(int, words))
+    total = sum(int(word.lstrip("0")[:_DIGITS] or "0") for word in words)
     if total > num_pixels:
         raise ImageError("label", f"a run-length code covers {total} pixels of an image of {num_pixels}")
     return np.array(words).astype(np.int64)

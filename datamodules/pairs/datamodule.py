@@ -19,6 +19,7 @@ from datamodules.images.cache import BoxChoice, ImageCache, SourceImages
 from datamodules.images.crops import center_box, random_box
 from datamodules.images.reading import CHANNELS, FIGURE, per_channel
 from datamodules.loading import Draw, ResumableLoader
+from datamodules.pairs.checks import examine
 from datamodules.reports.archive import TextArchiveDataModule
 from datamodules.reports.tokens import Kind
 
@@ -345,6 +346,5 @@ class PairDataModule(TextArchiveDataModule):
 
     def examine(self, deep: bool, workers: int) -> list[str]:
         """Print a report on the archive and return the reasons why training would refuse it."""
-        from datamodules.pairs.checks import examine
-
-        return examine(self, deep, workers)
+        name, paths = self.index(), self.paths_in_use()
+        return examine(name, self.noun, paths, self.terms(paths), deep, workers, self.describe())

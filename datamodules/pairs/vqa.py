@@ -3,7 +3,6 @@
 The same archives, without their answers and their test split, are images with text for calibration.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import DataError
+from common.names import path_under
+from datamodules.files import read_json, read_lines
 from datamodules.pairs.answers import accepted_answers
 from datamodules.reports.medicat import collapsed
 from datamodules.reports.studies import Study, StudyLayout
@@ -47,10 +48,7 @@ def _json_rows(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
     Raises:
         DataError: no such list, or the first object without a needed field.
     """
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise DataError(f"{path} is no JSON: {error}.") from error
+    rows = read_json(path)
     if not isinstance(rows, list):
         raise DataError(f"{path} is no list of questions.")
     for number, row in enumerate(rows):
@@ -66,10 +64,7 @@ def _under(root: Path, name: object, source: Path) -> Path:
     Raises:
         DataError: it lies outside.
     """
-    text = str(name or "").strip() or "(no image)"
-    if Path(text).is_absolute() or ".." in Path(text).parts:
-        raise DataError(f"{source} names the image {text!r}, which does not lie under {root}.")
-    return root / text
+    return path_under(root, str(name or "").strip() or "(no image)", source)
 
 
 def _kind(value: object) -> str:
@@ -167,7 +162,7 @@ def _med_lines(path: Path, fields: int) -> list[list[str]]:
         DataError: names the first line with fewer fields.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         parts = line.split("|", fields - 1)

@@ -27,11 +27,12 @@ from datamodules.images.reading import CHANNELS, FIGURE, GRAY, per_channel, plai
 from datamodules.loading import Draw
 from datamodules.registry import STUDY_LAYOUTS, recognise
 from datamodules.reports.archive import TextArchiveDataModule
+from datamodules.reports.checks import examine
 from datamodules.reports.manifest import MANIFEST, find_manifest
 from datamodules.reports.studies import Study, StudyLayout
 from datamodules.reports.text import ReportError, read_report
 from datamodules.reports.tokens import Kind, ReportTokenizer
-from datamodules.splits import SPLITS, assign_splits
+from datamodules.splits import SPLITS, SplitFile, assign_splits
 
 Flip = Literal["off", "swap_words", "naive"]
 _OTHER_SIDE = {"left": "right", "right": "left"}
@@ -364,7 +365,8 @@ class ImageTextDataModule(TextArchiveDataModule):
         draws_per_image: Times that an image is drawn in an epoch.
         num_workers: Loader processes per rank; also threads that build the cache.
         split_fractions: Shares of patients for train, val and test where neither file nor archive says.
-        split_file: CSV with ``split`` and ``case_id`` or ``patient_id``.
+        split_file: Table with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes, or that and
+            how its names join; see :class:`datamodules.splits.SplitFile`.
         max_fault_fraction: Share of faulty samples at which training stops.
         anonymise: Whether subjects and texts stay out of logs, pictures and fault files.
         seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
@@ -406,7 +408,7 @@ class ImageTextDataModule(TextArchiveDataModule):
         draws_per_image: int = 1,
         num_workers: int = 0,
         split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        split_file: str | None = None,
+        split_file: str | SplitFile | None = None,
         max_fault_fraction: float = 0.01,
         anonymise: bool = False,
         seed: int | None = None,
@@ -595,6 +597,6 @@ class ImageTextDataModule(TextArchiveDataModule):
 
     def examine(self, deep: bool, workers: int) -> list[str]:
         """Print a report on the archive and return the reasons why training would refuse it."""
-        from datamodules.reports.checks import examine
-
-        return examine(self, deep, workers)
+        layout = self.index()
+        terms = self.terms(self.paths_in_use(), self.draws_per_image)
+        return examine(layout.name, terms, self.text_of, lambda: self.tokenizer, self.text.length, deep, workers)

@@ -8,13 +8,15 @@ naming its columns. The COVID-19 image data collection (``ROOT/images`` and ``RO
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import pandas as pd
-
 from common.errors import DataError
+from common.names import path_under
 from common.runtime.reporting import contents, say
+from datamodules.files import first_line
+from datamodules.ids import check_subjects
 from datamodules.reports.studies import Study, StudyLayout
 from datamodules.reports.text import plain_text
 from datamodules.splits import patients_of_files
+from datamodules.tables import read_table
 
 #: Column of each role, where the user names no other.
 COLUMNS = {"image": "image", "text": "text", "subject": "subject", "split": "split", "view": "view"}
@@ -29,26 +31,6 @@ _COVID_COLUMNS = {
     "modality": "modality",
 }
 _SUFFIXES = (".csv", ".jsonl", ".parquet")
-
-
-def read_table(path: Path) -> pd.DataFrame:
-    """Read a table as text; names and values lose outer blanks, empty cells are empty text.
-
-    Raises:
-        DataError: the file cannot be read as what its name says.
-    """
-    try:
-        if path.suffix == ".parquet":
-            table = pd.read_parquet(path)
-        elif path.suffix == ".jsonl":
-            table = pd.read_json(path, lines=True, dtype=False)
-        else:
-            table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path} cannot be read as a table: {str(error).splitlines()[0]}") from error
-    table.columns = [str(name).strip() for name in table.columns]
-    table = table.astype(object).where(table.notna(), "")
-    return table.map(lambda value: str(value).strip())
 
 
 def studies_of_table(
@@ -82,6 +64,7 @@ def studies_of_table(
     others = [{name: value for name, value in row.items() if name not in roles.values()} for row in rows]
     names = [_image_name(root, path, fact) or f"row {number}" for number, fact in enumerate(facts, 1)]
     subjects = [fact["subject"] for fact in facts]
+    check_subjects(path, subjects)
     _say_shared(path, names, subjects)
     studies: dict[str, Study] = {}
     for name, patient, fact, rest in zip(names, patients_of_files(names, subjects), facts, others, strict=True):
@@ -111,8 +94,7 @@ def _image_name(root: Path, path: Path, fact: Mapping[str, str]) -> str:
     if not fact["image"]:
         return ""
     name = "/".join(part for part in (fact.get("folder", ""), fact["image"]) if part)
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise DataError(f"{path} names the image {name}, which does not lie under {root}.")
+    path_under(root, name, path)
     return name
 
 
@@ -156,9 +138,7 @@ def find_manifest(root: Path, columns: Mapping[str, str] | None = None, table: s
 def find_covid(root: Path) -> list[Study]:
     """List the X-rays of the COVID-19 image data collection; empty where the root is not one."""
     path = root / "metadata.csv"
-    if not path.is_file():
-        return []
-    header = {name.strip() for name in path.open(encoding="utf-8-sig").readline().split(",")}
+    header = {name.strip(' "') for name in first_line(path).split(",")}
     if not {"filename", "folder", "patientid", "modality"} <= header:
         return []
     studies = studies_of_table(root, path, _COVID_COLUMNS)

@@ -5,8 +5,7 @@ inline references to ROCO's figures (``roco_{train,val,test}_references.jsonl``)
 :mod:`datamodules.reports.roco`.
 """
 
-import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 from common.errors import DataError
 from common.randomness import stable_hash
 from common.runtime.reporting import say
+from datamodules.files import first_line, json_lines
 from datamodules.reports.studies import Study, StudyLayout
 from datamodules.reports.text import plain_text
 
@@ -44,23 +44,16 @@ def collapsed(text: Any) -> str:
     return " ".join(str(text or "").split())
 
 
-def json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Read a file of one JSON object a line.
+def texts_of(row: Mapping[str, Any], name: str, place: str) -> list[str]:
+    """Return the texts that a row lists under a name, white space collapsed, those that are not empty.
 
     Raises:
-        DataError: names the first line that is none.
+        DataError: it is no list.
     """
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path} line {number} is no JSON: {error}.") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path} line {number} is no JSON object.")
-            yield row
+    listed = row.get(name) or []
+    if not isinstance(listed, list):
+        raise DataError(f"{place}: {name} must be a list of texts.")
+    return [text for text in map(collapsed, listed) if text]
 
 
 def read_figures(path: Path) -> list[Figure]:
@@ -73,10 +66,10 @@ def read_figures(path: Path) -> list[Figure]:
     for number, row in enumerate(json_lines(path), 1):
         if not row.get("pdf_hash") or not row.get("fig_uri"):
             raise DataError(f"{path} line {number} has no pdf_hash or no fig_uri.")
-        paper, references = str(row["pdf_hash"]), row.get("s2orc_references") or []
+        paper, references = str(row["pdf_hash"]), texts_of(row, "s2orc_references", f"{path} line {number}")
         caption = collapsed(row.get("s2_caption")) or collapsed(row.get("s2orc_caption"))
-        texts = tuple(text for text in map(collapsed, references) if text)
-        figures.append(Figure(f"{paper}_{row['fig_uri']}", paper, caption, texts, bool(row.get("radiology"))))
+        radiology = row.get("radiology") in (True, "1", "true", "True")
+        figures.append(Figure(f"{paper}_{row['fig_uri']}", paper, caption, tuple(references), radiology))
     return figures
 
 
@@ -123,8 +116,7 @@ def find_medicat(root: Path, radiology_only: bool = True) -> list[Study]:
 
 def _lists_figures(path: Path) -> bool:
     """Whether the first line of a file is a figure of MedICaT."""
-    with path.open(encoding="utf-8") as file:
-        first = file.readline()
+    first = first_line(path)
     return '"pdf_hash"' in first and '"fig_uri"' in first
 
 

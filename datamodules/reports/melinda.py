@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import DataError
+from common.names import path_under
 from common.runtime.reporting import say
-from datamodules.reports.manifest import read_table
 from datamodules.reports.medicat import collapsed
 from datamodules.reports.studies import Study, StudyLayout
 from datamodules.reports.text import plain_text
+from datamodules.tables import read_table
 
 TASKS = ("i_meth", "p_meth", "i_meth_label", "p_meth_label")
 _FILES = {"train": "train.csv", "val": "dev.csv", "test": "test.csv"}
@@ -63,10 +64,8 @@ def read_melinda(root: Path, task: str = "p_meth_label") -> list[CaptionedFigure
             raise DataError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns)}.")
         for number, row in enumerate(table.to_dict("records")):
             figure = row["figure_file"]
-            if not figure or Path(figure).is_absolute() or ".." in Path(figure).parts:
-                raise DataError(f"{path} names the image {figure!r}, which does not lie under {root}.")
             text = "" if row["caption"].lower() == "nan" else collapsed(row["caption"])
-            image = root / "melinda_images" / figure
+            image = path_under(root / "melinda_images", figure or "(no image)", path)
             rows.append(CaptionedFigure(f"{split}/{number}-{figure}", figure, image, text, row[task], split))
     counts = Counter(row.split for row in rows)
     if any(counts[split] != number for split, number in _ROWS.items()):

@@ -9,7 +9,6 @@ import gc
 import os
 import re
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -21,6 +20,7 @@ import pandas as pd
 from common.errors import DataError
 from datamodules.reports.studies import ReportFile, Study, StudyLayout
 from datamodules.reports.text import mimic_text
+from datamodules.tables import read_table
 
 REPORTS = "mimic-cxr-reports.zip"
 _MAX_DEPTH = 3
@@ -56,21 +56,17 @@ def _table_path(folder: Path, name: str) -> Path | None:
     return paths[-1] if paths else None
 
 
-def _read_table(path: Path, needed: Sequence[str]) -> pd.DataFrame:
-    """Read a table as text, without white space around names and values and without repeated rows.
+def _needed_table(path: Path, needed: Sequence[str]) -> pd.DataFrame:
+    """Read a table as text, without repeated rows.
 
     Raises:
         DataError: the file is damaged, or a column is missing.
     """
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read as a table ({error}); fetch it again.") from error
-    table.columns = table.columns.str.strip()
+    table = read_table(path)
     missing = [column for column in needed if column not in table]
     if missing:
         raise DataError(f"{path} needs the column {missing[0]}, it has {', '.join(table.columns)}.")
-    return table.fillna("").apply(lambda column: column.str.strip()).drop_duplicates()
+    return table.drop_duplicates()
 
 
 def _per_study(table: pd.DataFrame, path: Path, column: str) -> pd.Series:
@@ -112,7 +108,7 @@ def _read_images(path: Path, views: Sequence[str] | None) -> pd.DataFrame:
         DataError: a damaged or empty table, an entry that is no identifier, a study of two patients, or no image of
             the views.
     """
-    images = _read_table(path, [*_IDENTIFIERS, "ViewPosition"]).drop_duplicates("dicom_id")
+    images = _needed_table(path, [*_IDENTIFIERS, "ViewPosition"]).drop_duplicates("dicom_id")
     for column, pattern in _IDENTIFIERS.items():
         odd = images.loc[~images[column].str.fullmatch(pattern), column]
         if len(odd):
@@ -137,7 +133,7 @@ def _zipped_reports(path: Path) -> dict[str, ReportFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             matches = [_MEMBER.fullmatch(name) for name in archive.namelist()]
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read as an archive ({error}); fetch it again.") from error
     return {match.group(1): ReportFile(path, match.group(0)) for match in matches if match}
 
@@ -166,9 +162,11 @@ def _read_findings(product: Path, studies: Sequence[str]) -> list[Mapping[str, s
         DataError: a damaged table.
     """
     path = _table_path(product, "chexpert")
-    table = None if path is None else _read_table(path, ["study_id"]).drop_duplicates("study_id").set_index("study_id")
-    names = [] if table is None else [name for name in table if name != "subject_id"]
-    if table is None or not names:
+    if path is None:
+        return [{} for _ in studies]
+    table = _needed_table(path, ["study_id"]).drop_duplicates("study_id").set_index("study_id")
+    names = [name for name in table if name != "subject_id"]
+    if not names:
         return [{} for _ in studies]
     # Few rows are distinct: studies that share one save most of the memory.
     groups = table[names].reindex(studies, fill_value="").groupby(names, sort=False)
@@ -182,7 +180,7 @@ def _read_splits(path: Path, studies: Sequence[str]) -> list[str]:
     Raises:
         DataError: a damaged table, or a study in two splits.
     """
-    table = _read_table(path, ["study_id", "split"])
+    table = _needed_table(path, ["study_id", "split"])
     return _per_study(table, path, "split").replace(_SPLITS).reindex(studies, fill_value="").tolist()
 
 

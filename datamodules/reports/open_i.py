@@ -13,13 +13,13 @@ from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 
 from common.errors import DataError
+from datamodules.files import parse_xml
 from datamodules.reports.studies import Study, StudyLayout
 from datamodules.reports.text import MAX_BYTES, check_part, clean, decode
 
 ARCHIVE = "NLMCXR_reports.tgz"
 _FOLDERS = (".", "ecgen-radiology", "*/ecgen-radiology")
 _NAME = re.compile(r"\d+\.xml")
-_DECLARATION = re.compile(r"<!(DOCTYPE|ENTITY)")
 _ROOT_TAG = b"<eCitation"
 
 
@@ -61,13 +61,8 @@ def _parse(place: str, data: bytes) -> ElementTree.Element:
     """
     if len(data) > MAX_BYTES:
         raise DataError(f"{place} is longer than {MAX_BYTES} bytes, which no report is.")
-    text = decode(data)
-    if _DECLARATION.search(text):
-        raise DataError(f"{place} has a DOCTYPE or ENTITY declaration, which no report of Open-I has.")
-    try:
-        return ElementTree.fromstring(text)
-    except ElementTree.ParseError:
-        return ElementTree.Element("eCitation")
+    report = parse_xml(decode(data), place)
+    return ElementTree.Element("eCitation") if report is None else report
 
 
 def _sections(report: ElementTree.Element) -> dict[str, str]:

@@ -13,17 +13,11 @@ import pandas as pd
 
 from common.errors import DataError
 from common.runtime.reporting import say
-from datamodules.reports.manifest import read_table
-from datamodules.reports.medicat import (
-    collapsed,
-    find_medicat,
-    hashed_split,
-    json_lines,
-    say_left_out,
-    studies_of_texts,
-)
+from datamodules.files import json_lines, read_lines
+from datamodules.reports.medicat import collapsed, find_medicat, hashed_split, say_left_out, studies_of_texts, texts_of
 from datamodules.reports.studies import Study, StudyLayout
 from datamodules.reports.text import plain_text
+from datamodules.tables import read_table
 
 _FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 _SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -45,11 +39,6 @@ class Caption(NamedTuple):
     fetched: str = ""
 
 
-def _lines(path: Path) -> list[str]:
-    """Return the lines of a file; unlike ``splitlines``, separators that Unicode knows do not end a caption."""
-    return [line.rstrip("\r") for line in path.read_text(encoding="utf-8", errors="replace").split("\n")]
-
-
 def read_captions(path: Path) -> list[Caption]:
     """Read ``captions.txt``: number, tab, caption; a caption may hold further tabs. Every line counts.
 
@@ -57,7 +46,7 @@ def read_captions(path: Path) -> list[Caption]:
         DataError: a line has no number.
     """
     found = []
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         name, _, text = line.partition("\t")
@@ -72,7 +61,7 @@ def read_links(path: Path) -> dict[str, tuple[str, str]]:
     links: dict[str, tuple[str, str]] = {}
     if not path.is_file():
         return links
-    for line in _lines(path):
+    for line in read_lines(path):
         parts = line.split("\t")
         if len(parts) < 3:
             continue
@@ -106,7 +95,7 @@ def _references(*roots: Path) -> dict[str, list[str]]:
     for path in (path for root in roots for path in sorted(root.rglob("roco_*_references.jsonl"))):
         for row in json_lines(path):
             if name := collapsed(row.get("roco_image_id")):
-                found = [text for text in map(collapsed, row.get("gorc_references") or []) if text]
+                found = texts_of(row, "gorc_references", str(path))
                 texts.setdefault(name, {}).update(dict.fromkeys(found))
     return {name: list(found) for name, found in texts.items()}
 

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +14,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 
 from common.errors import DataError, UserError
+from common.files import whole_file
 from common.randomness import stable_hash
 from common.runtime.data_config import add_data_arguments, make_datamodule
 from common.runtime.reporting import say
-from datamodules.volumes.cache import cache_root
+from datamodules.storage import cache_root
 
 Kind = Literal["wordpiece", "bpe"]
 #: The special tokens in the order of their ids, 0 to 3.
@@ -112,11 +112,9 @@ class ReportTokenizer:
         return self.backend.id_to_token(index) or SPECIAL[1]
 
     def save(self, path: Path) -> None:
-        """Write the tokenizer as JSON, under a temporary name first."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        self.backend.save(str(temporary))
-        os.replace(temporary, path)
+        """Write the tokenizer as JSON, whole or not at all."""
+        with whole_file(path) as temporary:
+            temporary.write_text(self.backend.to_str(pretty=True), encoding="utf-8")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: Kind = "wordpiece") -> ReportTokenizer:

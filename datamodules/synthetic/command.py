@@ -5,15 +5,16 @@ They are read by the same code as real archives. Some members are missing on pur
 
 import argparse
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from common.errors import UserError
+from common.files import make_folder, move, remove_tree, storage_errors
 from common.randomness import numpy_generator
 from common.runtime.data_config import data_options
 from common.runtime.reporting import say
@@ -168,12 +169,14 @@ def synthesize(layout: str, root: Path, num_cases: int = 16, seed: int = 0) -> b
         return False
     if root.exists() and any(root.iterdir()) and not (root / NOTE).is_file():
         raise UserError(f"{root} holds other files; choose an empty folder for synthetic data.")
-    temporary = root.with_name(f".{root.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    WRITERS[layout](temporary, num_cases, seed)
-    (temporary / NOTE).write_text(json.dumps(facts))
-    shutil.rmtree(root, ignore_errors=True)
-    temporary.rename(root)
+    root = root.absolute()
+    make_folder(root.parent)
+    with storage_errors(root), TemporaryDirectory(prefix=".synthetic-", dir=root.parent) as folder:
+        written = Path(folder) / "tree"
+        WRITERS[layout](written, num_cases, seed)
+        (written / NOTE).write_text(json.dumps(facts))
+        remove_tree(root, root.parent)  # empty, or one of ours
+        move(written, root, root.parent)
     return True
 
 

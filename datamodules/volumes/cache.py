@@ -1,18 +1,20 @@
 """A cache of prepared cases: memory-mapped float16, made once, resumable, check-summed.
 
-One folder per case under ``<cache>/volumes/<key>/``: ``image.npy`` (or ``image.b2nd``), ``label.npy``, and
+One folder per case under ``<cache>/volumes/<key>/cases/``: ``image.npy`` (or ``image.b2nd``), ``label.npy``, and
 ``record.json``, which is written last and names every file with size and xxh3. A case without a valid record does not
 exist; one whose files differ from the record is rebuilt. Folders are written under a temporary name and renamed, so an
 interrupted run leaves nothing half made.
 """
 
+import errno
 import json
 import os
-import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+import uuid
+from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,30 +25,21 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from common.faults import Fault, SampleFaultError
+from common.files import STALE_SECONDS, make_folder, move, remove_tree, storage_errors, write_text
+from common.names import safe_name
 from common.randomness import stable_hash
-from common.runtime.reporting import say
+from datamodules.storage import cache_root, fingerprint
 from datamodules.volumes.cases import Case, Layout
+from datamodules.volumes.headers import VolumeError
 from datamodules.volumes.prepare import PreparedCase, prepare_case
-from datamodules.volumes.reading import DECODERS, fingerprint
+from datamodules.volumes.reading import DECODERS, read_header
 
 CacheFormat = Literal["npy", "b2nd"]
-VERSION = 3
+VERSION = 4
+#: What a rename says where something lies already: a folder that is not empty, or a file.
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 #: Labelled voxels kept per region value, for crops that must contain some.
 MAX_LABEL_VOXELS = 2048
-#: A half-written case this old belongs to no run that is still alive.
-STALE_SECONDS = 24 * 3600
-
-
-def cache_root() -> Path:
-    """Return the cache folder: ``MEDMIM_CACHE``, else ``~/.cache/medmim``."""
-    return Path(os.environ.get("MEDMIM_CACHE") or "~/.cache/medmim").expanduser()
-
-
-def say_cache(size: int, folder: Path) -> None:
-    """Print how large a finished cache would be at most, in bytes ``size``, and how much room there is."""
-    existing = next(path for path in (cache_root(), *cache_root().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    say(f"cache: at most {size / 2**30:.2f} GiB at {folder} ({free / 2**30:.0f} GiB free)")
 
 
 @dataclass
@@ -182,15 +175,22 @@ class VolumeCache:
         layout: Its layout, with settled modalities.
         format: ``"npy"`` is fast; ``"b2nd"`` (blosc2) is a fraction of the size and slower to cut crops from.
         folder: Where caches live; None means :func:`cache_root`.
+        twins: Cases whose names differ in nothing but case; see :func:`common.names.case_twins`.
     """
 
     def __init__(
-        self, root: str | Path, layout: Layout, format: CacheFormat = "npy", folder: Path | None = None
+        self,
+        root: str | Path,
+        layout: Layout,
+        format: CacheFormat = "npy",
+        folder: Path | None = None,
+        twins: Container[str] = (),
     ) -> None:
         if format not in ("npy", "b2nd"):
             raise ValueError(f"The cache format must be 'npy' or 'b2nd', got {format!r}.")
         self.layout = layout
         self.format = format
+        self.twins = twins
         key = {
             "version": VERSION,
             "root": str(Path(root).expanduser().resolve()),
@@ -207,14 +207,15 @@ class VolumeCache:
 
     def case_folder(self, case_id: str) -> Path:
         """Return where a case's files lie."""
-        return self.folder / case_id
+        return self.folder / "cases" / safe_name(case_id, self.twins)
 
     def read_record(self, case_id: str) -> Record | None:
         """Return the record of a case, or None where there is none."""
         try:
-            return Record(**json.loads((self.case_folder(case_id) / "record.json").read_text()))
+            record = Record(**json.loads((self.case_folder(case_id) / "record.json").read_text()))
         except (OSError, ValueError, TypeError):
             return None
+        return record if record.case_id == case_id else None
 
     def is_valid(self, case: Case, record: Record, full: bool = True) -> bool:
         """Whether a record still fits its sources and its files.
@@ -245,38 +246,65 @@ class VolumeCache:
         return not full or fingerprint(path)["xxh3"] == expected["xxh3"]
 
     def build(self, case: Case) -> Record:
-        """Prepare one case and store it, whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{case.case_id}-", dir=self.folder))
-        try:
-            record = self._write_case(case, temporary)
-            (temporary / "record.json").write_text(json.dumps(asdict(record), indent=1))
-            final = self.case_folder(case.case_id)
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(temporary, final)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        return record
+        """Prepare one case and store it, whole or not at all.
 
-    def _write_case(self, case: Case, folder: Path) -> Record:
+        Where another process was faster, and what it stored is good, that is kept.
+
+        Raises:
+            StorageError: the cache cannot be written.
+        """
+        final = self.case_folder(case.case_id)
+        prepared, record = self._prepare(case)
+        make_folder(self.folder / "tmp")
+        make_folder(final.parent)
+        with storage_errors(final):
+            temporary = Path(tempfile.mkdtemp(dir=self.folder / "tmp"))
+            try:
+                if prepared is not None:
+                    self._write_arrays(prepared, case, temporary)
+                    record.files = {path.name: fingerprint(path) for path in sorted(temporary.iterdir())}
+                (temporary / "record.json").write_text(json.dumps(asdict(record), indent=1))
+                return self._publish(temporary, final, case, record)
+            finally:
+                remove_tree(temporary, self.folder)
+
+    def _publish(self, temporary: Path, final: Path, case: Case, record: Record) -> Record:
+        """Rename a finished case into its place, unless a good one is there."""
+        while True:
+            try:
+                move(temporary, final, self.folder)
+                return record
+            except OSError as error:
+                if error.errno not in _TAKEN:
+                    raise
+            found = self.read_record(case.case_id)
+            if found is not None and self.is_valid(case, found):
+                return found
+            aside = self.folder / "tmp" / uuid.uuid4().hex
+            with suppress(FileNotFoundError):  # another process moves it too
+                move(final, aside, self.folder)
+            remove_tree(aside, self.folder)
+
+    def _write_arrays(self, prepared: PreparedCase, case: Case, folder: Path) -> None:
+        self._write_array(folder / f"image.{self.format}", prepared.image.astype(np.float16))
+        if prepared.label is not None:
+            self._write_array(folder / f"label.{self.format}", prepared.label)
+            np.save(folder / "label_voxels.npy", _label_voxels(prepared.label, case.case_id))
+
+    def _prepare(self, case: Case) -> tuple[PreparedCase | None, Record]:
+        """Prepare a case, None where nothing of it can be used, and describe it but for its cache files."""
+        prepared = None
         try:
             prepared = prepare_case(case, self.layout, self.layout.modalities)
+            record = record_of(prepared, case)
         except SampleFaultError as error:
             record = Record(case.case_id, usable=False, faults=_plain(error.faults))
-        else:
-            record = record_of(prepared, case)
-            self._write_array(folder / f"image.{self.format}", prepared.image.astype(np.float16))
-            if prepared.label is not None:
-                self._write_array(folder / f"label.{self.format}", prepared.label)
-                np.save(folder / "label_voxels.npy", _label_voxels(prepared.label, case.case_id))
-            record.files = {path.name: fingerprint(path) for path in sorted(folder.iterdir())}
         for path in (*self._image_paths(case), *case.labels.values()):
             source = record.sources.setdefault(str(path), {})
             if path.is_file():
                 stat = path.stat()
                 source.update(size=stat.st_size, mtime_ns=stat.st_mtime_ns)
-        return record
+        return prepared, record
 
     def _write_array(self, path: Path, array: NDArray) -> None:
         if self.format == "npy":
@@ -285,15 +313,14 @@ class VolumeCache:
         edge = (1,) if array.ndim == 4 else ()
         chunks = (*edge, *(min(64, size) for size in array.shape[-3:]))
         blocks = (*edge, *(min(32, size) for size in array.shape[-3:]))
-        blosc2.asarray(
+        packed = blosc2.asarray(
             np.ascontiguousarray(array),
-            urlpath=str(path),
-            mode="w",
             chunks=chunks,
             blocks=blocks,
             # Inflates three times as fast as Zstandard and is a fifth larger.
             cparams={"codec": blosc2.Codec.LZ4HC, "clevel": 9},
         )
+        path.write_bytes(packed.to_cframe())  # blosc2's own writing does not say that a disk is full
 
     def open_array(self, case_id: str, name: str) -> Any:
         """Open ``image`` or ``label`` for slicing: a slice reads its own voxels only.
@@ -339,11 +366,12 @@ class VolumeCache:
             workers: Threads; reading and inflating release the interpreter lock.
             progress: Whether to show a bar while cases are built.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".*-*"):
-            if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(leftover, ignore_errors=True)
-        (self.folder / "key.json").write_text(self._key)
+        make_folder(self.folder / "tmp")
+        for leftover in (self.folder / "tmp").iterdir():
+            with suppress(FileNotFoundError):
+                if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
+                    remove_tree(leftover, self.folder)
+        write_text(self.folder / "key.json", self._key)
 
         def verify(case: Case) -> Record | None:
             record = self.read_record(case.case_id)
@@ -366,8 +394,6 @@ class VolumeCache:
 
     def estimated_bytes(self, cases: Sequence[Case]) -> int:
         """Estimate the size of the finished cache from the sources' headers: 2 bytes a voxel, b2nd a third of it."""
-        from datamodules.volumes.reading import VolumeError, read_header
-
         total = 0
         for case in cases:
             for path in self._image_paths(case)[:1]:

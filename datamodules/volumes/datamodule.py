@@ -1,6 +1,5 @@
 """Multi-modal volumes for pre-training, segmentation and probes: one data module for every layout."""
 
-import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,16 +9,21 @@ import torch
 
 from common.errors import DataError
 from common.faults import Fault, SampleFaultError, pseudonym
+from common.names import case_twins
 from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.base import ArchiveDataModule, FaultTolerantDataset
 from datamodules.controls import read_control
+from datamodules.ids import check_labels, join_ids, rows_by
 from datamodules.loading import Draw, ResumableLoader
+from datamodules.notes import say_notes
 from datamodules.registry import VOLUME_LAYOUTS, recognise, with_modalities
-from datamodules.splits import assign_splits, nested_fraction
+from datamodules.splits import SplitFile, assign_splits, nested_fraction
+from datamodules.tables import read_table
 from datamodules.volumes.cache import CacheFormat, OpenCase, Record, SourceVolumes, VolumeCache
 from datamodules.volumes.cases import Case, Layout
+from datamodules.volumes.checks import examine
 from datamodules.volumes.crops import center_start, cut, flip, random_start, start_around, to_tensor
 
 Domain = Literal["train", "val", "center", "full"]
@@ -182,7 +186,8 @@ class VolumeDataModule(ArchiveDataModule):
         val_crops_per_case: Fixed validation crops per case.
         num_workers: Loader processes per rank; also threads that build the cache.
         split_fractions: Shares of patients for train, val and test where neither file nor archive says.
-        split_file: CSV with ``split`` and ``case_id`` or ``patient_id``.
+        split_file: Table with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes, or that and
+            how its names join; see :class:`datamodules.splits.SplitFile`.
         flip_axes: Axes (0 R, 1 A, 2 S) that training crops are mirrored along with probability one half.
         overhang: Share of a crop that may reach beyond the foreground, in each direction. Official volumes are about
             three quarters air; at 0 a crop of half the head's size would hardly ever see the brain's surface.
@@ -212,7 +217,7 @@ class VolumeDataModule(ArchiveDataModule):
         val_crops_per_case: int = 4,
         num_workers: int = 0,
         split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        split_file: str | None = None,
+        split_file: str | SplitFile | None = None,
         flip_axes: tuple[int, ...] = (0, 1, 2),
         overhang: float = 0.25,
         intensity: str | None = None,
@@ -239,8 +244,8 @@ class VolumeDataModule(ArchiveDataModule):
         self._split = (split_fractions, split_seed, split_file)
         self._layout: Layout | None = None
         self.cases: list[Case] = []
-        self.splits: dict[str, list[Case]] = {}
         self.targets: dict[str, int] | None = None
+        self.twins: frozenset[str] = frozenset()
 
     #: What a root may be; subclasses that understand others name them here.
     known_layouts: Sequence[Layout] = VOLUME_LAYOUTS
@@ -269,7 +274,12 @@ class VolumeDataModule(ArchiveDataModule):
             self._check_regions(layout)
             self.ledger.num_samples = len(parts)
             self._layout = layout
-            self.store = SourceVolumes(layout) if self._cache == "none" else VolumeCache(self.root, layout, self._cache)
+            self.twins = case_twins(case.case_id for case in self.cases)
+            self.store = (
+                SourceVolumes(layout)
+                if self._cache == "none"
+                else VolumeCache(self.root, layout, self._cache, twins=self.twins)
+            )
         return self._layout
 
     def _is_wanted(self, case: Case) -> bool:
@@ -295,11 +305,11 @@ class VolumeDataModule(ArchiveDataModule):
             path = Path(self.target_file)
             if not path.is_file():
                 raise DataError(f"The target file {path} does not exist.")
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                rows = list(csv.DictReader(file))
-            if not rows or not {"case_id", self.target} <= rows[0].keys():
+            table = read_table(path)
+            if not {"case_id", self.target} <= set(table.columns):
                 raise DataError(f"{path} needs the columns case_id and {self.target}.")
-            facts = {row["case_id"]: row for row in rows}
+            facts = rows_by(path, table, "case_id")
+            check_labels(path, join_ids([case.case_id for case in self.cases], facts), "cases")
         texts = {name: facts.get(name, {}).get(self.target, "").strip() for name in (c.case_id for c in self.cases)}
         wrong = {name: text for name, text in texts.items() if text not in ("", "0", "1")}
         if wrong:
@@ -336,6 +346,7 @@ class VolumeDataModule(ArchiveDataModule):
         """Build and verify the cache, once per machine (Lightning hook)."""
         self.index()
         self.store.ensure(self.cases_in_use(), max(self.num_workers, 1))
+        say_notes()
 
     def all_cases(self) -> list[Case]:
         """Return every case of the archive, whether or not it is used."""
@@ -451,9 +462,9 @@ class VolumeDataModule(ArchiveDataModule):
 
     def examine(self, deep: bool, workers: int) -> list[str]:
         """Print a report on the archive and return the reasons why training would refuse it."""
-        from datamodules.volumes.checks import examine
-
-        return examine(self, deep, workers)
+        layout = self.index()
+        terms = self.terms(self.cases_in_use(), self.crops_per_case)
+        return examine(layout, terms, self.labels, deep, workers)
 
     def central_samples(self, splits: Sequence[str] = ("train", "val", "test")) -> Iterable[Any]:
         """Yield batches with the central crop of every case of some splits, for probes and embeddings."""

@@ -5,11 +5,12 @@
 The lung layout is the same tree with proton and xenon images and the masks of thoracic cavity and ventilation.
 """
 
-import csv
 from functools import partial
 from pathlib import Path
 
 from common.errors import DataError
+from datamodules.ids import check_subjects
+from datamodules.tables import read_table
 from datamodules.volumes.cases import Case, Layout, Preprocessing, natural_files, stem_of
 from datamodules.volumes.reading import SUFFIXES
 
@@ -24,16 +25,15 @@ def read_case_table(path: Path) -> dict[str, dict[str, str]]:
     Raises:
         DataError: no ``case_id`` column, or a case listed twice.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if "case_id" not in (reader.fieldnames or []):
-            raise DataError(f"{path} needs a column case_id, it has {', '.join(reader.fieldnames or ['none'])}.")
-        rows: dict[str, dict[str, str]] = {}
-        for row in reader:
-            facts = {name: (value or "").strip() for name, value in row.items() if name}
-            if facts["case_id"] in rows:
-                raise DataError(f"{path} lists the case {facts['case_id']} twice; keep one row per case.")
-            rows[facts["case_id"]] = facts
+    table = read_table(path)
+    if "case_id" not in table.columns:
+        raise DataError(f"{path} needs a column case_id, it has {', '.join(table.columns)}.")
+    check_subjects(path, table["patient_id"] if "patient_id" in table.columns else [])
+    rows: dict[str, dict[str, str]] = {}
+    for facts in table.to_dict("records"):
+        if facts["case_id"] in rows:
+            raise DataError(f"{path} lists the case {facts['case_id']} twice; keep one row per case.")
+        rows[facts["case_id"]] = facts
     return rows
 
 

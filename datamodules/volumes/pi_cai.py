@@ -5,11 +5,12 @@ by people. The marksheet decides about clinically significant cancer; early vers
 derived from the Gleason scores. An absent mask is not a negative study.
 """
 
-import csv
 import re
 from pathlib import Path
 
 from common.errors import DataError
+from datamodules.ids import check_subjects
+from datamodules.tables import read_table
 from datamodules.volumes.cases import Case, Layout, Preprocessing
 
 MODALITIES = ("t2w", "adc", "hbv")
@@ -46,22 +47,23 @@ def read_marksheet(path: Path) -> dict[str, dict[str, str]]:
     Raises:
         DataError: a needed column is absent.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        if not {"patient_id", "study_id"} <= set(columns) or not {"case_csPCa", "lesion_GS"} & set(columns):
-            raise DataError(
-                f"{path} is no PI-CAI marksheet: it needs patient_id, study_id and case_csPCa or lesion_GS, "
-                f"and has {', '.join(columns)}."
-            )
-        rows = {}
-        for row in reader:
-            facts = {name: (value or "").strip() for name, value in row.items() if name}
-            if facts.get("case_csPCa"):
-                facts["csPCa"] = str(int(facts["case_csPCa"].upper() == "YES"))
-            else:
-                facts["csPCa"] = str(int((gleason_to_isup(facts.get("lesion_GS", "")) or 0) >= 2))
-            rows[f"{facts['patient_id']}_{facts['study_id']}"] = facts
+    table = read_table(path)
+    columns = table.columns
+    if not {"patient_id", "study_id"} <= set(columns) or not {"case_csPCa", "lesion_GS"} & set(columns):
+        raise DataError(
+            f"{path} is no PI-CAI marksheet: it needs patient_id, study_id and case_csPCa or lesion_GS, "
+            f"and has {', '.join(columns)}."
+        )
+    check_subjects(path, table["patient_id"])
+    rows = {}
+    for facts in table.to_dict("records"):
+        if facts.get("case_csPCa"):
+            facts["csPCa"] = str(int(facts["case_csPCa"].upper() == "YES"))
+        else:
+            facts["csPCa"] = str(int((gleason_to_isup(facts.get("lesion_GS", "")) or 0) >= 2))
+        study = f"{facts['patient_id']}_{facts['study_id']}"
+        if rows.setdefault(study, facts) != facts:
+            raise DataError(f"{path} lists the study {study} twice, with different values; keep one row of it.")
     return rows
 
 

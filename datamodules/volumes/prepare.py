@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from common.faults import Fault, SampleFaultError
 from datamodules.volumes.cases import Case, Layout
+from datamodules.volumes.headers import VolumeError, check_room
 from datamodules.volumes.intensity import rescale
-from datamodules.volumes.reading import Volume, VolumeError, read_volume
+from datamodules.volumes.reading import Volume, read_volume
 
 
 class PreparedCase(NamedTuple):
@@ -126,8 +127,12 @@ def _meta(data: NDArray, affine: NDArray) -> MetaTensor:
     )
 
 
-def _on_reference_grid(volumes: dict[str, Volume], layout: Layout) -> tuple[dict[str, MetaTensor], Volume]:
-    """Resample every modality to the reference's grid, then to the layout's spacing and size."""
+def _on_reference_grid(case: Case, volumes: dict[str, Volume], layout: Layout) -> tuple[dict[str, MetaTensor], Volume]:
+    """Resample every modality to the reference's grid, then to the layout's spacing and size.
+
+    Raises:
+        SampleFaultError: a header's voxels are so large that too many would be made of them.
+    """
     settings = layout.preprocessing
     reference = volumes[settings.reference or next(iter(volumes))]
     target = _meta(reference.data, reference.affine)
@@ -136,13 +141,18 @@ def _on_reference_grid(volumes: dict[str, Volume], layout: Layout) -> tuple[dict
         image: Any = _meta(volume.data, volume.affine)
         if not _same_grid(volume, reference):
             image = ResampleToMatch(mode="bilinear", padding_mode="zeros")(image, target)
-        images[name] = _to_final_grid(image, layout, "bilinear")
+        try:
+            images[name] = _to_final_grid(image, layout, "bilinear")
+        except VolumeError as error:
+            raise SampleFaultError([Fault(str(case.images[name]), error.kind, error.detail, case.case_id)]) from error
     return images, reference
 
 
 def _to_final_grid(image: Any, layout: Layout, mode: str) -> MetaTensor:
     settings = layout.preprocessing
     if settings.spacing is not None:
+        edges = np.linalg.norm(np.asarray(image.affine)[:3, :3], axis=0)
+        check_room(np.asarray(image.shape[1:]) * edges / np.asarray(settings.spacing))
         padding = "border" if mode == "bilinear" else "zeros"
         image = Spacing(pixdim=settings.spacing, mode=mode, padding_mode=padding)(image)
     if settings.size is not None:
@@ -238,7 +248,7 @@ def prepare_case(case: Case, layout: Layout, modalities: tuple[str, ...]) -> Pre
             faults += grid_faults
         if not volumes or (settings.reference is not None and settings.reference not in volumes):
             raise SampleFaultError([] if faults else [_nothing_left(case, layout)])
-        images, reference = _on_reference_grid(volumes, layout)
+        images, reference = _on_reference_grid(case, volumes, layout)
         if settings.atlas is not None:
             _check_space(case, images, reference, settings.atlas)
     except SampleFaultError as error:

@@ -22,6 +22,7 @@ from common.downstream.base import ScoredTask
 from common.downstream.classification import macro_auroc
 from common.downstream.encoder import encoder_architecture
 from common.errors import UserError
+from common.files import write_text
 from common.metrics import bootstrap_mean
 from common.optim import Schedule, WarmupCosine, param_groups
 from common.runtime.precision import at_least_float32
@@ -290,8 +291,7 @@ class AnswerTask(PairTask):
                 say(f"{entry['score']:.3f}  {entry['answer']}")
         if not is_dry_run(self.trainer):
             path = Path(self.trainer.default_root_dir) / "predictions.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+            write_text(path, json.dumps(rows, indent=1, ensure_ascii=False))
             say(f"answered {len(rows)} questions: {path}")
 
 

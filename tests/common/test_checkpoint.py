@@ -13,7 +13,7 @@ from common.checkpoint import (
     resolve_checkpoint,
 )
 from common.checkpoint_io import AtomicCheckpointIO, atomic_save
-from common.errors import CheckpointError
+from common.errors import CheckpointError, StorageError
 from common.types import InputSpec
 from experiments.e_mim.module import EMIMPretrain
 
@@ -139,7 +139,23 @@ def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StorageError, match=r"last\.ckpt cannot be written: disk full"):
         plugin.save_checkpoint({"step": 2}, path)
     assert plugin.load_checkpoint(path) == {"step": 1}
     assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("name", ["../victim/best.ckpt", "../victim", "checkpoints", "best.txt"])
+def test_a_checkpoint_cannot_have_anything_but_a_checkpoint_removed(tmp_path, name):
+    """Lightning removes recursively what a resumed checkpoint calls the best one so far."""
+    folder = tmp_path / "checkpoints"
+    for path in (tmp_path / "victim/best.ckpt", folder / "best.ckpt", folder / "checkpoints/file", folder / "best.txt"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(StorageError, match="is no checkpoint of this run"):
+        AtomicCheckpointIO().remove_checkpoint(str(folder / name))
+    assert sorted(tmp_path.rglob("*")) == before
+    AtomicCheckpointIO().remove_checkpoint(folder / "best.ckpt")
+    AtomicCheckpointIO().remove_checkpoint(folder / "best.ckpt")
+    assert not (folder / "best.ckpt").exists()

@@ -1,6 +1,10 @@
+import json
+import os
 import platform
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -21,10 +25,10 @@ def test_unknown_commands_exit_with_2():
     assert stop.value.code == 2
 
 
-def test_a_refusal_is_one_line_and_exits_with_1(capsys):
+def test_a_missing_configuration_is_one_line_and_exits_with_2(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["doctor", "--config", "nowhere.yaml"])
-    assert stop.value.code == 1
+    assert stop.value.code == 2
     assert capsys.readouterr().err == "error: The configuration nowhere.yaml does not exist.\n"
 
 
@@ -44,3 +48,21 @@ first, again = touched(), touched()
 assert again < first / 10, (first, again)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_manifest_cannot_have_folders_removed_nor_break_the_report(brain_root, tmp_path, capsys):
+    """Each of these names removed a folder, or ended in a traceback."""
+    root = shutil.copytree(brain_root / "brats", os.path.join(tmp_path, os.fsdecode(b"caf\xe9")))
+    images = [str(path.relative_to(root)) for path in sorted(Path(root).rglob("*_t1.nii.gz"))]
+    victims = [tmp_path / "victim/file", tmp_path / "cache/victim/file"]
+    for victim in victims:
+        victim.parent.mkdir(parents=True)
+        victim.write_text("mine")
+    names = ["./../../../victim", "../../../../victim", "sub-01/ses-1", "n" * 250]
+    studies = [{"study": name, "image": {"t1": image}} for name, image in zip(names, images, strict=False)]
+    (Path(root) / "datalist.json").write_text(json.dumps({"training": studies[1:], "validation": studies[:1]}))
+    main(["prepare", "--config", "experiments/brainmvp/configs/pretrain.yaml", "--root", str(root),
+          "--set", "atlas=[40,44,36]"])  # fmt: skip
+    assert [victim.read_text() for victim in victims] == ["mine", "mine"]
+    assert capsys.readouterr().out.splitlines()[-1] == "faults: none"
+    assert len(list((tmp_path / "cache").glob("volumes/*/cases/*/image.npy"))) == len(studies)

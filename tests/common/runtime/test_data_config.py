@@ -3,17 +3,10 @@ from argparse import Namespace
 import pytest
 
 from common.errors import UserError
-from common.runtime.data_config import data_section, make_datamodule, merge, read_data_section
+from common.runtime.data_config import data_section, make_datamodule, read_data_section
 from datamodules.volumes.datamodule import VolumeDataModule
 
 CONFIGS = "experiments/e_mim/configs"
-
-
-def test_merge_keeps_what_the_overlay_does_not_name():
-    assert merge({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 9}, "d": {"e": 4}}) == {
-        "a": {"b": 9, "c": 2},
-        "d": {"e": 4},
-    }
 
 
 def test_later_configurations_win():

@@ -1,14 +1,13 @@
 import json
 import shutil
 from collections import Counter
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-import yaml
 
 from common.errors import DataError
+from common.runtime.configs import find_config, read_config
 from datamodules.brain.datamodule import BrainDataModule, PairDataset
 from datamodules.brain.layouts import BRAIN_LAYOUTS
 from datamodules.brain.sequences import CANONICAL
@@ -17,7 +16,6 @@ from datamodules.loading import Draw
 from datamodules.registry import recognise
 from datamodules.volumes.prepare import native_space
 from datamodules.volumes.reading import write_nifti
-from experiments import brainmvp
 
 SHAPE = (40, 44, 36)
 
@@ -378,7 +376,7 @@ def test_sources_of_no_official_layout(tmp_path):
 
 @pytest.mark.parametrize("task", ["ped", "met"])
 def test_a_task_of_one_cohort(task, tmp_path):
-    settings = yaml.safe_load((Path(brainmvp.__file__).parent / f"configs/finetune_brats_{task}_seg.yaml").read_text())
+    settings = read_config(find_config(f"experiments/brainmvp/configs/finetune_brats_{task}_seg.yaml"))
     for cohort in ("GLI", "PED", "MET"):
         touch(tmp_path, f"BraTS-{cohort}-00001-000/BraTS-{cohort}-00001-000-{{t1n,t1c,t2w,t2f,seg}}.nii.gz")
     options = settings["data"]["init_args"] | {"root": str(tmp_path), "split_fractions": (1, 0, 0)}

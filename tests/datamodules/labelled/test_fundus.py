@@ -8,7 +8,8 @@ from common.errors import DataError
 from datamodules.genetics.datamodule import ImageGenomeDataModule
 from datamodules.genetics.tcga import TCGAGrade, read_omics
 from datamodules.genetics.ukb import UKBRisk, find_ukb, read_phenotypes, split_of_eids
-from datamodules.images.reading import ImageError, read_field_of_view
+from datamodules.images.reading import read_field_of_view
+from datamodules.images.values import ImageError
 from datamodules.labelled.fundus import APTOS2019, EyePACS2015, IDRiD, RFMiD, ordinal_targets
 from datamodules.labelled.palm import PALM, find_palm, palm_masks, read_structure
 from datamodules.loading import Draw

@@ -4,7 +4,7 @@ import pytest
 
 from common.errors import DataError
 from datamodules.labelled.layout import LabelledTable, need_columns, need_file
-from datamodules.reports.manifest import read_table
+from datamodules.tables import read_table
 
 TABLE = """image,subject, Split ,fluid,air
 a/1.png,ann, Train,1,0.0
@@ -41,8 +41,8 @@ def test_other_names_of_columns_and_no_split(root):
         ("subject", "person", "labels.csv has no column subject; it has image, person, Split, fluid, air"),
         ("fluid", "water", "has no column fluid"),
         ("ann,train,0", "ann,train,2", "gives a/2.png the fluid '2'; known are '0', '1', '0.0', '1.0', ''"),
-        ("b.png", "../b.png", r"names the image \.\./b.png, which does not lie under"),
-        ("b.png", "/b.png", "names the image /b.png, which does not lie under"),
+        ("b.png", "../b.png", r"names the file '\.\./b.png', which does not lie under"),
+        ("b.png", "/b.png", "names the file '/b.png', which does not lie under"),
     ],
 )
 def test_bad_tables(root, old, new, message):

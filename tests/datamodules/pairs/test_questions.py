@@ -239,7 +239,7 @@ def test_bad_rows(tmp_path, capsys):
     with pytest.raises(DataError, match="question 1 has no image_name"):
         find_vqa_rad(tmp_path)
     path.write_text("[{")
-    with pytest.raises(DataError, match="no JSON"):
+    with pytest.raises(DataError, match="cannot be read as JSON"):
         find_vqa_rad(tmp_path)
 
 

@@ -52,7 +52,7 @@ def test_medicat_with_damage(tmp_path):
     path.write_text("\n".join([first, rest[0], json.dumps(silent), *rest[2:]]))
     assert len({study.images[0] for study in find_medicat(tmp_path)}) == 5
     path.write_text(first + "\n{broken")
-    with pytest.raises(DataError, match="line 2 is no JSON"):
+    with pytest.raises(DataError, match="line 2 cannot be read as JSON"):
         find_medicat(tmp_path)
 
 

@@ -131,7 +131,7 @@ def test_bad_tables(root, product, name, text, message):
 def test_damaged_and_missing_files(root, product):
     table = product / "mimic-cxr-2.0.0-split.csv.gz"
     table.write_bytes(table.read_bytes()[:-12])
-    with pytest.raises(DataError, match=r"split.csv.gz cannot be read as a table .*; fetch it again"):
+    with pytest.raises(DataError, match=r"split.csv.gz is damaged .*: fetch it again"):
         find_studies(root)
     table.unlink()
     with pytest.raises(DataError, match=r"has no mimic-cxr-\*-split.csv.gz beside mimic-cxr-2.0.0-metadata.csv.gz"):

@@ -5,7 +5,9 @@ import shutil
 import numpy as np
 import pytest
 
+from common.errors import StorageError
 from common.faults import SampleFaultError
+from common.names import case_twins
 from datamodules.registry import recognise
 from datamodules.volumes.cache import VolumeCache
 from datamodules.volumes.prepare import prepare_case
@@ -61,11 +63,60 @@ def test_an_interrupted_case_leaves_nothing(archive, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("datamodules.volumes.cache.record_of", fail)
+        patch.setattr("datamodules.volumes.cache.fingerprint", fail)
         with pytest.raises(KeyboardInterrupt):
             cache.build(cases[0])
     assert cache.read_record(cases[0].case_id) is None
-    assert list(cache.folder.iterdir()) == []
+    assert [path for path in cache.folder.rglob("*") if path.name not in ("cases", "tmp")] == []
+
+
+NAMES = ("./../../../victim", "../../victim", "{tmp}/victim", "sub-01/ses-1", "key.json", "a\nb", "a\0b", ".", "..",
+         "a.", "a ", "n" * 250, "n" * 300, "Case", "case", "caf\u00e9", "cafe\u0301", "\ud800", "")  # fmt: skip
+
+
+def test_no_name_of_a_case_leads_out_of_the_cache(archive, tmp_path):
+    """Two levels up lies the cache itself, three the folder that it is in: each holds a folder of the user's."""
+    root, layout, cases = archive
+    names = [name.format(tmp=tmp_path) for name in NAMES]
+    victims = [folder / "victim" / "file" for folder in (tmp_path, tmp_path / "cache", tmp_path / "cache/volumes")]
+    for victim in victims:
+        victim.parent.mkdir(parents=True)
+        victim.write_text("mine")
+    cache = VolumeCache(root, layout, twins=case_twins(names))
+    strange = [cases[number % 2]._replace(case_id=name) for number, name in enumerate(names)]
+    records = cache.ensure(strange, workers=2, progress=False)
+    assert [victim.read_text() for victim in victims] == ["mine"] * 3
+    assert set(records) == set(names)
+    assert len({path.name.lower() for path in (cache.folder / "cases").iterdir()}) == len(names)
+    for case in strange:
+        assert str(case.images["t1c"]) in cache.open(case).record.sources
+
+
+def test_a_folder_that_was_put_in_the_place_of_a_case_by_a_link_stays(archive, tmp_path):
+    root, layout, cases = archive
+    cache = VolumeCache(root, layout)
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim/file").write_text("mine")
+    cache.ensure(cases[1:], progress=False)
+    cache.case_folder(cases[0].case_id).symlink_to(tmp_path / "victim")
+    cache.ensure(cases, progress=False)
+    assert (tmp_path / "victim/file").read_text() == "mine"
+    assert cache.open(cases[0]).record.usable
+    outside = cache.folder.rename(tmp_path / "moved")
+    cache.folder.mkdir()
+    (cache.folder / "cases").symlink_to(outside / "cases")
+    with pytest.raises(StorageError, match="does not lie inside"):
+        cache.build(cases[0])
+
+
+def test_the_record_of_another_case_is_not_this_ones(archive):
+    root, layout, cases = archive
+    cache = VolumeCache(root, layout)
+    cache.ensure(cases, progress=False)
+    shutil.rmtree(cache.case_folder(cases[0].case_id))
+    cache.case_folder(cases[1].case_id).rename(cache.case_folder(cases[0].case_id))
+    assert cache.read_record(cases[0].case_id) is None
+    assert str(cases[0].labels["seg"]) in cache.open(cases[0]).record.sources
 
 
 def _ensure_rebuilds(cache, cases, monkeypatch):

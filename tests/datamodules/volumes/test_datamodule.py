@@ -118,10 +118,12 @@ def test_targets(brats_root, pi_cai_root):
         ("case_id,grade\nx,1\n", "needs the columns case_id and idh"),
         ("case_id,idh\nBraTS-GLI-00000-000,2\n", "of BraTS-GLI-00000-000 is '2'; it must be 0, 1 or empty"),
         ("case_id,idh\nBraTS-GLI-00000-000,1\n", "known for 1 of 8 cases and has one class"),
+        ("case_id,idh\nx,1\n", "8 of 8 cases are not in idh.csv, such as BraTS-GLI-00000-000; it lists x"),
     ],
 )
 def test_bad_targets(brats_root, tmp_path, content, message):
-    (tmp_path / "idh.csv").write_text(content)
+    others = "".join(f"BraTS-GLI-0000{number}-000,\n" for number in range(1, 8) if "BraTS" in content)
+    (tmp_path / "idh.csv").write_text(content + others)
     with pytest.raises(DataError, match=message):
         make(brats_root, target="idh", target_file=str(tmp_path / "idh.csv"))
     with pytest.raises(DataError, match="does not exist"):

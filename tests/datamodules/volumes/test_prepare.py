@@ -177,3 +177,14 @@ def test_a_modality_with_nothing_above_zero_is_dropped_with_a_row(case_folder):
     prepared = prepare(case_folder)
     assert [fault.kind for fault in prepared.faults] == ["constant"]
     assert np.isfinite(prepared.image).all()
+
+
+def test_voxels_so_large_that_too_many_would_be_made_of_them(pi_cai_root, tmp_path):
+    """A header of 40 metres per voxel, resampled to half a millimetre, is 10^14 voxels."""
+    shutil.copytree(pi_cai_root, tmp_path / "root")
+    path = sorted((tmp_path / "root").rglob("*_t2w.mha"))[0]
+    image = SimpleITK.ReadImage(str(path))
+    image.SetSpacing((40000.0, 40000.0, 40000.0))
+    SimpleITK.WriteImage(image, str(path))
+    with pytest.raises(SampleFaultError, match="GiB are opened"):
+        prepare(tmp_path / "root" / "images")

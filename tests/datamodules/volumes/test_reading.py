@@ -1,11 +1,15 @@
 import gzip
+import tracemalloc
+import zlib
 
 import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from datamodules.volumes.reading import VolumeError, fingerprint, read_header, read_volume, write_nifti
+from datamodules.storage import fingerprint
+from datamodules.volumes.headers import VolumeError
+from datamodules.volumes.reading import read_header, read_volume, write_nifti
 
 
 @pytest.fixture
@@ -97,10 +101,128 @@ def test_what_is_no_volume(tmp_path):
 def test_a_header_that_promises_too_much_is_not_believed(tmp_path):
     image = nib.Nifti1Image(np.zeros((2, 2, 2), np.uint8), np.eye(4))
     image.header["dim"][1:4] = (30000, 30000, 30000)
+    image.header["vox_offset"] = 352
     (tmp_path / "bomb.nii").write_bytes(image.header.binaryblock + bytes(100))
     with pytest.raises(VolumeError) as error:
         read_volume(tmp_path / "bomb.nii")
     assert error.value.kind == "shape"
+
+
+def nifti_bytes(data, behind=b"", **fields):
+    """Return an uncompressed NIfTI file with header fields set by hand and bytes behind its last voxel."""
+    image = nib.Nifti1Image(data, np.eye(4))
+    for name, value in {"vox_offset": 352, **fields}.items():
+        image.header[name] = value
+    return image.header.binaryblock + bytes(4) + data.tobytes("F") + behind
+
+
+def zeros(size, wbits=31):
+    """Compress zeros without ever holding them."""
+    packer = zlib.compressobj(9, wbits=wbits)
+    return packer, lambda: b"".join(packer.compress(bytes(2**20)) for _ in range(size // 2**20)) + packer.flush()
+
+
+def peak_of(path):
+    """Return kind of fault, and the largest memory in MiB that Python held on the way to it."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(VolumeError) as error:
+            read_volume(path)
+        return error.value.kind, tracemalloc.get_traced_memory()[1] / 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_lies_behind_the_last_voxel_is_not_inflated(tmp_path):
+    """Zeros behind a good header compress to a thousandth: once 3 GB of them took 6.9 GB, and went by unnoticed."""
+    data = np.arange(8, dtype=np.int16).reshape(2, 2, 2)
+    for name, start in {"x.nii.gz": nifti_bytes(data), "x.mgz": nib.MGHImage(data, np.eye(4)).to_bytes()}.items():
+        packer, rest = zeros(300 * 2**20)
+        (tmp_path / name).write_bytes(packer.compress(start) + rest())
+        kind, peak = peak_of(tmp_path / name)
+        assert kind == "size", name
+        assert peak < 20, name
+
+
+def test_headers_that_promise_more_memory_than_there_is(tmp_path):
+    """Of a compressed file that is as large as it says, too: 128 GiB are 128 MB."""
+    big = nifti_bytes(np.zeros((1, 1, 1), np.int16), dim=(3, 4096, 4096, 4096, 1, 1, 1, 1))
+    (tmp_path / "x.nii").write_bytes(big)
+    (tmp_path / "x.nii.gz").write_bytes(gzip.compress(big))
+    mha = "NDims = 3\nDimSize = 9999 9999 9999\nElementType = MET_SHORT\nElementDataFile = LOCAL\n"
+    (tmp_path / "x.mha").write_text(f"ObjectType = Image\nCompressedData = True\n{mha}")
+    (tmp_path / "x.nrrd").write_text(
+        "NRRD0004\ntype: short\ndimension: 3\nsizes: 9999 9999 9999\nendian: little\nencoding: gzip\n\n"
+    )
+    head = nib.MGHImage(np.zeros((1, 1, 1), np.int16), np.eye(4)).header
+    head["dims"][:3] = 9999
+    (tmp_path / "x.mgz").write_bytes(gzip.compress(head.binaryblock))
+    for name in ("x.nii", "x.nii.gz", "x.mha", "x.nrrd", "x.mgz"):
+        kind, peak = peak_of(tmp_path / name)
+        assert (kind, peak < 20) == ("shape", True), name
+        with pytest.raises(VolumeError, match="GiB are opened"):
+            read_header(tmp_path / name)
+
+
+def test_bytes_behind_the_last_voxel_are_a_fault(volume, tmp_path):
+    _, data = volume
+    (tmp_path / "x.nii").write_bytes(nifti_bytes(data, b"\0"))
+    (tmp_path / "x.nii.gz").write_bytes(gzip.compress(nifti_bytes(data, b"\0")))
+    (tmp_path / "two.nii.gz").write_bytes(gzip.compress(nifti_bytes(data)) + gzip.compress(b"more"))
+    for name in ("x.mha", "packed.mha", "x.nrrd", "packed.nrrd"):
+        sitk.WriteImage(sitk.GetImageFromArray(data), str(tmp_path / name), useCompression=name.startswith("packed"))
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes() + b"\0")
+    for path in [path for path in tmp_path.iterdir() if path.name != "image.nii.gz"]:
+        assert peak_of(path)[0] == "size", path.name
+
+
+def test_a_bomb_inside_a_compressed_metaimage(tmp_path):
+    for name, start in {
+        "x.mha": "ObjectType = Image\nNDims = 3\nCompressedData = True\nDimSize = 2 2 2\nElementType = MET_SHORT\n"
+        "ElementDataFile = LOCAL\n",
+        "x.nrrd": "NRRD0004\ntype: short\ndimension: 3\nsizes: 2 2 2\nendian: little\nencoding: gzip\n\n",
+    }.items():
+        _, rest = zeros(300 * 2**20, 15 if name == "x.mha" else 31)
+        (tmp_path / name).write_bytes(start.encode() + rest())
+        kind, peak = peak_of(tmp_path / name)
+        assert (kind, peak < 20) == ("size", True), name
+
+
+def test_a_compressed_file_of_many_members(volume, tmp_path):
+    """As bgzip writes them; zeros behind the last one are padding."""
+    _, data = volume
+    raw = nifti_bytes(data)
+    parts = [gzip.compress(raw[start : start + 100]) for start in range(0, len(raw), 100)]
+    (tmp_path / "x.nii.gz").write_bytes(b"".join(parts) + bytes(512))
+    assert np.array_equal(read_volume(tmp_path / "x.nii.gz").data, data)
+
+
+@pytest.mark.parametrize("name", ["x.nii", "X.NII.GZ", "x.mha", "x.mhd", "X.NRRD", "x.nrrd", "x.mgz", "x.Nii.Gz"])
+def test_every_suffix_in_any_case(volume, tmp_path, name):
+    path, data = volume
+    affine = read_volume(path).affine
+    written = tmp_path / "written" / f"x{''.join(name.lower().partition('.')[1:])}"
+    written.parent.mkdir()
+    if name.endswith("mgz"):
+        nib.save(nib.MGHImage(data, affine), written)
+    elif name.lower().endswith((".nii", ".gz")):
+        write_nifti(written, data, affine)
+    else:
+        sitk.WriteImage(sitk.ReadImage(str(path)), str(written))
+    target = written.rename(written.with_name(name))
+    read = read_volume(target)
+    assert np.array_equal(read.data, data)
+    assert np.allclose(read.affine, affine)
+    assert read_header(target).shape == data.shape
+
+
+@pytest.mark.parametrize("place", ["../x.raw", "/etc/passwd", "LIST", "x%03d.raw 1 3 1", "gone.raw"])
+def test_a_metaimage_whose_voxels_lie_elsewhere(volume, tmp_path, place):
+    path, _ = volume
+    sitk.WriteImage(sitk.ReadImage(str(path)), str(tmp_path / "x.mhd"))
+    header = (tmp_path / "x.mhd").read_text().replace("x.raw", place)
+    (tmp_path / "x.mhd").write_text(header)
+    assert peak_of(tmp_path / "x.mhd")[0] in ("unreadable", "missing")
 
 
 def test_a_trailing_axis_of_one_is_fine(tmp_path):
@@ -113,7 +235,7 @@ def test_a_trailing_axis_of_one_is_fine(tmp_path):
 def test_an_affine_that_places_voxels_nowhere(volume, tmp_path, read, column):
     path, data = volume
     image = nib.load(path)
-    image.header["sform_code"] = 1
+    image.header["sform_code"], image.header["vox_offset"] = 1, 352
     for row, value in zip(("srow_x", "srow_y", "srow_z"), column, strict=True):
         image.header[row] = [1.0 * (row == "srow_x"), value, 1.0 * (row == "srow_z"), 0]
     header = image.header.binaryblock + bytes(4)

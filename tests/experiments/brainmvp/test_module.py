@@ -1,16 +1,14 @@
 import math
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from common.blocks.template_bank import TemplateBank
 from common.blocks.uniformer import UniFormer3D
 from common.maskers.voxel_blocks import blocks_to_voxels
 from common.module import StepOutput, Term
-from common.runtime.data_config import package_file
+from common.runtime.configs import find_config, read_config
 from common.types import InputSpec
 from experiments.brainmvp.model import Views
 from experiments.brainmvp.module import BrainMVPPretrain
@@ -138,7 +136,7 @@ def test_phases(monkeypatch, progress, terms, same_fill):
 
 
 def test_the_warm_up_of_the_public_code_ends_with_epoch_300():
-    overlay = yaml.safe_load(Path(package_file("experiments/brainmvp/configs/upstream.yaml")).read_text())
+    overlay = read_config(find_config("experiments/brainmvp/configs/upstream.yaml"))
     share = overlay["model"]["init_args"]["template_warmup"]
     assert [epoch for epoch in range(1500) if epoch / 1500 < share] == list(range(301))
 

@@ -8,7 +8,7 @@ from common.errors import UserError
 from common.losses.relation import sample_relations
 from common.maskers.random import RandomMasker
 from common.types import InputSpec
-from experiments.mrm_genetics.callbacks import attention_figure, principal_components, relations_figure
+from experiments.mrm_genetics.callbacks import attention_figure, relations_figure
 from experiments.mrm_genetics.model import FusedDecoder, GenomeEncoder, RelationOutput
 from experiments.mrm_genetics.module import RelationPretrain
 
@@ -203,10 +203,6 @@ def test_figures_draw():
     assert len(relations_figure(vectors).axes) == 12
     rows = [("a", torch.rand(8, 8, 3), torch.rand(2, 2), torch.rand(2, 2))] * 2
     assert len(attention_figure(rows).axes) == 6
-    values = torch.randn(9, 30).double().numpy()
-    _, axes = principal_components(values, 2)
-    assert axes.shape == (2, 30)
-    assert abs(axes @ axes.T - torch.eye(2).numpy()).max() < 1e-8
 
 
 def test_settings_without_a_meaning():

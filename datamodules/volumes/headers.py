@@ -1,0 +1,176 @@
+"""What the header of a volume promises, and what of it is refused before a voxel is read."""
+
+import io
+import zlib
+from collections.abc import Sequence
+
+import nibabel as nib
+import numpy as np
+from nibabel.freesurfer.mghformat import MGHError, MGHHeader
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
+from numpy.typing import NDArray
+
+from datamodules.limits import MAX_HEADER_BYTES, MAX_VOLUME_BYTES
+
+#: Volume of a voxel in units of its edges, which is 1 where they are at right angles; nearer to 0 it is flat.
+_MIN_VOLUME = 1e-3
+#: What nibabel raises for broken headers.
+_HEADER_ERRORS = (HeaderDataError, WrapStructError, ValueError, OverflowError, KeyError)
+_MGH_HEADER = 284
+#: Bytes that are inflated at a time.
+_PIECE = 2**20
+
+
+class VolumeError(Exception):
+    """A file that cannot be used.
+
+    Args:
+        kind: unreadable, checksum, size, shape, nan, constant or missing.
+        detail: What was found.
+    """
+
+    def __init__(self, kind: str, detail: str) -> None:
+        self.kind, self.detail = kind, detail
+        super().__init__(detail)
+
+
+def check_shape(shape: Sequence[int], itemsize: int) -> None:
+    """Refuse what is not a volume of three axes, or larger than is opened.
+
+    Args:
+        shape: Voxels along each axis.
+        itemsize: Bytes per voxel.
+
+    Raises:
+        VolumeError: ``shape``.
+    """
+    if len(shape) != 3 or min(shape) < 1:
+        raise VolumeError("shape", f"expected a volume of three axes, found shape {tuple(shape)}")
+    check_room(shape, itemsize)
+
+
+def check_room(shape: Sequence[float], itemsize: int = 4) -> None:
+    """Refuse voxels that take more memory than :data:`datamodules.limits.MAX_VOLUME_BYTES`.
+
+    Raises:
+        VolumeError: ``shape``.
+    """
+    size = float(np.prod(np.asarray(shape, dtype=np.float64))) * max(itemsize, 4)
+    if not size <= MAX_VOLUME_BYTES:
+        edges = " x ".join(f"{edge:.0f}" for edge in shape)
+        raise VolumeError("shape", f"{edges} voxels would take {size / 2**30:,.0f} GiB, and no more than "
+                                   f"{MAX_VOLUME_BYTES / 2**30:.0f} GiB are opened")  # fmt: skip
+
+
+def check_affine(affine: NDArray[np.float64]) -> None:
+    """Refuse an affine that is not finite or has no inverse: its voxels lie nowhere.
+
+    Raises:
+        VolumeError: ``unreadable``.
+    """
+    edges = np.linalg.norm(affine[:3, :3], axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        volume = abs(np.linalg.det(affine[:3, :3] / edges)) if np.isfinite(affine).all() and edges.all() else 0.0
+    if volume < _MIN_VOLUME:
+        rows = "; ".join(" ".join(f"{value:g}" for value in row) for row in affine[:3])
+        raise VolumeError("unreadable", f"the header places its voxels nowhere: its affine is ({rows}), which has no "
+                                        f"inverse; write a valid sform or qform")  # fmt: skip
+
+
+def check_end(promised: int, found: int, exact: bool = True) -> None:
+    """Compare the bytes of a file, inflated, with those that its header promises.
+
+    Args:
+        promised: Bytes of header and voxels.
+        found: Bytes that are there.
+        exact: Whether nothing may follow the last voxel.
+
+    Raises:
+        VolumeError: ``unreadable`` where bytes are lacking, ``size`` where some are left.
+    """
+    if found < promised:
+        raise VolumeError("unreadable", f"the file ends early (truncated): {found:,} of {promised:,} bytes")
+    if exact and found > promised:
+        raise VolumeError("size", f"the file goes on behind its last voxel: the header promises {promised:,} bytes; "
+                                  f"header and voxels do not belong together, so write the file anew")  # fmt: skip
+
+
+def inflate(content: bytes, limit: int, wbits: int = 31) -> bytes:
+    """Inflate a gzip file to at most one byte more than ``limit``, and check its sums if it ends before.
+
+    Args:
+        content: The file; it may have several members, as bgzip writes them, and zeros behind the last.
+        limit: Bytes.
+        wbits: As in :mod:`zlib`; 47 takes zlib's form as well.
+
+    Raises:
+        VolumeError: ``unreadable`` where it is no gzip file or ends early, ``checksum`` where it is damaged.
+    """
+    pieces: list[bytes] = []
+    room, member = limit + 1, None
+    try:
+        for start in range(0, len(content), _PIECE):
+            rest = content[start : start + _PIECE]
+            while room and (member is not None or (rest := rest.lstrip(b"\0"))):
+                member = member or zlib.decompressobj(wbits)
+                pieces.append(member.decompress(rest, room))
+                room -= len(pieces[-1])
+                if not member.eof:
+                    break
+                rest, member = member.unused_data, None
+    except zlib.error as error:
+        kind = "unreadable" if "header" in str(error) else "checksum"
+        raise VolumeError(kind, f"the compressed data are damaged ({error})") from error
+    if room and (member is not None or not pieces):
+        raise VolumeError("unreadable", "the file ends early (truncated)")
+    return b"".join(pieces)
+
+
+def squeezed(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return a shape without the axes of length 1 behind the third."""
+    return tuple(shape[:3]) if len(shape) > 3 and set(shape[3:]) == {1} else tuple(shape)
+
+
+def nifti_header(start: bytes) -> nib.Nifti1Header:
+    """Parse the first bytes of a NIfTI-1 or NIfTI-2 file; extensions are left aside.
+
+    Raises:
+        VolumeError: it is no NIfTI header, or what it promises is not opened.
+    """
+    kind = nib.Nifti2Header if _header_size(start) == nib.Nifti2Header.sizeof_hdr else nib.Nifti1Header
+    block = start[: kind.sizeof_hdr]
+    try:
+        # Four zeros say that no extension follows: its length comes from the file as well.
+        header = kind.from_fileobj(io.BytesIO(block + bytes(4)))
+        offset, itemsize = header.get_data_offset(), header.get_data_dtype().itemsize
+    except _HEADER_ERRORS as error:
+        raise VolumeError("unreadable", f"not a readable NIfTI file ({_first_line(error)})") from error
+    check_shape(squeezed(header.get_data_shape()), itemsize)
+    if not kind.sizeof_hdr <= offset <= MAX_HEADER_BYTES:
+        raise VolumeError("header", f"vox_offset is {offset}, where no voxels can lie: write the file anew")
+    return header
+
+
+def _header_size(start: bytes) -> int:
+    sizes = [int.from_bytes(start[:4], order) for order in ("little", "big")]
+    return next((size for size in sizes if size in (348, 540)), 0)
+
+
+def mgh_header(start: bytes) -> MGHHeader:
+    """Parse the first bytes of an MGH file.
+
+    Raises:
+        VolumeError: it is no MGH header, or what it promises is not opened.
+    """
+    try:
+        header = MGHHeader.from_fileobj(io.BytesIO(start[:_MGH_HEADER] + bytes(64)))
+        itemsize = header.get_data_dtype().itemsize
+    except (*_HEADER_ERRORS, MGHError) as error:
+        raise VolumeError("unreadable", f"not a readable MGH file ({_first_line(error)})") from error
+    check_shape(squeezed(header.get_data_shape()), itemsize)
+    return header
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
