@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 
 from common.blocks.vit import VisionTransformer
@@ -15,7 +14,7 @@ from common.distributed import gather_objects
 from common.downstream.encoder import EncoderFactory, encoder_architecture, make_encoder
 from common.files import write_text
 from common.module import BuiltFromData
-from common.optim import Schedule, WarmupCosine, param_groups
+from common.optim import OptimizerConfig
 from common.runtime.reporting import log_scalars, say, write_rows
 from common.types import InputSpec
 
@@ -30,28 +29,18 @@ class FineTuning(BuiltFromData):
     Args:
         pretrained: Run folder, checkpoint or export whose encoder to start from; None trains from scratch.
         encoder: Makes the encoder from (channels, image size) where nothing is pre-trained.
-        optimizer: Makes the optimiser from parameter groups.
-        schedule: Attaches a learning-rate schedule for a number of optimiser steps.
-        layer_decay: Factor of the learning rate per encoder layer towards the input.
-        compile_network: Whether to compile the network.
+        optimization: How the weights are updated.
     """
 
     def __init__(
         self,
         pretrained: str | None,
         encoder: EncoderFactory = VisionTransformer,
-        *,
-        optimizer: OptimizerCallable,
-        schedule: Schedule | None = None,
-        layer_decay: float = 1.0,
-        compile_network: bool = False,
+        optimization: OptimizerConfig = OptimizerConfig(),
     ) -> None:
-        super().__init__()
-        self.compile_network = compile_network
+        super().__init__(optimization)
         self.rows: list[dict[str, Any]] = []
         self._pretrained, self._make_encoder = pretrained, encoder
-        self._make_optimizer, self._make_schedule = optimizer, schedule or WarmupCosine()
-        self._layer_decay = layer_decay
 
     def build_encoder(self, spec: InputSpec) -> nn.Module:
         """Make the encoder, and remember its architecture for checkpoints."""
@@ -70,12 +59,6 @@ class FineTuning(BuiltFromData):
         folder = Path(self.trainer.default_root_dir)
         write_rows(folder / "per_case.csv", rows)
         write_text(folder / "metrics.json", json.dumps(metrics, indent=2))
-
-    def configure_optimizers(self) -> Any:
-        """Make the optimiser and its schedule (Lightning hook)."""
-        optimizer = self._make_optimizer(param_groups(self, self._layer_decay))
-        schedule = self._make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class ScoredTask(FineTuning):

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from common.blocks.attention import Relations
@@ -16,7 +15,7 @@ from common.losses.relation import relation_matching
 from common.maskers.random import RandomMasker
 from common.maskers.relation import TieRule
 from common.module import SSLModule, StepOutput, Term
-from common.optim import Schedule
+from common.optim import OptimizerConfig
 from common.panels import colour_panel
 from common.randomness import KeyedGenerator
 from common.runtime.reporting import say
@@ -65,9 +64,7 @@ class RelationPretrain(SSLModule[ImageGenomeBatch]):
         masker: Hides patches at the input, which are then all that is scored: masked autoencoding, the baseline. Images
             alone.
         init_from: File of MAE, timm or published weights to start the encoder from; None starts from scratch.
-        optimizer: Makes the optimiser.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
+        optimization: How the weights are updated.
 
     Raises:
         ValueError: a share is outside [0, 1).
@@ -94,20 +91,17 @@ class RelationPretrain(SSLModule[ImageGenomeBatch]):
         norm_pix_loss: bool = False,
         masker: RandomMasker | None = None,
         init_from: str | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
+        optimization: OptimizerConfig = OptimizerConfig(),
     ) -> None:
         for name, value in (("tau_image", tau_image), ("tau_genome", tau_genome)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name} is the share of relations to remove, in [0, 1), got {value}.")
-        super().__init__(optimizer, schedule)
+        super().__init__(optimization)
         self.save_hyperparameters()
         self.masker = masker
         self.match_weight = match_weight
         self.norm_pix_loss = norm_pix_loss
         self.init_from = init_from
-        self.compile_network = compile_network
         self._factories = (encoder, genome_encoder, decoder, genome_decoder)
         self._match: dict[str, Any] = {"center": match_center, "stop_gradient": match_stop_grad_intact}
         self._options: dict[str, Any] = {

@@ -20,15 +20,11 @@ _HEADS = ("decoder.", "mlm_head.", "itm_head.", "project_")
 _FIXED = "decoder.pos_embed"
 
 
-def tower_scale(rest: float, head: float | None = None) -> Callable[[str], float]:
+def tower_scale(name: str, rest: float, head: float | None = None) -> float:
     """Return a learning rate's factor by a parameter's name: 1 in towers, ``head`` in a task's head, else ``rest``."""
-
-    def scale(name: str) -> float:
-        if name.startswith(("network.encoder.vision.", "network.encoder.text.")):
-            return 1.0
-        return head if head is not None and name.startswith("network.head.") else rest
-
-    return scale
+    if name.startswith(("network.encoder.vision.", "network.encoder.text.")):
+        return 1.0
+    return head if head is not None and name.startswith("network.head.") else rest
 
 
 def check_vocabulary(stored: Mapping[str, Any], spec: InputSpec, source: str) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from common.blocks.decoder import MAEDecoder
@@ -13,7 +12,7 @@ from common.downstream.encoder import encoder_architecture
 from common.ema import need_teacher
 from common.maskers.random import RandomMasker
 from common.module import SSLModule, StepOutput
-from common.optim import Schedule, WarmupLinear, param_groups
+from common.optim import OptimizerConfig, Schedule, WarmupLinear
 from common.panels import image_panel
 from common.randomness import KeyedGenerator
 from common.runtime.reporting import say
@@ -63,9 +62,7 @@ class UMDPretrain(SSLModule[ImageTextBatch]):
         vision_weights: Folder or name of CLIP weights for the vision tower.
         text_weights: Folder or name of RoBERTa weights for the text tower.
         fusion_lr_scale: Learning rate of all but the towers over theirs.
-        optimizer: Makes the optimiser; its rate is the towers'.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
+        optimization: How the weights are updated; the learning rate is the towers'.
         grad_checkpointing: Whether the towers recompute activations in the backward pass.
 
     Raises:
@@ -93,16 +90,13 @@ class UMDPretrain(SSLModule[ImageTextBatch]):
         vision_weights: str | None = None,
         text_weights: str | None = None,
         fusion_lr_scale: float = 5.0,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
+        optimization: OptimizerConfig = OptimizerConfig(),
         grad_checkpointing: bool = False,
     ) -> None:
-        super().__init__(optimizer, schedule or WarmupLinear(0.1))
+        super().__init__(optimization)
         self.save_hyperparameters()
         self.masker = masker or RandomMasker(0.75)
         self.itm_negatives = itm_negatives
-        self.compile_network = compile_network
         self.objective = Objective(total_weights(alpha, weights), standardised=feature_target == "ema_ln")
         self._pretrained = pretrained
         self._factories = (encoder, decoder)
@@ -237,8 +231,10 @@ class UMDPretrain(SSLModule[ImageTextBatch]):
         shown = image.mean(1)[0]
         return {"image": image_panel(batch["subject_id"][index], shown, hidden, torch.where(hidden, gray, shown))}
 
-    def configure_optimizers(self) -> Any:
-        """Make the optimiser and its schedule (Lightning hook)."""
-        optimizer = self._make_optimizer(param_groups(self, lr_scale=tower_scale(self._lr_scale)))
-        schedule = self._make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def lr_scale(self, name: str) -> float:
+        """Return the factor of the learning rate of a parameter."""
+        return tower_scale(name, self._lr_scale)
+
+    def default_schedule(self) -> Schedule:
+        """Return the schedule where the configuration has none."""
+        return WarmupLinear(0.1)
