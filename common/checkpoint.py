@@ -1,22 +1,19 @@
 """Checkpoints: finding them, reading them safely, and carrying an encoder into another network."""
 
-import importlib
-import importlib.util
-import json
 import math
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.blocks.patch_embed import grid_of
 from common.blocks.pos_embed import resize_position_embedding
+from common.blocks.registry import build_encoder, check_arguments, class_path, declared_default, fits
 from common.errors import CheckpointError
+from common.runtime.experiments import experiment_module
 from common.types import InputSpec
+from common.weights.files import read_json, read_tensors, read_torch
 from common.weights.monai_keys import from_monai
 from common.weights.timm_keys import from_timm
 
@@ -56,16 +53,7 @@ def read_checkpoint(path: str | Path, prefer: str = "best") -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, damaged, or holds objects that would have to be executed.
     """
-    file = resolve_checkpoint(path, prefer)
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{file} holds more than tensors and plain values and was not opened: {reason}"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    return read_torch(resolve_checkpoint(path, prefer))
 
 
 def check_shapes(loaded: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
@@ -95,7 +83,7 @@ def encoder_record(module: nn.Module, spec: InputSpec) -> dict[str, Any]:
     for name, child in module.named_modules():
         if name.rsplit(".", 1)[-1] in ("encoder", "vit") and hasattr(child, "config"):
             return {
-                "class_path": f"{type(child).__module__}.{type(child).__qualname__}",
+                "class_path": class_path(type(child)),
                 "init_args": dict(child.config),
                 "prefix": f"{name}.",
                 "channels": list(spec.channels),
@@ -124,21 +112,69 @@ def read_encoder(path: str | Path) -> StoredEncoder:
     if (Path(path) / "config.json").is_file():
         return _read_export(Path(path))
     checkpoint = read_checkpoint(path)
-    record = checkpoint.get("encoder") if isinstance(checkpoint, dict) else None
+    record = checkpoint.get("encoder")
     if not record:
         raise CheckpointError(f"{path} holds no encoder: it was not written by a pre-training of this project.")
+    part(record, "prefix", str, path)
+    weights: dict[str, Tensor] = part(checkpoint, "state_dict", Mapping, path)
     prefix = record["prefix"]
-    weights = checkpoint["state_dict"]
     state = {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
     rest = {key.removeprefix("network."): value for key, value in weights.items() if not key.startswith(prefix)}
-    return StoredEncoder(
-        record["class_path"], record["init_args"], state, record["channels"], record["preprocessing"], rest
-    )
+    return stored_encoder(record, record, state, path, rest)
+
+
+def part(record: Any, name: str, kind: Any, source: str | Path) -> Any:
+    """Return an entry of what a file says of its encoder.
+
+    Args:
+        record: What the file says.
+        name: The entry.
+        kind: What it must be: a type, or a declaration that :func:`~common.blocks.registry.fits` knows.
+        source: The file.
+
+    Raises:
+        CheckpointError: there is none, or it is of another kind.
+    """
+    value = record.get(name) if isinstance(record, Mapping) else None
+    if not (isinstance(value, Mapping) if kind is Mapping else fits(value, kind)):
+        raise CheckpointError(f"{source} does not describe its encoder: `{name}` is {value!r:.60} in it. Export the "
+                              f"encoder again, or start from the run it came from.")  # fmt: skip
+    return value
+
+
+def stored_encoder(
+    record: Mapping[str, Any],
+    about: Mapping[str, Any],
+    state: dict[str, Tensor],
+    source: str | Path,
+    rest: Mapping[str, Tensor] | None = None,
+) -> StoredEncoder:
+    """Put an encoder together from what a file says of it.
+
+    Args:
+        record: ``class_path`` and ``init_args``.
+        about: ``channels`` and ``preprocessing``.
+        state: The encoder's weights.
+        source: The file.
+        rest: Weights beside them.
+
+    Raises:
+        CheckpointError: what it says is incomplete, or names no encoder of this project.
+    """
+    path = part(record, "class_path", str, source)
+    arguments = {name: value for name in ("in_channels", "image_size")
+                 if (value := declared_default(path, name)) is not None}  # fmt: skip
+    arguments |= check_arguments(path, part(record, "init_args", Mapping, source))
+    channels, preprocessing = part(about, "channels", list[str], source), part(about, "preprocessing", Mapping, source)
+    if channels and len(channels) != arguments["in_channels"]:
+        raise CheckpointError(f"{source} names {len(channels)} channels of an encoder of {arguments['in_channels']}: "
+                              f"export the encoder again, or start from the run it came from.")  # fmt: skip
+    return StoredEncoder(path, arguments, state, channels, dict(preprocessing), dict(rest or {}))
 
 
 def _read_export(folder: Path) -> StoredEncoder:
     """Read back what ``medmim export`` wrote in the format monai or timm, or in one its experiment can read."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     reader = _reader_of(config)
     if "encoder" not in config or (config.get("format") not in ("monai", "timm") and reader is None):
         raise CheckpointError(f"{folder} is no export in the format monai or timm; start from the run it came from.")
@@ -148,23 +184,21 @@ def _read_export(folder: Path) -> StoredEncoder:
     if reader is not None:
         return reader(folder, config)
     record = config["encoder"]
-    state = load_file(weights)
-    if config["format"] == "monai":
-        state = from_monai(state)
-    else:
-        state = from_timm(state, class_token=bool(record["init_args"].get("class_token")))
-    return StoredEncoder(record["class_path"], record["init_args"], state, config["channels"], config["preprocessing"])
+    state = read_tensors(weights)
+    try:
+        if config["format"] == "monai":
+            state = from_monai(state)
+        else:
+            state = from_timm(state, class_token=bool(part(record, "init_args", Mapping, folder).get("class_token")))
+    except ValueError as error:
+        raise CheckpointError(f"{weights} holds no weights for this encoder: {error}") from error
+    return stored_encoder(record, config, state, folder)
 
 
 def _reader_of(config: Mapping[str, Any]) -> Any:
     """Return the experiment's own reader of an export's format, if there is one."""
-    experiment = str(config.get("experiment", ""))
-    name = f"experiments.{experiment}.export"
-    if not experiment.isidentifier() or importlib.util.find_spec(f"experiments.{experiment}") is None:
-        return None
-    if importlib.util.find_spec(name) is None:
-        return None
-    return getattr(importlib.import_module(name), "READERS", {}).get(config.get("format"))
+    module = experiment_module(str(config.get("experiment", "")), "export")
+    return getattr(module, "READERS", {}).get(str(config.get("format")))
 
 
 class LoadReport(NamedTuple):
@@ -239,6 +273,8 @@ def transfer_encoder(stored: StoredEncoder, encoder: nn.Module, channels: Sequen
         state, adapted = adapt(state, stored.init_args)
         return _load(encoder, state, adapted)
     key = getattr(encoder, "input_kernel", "patch_embed.proj.weight")
+    if key not in state or key not in wanted:
+        raise CheckpointError(f"The weights of the encoder lack {key}: they are not whole, or of another encoder.")
     old_names, new_names = _channel_names(stored, config["in_channels"], channels)
     if hasattr(encoder, "input_kernel"):
         count = config["in_channels"]
@@ -291,7 +327,7 @@ def read_foreign(path: str | Path, class_token: bool = True) -> dict[str, Tensor
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"There are no weights at {path}: download them, and give the file.")
-    loaded = load_file(path) if path.suffix == ".safetensors" else read_checkpoint(path)
+    loaded = read_tensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
     try:
         return from_timm(loaded, class_token=class_token)
     except ValueError as error:
@@ -319,24 +355,6 @@ def init_encoder(encoder: nn.Module, path: str | Path) -> LoadReport:
             arguments["image_size"] = [side * first, side * second]
     stored = StoredEncoder("", arguments, state, [], {})
     return transfer_encoder(stored, encoder)
-
-
-def build_encoder(class_path: str, init_args: Mapping[str, Any]) -> nn.Module:
-    """Build an encoder from its record.
-
-    Raises:
-        CheckpointError: the class is not one of this project's: files name data, never code to run.
-    """
-    module_name, _, class_name = class_path.rpartition(".")
-    if module_name.split(".")[0] not in ("common", "experiments"):
-        raise CheckpointError(f"The file asks for the class {class_path}, which is not one of this project's encoders.")
-    try:
-        cls = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise CheckpointError(
-            f"The file asks for the encoder {class_path}, which this version does not have."
-        ) from error
-    return cls(**init_args)
 
 
 def load_encoder(

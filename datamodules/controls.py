@@ -8,6 +8,9 @@ from common.randomness import stable_hash
 from datamodules.loading import Draw
 from datamodules.splits import Member
 
+#: Draws before a control is given up: with two patients of equal share all of them fail once in 10^19.
+ATTEMPTS = 64
+
 CaseT = TypeVar("CaseT", bound=Member)
 ContentT = TypeVar("ContentT")
 
@@ -19,22 +22,24 @@ def read_control(
     read: Callable[[CaseT], ContentT],
     prefer: Callable[[CaseT], bool] | None = None,
 ) -> ContentT | None:
-    """Read a case of another patient, the same one every time; None where none can be read.
+    """Read a case of another patient, the same one every time; None where none is found in :data:`ATTEMPTS` draws.
+
+    Cases are drawn and rejected, never listed: the cost does not grow with the archive.
 
     Args:
         case: Whose control it is.
         draw: Which of its draws.
         candidates: Cases to choose from.
         read: Reads one; raises :class:`SampleFaultError` where it cannot be used, and the next is tried.
-        prefer: Whether a case makes a better control; those are taken alone if there is any.
+        prefer: Whether a case makes a better control; the first half of the draws takes no other.
     """
-    others = [other for other in candidates if other.patient_id != case.patient_id]
-    if prefer is not None:
-        others = [other for other in others if prefer(other)] or others
-    first = stable_hash("control", case.case_id, draw.draw)
-    for attempt in range(len(others)):
+    for attempt in range(ATTEMPTS if candidates else 0):
+        other = candidates[stable_hash("control", case.case_id, draw.draw, attempt) % len(candidates)]
+        unwanted = prefer is not None and attempt < ATTEMPTS // 2 and not prefer(other)
+        if other.patient_id == case.patient_id or unwanted:
+            continue
         try:
-            return read(others[(first + attempt) % len(others)])
+            return read(other)
         except SampleFaultError:
             continue
     return None

@@ -10,6 +10,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.blocks.registry import registered
+
 
 class ResidualBlock(nn.Module):
     """Pre-activation block: GroupNorm, ReLU and a convolution, twice, added to the input.
@@ -32,6 +34,7 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.relu(self.gn2(y)))
 
 
+@registered
 class ResidualUNetEncoder(nn.Module):
     """Four levels joined by strided convolutions.
 

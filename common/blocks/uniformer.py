@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from common.blocks.attention import TransformerBlock
 from common.blocks.batch_norm import GlobalBatchNorm3d
 from common.blocks.depthwise import DepthwiseConv3d
+from common.blocks.registry import registered
 
 
 class PatchEmbed3D(nn.Module):
@@ -116,6 +117,7 @@ def init_convolutions(module: nn.Module) -> None:
                 nn.init.zeros_(child.bias)
 
 
+@registered
 class UniFormer3D(nn.Module):
     """UniFormer-S by default: 22,038,464 parameters with one channel.
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from common.blocks.attention import TransformerBlock
 from common.blocks.patch_embed import PatchEmbed
 from common.blocks.pos_embed import sincos_position_embedding
+from common.blocks.registry import registered
 from common.types import EncoderOutput
 
 
@@ -33,6 +34,7 @@ def init_xavier_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+@registered
 class VisionTransformer(nn.Module):
     """Encoder of patches; the default is ViT-B with 16^d patches and no class token.
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from common.checkpoint import build_encoder, load_encoder
+from common.blocks.registry import build_recorded, class_path
+from common.checkpoint import load_encoder
 from common.errors import UserError
 from common.runtime.reporting import say
 from common.types import InputSpec
@@ -31,7 +32,7 @@ def make_encoder(
         CheckpointError: nothing usable at ``pretrained``.
     """
     if record is not None:
-        return build_encoder(record["class_path"], record["init_args"])
+        return build_recorded(record)
     if pretrained:
         encoder = load_encoder(pretrained, image_size=spec.image_size, channels=spec.channels)
         say(f"encoder from {pretrained}: {encoder.load_report}")
@@ -65,4 +66,4 @@ def encoder_architecture(encoder: nn.Module) -> dict[str, Any]:
         raise UserError(
             f"{type(encoder).__name__} carries no `config` of its arguments, so no checkpoint could rebuild it."
         )
-    return {"class_path": f"{type(encoder).__module__}.{type(encoder).__qualname__}", "init_args": dict(config)}
+    return {"class_path": class_path(type(encoder)), "init_args": dict(config)}

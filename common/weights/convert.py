@@ -5,19 +5,19 @@ An experiment whose published weights are no ViT brings ``convert.py`` with ``re
 """
 
 import argparse
-import importlib
-import importlib.util
 import math
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from common.blocks.registry import build_encoder, class_path
 from common.blocks.vit import VisionTransformer
-from common.checkpoint import StoredEncoder, build_encoder, read_foreign, transfer_encoder
+from common.checkpoint import StoredEncoder, read_foreign, transfer_encoder
 from common.errors import CheckpointError
+from common.runtime.experiments import experiment_module
 from common.runtime.reporting import say
-from common.weights.export import write_export
+from common.weights.export import formats_of, write_export
 
 #: Width of a head in every published ViT.
 _HEAD_WIDTH = 64
@@ -70,9 +70,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         CheckpointError: the file holds no ViT, or an incomplete one.
     """
-    own = f"experiments.{args.exp}.convert"
-    if importlib.util.find_spec(f"experiments.{args.exp}") and importlib.util.find_spec(own):
-        module = importlib.import_module(own)
+    formats_of(args.exp)
+    if (module := experiment_module(args.exp, "convert")) is not None:
         stored = module.read_weights(Path(args.weights))
         out = write_export(stored, args.exp, module.FORMAT, Path(args.out), Path(args.weights).name)
         say(f"converted to {out}")
@@ -81,11 +80,11 @@ def run(args: argparse.Namespace) -> None:
     if "pos_embed" not in state:
         raise CheckpointError(f"{args.weights} holds no position table.")
     arguments = architecture(state, args.num_heads)
-    class_path = f"{VisionTransformer.__module__}.{VisionTransformer.__qualname__}"
-    encoder = build_encoder(class_path, arguments)
-    report = transfer_encoder(StoredEncoder(class_path, arguments, state, _CHANNELS, {}), encoder)
+    path = class_path(VisionTransformer)
+    encoder = build_encoder(path, arguments)
+    report = transfer_encoder(StoredEncoder(path, arguments, state, _CHANNELS, {}), encoder)
     say(report)
     if report.missing:
         raise CheckpointError(f"{args.weights} lacks {', '.join(report.missing)}: no whole encoder can be made of it.")
-    whole = StoredEncoder(class_path, arguments, encoder.state_dict(), _CHANNELS, {"source": Path(args.weights).name})
+    whole = StoredEncoder(path, arguments, encoder.state_dict(), _CHANNELS, {"source": Path(args.weights).name})
     say(f"converted to {write_export(whole, args.exp, 'timm', Path(args.out), Path(args.weights).name)}")

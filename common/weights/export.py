@@ -2,8 +2,6 @@
 
 import argparse
 import hashlib
-import importlib
-import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch import Tensor
 from common.checkpoint import StoredEncoder, read_encoder, resolve_checkpoint, run_tokenizer
 from common.errors import UserError
 from common.files import whole_file, write_text
+from common.runtime.experiments import experiment_module, experiment_names
 from common.runtime.provenance import source_state
 from common.runtime.reporting import say
 
@@ -76,10 +75,11 @@ def formats_of(experiment: str) -> dict[str, Writer]:
     Raises:
         UserError: there is no such experiment, or it has none.
     """
-    name = f"experiments.{experiment}.export"
-    if importlib.util.find_spec(f"experiments.{experiment}") is None or importlib.util.find_spec(name) is None:
-        raise UserError(f"The experiment {experiment!r} does not exist or has no export.")
-    return importlib.import_module(name).FORMATS
+    module = experiment_module(experiment, "export")
+    if module is None:
+        raise UserError(f"The experiment {experiment!r:.60} does not exist or has no export; there are "
+                        f"{', '.join(experiment_names())}.")  # fmt: skip
+    return module.FORMATS
 
 
 def export(experiment: str, checkpoint: Path, format: str, out: Path) -> Path:

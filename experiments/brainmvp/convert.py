@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
+from common.blocks.registry import build_encoder, class_path
 from common.blocks.residual_unet import ResidualUNetEncoder
 from common.blocks.uniformer import UniFormer3D
-from common.checkpoint import StoredEncoder, build_encoder, read_checkpoint
+from common.checkpoint import StoredEncoder, read_checkpoint
 from common.errors import CheckpointError
 from common.runtime.reporting import say
 from common.weights.uniformer_keys import from_released
@@ -62,7 +63,7 @@ def read_weights(path: Path, min_share: float = MIN_SHARE) -> StoredEncoder:
         raise CheckpointError(f"{path} is no whole encoder: {error.args[0]} is missing.") from error
     except CheckpointError as error:
         raise CheckpointError(f"{path} holds no weights of BrainMVP. {error}") from error
-    encoder = build_encoder(f"{cls.__module__}.{cls.__qualname__}", arguments)
+    encoder = build_encoder(class_path(cls), arguments)
     wanted = encoder.state_dict()
     given = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
     found = [name for name in wanted if name in given and given[name].shape == wanted[name].shape]
@@ -76,4 +77,4 @@ def read_weights(path: Path, min_share: float = MIN_SHARE) -> StoredEncoder:
     whole = wanted | {name: given[name] for name in found}
     rest = {name: value for name, value in state.items() if not name.startswith("encoder.")}
     preprocessing = {"source": path.name}
-    return StoredEncoder(f"{cls.__module__}.{cls.__qualname__}", arguments, whole, _CHANNELS, preprocessing, rest)
+    return StoredEncoder(class_path(cls), arguments, whole, _CHANNELS, preprocessing, rest)

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from common.blocks.registry import build_encoder
 from common.blocks.template_bank import TemplateBank
-from common.checkpoint import StoredEncoder, build_encoder
+from common.checkpoint import StoredEncoder, stored_encoder
 from common.files import whole_file
 from common.weights.export import Exported, Writer
+from common.weights.files import read_tensors
 from common.weights.uniformer_keys import from_released, to_released
 
 _PROGRAM = """
@@ -66,12 +67,10 @@ def to_published(stored: StoredEncoder) -> Exported:
 
 def read_published(folder: Path, config: Mapping[str, Any]) -> StoredEncoder:
     """Read back what :func:`to_published` wrote."""
-    state, _ = from_released(load_file(folder / "model.safetensors"))
-    record = config["encoder"]
+    state, _ = from_released(read_tensors(folder / "model.safetensors"))
     encoder = {name.removeprefix("encoder."): v for name, v in state.items() if name.startswith("encoder.")}
     rest = {name: value for name, value in state.items() if not name.startswith("encoder.")}
-    arguments = record["init_args"]
-    return StoredEncoder(record["class_path"], arguments, encoder, config["channels"], config["preprocessing"], rest)
+    return stored_encoder(config["encoder"], config, encoder, folder, rest)
 
 
 FORMATS: dict[str, Writer] = {"torch": to_program, "released": to_published}

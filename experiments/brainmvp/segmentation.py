@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.blocks.registry import fits
 from common.blocks.template_bank import crop_of, place_of
 from common.blocks.uniformer import UniFormer3D
 from common.checkpoint import StoredEncoder, read_encoder
 from common.downstream.encoder import EncoderFactory
 from common.downstream.segmentation import SegmentationModule, WindowMode
+from common.errors import CheckpointError
 from common.losses.region import BatchDiceBCE
 from common.metrics import region_dice
 from common.optim import OptimizerConfig
@@ -28,6 +30,8 @@ from experiments.brainmvp.segmentation_networks import segmenter
 
 #: What a channel's template is called where there is none under the channel's own name (MRBrainS13's T1-IR).
 _TEMPLATE_OF = {"t1ir": "t1"}
+#: Voxels along a side beyond any template's.
+_LONGEST = 1024
 
 
 def replaced_channels(keys: Tensor, channels: int, most: int = 3) -> Tensor:
@@ -143,6 +147,9 @@ class BrainSegmentation(SegmentationModule):
         resumed = self.state.encoder
         network: Any = super().build_network(spec)
         shape = None if resumed is None else resumed.get("templates")
+        if not fits(shape, Sequence[int] | None) or (shape and (len(shape) != 3 or max(shape) > _LONGEST)):
+            raise CheckpointError(f"The checkpoint's encoder record says that templates are {shape!r:.60}: it was "
+                                  "not written by this project, or changed since.")  # fmt: skip
         # One voxel of 0 stands for no templates: beyond a template a view is 0.
         content = torch.zeros(len(spec.channels), *(shape or (1, 1, 1)))
         if self._pretrained and resumed is None:

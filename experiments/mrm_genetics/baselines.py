@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.blocks.registry import registered
 from common.blocks.vit import VisionTransformer, init_xavier_weights
 from common.errors import UserError
 from common.losses.contrastive import retrieval_accuracy, symmetric_info_nce
@@ -138,6 +139,7 @@ class ContIGPretrain(SSLModule[ImageGenomeBatch]):
         return {}
 
 
+@registered
 class ColourGrid(nn.Module):
     """An encoder that knows only the colours of an image at 8 x 8.
 

@@ -6,7 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.blocks.registry import registered
 
+
+@registered
 class GrayHistogram(nn.Module):
     """An encoder that knows only how often each grey level occurs.
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.blocks.co_attention import CoAttentionFusion
+from common.blocks.registry import registered
 from common.errors import UserError
 from experiments.umd.towers import POSITIONS, TextTower, VisionTower, resized_positions
 
@@ -47,6 +48,7 @@ class Fused(NamedTuple):
         return self.image if layer < 0 else self.before[layer]
 
 
+@registered
 class UMDEncoder(nn.Module):
     """Vision tower, text tower, and six layers of co-attention between them (section III-A); poolers for tasks.
 

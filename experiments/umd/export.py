@@ -1,6 +1,7 @@
 """Format of an exported encoder: both towers for transformers, the fusion as plain tensors."""
 
-from common.checkpoint import StoredEncoder, build_encoder
+from common.blocks.registry import build_encoder
+from common.checkpoint import StoredEncoder
 from common.errors import UserError
 from common.weights.export import Exported, Part, Writer
 from experiments.umd.encoder import UMDEncoder

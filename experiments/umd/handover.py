@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.checkpoint import build_encoder, load_encoder, read_checkpoint
+from common.blocks.registry import build_recorded
+from common.checkpoint import load_encoder, read_checkpoint
 from common.errors import CheckpointError, UserError
 from common.runtime.reporting import say
 from common.types import InputSpec, TaskState
@@ -62,7 +63,7 @@ def make_umd_encoder(
         UserError: it is of another vocabulary, or texts are longer than it has positions for.
     """
     if record is not None:
-        encoder = build_encoder(record["class_path"], record["init_args"])
+        encoder = build_recorded(record)
     elif pretrained:
         known = TaskState.read(read_checkpoint(pretrained)).spec
         stored = {} if known is None else known.vocabulary

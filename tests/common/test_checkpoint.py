@@ -1,4 +1,4 @@
-import pickle
+import json
 from functools import partial
 
 import pytest
@@ -6,7 +6,6 @@ import torch
 
 from common.blocks.vit import VisionTransformer
 from common.checkpoint import (
-    build_encoder,
     check_shapes,
     load_encoder,
     read_checkpoint,
@@ -15,6 +14,7 @@ from common.checkpoint import (
 from common.checkpoint_io import AtomicCheckpointIO, atomic_save
 from common.errors import CheckpointError, StorageError
 from common.types import InputSpec
+from common.weights.export import export
 from experiments.e_mim.module import EMIMPretrain
 
 CHANNELS = ("t1c", "t1n", "t2f")
@@ -93,24 +93,70 @@ def test_what_is_no_checkpoint_of_ours(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
     with pytest.raises(CheckpointError, match="holds no encoder"):
         load_encoder(tmp_path / "foreign.ckpt")
-    with pytest.raises(CheckpointError, match="not one of this project's"):
-        build_encoder("os.system", {})
-    with pytest.raises(CheckpointError, match="does not have"):
-        build_encoder("common.blocks.vit.Missing", {})
 
 
-class Payload:
-    def __reduce__(self):
-        return (print, ("executed",))
+def test_a_checkpoint_that_asks_for_a_command_builds_and_runs_nothing(run_folder, monkeypatch):
+    """The attack that was seen to work: the record of a run's encoder names a function of this project."""
+    folder, _ = run_folder
+    ran = []
+    monkeypatch.setattr("common.commands.execute", lambda *args, **more: ran.append((args, more)))
+    content = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)
+    record = content["encoder"]
+    for path, arguments in (
+        ("common.commands.execute", {"arguments": ["doctor", "--help"]}),
+        ("common.weights.export.run", {"args": None}),
+        ("experiments.e_mim.module.EMIMPretrain", {}),
+        (record["class_path"], {**record["init_args"], "depth": "12"}),
+        (record["class_path"], {**record["init_args"], "extra": 1}),
+    ):
+        atomic_save(
+            {**content, "encoder": {**record, "class_path": path, "init_args": arguments}}, folder / "evil.ckpt"
+        )
+        with pytest.raises(CheckpointError) as refusal:
+            load_encoder(folder / "evil.ckpt")
+        assert len(str(refusal.value)) <= 320
+    assert ran == []
 
 
-def test_nothing_is_unpickled(tmp_path, capsys):
-    torch.save({"state_dict": {}, "payload": Payload()}, tmp_path / "evil.ckpt")
-    (tmp_path / "raw.ckpt").write_bytes(pickle.dumps(Payload()))
-    for name in ("evil.ckpt", "raw.ckpt"):
-        with pytest.raises(CheckpointError):
-            read_checkpoint(tmp_path / name)
-    assert "executed" not in capsys.readouterr().out
+@pytest.mark.parametrize("name", ["class_path", "init_args", "prefix", "channels", "preprocessing"])
+def test_an_encoder_that_is_described_in_part(run_folder, name):
+    folder, _ = run_folder
+    content = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)
+    for record in ({**content["encoder"], name: 7}, {k: v for k, v in content["encoder"].items() if k != name}):
+        atomic_save({**content, "encoder": record}, folder / "part.ckpt")
+        with pytest.raises(CheckpointError, match=f"does not describe its encoder: `{name}` is"):
+            load_encoder(folder / "part.ckpt")
+
+
+def test_an_export_that_asks_for_a_command_or_is_damaged(run_folder, tmp_path, monkeypatch):
+    folder, _ = run_folder
+    ran = []
+    monkeypatch.setattr("common.commands.execute", lambda *args, **more: ran.append((args, more)))
+    out = export("e_mim", folder, "monai", tmp_path / "export")
+    whole = json.loads((out / "config.json").read_text())
+    evil = {"class_path": "common.commands.execute", "init_args": {"arguments": ["doctor"]}}
+    for change, message in (
+        ({"encoder": evil}, "is no encoder of this project"),
+        ({"encoder": []}, "does not describe its encoder: `class_path`"),
+        ({"channels": ["t1c"]}, "names 1 channels of an encoder of 3"),
+        ({"format": "timm", "experiment": "../../common/commands"}, "There is no patch_embed.proj.weight in it"),
+        ({"format": "released", "experiment": "brainmvp", "encoder": evil}, "is no encoder of this project"),
+        ({"format": "FORMATS", "experiment": "configs"}, "is no export in the format monai or timm"),
+    ):
+        (out / "config.json").write_text(json.dumps(whole | change))
+        with pytest.raises(CheckpointError, match=message):
+            load_encoder(out)
+    for text in ("{", "[1]", "[" * 100_000):
+        (out / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            load_encoder(out)
+    (out / "config.json").write_text(json.dumps(whole))
+    weights = (out / "model.safetensors").read_bytes()
+    for content in (weights[:-100], weights[:4], b"\xff" * 64):
+        (out / "model.safetensors").write_bytes(content)
+        with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+            load_encoder(out)
+    assert ran == []
 
 
 def test_a_truncated_checkpoint(run_folder):

@@ -1,0 +1,139 @@
+"""Encoders that a file may ask for: which classes, and which arguments.
+
+A checkpoint or an export names its encoder's class and arguments. A name is looked up among the classes that carry
+:func:`registered`; nothing is imported because a file says so, and no argument of another kind than the class declares
+is handed on. Whoever writes an encoder of their own puts the decorator on it and imports its module.
+"""
+
+import importlib
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from torch import nn
+
+from common.errors import CheckpointError
+
+#: Modules of this project with encoders, imported when a file asks for one of them.
+HOMES = (
+    "common.blocks.vit",
+    "common.blocks.uniformer",
+    "common.blocks.residual_unet",
+    "experiments.umd.encoder",
+    "experiments.mrm_record.baselines",
+    "experiments.mrm_genetics.baselines",
+)
+#: Encoders that have moved since files were written: what those say, and what it is called now.
+_MOVED = {"experiments.umd.model.UMDEncoder": "experiments.umd.encoder.UMDEncoder"}
+#: Beyond any size or count of an encoder.
+_LARGEST = 2**24
+
+_ENCODERS: dict[str, type[nn.Module]] = {}
+Encoder = TypeVar("Encoder", bound=nn.Module)
+
+
+def class_path(cls: type) -> str:
+    """Return the name that files know a class by."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def registered(cls: type[Encoder]) -> type[Encoder]:
+    """Let files ask for an encoder (class decorator)."""
+    _ENCODERS[class_path(cls)] = cls
+    return cls
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Return whether a value from a file is of the declared kind: plain values, and sequences and mappings of them."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(fits(value, part) for part in parts)
+    if origin is Literal:
+        return any(type(value) is type(part) and value == part for part in parts)
+    if origin is not None and issubclass(origin, Mapping):
+        return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
+    if origin is not None and issubclass(origin, Sequence):
+        return isinstance(value, list | tuple) and all(fits(entry, parts[0]) for entry in value)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    if kind is int:
+        return type(value) is int and abs(value) <= _LARGEST
+    return kind in (bool, str, NoneType) and type(value) is kind
+
+
+def find_encoder(path: str) -> type[nn.Module]:
+    """Return the registered class of that name.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = _MOVED.get(path, path)
+    if path.rpartition(".")[0] in HOMES:
+        importlib.import_module(path.rpartition(".")[0])
+    if path not in _ENCODERS:
+        raise CheckpointError(
+            f"The file asks for the class {path[:100]!r}, which is no encoder of this project: nothing was run. An "
+            f"encoder of your own needs `common.blocks.registry.registered` on its class, and its module imported."
+        )
+    return _ENCODERS[path]
+
+
+def declared_default(path: str, name: str) -> Any:
+    """Return the default of an argument of a registered class; None where it has none."""
+    argument = inspect.signature(find_encoder(path)).parameters.get(name)
+    return None if argument is None or argument.default is argument.empty else argument.default
+
+
+def check_arguments(path: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments if they are those that a registered class declares.
+
+    Raises:
+        CheckpointError: the class is not registered, or an argument is unknown, missing or of another kind.
+    """
+    cls = find_encoder(path)
+    declared = inspect.signature(cls).parameters
+    kinds = get_type_hints(cls.__init__)
+    wrong = [f"{name!r:.60} is none of its arguments" for name in arguments if name not in declared]
+    wrong += [f"`{name}` is {value!r:.60}" for name, value in arguments.items()
+              if name in declared and not fits(value, kinds.get(name))]  # fmt: skip
+    wrong += [f"`{name}` is missing" for name, argument in declared.items()
+              if argument.default is argument.empty and name not in arguments]  # fmt: skip
+    if wrong:
+        raise CheckpointError(f"The file describes no {cls.__name__} that can be built: {wrong[0]}. Export the encoder "
+                              f"again, or start from the run it came from.")  # fmt: skip
+    return dict(arguments)
+
+
+def build_encoder(path: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Build an encoder as a file describes it.
+
+    Args:
+        path: The class.
+        arguments: Its arguments, of the kinds that it declares.
+
+    Raises:
+        CheckpointError: as :func:`check_arguments`, or the class refuses them.
+    """
+    cls = find_encoder(path)
+    try:
+        return cls(**check_arguments(path, arguments))
+    except CheckpointError:
+        raise
+    except (ValueError, ArithmeticError, RuntimeError, IndexError) as error:
+        reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+        raise CheckpointError(f"The file describes no {cls.__name__} that can be built: {reason}") from error
+
+
+def build_recorded(record: Mapping[str, Any]) -> nn.Module:
+    """Build an encoder from the ``encoder_record`` of a checkpoint: ``class_path`` and ``init_args``.
+
+    Raises:
+        CheckpointError: as :func:`build_encoder`, or the record has another form.
+    """
+    path, arguments = record.get("class_path"), record.get("init_args")
+    if not isinstance(path, str) or not isinstance(arguments, Mapping):
+        raise CheckpointError("The checkpoint's `encoder_record` has no class_path or no init_args: it was not written "
+                              "by this project, or changed since.")  # fmt: skip
+    return build_encoder(path, arguments)
