@@ -100,7 +100,7 @@ def load_heads(network: nn.Module, source: str) -> None:
         if value.shape != wanted[key].shape:
             raise CheckpointError(
                 f"{source} has {key} of {tuple(value.shape)}, this configuration {tuple(wanted[key].shape)}: use the "
-                f"settings of model.decoder and model.feature_dim that it was trained with."
+                f"settings of model.decoder and model.features that it was trained with."
             )
     network.load_state_dict(heads, strict=False)
     parts = sorted({key.split(".")[0] for key in heads})
