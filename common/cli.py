@@ -1,15 +1,13 @@
 """The ``lightning`` command: LightningCLI with our defaults, run folder and one-sentence refusals."""
 
-from common.commands import prepare_memory
+from common.runtime.lean_imports import import_torchmetrics
 
-prepare_memory()
+import_torchmetrics()  # before anything imports Lightning
 
 import json
-import logging
 import os
 import sys
 import time
-import warnings
 from importlib.resources import files
 from itertools import count, pairwise
 from pathlib import Path
@@ -26,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from common.callbacks.fault_report import FaultReport
 from common.callbacks.last_checkpoint import LastCheckpoint
 from common.callbacks.preemption import Preemption, slurm_job
-from common.callbacks.run_record import RunRecord
+from common.callbacks.run_record import RunRecord, personal_settings
 from common.checkpoint import read_checkpoint, resolve_checkpoint, run_tokenizer
 from common.checkpoint_io import AtomicCheckpointIO
 from common.distributed import launched_rank
@@ -34,10 +32,12 @@ from common.errors import PreemptedError, UsageError, UserError
 from common.files import remove_empty_folders, whole_file
 from common.module import BuiltFromData
 from common.names import printable, safe_name
+from common.pseudonyms import public_name
 from common.randomness import DEFAULT_SEED
 from common.runtime.configs import expand_config_arguments
 from common.runtime.data_config import one_line
 from common.runtime.loggers import RunCSVLogger, RunTensorBoardLogger, SummaryLogger
+from common.runtime.process import silence_advice
 from common.runtime.reporting import is_dry_run, say
 from common.types import TaskState
 
@@ -79,8 +79,13 @@ class RunConfig(SaveConfigCallback):
         """Write the file once, whole or not at all (Lightning hook)."""
         if self.already_saved or not trainer.is_global_zero or is_dry_run(trainer):
             return
+        config = self.config.clone()
+        options = (config.get("data") or {}).get("init_args") or {}
+        for name in personal_settings(trainer):
+            if options.get(name):
+                options[name] = public_name(options[name])
         with whole_file(Path(trainer.default_root_dir) / "config.yaml") as temporary:
-            self.parser.save(self.config, str(temporary), skip_unset=False, overwrite=True)
+            self.parser.save(config, str(temporary), skip_unset=False, skip_validation=True, overwrite=True)
         self.already_saved = True
 
 
@@ -263,37 +268,6 @@ def _fail(error: Exception) -> NoReturn:
     sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
-#: Advice that is not for the person who runs a command.
-_SILENCED = (
-    ".*does not have many workers.*",
-    ".*LightningCLI's args parameter.*",
-    ".*is already saved during checkpointing.*",
-    ".*Checkpoint directory .* exists and is not empty.*",
-    ".*isinstance\\(treespec, LeafSpec\\).*",
-    ".*module\\(s\\) in eval mode at the start of training.*",
-    ".*callbacks used to create the checkpoint need to be provided.*",
-    ".*number of training batches .* is smaller than the logging interval.*",
-    ".*Couldn't infer the batch indices fetched from your dataloader.*",
-    ".*always_return_as_numpy.*",
-)
-
-
-_SILENCED_LINES = ("Tip: ", "`weights_only` was not set", "Loading `train_dataloader` to estimate", "Seed set to")
-
-
-def _silence_advice() -> None:
-    """Leave on the terminal what the person who runs a command needs."""
-    for pattern in _SILENCED:
-        warnings.filterwarnings("ignore", pattern)
-    for name in (
-        "pytorch.utilities.rank_zero",
-        "pytorch.trainer.connectors.checkpoint_connector",
-        "fabric.utilities.seed",
-    ):
-        logger = logging.getLogger(f"lightning.{name}")
-        logger.addFilter(lambda record: not any(text in record.getMessage() for text in _SILENCED_LINES))
-
-
 def execute(arguments: list[str]) -> Path:
     """Run a command inside this process and return its run folder.
 
@@ -301,7 +275,7 @@ def execute(arguments: list[str]) -> Path:
         UserError: refused.
         PreemptedError: stopped on request; the state is saved.
     """
-    _silence_advice()
+    silence_advice()
     os.environ.pop("MEDMIM_RUN_TIME", None) if launched_rank() == 0 else None
     return Path(MedmimCLI(arguments).trainer.default_root_dir)
 

@@ -1,11 +1,10 @@
 """The ``medmim`` command: everything around training. Each subcommand lives where its subject does."""
 
 import argparse
-import ctypes
 import importlib
-import os
-import platform
 import sys
+
+from common.runtime.process import prepare_memory
 
 #: Subcommand to (module with ``add_arguments`` and ``run``, what it does). Modules are imported when they are needed.
 COMMANDS = {
@@ -24,23 +23,6 @@ COMMANDS = {
     "study": ("common.sweeps.runner", "run the arms of a comparison over seeds and write its results"),
     "bench": ("common.sweeps.bench", "time our own pairs side by side and print the ratios"),
 }
-
-#: From malloc.h of glibc.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-
-
-def prepare_memory() -> None:
-    """Let large CPU tensors lie on huge pages, where a step is 1.2 to 1.7 times as fast, and keep what is freed.
-
-    PyTorch reads its setting at its first allocation, so this comes before its import. Where the C library is glibc, it
-    is asked to take no mapping of its own for a large block and to give nothing back: else the pages of every large
-    activation are made anew in every step, 25,000 of them in one of ViT-B with 32 radiographs.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def build_parser(wanted: str | None = None) -> argparse.ArgumentParser:

@@ -1,16 +1,19 @@
 """``medmim embed``: the features of every case, as Parquet."""
 
 import argparse
+import json
 from pathlib import Path
 
-import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from common.checkpoint import load_encoder
-from common.downstream.encoder import mean_features
+from common.downstream.encoder import mean_features, meet_encoder
 from common.files import whole_file
 from common.runtime.data_config import add_data_arguments, make_datamodule
 from common.runtime.reporting import say
+from common.weights.channels import ChannelReport
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,19 +25,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> None:
-    """Carry out ``medmim embed``: mean over the tokens of the central crop, one row a case."""
+    """Carry out ``medmim embed``: mean over the tokens of the central crop, one row per case.
+
+    How channels were matched is said, and kept in the file's metadata under ``channels``, as JSON.
+    """
     datamodule = make_datamodule(args)
     datamodule.prepare_data()
     datamodule.setup("predict")
-    spec = datamodule.input_spec
+    spec = meet_encoder(datamodule, args.ckpt, "refuse")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     encoder = load_encoder(args.ckpt, image_size=spec.image_size, channels=spec.channels).eval().to(device)
+    channels: ChannelReport | None = encoder.load_report.channels  # type: ignore[union-attr, assignment]
+    if channels is not None:
+        channels = channels.without(spec.absent)
+        say(channels.line(spec.shown))
     rows = []
     for split in ("train", "val", "test"):
         for batch in datamodule.central_samples((split,)):
             features = mean_features(encoder, batch["image"].to(device)).cpu()
-            names = zip(batch["subject_id"], features.tolist(), strict=True)
+            texts = [name.encode("utf-8", "backslashreplace").decode() for name in batch["subject_id"]]
+            names = zip(texts, features.tolist(), strict=True)
             rows += [{"subject_id": name, "split": split, "feature": feature} for name, feature in names]
+    facts = {} if channels is None else {"channels": json.dumps(channels.facts())}
     with whole_file(Path(args.out)) as temporary:
-        pd.DataFrame(rows).to_parquet(temporary)
+        pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata(facts), temporary)
     say(f"embedded {len(rows)} cases, {encoder.num_features} features each, to {args.out}")

@@ -145,7 +145,7 @@ def whole_file(path: Path, owner: Path | None = None, durable: bool = False) -> 
     owned(path, owner or path.parent)
     make_folder(path.parent)
     _remove_leftovers(path.parent)
-    temporary = path.with_name(f".{_here()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.{path.name[-120:]}")
+    temporary = temporary_beside(path)
     try:
         with storage_errors(path):
             yield temporary
@@ -157,6 +157,11 @@ def whole_file(path: Path, owner: Path | None = None, durable: bool = False) -> 
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return a name that nothing else has, beside a file and with its suffixes, for what will be renamed to it."""
+    return path.with_name(f".{_here()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.{path.name[-120:]}")
 
 
 def write_text(path: Path, text: str, owner: Path | None = None) -> None:

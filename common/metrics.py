@@ -64,8 +64,8 @@ def region_dice(pred: Tensor, target: Tensor) -> Tensor:
     return compute_dice(pred.float(), target.float(), include_background=True, ignore_empty=False)
 
 
-def region_hd95(pred: Tensor, target: Tensor, diagonal: float) -> Tensor:
-    """95th percentile of the symmetric surface distance, in voxels, per sample and region.
+def region_hd95(pred: Tensor, target: Tensor, diagonal: float, spacing: Sequence[float]) -> Tensor:
+    """95th percentile of the symmetric surface distance, in mm, per sample and region.
 
     MONAI returns NaN wherever a region is empty and drops it from means, so that a model that finds nothing scores
     perfectly (MONAI issue 9095). Here, as in BraTS: both empty is 0, exactly one empty is the volume's diagonal.
@@ -73,7 +73,8 @@ def region_hd95(pred: Tensor, target: Tensor, diagonal: float) -> Tensor:
     Args:
         pred: bool ``(B, R, *space)``.
         target: bool ``(B, R, *space)``.
-        diagonal: Diagonal of the whole volume in voxels (373.13 for 240 x 240 x 155).
+        diagonal: Diagonal of the whole volume in mm (373.13 for 240 x 240 x 155 voxels of 1 mm).
+        spacing: Sides of a voxel of ``pred`` and ``target`` in mm.
 
     Returns:
         ``(B, R)`` float32 on the CPU.
@@ -87,7 +88,9 @@ def region_hd95(pred: Tensor, target: Tensor, diagonal: float) -> Tensor:
     both = has_pred & has_target
     for sample, region in both.nonzero().tolist():
         one, other = pred[sample, region][None, None], target[sample, region][None, None]
-        distance = compute_hausdorff_distance(one, other, include_background=True, percentile=95)
+        distance = compute_hausdorff_distance(
+            one, other, include_background=True, percentile=95, spacing=[float(side) for side in spacing]
+        )
         result[sample, region] = distance.item()
     return result
 

@@ -14,8 +14,9 @@ from common.distributed import reduce_sums
 from common.errors import CheckpointError, UserError
 from common.optim import OptimizerConfig, Schedule, WarmupCosine, param_groups
 from common.randomness import run_seed, seed_step, stable_hash
-from common.runtime.reporting import log_scalars
+from common.runtime.reporting import log_scalars, say
 from common.types import HiddenTokens, ImageKey, InputSpec, Panel, Reconstruction, TaskState, TokenFeatures
+from common.weights.channels import ChannelReport, deliver_channels
 
 #: The batch of a method, a type of :mod:`common.types`.
 BatchT = TypeVar("BatchT", bound=Mapping[str, Any])
@@ -78,6 +79,8 @@ class BuiltFromData(pl.LightningModule):
     network: Any
     #: Fields of the input's spec that the network is built for.
     remembered: tuple[str, ...] = ("channels", "image_size")
+    #: How the channels of stored weights met those of the data; None where there are no such weights.
+    channel_report: ChannelReport | None = None
 
     def __init__(self, optimization: OptimizerConfig) -> None:
         super().__init__()
@@ -112,7 +115,7 @@ class BuiltFromData(pl.LightningModule):
         stored = self.state.spec
         datamodule = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
         if datamodule is not None:
-            spec: InputSpec = datamodule.input_spec
+            spec = self.meet_channels(datamodule, stored)
             if stored is not None:
                 spec = spec.merge(stored)
                 if problem := spec.difference(stored):
@@ -139,6 +142,32 @@ class BuiltFromData(pl.LightningModule):
             raise UserError(str(error)) from error
         if self.optimization.compile:
             self.network.compile()
+
+    def meet_channels(self, datamodule: Any, stored: InputSpec | None) -> InputSpec:
+        """Bring the data's channels into a checkpoint's order, and return what the batches will hold.
+
+        Args:
+            datamodule: The data.
+            stored: What the checkpoint was made for; None lets the data decide.
+
+        Raises:
+            CheckpointError: the data have a channel that the checkpoint lacks, or none of its channels.
+        """
+        given: InputSpec = datamodule.input_spec
+        if stored is None or not stored.channels or given.channels == stored.channels:
+            return given
+        spec, report = deliver_channels(datamodule, stored.channels, stored.names)
+        self.note_channels(report, spec)
+        return spec
+
+    def note_channels(self, report: ChannelReport, spec: InputSpec) -> None:
+        """Say how the channels of stored weights met those of the data, and keep it for the summary."""
+        self.channel_report = report
+        say(report.line(spec.shown))
+
+    def shown_channels(self) -> tuple[str, ...]:
+        """Return what pictures and logs call the channels."""
+        return self.spec.names or self.spec.channels
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record the state, and how to rebuild the encoder alone (Lightning hook)."""

@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple, Protocol, TypedDict
 import torch
 from torch import Tensor
 
+from common.modalities import canonical_channels
+
 #: Which image of a batch a method is shown: a sample's own, or that of another patient.
 ImageKey = Literal["image", "control_image"]
 
@@ -341,13 +343,16 @@ class InputSpec(NamedTuple):
     """What a data module promises about its images, enough to build a network for them.
 
     Attributes:
-        channels: the names of the channels, in order.
+        channels: the canonical names of the channels, in order.
         image_size: the size of one crop, in voxels or pixels.
         regions: label channel to the label values it is made of; empty without labels.
         preprocessing: what was done to the intensities and the grid, for the card of an exported encoder.
         vocabulary: size, length and fingerprint of the text's tokens; empty without text.
         classes: names of the classes that images are labelled with; empty without such labels.
         genome: features of each kind of genetics, by name and in order; empty without genetics.
+        names: what the archive calls the channels, for pictures and logs; empty = as ``channels``.
+        absent: channels that no case has, which are fed as absent.
+        chosen: whether the configuration names the channels, so that none is added.
     """
 
     channels: tuple[str, ...]
@@ -357,11 +362,19 @@ class InputSpec(NamedTuple):
     vocabulary: Mapping[str, Any] = {}
     classes: tuple[str, ...] = ()
     genome: Mapping[str, int] = {}
+    names: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    chosen: bool = False
+
+    @property
+    def shown(self) -> dict[str, str]:
+        """What the archive calls each channel."""
+        return dict(zip(self.channels, self.names or self.channels, strict=True))
 
     def only(self, fields: Sequence[str]) -> "InputSpec":
-        """Return the spec with these fields, and the preprocessing, alone."""
-        kept = {name: getattr(self, name) for name in fields}
-        return InputSpec(**{"channels": (), "image_size": (), "preprocessing": self.preprocessing} | kept)
+        """Return the spec with these fields, the preprocessing and the archive's names of the channels, alone."""
+        kept = {name: getattr(self, name) for name in (*fields, "preprocessing", "names")}
+        return InputSpec(**{"channels": (), "image_size": ()} | kept)
 
     def merge(self, stored: "InputSpec") -> "InputSpec":
         """Fill in what the data leave open and a checkpoint knows."""
@@ -398,9 +411,11 @@ class TaskState(NamedTuple):
 
     @classmethod
     def read(cls, checkpoint: Mapping[str, Any]) -> "TaskState":
-        """Return the state that a checkpoint holds; an empty one if it holds none."""
+        """Return the state that a checkpoint holds, channels under canonical names; an empty one if it holds none."""
         stored = checkpoint.get("state") or {}
         spec = InputSpec(**_frozen(stored["spec"])) if stored.get("spec") else None
+        if spec is not None:
+            spec = spec._replace(channels=canonical_channels(spec.channels), names=spec.names or spec.channels)
         return cls(spec, stored.get("encoder"))
 
 

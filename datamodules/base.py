@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 from common.distributed import rank
 from common.errors import DataError
 from common.faults import Fault, FaultLedger, SampleFaultError
+from common.pseudonyms import hide_names, names_are_hidden
 from common.randomness import run_seed, stable_hash
 from common.types import InputSpec
 from datamodules.examination import Terms
@@ -65,7 +66,8 @@ class FaultTolerantDataset(Dataset):
             place = {"rank": rank(), "worker": -1 if worker is None else worker.id}
             item["faults"] = [fault._replace(**place) for fault in [*faults, *item.get("faults", [])]]
             return item
-        raise DataError(f"No sample of this set can be used. First fault: {faults[0].path}: {faults[0].detail}")
+        first = faults[0].kind if names_are_hidden() else f"{faults[0].path}: {faults[0].detail}"
+        raise DataError(f"No sample of this set can be used. First fault: {first}")
 
 
 def collate_samples(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -88,9 +90,13 @@ class ArchiveDataModule(pl.LightningDataModule):
         batch_size: Samples per device.
         num_workers: Loader processes per rank.
         max_fault_fraction: Share of faulty samples at which training stops (never fewer than 5 samples).
-        anonymise: Whether subject ids are replaced by pseudonyms in logs, pictures and fault files.
+        anonymise: Whether persons, studies and files have pseudonyms in all that is printed, logged, drawn or written
+            outside the cache; see :mod:`common.pseudonyms`.
         seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
     """
+
+    #: Settings that say something about one person; where names are hidden, no file of a run keeps their values.
+    personal: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -107,6 +113,7 @@ class ArchiveDataModule(pl.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = run_seed() if seed is None else seed
+        hide_names(anonymise)
         self.ledger = FaultLedger(max_fault_fraction, anonymise)
         self.splits: dict[str, list[Any]] = {}
         self.store: Any = None
@@ -118,6 +125,16 @@ class ArchiveDataModule(pl.LightningDataModule):
     @abstractmethod
     def input_spec(self) -> InputSpec:
         """What the batches will hold; known once the root has been indexed."""
+
+    def deliver(self, channels: Sequence[str]) -> None:
+        """Give batches these channels in this order; those that the archive lacks are fed as absent.
+
+        Raises:
+            DataError: the channels of this archive are fixed.
+        """
+        given = self.input_spec.channels
+        if tuple(channels) != given:
+            raise DataError(f"The data give the channels {', '.join(given)}, not {', '.join(channels)}.")
 
     @abstractmethod
     def examine(self, deep: bool, workers: int) -> list[str]:

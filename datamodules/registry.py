@@ -1,7 +1,6 @@
 """The known layouts, and which of them a root is."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from datamodules.reports.open_i import OPEN_I
 from datamodules.reports.roco import MEDICAT_ROCO, ROCO
 from datamodules.reports.studies import StudyLayout
 from datamodules.volumes.brats import BRATS2021, BRATS2023
-from datamodules.volumes.cases import Case, Layout
+from datamodules.volumes.cases import Layout
 from datamodules.volumes.folder import FOLDER, LUNG
 from datamodules.volumes.pi_cai import PI_CAI
 
@@ -74,18 +73,3 @@ def recognise(root: str | Path, layout: str = "auto", known: Sequence[Any] = VOL
         names = ", ".join(candidate.name for candidate, _ in matches)
         raise DataError(f"{root} could be of several layouts ({names}): choose one with LAYOUT=.")
     return matches[0][0], matches[0][1]
-
-
-def with_modalities(layout: Layout, cases: Sequence[Case], wanted: Sequence[str] | None) -> Layout:
-    """Settle a layout's channels: those asked for, its own, or all that its cases have.
-
-    Raises:
-        DataError: no case has a modality that is asked for.
-    """
-    present = sorted({name for case in cases for name in case.images})
-    names = tuple(wanted) if wanted else layout.modalities or tuple(present)
-    unknown = [name for name in names if name not in present]
-    if wanted and unknown:
-        raise DataError(f"No case has the modalities {', '.join(unknown)}; present are {', '.join(present)}.")
-    intensity = {name: layout.preprocessing.intensity.get(name, "percentile") for name in names}
-    return replace(layout, modalities=names, preprocessing=replace(layout.preprocessing, intensity=intensity))

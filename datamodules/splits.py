@@ -17,6 +17,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from common.errors import DataError
 from common.files import whole_file
+from common.pseudonyms import public_name
 from common.randomness import stable_hash
 from common.runtime.reporting import say
 from datamodules.files import listed_names
@@ -150,9 +151,11 @@ def read_split_file(path: Path) -> tuple[str, dict[str, str]]:
     for name, word in zip(table[key], table["split"].str.lower(), strict=True):
         value = _SYNONYMS.get(word, word)
         if value not in SPLITS:
-            raise DataError(f"{path} puts {name} into the split {value!r}; it must be one of {', '.join(SPLITS)}.")
+            raise DataError(
+                f"{path} puts {public_name(name)} into the split {value!r}; it must be one of {', '.join(SPLITS)}."
+            )
         if parts.setdefault(name, value) != value:
-            raise DataError(f"{path} puts {name} into both {parts[name]} and {value}.")
+            raise DataError(f"{path} puts {public_name(name)} into both {parts[name]} and {value}.")
     return key, parts
 
 
@@ -170,12 +173,12 @@ def _split_by_file(cases: Sequence[Member], given: SplitFile) -> dict[str, str]:
     total = len(joined.found) + len(joined.lacking)
     unlisted = f"{len(joined.lacking)} of {total} {noun} are not in {path.name}"
     if not joined.found:
-        raise DataError(f"{path} names none of the {total} {noun}, such as {joined.lacking[0]}"
+        raise DataError(f"{path} names none of the {total} {noun}, such as {public_name(joined.lacking[0])}"
                         f"{mending(joined, 'split.ids') or ': correct the file'}.")  # fmt: skip
     parts = {case: listed[joined.found[name]] for case, name in name_of.items() if name in joined.found}
     check_patients(cases, parts)
     if given.unlisted == "refuse" and len(joined.lacking) > _UNLISTED * total:
-        more = f", such as {joined.lacking[0]}: add them, or set split.unlisted: ignore"
+        more = f", such as {public_name(joined.lacking[0])}: add them, or set split.unlisted: ignore"
         raise DataError(unlisted + (mending(joined, "split.ids") or more))
     say(joined.counts(path.name, noun))
     return parts
@@ -194,8 +197,9 @@ def check_patients(cases: Sequence[Member], parts: Mapping[str, str]) -> None:
     leaks = {patient: found for patient, found in seen.items() if len(found) > 1}
     if leaks:
         patient, found = next(iter(leaks.items()))
-        where = " and ".join(f"{part} ({case})" for part, case in found.items())
-        raise DataError(f"{len(leaks)} patients are in several splits, first {patient}: {where}. Split by patient.")
+        where = " and ".join(f"{part} ({public_name(case)})" for part, case in found.items())
+        raise DataError(f"{len(leaks)} patients are in several splits, first {public_name(patient)}: {where}. Split by "
+                        f"patient.")  # fmt: skip
 
 
 def check_unique(cases: Sequence[Member]) -> None:
@@ -207,7 +211,7 @@ def check_unique(cases: Sequence[Member]) -> None:
     seen: set[str] = set()
     for case in cases:
         if case.case_id in seen:
-            raise DataError(f"The case {case.case_id} is there twice; keep one copy under the root.")
+            raise DataError(f"The case {public_name(case.case_id)} is there twice; keep one copy under the root.")
         seen.add(case.case_id)
 
 
@@ -352,7 +356,8 @@ def listed_split(cases: Sequence[Member], lists: Sequence[Path]) -> dict[str, li
         words = [line.split()[0] for line in listed_names([path])]
         named = [known[end] for word in words if (end := next(filter(known.__contains__, _ends(word)), None))]
         if not named:
-            raise DataError(f"{path} names none of the {len(cases)} cases, such as {cases[0].case_id}.")
+            example = public_name(cases[0].case_id)
+            raise DataError(f"{path} names none of the {len(cases)} cases, such as {example}.")
         for name in dict.fromkeys(named):
             found.setdefault(name, []).append(split)
     return found

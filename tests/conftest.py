@@ -25,8 +25,9 @@ def _isolated(tmp_path, monkeypatch):
     """Give every test its own working directory, cache and seeds."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MEDMIM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    monkeypatch.delenv("MEDMIM_RUN_TIME", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    for name in ("PL_GLOBAL_SEED", "MEDMIM_RUN_TIME", "MEDMIM_ANONYMISE", "MEDMIM_ANONYMISE_KEY"):
+        monkeypatch.delenv(name, raising=False)
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002
 

@@ -11,12 +11,13 @@ from torch import nn
 
 from common.blocks.vit import VisionTransformer
 from common.distributed import gather_objects
-from common.downstream.encoder import EncoderFactory, encoder_architecture, make_encoder
+from common.downstream.encoder import EncoderFactory, encoder_architecture, make_encoder, meet_encoder
 from common.files import write_text
 from common.module import BuiltFromData
 from common.optim import OptimizerConfig
 from common.runtime.reporting import log_scalars, say, write_rows
 from common.types import InputSpec
+from common.weights.channels import NewChannels
 
 
 class FineTuning(BuiltFromData):
@@ -30,6 +31,8 @@ class FineTuning(BuiltFromData):
         pretrained: Run folder, checkpoint or export whose encoder to start from; None trains from scratch.
         encoder: Makes the encoder from (channels, image size) where nothing is pre-trained.
         optimization: How the weights are updated.
+        new_channels: What channels start as that the pre-trained encoder does not know: the mean of those it knows, or
+            at random; an encoder that stays frozen refuses them.
     """
 
     def __init__(
@@ -37,14 +40,29 @@ class FineTuning(BuiltFromData):
         pretrained: str | None,
         encoder: EncoderFactory = VisionTransformer,
         optimization: OptimizerConfig = OptimizerConfig(),
+        new_channels: NewChannels = "mean",
     ) -> None:
         super().__init__(optimization)
         self.rows: list[dict[str, Any]] = []
         self._pretrained, self._make_encoder = pretrained, encoder
+        self.new_channels: NewChannels = new_channels
+
+    def meet_channels(self, datamodule: Any, stored: InputSpec | None) -> InputSpec:
+        """Have the data give also those channels, as absent, that only the pre-trained encoder knows.
+
+        Raises:
+            CheckpointError: the encoder does not know the data's channels, and they may not be new.
+        """
+        if stored is not None or not self._pretrained or self.state.encoder is not None:
+            return super().meet_channels(datamodule, stored)
+        return meet_encoder(datamodule, self._pretrained, self.new_channels)
 
     def build_encoder(self, spec: InputSpec) -> nn.Module:
         """Make the encoder, and remember its architecture for checkpoints."""
-        encoder = make_encoder(spec, self._pretrained, self._make_encoder, self.state.encoder)
+        encoder = make_encoder(spec, self._pretrained, self._make_encoder, self.state.encoder, self.new_channels)
+        report: Any = getattr(encoder, "load_report", None)
+        if report is not None and report.channels is not None:
+            self.note_channels(report.channels.without(spec.absent), spec)
         self.state = self.state._replace(encoder=encoder_architecture(encoder))
         return encoder
 

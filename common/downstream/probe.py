@@ -108,7 +108,7 @@ class LinearProbe(FineTuning):
         num_seeds: int = 5,
         optimization: OptimizerConfig = OptimizerConfig(),
     ) -> None:
-        super().__init__(pretrained, encoder, optimization=optimization)
+        super().__init__(pretrained, encoder, optimization=optimization, new_channels="refuse")
         self.save_hyperparameters()
         self.num_folds, self.num_seeds = num_folds, num_seeds
         self._features = self._targets = torch.zeros(0)

@@ -17,6 +17,7 @@ from common.metrics import region_dice, region_hd95
 from common.optim import OptimizerConfig
 from common.runtime.reporting import log_scalars, say
 from common.types import InputSpec
+from common.weights.channels import NewChannels
 
 NetworkFactory = Callable[[VisionTransformer, int], nn.Module]
 WindowMode = Literal["constant", "gaussian"]
@@ -41,7 +42,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 class SegmentationModule(FineTuning):
     """Trains a segmentation network on crops and scores whole volumes through a sliding window.
 
-    Validation logs ``val/dice`` and one Dice per region. Testing adds HD95 and writes ``metrics.json`` and
+    Validation logs ``val/dice`` and one Dice per region. Testing adds HD95 in mm and writes ``metrics.json`` and
     ``per_case.csv`` into the run folder; predicting gives label volumes on the source grid.
 
     Args:
@@ -55,6 +56,8 @@ class SegmentationModule(FineTuning):
         window_mode: How overlapping windows are averaged: all voxels alike, or those in the middle of a window more.
         flip_ensemble: Whether to average over all mirrorings at test time.
         optimization: How the weights are updated.
+        new_channels: What channels start as that the pre-trained encoder does not know: ``"mean"`` of those it knows,
+            or ``"fresh"``, at random.
     """
 
     monitor = ("val/dice", "max")
@@ -72,11 +75,13 @@ class SegmentationModule(FineTuning):
         window_mode: WindowMode = "gaussian",
         flip_ensemble: bool = False,
         optimization: OptimizerConfig = OptimizerConfig(),
+        new_channels: NewChannels = "mean",
     ) -> None:
         super().__init__(
             pretrained,
             encoder,
             optimization=optimization,
+            new_channels=new_channels,
         )
         self.save_hyperparameters()
         self.loss = loss or RegionDiceBCE()
@@ -144,8 +149,8 @@ class SegmentationModule(FineTuning):
             row |= {f"dice_{name}": float(dice[index, r]) for r, name in enumerate(self.regions)}
             row["loss"] = float(self.loss(logits[index : index + 1], batch["label"][index : index + 1]))
             if distance:
-                diagonal = math.hypot(*batch["record"][index].source_shape)
-                hd95 = region_hd95(pred[index : index + 1], target[index : index + 1], diagonal)[0]
+                record, one = batch["record"][index], slice(index, index + 1)
+                hd95 = region_hd95(pred[one], target[one], record.source_diagonal, record.spacing)[0]
                 row |= {f"hd95_{name}": float(hd95[r]) for r, name in enumerate(self.regions)}
                 row |= {
                     f"empty_{name}": self._emptiness(pred[index, r], target[index, r])
@@ -176,7 +181,7 @@ class SegmentationModule(FineTuning):
             for name in self.regions:
                 dice, hd95 = summary[f"dice_{name}"], summary[f"hd95_{name}"]
                 say(f"{name}: Dice {100 * dice['mean']:.2f} +- {100 * dice['std']:.2f} %, HD95 {hd95['mean']:.2f} +- "
-                    f"{hd95['std']:.2f} voxels, {summary['n']} cases, empty {summary[f'empty_{name}']}")  # fmt: skip
+                    f"{hd95['std']:.2f} mm, {summary['n']} cases, empty {summary[f'empty_{name}']}")  # fmt: skip
         log_scalars(
             self,
             {f"test/{name}": v["mean"] for name, v in summary.items() if name.startswith(("dice", "hd95", "loss"))},

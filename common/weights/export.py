@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,6 +134,7 @@ def write_export(stored: StoredEncoder, experiment: str, format: str, out: Path,
         "arguments": exported.config,
         "encoder": {"class_path": stored.class_path, "init_args": stored.init_args},
         "channels": stored.channels,
+        "names": stored.names,
         "preprocessing": stored.preprocessing,
         "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         **source_state(),
@@ -143,13 +144,19 @@ def write_export(stored: StoredEncoder, experiment: str, format: str, out: Path,
     return out
 
 
+def _named(channels: Sequence[str], names: Sequence[str]) -> str:
+    """Return channels with what their archive calls them."""
+    pairs = zip(channels, names or channels, strict=True)
+    return ", ".join(name if name == shown else f"{name} ({shown} in the archive)" for name, shown in pairs)
+
+
 def _card(facts: dict[str, Any], source: str, usage: str) -> str:
     return _CARD.format(
         experiment=facts["experiment"],
         format=facts["format"],
         weights_file="model.safetensors",
         sha256=facts["sha256"],
-        channels=", ".join(facts["channels"]) or "unknown",
+        channels=_named(facts["channels"], facts["names"]) or "unknown",
         image_size=" x ".join(map(str, facts["encoder"]["init_args"]["image_size"])),
         preprocessing=json.dumps(facts["preprocessing"]),
         checkpoint=source,

@@ -12,10 +12,12 @@ from functools import partial
 from pathlib import Path
 
 from common.errors import DataError
+from common.modalities import CANONICAL, TEMPLATES, canonical_name
 from datamodules.brain.manifest import find_manifest
-from datamodules.brain.sequences import CANONICAL, canonical_name, is_volume, patient_of, split_name
+from datamodules.brain.sequences import is_volume, patient_of, split_name
 from datamodules.volumes.brats import find_cases as find_brats
 from datamodules.volumes.cases import Case, Layout, Preprocessing
+from datamodules.volumes.modalities import one_file_each
 
 #: Voxels of the SRI24 atlas at 1 mm, on which BraTS, UCSF-PDGM and UPENN-GBM lie.
 ATLAS = (240, 240, 155)
@@ -25,7 +27,7 @@ _LABEL_NAMES = ("seg", "label", "mask", "msk")
 #: Regions of a glioma by the value of its enhancing part: 4 until 2021, 3 from 2023 on.
 _GLIOMA_REGIONS = {value: {"TC": (1, value), "WT": (1, 2, value), "ET": (value,)} for value in (3, 4)}
 #: Canonical sequences that no BraTS case has.
-_BEYOND_GLIOMAS = frozenset(CANONICAL) - {"flair", "t1", "t1c", "t2"}
+_BEYOND_GLIOMAS = frozenset(TEMPLATES) - {"flair", "t1", "t1c", "t2"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Pattern:
         image: With the groups ``study`` and ``sequence``; ``patient`` where it is not the study, ``attribute`` for
             what else a path says.
         label: With the group ``study``.
-        names: Sequence as written to canonical name, where it is no common one.
+        names: Sequence as written to canonical name, where it is no usual spelling.
         study: How the name of a study is made of the groups.
         attribute: Name of the attribute.
     """
@@ -62,13 +64,14 @@ class Pattern:
 
     def _add(self, cases: dict[str, Case], path: Path, groups: dict[str, str]) -> None:
         given = groups.get("sequence", "")
-        sequence = (self.names or {}).get(given.lower()) or canonical_name(given)
-        if sequence is None:
+        sequence = (self.names or {}).get(given.lower()) or given
+        if canonical_name(sequence) not in CANONICAL:
             return
         study = self.study.format(**groups)
         facts = {self.attribute: groups["attribute"]} if groups.get("attribute") else {}
         case = cases.get(study) or Case(study, groups.get("patient") or study, {}, attributes=facts)
-        cases[study] = case._replace(images={sequence: path, **case.images})
+        images, surplus = one_file_each([*case.images.items(), (sequence, path)])
+        cases[study] = case._replace(images=images, surplus=[*case.surplus, *surplus])
 
 
 def walk(root: Path) -> Iterator[Path]:
@@ -76,17 +79,21 @@ def walk(root: Path) -> Iterator[Path]:
     for folder, below, files in os.walk(root):
         depth = len(Path(folder).relative_to(root).parts)
         below[:] = sorted(name for name in below if not name.startswith(".")) if depth < _MAX_DEPTH else []
-        yield from (path for name in sorted(files) if is_volume(path := Path(folder, name)))
+        named = [name for name in below if is_volume(Path(folder, name)) and not _holds_volumes(Path(folder, name))]
+        yield from (path for name in sorted([*files, *named]) if is_volume(path := Path(folder, name)))
+
+
+def _holds_volumes(folder: Path) -> bool:
+    return any(is_volume(path) for path in folder.iterdir())
 
 
 def find_gliomas(root: Path, new_names: bool | None = None) -> list[Case]:
-    """List BraTS cases of any year under canonical names; 2018 brings the grade of its folder."""
+    """List BraTS cases of any year; 2018 brings the grade of its folder."""
     cases = []
     for case in find_brats(root, new_names):
-        images = {name: path for old, path in case.images.items() if (name := canonical_name(old))}
         folders = {part.upper() for path in case.images.values() for part in path.relative_to(root).parts[:-1]}
         grade = next((name for name in ("HGG", "LGG") if name in folders), None)
-        cases.append(case._replace(images=images, attributes={"grade": grade} if grade else {}))
+        cases.append(case._replace(attributes={"grade": grade} if grade else {}))
     return cases
 
 
@@ -106,10 +113,7 @@ def recognise_old_gliomas(root: Path) -> list[Case]:
 
 
 def find_folder(root: Path) -> list[Case]:
-    """List ``CASE/[CASE_]<sequence>.nii.gz``, files of one case lying in the root itself, or ``CASE_<sequence>`` there.
-
-    Files whose sequence is not known are named in the case's attribute ``unknown``.
-    """
+    """List ``CASE/[CASE_]<sequence>.nii.gz``, files of one case in the root itself, or ``CASE_<sequence>`` there."""
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     cases = [_folder_case(folder.name, sorted(filter(is_volume, folder.iterdir()))) for folder in folders]
     flat = sorted(filter(is_volume, root.iterdir()))
@@ -127,23 +131,15 @@ def find_folder(root: Path) -> list[Case]:
 def _folder_case(name: str, paths: list[Path]) -> Case | None:
     if not paths:
         return None
-    images: dict[str, Path] = {}
-    labels: dict[str, Path] = {}
-    unknown = []
-    for path in paths:
-        given = split_name(path)[1]
-        if given.lower() in _LABEL_NAMES:
-            labels["seg"] = path
-        elif sequence := canonical_name(given):
-            images.setdefault(sequence, path)
-        else:
-            unknown.append(given)
-    return Case(name, patient_of(name), images, labels, attributes={"unknown": ", ".join(unknown)} if unknown else {})
+    found = [(split_name(path)[1], path) for path in paths]
+    masks = [path for sequence, path in found if sequence.lower() in _LABEL_NAMES]
+    images, surplus = one_file_each((sequence, path) for sequence, path in found if path not in masks)
+    return Case(name, patient_of(name), images, {"seg": masks[-1]} if masks else {}, surplus=surplus)
 
 
 #: BrainMVP's chain: 1 mm, cut symmetrically about the atlas's centre, 5th to 95th percentile to [0, 1].
 ATLAS_CHAIN = Preprocessing(
-    intensity=dict.fromkeys(CANONICAL, "percentile_5_95"),
+    intensity=dict.fromkeys(TEMPLATES, "percentile_5_95"),
     spacing=(1.0, 1.0, 1.0),
     crop_foreground=True,
     centered=True,
@@ -152,7 +148,7 @@ ATLAS_CHAIN = Preprocessing(
 
 
 def _layout(name: str, tree: str, find: object, labels: tuple[int, ...] = (), **more: object) -> Layout:
-    settings = {"modalities": CANONICAL, "regions": {}, "preprocessing": ATLAS_CHAIN, "crop_size": (96, 96, 96)} | more
+    settings = {"modalities": TEMPLATES, "regions": {}, "preprocessing": ATLAS_CHAIN, "crop_size": (96, 96, 96)} | more
     return Layout(name=name, tree=tree, find=find, label_values=frozenset(labels), **settings)  # type: ignore[arg-type]
 
 

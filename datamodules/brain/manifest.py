@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import DataError
-from common.names import path_under
-from datamodules.brain.sequences import canonical_name, patient_of, split_name
+from common.modalities import canonical_name
+from common.pseudonyms import public_name
+from datamodules.brain.sequences import patient_of, split_name
 from datamodules.files import read_json
 from datamodules.ids import check_subjects
+from datamodules.listed_files import path_under
 from datamodules.volumes.cases import Case
 
 NAME = "datalist.json"
@@ -85,18 +87,16 @@ def _case(
     entry: Mapping[str, Any], named: Sequence[tuple[str, str]], root: Path, source: str, split: str, where: str
 ) -> Case:
     images: dict[str, Path] = {}
-    unknown = []
     for given, name in named:
         sequence = canonical_name(given)
-        if sequence is None:
-            unknown.append(given)
-        elif sequence in images:
-            raise DataError(f"{where} lists {sequence} twice: {images[sequence].name} and {Path(name).name}.")
-        else:
-            images[sequence] = path_under(root, name, where)
+        twin = next((path for other, path in images.items() if canonical_name(other) == sequence), None)
+        if twin is not None:
+            raise DataError(f"{where} lists {sequence} twice: {public_name(twin.name)} and "
+                            f"{public_name(Path(name).name)}.")  # fmt: skip
+        images[given] = path_under(root, name, where)
     first = named[0][1]
     study = entry.get("study") or Path(first).parent.name or split_name(Path(first))[0]
-    facts = {"source": entry.get("source") or source} | ({"unknown": ", ".join(unknown)} if unknown else {})
     label = entry.get("label")
     labels = {"seg": path_under(root, label, where)} if label else {}
+    facts = {"source": entry.get("source") or source}
     return Case(study, entry.get("patient") or patient_of(study), images, labels, split, facts)

@@ -22,10 +22,12 @@ from sklearn.decomposition import PCA
 
 from common.errors import DataError
 from common.files import whole_file, write_text
+from common.pseudonyms import public_name
 from common.runtime.reporting import say
 from datamodules.genetics.genotypes import Genotypes, allele_frequencies, open_genotypes
 from datamodules.genetics.kinship import KINSHIP, kinship, read_kinship, unrelated
-from datamodules.tables import read_table
+from datamodules.ids import join_ids, rows_by
+from datamodules.tables import read_parquet, read_table
 
 _CHUNK = 2048
 _MOST_PERSONS = 5000
@@ -221,10 +223,14 @@ def associate(
         row_of.setdefault(str(name), row)
     place_of = {name: place for place, name in enumerate(genotypes.ids)}
     known = None if covariates is None else set(covariates.dropna().index.astype(str))
+    say(join_ids(row_of, place_of).counts("genotypes", "persons with features"))
+    if known is not None:
+        say(join_ids(row_of, known).counts("covariates without gaps", "persons with features"))
     names = [name for name in row_of if name in place_of and (known is None or name in known)]
     if not names:
-        raise DataError(f"No person has both features (such as {next(iter(row_of), '-')}) and genotypes "
-                        f"(such as {genotypes.ids[0]}){'' if known is None else ' and covariates'}.")  # fmt: skip
+        one, other = public_name(next(iter(row_of), "-")), public_name(genotypes.ids[0])
+        more = "" if known is None else " and covariates"
+        raise DataError(f"No person has both features (such as {one}) and genotypes (such as {other}){more}.")
     if relatives is None:
         relatives = _estimated_relatives(genotypes, names, place_of)
     kept = unrelated(relatives, names)
@@ -320,7 +326,8 @@ def _covariates(path: str | None) -> pd.DataFrame | None:
     table = read_table(Path(path))
     if "IID" not in table.columns:
         raise DataError(f"{path} has no column IID; it has {', '.join(table.columns)}.")
-    return table.set_index("IID").apply(pd.to_numeric, errors="coerce")
+    rows_by(Path(path), table, "IID")
+    return table.drop_duplicates("IID").set_index("IID").apply(pd.to_numeric, errors="coerce")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -332,7 +339,7 @@ def run(args: argparse.Namespace) -> None:
     path = Path(args.features)
     if not path.is_file():
         raise DataError(f"There are no features at {path}: write them with medmim embed.")
-    table = pd.read_parquet(path)
+    table = read_parquet(path, ["subject_id", "split", "feature"]).to_pandas()
     if args.split != "all":
         table = table[table["split"] == args.split]
     if table.empty:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.errors import DataError
-from common.faults import Fault, SampleFaultError, pseudonym
+from common.faults import Fault, SampleFaultError
+from common.pseudonyms import pseudonym, public_name
 from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
@@ -21,6 +22,7 @@ from datamodules.genetics.checks import examine
 from datamodules.genetics.genome import Genome, GenomeFiles, pair_persons, read_genome
 from datamodules.genetics.kinship import read_kinship
 from datamodules.genetics.layout import Picture, PictureLayout
+from datamodules.ids import join_ids, mending
 from datamodules.images.cache import BoxChoice, ImageCache, SourceImages
 from datamodules.images.crops import center_box, cut_box, random_box
 from datamodules.images.datamodule import ImageArchiveDataModule
@@ -431,17 +433,16 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         if synthetic:
             say(f"note: {layout.name} and these genetics are of different people, so their pairing is synthetic")
             return pair_persons(split_of, known, self._split[1])
-        joined = {patient: patient for patient in set(known) & split_of.keys()}
-        if not joined:
+        joined = join_ids(split_of, known)
+        if not joined.found:
+            one, other = public_name(next(iter(split_of))), public_name(known[0])
             raise DataError(
-                f"None of the {len(split_of)} persons with images (such as {next(iter(split_of))}) is among the "
-                f"{len(known)} with genetics (such as {known[0]}): check the identifiers, or set data.pairing to "
-                f"synthetic to pair strangers."
+                f"None of the {len(split_of)} persons with images (such as {one}) is among the {len(known)} with "
+                f"genetics (such as {other}): check the identifiers, or set data.pairing to "
+                f"synthetic to pair strangers{mending(joined)}."
             )
-        without = len(split_of) - len(joined)
-        if without:
-            say(f"genetics: {without} of {len(split_of)} persons with images have none")
-        return joined
+        say(joined.counts("genetics", "persons with images") + mending(joined))
+        return joined.found
 
     def _samples(self, pictures: Sequence[Picture], persons: dict[str, str]) -> list[Sample]:
         if not self._one_per_subject:

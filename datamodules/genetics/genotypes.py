@@ -4,6 +4,8 @@ Letters: P persons, V variants.
 """
 
 import re
+import struct
+import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from common.errors import DataError
+from common.pseudonyms import public_name
 from common.runtime.reporting import contents
 from datamodules.files import optional_reader
 from datamodules.tables import read_words, whole_numbers
@@ -132,7 +135,7 @@ class BgenFile(GenotypeFile):
                     chromosome = plain_chromosome(variant.chrom) or _chromosome_of(path)
                     rows.append((chromosome, name, int(variant.pos), alternative, reference))
                     self._places.append(place)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError, IndexError, struct.error, zlib.error) as error:
             raise DataError(f"{path} cannot be read as BGEN: {str(error).splitlines()[0]}") from error
         self.variants = pd.DataFrame(rows, columns=_VARIANT_COLUMNS)
 
@@ -204,7 +207,8 @@ class Genotypes:
                 raise DataError(f"{file.path} and {first.path} list other persons, or in another order.")
         twice = [name for name, count in Counter(first.ids).items() if count > 1 and not name.startswith("-")]
         if twice:
-            raise DataError(f"{first.path} lists {len(twice)} persons twice, first {twice[0]}: keep one row of each.")
+            raise DataError(f"{first.path} lists {len(twice)} persons twice, first {public_name(twice[0])}: keep one "
+                            f"row of each.")  # fmt: skip
         #: Persons who did not withdraw, and their rows.
         self.rows = np.array([row for row, name in enumerate(first.ids) if not name.startswith("-")], dtype=np.int64)
         self.ids = [first.ids[row] for row in self.rows]

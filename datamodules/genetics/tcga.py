@@ -11,8 +11,10 @@ import numpy as np
 import pandas as pd
 
 from common.errors import DataError
+from common.pseudonyms import public_name
 from datamodules.genetics.genome import Kind
 from datamodules.genetics.layout import Picture, PictureLayout
+from datamodules.ids import check_labels, join_ids
 from datamodules.images.reading import COLOUR
 from datamodules.labelled.layout import LabelLayout, LabelledImage
 from datamodules.tables import read_table
@@ -112,11 +114,16 @@ class TCGAGrade(LabelLayout):
         grades: dict[str, int] = {}
         for patient, text in zip(_patients(path, table), table["Grade"], strict=True):
             if text and text not in _GRADES:
-                raise DataError(f"{path} gives {patient} the grade {text!r}; known are 2, 3 and 4, or nothing.")
+                raise DataError(
+                    f"{path} gives {public_name(patient)} the grade {text!r}; known are 2, 3 and 4, or nothing."
+                )
             if text and grades.setdefault(patient, _GRADES[text]) != _GRADES[text]:
-                raise DataError(f"{path} gives {patient} two grades.")
+                raise DataError(f"{path} gives {public_name(patient)} two grades.")
         found = []
-        for region in regions(root):
+        shown = regions(root)
+        if shown:
+            check_labels(path, join_ids([region.name[:PATIENT_LENGTH].upper() for region in shown], grades), "patients")
+        for region in shown:
             patient = region.name[:PATIENT_LENGTH].upper()
             if patient in grades:
                 targets = tuple(float(grades[patient] == grade) for grade in (2, 3, 4))

@@ -12,9 +12,11 @@ import numpy as np
 import pandas as pd
 
 from common.errors import DataError
+from common.pseudonyms import public_name
 from datamodules.files import listed_names
 from datamodules.genetics.genome import GenomeFiles
 from datamodules.genetics.layout import Picture, PictureLayout
+from datamodules.ids import check_labels, join_ids
 from datamodules.images.reading import FUNDUS
 from datamodules.labelled.layout import LabelLayout, LabelledImage, need_file
 from datamodules.labelled.tables import files_under
@@ -135,7 +137,8 @@ def read_phenotypes(path: Path) -> pd.DataFrame:
     if missing:
         raise DataError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns[:12])}.")
     if table["eid"].duplicated().any():
-        raise DataError(f"{path} lists {table['eid'][table['eid'].duplicated()].iloc[0]} twice.")
+        twice = table["eid"][table["eid"].duplicated()].iloc[0]
+        raise DataError(f"{path} lists {public_name(twice)} twice.")
 
     def number(*names: str) -> pd.Series:
         columns = [pd.to_numeric(table[name], errors="coerce") for name in names if name in table.columns]
@@ -183,9 +186,13 @@ class UKBRisk(LabelLayout):
         table = table[table.notna().any(axis=1)]
         rows = zip(table.index, table.to_numpy(), strict=True)
         values = {str(eid): tuple(float(value) for value in row) for eid, row in rows}
+        pictures = find_ukb(root)
+        if pictures:
+            joined = join_ids([picture.patient_id for picture in pictures], values)
+            check_labels(path, joined, "persons with photographs")
         found = [
             LabelledImage(picture.case_id, picture.patient_id, picture.image, values[picture.patient_id], picture.split)
-            for picture in find_ukb(root)
+            for picture in pictures
             if picture.patient_id in values
         ]
         if not found:

@@ -12,6 +12,7 @@ from datamodules.base import ArchiveDataModule, FaultTolerantDataset
 from datamodules.images.cache import ImageCache, SourceImages
 from datamodules.images.reading import ImageReader
 from datamodules.loading import ResumableLoader
+from datamodules.members import check_content
 from datamodules.notes import say_notes
 from datamodules.splits import SPLITS
 
@@ -67,7 +68,12 @@ class ImageArchiveDataModule(ArchiveDataModule):
         return self._dataset(cases)
 
     def make_store(self, reader: ImageReader) -> ImageCache | SourceImages:
-        """Return what opens the archive's images."""
+        """Return what opens the archive's images, once they are listed and split.
+
+        Raises:
+            DataError: more than a few of them are links without content.
+        """
+        check_content(self.paths_in_use(), self.root)
         if self._cache == "none":
             return SourceImages(reader)
         return ImageCache(Path(self.root).expanduser(), self._cache_side, reader=reader)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.errors import DataError
-from common.faults import SampleFaultError, pseudonym
+from common.faults import SampleFaultError
+from common.pseudonyms import pseudonym
 from common.randomness import numpy_generator
 from common.runtime.reporting import say
 from common.types import InputSpec
@@ -269,8 +270,8 @@ class LabelledImageDataModule(ImageArchiveDataModule):
             splits = {name: [item for item in images if parts.get(item.case_id) == name] for name in SPLITS}
             splits["train"] = nested_fraction(splits["train"], self.label_fraction, split_seed, strata)
             self.ledger.num_samples = sum(map(len, splits.values()))
-            self.store = self.make_store(self.labels.reader)
             self.images, self.splits = images, splits
+            self.store = self.make_store(self.labels.reader)
         return self.labels
 
     def _parts(self, images: Sequence[LabelledImage], strata: Mapping[str, str]) -> dict[str, str]:

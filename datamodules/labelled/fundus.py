@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import DataError
+from common.pseudonyms import public_name
 from common.runtime.reporting import say
 from datamodules.genetics.layout import Picture, PictureLayout
 from datamodules.images.reading import FUNDUS
@@ -38,7 +39,8 @@ def _graded(
     table = table[table[columns[0]] != ""]
     names = column_names(table_path, table, columns[0])
     if len(set(names)) != len(names):
-        raise DataError(f"{table_path} lists {next(name for name in names if names.count(name) > 1)} twice.")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{table_path} lists {public_name(twice)} twice.")
     grades = column_targets(table_path, table, columns[1], _GRADE, names)
     files = _files(folder)
     return [
@@ -185,7 +187,7 @@ def pictures_of(layout: LabelLayout, marker: str, held_out: str = "val") -> Pict
         absent = [item for item in listed if not item.image.is_file()]
         if absent:
             say(f"note: {len(absent)} of {len(listed)} images that {layout.name} lists are not there, "
-                f"first {absent[0].image}")  # fmt: skip
+                f"first {public_name(absent[0].image)}")  # fmt: skip
         return [
             Picture(item.case_id, item.patient_id, item.image, held_out if item.split == "test" else item.split)
             for item in listed

@@ -8,10 +8,11 @@ from typing import ClassVar, NamedTuple
 import pandas as pd
 
 from common.errors import DataError
-from common.names import path_under
+from common.pseudonyms import public_name
 from common.runtime.reporting import contents
 from datamodules.ids import check_subjects
 from datamodules.images.reading import GRAY, ImageReader
+from datamodules.listed_files import path_under
 from datamodules.tables import read_table
 
 #: A target that is not known, or that is to be left out of the loss and of the scores.
@@ -98,7 +99,7 @@ def label_value(text: str, allowed: Mapping[str, float], path: Path, case_id: st
     """
     if text not in allowed:
         known = ", ".join(repr(value) for value in allowed)
-        raise DataError(f"{path} gives {case_id} the {column} {text!r}; known are {known}.")
+        raise DataError(f"{path} gives {public_name(case_id)} the {column} {text!r}; known are {known}.")
     return allowed[text]
 
 

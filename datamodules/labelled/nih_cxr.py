@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from common.errors import DataError
+from common.pseudonyms import public_name
 from datamodules.files import listed_names
 from datamodules.ids import check_subjects
 from datamodules.labelled.layout import LabelLayout, LabelledImage, need_columns, need_file
@@ -68,7 +69,8 @@ def _targets(path: Path, table: pd.DataFrame) -> list[tuple[float, ...]]:
         if unknown:
             image = table.loc[table["Finding Labels"] == text, "Image Index"].iloc[0]
             raise DataError(
-                f"{path} gives {image} the finding {unknown[0]!r}; known are {_NONE} and {', '.join(CLASSES)}."
+                f"{path} gives {public_name(image)} the finding {unknown[0]!r}; known are {_NONE} and "
+                f"{', '.join(CLASSES)}."
             )
         meaning[text] = tuple(float(name in findings) for name in CLASSES)
     return [meaning[text] for text in table["Finding Labels"].tolist()]
@@ -89,5 +91,6 @@ def _splits(root: Path) -> dict[str, str]:
     listed: dict[str, Sequence[str]] = {split: listed_names([path]) for split, path in there.items()}
     both = set(listed["train"]) & set(listed["test"])
     if both:
-        raise DataError(f"{len(both)} images are in both {' and '.join(_LISTS.values())} of {root}, first {min(both)}.")
+        raise DataError(f"{len(both)} images are in both {' and '.join(_LISTS.values())} of {root}, first "
+                        f"{public_name(min(both))}.")  # fmt: skip
     return {name: split for split, names in listed.items() for name in names}

@@ -7,7 +7,9 @@ from pathlib import Path
 import pandas as pd
 
 from common.errors import DataError
+from common.pseudonyms import public_name
 from datamodules.labelled.layout import label_value
+from datamodules.members import is_member
 
 _FILE_NAME = r"\w[\w.-]*"
 
@@ -43,7 +45,8 @@ def column_names(path: Path, table: pd.DataFrame, column: str) -> list[str]:
     """
     odd = table.loc[~table[column].str.fullmatch(_FILE_NAME), column]
     if len(odd):
-        raise DataError(f"{path} has {len(odd)} rows whose {column} is no name of a file, first {odd.iloc[0]!r}.")
+        raise DataError(f"{path} has {len(odd)} rows whose {column} is no name of a file, first "
+                        f"'{public_name(odd.iloc[0])}'.")  # fmt: skip
     return table[column].tolist()
 
 
@@ -53,4 +56,4 @@ def files_under(folders: Iterable[Path], suffixes: Sequence[str]) -> Iterator[Pa
         for place, below, names in os.walk(folder):
             below.sort()
             parent = Path(place)
-            yield from (parent / name for name in sorted(names) if name.lower().endswith(tuple(suffixes)))
+            yield from (parent / name for name in sorted(names) if is_member(name, suffixes, place))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from common.errors import DataError
-from common.faults import Fault, SampleFaultError, pseudonym
+from common.faults import Fault, SampleFaultError
+from common.pseudonyms import pseudonym
 from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
@@ -271,8 +272,8 @@ class PairDataModule(TextArchiveDataModule):
             if not splits["train"]:
                 raise DataError(f"The training split of {root} is empty.")
             self.ledger.num_samples = sum(map(len, splits.values()))
-            self.store = self.make_store(FIGURE)
             self.splits = splits
+            self.store = self.make_store(FIGURE)
         return self.layout_name
 
     def training_texts(self) -> list[str]:

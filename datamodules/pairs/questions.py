@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import DataError
+from common.pseudonyms import public_name
 from common.runtime.reporting import say
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.pairs.answers import answer_classes, unseen
@@ -56,6 +57,7 @@ class QuestionDataModule(PairDataModule):
     """
 
     noun = "questions"
+    personal = ("image", "question")
 
     def __init__(
         self,
@@ -145,7 +147,7 @@ class QuestionDataModule(PairDataModule):
             DataError: no such image, or no question.
         """
         if not image.is_file():
-            raise DataError(f"There is no image at {image}.")
+            raise DataError(f"There is no image at {public_name(image)}.")
         if not question.strip():
             raise DataError("The question is empty: give one with --data.question.")
         self._name, self.test_split = "one question", "test"

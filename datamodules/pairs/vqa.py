@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import DataError
-from common.names import path_under
+from common.pseudonyms import public_name
 from datamodules.files import read_json, read_lines
+from datamodules.listed_files import path_under
 from datamodules.pairs.answers import accepted_answers
 from datamodules.reports.medicat import collapsed
 from datamodules.reports.studies import Study, StudyLayout
@@ -168,7 +169,8 @@ def _med_lines(path: Path, fields: int) -> list[list[str]]:
         parts = line.split("|", fields - 1)
         if len(parts) < fields:
             raise DataError(
-                f"{path} line {number} has {len(parts)} fields between |, {fields} are needed: {line[:60]!r}."
+                f"{path} line {number} has {len(parts)} fields between |, {fields} are needed: "
+                f"'{public_name(line[:60])}'."
             )
         rows.append([collapsed(part) for part in parts])
     return rows

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import DataError
-from common.faults import Fault, SampleFaultError, pseudonym
+from common.faults import Fault, SampleFaultError
 from common.maskers.bert import BertMasker
 from common.maskers.words import WordMasker
+from common.pseudonyms import pseudonym
 from common.randomness import KeyedGenerator, numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from common.errors import DataError
-from common.names import path_under
+from common.pseudonyms import public_name
 from common.runtime.reporting import contents, say
 from datamodules.files import first_line
 from datamodules.ids import check_subjects
+from datamodules.listed_files import path_under
 from datamodules.reports.studies import Study, StudyLayout
 from datamodules.reports.text import plain_text
 from datamodules.splits import patients_of_files
@@ -78,7 +79,8 @@ def studies_of_table(
         if known is None:
             known = Study(name, patient, (root / name,), ("",), attributes=rest)
         if split and known.split and split != known.split:
-            raise DataError(f"{path} puts {name} into both {known.split} and {split}; keep its rows in one split.")
+            raise DataError(f"{path} puts {public_name(name)} into both {known.split} and {split}; keep its rows in "
+                            f"one split.")  # fmt: skip
         studies[name] = known._replace(
             views=(known.views[0] or view,), text=known.text or text or None, split=known.split or split or None
         )
@@ -108,8 +110,8 @@ def _say_shared(path: Path, names: Sequence[str], subjects: Sequence[str]) -> No
     shared = [(name, found) for name, found in owners.items() if len(found) > 1]
     if shared:
         name, found = shared[0]
-        say(f"note: {path.name} lists {len(shared)} files under several subjects, such as {name} under "
-            f"{' and '.join(found)}; who shares a file is one patient")  # fmt: skip
+        say(f"note: {path.name} lists {len(shared)} files under several subjects, such as {public_name(name)} under "
+            f"{' and '.join(map(public_name, found))}; who shares a file is one patient")  # fmt: skip
 
 
 def find_manifest(root: Path, columns: Mapping[str, str] | None = None, table: str | None = None) -> list[Study]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import DataError
-from common.names import path_under
 from common.runtime.reporting import say
+from datamodules.listed_files import path_under
 from datamodules.reports.medicat import collapsed
 from datamodules.reports.studies import Study, StudyLayout
 from datamodules.reports.text import plain_text

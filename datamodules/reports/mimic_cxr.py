@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from common.errors import DataError
+from common.pseudonyms import public_name
 from datamodules.reports.studies import ReportFile, Study, StudyLayout
 from datamodules.reports.text import mimic_text
 from datamodules.tables import read_table
@@ -79,7 +80,8 @@ def _per_study(table: pd.DataFrame, path: Path, column: str) -> pd.Series:
     twice = pairs.loc[pairs["study_id"].duplicated(), "study_id"]
     if len(twice):
         values = pairs.loc[pairs["study_id"] == twice.iloc[0], column]
-        raise DataError(f"{path} gives the study {twice.iloc[0]} more than one {column}: {', '.join(values)}.")
+        study, found = public_name(twice.iloc[0]), ", ".join(map(public_name, values))
+        raise DataError(f"{path} gives the study {study} more than one {column}: {found}.")
     return pairs.set_index("study_id")[column]
 
 
@@ -112,7 +114,9 @@ def _read_images(path: Path, views: Sequence[str] | None) -> pd.DataFrame:
     for column, pattern in _IDENTIFIERS.items():
         odd = images.loc[~images[column].str.fullmatch(pattern), column]
         if len(odd):
-            raise DataError(f"{path} has {len(odd)} rows whose {column} is no identifier, first {odd.iloc[0]!r}.")
+            raise DataError(
+                f"{path} has {len(odd)} rows whose {column} is no identifier, first '{public_name(odd.iloc[0])}'."
+            )
     if images.empty:
         raise DataError(f"{path} lists no image.")
     _per_study(images, path, "subject_id")

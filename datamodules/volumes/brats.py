@@ -9,32 +9,30 @@ import re
 from functools import partial
 from pathlib import Path
 
-from datamodules.volumes.cases import Case, Layout, Preprocessing, natural_files, stem_of
+from datamodules.members import NIFTI, members_of
+from datamodules.volumes.cases import Case, Layout, Preprocessing, stem_of
+from datamodules.volumes.modalities import one_file_each
 
 MODALITIES = ("t1c", "t1n", "t2f", "t2w")
-_ALIASES = {"t1ce": "t1c", "t1gd": "t1c", "t1": "t1n", "flair": "t2f", "t2": "t2w"} | {
-    m: m for m in (*MODALITIES, "seg")
-}
+_NAMES = frozenset({*MODALITIES, "t1ce", "t1gd", "t1", "flair", "t2"})
 _NEW_NAME = re.compile(r"^(BraTS-[A-Z]+-\d+)-(\d{3})$", re.IGNORECASE)
-_SUFFIXES = (".nii.gz", ".nii")
 _MAX_DEPTH = 3
 
 
 def _case(folder: Path) -> Case | None:
     """Read a folder as a case: files are called after the folder and a modality."""
-    files: dict[str, Path] = {}
-    for path in natural_files(folder, _SUFFIXES):
-        stem = stem_of(path, _SUFFIXES)
-        if not stem.lower().startswith(folder.name.lower()):
-            continue
-        modality = _ALIASES.get(stem[len(folder.name) :].lstrip("-_").lower())
-        if modality is not None:
-            files.setdefault(modality, path)
-    labels = {"seg": files.pop("seg")} if "seg" in files else {}
-    if not files:
+    found = []
+    for path in members_of(folder, NIFTI):
+        stem = stem_of(path, NIFTI)
+        if stem.lower().startswith(folder.name.lower()):
+            found.append((stem[len(folder.name) :].lstrip("-_"), path))
+    masks = [path for name, path in found if name.lower() == "seg"]
+    images, surplus = one_file_each((name, path) for name, path in found if name.lower() in _NAMES)
+    if not images:
         return None
     match = _NEW_NAME.match(folder.name)
-    return Case(folder.name, match.group(1) if match else folder.name, files, labels)
+    patient = match.group(1) if match else folder.name
+    return Case(folder.name, patient, images, {"seg": masks[-1]} if masks else {}, surplus=surplus)
 
 
 def find_cases(root: Path, new_names: bool | None = None) -> list[Case]:

@@ -8,6 +8,7 @@ interrupted run leaves nothing half made.
 
 import errno
 import json
+import math
 import os
 import tempfile
 import time
@@ -80,6 +81,18 @@ class Record:
     label_values: dict[str, int] = field(default_factory=dict)
     modalities: list[str] = field(default_factory=list)
 
+    @property
+    def spacing(self) -> list[float]:
+        """Sides of a stored voxel in mm."""
+        return _sides(self.affine)
+
+    @property
+    def source_diagonal(self) -> float:
+        """Diagonal of the reference volume, as its file has it, in mm."""
+        return math.hypot(
+            *(side * size for side, size in zip(_sides(self.source_affine), self.source_shape, strict=True))
+        )
+
     def image_faults(self) -> list[Fault]:
         """Return the faults of the image members."""
         return [Fault(*fault, self.case_id) for fault in self.faults]
@@ -87,6 +100,11 @@ class Record:
     def all_faults(self) -> list[Fault]:
         """Return the faults of image and label."""
         return [Fault(*fault, self.case_id) for fault in [*self.faults, *self.label_faults]]
+
+
+def _sides(affine: Sequence[Sequence[float]]) -> list[float]:
+    """Return the sides of a voxel in mm."""
+    return np.linalg.norm(np.asarray(affine)[:3, :3], axis=0).tolist()
 
 
 def _plain(faults: Iterable[Fault]) -> list[tuple[str, str, str]]:
@@ -398,7 +416,7 @@ class VolumeCache:
         for case in cases:
             for path in self._image_paths(case)[:1]:
                 try:
-                    shape = self.layout.preprocessing.size or read_header(path).shape
+                    shape = self.layout.preprocessing.size or read_header(path, self.layout.preprocessing.voxels).shape
                 except VolumeError:
                     continue
                 ragged = self.layout.preprocessing.ragged

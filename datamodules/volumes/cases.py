@@ -1,9 +1,13 @@
 """What an archive of volumes consists of: cases, layouts, and how a tree is recognised."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from common.errors import DataError
+from datamodules.volumes.intensity import RULES
+from datamodules.voxels import STRICT, VoxelConfig
 
 
 class Case(NamedTuple):
@@ -12,10 +16,12 @@ class Case(NamedTuple):
     Attributes:
         case_id: Unique name.
         patient_id: Splits are by this.
-        images: Modality to file; a missing modality has no entry.
+        images: Modality to file; a missing modality has no entry. Layouts name modalities as the archive does, data
+            modules canonically (:mod:`common.modalities`).
         labels: Label name to file.
         split: ``train``, ``val`` or ``test`` where the archive says so.
         attributes: Further facts by name, such as a diagnosis; empty text = unknown.
+        surplus: Files of a modality that has a file already, which data modules refuse.
     """
 
     case_id: str
@@ -24,6 +30,11 @@ class Case(NamedTuple):
     labels: Mapping[str, Path] = {}
     split: str | None = None
     attributes: Mapping[str, str] = {}
+    surplus: Sequence[Path] = ()
+
+    def files(self) -> list[Path]:
+        """Return the files of images and labels."""
+        return [*self.images.values(), *self.labels.values()]
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,7 @@ class Preprocessing:
         spacing: Voxel size in mm along R, A, S; None keeps the reference's.
         size: Voxels to crop or pad to around the centre; None keeps all.
         resize: Voxels to interpolate to, whatever the voxel size becomes; None keeps it.
+        voxels: How odd files are read.
         crop_foreground: Whether to cut away the border where every modality is 0.
         centered: Whether that cut is symmetric about the volume's centre, which then stays the atlas's. Intensities are
             those of the cut volume, and it is cut again where they become 0.
@@ -52,6 +64,7 @@ class Preprocessing:
     atlas: tuple[int, int, int] | None = None
     ragged: bool = False
     resize: tuple[int, int, int] | None = None
+    voxels: VoxelConfig = STRICT
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain values, for cache keys and cards."""
@@ -65,6 +78,7 @@ class Preprocessing:
             "atlas": None if self.atlas is None else list(self.atlas),
             "ragged": self.ragged,
             "resize": None if self.resize is None else list(self.resize),
+            "voxels": self.voxels.as_dict(),
             "orientation": "RAS",
         }
 
@@ -84,6 +98,7 @@ class Layout:
         crop_size: Default crop for pre-training.
         prefer: A layout of higher preference wins where several recognise a root.
         recognise: Stricter form of ``find`` for finding out the layout; None uses ``find``.
+        names: What the archive calls the modalities, by canonical name; known once its cases are listed.
     """
 
     name: str
@@ -96,6 +111,11 @@ class Layout:
     crop_size: tuple[int, int, int]
     prefer: int = 0
     recognise: Callable[[Path], list[Case]] | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def shown(self, modality: str) -> str:
+        """Return what the archive calls a modality."""
+        return self.names.get(modality, modality)
 
     def recognised(self, root: Path) -> list[Case]:
         """List the cases if the root is plainly of this layout."""
@@ -108,15 +128,24 @@ class Layout:
         intensity = dict.fromkeys(self.preprocessing.intensity or self.modalities, rule)
         return replace(self, preprocessing=replace(self.preprocessing, intensity=intensity))
 
+    def with_voxels(self, voxels: VoxelConfig) -> "Layout":
+        """Return the layout with a way to read odd files, and with the intensity rules that come with it.
 
-def natural_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """List the files of a folder with one of the suffixes, sorted by name."""
-    return sorted(path for path in folder.iterdir() if path.name.endswith(tuple(suffixes)) and path.is_file())
+        Raises:
+            DataError: there is no such rule or modality.
+        """
+        for name, rule in voxels.intensity.items():
+            if name not in self.modalities:
+                raise DataError(f"voxels.intensity names {name}; the modalities are {', '.join(self.modalities)}.")
+            if rule not in RULES:
+                raise DataError(f"voxels.intensity has the rule {rule} for {name}; known are {', '.join(RULES)}.")
+        intensity = {**self.preprocessing.intensity, **voxels.intensity}
+        return replace(self, preprocessing=replace(self.preprocessing, intensity=intensity, voxels=voxels))
 
 
 def stem_of(path: Path, suffixes: Sequence[str]) -> str:
-    """Return a file's name without its (possibly double) suffix."""
+    """Return a file's name without its (possibly double) suffix, in whatever case that is."""
     for suffix in sorted(suffixes, key=len, reverse=True):
-        if path.name.endswith(suffix):
+        if path.name.lower().endswith(suffix):
             return path.name[: -len(suffix)]
     return path.name

@@ -12,12 +12,13 @@ from datamodules.volumes.cases import Case, Layout
 from datamodules.volumes.headers import VolumeError
 from datamodules.volumes.prepare import native_space, prepare_case
 from datamodules.volumes.reading import Header, read_header
+from datamodules.voxels import VoxelConfig
 
 
-def _headers(case: Case, paths: dict[str, str]) -> Iterator[tuple[str, Header | Fault]]:
+def _headers(case: Case, paths: dict[str, str], voxels: VoxelConfig) -> Iterator[tuple[str, Header | Fault]]:
     for name, path in paths.items():
         try:
-            yield name, read_header(case.images.get(name) or case.labels[name])
+            yield name, read_header(case.images.get(name) or case.labels[name], voxels)
         except VolumeError as error:
             yield name, Fault(path, error.kind, error.detail, case.case_id)
 
@@ -26,7 +27,7 @@ def check_headers(case: Case, layout: Layout, labels: bool) -> Member:
     """Look at the headers of a case: readable, three axes, on one grid where the layout needs one."""
     paths = {name: str(path) for name, path in case.images.items() if name in layout.modalities}
     paths |= {name: str(path) for name, path in case.labels.items() if labels}
-    found = dict(_headers(case, paths))
+    found = dict(_headers(case, paths, layout.preprocessing.voxels))
     faults = [entry for entry in found.values() if isinstance(entry, Fault)]
     headers = {name: entry for name, entry in found.items() if isinstance(entry, Header)}
     if layout.preprocessing.reference is None and headers:
@@ -46,7 +47,7 @@ def check_headers(case: Case, layout: Layout, labels: bool) -> Member:
         return Member(case.case_id, case.patient_id, [*faults, native], usable=False)
     reference = layout.preprocessing.reference
     if reference is not None and reference not in case.images:
-        faults.append(Fault(case.case_id, "missing", f"the case has no {reference}", case.case_id))
+        faults.append(Fault(case.case_id, "missing", f"the case has no {layout.shown(reference)}", case.case_id))
     readable = [name for name in headers if name in case.images]
     usable = reference in readable if reference is not None else bool(readable)
     usable = usable and not (labels and any(name not in headers for name in case.labels))
@@ -78,7 +79,7 @@ def examine(layout: Layout, terms: Terms, labels: bool, deep: bool, workers: int
     cases = terms.members
     say_splits(f"layout {layout.name}", terms, "cases")
     counts = {name: sum(name in case.images for case in cases) for name in layout.modalities}
-    say("modalities: " + ", ".join(f"{name} in {count}" for name, count in counts.items())
+    say("modalities: " + ", ".join(f"{layout.shown(name)} in {count}" for name, count in counts.items())
         + f"; labels in {sum(bool(case.labels) for case in cases)}")  # fmt: skip
     check = check_bytes if deep else check_headers
     found = look_at_all(lambda case: check(case, layout, labels), cases, deep, workers, "voxel")

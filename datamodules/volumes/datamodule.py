@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from common.errors import DataError
-from common.faults import Fault, SampleFaultError, pseudonym
+from common.faults import Fault, SampleFaultError
 from common.names import case_twins
+from common.pseudonyms import pseudonym, public_name
 from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
@@ -17,14 +18,17 @@ from datamodules.base import ArchiveDataModule, FaultTolerantDataset
 from datamodules.controls import read_control
 from datamodules.ids import check_labels, join_ids, rows_by
 from datamodules.loading import Draw, ResumableLoader
+from datamodules.members import check_content
 from datamodules.notes import say_notes
-from datamodules.registry import VOLUME_LAYOUTS, recognise, with_modalities
+from datamodules.registry import VOLUME_LAYOUTS, recognise
 from datamodules.splits import SplitFile, assign_splits, nested_fraction
 from datamodules.tables import read_table
 from datamodules.volumes.cache import CacheFormat, OpenCase, Record, SourceVolumes, VolumeCache
 from datamodules.volumes.cases import Case, Layout
 from datamodules.volumes.checks import examine
-from datamodules.volumes.crops import center_start, cut, flip, random_start, start_around, to_tensor
+from datamodules.volumes.crops import arranged, center_start, cut, flip, random_start, start_around, to_tensor
+from datamodules.volumes.modalities import under_canonical_names, with_modalities
+from datamodules.voxels import STRICT, VoxelConfig
 
 Domain = Literal["train", "val", "center", "full"]
 
@@ -46,6 +50,7 @@ class VolumeDataset(FaultTolerantDataset):
         controls: Other patients' cases, for the control of the collapse diagnostics; None leaves it out.
         targets: Class index by case id.
         anonymise: Whether subjects get pseudonyms.
+        order: Place of each channel of a sample among the stored ones, negative = absent; None takes them as stored.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class VolumeDataset(FaultTolerantDataset):
         controls: Sequence[Case] | None = None,
         targets: Mapping[str, int] | None = None,
         anonymise: bool = False,
+        order: Sequence[int] | None = None,
     ) -> None:
         super().__init__(seed)
         self.cases = list(cases)
@@ -75,6 +81,7 @@ class VolumeDataset(FaultTolerantDataset):
         self.controls = controls
         self.targets = targets
         self.anonymise = anonymise
+        self.order = order
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -97,11 +104,12 @@ class VolumeDataset(FaultTolerantDataset):
         start, size = self._place(opened, generator)
         axes = [axis for axis in self.flip_axes if self.domain == "train" and generator.random() < 0.5]
         image = flip(cut(opened.image, start, size), axes)
+        hide = pseudonym if self.anonymise else str
         sample: dict[str, Any] = {
-            "image": to_tensor(image),
-            "modality_mask": torch.tensor(opened.record.modality_mask),
+            "image": arranged(to_tensor(image), self.order),
+            "modality_mask": arranged(torch.tensor(opened.record.modality_mask), self.order),
             "key": torch.tensor(stable_hash("mask", *self.draw_key(draw, self.domain == "train"))),
-            "subject_id": pseudonym(case.case_id) if self.anonymise else case.case_id,
+            "subject_id": hide(case.case_id),
             "place": (*start, *opened.image.shape[-3:]),
             "faults": opened.record.image_faults(),
         }
@@ -112,7 +120,7 @@ class VolumeDataset(FaultTolerantDataset):
         if self.domain == "full":
             sample["record"] = opened.record
         if self.targets is not None:
-            sample |= {"target": self.targets[case.case_id], "patient_id": case.patient_id}
+            sample |= {"target": self.targets[case.case_id], "patient_id": hide(case.patient_id)}
         if self.controls is not None:
             sample |= self._control(draw)
         return sample
@@ -143,7 +151,7 @@ class VolumeDataset(FaultTolerantDataset):
         def read(other: Case) -> dict[str, Any]:
             opened = self.store.open(other)
             start, size = self._place(opened, numpy_generator("crop", "val", other.case_id, draw.draw))
-            return {"control_image": to_tensor(cut(opened.image, start, size))}
+            return {"control_image": arranged(to_tensor(cut(opened.image, start, size)), self.order)}
 
         return read_control(self.cases[draw.index], draw, self.controls or (), read) or {}
 
@@ -179,7 +187,7 @@ class VolumeDataModule(ArchiveDataModule):
     Args:
         root: The archive.
         layout: Name of its layout; ``"auto"`` recognises it from the tree.
-        modalities: Channels in order; None takes the layout's.
+        modalities: Channels in order, in any usual spelling; None takes the layout's.
         crop_size: Voxels along R, A, S; None takes the layout's.
         batch_size: Crops per device.
         crops_per_case: Training crops per case and epoch.
@@ -192,6 +200,7 @@ class VolumeDataModule(ArchiveDataModule):
         overhang: Share of a crop that may reach beyond the foreground, in each direction. Official volumes are about
             three quarters air; at 0 a crop of half the head's size would hardly ever see the brain's surface.
         intensity: One rule for all modalities (see :mod:`datamodules.volumes.intensity`); None takes the layout's.
+        voxels: What is done about volumes that are a fault as they are.
         cache: ``"npy"``, ``"b2nd"``, or ``"none"`` to read the sources at every access.
         labels: Whether samples need labels; validation and test then give whole volumes.
         label_crop_probability: Share of the labelled training crops that must contain a labelled voxel.
@@ -221,6 +230,7 @@ class VolumeDataModule(ArchiveDataModule):
         flip_axes: tuple[int, ...] = (0, 1, 2),
         overhang: float = 0.25,
         intensity: str | None = None,
+        voxels: VoxelConfig = STRICT,
         cache: CacheFormat | Literal["none"] = "npy",
         labels: bool = False,
         label_crop_probability: float = 0.5,
@@ -240,12 +250,13 @@ class VolumeDataModule(ArchiveDataModule):
         self.labels, self.label_crop_probability, self.label_fraction = labels, label_crop_probability, label_fraction
         self.target, self.target_file = target, target_file
         self._layout_name, self._modalities, self._crop_size = layout, modalities, crop_size
-        self._regions, self._intensity, self._cache = regions, intensity, cache
+        self._regions, self._intensity, self._voxels, self._cache = regions, intensity, voxels, cache
         self._split = (split_fractions, split_seed, split_file)
         self._layout: Layout | None = None
         self.cases: list[Case] = []
         self.targets: dict[str, int] | None = None
         self.twins: frozenset[str] = frozenset()
+        self._delivered: tuple[str, ...] | None = None
 
     #: What a root may be; subclasses that understand others name them here.
     known_layouts: Sequence[Layout] = VOLUME_LAYOUTS
@@ -262,7 +273,9 @@ class VolumeDataModule(ArchiveDataModule):
         """
         if self._layout is None:
             layout, self.cases = recognise(self.root, self._layout_name, self.known_layouts)
-            layout = self.settle(layout).with_intensity(self._intensity)
+            layout, self.cases = under_canonical_names(layout, self.cases)
+            layout = self.settle(layout).with_intensity(self._intensity).with_voxels(self._voxels)
+            check_content((path for case in self.cases for path in case.files()), self.root)
             fractions, split_seed, split_file = self._split
             parts = assign_splits(self.cases, fractions, split_seed, split_file)
             self.targets = self._read_targets()
@@ -314,7 +327,9 @@ class VolumeDataModule(ArchiveDataModule):
         wrong = {name: text for name, text in texts.items() if text not in ("", "0", "1")}
         if wrong:
             name, text = next(iter(wrong.items()))
-            raise DataError(f"The target {self.target} of {name} is {text!r}; it must be 0, 1 or empty (unknown).")
+            raise DataError(
+                f"The target {self.target} of {public_name(name)} is {text!r}; it must be 0, 1 or empty (unknown)."
+            )
         targets = {name: int(text) for name, text in texts.items() if text}
         if len(set(targets.values())) < 2:
             raise DataError(
@@ -340,7 +355,35 @@ class VolumeDataModule(ArchiveDataModule):
         """Channels, crop size, regions and preprocessing of the batches."""
         layout = self.index()
         preprocessing = {"layout": layout.name, **layout.preprocessing.as_dict()}
-        return InputSpec(layout.modalities, self.crop_size, self.regions, preprocessing)
+        channels = self._delivered or layout.modalities
+        present = {name for case in self.cases for name in case.images}
+        return InputSpec(
+            channels,
+            self.crop_size,
+            self.regions,
+            preprocessing,
+            names=tuple(layout.shown(name) for name in channels),
+            absent=tuple(name for name in channels if name not in present),
+            chosen=bool(self._modalities),
+        )
+
+    def deliver(self, channels: Sequence[str]) -> None:
+        """Give batches these channels in this order; those that the archive lacks are fed as absent.
+
+        Raises:
+            DataError: a channel of the data is not among them.
+        """
+        layout = self.index()
+        if left_out := [layout.shown(name) for name in layout.modalities if name not in channels]:
+            raise DataError(f"{', '.join(left_out)} of {self.root} would be left out: set data.modalities.")
+        self._delivered = tuple(channels)
+
+    def _order(self) -> list[int] | None:
+        """Return where each channel of the batches is among the stored ones, -1 = nowhere; None = they are the same."""
+        stored = self.index().modalities
+        if self._delivered in (None, stored):
+            return None
+        return [stored.index(name) if name in stored else -1 for name in self._delivered or ()]
 
     def prepare_data(self) -> None:
         """Build and verify the cache, once per machine (Lightning hook)."""
@@ -373,7 +416,8 @@ class VolumeDataModule(ArchiveDataModule):
             raise DataError(f"None of the {len(self.cases_in_use())} cases under {self.root} can be used. "
                             f"{self.ledger.describe()}")  # fmt: skip
         counts = ", ".join(f"{len(part)} {name}" for name, part in self.splits.items() if part)
-        say(f"data: {layout.name} at {self.root}, cases {counts}, modalities {', '.join(layout.modalities)}, "
+        modalities = ", ".join(layout.shown(name) for name in layout.modalities)
+        say(f"data: {layout.name} at {self.root}, cases {counts}, modalities {modalities}, "
             f"crops {'x'.join(map(str, self.crop_size))}")  # fmt: skip
         if stage == "fit" and not self.splits["val"]:
             say("note: the val split is empty, so nothing will be measured and there will be no best checkpoint")
@@ -389,6 +433,7 @@ class VolumeDataModule(ArchiveDataModule):
             targets=self.targets,
             overhang=self.overhang,
             anonymise=self.ledger.anonymise,
+            order=self._order(),
             **options,
         )
 
@@ -450,8 +495,8 @@ class VolumeDataModule(ArchiveDataModule):
         return self.evaluation_loader(self._unlabelled(cases), batch_size=1)
 
     def _unlabelled(self, cases: Sequence[Case]) -> VolumeDataset:
-        anonymise = self.ledger.anonymise
-        return VolumeDataset(cases, self.store, self.crop_size, "full", self.seed, anonymise=anonymise)
+        anonymise, order = self.ledger.anonymise, self._order()
+        return VolumeDataset(cases, self.store, self.crop_size, "full", self.seed, anonymise=anonymise, order=order)
 
     def reference_samples(self, count: int) -> Iterable[Any]:
         """Yield batches with at least ``count`` training crops, cut as validation crops are and never mirrored."""
@@ -477,6 +522,7 @@ class VolumeDataModule(ArchiveDataModule):
             self.seed,
             targets=self.targets,
             anonymise=self.ledger.anonymise,
+            order=self._order(),
         )
         for batch in self.evaluation_loader(dataset, all_ranks=False):
             yield self.on_before_batch_transfer(batch, 0)

@@ -9,11 +9,17 @@ from functools import partial
 from pathlib import Path
 
 from common.errors import DataError
+from common.modalities import canonical_name
+from common.pseudonyms import public_name
 from datamodules.ids import check_subjects
+from datamodules.members import REFUSED, VOLUMES, members_of
 from datamodules.tables import read_table
-from datamodules.volumes.cases import Case, Layout, Preprocessing, natural_files, stem_of
-from datamodules.volumes.reading import SUFFIXES
+from datamodules.volumes.cases import Case, Layout, Preprocessing, stem_of
+from datamodules.volumes.modalities import one_file_each
 
+#: A label of 3D Slicer says so in its suffix.
+_LABEL_SUFFIX = ".seg.nrrd"
+SUFFIXES = (*VOLUMES, *REFUSED)
 LABEL_STEMS = ("seg", "label", "mask")
 LUNG_MODALITIES = ("1h", "xe")
 LUNG_LABELS = ("cavity", "vent")
@@ -32,9 +38,13 @@ def read_case_table(path: Path) -> dict[str, dict[str, str]]:
     rows: dict[str, dict[str, str]] = {}
     for facts in table.to_dict("records"):
         if facts["case_id"] in rows:
-            raise DataError(f"{path} lists the case {facts['case_id']} twice; keep one row per case.")
+            raise DataError(f"{path} lists the case {public_name(facts['case_id'])} twice; keep one row per case.")
         rows[facts["case_id"]] = facts
     return rows
+
+
+def _stem(path: Path) -> str:
+    return "seg" if path.name.lower().endswith(_LABEL_SUFFIX) else stem_of(path, SUFFIXES)
 
 
 def find_cases(
@@ -58,21 +68,23 @@ def find_cases(
     table = read_case_table(table_path) if table_path.is_file() else {}
     cases = []
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        files = {stem_of(path, SUFFIXES).lower(): path for path in natural_files(folder, SUFFIXES)}
-        images = {stem: path for stem, path in files.items() if stem not in labels}
-        if not images or (required and not required & images.keys()):
+        files = [(_stem(path), path) for path in members_of(folder, SUFFIXES)]
+        images, surplus = one_file_each((stem, path) for stem, path in files if stem.lower() not in labels)
+        if not images or (required and not required & {canonical_name(name) for name in images}):
             continue
         facts = dict(table.pop(folder.name, {}))
         facts.pop("case_id", None)
         patient, split = facts.pop("patient_id", "") or folder.name, facts.pop("split", "") or None
-        found = {stem: files[stem] for stem in labels if stem in files}
+        masks = {stem.lower(): path for stem, path in files}
+        found = {stem: masks[stem] for stem in labels if stem in masks}
         # A mask's place among the labels is its bit: with one missing, the others would mean something else.
         if all_labels and len(found) < len(labels):
             found = {}
-        cases.append(Case(folder.name, patient, images, found, split, facts))
+        cases.append(Case(folder.name, patient, images, found, split, facts, surplus))
     if cases and table:
         raise DataError(
-            f"{table_path} lists {len(table)} cases without a folder under {root}, first {next(iter(table))}."
+            f"{table_path} lists {len(table)} cases without a folder under {root}, first "
+            f"{public_name(next(iter(table)))}."
         )
     return cases
 

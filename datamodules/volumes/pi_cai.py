@@ -10,11 +10,12 @@ from pathlib import Path
 
 from common.errors import DataError
 from datamodules.ids import check_subjects
+from datamodules.members import members_of
 from datamodules.tables import read_table
 from datamodules.volumes.cases import Case, Layout, Preprocessing
 
 MODALITIES = ("t2w", "adc", "hbv")
-_FILE = re.compile(r"^(?P<study>(?P<patient>.+?)_(?P<visit>[^_]+))_(?P<modality>t2w|adc|hbv)\.mha$")
+_FILE = re.compile(r"^(?P<study>(?P<patient>.+?)_(?P<visit>[^_]+))_(?P<modality>t2w|adc|hbv)\.mha$", re.IGNORECASE)
 _LABEL_ROOTS = ("labels", "picai_labels", ".")
 _ZONES = ("HeviAI23", "Yuan23")
 _MARKSHEETS = ("clinical_information/marksheet.csv", "marksheet.csv")
@@ -55,7 +56,7 @@ def read_marksheet(path: Path) -> dict[str, dict[str, str]]:
             f"and has {', '.join(columns)}."
         )
     check_subjects(path, table["patient_id"])
-    rows = {}
+    rows: dict[str, dict[str, str]] = {}
     for facts in table.to_dict("records"):
         if facts.get("case_csPCa"):
             facts["csPCa"] = str(int(facts["case_csPCa"].upper() == "YES"))
@@ -72,10 +73,11 @@ def find_cases(root: Path) -> list[Case]:
     images = root / "images" if (root / "images").is_dir() else root
     studies: dict[str, dict[str, Path]] = {}
     patients: dict[str, str] = {}
-    for path in sorted(images.glob("*/*.mha")):
+    folders = sorted(path for path in images.iterdir() if path.is_dir())
+    for path in (path for folder in folders for path in members_of(folder, (".mha",))):
         match = _FILE.match(path.name)
         if match and match["patient"] == path.parent.name:
-            studies.setdefault(match["study"], {})[match["modality"]] = path
+            studies.setdefault(match["study"], {})[match["modality"].lower()] = path
             patients[match["study"]] = match["patient"]
     if not studies:
         return []

@@ -18,6 +18,7 @@ from common.downstream.classification import macro_auroc
 from common.downstream.encoder import EncoderFactory, mean_features
 from common.optim import OptimizerConfig
 from common.types import InputSpec
+from common.weights.channels import NewChannels
 from experiments.brainmvp.segmentation import augmented
 
 
@@ -68,6 +69,8 @@ class BrainClassification(ScoredTask):
         hidden: Width of the head's hidden layer; 0 = a linear head.
         augment: Whether to mirror crops and change their intensities.
         optimization: How the weights are updated.
+        new_channels: What channels start as that the pre-trained encoder does not know: ``"mean"`` of those it knows,
+            or ``"fresh"``, at random.
     """
 
     monitor = ("val/auroc", "max")
@@ -80,11 +83,13 @@ class BrainClassification(ScoredTask):
         hidden: int = 0,
         augment: bool = True,
         optimization: OptimizerConfig = OptimizerConfig(),
+        new_channels: NewChannels = "mean",
     ) -> None:
         super().__init__(
             pretrained,
             encoder,
             optimization=optimization,
+            new_channels=new_channels,
         )
         self.save_hyperparameters()
         self.hidden, self.augment = hidden, augment

@@ -248,14 +248,14 @@ class BrainMVPPretrain(SSLModule[SequencePairBatch]):
     def panels(self, batch: SequencePairBatch, output: Reconstruction, index: int) -> dict[str, Panel]:
         """Draw an axial slice of sample ``index``: target, what filled the holes, prediction where there were holes."""
         sequence = int(batch["modality"][index])
-        name = self.spec.channels[sequence]
+        name = self.shown_channels()[sequence]
         size = batch["image"].shape[2:]
         target = batch["image"][index]
         hidden = output.mask[index, sequence].reshape(1, *size)
         filled = self._inputs(batch).cross[index]
         pred = torch.where(hidden, output.pred[index, sequence, :, 0].reshape(1, *size), target)
         partner = int(batch["partner_modality"][index])
-        other = self.spec.channels[partner] if bool(batch["paired"][index]) else "its template"
+        other = self.shown_channels()[partner] if bool(batch["paired"][index]) else "its template"
         subject = f"{batch['subject_id'][index]}, {name} filled with {other if self.fill == 'cross' else self.fill}"
         return {name: filled_panel(subject, target, hidden, filled, pred)}
 

@@ -25,6 +25,7 @@ from common.optim import OptimizerConfig
 from common.randomness import KeyedGenerator
 from common.runtime.reporting import say, write_rows
 from common.types import InputSpec
+from common.weights.channels import NewChannels
 from experiments.brainmvp.export import normalized_templates
 from experiments.brainmvp.segmentation_networks import segmenter
 
@@ -111,6 +112,8 @@ class BrainSegmentation(SegmentationModule):
         window_batch: Windows computed at once.
         window_mode: How overlapping windows are averaged: all voxels alike, or those in the middle of a window more.
         optimization: How the weights are updated.
+        new_channels: What channels start as that the pre-trained encoder does not know: ``"mean"`` of those it knows,
+            or ``"fresh"``, at random.
     """
 
     def __init__(
@@ -127,6 +130,7 @@ class BrainSegmentation(SegmentationModule):
         window_batch: int = 2,
         window_mode: WindowMode = "constant",
         optimization: OptimizerConfig = OptimizerConfig(),
+        new_channels: NewChannels = "mean",
     ) -> None:
         super().__init__(
             pretrained,
@@ -137,6 +141,7 @@ class BrainSegmentation(SegmentationModule):
             window_batch=window_batch,
             window_mode=window_mode,
             optimization=optimization,
+            new_channels=new_channels,
         )
         self.save_hyperparameters()
         self.replace, self.consistency_weight = replace, consistency_weight

@@ -11,7 +11,7 @@ from common.types import InputSpec
 from experiments.e_mim.model import EMIM
 from experiments.e_mim.module import EMIMPretrain
 
-_CHANNELS = ("t1c", "t1n", "t2f", "t2w")
+_CHANNELS = ("t1c", "t1", "flair", "t2")
 
 
 class _TwoPasses(EMIM):

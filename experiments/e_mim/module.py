@@ -136,4 +136,4 @@ class EMIMPretrain(SSLModule[VolumeBatch]):
         filled = torch.where(hidden, output.pred[index], output.target[index])
         volumes = [network.volume(x[None].float())[0] for x in (output.target[index], hidden, filled)]
         acquired = batch["modality_mask"][index]
-        return volume_panels(batch["subject_id"][index], self.spec.channels, acquired, *volumes)
+        return volume_panels(batch["subject_id"][index], self.shown_channels(), acquired, *volumes)

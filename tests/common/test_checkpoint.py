@@ -26,7 +26,7 @@ def run_folder(tmp_path):
     encoder = partial(VisionTransformer, embed_dim=24, depth=2, num_heads=2)
     module = EMIMPretrain(encoder=encoder, taps=(1, 2))
     module.build(InputSpec(CHANNELS, (32, 32, 32), preprocessing={"orientation": "RAS"}))
-    content = {"state_dict": module.state_dict()}
+    content: dict = {"state_dict": module.state_dict(), "global_step": 3}
     module.on_save_checkpoint(content)
     for name in ("best", "last"):
         atomic_save(content, tmp_path / "run/checkpoints" / f"{name}.ckpt")
@@ -68,12 +68,16 @@ def test_another_size_resamples_positions_alone(run_folder):
 def test_channels_are_matched_by_name(run_folder):
     folder, module = run_folder
     old = module.network.encoder.patch_embed.proj.weight.reshape(24, 3, -1)
-    encoder = load_encoder(folder, channels=["t2f", "adc", "t1c"])
+    with pytest.raises(CheckpointError, match=r"no kernel for adc \(it has t1c, t1n, t2f\)"):
+        load_encoder(folder, channels=["t2f", "adc", "t1c"])
+    encoder = load_encoder(folder, channels=["FLAIR", "adc", "T1ce"], new_channels="mean")
     new = encoder.patch_embed.proj.weight.reshape(24, 3, -1)
     assert torch.equal(new[:, 0], old[:, 2])
     assert torch.equal(new[:, 2], old[:, 0])
-    assert not torch.equal(new[:, 1], old[:, 1])
-    assert "channels ['t1c', 't1n', 't2f'] to ['t2f', 'adc', 't1c']" in str(encoder.load_report)
+    assert torch.equal(new[:, 1], old[:, [0, 2]].mean(1))
+    assert "2 of 3 matched (t1c, flair = t2f); adc start as the mean" in str(encoder.load_report)
+    report = encoder.load_report.channels
+    assert (report.permuted, report.new, report.dropped) == (["t1c", "flair"], ["adc"], ["t1"])
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -152,10 +156,13 @@ def test_an_export_that_asks_for_a_command_or_is_damaged(run_folder, tmp_path, m
             load_encoder(out)
     (out / "config.json").write_text(json.dumps(whole))
     weights = (out / "model.safetensors").read_bytes()
-    for content in (weights[:-100], weights[:4], b"\xff" * 64):
+    for content in (weights[:-100], weights[:4], b"\xff" * 64, weights[:-1] + bytes([weights[-1] ^ 1])):
         (out / "model.safetensors").write_bytes(content)
-        with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or was changed"):
             load_encoder(out)
+    (out / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="can be read: export the encoder again"):
+        load_encoder(out)
     assert ran == []
 
 
@@ -163,7 +170,7 @@ def test_a_truncated_checkpoint(run_folder):
     folder, _ = run_folder
     path = folder / "checkpoints/best.ckpt"
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(CheckpointError, match=r"best.ckpt cannot be read as a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"best.ckpt is damaged .*last.ckpt is whole, of step 3"):
         read_checkpoint(path)
 
 
@@ -182,10 +189,10 @@ def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
 
     def fail(content, file):
         file.write(b"half")
-        raise OSError("disk full")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(StorageError, match=r"last\.ckpt cannot be written: disk full"):
+    with pytest.raises(StorageError, match=r"last\.ckpt cannot be written: the disk or the quota is full"):
         plugin.save_checkpoint({"step": 2}, path)
     assert plugin.load_checkpoint(path) == {"step": 1}
     assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
@@ -205,3 +212,45 @@ def test_a_checkpoint_cannot_have_anything_but_a_checkpoint_removed(tmp_path, na
     AtomicCheckpointIO().remove_checkpoint(folder / "best.ckpt")
     AtomicCheckpointIO().remove_checkpoint(folder / "best.ckpt")
     assert not (folder / "best.ckpt").exists()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_checkpoint_before_the_last_is_kept(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr("pathlib.Path.hardlink_to", lambda *args: (_ for _ in ()).throw(OSError("no links")))
+    for step in (1, 2, 3):
+        atomic_save({"global_step": step}, tmp_path / "last.ckpt")
+        atomic_save({"global_step": step}, tmp_path / "best.ckpt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
+    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 3
+    assert read_checkpoint(tmp_path / "previous.ckpt")["global_step"] == 2
+    (tmp_path / "last.ckpt").unlink()
+    assert resolve_checkpoint(tmp_path, "last").name == "previous.ckpt"
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_other_offered(tmp_path):
+    last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    for step in (5, 6):
+        atomic_save({"global_step": step, "x": torch.ones(500)}, last)
+    flip(last, 700)
+    with pytest.raises(CheckpointError) as refusal:
+        read_checkpoint(tmp_path, "last")
+    assert str(refusal.value) == (
+        f"{last} is damaged (its content does not match its check sum). {previous} is whole, of step 5: give that file "
+        f"instead, as RESUME= or CKPT=."
+    )
+    # The run goes on from the other, and the damaged one does not take its place.
+    assert read_checkpoint(previous)["global_step"] == 5
+    atomic_save({"global_step": 7}, last)
+    assert [read_checkpoint(path)["global_step"] for path in (last, previous)] == [7, 5]
+    flip(previous, 700)
+    flip(last, 100)
+    with pytest.raises(CheckpointError, match="take a copy of it, or another checkpoint"):
+        read_checkpoint(last)

@@ -1,7 +1,5 @@
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -165,10 +163,3 @@ def test_a_missing_configuration_is_one_line_and_exits_with_2(capsys):
 )
 def test_values_that_cannot_work_are_one_line(refusal, pretrain_arguments, settings, words):
     assert words in refusal(pretrain_arguments(*settings))
-
-
-def test_help_costs_no_torch():
-    """The small command must answer at once."""
-    code = "import sys; from common.commands import build_parser; build_parser(None); print('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "False"

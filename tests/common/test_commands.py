@@ -1,6 +1,5 @@
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -32,24 +31,6 @@ def test_a_missing_configuration_is_one_line_and_exits_with_2(capsys):
     assert capsys.readouterr().err == "error: The configuration nowhere.yaml does not exist.\n"
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked")
-def test_freed_memory_is_kept():
-    """Large blocks cost no new pages once they were there."""
-    code = """
-from common.commands import prepare_memory
-prepare_memory()
-import resource
-block = b"medmim"
-def touched():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    block * 2 * 10**7
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-first, again = touched(), touched()
-assert again < first / 10, (first, again)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_a_manifest_cannot_have_folders_removed_nor_break_the_report(brain_root, tmp_path, capsys):
     """Each of these names removed a folder, or ended in a traceback."""
     root = shutil.copytree(brain_root / "brats", os.path.join(tmp_path, os.fsdecode(b"caf\xe9")))
@@ -66,3 +47,17 @@ def test_a_manifest_cannot_have_folders_removed_nor_break_the_report(brain_root,
     assert [victim.read_text() for victim in victims] == ["mine", "mine"]
     assert capsys.readouterr().out.splitlines()[-1] == "faults: none"
     assert len(list((tmp_path / "cache").glob("volumes/*/cases/*/image.npy"))) == len(studies)
+
+
+def test_help_costs_no_torch():
+    """The small command must answer at once."""
+    code = """
+import contextlib, sys
+from common.commands import main
+for arguments in (["--help"], ["doctor", "--help"], ["dance"], ["doctor", "--config", "nowhere.yaml"]):
+    with contextlib.suppress(SystemExit):
+        main(arguments)
+print({"torch", "numpy", "lightning"} & set(sys.modules))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "set()"

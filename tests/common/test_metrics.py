@@ -17,6 +17,8 @@ from common.metrics import (
     weighted_auroc,
 )
 
+SPACING = (1.0, 1.0, 1.0)
+
 
 @pytest.mark.parametrize(
     ("values", "expected"), [([1, 1, 1, 1], 4), ([3, 1, 0, 0], 1.754765), ([4, 2, 1, 1], 3.363586), ([5, 0], 1)]
@@ -71,9 +73,9 @@ def test_hd95_of_empty_regions():
     diagonal = math.hypot(240, 240, 155)
     assert diagonal == pytest.approx(373.13, abs=0.01)
     empty, full = torch.zeros(1, 1, 4, 4, 4, dtype=torch.bool), torch.ones(1, 1, 4, 4, 4, dtype=torch.bool)
-    assert region_hd95(empty, empty, diagonal).item() == 0
-    assert region_hd95(full, empty, diagonal).item() == pytest.approx(diagonal)
-    assert region_hd95(empty, full, diagonal).item() == pytest.approx(diagonal)
+    assert region_hd95(empty, empty, diagonal, SPACING).item() == 0
+    assert region_hd95(full, empty, diagonal, SPACING).item() == pytest.approx(diagonal)
+    assert region_hd95(empty, full, diagonal, SPACING).item() == pytest.approx(diagonal)
 
 
 def test_hd95_of_shifted_boxes():
@@ -81,7 +83,17 @@ def test_hd95_of_shifted_boxes():
     a[0, 0, 4:10, 4:10, 4:10] = True
     b[0, 0, 7:13, 4:10, 4:10] = True
     a[1, 0, 5, 5, 5] = b[1, 0, 5, 5, 9] = True
-    assert region_hd95(a, b, 99)[:, 0].tolist() == pytest.approx([3, 4])
+    assert region_hd95(a, b, 99, SPACING)[:, 0].tolist() == pytest.approx([3, 4])
+
+
+def test_hd95_is_in_mm():
+    """Surfaces 3 voxels of 0.5 mm and 2 voxels of 3 mm apart; an empty region costs the diagonal, in mm as well."""
+    a, b = torch.zeros(2, 1, 20, 20, 20, dtype=torch.bool), torch.zeros(2, 1, 20, 20, 20, dtype=torch.bool)
+    a[0, 0, 5, 5, 5] = b[0, 0, 8, 5, 5] = True
+    a[1, 0, 5, 5, 5] = b[1, 0, 5, 5, 7] = True
+    spacing = (0.5, 0.5, 3.0)
+    assert region_hd95(a, b, 99, spacing)[:, 0].tolist() == pytest.approx([1.5, 6])
+    assert region_hd95(a, torch.zeros_like(b), 61.6, spacing)[:, 0].tolist() == pytest.approx([61.6, 61.6])
 
 
 def test_an_interval_of_noise_holds_one_half():

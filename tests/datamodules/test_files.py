@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from common.errors import DataError
-from common.names import path_under
 from datamodules.files import (
     decoded,
     first_line,
@@ -19,6 +18,7 @@ from datamodules.files import (
     read_matrix,
     zipped_member,
 )
+from datamodules.listed_files import path_under
 
 
 @pytest.mark.parametrize(

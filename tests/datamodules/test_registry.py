@@ -3,8 +3,9 @@ import shutil
 import pytest
 
 from common.errors import DataError
-from datamodules.registry import recognise, with_modalities
+from datamodules.registry import recognise
 from datamodules.synthetic.command import synthesize, write_brats
+from datamodules.volumes.modalities import under_canonical_names, with_modalities
 from datamodules.volumes.pi_cai import gleason_to_isup, read_marksheet
 
 
@@ -33,7 +34,7 @@ def test_brats_of_2017_to_2021(tmp_path):
         layout, cases = recognise(root)
         assert layout.name == "brats2021"
         assert layout.label_values == {0, 1, 2, 4}
-        assert set(cases[0].images) == {"t1c", "t1n", "t2f", "t2w"}
+        assert set(cases[0].images) == {"t1ce", "t1", "flair", "t2"}
     forced, _ = recognise(tmp_path / "flat", "brats2023")
     assert forced.regions["ET"] == (3,)
 
@@ -97,8 +98,9 @@ def test_a_generic_folder(tmp_path, brats_root):
     (tmp_path / "cases.csv").write_text("case_id,patient_id,split\ncase0,p,train\ncase1,q,test\n")
     layout, cases = recognise(tmp_path)
     assert layout.name == "folder"
-    assert with_modalities(layout, cases, None).modalities == ("t1c", "t2w")
-    assert with_modalities(layout, cases, ["t2w"]).modalities == ("t2w",)
+    layout, cases = under_canonical_names(layout, cases)
+    assert with_modalities(layout, cases, None).modalities == ("t1c", "t2")
+    assert with_modalities(layout, cases, ["t2w"]).modalities == ("t2",)
     assert [case.split for case in cases] == ["train", "test"]
     with pytest.raises(DataError, match="No case has the modalities adc; present are t1c, t2w"):
         with_modalities(layout, cases, ["adc"])

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from common.errors import DataError
+from common.modalities import TEMPLATES, canonical_name
 from common.runtime.configs import find_config, read_config
 from datamodules.brain.datamodule import BrainDataModule, PairDataset
 from datamodules.brain.layouts import BRAIN_LAYOUTS
-from datamodules.brain.sequences import CANONICAL
 from datamodules.brain.tasks import BrainTaskDataModule
 from datamodules.loading import Draw
 from datamodules.registry import recognise
@@ -62,7 +62,7 @@ def entries(root):
 
 def test_sources_are_recognised_and_go_under_canonical_names(data):
     assert Counter(case.attributes["source"] for case in data.cases) == {"brats2021": 4, "ucsf_pdgm": 4, "ixi": 4}
-    assert data.input_spec.channels == CANONICAL
+    assert data.input_spec.channels == TEMPLATES
     sets = {frozenset(case.images) for case in data.cases}
     assert frozenset({"flair", "t1", "t1c", "t2", "dwi", "adc"}) in sets
     assert frozenset({"t1"}) in sets
@@ -82,12 +82,12 @@ def test_pairs_are_two_sequences_of_one_study_at_one_place(data):
         shape = opened.image.shape[1:]
         local = [s - (a - n) // 2 for s, a, n in zip(start, SHAPE, shape, strict=True)]
         box = tuple(slice(s, s + 16) for s in local)
-        expected = opened.image[names.index(CANONICAL[m])][box]
+        expected = opened.image[names.index(TEMPLATES[m])][box]
         assert np.array_equal(sample["image"][0].numpy(), expected.astype(np.float32))
         assert bool(sample["paired"]) == (len(names) > 1)
         if sample["paired"]:
-            other = CANONICAL[sample["partner_modality"]]
-            assert other != CANONICAL[m]
+            other = TEMPLATES[sample["partner_modality"]]
+            assert other != TEMPLATES[m]
             assert np.array_equal(
                 sample["partner"][0].numpy(), opened.image[names.index(other)][box].astype(np.float32)
             )
@@ -127,14 +127,14 @@ def test_pre_training_on_some_of_the_sequences(brain_root, data, capsys):
     assert "5 of 12 studies have none of t1c, dwi, adc and are left out" in capsys.readouterr().out
     assert len(some.cases_in_use()) == 7
     assert {name for case in some.cases for name in case.images} == {"t1c", "dwi", "adc"}
-    assert some.input_spec.channels == CANONICAL
+    assert some.input_spec.channels == TEMPLATES
     drawn = {int(index) for _ in range(4) for batch in some.train_dataloader() for index in batch["modality"]}
-    assert drawn <= {CANONICAL.index(name) for name in ("t1c", "dwi", "adc")}
+    assert drawn <= {TEMPLATES.index(name) for name in ("t1c", "dwi", "adc")}
     assert some.store.folder.name != data.store.folder.name  # its cache is another one
-    with pytest.raises(DataError, match="modalities names T1ce, swi; pre-training knows flair, t1, t1c"):
+    with pytest.raises(DataError, match="modalities names swi; pre-training knows flair, t1, t1c"):
         module(brain_root, modalities=["t1", "T1ce", "swi"]).index()
     root = brain_root / "brats"
-    with pytest.raises(DataError, match=r"has one of pd, .* asks for; present are flair, t1, t1c, t2"):
+    with pytest.raises(DataError, match=r"has one of pd, .* asks for; present are flair, t1, t1ce, t2"):
         module(root, modalities=["pd"]).index()
 
 
@@ -147,7 +147,7 @@ def test_controls_and_reference(brain_root):
     references = list(data.reference_samples(3))
     masks = np.concatenate([part["modality_mask"].numpy() for part in references])
     present = {name for case in data.splits["train"] for name in case.images}
-    assert masks.sum(0)[[CANONICAL.index(name) for name in present]].min() >= 3
+    assert masks.sum(0)[[TEMPLATES.index(name) for name in present]].min() >= 3
 
 
 def test_a_manifest_in_monais_form(brain_root, tmp_path, capsys):
@@ -225,7 +225,7 @@ def test_a_study_without_a_known_sequence_among_good_ones(brain_root, tmp_path):
     data = ready(listed(root, {"training": studies[:3], "validation": studies[3:]}))
     (fault,) = data.ledger.faults
     assert fault.detail == (
-        f"the case has no sequence of a known name; it has swi, and known are {', '.join(CANONICAL)}"
+        f"the case has no sequence of a known name; it has swi, and known are {', '.join(TEMPLATES)}"
     )
     assert len(data._usable(data.splits["train"])) == 2
 
@@ -313,7 +313,10 @@ def touch(root, pattern):
 
 
 def sequences(cases):
-    return {case.case_id: " ".join([*sorted(case.images), *(["+seg"] if case.labels else [])]) for case in cases}
+    return {
+        case.case_id: " ".join([*sorted(map(canonical_name, case.images)), *(["+seg"] if case.labels else [])])
+        for case in cases
+    }
 
 
 @pytest.mark.parametrize("name", TREES)
@@ -349,8 +352,7 @@ def test_a_generic_folder_is_no_brats(tmp_path, more):
     touch(tmp_path, f"P1/P1_{{t1,{more}}}.nii.gz")
     layout, cases = recognise(tmp_path, known=BRAIN_LAYOUTS)
     assert layout.name == "folder"
-    assert sequences(cases) == {"P0": "t1 t2 +seg", "P1": " ".join(sorted(["t1", more.lower()]))}
-    assert cases[0].attributes == {"unknown": "swi"}
+    assert sequences(cases) == {"P0": "swi t1 t2 +seg", "P1": " ".join(sorted(["t1", more.lower()]))}
 
 
 def test_sources_of_no_official_layout(tmp_path):

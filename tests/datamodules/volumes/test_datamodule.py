@@ -34,7 +34,8 @@ def test_batches(brats_root):
     assert batch["modality_mask"].dtype == torch.bool
     assert batch["key"].dtype == torch.int64
     assert len(batch["subject_id"]) == 2
-    assert datamodule.input_spec.channels == ("t1c", "t1n", "t2f", "t2w")
+    assert datamodule.input_spec.channels == ("t1c", "t1", "flair", "t2")
+    assert datamodule.input_spec.names == ("t1c", "t1n", "t2f", "t2w")
     assert datamodule.input_spec.image_size == (32, 32, 32)
 
 

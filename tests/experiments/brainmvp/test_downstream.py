@@ -188,7 +188,7 @@ def test_segmentation_from_a_pretrained_encoder_to_the_table_of_missing_sequence
     )
     folder = execute(start)
     report = capsys.readouterr().out
-    assert "1 channels shared out among 4" in report
+    assert "one stored kernel shared out among 4" in report
     assert "decoder from pre-training: 4 tensors; templates: yes" in report
     state = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
     before = load_encoder(pretrained, channels=CHANNELS).state_dict()

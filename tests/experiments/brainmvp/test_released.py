@@ -67,7 +67,7 @@ def test_one_channel_is_shared_out_among_many(run):
     x = torch.rand(2, 1, 16, 16, 16)
     with torch.no_grad():
         assert torch.allclose(encoder(x.expand(-1, 4, -1, -1, -1)), module.network.encoder(x), atol=1e-5)
-    assert "1 channels shared out among 4" in str(encoder.load_report)
+    assert "one stored kernel shared out among 4 (t1c, t1, flair, t2)" in str(encoder.load_report)
     assert load_encoder(folder, in_channels=1, image_size=(32, 32, 32)).load_report.adapted == {}
 
 
