@@ -36,7 +36,7 @@ def test_brats_2023_is_read_voxel_by_voxel(real_data, volumes_of):
 
 def test_brats_2023_trains_and_the_loss_falls(real_data, pretrain_arguments):
     folder = execute(pretrain_arguments("--data.crops_per_case=8", "--data.split_fractions=[0.84,0.16,0.0]",
-                                        "--trainer.max_epochs=5", "--model.optimizer.lr=1e-3",
+                                        "--trainer.max_epochs=5", "--model.optimization.optimizer.lr=1e-3",
                                         root=real_data("brats2023")))  # fmt: skip
     summary = json.loads((folder / "summary.json").read_text())
     assert list(csv.DictReader((folder / "data_faults.csv").open())) == []

@@ -134,7 +134,8 @@ def test_resumed_equals_uninterrupted(arguments, monkeypatch, more):
 
 @pytest.mark.ddp
 def test_two_ranks_equal_one(arguments):
-    shared = ["--trainer.max_epochs=1", "--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.01",
+    shared = ["--trainer.max_epochs=1", "--model.optimization.optimizer=torch.optim.SGD",
+              "--model.optimization.optimizer.lr=0.01",
               "--model.genome_encoder.dropout=0", "--trainer.limit_train_batches=3", "--data.genotype_step=8",
               "--model.match_weight=10"]  # fmt: skip
     alone = execute(arguments(*shared, "--data.batch_size=4"))
