@@ -98,7 +98,7 @@ def read_classes(cases: Sequence[Case], source: LabelSource, tables: Sequence[Pa
         found = _listed(cases, source, tables)
     classes = {name: meaning[value] for name, value in found.items() if value in meaning}
     if len(set(classes.values())) < 2:
-        seen = sorted({value for value in found.values() if value})[:6]
+        seen = listing(sorted({value for value in found.values() if value}))
         raise DataError(f"Classification needs two classes at least; {len(classes)} of {len(cases)} cases are one of "
-                        f"{', '.join(source.classes)}; the values found are {', '.join(seen) or 'none'}.")  # fmt: skip
+                        f"{', '.join(source.classes)}; the values found are {seen}.")  # fmt: skip
     return classes

@@ -94,7 +94,7 @@ def _with_views(images: pd.DataFrame, path: Path, views: Sequence[str]) -> pd.Da
     kept = images[images["ViewPosition"].str.upper().isin(wanted)]
     if kept.empty:
         counts = images["ViewPosition"].value_counts()
-        present = ", ".join(f"{view or 'blank'} ({count})" for view, count in counts.items())
+        present = listing(f"{view or 'blank'} ({count})" for view, count in counts.items())
         raise DataError(f"{path} lists no image of the views {', '.join(views)}; it has {present}.")
     return kept
 
