@@ -27,7 +27,7 @@ HOMES = (
     "experiments.mrm_genetics.baselines",
 )
 #: Encoders that have moved since files were written: what those say, and what it is called now.
-_MOVED = {"experiments.umd.model.UMDEncoder": "experiments.umd.encoder.UMDEncoder"}
+_MOVED = {"experiments.umd.encoder.UMDEncoder": "experiments.umd.encoder.UMDEncoder"}
 #: Beyond any size or count of an encoder.
 _LARGEST = 2**24
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from common.errors import DataError
 from datamodules.registry import FileRef, Record
 from datamodules.volumes.intensity import RULES
-from datamodules.voxels import STRICT, VoxelConfig
+from datamodules.volumes.voxels import STRICT, VoxelConfig
 
 
 class Case(NamedTuple):

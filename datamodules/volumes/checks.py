@@ -12,7 +12,7 @@ from datamodules.volumes.cases import Case, Layout
 from datamodules.volumes.headers import VolumeError
 from datamodules.volumes.prepare import native_space, prepare_case
 from datamodules.volumes.reading import Header, read_header
-from datamodules.voxels import VoxelConfig
+from datamodules.volumes.voxels import VoxelConfig
 
 
 def _headers(case: Case, paths: dict[str, str], voxels: VoxelConfig) -> Iterator[tuple[str, Header | Fault]]:

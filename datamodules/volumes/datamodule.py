@@ -30,7 +30,7 @@ from datamodules.volumes.checks import examine
 from datamodules.volumes.crops import arranged, center_start, cut, flip, random_start, start_around, to_tensor
 from datamodules.volumes.modalities import under_canonical_names, with_modalities
 from datamodules.volumes.profiles import prepared
-from datamodules.voxels import STRICT, VoxelConfig
+from datamodules.volumes.voxels import STRICT, VoxelConfig
 
 Domain = Literal["train", "val", "center", "full"]
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from datamodules.limits import MAX_HEADER_BYTES, MAX_VOLUME_BYTES
 from datamodules.notes import note
-from datamodules.voxels import STRICT, VoxelConfig
+from datamodules.volumes.voxels import STRICT, VoxelConfig
 
 #: Volume of a voxel in units of its edges, which is 1 where they are at right angles; nearer to 0 it is flat.
 _MIN_VOLUME = 1e-3

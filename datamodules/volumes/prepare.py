@@ -18,7 +18,7 @@ from datamodules.volumes.cases import Case, Layout
 from datamodules.volumes.headers import VolumeError, check_room
 from datamodules.volumes.intensity import CLIPPED_AT_0, rescale
 from datamodules.volumes.reading import Volume, read_volume
-from datamodules.voxels import FACES, STRICT, VoxelConfig, background_of, negative_share
+from datamodules.volumes.voxels import FACES, STRICT, VoxelConfig, background_of, negative_share
 
 if TYPE_CHECKING:  # a quarter of a run's imports, and needed only where something is resampled
     from monai.data import MetaTensor

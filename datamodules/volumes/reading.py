@@ -28,7 +28,7 @@ from datamodules.volumes.headers import (
     squeezed,
 )
 from datamodules.volumes.itk_streams import check_stream, find_stream
-from datamodules.voxels import STRICT, VoxelConfig
+from datamodules.volumes.voxels import STRICT, VoxelConfig
 
 #: Goes into the cache key: another decoder, or another rule of ours, may give other voxels.
 DECODERS = {"reader": "2", "nibabel": nib.__version__, "SimpleITK": sitk.Version.VersionString()}

@@ -15,7 +15,7 @@ from datamodules.volumes.modalities import with_modalities
 from datamodules.volumes.prepare import prepare_case
 from datamodules.volumes.profiles import prepared as prepared_layout
 from datamodules.volumes.reading import read_volume, write_nifti
-from datamodules.voxels import VoxelConfig, background_of
+from datamodules.volumes.voxels import VoxelConfig, background_of
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from datamodules import notes
 from datamodules.storage import fingerprint
 from datamodules.volumes.headers import VolumeError
 from datamodules.volumes.reading import read_header, read_volume, write_nifti
-from datamodules.voxels import VoxelConfig
+from datamodules.volumes.voxels import VoxelConfig
 
 
 @pytest.fixture
