@@ -30,6 +30,7 @@ from common.randomness import stable_hash
 from datamodules.storage import cache_root, file_is_good, fingerprint, save_array, sole_builder, source_facts
 from datamodules.volumes.cases import Case, Layout
 from datamodules.volumes.headers import VolumeError
+from datamodules.volumes.itk_streams import source_files
 from datamodules.volumes.prepare import PreparedCase, prepare_case
 from datamodules.volumes.reading import DECODERS, read_header
 
@@ -249,7 +250,7 @@ class VolumeCache:
         """
         if any("cannot be opened" in detail for _, _, detail in (*record.faults, *record.label_faults)):
             return False  # a mount or a permission, which may have come back without a trace in the file
-        if self._members(case) != record.members:
+        if self._members(case) != record.members or {str(path) for path in self._sources(case)} != set(record.sources):
             return False
         for path, source in record.sources.items():
             known = {name: source.get(name) for name in ("size", "mtime_ns")}
@@ -267,6 +268,10 @@ class VolumeCache:
 
     def _image_paths(self, case: Case) -> list[Path]:
         return [path for name, path in case.images.items() if name in self.layout.modalities]
+
+    def _sources(self, case: Case) -> list[Path]:
+        members = (*self._image_paths(case), *case.labels.values())
+        return [path for member in members for path in source_files(member)]
 
     def build(self, case: Case) -> Record:
         """Prepare one case and store it, whole or not at all.
@@ -323,7 +328,7 @@ class VolumeCache:
         except SampleFaultError as error:
             record = Record(case.case_id, usable=False, faults=_plain(error.faults))
         record.members = self._members(case)
-        for path in (*self._image_paths(case), *case.labels.values()):
+        for path in self._sources(case):
             source = record.sources.setdefault(str(path), {})
             if path.is_file():
                 source.update(source_facts(path))

@@ -127,6 +127,8 @@ def _itk_reader(path: Path, voxels: VoxelConfig) -> Any:
         raise _unreadable(error) from error
     check_dtype(_itk_dtype(reader), voxels)
     check_shape(reader.GetSize(), _itk_dtype(reader).itemsize)
+    if suffix_of(path) == ".nrrd" and not reader.HasMetaDataKey("NRRD_space"):
+        raise VolumeError("header", "the NRRD header names no space, so its orientation is unknown: save it with one")
     return reader
 
 
@@ -148,7 +150,7 @@ def _read_itk(path: Path, voxels: VoxelConfig) -> Volume:
     reader = _itk_reader(path, voxels)
     stream = find_stream(path)
     check_stream(stream, int(np.prod(reader.GetSize())) * _itk_dtype(reader).itemsize)
-    source = fingerprint(path)
+    source = fingerprint(stream.path)  # headers alone may be equal in all patients
     try:
         image = reader.Execute()
     except RuntimeError as error:
