@@ -10,9 +10,11 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
+from common.callbacks.finite_check import FiniteCheck, refuse_to_save
 from common.checkpoint import check_shapes, encoder_record
 from common.distributed import reduce_sums
-from common.errors import CheckpointError, UserError
+from common.errors import CheckpointError, NonFiniteError, UserError
+from common.finite import FiniteSteps, check_finite
 from common.optim import Schedule, WarmupCosine, param_groups
 from common.randomness import run_seed, seed_step, stable_hash
 from common.runtime.reporting import log_scalars
@@ -75,6 +77,10 @@ class BuiltFromData(pl.LightningModule):
     compile_network: bool = False
     preprocessing: Mapping[str, Any] = {}
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.finite = FiniteSteps()
+
     @abstractmethod
     def build_network(self, spec: InputSpec) -> nn.Module:
         """Make the network for inputs of ``spec``."""
@@ -134,36 +140,75 @@ class BuiltFromData(pl.LightningModule):
         self.preprocessing = spec.preprocessing
         return spec
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Look after steps that are not finite in every trainer (Lightning hook)."""
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [] if any(isinstance(callback, FiniteCheck) for callback in callbacks) else [FiniteCheck()]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record how to rebuild the encoder alone (Lightning hook)."""
+        """Record how to rebuild the encoder alone; weights that are not finite are never saved (Lightning hook).
+
+        Raises:
+            NonFiniteError: they are not.
+        """
+        refuse_to_save(checkpoint, self.global_step)
         checkpoint["encoder"] = encoder_record(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse weights of another shape in one sentence (Lightning hook)."""
+        """Refuse weights of another shape, and such as are not finite, in one sentence (Lightning hook)."""
         self.preprocessing = self.preprocessing or checkpoint.get("encoder", {}).get("preprocessing", {})
         check_shapes(checkpoint["state_dict"], self.state_dict())
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        """Clip gradients (Lightning hook).
-
-        Lightning refuses to clip for fused optimisers under mixed precision, because float16's would still be scaled;
-        bfloat16's never are.
-        """
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        if gradient_clip_algorithm not in (None, "norm") or not gradient_clip_val or scaled:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif isinstance(self.trainer.strategy, pl.strategies.FSDPStrategy):
-            self.trainer.model.clip_grad_norm_(gradient_clip_val)  # type: ignore[union-attr, operator]
-        else:
-            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        check_finite(checkpoint["state_dict"], "The checkpoint")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Tie dropout to the step, and log the highest learning rate (Lightning hook)."""
         seed_step(run_seed(), self.global_step, batch_idx, self.global_rank)
+        names = batch.get("subject_id", ()) if isinstance(batch, Mapping) else ()
+        self.finite.begin(self, self.global_step + 1, self.device, map(str, names))
         groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
         self.log("lr", max(group["lr"] for group in groups), batch_size=1)
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Log a scalar, and remember it until it is known that its step was finite."""
+        if name.startswith("train/"):
+            self.finite.note(name, value)
+        super().log(name, value, *args, **kwargs)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute gradients; all are NaN, on every rank, where the loss is not finite (Lightning hook)."""
+        try:
+            super().backward(self.finite.poisoned(loss), *args, **kwargs)
+        except RuntimeError as error:
+            if not self.finite.strict or "returned nan values" not in str(error):
+                raise
+            raise NonFiniteError(f"Step {self.global_step + 1}: {str(error).splitlines()[0].rstrip('.')}: its gradient "
+                                 f"is the first that is not finite. The warning above shows where it was computed."
+                                 ) from error  # fmt: skip
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip gradients, and hold those back that are not finite (Lightning hook).
+
+        Lightning refuses to clip for fused optimisers under mixed precision, because float16's would still be scaled;
+        bfloat16's never are.
+        """
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            self.finite.judge_loss()
+            return
+        parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if gradient_clip_algorithm in (None, "norm") and gradient_clip_val:
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self.finite.judge(norm.to(self.device), self.trainer.optimizers)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, unless the gradients are not finite (Lightning hook)."""
+        super().optimizer_step(*args, **kwargs)
+        self.finite.restore()
 
 
 class SSLModule(BuiltFromData, ABC):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common.checkpoint import StoredEncoder, read_encoder, resolve_checkpoint, run_tokenizer
 from common.errors import UserError
+from common.finite import check_finite
 from common.runtime.experiments import experiment_module, experiment_names
 from common.runtime.provenance import source_state
 from common.runtime.reporting import say
@@ -117,7 +118,11 @@ def write_export(stored: StoredEncoder, experiment: str, format: str, out: Path,
         format: One of the experiment's formats.
         out: Folder to write.
         source: The file it came from, for the card.
+
+    Raises:
+        CheckpointError: its weights are not finite.
     """
+    check_finite(stored.state | stored.rest, source)
     exported = formats_of(experiment)[format](stored)
     out.mkdir(parents=True, exist_ok=True)
     weights = out / "model.safetensors"
