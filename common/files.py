@@ -146,7 +146,7 @@ def whole_file(path: Path, owner: Path | None = None, durable: bool = False) -> 
 
     Args:
         path: The file; its folder is made.
-        owner: The folder that is ours; None = the one that the file lies in.
+        owner: The folder that is ours; None: the one that the file lies in.
         durable: Whether it must survive a power cut: contents and name reach the disk before the block is left.
 
     Yields:

@@ -1,8 +1,8 @@
-"""Encoders that a file may ask for: which classes, and which arguments.
+"""The encoders that a file may request, and the arguments they accept.
 
 A checkpoint or an export names its encoder's class and arguments. A name is looked up among the classes that carry
-:func:`registered`; nothing is imported because a file says so, and no argument of another kind than the class declares
-is handed on. Whoever writes an encoder of their own puts the decorator on it and imports its module.
+:func:`registered`; a file never causes an import, and arguments whose kind differs from the class's declaration are
+refused. To use an encoder of your own, decorate its class and import its module.
 """
 
 import importlib
@@ -25,9 +25,9 @@ HOMES = (
     "experiments.mrm_record.baselines",
     "experiments.mrm_genetics.baselines",
 )
-#: Encoders that have moved since files were written: what those say, and what it is called now.
+#: Encoders that have moved since some files were written: the recorded name, and the current one.
 _MOVED = {"experiments.umd.model.UMDEncoder": "experiments.umd.encoder.UMDEncoder"}
-#: Beyond any size or count of an encoder.
+#: An upper bound on any size or count of an encoder.
 _LARGEST = 2**24
 
 _ENCODERS: dict[str, type[nn.Module]] = {}
@@ -35,12 +35,12 @@ Encoder = TypeVar("Encoder", bound=nn.Module)
 
 
 def class_path(cls: type) -> str:
-    """Return the name that files know a class by."""
+    """Return the name by which files refer to a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def registered(cls: type[Encoder]) -> type[Encoder]:
-    """Let files ask for an encoder (class decorator)."""
+    """Allow files to request an encoder (class decorator)."""
     _ENCODERS[class_path(cls)] = cls
     return cls
 
@@ -67,7 +67,7 @@ def find_encoder(path: str) -> type[nn.Module]:
     """Return the registered class of that name.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: no such class is registered.
     """
     path = _MOVED.get(path, path)
     if path.rpartition(".")[0] in HOMES:

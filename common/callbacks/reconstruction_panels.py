@@ -1,4 +1,4 @@
-"""Pictures of reconstructions, one row a case: input, what was hidden, prediction, difference."""
+"""Pictures of reconstructions, one row per case: input, what was hidden, prediction, difference."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -124,7 +124,7 @@ class ReconstructionPanels(ValidationCallback):
         self._panels: dict[str, list[Panel]] = {}
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget the last validation (Lightning hook)."""
+        """Reset for a new validation (Lightning hook)."""
         self._panels = {}
 
     def observe(self, trainer: pl.Trainer, module: SSLModule, output: Reconstruction, batch: Any) -> None:

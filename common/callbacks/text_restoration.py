@@ -1,4 +1,4 @@
-"""Reports as the model fills them in, to read."""
+"""Reports as the model fills them in, as readable text."""
 
 from collections.abc import Collection, Iterator
 from html import escape
@@ -67,7 +67,7 @@ def restored_row(tokens: list[str], truth: dict[int, str], predicted: dict[int, 
 class TextRestoration(ValidationCallback):
     """Logs ``reconstruction/report`` as text at every validation, always the same samples.
 
-    Nothing is logged where the data module anonymises: reports are about persons.
+    Nothing is logged if the data module anonymises: reports are about people.
 
     Args:
         num_samples: Reports.
@@ -78,7 +78,7 @@ class TextRestoration(ValidationCallback):
         self._rows: list[tuple[str, str, str]] = []
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget the last validation (Lightning hook)."""
+        """Reset for a new validation (Lightning hook)."""
         self._rows = []
 
     def observe(self, trainer: pl.Trainer, module: SSLModule, output: Reconstruction, batch: Any) -> None:

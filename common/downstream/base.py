@@ -1,4 +1,4 @@
-"""What every fine-tuned module shares: its encoder, its optimiser, and one row a case, gathered over ranks."""
+"""What every fine-tuned module shares: its encoder, its optimiser, and one row per case, gathered over ranks."""
 
 import json
 import math
@@ -25,7 +25,7 @@ class FineTuning(BuiltFromData):
     """A downstream task on a pre-trained encoder.
 
     Subclasses call ``save_hyperparameters()``, make their network from :meth:`build_encoder` in ``build_network``, add
-    one row a case to ``self.rows`` while they validate or test, and read them back with :meth:`take_rows`. Most are
+    one row per case to ``self.rows`` while they validate or test, and read them back with :meth:`take_rows`. Most are
     :class:`ScoredTask`, which does the latter.
 
     Args:
@@ -110,7 +110,7 @@ class ScoredTask(FineTuning):
 
     @abstractmethod
     def score(self, batch: Any) -> list[dict[str, Any]]:
-        """Return one row a case, with ``subject_id`` and ``patient_id``."""
+        """Return one row per case, with ``subject_id`` and ``patient_id``."""
 
     @abstractmethod
     def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

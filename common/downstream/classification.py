@@ -28,7 +28,7 @@ from common.types import InputSpec
 class ClassifierNetwork(nn.Module):
     """An encoder, the mean over its patch tokens, a fresh LayerNorm and a linear layer (MRM, fine-tuning recipe).
 
-    The encoder's own final norm is left out, its positions are trained.
+    The encoder's final norm is removed; its position embeddings are trained.
 
     Args:
         encoder: With ``num_features`` and ``forward_features``.
@@ -200,7 +200,7 @@ class ImageClassifier(ScoredTask):
         )
 
     def line(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return one line of the table: names, then score and target (empty = unknown) of each class."""
+        """Return one line of the table: names, then score and target (empty: unknown) of each class."""
         line = {"subject_id": row["subject_id"], "patient_id": row["patient_id"]}
         scores = torch.tensor(row["logits"]).sigmoid().tolist()
         for name, score, target in zip(self.classes, scores, row["target"], strict=True):

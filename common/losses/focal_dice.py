@@ -1,4 +1,4 @@
-"""Segmentation loss over exclusive classes, with pixels that count nowhere.
+"""Segmentation loss over exclusive classes, with pixels that can be ignored.
 
 Letters: B batch, K classes (0 is the background).
 """
@@ -12,7 +12,7 @@ from torchvision.ops import sigmoid_focal_loss
 from common.distributed import all_reduce_sum
 from common.runtime.precision import at_least_float32
 
-#: Label of the pixels that count nowhere.
+#: Label of ignored pixels.
 IGNORED = 255
 
 

@@ -36,9 +36,9 @@ class Row:
 
     Attributes:
         name: What is compared.
-        value: The ratio, or the amount where ``unit`` says so; None = not applicable on this machine.
-        target: What the value should at least be; None = for information.
-        detail: How it came about, or why it is not applicable.
+        value: The ratio, or the amount where ``unit`` says so; None: not applicable on this machine.
+        target: The smallest acceptable value; None: for information only.
+        detail: How it was measured, or why it is not applicable.
         unit: Empty for ratios.
     """
 

@@ -49,7 +49,7 @@ class Part(NamedTuple):
 
 
 class Exported(NamedTuple):
-    """What a format's writer makes of an encoder.
+    """The result of a format's writer.
 
     Attributes:
         tensors: Weights under the target library's names.

@@ -70,8 +70,8 @@ def from_timm(loaded: Mapping[str, Any], class_token: bool = True) -> dict[str, 
         class_token: Whether our encoder has a class token; else the file's is dropped.
 
     Returns:
-        The encoder's part of the file. Keys of decoders and heads are kept as they are, for a report of what found no
-        place. The position of the class token, if it is not 0, is added to the token.
+        The encoder's part of the file. Keys of decoders and heads are kept as they are, so that what was not used can
+        be reported. The position of the class token, if it is not 0, is added to the token.
 
     Raises:
         ValueError: the file holds no patch embedding of a ViT.

@@ -1,10 +1,10 @@
-"""``medmim associate``: which variants go with what an encoder sees, as independent regions of the genome.
+"""``medmim associate``: which variants are associated with an encoder's features, as independent regions of the genome.
 
-Features of images become principal components; covariates are regressed out of each, and what is left is brought to a
+Features of images become principal components; covariates are regressed out of each, and the residuals are mapped to a
 normal distribution. Every variant is then tested by a linear model with the same covariates, and significant variants
 in linkage are clumped into regions. Relatives are left out; there is no mixed model.
 
-Letters: P persons, V variants, C covariates, K components.
+Letters: P people, V variants, C covariates, K components.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def inverse_normal(values: Array) -> Array:
 
 
 def residuals(values: Array, covariates: Array) -> Array:
-    """Return what covariates ``(P, C)`` and a constant leave of each column of ``(P, ...)``."""
+    """Return the residuals of each column of ``(P, ...)`` after regression on covariates ``(P, C)`` and a constant."""
     design = np.column_stack([np.ones(len(values)), covariates])
     basis, singular, _ = np.linalg.svd(design, full_matrices=False)
     basis = basis[:, singular > singular[0] * 1e-10]
@@ -69,7 +69,7 @@ def linear_association(genotypes: Genotypes, persons: NDArray[np.int64], outcome
 
     Args:
         genotypes: The genotypes.
-        persons: Places of the persons.
+        persons: Places of the people.
         outcomes: ``(P, K)``.
         covariates: ``(P, C)``.
     """
@@ -171,10 +171,10 @@ def genomic_inflation(p: Array) -> float:
 
 
 class Association(NamedTuple):
-    """What was tested and found.
+    """The outcome of an association study.
 
     Attributes:
-        table: A row a variant: chrom, id, pos, counted and other allele, p over all components, component and beta.
+        table: A row per variant: chrom, id, pos, counted and other allele, p over all components, component and beta.
         clumps: Independent regions.
         inflation: Of the P values of each component.
         persons: How many were tested.
@@ -207,7 +207,7 @@ def associate(
         features: ``(n, E)``.
         ids: Person of each row; of a person's rows the first counts.
         genotypes: The genotypes.
-        covariates: A row a person (index), numbers; persons with a gap are left out.
+        covariates: A row per person (index), numbers; people with a gap are left out.
         components: K; no more than there are features.
         genetic: Principal components of the genotypes that are added to the covariates.
         relatives: Pairs of relatives; None estimates kinship from the genotypes.
@@ -217,7 +217,7 @@ def associate(
         kilobases: See :func:`clump`.
 
     Raises:
-        DataError: ids do not join, or persons are too few.
+        DataError: ids do not join, or people are too few.
     """
     row_of: dict[str, int] = {}
     for row, name in enumerate(ids):
@@ -261,7 +261,7 @@ def _estimated_relatives(
     """Estimate who is related.
 
     Raises:
-        DataError: there are too many persons for every pair of them.
+        DataError: there are too many people for every pair of them.
     """
     if len(names) > _MOST_PERSONS:
         raise DataError(f"Kinship of {len(names)} persons is not estimated here: give --kinship, a table of plink2 or "
@@ -336,7 +336,7 @@ def run(args: argparse.Namespace) -> None:
     """Carry out ``medmim associate``: ``associations.csv``, ``regions.csv``, ``summary.json`` and two pictures.
 
     Raises:
-        DataError: a file is missing or damaged, or persons do not join.
+        DataError: a file is missing or damaged, or people do not join.
     """
     path = Path(args.features)
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Colour images of persons, with or without their genetics: what a sample is, and what a layout of such archives is."""
+"""Colour images of people, with or without their genetics: what a sample is, and what a layout of such archives is."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,19 +37,19 @@ def no_files(root: Path) -> GenomeFiles:
 
 @dataclass(frozen=True)
 class PictureLayout:
-    """A way in which such images lie on disk.
+    """A way in which such images are stored on disk.
 
     Attributes:
         name: What ``LAYOUT=`` takes.
         tree: One line that shows the tree, for a person whose root was not recognised.
         find: Lists the images under a root; an empty list means the root is not of this layout.
         reader: How files become pixels.
-        named: Whether its patients are the persons of a genetic archive; else genetics can only be those of strangers.
+        named: Whether its patients are the people of a genetic archive; else genetics can only be those of strangers.
         files: Where genetics lie in the tree.
-        kinds: Further genetics that are no files of their own kind, such as omics in a table; None = there are none.
+        kinds: Further genetics that are no files of their own kind, such as omics in a table; None: there are none.
         prefer: A layout of higher preference wins where several recognise a root.
         read_lesion: Reads the mask of a lesion, given its file, that of its image and the shorter side, as the image is
-            read; None = images of this layout have no such masks.
+            read; None: images of this layout have no such masks.
     """
 
     name: str

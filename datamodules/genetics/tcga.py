@@ -20,7 +20,7 @@ from datamodules.images.reading import COLOUR
 from datamodules.labelled.layout import LabelLayout, LabelledImage
 from datamodules.tables import read_table
 
-#: A patient's name is this much of a file's.
+#: A patient's name is this prefix of a file's.
 PATIENT_LENGTH = 12
 GRADES = ("II", "III", "IV")
 _GRADES = {text: grade for grade in (2, 3, 4) for text in (str(grade), f"{grade}.0")}
@@ -104,7 +104,7 @@ class TCGAGrade(LabelLayout):
         """List the regions whose patient has a grade.
 
         Raises:
-            DataError: the table is missing or damaged, a grade is none, or no region has one.
+            DataError: the table is missing or damaged, a grade is invalid, or no region has one.
         """
         path = _first(root, ("**/grade_data.csv",))
         if path is None:

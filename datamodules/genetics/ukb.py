@@ -22,7 +22,7 @@ from datamodules.labelled.layout import LabelLayout, LabelledImage, need_file
 from datamodules.labelled.tables import files_under
 from datamodules.tables import read_numbers, read_table
 
-#: What is predicted from a photograph.
+#: The targets predicted from a photograph.
 RISKS = {"regression": ("age", "bmi", "sbp", "dbp"), "classification": ("sex", "smoking")}
 #: Fundus photographs of the left and the right eye.
 FIELDS = ("21015", "21016")
@@ -31,7 +31,7 @@ _SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def split_of_eids(eids: list[str], seed: int = 42) -> dict[str, str]:
-    """Split persons 70 / 10 / 20 as ContIG does, so that its test persons stay unseen."""
+    """Split people 70 / 10 / 20 as ContIG does, so that its test people stay unseen."""
     names = np.array(sorted(set(eids), key=int))
     order = np.random.RandomState(seed).permutation(len(names))
     train, val = int(0.7 * len(names)), int(0.1 * len(names))
@@ -48,7 +48,7 @@ def _checked_names(root: Path) -> set[str] | None:
 
 
 def european(root: Path, threshold: float = 0.99) -> set[str] | None:
-    """Return the persons of ``ancestry.tsv`` whose probability ``EUR`` is high enough; None where there is no file.
+    """Return the people of ``ancestry.tsv`` whose probability ``EUR`` is high enough; None without such a file.
 
     Raises:
         DataError: a column is missing.
@@ -64,7 +64,7 @@ def european(root: Path, threshold: float = 0.99) -> set[str] | None:
 
 
 def find_ukb(root: Path) -> list[Picture]:
-    """List the photographs; empty where there is none. Of persons who withdrew (negative numbers) there is none.
+    """List the photographs; empty where there is none. People who withdrew (negative numbers) have none.
 
     Raises:
         DataError: ancestry.tsv is damaged.
@@ -123,10 +123,10 @@ def genetics_of(root: Path) -> GenomeFiles:
 
 
 def read_phenotypes(path: Path) -> pd.DataFrame:
-    """Read age, BMI, blood pressure, sex and smoking of persons; NaN where unknown.
+    """Read age, BMI, blood pressure, sex and smoking of people; NaN where unknown.
 
     Returns:
-        A row a person (index eid): age, bmi, sbp, dbp, sex (1 = male), smoking (1 = now).
+        A row per person (index eid): age, bmi, sbp, dbp, sex (1 = male), smoking (1 = now).
 
     Raises:
         DataError: a column is missing, or a person is listed twice.
@@ -160,7 +160,7 @@ def read_phenotypes(path: Path) -> pd.DataFrame:
 
 
 class UKBRisk(LabelLayout):
-    """Photographs of UK Biobank with what they are to predict, in the split of pre-training.
+    """Photographs of UK Biobank with prediction targets, in the split of pre-training.
 
     Args:
         task: ``regression`` of age, BMI and both blood pressures, or ``classification`` of sex and smoking.
@@ -176,7 +176,7 @@ class UKBRisk(LabelLayout):
         self.classes = RISKS[task]
 
     def find(self, root: Path) -> list[LabelledImage]:
-        """List the photographs of persons with any of the measurements.
+        """List the photographs of people with any of the measurements.
 
         Raises:
             DataError: the table or a column is missing, or it and the photographs have no person in common.

@@ -24,10 +24,10 @@ from datamodules.pairs.checks import examine
 from datamodules.reports.archive import TextArchiveDataModule
 from datamodules.reports.tokens import Kind
 
-#: What CLIP subtracts and divides by, red, green, blue.
+#: Mean and standard deviation of CLIP's preprocessing: red, green, blue.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-#: Which image a text is shown: its own, that of another pair (when evaluating), or none.
+#: Which image a text is paired with: its own, that of another pair (when evaluating), or none.
 Shown = Literal["own", "permuted", "blank"]
 
 
@@ -55,19 +55,19 @@ class Pair(Protocol):
         ...
 
 
-#: Makes what a task adds to a sample from the pair and its draw.
+#: Computes a task's additions to a sample from the pair and its draw.
 Facts = Callable[[Any, Draw], Mapping[str, Any]]
 
 
 def other_images(paths: Iterable[Path], seed: int = 0) -> dict[Path, Path]:
-    """Give every image the place of another one: a rotation in a seeded order."""
+    """Map every image to another one: a rotation in a seeded order."""
     distinct = sorted(set(paths))
     order = [distinct[i] for i in numpy_generator("permuted images", seed).permutation(len(distinct))]
     return dict(zip(order, order[1:] + order[:1], strict=True))
 
 
 class PairDataset(FaultTolerantDataset):
-    """Crops of images, tokens of texts, and what a task adds.
+    """Crops of images, tokens of texts, and a task's additions.
 
     Args:
         pairs: The pairs.
@@ -78,7 +78,7 @@ class PairDataset(FaultTolerantDataset):
         seed: Seed of the training draws.
         crop_scale: Share of the image's area that a training crop has; None cuts the central crop.
         mean: Subtracted from pixels in [0, 1].
-        std: What they are divided by then.
+        std: What they are then divided by.
         stand_ins: Image to the one that is shown in its place; None shows the mean gray.
         anonymise: Whether subjects get pseudonyms.
     """
@@ -169,14 +169,14 @@ class PairDataModule(TextArchiveDataModule):
         cache: ``"npy"``, or ``"none"`` to decode the sources at every access.
         crop_scale: Share of an image's area that a training crop has; None cuts the central crop.
         mean: Subtracted from pixels in [0, 1], red, green, blue.
-        std: What they are divided by then.
+        std: What they are then divided by.
         tokenizer: JSON file, folder, or name of the hub; ``CKPT=`` brings its own; None learns one from the training
             texts.
         tokenizer_kind: ``"wordpiece"`` or ``"bpe"``, where it is learned.
         vocab_size: Tokens at most, where it is learned.
         text_length: Tokens of a text at most, the class token included.
         end_token: Whether texts end with the tokenizer's token for that, if it has one.
-        shown: Which image a text is shown: ``"own"``; ``"permuted"`` when evaluating; ``"blank"``, always.
+        shown: Which image a text is paired with: ``"own"``; ``"permuted"`` when evaluating; ``"blank"``, always.
         test_split: Split that ``lightning test`` reads.
         batch_size: Pairs per device.
         num_workers: Loader processes per rank; also threads that build the cache.
@@ -246,7 +246,7 @@ class PairDataModule(TextArchiveDataModule):
         """Return what the task adds to a sample."""
 
     def describe(self) -> str:
-        """Return what else there is to say of the data."""
+        """Return further facts about the data."""
         return ""
 
     def task_classes(self) -> tuple[str, ...]:
@@ -302,12 +302,12 @@ class PairDataModule(TextArchiveDataModule):
         return (case.image,)
 
     def known_faults(self) -> list[Fault]:
-        """Return what is known to be wrong: images that cannot be read, and pairs without a text."""
+        """Return the known faults: images that cannot be read, and pairs without a text."""
         silent = [case.case_id for case in self.cases_in_use() if not case.text]
         return super().known_faults() + [Fault(name, "empty", "no text", name) for name in silent]
 
     def setup(self, stage: str) -> None:
-        """Put what is broken into the ledger, keep the tokenizer with the run, and say what there is (Lightning hook).
+        """Put what is broken into the ledger, keep the tokenizer with the run, and log what there is (Lightning hook).
 
         Raises:
             DataError: no pair can be used.
@@ -338,7 +338,7 @@ class PairDataModule(TextArchiveDataModule):
         )
 
     def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """Return what joins samples and pads their texts."""
+        """Return the collate function, which pads texts."""
         return partial(collate_pairs, pad_id=self.tokenizer.pad_id)
 
     def predict_dataloader(self) -> ResumableLoader:

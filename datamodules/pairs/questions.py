@@ -20,7 +20,7 @@ from datamodules.splits import SPLITS, seeded_split
 
 
 def ambiguous(questions: Sequence[Question]) -> list[Question]:
-    """Keep the questions that occur word for word with more than one answer: only the image can tell which.
+    """Keep the questions that occur word for word with more than one answer: only the image decides which.
 
     Their texts become their words alone, since case and full stops tell some of the answers apart.
     """
@@ -41,9 +41,9 @@ class QuestionDataModule(PairDataModule):
     Args:
         root: The archive.
         layout: Name of its layout; ``"auto"`` recognises it from the tree.
-        split: ``"official"``, or ``"image"``: all questions dealt anew, no image in two splits.
-        split_fractions: Shares of images for train, val and test where they are dealt; where an official split names no
-            validation, it is cut out of training in the ratio of the first two.
+        split: ``"official"``, or ``"image"``: all questions assigned anew, no image in two splits.
+        split_fractions: Shares of images for train, val and test where they are assigned; an official split without
+            validation has it cut out of training in the ratio of the first two.
         val: ``"held_out"`` as above; ``"test"`` selects on the test split, as the published code does.
         classes_from: ``"train"``, or ``"all_splits"`` as the published code, so that no answer is unseen.
         categories: Of VQA-Med-2019 alone: which of ``modality``, ``plane``, ``organ`` and ``abnormality`` to ask about;

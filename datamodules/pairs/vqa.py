@@ -1,6 +1,6 @@
 """Questions about images with answers: VQA-RAD, SLAKE and VQA-Med-2019 in their official layouts.
 
-The same archives, without their answers and their test split, are images with text for calibration.
+The same archives, without their answers and their test split, are images with texts for calibration.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,10 +27,10 @@ class Question(NamedTuple):
         patient_id: The image; splits are by this, except official ones.
         image: Its file.
         text: The question, white space collapsed; may be empty.
-        answers: What counts as right, normalised, the one that is learned first; empty where there is none.
+        answers: The accepted answers, normalised, the one used for training first; empty if there are none.
         kind: ``"open"``, ``"closed"`` or, where the archive does not say, empty.
         split: ``train``, ``val`` or ``test``.
-        category: Further kind of question, such as ``modality``; empty = unknown.
+        category: Further kind of question, such as ``modality``; empty: unknown.
     """
 
     case_id: str
@@ -88,7 +88,7 @@ def _rad_question(row: Mapping[str, Any], text: str, case: str, split: str, imag
 def find_vqa_rad(root: Path) -> list[Question]:
     """List VQA-RAD in its community split: ``{trainset,testset}.json`` and ``images/``; else its official release.
 
-    A ``valset.json`` that others made is not read: the one that goes round is a copy of the test set.
+    A third-party ``valset.json`` is not read: the one in circulation is a copy of the test set.
 
     Raises:
         DataError: a damaged list.
@@ -209,7 +209,7 @@ def find_vqa_med(root: Path, categories: Sequence[str] = MED_CATEGORIES) -> list
 
 
 def _med_training(folder: Path, categories: Sequence[str]) -> Iterator[list[str]]:
-    """Yield image, category, question and answer of a folder with one file a category."""
+    """Yield image, category, question and answer of a folder with one file per category."""
     for category in categories:
         for path in sorted(folder.glob(f"QAPairsByCategory/C*_{_MED_FILES[category]}_*.txt")):
             yield from ([name, category, question, answer] for name, question, answer in _med_lines(path, 3))

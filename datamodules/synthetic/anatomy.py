@@ -1,7 +1,7 @@
-"""Synthetic anatomy: brains with tumours, zonal prostates, lungs. Made for learning the code, never for results.
+"""Synthetic anatomy: brains with tumours, zonal prostates, lungs. For trying out the code, never for results.
 
 A case is drawn from shared structure (tissue classes, a texture that every contrast sees with its own sign, a scanner's
-gain and bias field), so that a hidden modality can be worked out from the visible ones, and a constant cannot be right.
+gain and bias field), so that a hidden modality can be inferred from the visible ones, and a constant cannot be right.
 All arrays are RAS.
 """
 

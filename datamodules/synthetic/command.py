@@ -1,6 +1,6 @@
 """Small synthetic trees in the official layouts, for a first run and for tests: ``medmim synthesize``.
 
-They are read by the same code as real archives. Some members are missing on purpose, as in any real archive.
+The same code reads them as reads real archives. Some members are missing on purpose, as in any real archive.
 """
 
 import argparse

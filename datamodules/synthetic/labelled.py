@@ -1,7 +1,7 @@
-"""Synthetic trees of the labelled archives of chest radiographs. Made for learning the code, never for results.
+"""Synthetic trees of the labelled archives of chest radiographs. For trying out the code, never for results.
 
-Labels say what is drawn. CheXpert, ChestX-ray14 and SIIM-ACR have two cases a patient, and each finding is in one of
-the two: so both classes are in every split, however small. Where there is an official split, it tests on every fourth
+Labels say what is drawn. CheXpert, ChestX-ray14 and SIIM-ACR have two cases per patient, and each finding is in one of
+the two: so both classes are in every split, however small. An official split, where there is one, tests on every fourth
 patient.
 """
 
@@ -123,7 +123,7 @@ def _shared_out(rng: np.random.Generator, findings: Iterable[str], most: int) ->
 
 
 def _set_aside(patient: int) -> bool:
-    """Tell whether a patient is for testing."""
+    """Return whether a patient is for testing."""
     return patient % 4 == 1
 
 
@@ -321,7 +321,7 @@ def _covid_rows(
 
 
 def write_siim(root: Path, num_cases: int, seed: int, size: Sequence[int] = _SIZE) -> None:
-    """Write DICOM images in the layout of SIIM-ACR: two a study, one of them with pneumothorax, a row for each side."""
+    """Write DICOM images in the layout of SIIM-ACR: two per study, one with pneumothorax, and a row for each side."""
     rows = []
     for index in range(num_cases):
         study, visit = divmod(index, 2)

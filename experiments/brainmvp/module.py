@@ -51,7 +51,7 @@ class BrainMVPPretrain(SSLModule[SequencePairBatch]):
         decoder: Makes the decoder from the encoder.
         mask_ratio: Share of blocks that are replaced, p*.
         block_size: Side of a block in voxels, K.
-        template_shape: Voxels of the atlas that templates cover; None = as the data say.
+        template_shape: Voxels of the atlas that templates cover; None: taken from the data.
         fill: What the cross view's holes hold: ``"cross"`` is the method; ``"template"`` and ``"zero"`` are ablations.
         template_weight: Weight of template distillation.
         contrastive_weight: Weight of the contrast.
@@ -120,7 +120,7 @@ class BrainMVPPretrain(SSLModule[SequencePairBatch]):
         return BrainMVP(encoder, self._make_decoder(encoder), len(spec.channels), shape)
 
     def on_fit_start(self) -> None:
-        """Refuse what the templates' own optimiser cannot follow (Lightning hook).
+        """Refuse settings that the templates' own optimiser cannot support (Lightning hook).
 
         Raises:
             UserError: gradients are scaled.
@@ -131,7 +131,7 @@ class BrainMVPPretrain(SSLModule[SequencePairBatch]):
 
     @property
     def progress(self) -> float:
-        """Share of the training that is behind, 0 to 1; 1 without a trainer, when everything is on."""
+        """Share of the training that is done, 0 to 1; 1 without a trainer, so that every term is active."""
         if self._trainer is None:
             return 1.0
         if self.trainer.max_epochs and self.trainer.max_epochs > 0:
@@ -160,7 +160,7 @@ class BrainMVPPretrain(SSLModule[SequencePairBatch]):
             filled = torch.zeros_like(target)
         else:
             filled = torch.where(paired, partner, template)
-        # Ablations score the samples that the method can score; a warm-up scores all.
+        # Ablations score only the samples that the method can score; a warm-up scores all.
         scored = torch.ones_like(batch["paired"]) if warm else batch["paired"]
         hidden = blocks_to_voxels(cross_blocks, block_grid(target.shape[2:], self.block_size), self.block_size)
         return _Inputs(
@@ -173,8 +173,8 @@ class BrainMVPPretrain(SSLModule[SequencePairBatch]):
     def step(self, batch: SequencePairBatch, sync: bool) -> StepOutput:
         """Compute the three losses of one batch.
 
-        In training the contrast begins, and a warm-up ends, when its share of the epochs is behind; validation always
-        scores everything, so that its curves compare.
+        In training the contrast begins, and a warm-up ends, after its share of the epochs; validation always scores
+        every term, so that its curves can be compared.
         """
         inputs = self._inputs(batch, track=self.training and torch.is_grad_enabled())
         views: Views = self.network(inputs.cross, inputs.template)
@@ -200,13 +200,13 @@ class BrainMVPPretrain(SSLModule[SequencePairBatch]):
         return StepOutput(terms, self._by_sequence(views.cross_pred, batch, inputs))
 
     def validation_step(self, batch: SequencePairBatch, batch_idx: int) -> dict[str, Any]:
-        """Hand the features of both views to the callbacks as well (Lightning hook)."""
+        """Also pass the features of both views to the callbacks (Lightning hook)."""
         output = super().validation_step(batch, batch_idx)
         return output | {"views": self._views}
 
     @staticmethod
     def _bare(views: Views, batch: SequencePairBatch, inputs: _Inputs) -> Reconstruction:
-        """Return the cross view's reconstruction as it is, for training, where nobody looks at it."""
+        """Return the cross view's reconstruction unchanged, for training, where it is not displayed."""
         return Reconstruction(views.cross_pred.float(), batch["image"], inputs.hidden, {})
 
     def _spread(self, volume: Tensor, batch: SequencePairBatch) -> Tensor:
@@ -266,7 +266,7 @@ class BrainMVPPretrain(SSLModule[SequencePairBatch]):
         return {name: filled_panel(subject, target, hidden, filled, pred)}
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Update the templates behind the network, where crops looked at them (Lightning hook)."""
+        """Update the templates after the network, where crops viewed them (Lightning hook)."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         rate = optimizer.param_groups[0]["lr"] * self.template_lr_scale
         self.network.templates.step(rate, [int(n) for n in self.spec.image_size])

@@ -30,7 +30,7 @@ from common.weights.channels import NewChannels
 from experiments.brainmvp.export import normalized_templates
 from experiments.brainmvp.segmentation_networks import segmenter
 
-#: What a channel's template is called where there is none under the channel's own name (MRBrainS13's T1-IR).
+#: The template a channel uses if there is none under the channel's own name (MRBrainS13's T1-IR).
 _TEMPLATE_OF = {"t1ir": "t1"}
 #: Voxels along a side beyond any template's.
 _LONGEST = 1024
@@ -115,8 +115,8 @@ class BrainSegmentation(SegmentationModule):
         optimizer: Makes the optimiser.
         schedule: Attaches the learning-rate schedule.
         compile_network: Whether to compile the network.
-        new_channels: What channels start as that the pre-trained encoder does not know: ``"mean"`` of those it knows,
-            or ``"fresh"``, at random.
+        new_channels: How channels that the pre-trained encoder lacks are initialised: ``"mean"`` of those it has, or
+            ``"fresh"``, at random.
     """
 
     def __init__(

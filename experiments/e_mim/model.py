@@ -19,7 +19,7 @@ CleanBranch = Literal["train", "detach", "off"]
 
 
 class EMIMOutput(NamedTuple):
-    """What the network returns.
+    """The network's output.
 
     Attributes:
         pred: ``(B, C, N, P)``, the reconstruction.

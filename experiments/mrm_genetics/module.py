@@ -170,7 +170,7 @@ class RelationPretrain(SSLModule[ImageGenomeBatch]):
         image, genome, image_masked, genome_masked = output.pooled
         assert image is not None
         assert image_masked is not None
-        # Given on every rank whoever is complete there: all must take part in the same exchange.
+        # Passed on every rank, whether or not its samples are complete: all ranks must join the exchange.
         present = None if genome is None else batch["modality_mask"][:, 1:].any(1)
         return relation_matching(image, genome, image_masked, genome_masked, present, sync=sync, **self._match)
 

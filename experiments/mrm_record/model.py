@@ -127,7 +127,7 @@ class ReportDecoder(nn.Module):
 
 
 class MRMOutput(NamedTuple):
-    """What the network returns.
+    """The network's output.
 
     Attributes:
         pred: ``(B, S, P)``, the predicted patches.

@@ -33,7 +33,7 @@ from experiments.umd.encoder import UMDEncoder, init_normal_weights
 from experiments.umd.handover import EncoderFactory, make_umd_encoder, tower_scale
 
 SplitHead = Literal["zero_other", "linear_split", "upstream"]
-#: Fusions of a pair that are computed at once when a whole pool is scored.
+#: Number of pairs fused at once when a whole pool is scored.
 _PAIRS_AT_ONCE = 256
 
 
@@ -46,7 +46,7 @@ def answer_head(dim: int, classes: int) -> nn.Sequential:
 
 @torch.no_grad()
 def split_logits(head: nn.Module, text: Tensor, image: Tensor, kind: SplitHead) -> tuple[Tensor, Tensor]:
-    """Return what the head says of text and of image alone (Eq. 10's H^T and H^I), without a gradient.
+    """Return the head's logits for the text alone and for the image alone (Eq. 10's H^T and H^I), without a gradient.
 
     Args:
         head: On ``(..., 2 E)``, text before image.
@@ -100,7 +100,7 @@ class PairTask(ScoredTask):
         ValueError: ``split_head`` is unknown.
     """
 
-    #: What ``best.ckpt`` watches.
+    #: The metric that selects ``best.ckpt``.
     monitor = ("val/accuracy", "max")
     remembered = ("channels", "image_size", "vocabulary", "classes")
 
@@ -125,7 +125,7 @@ class PairTask(ScoredTask):
         )
         self.save_hyperparameters()
         self.split_head = split_head
-        #: What each modality contributed since the last optimiser step, for gradient coordination.
+        #: Contributions of each modality since the last optimiser step, for gradient coordination.
         self.contributions = ContributionSums()
         self._make_pair_encoder, self._scales = encoder, (fusion_lr_scale, head_lr_scale)
 
@@ -153,7 +153,7 @@ class PairTask(ScoredTask):
         return self.network.encoder.modality_parameters()
 
     def note_contributions(self, text: Tensor, image: Tensor, target: Tensor) -> None:
-        """Add what each modality alone says of the true classes ``(B, K)`` (Eq. 10)."""
+        """Add each modality's own score for the true classes ``(B, K)`` (Eq. 10)."""
         if not self.training:
             return
         of_text, of_image = split_logits(self.network.head, text.detach(), image.detach(), self.split_head)
@@ -434,7 +434,7 @@ class RetrievalTask(PairTask):
         return torch.cat(columns, dim=1)
 
     def take_rows(self) -> list[dict[str, Any]]:
-        """Score the pool, its texts dealt to the ranks, each of which holds all of it."""
+        """Score the pool, its texts distributed over the ranks, each of which holds all of it."""
         if not self._pool:
             return []
         # Lightning enters the run's precision around steps, not at the end of an epoch.

@@ -1,4 +1,4 @@
-"""The two towers: CLIP's vision transformer and RoBERTa, of transformers, called part by part.
+"""The two towers, CLIP's vision transformer and RoBERTa, built from parts of transformers.
 
 Letters: B batch, N patches, K visible patches, T tokens, W width of a tower.
 """
@@ -24,7 +24,7 @@ def resized_positions(table: Tensor, count: int) -> Tensor:
     """Resample learned positions ``(1 + N_old, W)`` to ``count`` = 1 + N: bicubic, the class token's copied.
 
     Raises:
-        CheckpointError: either grid is no square.
+        CheckpointError: either grid is not square.
     """
     if len(table) == count:
         return table
@@ -39,7 +39,7 @@ def _side(image_size: Any, patch_size: int) -> int:
     """Return the side of a square image.
 
     Raises:
-        ValueError: it is no square, or no multiple of the patch; names the sizes next to it.
+        ValueError: it is not square, or no multiple of the patch; names the sizes next to it.
     """
     height, width = image_size
     if height != width:
