@@ -71,5 +71,5 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         path = Path(path)
         if path.suffix != ".ckpt" or ".." in path.parts:
-            raise StorageError(f"{printable(path)} is no checkpoint of this run, so it was not removed.")
+            raise StorageError(f"{printable(path)} is not a checkpoint of this run, so it was not removed.")
         remove_file(path, path.parent)

@@ -74,7 +74,7 @@ def find_encoder(path: str) -> type[nn.Module]:
         importlib.import_module(path.rpartition(".")[0])
     if path not in _ENCODERS:
         raise CheckpointError(
-            f"The file asks for the class {path[:100]!r}, which is no encoder of this project: nothing was run. An "
+            f"The file asks for the class {path[:100]!r}, which is not an encoder of this project: nothing was run. An "
             f"encoder of your own needs `common.blocks.registry.registered` on its class, and its module imported."
         )
     return _ENCODERS[path]
@@ -95,7 +95,7 @@ def check_arguments(path: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     cls = find_encoder(path)
     declared = inspect.signature(cls).parameters
     kinds = get_type_hints(cls.__init__)
-    wrong = [f"{name!r:.60} is none of its arguments" for name in arguments if name not in declared]
+    wrong = [f"{name!r:.60} is not one of its arguments" for name in arguments if name not in declared]
     wrong += [f"`{name}` is {value!r:.60}" for name, value in arguments.items()
               if name in declared and not fits(value, kinds.get(name))]  # fmt: skip
     wrong += [f"`{name}` is missing" for name, argument in declared.items()

@@ -152,7 +152,7 @@ class ImageClassifier(ScoredTask):
             UserError: the data have no classes.
         """
         if not spec.classes:
-            raise UserError("The data name no classes to tell apart; classification needs labelled images.")
+            raise UserError("The dataset defines no classes; classification needs labelled images.")
         encoder = self.build_encoder(spec)
         if isinstance(encoder, VisionTransformer):
             encoder.set_drop_path(self._drop_path)

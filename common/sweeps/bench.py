@@ -174,7 +174,7 @@ def training_rows(step: Callable[..., None], what: str, calls: int = 3) -> list[
     per_product = operations / product_operations
     share = speedup(around, single) * per_product
     rate, best = (product_operations / seconds / 1e9 for seconds in (statistics.median(around), min(around)))
-    detail = f"{what}: {operations / 1e9:.0f} GFLOP a step, torch.mm {rate:.0f} GFLOP/s, at best {best:.0f}"
+    detail = f"{what}: {operations / 1e9:.0f} GFLOP per step, torch.mm {rate:.0f} GFLOP/s, at best {best:.0f}"
     size = f"{before / 2**20:.2f} GiB before it"
     return [
         Row("training step, share of the fp32 torch.mm peak", share, 0.75, detail, ""),

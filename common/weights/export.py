@@ -97,7 +97,7 @@ def export(experiment: str, checkpoint: Path, format: str, out: Path) -> Path:
     """
     writers = formats_of(experiment)
     if format not in writers:
-        raise UserError(f"{experiment} cannot be exported as {format!r}; valid: {', '.join(sorted(writers))}.")
+        raise UserError(f"{experiment} cannot be exported as {format!r}; valid formats: {', '.join(sorted(writers))}.")
     stored, tokenizer = read_encoder(checkpoint), run_tokenizer(checkpoint)
     return write_export(stored, experiment, format, out, resolve_checkpoint(checkpoint).name, tokenizer)
 

@@ -149,7 +149,7 @@ def read_torch(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             start = file.read(len(_LEGACY))
         if not start.startswith(_ZIP) and start != _LEGACY:
-            raise CheckpointError(f"{path} is no checkpoint: it does not begin as a file of torch.save does.")
+            raise CheckpointError(f"{path} is not a checkpoint: it does not begin as a file of torch.save does.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=start.startswith(_ZIP))

@@ -82,7 +82,7 @@ def from_timm(loaded: Mapping[str, Any], class_token: bool = True) -> dict[str, 
     state = {re.sub(rf"^(?:{'|'.join(map(re.escape, _PREFIXES))})+", "", key): value for key, value in loaded.items()}
     key = "patch_embed.proj.weight"
     if key not in state or not hasattr(state[key], "ndim"):
-        raise ValueError("There is no patch_embed.proj.weight in it, so it is no ViT of timm or MAE.")
+        raise ValueError("It has no patch_embed.proj.weight, so it is not a ViT of timm or MAE.")
     if state[key].ndim > 2:
         state[key] = conv_to_linear(state[key])
     if "cls_token" in state and "pos_embed" in state:

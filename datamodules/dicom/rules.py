@@ -62,7 +62,7 @@ class Rule:
                 re.compile(getattr(self, name) or "")
             except re.error as error:
                 raise DataError(
-                    f"series: {name} {getattr(self, name)!r} is no regular expression ({error})."
+                    f"series: {name} {getattr(self, name)!r} is not a valid regular expression ({error})."
                 ) from error
         for name in ("te", "tr", "ti"):
             limits = getattr(self, name)
@@ -157,4 +157,4 @@ def classify(stack: Stack, rules: Sequence[Rule]) -> Verdict:
             if rule.ignore is not None:
                 return Verdict(None, rule.ignore)
             return Verdict(rule.modality, f"rule {number}", rule.guessed)
-    return Verdict(None, "no rule says what it is")
+    return Verdict(None, "no rule matches it")

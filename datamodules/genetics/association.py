@@ -76,7 +76,7 @@ def linear_association(genotypes: Genotypes, persons: NDArray[np.int64], outcome
     left = residuals(outcomes, covariates)
     freedom = len(persons) - 2 - np.linalg.matrix_rank(np.column_stack([np.ones(len(persons)), covariates])) + 1
     if freedom < 1:
-        raise DataError(f"{len(persons)} persons are too few for {covariates.shape[1]} covariates.")
+        raise DataError(f"{len(persons)} people are too few for {covariates.shape[1]} covariates.")
     total = (left**2).sum(0)
     betas, values = [], []
     for start in range(0, len(genotypes.variants), _CHUNK):
@@ -224,14 +224,14 @@ def associate(
         row_of.setdefault(str(name), row)
     place_of = {name: place for place, name in enumerate(genotypes.ids)}
     known = None if covariates is None else set(covariates.dropna().index.astype(str))
-    say(join_ids(row_of, place_of).counts("genotypes", "persons with features"))
+    say(join_ids(row_of, place_of).counts("genotypes", "people with features"))
     if known is not None:
-        say(join_ids(row_of, known).counts("covariates without gaps", "persons with features"))
+        say(join_ids(row_of, known).counts("covariates without gaps", "people with features"))
     names = [name for name in row_of if name in place_of and (known is None or name in known)]
     if not names:
         one, other = public_name(next(iter(row_of), "-")), public_name(genotypes.ids[0])
         more = "" if known is None else " and covariates"
-        raise DataError(f"No person has both features (such as {one}) and genotypes (such as {other}){more}.")
+        raise DataError(f"Nobody has both features (such as {one}) and genotypes (such as {other}){more}.")
     if relatives is None:
         relatives = _estimated_relatives(genotypes, names, place_of)
     kept = unrelated(relatives, names)
@@ -264,7 +264,7 @@ def _estimated_relatives(
         DataError: there are too many people for every pair of them.
     """
     if len(names) > _MOST_PERSONS:
-        raise DataError(f"Kinship of {len(names)} persons is not estimated here: give --kinship, a table of plink2 or "
+        raise DataError(f"Kinship of {len(names)} people is not estimated here: give --kinship, a table of plink2 or "
                         f"KING with ID1 or IID1, ID2 or IID2, and KINSHIP.")  # fmt: skip
     counts = genotypes.counts(np.array([place_of[name] for name in names], dtype=np.int64))
     close = np.argwhere(np.triu(kinship(counts) > KINSHIP, 1))
@@ -310,7 +310,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--features", required=True, help="Parquet file of medmim embed: subject_id, split, feature")
     parser.add_argument("--genotypes", required=True, help="PLINK prefix, .bed or .bgen; {chrom} stands for 1 to 22")
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--split", default="test", help="persons of this split alone, or all (default: %(default)s)")
+    parser.add_argument("--split", default="test", help="only people of this split, or all (default: %(default)s)")
     parser.add_argument("--covariates", help="CSV with IID and columns of numbers, such as sex and age")
     parser.add_argument("--components", type=int, default=10, help="of the features (default: %(default)s)")
     parser.add_argument("--genetic-components", type=int, default=0, help="of the genotypes, added as covariates")
@@ -381,5 +381,5 @@ def run(args: argparse.Namespace) -> None:
     for name, figure in figures.items():
         with whole_file(out / name) as temporary:
             figure.savefig(temporary, dpi=120)
-    say(f"{found.persons} persons ({found.relatives} relatives left out), {len(found.table)} variants, "
+    say(f"{found.persons} people ({found.relatives} relatives left out), {len(found.table)} variants, "
         f"{len(found.clumps)} independent regions: {out}")  # fmt: skip

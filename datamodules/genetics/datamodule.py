@@ -402,7 +402,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         moved = {
             picture.patient_id for picture in pictures if parts.get(picture.case_id) != together.get(picture.case_id)
         }
-        say(f"kinship: {len(moved)} persons are in another split, with their relatives")
+        say(f"kinship: {len(moved)} people are in another split, with their relatives")
         if "train" not in together.values():
             raise DataError("Everyone is related to someone who is held out, so nobody is left to train on.")
         return together
@@ -437,11 +437,11 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         if not joined.found:
             one, other = public_name(next(iter(split_of))), public_name(known[0])
             raise DataError(
-                f"None of the {len(split_of)} persons with images (such as {one}) is among the {len(known)} with "
+                f"None of the {len(split_of)} people with images (such as {one}) is among the {len(known)} with "
                 f"genetics (such as {other}): check the identifiers, or set data.pairing to "
                 f"synthetic to pair strangers{mending(joined)}."
             )
-        say(joined.counts("genetics", "persons with images") + mending(joined))
+        say(joined.counts("genetics", "people with images") + mending(joined))
         return joined.found
 
     def _samples(self, pictures: Sequence[Picture], persons: dict[str, str]) -> list[Sample]:
@@ -466,7 +466,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
             raise DataError("data.complete_only asks for genetics, and there are none: name them with data.genotypes.")
         kept = [sample for sample in samples if all(self.genome.has(sample.person))]
         if not kept:
-            raise DataError(f"None of the {len(samples)} persons has every kind of genetics.")
+            raise DataError(f"None of the {len(samples)} people has every kind of genetics.")
         return kept
 
     def _fit(self) -> None:
@@ -505,7 +505,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         """
         stored = state_dict.get("genome_fingerprint")
         if stored is not None and self.genome is not None and stored != self.genome.fingerprint():
-            raise DataError("The genetics of the training persons are not those that the checkpoint was trained with.")
+            raise DataError("The genetics of the training people are not those that the checkpoint was trained with.")
         super().load_state_dict({name: value for name, value in state_dict.items() if not name.startswith("genome")})
 
     def images_of(self, case: Sample) -> Sequence[Path]:

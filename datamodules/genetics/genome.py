@@ -75,13 +75,13 @@ class Kind:
         """
         chosen = [self.rows[person] for person in training if person in self.rows]
         if not chosen:
-            raise DataError(f"None of the {len(training)} training persons has {self.name} features.")
+            raise DataError(f"None of the {len(training)} training people has {self.name} features.")
         rows = np.array(chosen)
         blocks = [self._statistics(counts_of(self.values[rows, start : start + _BLOCK]))
                   for start in range(0, self.values.shape[1], _BLOCK)]  # fmt: skip
         mean, scale, keep, unknown = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
         if not keep.any():
-            raise DataError(f"None of the {len(keep)} {self.name} features varies among the training persons.")
+            raise DataError(f"None of the {len(keep)} {self.name} features varies among the training people.")
         self.dropped = int((~keep).sum())
         self.imputed = int(unknown[keep].sum())
         self.mean, self.scale = mean[keep], scale[keep]
@@ -233,7 +233,7 @@ def read_genome(
         genotypes = open_genotypes(files.genotypes, root, files.step)
         names = [f"{v.chrom}:{v.pos}:{v.id}" for v in genotypes.variants.itertuples(index=False)]
         if genotypes.withdrawn:
-            say(f"genetics: {genotypes.withdrawn} persons with negative numbers have withdrawn and are left out")
+            say(f"genetics: {genotypes.withdrawn} people with negative numbers have withdrawn and are left out")
         kinds.append(Kind("snp", genotypes.ids, names, genotypes.table(), "genotype"))
         if files.scores:
             every = genotypes if files.step == 1 else open_genotypes(files.genotypes, root)

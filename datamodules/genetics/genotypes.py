@@ -82,11 +82,11 @@ class BedFile(GenotypeFile):
             magic = file.read(3)
         if magic != _BED_MAGIC:
             raise DataError(
-                f"{self.path} is no variant-major PLINK 1 file: it begins with {magic.hex(' ')}, not 6c 1b 01."
+                f"{self.path} is not a variant-major PLINK 1 file: it begins with {magic.hex(' ')}, not 6c 1b 01."
             )
         if (size := self.path.stat().st_size) != expected:
             raise DataError(
-                f"{self.path} has {size} bytes, but {len(self.ids)} persons in {tables['fam'].name} and "
+                f"{self.path} has {size} bytes, but {len(self.ids)} people in {tables['fam'].name} and "
                 f"{len(self.variants)} variants in {tables['bim'].name} make {expected}."
             )
 
@@ -204,10 +204,10 @@ class Genotypes:
         first = files[0]
         for file in files[1:]:
             if file.ids != first.ids:
-                raise DataError(f"{file.path} and {first.path} list other persons, or in another order.")
+                raise DataError(f"{file.path} and {first.path} list different people, or the same in another order.")
         twice = [name for name, count in Counter(first.ids).items() if count > 1 and not name.startswith("-")]
         if twice:
-            raise DataError(f"{first.path} lists {len(twice)} persons twice, first {public_name(twice[0])}: keep one "
+            raise DataError(f"{first.path} lists {len(twice)} people twice, first {public_name(twice[0])}: keep one "
                             f"row of each.")  # fmt: skip
         #: People who did not withdraw, and their rows.
         self.rows = np.array([row for row, name in enumerate(first.ids) if not name.startswith("-")], dtype=np.int64)

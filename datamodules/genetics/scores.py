@@ -78,8 +78,8 @@ def read_score(path: Path, build: str = "") -> Score:
     header, table = _header_and_table(path)
     if not {"effect_allele", "effect_weight"} <= set(table.columns):
         raise DataError(
-            f"{path} is no scoring file of the PGS Catalog: it needs the columns effect_allele and effect_weight, and "
-            f"has {listing(table.columns)}."
+            f"{path} is not a scoring file of the PGS Catalog: it needs the columns effect_allele and effect_weight, "
+            f"and has {listing(table.columns)}."
         )
     given, harmonised = normal_build(header.get("genome_build", "")), normal_build(header.get("HmPOS_build", ""))
     moved = bool(build) and harmonised == build and {"hm_chr", "hm_pos"} <= set(table.columns)
@@ -273,7 +273,7 @@ def read_score_table(path: Path) -> tuple[list[str], NDArray[np.float32]]:
     scores = [name for name in table.columns if not name.startswith(("NAMED", "ALLELE"))]
     value = next((name for end in ("_AVG", "_SUM") for name in scores if name.endswith(end)), None)
     if "IID" not in table.columns or value is None:
-        raise DataError(f"{path} is no score of plink2: it has {listing(table.columns)}.")
+        raise DataError(f"{path} is not a score of plink2: it has {listing(table.columns)}.")
     ids = table["IID"].tolist()
     if len(set(ids)) != len(ids):
         raise DataError(f"{path} lists a person twice.")

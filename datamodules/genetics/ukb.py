@@ -189,7 +189,7 @@ class UKBRisk(LabelLayout):
         pictures = find_ukb(root)
         if pictures:
             joined = join_ids([picture.patient_id for picture in pictures], values)
-            check_labels(path, joined, "persons with photographs")
+            check_labels(path, joined, "people with photographs")
         found = [
             LabelledImage(picture.case_id, picture.patient_id, picture.image, values[picture.patient_id], picture.split)
             for picture in pictures

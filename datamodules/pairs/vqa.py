@@ -51,7 +51,7 @@ def _json_rows(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
     """
     rows = read_json(path)
     if not isinstance(rows, list):
-        raise DataError(f"{path} is no list of questions.")
+        raise DataError(f"{path} is not a list of questions.")
     for number, row in enumerate(rows):
         missing = [name for name in needed if not isinstance(row, dict) or name not in row]
         if missing:

@@ -113,7 +113,7 @@ class BrainMVPPretrain(SSLModule[SequencePairBatch]):
         encoder = self._make_encoder(1, spec.image_size)
         shape = self.template_shape or spec.preprocessing.get("atlas")
         if shape is None:
-            raise ValueError("The data name no atlas: give model.template_shape.")
+            raise ValueError("The dataset defines no atlas: set model.template_shape.")
         if spec.preprocessing.get("atlas") not in (None, list(shape)):
             raise ValueError(f"`template_shape` {list(shape)} differs from the data's atlas "
                              f"{spec.preprocessing['atlas']}: leave it out.")  # fmt: skip

@@ -188,7 +188,7 @@ class AnswerTask(PairTask):
             UserError: the data have no answers.
         """
         if not classes:
-            raise UserError("The data name no answers to choose from; give an archive with a training split.")
+            raise UserError("The dataset defines no answers to choose from; give an archive with a training split.")
         head = answer_head(encoder.dim, len(classes))
         # All answers alike, one in sum: from one half each, sigmoids spend a thousand steps on nothing else.
         last = head[-1]
@@ -305,7 +305,7 @@ class FigureTask(PairTask):
             UserError: the data have no classes.
         """
         if not classes:
-            raise UserError("The data name no classes to tell apart.")
+            raise UserError("The dataset defines no classes.")
         return answer_head(encoder.dim, len(classes))
 
     def loss(self, batch: Any) -> tuple[Tensor, Tensor]:

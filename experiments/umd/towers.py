@@ -47,7 +47,7 @@ def _side(image_size: Any, patch_size: int) -> int:
     if height % patch_size or height < patch_size:
         below = max(height // patch_size * patch_size, patch_size)
         raise ValueError(
-            f"image_size {height} is no multiple of patch_size {patch_size}: use {below} or {below + patch_size}."
+            f"image_size {height} is not a multiple of patch_size {patch_size}: use {below} or {below + patch_size}."
         )
     return int(height)
 
