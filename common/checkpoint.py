@@ -59,6 +59,18 @@ def read_checkpoint(path: str | Path, prefer: str = "best") -> dict[str, Any]:
     return read_torch(resolve_checkpoint(path, prefer))
 
 
+def stored_membership(path: str | Path) -> dict[str, Any] | None:
+    """Return who was in which split of the run that wrote a checkpoint; None where it does not say, as exports do not.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    if (Path(path) / "config.json").is_file():
+        return None
+    checkpoint = read_checkpoint(path)
+    return checkpoint.get("membership") if isinstance(checkpoint, dict) else None
+
+
 def check_shapes(loaded: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     """Compare a state dict with the network's.
 

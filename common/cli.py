@@ -23,9 +23,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from common.callbacks.fault_report import FaultReport
 from common.callbacks.last_checkpoint import LastCheckpoint
+from common.callbacks.membership import MembershipRecord
 from common.callbacks.preemption import Preemption, slurm_job
 from common.callbacks.run_record import RunRecord, personal_settings
-from common.checkpoint import read_checkpoint, resolve_checkpoint, run_tokenizer
+from common.checkpoint import read_checkpoint, resolve_checkpoint, run_tokenizer, stored_membership
 from common.checkpoint_io import AtomicCheckpointIO
 from common.distributed import launched_rank
 from common.errors import PreemptedError, UsageError, UserError
@@ -108,6 +109,7 @@ class MedmimCLI(LightningCLI):
         self._arguments = arguments  # as given: they name the run
         self._made: Path | None = None
         self._state = TaskState()
+        self._members: dict[str, Any] | None = None
         defaults = str(files("experiments").joinpath("configs/defaults.yaml"))
         try:
             super().__init__(
@@ -141,6 +143,7 @@ class MedmimCLI(LightningCLI):
         class_path = config["model"].get("class_path")
         if class_path == checkpoint.get("hyper_parameters", {}).get("_class_path", class_path):
             self._state = TaskState.read(checkpoint)
+        self._members = checkpoint.get("membership")
 
     def before_instantiate_classes(self) -> None:
         """Give the data the tokenizer of the run that weights are from, unless one is asked for (CLI hook)."""
@@ -166,12 +169,27 @@ class MedmimCLI(LightningCLI):
         """Make model, data and trainer; a value that one of them refuses is the user's to change."""
         try:
             super().instantiate_classes()
+            if self.datamodule is not None:
+                self.datamodule.purpose = run_name(self._arguments, "")[0]
         except UserError:
             raise
         except ValueError as error:
             raise UserError(f"{one_line(str(error))}.") from error
         if isinstance(self.model, BuiltFromData):
             self.model.state = self._state
+        self._recall_members()
+
+    def _recall_members(self) -> None:
+        """Tell the data who was in which split of the runs that this one goes on from (those that keep it)."""
+        recall = getattr(self.datamodule, "recall", None)
+        if recall is None:
+            return
+        pretrained = (self._get(self.config, "model").get("init_args") or {}).get("pretrained")
+        started_from = stored_membership(pretrained) if pretrained else None
+        if pretrained and started_from is None and not self._members:
+            say(f"note: whether patients were seen in pre-training cannot be checked: {pretrained} keeps no membership")
+        kind = "resumed" if self.subcommand == "fit" else "weights"
+        recall(**{"started_from": started_from, kind: self._members})
 
     def run_folder(self) -> Path:
         """Return the folder of this run; a resumed run continues in its own.
@@ -230,7 +248,7 @@ class MedmimCLI(LightningCLI):
         config["plugins"] = [*(config["plugins"] or []), AtomicCheckpointIO()]
         if SLURMEnvironment.detect():
             config["plugins"].append(SLURMEnvironment(auto_requeue=False))
-        callbacks: list[Any] = [RunRecord(folder), FaultReport(folder)]
+        callbacks: list[Any] = [RunRecord(folder), MembershipRecord(folder), FaultReport(folder)]
         if config["enable_progress_bar"] is not False and not any(
             isinstance(c, ProgressBar) for c in config["callbacks"]
         ):

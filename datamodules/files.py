@@ -42,7 +42,7 @@ def listing(names: Iterable[str], most: int = 100) -> str:
     shown = every[:1]
     while len(shown) < len(every) and len(", ".join([*shown, every[len(shown)]])) <= most:
         shown.append(every[len(shown)])
-    return (", ".join(shown) or "nothing") + (f", ... ({len(every)} in all)" if len(shown) < len(every) else "")
+    return (", ".join(shown) or "none") + (f", ... ({len(every)} in all)" if len(shown) < len(every) else "")
 
 
 def optional_reader(module: str, what: str) -> Any:

@@ -11,8 +11,11 @@ import torch
 
 from common.cli import main
 from common.distributed import RankPool
+from datamodules.registry import open_archive
 from datamodules.synthetic.brain import write_brain_archive
 from datamodules.synthetic.command import write_brats, write_lung, write_pi_cai
+from datamodules.volumes.cases import case_of
+from datamodules.volumes.profiles import prepared
 
 
 def pytest_configure():
@@ -64,6 +67,17 @@ def brain_root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("brain")
     write_brain_archive(root, 12, seed=0, shape=(40, 44, 36))
     return root
+
+
+@pytest.fixture
+def volumes_of():
+    """Return a function that recognises an archive of volumes: its layout, prepared as suits it, and its cases."""
+
+    def read(root: Path, layout: str = "auto"):
+        archive = open_archive(root, layout, {"volumes"})
+        return prepared(archive), [case_of(record) for record in archive.records]
+
+    return read
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """``medmim export``: an encoder for use without this project, with a card that says where it came from."""
 
-import argparse
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -176,14 +175,6 @@ def _card(facts: dict[str, Any], source: str, usage: str) -> str:
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``medmim export``."""
-    parser.add_argument("--exp", required=True, help="experiment, such as e_mim")
-    parser.add_argument("--ckpt", required=True, help="run folder or checkpoint")
-    parser.add_argument("--format", required=True, help="format, such as monai")
-    parser.add_argument("--out", required=True, help="folder to write")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Carry out ``medmim export``."""
-    say(f"exported to {export(args.exp, Path(args.ckpt), args.format, Path(args.out))}")
+def run(exp: str, ckpt: str, format: str, out: str) -> None:
+    """Carry out ``medmim export``: the encoder of a run, in a format of its experiment, into a folder."""
+    say(f"exported to {export(exp, Path(ckpt), format, Path(out))}")

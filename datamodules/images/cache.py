@@ -376,6 +376,14 @@ class ImageCache:
                     known.setdefault(relative, _fault(self.root / relative, *entry.fault))
         return {self.root / relative: fault for relative, fault in sorted(known.items())}
 
+    def check_sums(self) -> dict[Path, str]:
+        """Return the check sums of the images on record."""
+        return {
+            self.root / relative: entry.xxh3
+            for manifest in self.folder.glob("*/manifest.jsonl")
+            for relative, entry in self.read_manifest(manifest.parent).items()
+        }
+
     def estimated_bytes(self, paths: Sequence[Path]) -> int:
         """Estimate the size of the finished cache from the headers of at most ``SAMPLED_HEADERS`` of its images."""
         chosen = paths[:: max(1, -(-len(paths) // SAMPLED_HEADERS))]

@@ -78,6 +78,20 @@ class ImageArchiveDataModule(ArchiveDataModule):
             return SourceImages(reader)
         return ImageCache(Path(self.root).expanduser(), self._cache_side, reader=reader)
 
+    def member_paths(self, case: Any) -> Sequence[Path]:
+        """Return the images of a case as the archive lists it, before cases are joined or paired."""
+        return self.images_of(case)
+
+    def sources(self, cases: Sequence[Any]) -> dict[str, tuple[str, ...]]:
+        """Return the check sums of the images of each case; without a cache none is known."""
+        if not isinstance(self.store, ImageCache):
+            return {}
+        known = self.store.check_sums()
+        return {
+            case.case_id: tuple(sorted(known[path] for path in self.member_paths(case) if path in known))
+            for case in cases
+        }
+
     def cases_in_use(self) -> list[Any]:
         """Return the cases of all splits."""
         return [case for part in self.splits.values() for case in part]
@@ -107,6 +121,10 @@ class ImageArchiveDataModule(ArchiveDataModule):
             if path in known
         ]
 
+    def used_files(self) -> Iterable[tuple[str, Path]]:
+        """Yield the images of all splits."""
+        return (("image", path) for path in self.paths_in_use())
+
     def admit(self, stage: str) -> str:
         """Put what is broken into the ledger, and return how many cases each split has.
 
@@ -120,6 +138,7 @@ class ImageArchiveDataModule(ArchiveDataModule):
                             f"{self.ledger.describe()}")  # fmt: skip
         if stage == "fit" and not self.splits["val"]:
             say("note: the val split is empty, so nothing will be measured and there will be no best checkpoint")
+        self.keep_account(stage)
         return ", ".join(f"{len(part)} {name}" for name, part in self.splits.items() if part)
 
     def _usable(self, cases: Iterable[Any]) -> list[Any]:

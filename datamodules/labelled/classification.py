@@ -23,7 +23,7 @@ from datamodules.images.crops import center_box, random_box
 from datamodules.images.datamodule import ImageArchiveDataModule
 from datamodules.images.reading import CHANNELS, GRAY, per_channel, plain_numbers
 from datamodules.labelled.checks import examine
-from datamodules.labelled.layout import LabelLayout, LabelledImage
+from datamodules.labelled.layout import LabelLayout, LabelledImage, as_archive
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.splits import (
     SPLITS,
@@ -35,6 +35,7 @@ from datamodules.splits import (
     nested_fraction,
     seeded_split,
 )
+from datamodules.tree import Tree
 
 #: One value for every channel, or one each.
 Channelwise = float | tuple[float, float, float]
@@ -188,6 +189,8 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         anonymise: Whether subjects get pseudonyms in logs, tables and fault files.
         seed: Seed of order and crops; None takes ``seed_everything``'s.
         split_seed: Seed of splits, folds and fractions alone.
+        **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of
+            :class:`datamodules.base.ArchiveDataModule`.
     """
 
     noun = "images"
@@ -217,6 +220,7 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         anonymise: bool = False,
         seed: int | None = None,
         split_seed: int = 0,
+        **membership: Any,
     ) -> None:
         super().__init__(
             root,
@@ -228,6 +232,7 @@ class LabelledImageDataModule(ImageArchiveDataModule):
             max_fault_fraction=max_fault_fraction,
             anonymise=anonymise,
             seed=seed,
+            **membership,
         )
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
@@ -251,9 +256,7 @@ class LabelledImageDataModule(ImageArchiveDataModule):
             DataError: not the layout, missing columns, a patient in two splits, and the like.
         """
         if not self.splits:
-            root = Path(self.root).expanduser()
-            if not root.is_dir():
-                raise DataError(f"The data root {root} is not a folder.")
+            root = Tree(self.root)
             images = self.labels.find(root)
             if not images:
                 raise DataError(f"{root} holds no labelled image of {self.labels.name} ({self.labels.tree}).")
@@ -262,7 +265,9 @@ class LabelledImageDataModule(ImageArchiveDataModule):
             if self.shuffle_targets is not None and self.shuffle_tested:
                 images = shuffled_targets(images, self.shuffle_targets)
             strata = strata_of(images)
-            parts = self._parts(images, strata)
+            seeded = self._split[2] is None and self.fold is None and not any(item.split for item in images)
+            setting = self._split if self.fold is None else (*self._split, self.fold, self.num_folds)
+            parts = self.place(images, self._parts(images, strata), seeded, setting)
             if self.shuffle_targets is not None and not self.shuffle_tested:
                 learned = [item for item in images if parts.get(item.case_id) in ("train", "val")]
                 given = {item.case_id: item for item in shuffled_targets(learned, self.shuffle_targets)}
@@ -272,6 +277,7 @@ class LabelledImageDataModule(ImageArchiveDataModule):
             self.ledger.num_samples = sum(map(len, splits.values()))
             self.images, self.splits = images, splits
             self.store = self.make_store(self.labels.reader)
+            self.archive = as_archive(self.labels, root, images)
         return self.labels
 
     def _parts(self, images: Sequence[LabelledImage], strata: Mapping[str, str]) -> dict[str, str]:

@@ -114,6 +114,8 @@ class MaskedImageDataModule(LabelledImageDataModule):
         anonymise: Whether subjects get pseudonyms in logs, tables and fault files.
         seed: Seed of order and flips; None takes ``seed_everything``'s.
         split_seed: Seed of splits and fractions alone.
+        **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of
+            :class:`datamodules.base.ArchiveDataModule`.
 
     Raises:
         ValueError: the layout has several classes, or cached copies would be smaller than the images.
@@ -138,6 +140,7 @@ class MaskedImageDataModule(LabelledImageDataModule):
         anonymise: bool = False,
         seed: int | None = None,
         split_seed: int = 0,
+        **membership: Any,
     ) -> None:
         super().__init__(
             root,
@@ -157,6 +160,7 @@ class MaskedImageDataModule(LabelledImageDataModule):
             anonymise=anonymise,
             seed=seed,
             split_seed=split_seed,
+            **membership,
         )
         if len(labels.classes) != 1:
             raise ValueError(

@@ -30,11 +30,12 @@ from common.randomness import stable_hash
 from datamodules.storage import cache_root, file_is_good, fingerprint, save_array, sole_builder, source_facts
 from datamodules.volumes.cases import Case, Layout
 from datamodules.volumes.headers import VolumeError
+from datamodules.volumes.itk_streams import source_files
 from datamodules.volumes.prepare import PreparedCase, prepare_case
 from datamodules.volumes.reading import DECODERS, read_header
 
 CacheFormat = Literal["npy", "b2nd"]
-VERSION = 4
+VERSION = 5
 #: What a rename says where something lies already: a folder that is not empty, or a file.
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 #: Labelled voxels kept per region value, for crops that must contain some.
@@ -61,6 +62,7 @@ class Record:
         files: Name to size and check sum of each cache file.
         label_values: Labelled voxels by value.
         modalities: Names of the image's modalities, in order.
+        members: Modality or label to the file it was read from, with its place in a 4-D one.
     """
 
     case_id: str
@@ -78,6 +80,7 @@ class Record:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     label_values: dict[str, int] = field(default_factory=dict)
     modalities: list[str] = field(default_factory=list)
+    members: dict[str, str] = field(default_factory=dict)
 
     @property
     def spacing(self) -> list[float]:
@@ -247,8 +250,7 @@ class VolumeCache:
         """
         if any("cannot be opened" in detail for _, _, detail in (*record.faults, *record.label_faults)):
             return False  # a mount or a permission, which may have come back without a trace in the file
-        current = {str(path) for path in (*self._image_paths(case), *case.labels.values())}
-        if current != set(record.sources):
+        if self._members(case) != record.members or {str(path) for path in self._sources(case)} != set(record.sources):
             return False
         for path, source in record.sources.items():
             known = {name: source.get(name) for name in ("size", "mtime_ns")}
@@ -257,8 +259,19 @@ class VolumeCache:
         folder = self.case_folder(record.case_id)
         return all(file_is_good(folder / name, *_written(file), full) for name, file in record.files.items())
 
+    def _members(self, case: Case) -> dict[str, str]:
+        """Return what a case is read from; two files that changed their roles make another case."""
+        images = {name: path for name, path in case.images.items() if name in self.layout.modalities}
+        files = {name: f"{path}[{case.places[name]}]" if name in case.places else str(path)
+                 for name, path in images.items()}  # fmt: skip
+        return files | {f"label {name}": str(path) for name, path in case.labels.items()}
+
     def _image_paths(self, case: Case) -> list[Path]:
         return [path for name, path in case.images.items() if name in self.layout.modalities]
+
+    def _sources(self, case: Case) -> list[Path]:
+        members = (*self._image_paths(case), *case.labels.values())
+        return [path for member in members for path in source_files(member)]
 
     def build(self, case: Case) -> Record:
         """Prepare one case and store it, whole or not at all.
@@ -314,7 +327,8 @@ class VolumeCache:
             record = record_of(prepared, case)
         except SampleFaultError as error:
             record = Record(case.case_id, usable=False, faults=_plain(error.faults))
-        for path in (*self._image_paths(case), *case.labels.values()):
+        record.members = self._members(case)
+        for path in self._sources(case):
             source = record.sources.setdefault(str(path), {})
             if path.is_file():
                 source.update(source_facts(path))
@@ -413,11 +427,12 @@ class VolumeCache:
 
     def estimated_bytes(self, cases: Sequence[Case]) -> int:
         """Estimate the size of the finished cache from the sources' headers: 2 bytes a voxel, b2nd a third of it."""
-        total = 0
+        total, voxels = 0, self.layout.preprocessing.voxels
         for case in cases:
+            first = next(iter(case.places.values()), None)
             for path in self._image_paths(case)[:1]:
                 try:
-                    shape = self.layout.preprocessing.size or read_header(path, self.layout.preprocessing.voxels).shape
+                    shape = self.layout.preprocessing.size or read_header(path, voxels, first).shape
                 except VolumeError:
                     continue
                 ragged = self.layout.preprocessing.ragged

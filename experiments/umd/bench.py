@@ -15,9 +15,10 @@ from common.types import InputSpec
 from experiments.umd.encoder import UMDEncoder
 from experiments.umd.module import UMDPretrain
 from experiments.umd.pretrain_network import whole_text
+from experiments.umd.towers import TowerConfig
 
 _TOKENS, _VOCABULARY, _HIDDEN = 64, 50265, 10
-_SMALLER = {"vision_width": 384, "vision_heads": 6, "text_width": 384, "text_heads": 6, "dim": 384, "fusion_heads": 6}
+_SMALLER = {"vision": TowerConfig(384, 11, 6), "text": TowerConfig(384, 12, 6), "dim": 384, "fusion_heads": 6}
 
 
 def _module(side: int, **sizes: Any) -> UMDPretrain:

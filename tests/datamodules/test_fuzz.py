@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import pytest
+from datamodules.reports.manifest import find_covid, find_manifest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -41,7 +42,6 @@ from datamodules.labelled.rsna import RSNAPneumonia
 from datamodules.labelled.siim import SIIMPneumothorax, decode_runs
 from datamodules.pairs.answers import accepted_answers, normalised_answer
 from datamodules.pairs.vqa import find_slake, find_vqa_med, find_vqa_rad
-from datamodules.reports.manifest import find_covid, find_manifest
 from datamodules.reports.medicat import read_figures
 from datamodules.reports.melinda import read_melinda
 from datamodules.reports.mimic_cxr import find_studies as find_mimic
@@ -252,6 +252,7 @@ KINDS = {
     "JSON lines": Kind("f.jsonl", lines(json.dumps(FIGURE), json.dumps(FIGURE)), read_figures),
     "XML": Kind("ecgen-radiology/1.xml", XML, root_of(reports, 1)),
     "XML, inside tgz": Kind("NLMCXR_reports.tgz", XML, root_of(reports), wrap=tgz),
+    "XML, tar inside gz": Kind("NLMCXR_reports.tgz", gzip.decompress(tgz(XML)), root_of(reports), wrap=gzip.compress),
     "XML, tgz itself": Kind("NLMCXR_reports.tgz", tgz(XML), root_of(reports)),
     "answers": Kind("answer.txt", b"The (left) lung, 2.5 cm#two", answers),
     "VQA-RAD": Kind("trainset.json", json.dumps([QUESTION] * 2).encode(), root_of(find_vqa_rad), {"images/a.jpg": b""}),

@@ -8,21 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from common.errors import StorageError
 from common.faults import SampleFaultError
 from common.names import case_twins
-from datamodules.registry import recognise
 from datamodules.volumes.cache import VolumeCache
+from datamodules.volumes.modalities import with_modalities
 from datamodules.volumes.prepare import prepare_case
+from datamodules.volumes.voxels import VoxelConfig
 
 
 @pytest.fixture
-def archive(brats_root, tmp_path):
+def archive(brats_root, tmp_path, volumes_of):
     root = tmp_path / "archive"
     for name in ("BraTS-GLI-00000-000", "BraTS-GLI-00001-000"):
         shutil.copytree(brats_root / name, root / name)
-    layout, cases = recognise(root)
+    layout, cases = volumes_of(root)
     return root, layout, cases
 
 
@@ -149,14 +151,14 @@ def test_a_flipped_byte_in_the_cache_is_never_trusted(archive, monkeypatch, form
     assert np.array_equal(np.array(cache.open(cases[0]).image[:]), good)
 
 
-def test_a_changed_source_is_read_again(archive, monkeypatch):
+def test_a_changed_source_is_read_again(archive, monkeypatch, volumes_of):
     root, layout, cases = archive
     cache = VolumeCache(root, layout)
     cache.ensure(cases, progress=False)
     os.utime(cases[1].images["t1c"], (1, 1))
     assert _ensure_rebuilds(cache, cases, monkeypatch) == [cases[1].case_id]
     cases[0].images["t2w"].unlink()
-    _, fewer = recognise(root)
+    _, fewer = volumes_of(root)
     assert _ensure_rebuilds(cache, fewer, monkeypatch) == [cases[0].case_id]
     assert cache.open(fewer[0]).record.modality_mask == [True, True, True, False]
 
@@ -311,3 +313,29 @@ def test_what_other_processes_write_is_left_to_them_whatever_the_clock_says(arch
     os.utime(dead, (2**33, 2**33))
     cache.ensure(cases, progress=False)
     assert list((cache.folder / "tmp").iterdir()) == [mine]
+
+
+def test_voxels_beside_their_header_belong_to_a_source(tmp_path, volumes_of):
+    (tmp_path / "root/c0").mkdir(parents=True)
+    path = tmp_path / "root/c0/t1.mhd"
+    voxels = np.random.default_rng(0).integers(1, 99, (6, 7, 8)).astype(np.int16)
+    sitk.WriteImage(sitk.GetImageFromArray(voxels), str(path))
+    layout, cases = volumes_of(tmp_path / "root")
+    layout = with_modalities(layout, cases, None)
+    cache = VolumeCache(tmp_path / "root", layout)
+    record = cache.build(cases[0])
+    assert cache.is_valid(cases[0], record)
+    raw = path.with_suffix(".raw")
+    raw.write_bytes(raw.read_bytes()[::-1])
+    os.utime(raw, ns=(1, 1))
+    assert not cache.is_valid(cases[0], record)
+
+
+def test_how_odd_files_are_read_is_part_of_the_key(archive):
+    root, layout, _ = archive
+    folders = {
+        VolumeCache(root, layout.with_voxels(voxels)).folder
+        for voxels in (VoxelConfig(), VoxelConfig(nan="zero"), VoxelConfig(header="sform"),
+                       VoxelConfig(intensity={"t1c": "standardised"}))
+    }  # fmt: skip
+    assert len(folders) == 4
