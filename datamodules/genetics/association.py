@@ -335,7 +335,7 @@ def run(
         features: Parquet file of ``medmim embed``.
         genotypes: Where the genotypes are; see :func:`datamodules.genetics.genotypes.open_genotypes`.
         out: Folder to write.
-        split: Persons of this split alone, or ``all``.
+        split: People of this split alone, or ``all``.
         covariates: CSV with IID and columns of numbers.
         components: Of the features.
         genetic_components: Of the genotypes, added as covariates.

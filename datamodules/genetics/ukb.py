@@ -50,7 +50,7 @@ def _checked_names(root: Tree) -> set[str] | None:
 
 
 def european(root: Tree, threshold: float = 0.99) -> set[str] | None:
-    """Return the persons of ``ancestry.tsv`` whose probability ``EUR`` is high enough; None where there is no file.
+    """Return the people of ``ancestry.tsv`` whose probability ``EUR`` is high enough; None without such a file.
 
     Raises:
         DataError: a column is missing.
@@ -66,7 +66,7 @@ def european(root: Tree, threshold: float = 0.99) -> set[str] | None:
 
 
 def find_ukb(root: Tree) -> list[Picture]:
-    """List the photographs; empty where there is none. Of persons who withdrew (negative numbers) there is none.
+    """List the photographs; empty where there is none. People who withdrew (negative numbers) have none.
 
     Raises:
         DataError: ancestry.tsv is damaged.
@@ -179,7 +179,7 @@ class UKBRisk(LabelLayout):
         self.classes = RISKS[task]
 
     def _find(self, root: Tree) -> list[LabelledImage]:
-        """List the photographs of persons with any of the measurements.
+        """List the photographs of people with any of the measurements.
 
         Raises:
             DataError: the table or a column is missing, or it and the photographs have no person in common.

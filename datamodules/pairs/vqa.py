@@ -222,7 +222,7 @@ def find_vqa_med(root: Tree, settings: Settings = NO_SETTINGS) -> list[Question]
 
 
 def _med_training(folder: Tree, categories: Sequence[str]) -> Iterator[list[str]]:
-    """Yield image, category, question and answer of a folder with one file a category."""
+    """Yield image, category, question and answer of a folder with one file per category."""
     for category in categories:
         for path in folder.glob(f"QAPairsByCategory/C*_{_MED_FILES[category]}_*.txt"):
             yield from ([name, category, question, answer] for name, question, answer in _med_lines(path, 3))
