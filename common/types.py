@@ -59,7 +59,7 @@ class VolumeBatch(TypedDict, total=False):
     Attributes:
         image: float ``(B, M, H, W, D)``, RAS, absent modalities are 0.
         modality_mask: bool ``(B, M)``, True = acquired.
-        key: int64 ``(B,)``, what the randomness of each sample hangs on.
+        key: int64 ``(B,)``, the seed of each sample's random draws.
         subject_id: one name per sample.
         place: six integers per sample: the first voxel of the crop, and the voxels of the whole case.
         label: ``(B, R, H, W, D)`` float, one channel a region.
@@ -89,7 +89,7 @@ class SequencePairBatch(TypedDict, total=False):
         modality: long ``(B,)``, index of the target sequence among the data's channels.
         partner_modality: long ``(B,)``, of the partner; that of the target where there is none.
         place: one ``(modality, x, y, z)`` of integers per sample: where the crop begins in the atlas.
-        key: int64 ``(B,)``, what the randomness of each sample hangs on.
+        key: int64 ``(B,)``, the seed of each sample's random draws.
         subject_id: one name per sample.
         lesion: bool ``(B, 1, H, W, D)``, voxels of a lesion, where it was asked for.
         control_image: a crop of the target sequence of another patient, ``control_partner`` and ``control_paired`` its
@@ -117,7 +117,7 @@ class ImageTextBatch(TypedDict, total=False):
     Attributes:
         image: float ``(B, 1, H, W)``, standardised, 0 where there is none.
         modality_mask: bool ``(B, 2)``, whether image and text are there.
-        key: int64 ``(B,)``, what the randomness of each sample hangs on.
+        key: int64 ``(B,)``, the seed of each sample's random draws.
         image_key: int64 ``(B,)``, equal where two samples have the same image.
         subject_id: one name per sample.
         patient_id: one name per sample.
@@ -154,7 +154,7 @@ class ImageGenomeBatch(TypedDict, total=False):
         genome_observed: bool ``(B, F)``, features that were measured.
         modality_mask: bool ``(B, 1 + M)``, whether image and each kind of genetics are there.
         complete: Whether every sample has every kind, known before the batch reaches the device.
-        key: int64 ``(B,)``, what the randomness of each sample hangs on.
+        key: int64 ``(B,)``, the seed of each sample's random draws.
         subject_id: one name per sample.
         patient_id: one name per sample.
         control_image: float ``(B, 3, H, W)``, the image of another person.

@@ -91,7 +91,7 @@ class ScoredTask(FineTuning):
     #: What the best checkpoint is chosen by, and whether its ``"max"`` or ``"min"`` is best.
     monitor: tuple[str, str]
     #: What the cases are called.
-    noun = "cases"
+    item_name = "cases"
 
     @abstractmethod
     def score(self, batch: Any) -> list[dict[str, Any]]:
@@ -136,5 +136,5 @@ class ScoredTask(FineTuning):
         if self.trainer.is_global_zero:
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
             self.write_scores([self.line(row) for row in rows], {"n": len(rows), **finite})
-            say(f"test: {len(rows)} {self.noun}, {self.verdict(metrics)}")
+            say(f"test: {len(rows)} {self.item_name}, {self.verdict(metrics)}")
         log_scalars(self, {f"test/{name}": value for name, value in metrics.items()})

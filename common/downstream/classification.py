@@ -113,7 +113,7 @@ class ImageClassifier(ScoredTask):
 
     monitor = ("val/auroc", "max")
     remembered = ("channels", "image_size", "classes")
-    noun = "images"
+    item_name = "images"
 
     def __init__(
         self,

@@ -66,7 +66,7 @@ class StructureSegmentation(ScoredTask):
 
     monitor = ("val/dice", "max")
     remembered = ("channels", "image_size", "regions")
-    noun = "images"
+    item_name = "images"
 
     def __init__(
         self,

@@ -79,7 +79,7 @@ class PairDataset(FaultTolerantDataset):
         crop_scale: Share of the image's area that a training crop has; None cuts the central crop.
         mean: Subtracted from pixels in [0, 1].
         std: What they are then divided by.
-        stand_ins: Image to the one that is shown in its place; None shows the mean gray.
+        substitutes: Image to the one that is shown in its place; None shows the mean gray.
         anonymise: Whether subjects get pseudonyms.
     """
 
@@ -94,14 +94,14 @@ class PairDataset(FaultTolerantDataset):
         crop_scale: Sequence[float] | None = None,
         mean: Sequence[float] = CLIP_MEAN,
         std: Sequence[float] = CLIP_STD,
-        stand_ins: Mapping[Path, Path] | None = {},
+        substitutes: Mapping[Path, Path] | None = {},
         anonymise: bool = False,
     ) -> None:
         super().__init__(seed)
         self.pairs, self.store, self.encode = list(pairs), store, encode
         self.image_size, self.crop_scale = tuple(image_size), crop_scale
         self.mean, self.std = per_channel(mean), per_channel(std)
-        self.facts, self.stand_ins, self.anonymise = facts, stand_ins, anonymise
+        self.facts, self.substitutes, self.anonymise = facts, substitutes, anonymise
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -111,14 +111,14 @@ class PairDataset(FaultTolerantDataset):
         return self.pairs[index].case_id
 
     def _image(self, pair: Pair, draw: Draw) -> Tensor:
-        if self.stand_ins is None:
+        if self.substitutes is None:
             return torch.zeros(3, *self.image_size)
         choose: BoxChoice = partial(center_box, size=self.image_size)
         if self.crop_scale is not None:
             generator = numpy_generator("crop", self.seed, draw.epoch, pair.case_id, draw.draw)
             choose = partial(random_box, scale=self.crop_scale, generator=generator)
         try:
-            image = self.store.crop(self.stand_ins.get(pair.image, pair.image), choose, self.image_size)
+            image = self.store.crop(self.substitutes.get(pair.image, pair.image), choose, self.image_size)
         except SampleFaultError as error:
             raise SampleFaultError(fault._replace(sample=pair.case_id) for fault in error.faults) from error
         return (image - self.mean) / self.std
@@ -328,11 +328,11 @@ class PairDataModule(TextArchiveDataModule):
         self.keep_tokenizer(stage)
 
     def _dataset(self, cases: Sequence[Any], train: bool = False) -> PairDataset:
-        stand_ins: Mapping[Path, Path] | None = {}
+        substitutes: Mapping[Path, Path] | None = {}
         if self.shown == "blank":
-            stand_ins = None
+            substitutes = None
         elif self.shown == "permuted" and not train:
-            stand_ins = other_images(case.image for case in cases)
+            substitutes = other_images(case.image for case in cases)
         return PairDataset(
             cases,
             self.store,
@@ -343,7 +343,7 @@ class PairDataModule(TextArchiveDataModule):
             crop_scale=self.crop_scale if train else None,
             mean=self.mean,
             std=self.std,
-            stand_ins=stand_ins,
+            substitutes=substitutes,
             anonymise=self.ledger.anonymise,
         )
 

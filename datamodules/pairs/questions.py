@@ -106,7 +106,7 @@ class QuestionDataModule(PairDataModule):
             return self._one_question(*self._single)
         archive = self.open(root, self._layout, Settings(categories=tuple(self._categories or ())))
         self._name = archive.layout.name
-        splits = self._deal([question_of(record) for record in archive.records])
+        splits = self._assign_splits([question_of(record) for record in archive.records])
         silent = [question for question in splits["train"] if not question.answers]
         splits["train"] = [question for question in splits["train"] if question.answers]
         if silent:
@@ -122,7 +122,7 @@ class QuestionDataModule(PairDataModule):
         self.archive = archive
         return splits
 
-    def _deal(self, found: Sequence[Question]) -> dict[str, list[Question]]:
+    def _assign_splits(self, found: Sequence[Question]) -> dict[str, list[Question]]:
         """Return the questions of each split."""
         if self._split == "image":
             parts = seeded_split(found, self._fractions, self._split_seed)

@@ -27,9 +27,9 @@ from common.optim import OptimizerConfig, Schedule, WarmupCosine
 from common.runtime.precision import at_least_float32
 from common.runtime.reporting import is_dry_run, say
 from common.types import InputSpec
+from experiments.umd.checkpoint_transfer import EncoderFactory, make_umd_encoder, tower_scale
 from experiments.umd.coordination import ContributionSums, true_class_probability
 from experiments.umd.encoder import UMDEncoder, init_normal_weights
-from experiments.umd.handover import EncoderFactory, make_umd_encoder, tower_scale
 
 SplitHead = Literal["zero_other", "linear_split", "upstream"]
 #: Number of pairs fused at once when a whole pool is scored.
