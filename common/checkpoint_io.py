@@ -64,7 +64,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint that a better one has replaced: a file, never a folder.
 
-        Lightning names it as a checkpoint says that was resumed from, which may say anything.
+        Lightning takes the name from the checkpoint that was resumed from, which may hold anything.
 
         Raises:
             StorageError: it is no checkpoint of the run's.

@@ -24,8 +24,8 @@ class Fault(NamedTuple):
         kind: unreadable, checksum, shape, grid, nan, constant, label, missing, empty or space.
         detail: What was found, in words.
         sample: The subject it belongs to.
-        rank: Rank that met it.
-        worker: Loader worker that met it; -1 in the main process.
+        rank: Rank that found it.
+        worker: Loader worker that found it; -1 in the main process.
     """
 
     path: str

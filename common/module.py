@@ -79,7 +79,7 @@ class BuiltFromData(pl.LightningModule):
     network: Any
     #: Fields of the input's spec that the network is built for.
     remembered: tuple[str, ...] = ("channels", "image_size")
-    #: How the channels of stored weights met those of the data; None where there are no such weights.
+    #: How the channels of stored weights were matched with those of the data; None without such weights.
     channel_report: ChannelReport | None = None
 
     def __init__(self, optimization: OptimizerConfig) -> None:
@@ -161,7 +161,7 @@ class BuiltFromData(pl.LightningModule):
         return spec
 
     def note_channels(self, report: ChannelReport, spec: InputSpec) -> None:
-        """Say how the channels of stored weights met those of the data, and keep it for the summary."""
+        """Log how the channels of stored weights were matched with those of the data, and keep it for the summary."""
         self.channel_report = report
         say(report.line(spec.shown))
 

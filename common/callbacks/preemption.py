@@ -27,7 +27,7 @@ def slurm_job() -> str | None:
 class Preemption(Checkpoint):
     """On SIGTERM or SIGUSR1, finishes the step, saves ``last.ckpt``, asks SLURM to requeue, and stops with 143.
 
-    A requeued job goes on from what it saved: the command looks for the run of its own job.
+    A requeued job continues from its checkpoint: the command looks for the run of its own job.
 
     The handler only sets a flag. All ranks agree on it at the next step boundary (over a CPU group, so that the
     accelerator is never waited for), or between validation batches. Lightning's own handling is replaced: it saves

@@ -140,7 +140,7 @@ class ReconstructionPanels(ValidationCallback):
         return max((len(rows) for rows in self._panels.values()), default=0)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the pictures to the loggers (Lightning hook)."""
+        """Send the pictures to the loggers (Lightning hook)."""
         self._validations += 1
         for name, rows in self._panels.items():
             log_figure(trainer, f"reconstruction/{name}", panel_figure(name, rows))

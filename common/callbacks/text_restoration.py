@@ -16,7 +16,7 @@ _RIGHT, _WRONG = "\N{LARGE GREEN SQUARE}", "\N{LARGE RED SQUARE}"
 
 
 def _plain(token: str) -> str:
-    """Return a token as it may stand in a cell of a Markdown table."""
+    """Return a token escaped for a cell of a Markdown table."""
     return escape(token.removeprefix("##")).replace("|", "&#124;")
 
 
@@ -99,7 +99,7 @@ class TextRestoration(ValidationCallback):
                 self._rows.append((batch["subject_id"][row], *restored_row(tokens, truth, guess)))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the texts to the loggers (Lightning hook)."""
+        """Send the texts to the loggers (Lightning hook)."""
         if self._rows:
             lines = ["| sample | report, hidden words bold | prediction, truth in italics |", "|---|---|---|"]
             rows = [(_plain(printable(name)), text, filled) for name, text, filled in self._rows]

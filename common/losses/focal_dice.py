@@ -17,7 +17,7 @@ IGNORED = 255
 
 
 class FocalDice(nn.Module):
-    """Focal loss (Lin et al. 2017) plus soft Dice, as masked record modeling has it for pneumothorax.
+    """Focal loss (Lin et al. 2017) plus soft Dice, as used by masked record modeling for pneumothorax.
 
     The focal term takes a sigmoid per class, with alpha for the class that is true and 1 - alpha for the others, and
     the mean over pixels and classes. The Dice term of a class is ``1 - (2 sum p t + 1) / (sum p^2 + sum t^2 + 1)`` with

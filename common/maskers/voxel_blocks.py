@@ -45,7 +45,7 @@ def blocks_to_voxels(mask: Tensor, grid: Sequence[int], block_size: int) -> Tens
 
 
 def replace_blocks(image: Tensor, fill: Tensor, mask: Tensor, block_size: int) -> Tensor:
-    """Put ``fill`` where cubes are hidden and leave the rest as it is (E-PHI): same places, nothing blended.
+    """Put ``fill`` where cubes are hidden and leave the rest unchanged (E-PHI): same places, nothing blended.
 
     The gradient of a hidden voxel goes to ``fill``, that of a visible one to ``image``.
 

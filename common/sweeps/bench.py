@@ -153,7 +153,7 @@ def training_rows(step: Callable[..., None], what: str, calls: int = 3) -> list[
     """Compare a training step with the matrix products of the same minutes and with bfloat16; report its memory.
 
     Products stand on both sides of the steps that are held against them, and each precision runs for several steps on
-    end, as a training has it: a shared machine's clock drifts by a fifth within a minute.
+    end, as in training: a shared machine's clock drifts by a fifth within a minute.
 
     Args:
         step: Takes ``bfloat16=True`` for mixed precision.

@@ -268,7 +268,7 @@ def _interval_lines(entries: Sequence[Mapping[str, Any]], first: str, value: str
 
 
 def update_readme(readme: Path) -> str:
-    """Return a README with every table between its markers made anew from the results.
+    """Return a README with every table between its markers regenerated from the results.
 
     A marker is ``<!-- results: FILE -->`` ... ``<!-- end -->``, where FILE is relative to the README.
     """
@@ -342,7 +342,7 @@ def _read_result(path: Path) -> dict[str, Any]:
     """Read the result of a study.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no result.
     """
     if not path.is_file():
         raise UserError(f"There is no result at {path}.")

@@ -103,7 +103,7 @@ def run_arm(
     Args:
         steps: The steps.
         configs: Folder of the configurations.
-        places: What stands for names in arguments.
+        places: Values of the names in arguments.
         columns: Metrics that are wanted.
         done: Commands that were run before, with their run folders: a command under the same seed gives the same, so
             arms that begin alike share their beginning. New ones are added.
@@ -191,7 +191,7 @@ def run(
         arms: Only these; None: all of the study.
         seeds: Only these; None: those of the study.
         parts: Results to put together instead of running anything.
-        readmes: READMEs whose tables are made anew instead.
+        readmes: READMEs whose tables are regenerated instead.
 
     Raises:
         UserError: the study, its data or an arm is missing, a result would be lost, or parts do not fit together.
@@ -242,7 +242,7 @@ def _update_readmes(readmes: Sequence[str]) -> None:
 
 
 def _command(experiment: str, name: str, arms: Sequence[str] | None, seeds: Sequence[int] | None) -> str:
-    """Return the command that does the same again, for whoever has the archive."""
+    """Return the command that reproduces the result, given the archive."""
     words = ["medmim", "study", f"experiments/{experiment}/configs/studies/{name}", "--data", "DATA"]
     for option, values in (("--arms", arms), ("--seeds", seeds)):
         if values:

@@ -72,7 +72,7 @@ def formats_of(experiment: str) -> dict[str, Writer]:
     """Return the formats that an experiment can be exported to.
 
     Raises:
-        UserError: there is no such experiment, or it has none.
+        UserError: the experiment does not exist, or has no formats.
     """
     module = experiment_module(experiment, "export")
     if module is None:
@@ -91,7 +91,7 @@ def export(experiment: str, checkpoint: Path, format: str, out: Path) -> Path:
         out: Folder to write.
 
     Raises:
-        UserError: the experiment has no such format; names those it has.
+        UserError: the experiment does not have the format; names those it has.
         CheckpointError: there is no encoder in the checkpoint.
     """
     writers = formats_of(experiment)

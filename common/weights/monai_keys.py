@@ -76,7 +76,7 @@ def from_monai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the weights of MONAI's ViT (or of ``UNETR.vit``) for our encoder; loads strictly.
 
     Raises:
-        ValueError: a key is none of MONAI's ViT's.
+        ValueError: a key does not belong to MONAI's ViT.
     """
     names = {theirs: ours for ours, theirs in _RENAMED.items()}
     fixed = {

@@ -114,7 +114,7 @@ def hf_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of transformers' ``ViTConfig`` for the same shape as our encoder's ``config``.
 
     Raises:
-        ValueError: transformers' ViT has no such form: it needs square patches and a class token.
+        ValueError: transformers' ViT cannot represent it: it needs square patches and a class token.
     """
     patch = _patch_size(config)
     if not config.get("class_token") or len(patch) != 2 or patch[0] != patch[1]:

@@ -233,7 +233,7 @@ class DicomIndex:
     Args:
         files: The DICOM files of the archive.
         folder: Where headers are kept; None keeps none. They hold identifiers, so only their owner may read them.
-        workers: Processes; None takes the cores at hand.
+        workers: Processes; None takes all available cores.
     """
 
     def __init__(self, files: Sequence[Path], folder: Path | None = None, workers: int | None = None) -> None:

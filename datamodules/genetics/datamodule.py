@@ -295,11 +295,11 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         batch_size: Samples per device.
         draws_per_image: Times that an image is drawn in an epoch.
         num_workers: Loader processes per rank; also threads that build the cache.
-        split_fractions: Shares of people for train, val and test where neither file nor archive says.
+        split_fractions: Shares of people for train, val and test if neither file nor archive defines a split.
         split_file: Table with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes, or that and
             how its names join; see :class:`datamodules.splits.SplitFile`.
         kinship: Table of pairs of people (ID1 or IID1, ID2 or IID2, KINSHIP): relatives of the third degree and closer
-            are then in one split, whatever else says, test before val before train.
+            are then kept in one split, regardless of other rules, test before val before train.
         max_fault_fraction: Share of faulty samples at which training stops.
         anonymise: Whether subjects get pseudonyms in logs, pictures and fault files.
         seed: Seed of order and crops; None takes ``seed_everything``'s.
@@ -536,7 +536,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         return case.images
 
     def setup(self, stage: str) -> None:
-        """Put what is broken into the ledger and log what there is (Lightning hook).
+        """Record broken files in the ledger and log a summary of the data (Lightning hook).
 
         Raises:
             DataError: no image can be used.

@@ -269,7 +269,7 @@ def _burden(path: Path, root: Path | None, min_carriers: int) -> tuple[list[str]
 
 
 def pair_persons(patients: Mapping[str, str], persons: Sequence[str], seed: int = 0) -> dict[str, str]:
-    """Give patients whose images come without genetics the genetics of strangers, no one twice.
+    """Pair patients whose images have no genetics with the genetics of strangers, each used once.
 
     Args:
         patients: Patient to split. Training patients are served first, so that they keep their partners whatever

@@ -136,7 +136,7 @@ def _any_true(table: pd.DataFrame, columns: Sequence[str]) -> pd.Series:
 
 
 def is_ambiguous(first: str, second: str) -> bool:
-    """Whether two alleles are each other's complement, so that the strand cannot be told."""
+    """Whether two alleles are each other's complement, so that the strand is ambiguous."""
     return first.translate(_COMPLEMENT) == second
 
 

@@ -266,7 +266,7 @@ class PairDataModule(TextArchiveDataModule):
         """List the pairs; return the layout's name.
 
         Raises:
-            DataError: no such root, nothing to train on, and as :meth:`find`.
+            DataError: the root does not exist, nothing to train on, and as :meth:`find`.
         """
         if not self.splits:
             splits = self._place_splits(self.find(self.root))
@@ -317,7 +317,7 @@ class PairDataModule(TextArchiveDataModule):
         return super().known_faults() + [Fault(name, "empty", "no text", name) for name in silent]
 
     def setup(self, stage: str) -> None:
-        """Put what is broken into the ledger, keep the tokenizer with the run, and log what there is (Lightning hook).
+        """Record broken files in the ledger, save the tokenizer with the run, and log a summary (Lightning hook).
 
         Raises:
             DataError: no pair can be used.

@@ -39,7 +39,7 @@ class QuestionDataModule(PairDataModule):
     Args:
         root: The archive.
         layout: Name of its layout; ``"auto"`` recognises it from the tree.
-        split: ``"official"``, or ``"image"``: all questions assigned anew, no image in two splits.
+        split: ``"official"``, or ``"image"``: all questions reassigned, no image in two splits.
         split_fractions: Shares of images for train, val and test where they are assigned; an official split without
             validation has it cut out of training in the ratio of the first two.
         val: ``"held_out"`` as above; ``"test"`` selects on the test split, as the published code does.
@@ -142,7 +142,7 @@ class QuestionDataModule(PairDataModule):
         """Return the one question that was asked on the command line.
 
         Raises:
-            DataError: no such image, or no question.
+            DataError: the image does not exist, or the question is empty.
         """
         if not image.is_file():
             raise DataError(f"There is no image at {public_name(image)}.")

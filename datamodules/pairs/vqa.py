@@ -56,7 +56,7 @@ def _json_rows(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
     """Read a list of objects.
 
     Raises:
-        DataError: no such list, or the first object without a needed field.
+        DataError: the file is not such a list; names the first object without a needed field.
     """
     rows = read_json(path)
     if not isinstance(rows, list):
@@ -72,7 +72,7 @@ def _under(root: Path, name: object, source: Path) -> Path:
     """Return the file that a table names under ``root``; where it names none, one that is not there.
 
     Raises:
-        DataError: it lies outside.
+        DataError: it is outside the root.
     """
     return path_under(root, str(name or "").strip() or "(no image)", source)
 
@@ -87,7 +87,7 @@ def _rad_question(row: Mapping[str, Any], text: str, case: str, split: str, imag
     """Return a row of VQA-RAD as a question.
 
     Raises:
-        DataError: its image lies outside ``images``.
+        DataError: its image is outside ``images``.
     """
     image = _under(images, row["image_name"], source)
     return Question(f"{split}/{case}", image.name, image, text, accepted_answers(row["answer"]),

@@ -37,7 +37,7 @@ class BrainCase(NamedTuple):
     Attributes:
         images: Modality to float32 ``(X, Y, Z)``, 0 outside the brain.
         label: uint8: 1 necrotic core, 2 oedema, 3 enhancing tumour.
-        mutant: Whether the tumour is of the kind that enhances little (stands for IDH-mutant).
+        mutant: Whether the tumour enhances little (a substitute for IDH-mutant).
     """
 
     images: dict[str, Array]

@@ -23,7 +23,7 @@ from datamodules.synthetic.tables import write_table
 
 _SIZE = (320, 384)
 _VIEWS = ("PA", "AP")
-# Gray values by which a picture differs where a finding is drawn: at its edge about a third of what it is inside.
+# Difference in gray value where a finding is drawn; at its edge about a third of that.
 _VISIBLE = 7
 
 _CHEXPERT = (
@@ -273,7 +273,7 @@ def _box(region: NDArray[np.bool_]) -> dict[str, float]:
 def write_covid_cxr(root: Path, num_cases: int, seed: int, size: Sequence[int] = _SIZE) -> None:
     """Write frontal images in the layout of the COVID-19 image data collection.
 
-    Every fifth is a second one of the patient before, with the same note. There are side views besides, a file that is
+    Every fifth is a second one of the patient before, with the same note. There are also side views, a file that is
     listed for two patients, an image without a finding, one that nobody has read, and a CT that is not there.
     """
     rows: list[dict[str, object]] = []

@@ -204,7 +204,7 @@ class BrainMVPPretrain(SSLModule[SequencePairBatch]):
         return Reconstruction(views.cross_pred.float(), batch["image"], inputs.hidden, {})
 
     def _spread(self, volume: Tensor, batch: SequencePairBatch) -> Tensor:
-        """Put volumes ``(B, 1, H, W, D)`` in the place of their sequence, ``(B, S, V)``; the others are 0."""
+        """Place volumes ``(B, 1, H, W, D)`` at their sequence, ``(B, S, V)``; the others are 0."""
         flat = volume.flatten(1)
         result = flat.new_zeros(len(flat), len(self.spec.channels), flat.shape[1])
         result[torch.arange(len(flat), device=flat.device), batch["modality"]] = flat

@@ -155,7 +155,7 @@ class BrainSegmentation(SegmentationModule):
         if not fits(shape, Sequence[int] | None) or (shape and (len(shape) != 3 or max(shape) > _LONGEST)):
             raise CheckpointError(f"The checkpoint's encoder record says that templates are {shape!r:.60}: it was "
                                   "not written by this project, or changed since.")  # fmt: skip
-        # One voxel of 0 stands for no templates: beyond a template a view is 0.
+        # A single voxel of 0 represents no templates: beyond a template a view is 0.
         content = torch.zeros(len(spec.channels), *(shape or (1, 1, 1)))
         if self._pretrained and resumed is None:
             stored = read_encoder(self._pretrained)

@@ -83,7 +83,7 @@ class EMIMPretrain(SSLModule[VolumeBatch]):
         """Make encoder and decoder for inputs of ``spec``.
 
         Raises:
-            ValueError: sizes that do not fit; a masker that cannot hide what it is asked to of these modalities.
+            ValueError: sizes do not fit, or the masker cannot hide the requested share of these modalities.
         """
         encoder = self._make_encoder(len(spec.channels), spec.image_size)
         for masker in (self.masker, self.val_masker):

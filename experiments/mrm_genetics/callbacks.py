@@ -178,7 +178,7 @@ class SampleRelations(ValidationCallback):
 
     ``relation/samples`` shows the cosines of images, of genomes and of images with genomes, of the intact pass above
     and the masked one below. ``collapse/cosine_mean`` and ``collapse/cosine_std`` are over pairs of different images:
-    relation matching can be met by making all of them alike, which drives the mean to 1 and the spread to 0.
+    relation matching can be satisfied by making all of them alike, which drives the mean to 1 and the spread to 0.
 
     Args:
         max_samples: Samples to use.
@@ -269,7 +269,7 @@ class AttentionMaps(ValidationCallback):
             self._drawn.append((batch["subject_id"][index], picture.cpu(), maps[0][index].cpu(), maps[1][index].cpu()))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the picture to the loggers (Lightning hook)."""
+        """Send the picture to the loggers (Lightning hook)."""
         if self._drawn:
             log_figure(trainer, "relation/attention", attention_figure(self._drawn))
 

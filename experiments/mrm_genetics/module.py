@@ -58,7 +58,7 @@ class MatchingConfig:
 class RelationPretrain(SSLModule[ImageGenomeBatch]):
     """Reconstruction from masked relations, and relations between samples that masking must not change (Eq. 14).
 
-    Images come with genetics or alone, as the data have it (section 4.6).
+    Images come with genetics or alone, depending on the data (section 4.6).
 
     Args:
         encoder: Makes the image encoder from (channels, image size).

@@ -30,7 +30,7 @@ class ImageReportGap(ValidationCallback):
 
     Args:
         words: Score these words alone, such as the names of findings; None scores all. Only words that are one token.
-        name: What stands for ``report`` in the names.
+        name: Replaces ``report`` in the names.
     """
 
     def __init__(self, words: Sequence[str] | None = None, name: str = "report") -> None:

@@ -156,7 +156,7 @@ class AnswerExamples(pl.Callback):
                 kept.append(row)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the examples to the loggers (Lightning hook)."""
+        """Send the examples to the loggers (Lightning hook)."""
         rows = [row for kept in self._rows.values() for row in kept]
         if not rows or trainer.datamodule.ledger.anonymise:  # type: ignore[attr-defined]
             return

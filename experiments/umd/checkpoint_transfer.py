@@ -87,7 +87,7 @@ def make_umd_encoder(
 
 
 def load_heads(network: nn.Module, source: str) -> None:
-    """Take the heads of an earlier stage as far as both have them; positions of the decoder are made anew.
+    """Load the heads of an earlier stage that both stages have; the decoder's positions are rebuilt.
 
     Raises:
         CheckpointError: a head is of another shape.

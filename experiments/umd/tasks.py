@@ -52,7 +52,7 @@ def split_logits(head: nn.Module, text: Tensor, image: Tensor, kind: SplitHead) 
         text: c^T ``(..., E)``.
         image: c^I ``(..., E)``.
         kind: ``"zero_other"`` puts zeros in the other's place; ``"linear_split"`` shares a linear head's bias out by
-            halves; ``"upstream"`` does that with the last layer, whatever its input is, as the published code.
+            halves; ``"upstream"`` does that with the last layer, whatever its input, as the published code does.
     """
     if kind == "zero_other":
         zeros = torch.zeros_like(text)
@@ -133,7 +133,7 @@ class PairTask(ScoredTask):
 
     @abstractmethod
     def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return the sum of the losses of a batch and how many samples it is of, having noted the contributions."""
+        """Return the summed losses of a batch and its number of samples, and record the contributions."""
 
     def build_network(self, spec: InputSpec) -> PairNetwork:
         """Make encoder and head."""
@@ -185,7 +185,7 @@ class AnswerTask(PairTask):
         if not classes:
             raise UserError("The dataset defines no answers to choose from; give an archive with a training split.")
         head = answer_head(encoder.dim, len(classes))
-        # All answers alike, one in sum: from one half each, sigmoids spend a thousand steps on nothing else.
+        # Equal probabilities that sum to one: from one half each, sigmoids need a thousand steps to get there.
         last = head[-1]
         assert isinstance(last, nn.Linear)
         nn.init.constant_(last.bias, -math.log(max(len(classes) - 1, 1)))

@@ -194,7 +194,7 @@ def _need_same(source: str, theirs: Any, ours: Any, names: Mapping[str, str]) ->
     """Refuse weights of another architecture, naming the first setting that differs.
 
     Raises:
-        UserError: as said.
+        UserError: a setting differs.
     """
     for name, setting in names.items():
         wanted, found = getattr(ours, name), getattr(theirs, name)
