@@ -32,7 +32,7 @@ class Term(NamedTuple):
     """
 
     value: Tensor
-    count: Tensor | float = 1.0
+    count: Tensor | float = 1.0  # type: ignore[assignment]  # tuple has a method of this name
     weight: float | None = None
 
 

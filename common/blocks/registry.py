@@ -54,8 +54,8 @@ def fits(value: Any, kind: Any) -> bool:
     if origin is Literal:
         return any(type(value) is type(part) and value == part for part in parts)
     if dataclasses.is_dataclass(kind):
-        parts = get_type_hints(kind)
-        return isinstance(value, dict) and all(name in parts and fits(v, parts[name]) for name, v in value.items())
+        hints = get_type_hints(kind)
+        return isinstance(value, dict) and all(name in hints and fits(v, hints[name]) for name, v in value.items())
     if origin is not None and issubclass(origin, Mapping):
         return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
     if origin is not None and issubclass(origin, Sequence):
