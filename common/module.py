@@ -28,7 +28,7 @@ class Term(NamedTuple):
     Attributes:
         value: a mean.
         count: what it is the mean of: hidden entries, or samples. Validation weighs batches by it.
-        weight: its factor in the loss that is trained on; None = logged alone.
+        weight: its factor in the loss that is trained on; None: logged alone.
     """
 
     value: Tensor
@@ -235,7 +235,7 @@ class SSLModule(BuiltFromData, ABC, Generic[BatchT]):
         optimization: How its weights are updated.
     """
 
-    #: What ``best.ckpt`` watches.
+    #: The metric that selects ``best.ckpt``.
     monitor = ("val/loss", "min")
 
     def __init__(self, optimization: OptimizerConfig) -> None:

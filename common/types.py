@@ -203,7 +203,7 @@ class ImageTextTaskBatch(TypedDict, total=False):
         candidate_mask: long ``(B, C, T)``.
         label: long ``(B,)``, the class; -1 = none of them.
         answers: what counts as right, one list per sample.
-        kind: ``"open"`` or ``"closed"``, one per sample; empty = unknown.
+        kind: ``"open"`` or ``"closed"``, one per sample; empty: unknown.
         text: the text, one per sample.
         subject_id: one name per sample.
         patient_id: one name per sample.
@@ -278,8 +278,8 @@ class Panel(NamedTuple):
         prediction: the reconstruction, true values where they were visible.
         sides: what lies at the left and the right edge, such as the patient's right and left.
         filled: what the encoder saw, where hidden parts were replaced by something; None where they were left out.
-        scored: bool ``(H, W)``, where prediction and input are compared; None = where hidden.
-        lesion: bool ``(H, W)``, what is outlined; None = nothing.
+        scored: bool ``(H, W)``, where prediction and input are compared; None: where hidden.
+        lesion: bool ``(H, W)``, what is outlined; None: nothing.
     """
 
     title: str
@@ -350,7 +350,7 @@ class InputSpec(NamedTuple):
         vocabulary: size, length and fingerprint of the text's tokens; empty without text.
         classes: names of the classes that images are labelled with; empty without such labels.
         genome: features of each kind of genetics, by name and in order; empty without genetics.
-        names: what the archive calls the channels, for pictures and logs; empty = as ``channels``.
+        names: what the archive calls the channels, for pictures and logs; empty: as ``channels``.
         absent: channels that no case has, which are fed as absent.
         chosen: whether the configuration names the channels, so that none is added.
     """

@@ -26,9 +26,9 @@ HOMES = (
     "experiments.mrm_record.baselines",
     "experiments.mrm_genetics.baselines",
 )
-#: Encoders that have moved since files were written: what those say, and what it is called now.
+#: Encoders that have moved since some files were written: the recorded name and the current one.
 _MOVED = {"experiments.umd.encoder.UMDEncoder": "experiments.umd.encoder.UMDEncoder"}
-#: Beyond any size or count of an encoder.
+#: An upper bound on any size or count of an encoder.
 _LARGEST = 2**24
 
 _ENCODERS: dict[str, type[nn.Module]] = {}

@@ -122,7 +122,7 @@ class Channels(NamedTuple):
     """The channels of a first kernel.
 
     Attributes:
-        number: Their number.
+        number: Number of channels.
         names: Their canonical names, in order; None: unknown.
         shown: What their archive calls them; empty: the same.
     """

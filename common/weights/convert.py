@@ -56,7 +56,7 @@ def architecture(state: dict[str, Tensor], num_heads: int | None = None) -> dict
 
 
 def run(exp: str, weights: str, out: str, num_heads: int | None) -> None:
-    """Carry out ``medmim convert``, saying which keys found no place.
+    """Carry out ``medmim convert`` and report the keys that were not used.
 
     Args:
         exp: Experiment whose fine-tuning will take the encoder.

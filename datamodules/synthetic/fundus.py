@@ -90,7 +90,7 @@ class People:
     """People with genotypes in blocks of linkage, and the risk that these give them.
 
     Args:
-        number: Their number.
+        number: Number of people.
         seed: Seed of everything.
         variants: Variants in all.
         causal: Variants that make the risk.

@@ -1,4 +1,4 @@
-"""What a step of MR-Pretrain costs, part by part, and what computing the same with less gains."""
+"""The cost of a step of MR-Pretrain, part by part, and the gain of computing the same with less."""
 
 from collections.abc import Callable
 from functools import partial
