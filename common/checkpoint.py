@@ -12,6 +12,7 @@ from common.blocks.patch_embed import grid_of
 from common.blocks.pos_embed import resize_position_embedding
 from common.blocks.registry import build_encoder, check_arguments, class_path, declared_default, fits
 from common.errors import CheckpointError
+from common.finite import check_finite
 from common.modalities import canonical_channels
 from common.runtime.experiments import experiment_module
 from common.types import InputSpec
@@ -184,7 +185,7 @@ def stored_encoder(
         rest: Weights beside them.
 
     Raises:
-        CheckpointError: what it says is incomplete, or names no encoder of this project.
+        CheckpointError: what it says is incomplete or names no encoder of this project, or its weights are not finite.
     """
     path = part(record, "class_path", str, source)
     arguments = {name: value for name in ("in_channels", "image_size")
@@ -195,6 +196,7 @@ def stored_encoder(
         raise CheckpointError(f"{source} names {len(channels)} channels of an encoder of {arguments['in_channels']}: "
                               f"export the encoder again, or start from the run it came from.")  # fmt: skip
     names = part(about, "names", list[str], source) if "names" in about else []
+    check_finite(state, str(source))
     return StoredEncoder(path, arguments, state, channels, dict(preprocessing), dict(rest or {}), names)
 
 
@@ -332,9 +334,11 @@ def read_foreign(path: str | Path, class_token: bool = True) -> dict[str, Tensor
         raise CheckpointError(f"There are no weights at {path}: download them, and give the file.")
     loaded = read_tensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
     try:
-        return from_timm(loaded, class_token=class_token)
+        state = from_timm(loaded, class_token=class_token)
     except ValueError as error:
         raise CheckpointError(f"{path} holds no weights for this encoder: {error}") from error
+    check_finite(state, str(path))
+    return state
 
 
 def init_encoder(encoder: nn.Module, path: str | Path) -> LoadReport:

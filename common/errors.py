@@ -25,5 +25,9 @@ class TooManyFaultsError(DataError):
     """More distinct samples are broken than the run tolerates."""
 
 
+class NonFiniteError(UserError):
+    """A loss, a gradient or the weights are NaN or infinite; all ranks stop together."""
+
+
 class PreemptedError(Exception):
     """The run was asked to stop (SIGTERM, SIGUSR1); its state is saved."""

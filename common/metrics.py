@@ -22,7 +22,7 @@ def effective_rank(features: Tensor) -> float:
         features: ``(N, D)``.
 
     Returns:
-        Between 1 and min(N, D); 0 where all rows are equal.
+        Between 1 and min(N, D); 0 where all rows are equal; NaN where one is not finite.
     """
     return spectrum_rank(singular_values(features))
 
@@ -31,8 +31,11 @@ def singular_values(features: Tensor) -> Tensor:
     """Return the singular values of the centred ``(N, D)`` features, largest first, float64 on the CPU.
 
     They are the roots of the eigenvalues of the Gram matrix on its smaller side: exact enough in float64, and fast.
+    Features that are not finite have none: all are NaN.
     """
     x = features.detach().double().cpu()
+    if not bool(torch.isfinite(x).all()):
+        return torch.full((min(x.shape),), math.nan, dtype=x.dtype)
     x = x - x.mean(0, keepdim=True)
     gram = x.T @ x if x.shape[0] >= x.shape[1] else x @ x.T
     values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)

@@ -9,9 +9,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from common.callbacks.finite_check import FiniteCheck, refuse_to_save
 from common.checkpoint import check_shapes, encoder_record
 from common.distributed import reduce_sums
-from common.errors import CheckpointError, UserError
+from common.errors import CheckpointError, NonFiniteError, UserError
+from common.finite import FiniteSteps, check_finite
 from common.optim import OptimizerConfig, Schedule, WarmupCosine, param_groups
 from common.randomness import run_seed, seed_step, stable_hash
 from common.runtime.reporting import log_scalars, say
@@ -86,6 +88,7 @@ class BuiltFromData(pl.LightningModule):
         super().__init__()
         self.network = None
         self.optimization = optimization
+        self.finite = FiniteSteps()
         #: What a checkpoint remembers beside the weights.
         self.state = TaskState()
 
@@ -169,8 +172,18 @@ class BuiltFromData(pl.LightningModule):
         """Return what pictures and logs call the channels."""
         return self.spec.names or self.spec.channels
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Look after steps that are not finite in every trainer (Lightning hook)."""
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [] if any(isinstance(callback, FiniteCheck) for callback in callbacks) else [FiniteCheck()]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record the state, and how to rebuild the encoder alone (Lightning hook)."""
+        """Record the state, and how to rebuild the encoder alone (Lightning hook).
+
+        Raises:
+            NonFiniteError: the weights are not finite; such are never saved.
+        """
+        refuse_to_save(checkpoint, self.global_step)
         checkpoint["state"] = self.state.plain()
         checkpoint["encoder"] = encoder_record(self, self.spec)
 
@@ -183,28 +196,57 @@ class BuiltFromData(pl.LightningModule):
         elif stored.spec is not None and (problem := self.spec.difference(stored.spec)):
             raise CheckpointError(problem)
         check_shapes(checkpoint["state_dict"], self.state_dict())
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        """Clip gradients (Lightning hook).
-
-        Lightning refuses to clip for fused optimisers under mixed precision, because float16's would still be scaled;
-        bfloat16's never are.
-        """
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        if gradient_clip_algorithm not in (None, "norm") or not gradient_clip_val or scaled:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif isinstance(self.trainer.strategy, pl.strategies.FSDPStrategy):
-            self.trainer.model.clip_grad_norm_(gradient_clip_val)  # type: ignore[union-attr, operator]
-        else:
-            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        check_finite(checkpoint["state_dict"], "The checkpoint")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Tie dropout to the step, and log the highest learning rate (Lightning hook)."""
         seed_step(run_seed(), self.global_step, batch_idx, self.global_rank)
+        names = batch.get("subject_id", ()) if isinstance(batch, Mapping) else ()
+        self.finite.begin(self, self.global_step + 1, self.device, map(str, names))
         groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
         self.log("lr", max(group["lr"] for group in groups), batch_size=1)
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Log a scalar, and remember it until it is known that its step was finite."""
+        if name.startswith("train/"):
+            self.finite.note(name, value)
+        super().log(name, value, *args, **kwargs)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute gradients; all are NaN, on every rank, where the loss is not finite (Lightning hook)."""
+        try:
+            super().backward(self.finite.poisoned(loss), *args, **kwargs)
+        except RuntimeError as error:
+            if not self.finite.strict or "returned nan values" not in str(error):
+                raise
+            raise NonFiniteError(f"Step {self.global_step + 1}: {str(error).splitlines()[0].rstrip('.')}: its gradient "
+                                 f"is the first that is not finite. The warning above shows where it was computed."
+                                 ) from error  # fmt: skip
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip gradients, and hold those back that are not finite (Lightning hook).
+
+        Lightning refuses to clip for fused optimisers under mixed precision, because float16's would still be scaled;
+        bfloat16's never are.
+        """
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            self.finite.judge_loss()
+            return
+        parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if gradient_clip_algorithm in (None, "norm") and gradient_clip_val:
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self.finite.judge(norm.to(self.device), self.trainer.optimizers)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, unless the gradients are not finite (Lightning hook)."""
+        super().optimizer_step(*args, **kwargs)
+        self.finite.restore()
 
     def lr_scale(self, name: str) -> float:
         """Return the factor of the learning rate of a parameter."""

@@ -24,7 +24,7 @@ def spectrum_figure(spectra: dict[str, Tensor], initial: dict[str, Tensor], step
         axes.plot(values.clamp(min=1e-12).log10(), color=color, label=f"{name} (rank {spectrum_rank(values):.1f})")
         if name in initial and step > 0:
             axes.plot(initial[name].clamp(min=1e-12).log10(), color=color, linestyle=":", alpha=0.6)
-    top = max(float(values.max()) for values in spectra.values())
+    top = max((float(v.max()) for v in spectra.values() if v.isfinite().all()), default=1.0)
     axes.set_ylim(bottom=torch.tensor(top).clamp(min=1e-12).log10().item() - 5)
     axes.set(xlabel="index, sorted", ylabel="log10 singular value", title=f"Spectrum of token features, step {step}")
     axes.legend(title="dotted: before training" if step > 0 else None)

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from common.callbacks.finite_check import FiniteCheck
 from common.callbacks.preemption import slurm_job
 from common.callbacks.throughput import Throughput
 from common.files import write_text
@@ -94,6 +95,8 @@ class RunRecord(pl.Callback):
 
     def _complete(self, trainer: pl.Trainer, status: str) -> None:
         facts: dict[str, Any] = {"status": status, "steps": trainer.global_step, "epochs": trainer.current_epoch}
+        checks = next((c for c in trainer.callbacks if isinstance(c, FiniteCheck)), None)  # type: ignore[attr-defined]
+        facts["skipped_steps"] = 0 if checks is None else checks.skipped
         throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
         if throughput is not None:
             facts |= {

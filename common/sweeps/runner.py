@@ -88,7 +88,7 @@ def _metrics(folder: Path, columns: Mapping[str, str]) -> dict[str, float]:
     if (folder / "summary.json").is_file():
         scalars = json.loads((folder / "summary.json").read_text())["scalars"]
         found |= {name: value["final"] for name, value in scalars.items() if name not in found}
-    return {name: float(found[name]) for name in columns if name in found}
+    return {name: float(found[name]) for name in columns if found.get(name) is not None}
 
 
 def run_arm(

@@ -12,6 +12,7 @@ from torch import Tensor
 from common.checkpoint import StoredEncoder, read_encoder, resolve_checkpoint, run_tokenizer
 from common.errors import UserError
 from common.files import whole_file, whole_folder, write_text
+from common.finite import check_finite
 from common.runtime.experiments import experiment_module, experiment_names
 from common.runtime.provenance import source_state
 from common.runtime.reporting import say
@@ -122,7 +123,9 @@ def write_export(
 
     Raises:
         StorageError: it cannot be written; an export that was there before is still whole.
+        CheckpointError: its weights are not finite.
     """
+    check_finite(stored.state | stored.rest, source)
     exported = formats_of(experiment)[format](stored)
     with whole_folder(out, "config.json") as folder:
         _write_parts(exported, folder)

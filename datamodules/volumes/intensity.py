@@ -62,12 +62,12 @@ def _standardised(x: Array, background: Mask) -> Array:
     foreground = np.ones(x.shape, dtype=bool) if background is None else ~background
     low, high = np.percentile(x[foreground], [0.5, 99.5])
     scaled = np.clip((x - low) / (high - low), 0, 1)
-    return (0.01 + 0.99 * scaled.astype(np.float32)) * foreground
+    return np.where(foreground, 0.01 + 0.99 * scaled, 0).astype(np.float32)
 
 
 def _ct(x: Array, background: Mask) -> Array:
     """Clip Hounsfield units to -1000 .. 1000 and stretch these to [0, 1]."""
-    return (np.clip(x, -1000, 1000) + 1000) / 2000
+    return ((np.clip(x, -1000, 1000) + 1000) / 2000).astype(np.float32)
 
 
 RULES: dict[str, Callable[[Array, Mask], Array]] = {

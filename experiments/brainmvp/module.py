@@ -263,4 +263,5 @@ class BrainMVPPretrain(SSLModule[SequencePairBatch]):
         """Update the templates after the network, where crops viewed them (Lightning hook)."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         rate = optimizer.param_groups[0]["lr"] * self.template_lr_scale
-        self.network.templates.step(rate, [int(n) for n in self.spec.image_size])
+        size = [int(n) for n in self.spec.image_size]
+        self.finite.also(self.network.templates.step(rate, size, self.finite.flag))

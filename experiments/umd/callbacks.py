@@ -281,6 +281,7 @@ class GradientCoordination(pl.Callback):
         for k, parameters, before in self._pending:
             moved = [parameter.detach() for parameter in parameters]
             torch._foreach_sub_(moved, before)
-            torch._foreach_mul_(moved, k.to(moved[0].dtype))
+            # Of a step that was not finite nothing was taken, and its k is no number either.
+            torch._foreach_mul_(moved, torch.where(torch.isfinite(k), k, 1.0).to(moved[0].dtype))
             torch._foreach_add_(moved, before)
         self._pending = []
