@@ -169,14 +169,14 @@ class PairDataModule(TextArchiveDataModule):
         cache: ``"npy"``, or ``"none"`` to decode the sources at every access.
         crop_scale: Share of an image's area that a training crop has; None cuts the central crop.
         mean: Subtracted from pixels in [0, 1], red, green, blue.
-        std: What they are then divided by.
+        std: What they are divided by then.
         tokenizer: JSON file, folder, or name of the hub; ``CKPT=`` brings its own; None learns one from the training
             texts.
         tokenizer_kind: ``"wordpiece"`` or ``"bpe"``, where it is learned.
         vocab_size: Tokens at most, where it is learned.
         text_length: Tokens of a text at most, the class token included.
         end_token: Whether texts end with the tokenizer's token for that, if it has one.
-        shown: Which image a text is paired with: ``"own"``; ``"permuted"`` when evaluating; ``"blank"``, always.
+        shown: Which image a text is shown: ``"own"``; ``"permuted"`` when evaluating; ``"blank"``, always.
         test_split: Split that ``lightning test`` reads.
         batch_size: Pairs per device.
         num_workers: Loader processes per rank; also threads that build the cache.
