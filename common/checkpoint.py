@@ -30,7 +30,7 @@ def resolve_checkpoint(path: str | Path, prefer: str = "best") -> Path:
         prefer: Which file of a folder: ``"best"`` to evaluate or transfer, ``"last"`` to resume.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no checkpoint.
     """
     path = Path(path)
     if path.is_file():
@@ -112,7 +112,7 @@ def encoder_record(module: nn.Module, spec: InputSpec) -> dict[str, Any]:
 class StoredEncoder(NamedTuple):
     """An encoder as a file holds it: how to build it, its weights, what its input was, and the weights beside it.
 
-    ``channels`` are canonical names, ``names`` what the archive it was trained on calls them; empty = the same.
+    ``channels`` are canonical names, ``names`` what the archive it was trained on calls them; empty: the same.
     """
 
     class_path: str

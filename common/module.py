@@ -30,7 +30,7 @@ class Term(NamedTuple):
     Attributes:
         value: a mean.
         count: what it is the mean of: hidden entries, or samples. Validation weighs batches by it.
-        weight: its factor in the loss that is trained on; None = logged alone.
+        weight: its factor in the loss that is trained on; None: logged alone.
     """
 
     value: Tensor
@@ -81,7 +81,7 @@ class BuiltFromData(pl.LightningModule):
     network: Any
     #: Fields of the input's spec that the network is built for.
     remembered: tuple[str, ...] = ("channels", "image_size")
-    #: How the channels of stored weights met those of the data; None where there are no such weights.
+    #: How the channels of stored weights were matched with those of the data; None without such weights.
     channel_report: ChannelReport | None = None
 
     def __init__(self, optimization: OptimizerConfig) -> None:
@@ -164,7 +164,7 @@ class BuiltFromData(pl.LightningModule):
         return spec
 
     def note_channels(self, report: ChannelReport, spec: InputSpec) -> None:
-        """Say how the channels of stored weights met those of the data, and keep it for the summary."""
+        """Log how the channels of stored weights were matched with those of the data, and keep it for the summary."""
         self.channel_report = report
         say(report.line(spec.shown))
 
@@ -277,7 +277,7 @@ class SSLModule(BuiltFromData, ABC, Generic[BatchT]):
         optimization: How its weights are updated.
     """
 
-    #: What ``best.ckpt`` watches.
+    #: The metric that selects ``best.ckpt``.
     monitor = ("val/loss", "min")
 
     def __init__(self, optimization: OptimizerConfig) -> None:

@@ -1,4 +1,4 @@
-"""Colour images of persons, alone or with their genetics, for pre-training: one data module for every layout."""
+"""Colour images of people, alone or with their genetics, for pre-training: one data module for every layout."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -37,7 +37,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Augmentation(NamedTuple):
-    """How training images vary.
+    """How training images are augmented.
 
     Attributes:
         crop_scale: Share of an image's area that a crop has; 1 to 1 takes the whole central part.
@@ -78,8 +78,8 @@ def cut_picture(
         store: Opens images.
         path: The file.
         size: Height and width.
-        augmentation: How it varies; None takes the central part as it is.
-        generator: Source of the variation.
+        augmentation: How it is augmented; None takes the central part unchanged.
+        generator: Source of the random draws.
 
     Raises:
         SampleFaultError: the image cannot be used.
@@ -97,7 +97,7 @@ def cut_picture(
 
 
 class Lesions(NamedTuple):
-    """Masks of lesions, for pictures alone: nothing learns from them.
+    """Masks of lesions, for display only: nothing is trained on them.
 
     Attributes:
         files: The mask of an image, by the image's file.
@@ -122,14 +122,14 @@ class Lesions(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """An image, or a person whose images take turns.
+    """An image, or a person whose images alternate.
 
     Attributes:
         case_id: Unique name.
         patient_id: Splits are by this.
         images: The images to choose from.
-        person: Whose genetics belong to it; None = there are none.
-        split: Unused: what the archive says has been heeded.
+        person: Whose genetics belong to it; None: there are none.
+        split: Unused: the archive's own split has already been applied.
     """
 
     case_id: str
@@ -140,19 +140,19 @@ class Sample(NamedTuple):
 
 
 class ImageGenomeDataset(FaultTolerantDataset):
-    """Images and the genetics of their persons.
+    """Images and the genetics of their people.
 
     Args:
         samples: The samples.
         store: Opens images.
         genome: Their genetics; None without any.
         image_size: Height and width.
-        train: Whether images vary and take turns under the run's seed; else they are fixed per subject.
+        train: Whether images are augmented and alternate under the run's seed; else they are fixed per subject.
         seed: Seed of the training draws.
-        augmentation: How training images vary.
+        augmentation: How training images are augmented.
         mean: Of each channel, subtracted from pixels in [0, 1].
-        std: What they are divided by then.
-        controls: Other persons' samples, for the control of the collapse diagnostics; None leaves it out.
+        std: What they are then divided by.
+        controls: Other people's samples, for the control of the collapse diagnostics; None leaves it out.
         lesions: Masks to be drawn; None where the archive has none.
         anonymise: Whether subjects get pseudonyms.
     """
@@ -259,28 +259,28 @@ def _reader_of(archive: Archive) -> ImageReader:
 
 
 def collate_images(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Join samples, and note whether all of them have every kind of genetics: no step then has to look."""
+    """Join samples, and note whether all of them have every kind of genetics, so that no step has to check."""
     complete = all(bool(sample["modality_mask"].all()) for sample in samples)
     return collate_samples(samples) | {"complete": complete}
 
 
 class ImageGenomeDataModule(ImageArchiveDataModule):
-    """Colour images of persons with or without their genetics, in any known layout; split by person.
+    """Colour images of people with or without their genetics, in any known layout; split by person.
 
     Args:
         root: The archive.
         layout: Name of its layout; ``"auto"`` recognises it from the tree.
-        genotypes: PLINK prefix, ``.bed`` or ``.bgen``, with ``{chrom}`` for 1 to 22; None = what the layout has.
-        genotype_step: Every which variant is a feature; None = as the layout has it, else 1.
+        genotypes: PLINK prefix, ``.bed`` or ``.bgen``, with ``{chrom}`` for 1 to 22; None: what the layout has.
+        genotype_step: Use every n-th variant; None: what the layout sets, else 1.
         scores: Scoring files of the PGS Catalog, or a folder of them, applied to the genotypes.
         score_tables: ``.sscore`` files of plink2, or a folder of them.
         burden: ``combined_burdens.h5``.
-        genome_build: Genome build of the genotypes, such as GRCh37; empty = not known.
+        genome_build: Genome build of the genotypes, such as GRCh37; empty if unknown.
         genetics: Whether genetics are used; false trains on images alone.
-        pairing: ``"auto"`` joins genetics by the person where the layout names persons, and else gives every image the
+        pairing: ``"auto"`` joins genetics by the person where the layout names people, and else gives every image the
             genetics of a stranger, which means nothing but exercises the method; ``"id"`` and ``"synthetic"`` insist.
-        complete_only: Whether persons who lack a kind of genetics are left out.
-        one_per_subject: Whether a person's images take turns; else each is a sample.
+        complete_only: Whether people who lack a kind of genetics are left out.
+        one_per_subject: Whether a person's images alternate; else each is a sample.
         image_size: Height and width.
         cache_side: Shorter side of the cached copies, in pixels.
         cache: ``"npy"``, or ``"none"`` to decode the sources at every access.
@@ -290,16 +290,16 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         upside_down: Whether half of them are turned upside down.
         jitter: Largest change of brightness, contrast, saturation and hue.
         mean: Of each channel, subtracted from pixels in [0, 1].
-        std: What they are divided by then.
+        std: What they are then divided by.
         clip: Standardised genetics are cut to this on both sides.
         batch_size: Samples per device.
         draws_per_image: Times that an image is drawn in an epoch.
         num_workers: Loader processes per rank; also threads that build the cache.
-        split_fractions: Shares of persons for train, val and test where neither file nor archive says.
+        split_fractions: Shares of people for train, val and test if neither file nor archive defines a split.
         split_file: Table with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes, or that and
             how its names join; see :class:`datamodules.splits.SplitFile`.
-        kinship: Table of pairs of persons (ID1 or IID1, ID2 or IID2, KINSHIP): relatives of the third degree and closer
-            are then in one split, whatever else says, test before val before train.
+        kinship: Table of pairs of people (ID1 or IID1, ID2 or IID2, KINSHIP): relatives of the third degree and closer
+            are then kept in one split, regardless of other rules, test before val before train.
         max_fault_fraction: Share of faulty samples at which training stops.
         anonymise: Whether subjects get pseudonyms in logs, pictures and fault files.
         seed: Seed of order and crops; None takes ``seed_everything``'s.
@@ -382,7 +382,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         Reads names and tables, and the genotypes; no image.
 
         Raises:
-            DataError: unknown layout, a person in two splits, persons that do not join, and the like.
+            DataError: unknown layout, a person in two splits, people that do not join, and the like.
         """
         if self.archive is None:
             archive = self.open(self.root, self._layout_name)
@@ -409,7 +409,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         return self.archive
 
     def _without_relatives(self, pictures: Sequence[Picture], parts: dict[str, str]) -> dict[str, str]:
-        """Move persons until nobody has a relative in another split.
+        """Move people until nobody has a relative in another split.
 
         Raises:
             DataError: the table cannot be used, or nobody would be left to train on.
@@ -419,7 +419,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         moved = {
             picture.patient_id for picture in pictures if parts.get(picture.case_id) != together.get(picture.case_id)
         }
-        say(f"kinship: {len(moved)} persons are in another split, with their relatives")
+        say(f"kinship: {len(moved)} people are in another split, with their relatives")
         if "train" not in together.values():
             raise DataError("Everyone is related to someone who is held out, so nobody is left to train on.")
         return together
@@ -457,11 +457,11 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         if not joined.found:
             one, other = public_name(next(iter(split_of))), public_name(known[0])
             raise DataError(
-                f"None of the {len(split_of)} persons with images (such as {one}) is among the {len(known)} with "
+                f"None of the {len(split_of)} people with images (such as {one}) is among the {len(known)} with "
                 f"genetics (such as {other}): check the identifiers, or set data.pairing to "
                 f"synthetic to pair strangers{mending(joined)}."
             )
-        say(joined.counts("genetics", "persons with images") + mending(joined))
+        say(joined.counts("genetics", "people with images") + mending(joined))
         return joined.found
 
     def _samples(self, pictures: Sequence[Picture], persons: dict[str, str]) -> list[Sample]:
@@ -475,7 +475,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         return self._kept([Sample(name, name, tuple(files), persons.get(name)) for name, files in images.items()])
 
     def _kept(self, samples: list[Sample]) -> list[Sample]:
-        """Leave out persons who lack a kind of genetics, where that was asked for.
+        """Leave out people who lack a kind of genetics, where that was asked for.
 
         Raises:
             DataError: nobody is left, or there are no genetics at all.
@@ -486,7 +486,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
             raise DataError("data.complete_only asks for genetics, and there are none: name them with data.genotypes.")
         kept = [sample for sample in samples if all(self.genome.has(sample.person))]
         if not kept:
-            raise DataError(f"None of the {len(samples)} persons has every kind of genetics.")
+            raise DataError(f"None of the {len(samples)} people has every kind of genetics.")
         return kept
 
     def _fit(self) -> None:
@@ -510,21 +510,21 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         return InputSpec(CHANNELS, self.image_size, {}, preprocessing, genome=self.genome.sizes if self.genome else {})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the loader's position and the statistics of the training persons (Lightning hook)."""
+        """Return the loader's position and the statistics of the training people (Lightning hook)."""
         state = super().state_dict()
         if self.genome is not None:
             state |= {"genome": self.genome.statistics(), "genome_fingerprint": self.genome.fingerprint()}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the position, and refuse other statistics than the run began with (Lightning hook).
+        """Restore the position, and refuse statistics that differ from those the run began with (Lightning hook).
 
         Raises:
-            DataError: the training persons or their genetics have changed.
+            DataError: the training people or their genetics have changed.
         """
         stored = state_dict.get("genome_fingerprint")
         if stored is not None and self.genome is not None and stored != self.genome.fingerprint():
-            raise DataError("The genetics of the training persons are not those that the checkpoint was trained with.")
+            raise DataError("The genetics of the training people are not those that the checkpoint was trained with.")
         super().load_state_dict({name: value for name, value in state_dict.items() if not name.startswith("genome")})
 
     def member_paths(self, case: Picture) -> Sequence[Path]:
@@ -536,7 +536,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         return case.images
 
     def setup(self, stage: str) -> None:
-        """Put what is broken into the ledger and say what there is (Lightning hook).
+        """Record broken files in the ledger and log a summary of the data (Lightning hook).
 
         Raises:
             DataError: no image can be used.
@@ -566,16 +566,16 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         return self._dataset(cases, controls=True)
 
     def _usable(self, cases: Iterable[Sample]) -> list[Sample]:
-        """Leave out persons none of whose images can be used."""
+        """Leave out people none of whose images can be used."""
         bad = {fault.path for fault in self.ledger.faults}
         return [case for case in cases if any(str(path) not in bad for path in case.images)]
 
     def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """Return what makes a batch from samples."""
+        """Return the collate function."""
         return collate_images
 
     def training_genomes(self, max_persons: int | None = None) -> np.ndarray:
-        """Return the standardised genetics of the training persons ``(P, F)``, each person once, for baselines.
+        """Return the standardised genetics of the training people ``(P, F)``, each person once, for baselines.
 
         Args:
             max_persons: How many to return at most, drawn by a hash of their names; None returns all.

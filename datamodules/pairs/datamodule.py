@@ -24,10 +24,10 @@ from datamodules.pairs.checks import examine
 from datamodules.reports.archive import TextArchiveDataModule
 from datamodules.reports.tokens import Kind
 
-#: What CLIP subtracts and divides by, red, green, blue.
+#: Mean and standard deviation of CLIP's preprocessing: red, green, blue.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-#: Which image a text is shown: its own, that of another pair (when evaluating), or none.
+#: Which image a text is paired with: its own, that of another pair (when evaluating), or none.
 Shown = Literal["own", "permuted", "blank"]
 
 
@@ -55,19 +55,19 @@ class Pair(Protocol):
         ...
 
 
-#: Makes what a task adds to a sample from the pair and its draw.
+#: Computes a task's additions to a sample from the pair and its draw.
 Facts = Callable[[Any, Draw], Mapping[str, Any]]
 
 
 def other_images(paths: Iterable[Path], seed: int = 0) -> dict[Path, Path]:
-    """Give every image the place of another one: a rotation in a seeded order."""
+    """Map every image to another one: a rotation in a seeded order."""
     distinct = sorted(set(paths))
     order = [distinct[i] for i in numpy_generator("permuted images", seed).permutation(len(distinct))]
     return dict(zip(order, order[1:] + order[:1], strict=True))
 
 
 class PairDataset(FaultTolerantDataset):
-    """Crops of images, tokens of texts, and what a task adds.
+    """Crops of images, tokens of texts, and a task's additions.
 
     Args:
         pairs: The pairs.
@@ -78,8 +78,8 @@ class PairDataset(FaultTolerantDataset):
         seed: Seed of the training draws.
         crop_scale: Share of the image's area that a training crop has; None cuts the central crop.
         mean: Subtracted from pixels in [0, 1].
-        std: What they are divided by then.
-        stand_ins: Image to the one that is shown in its place; None shows the mean gray.
+        std: What they are then divided by.
+        substitutes: Image to the one that is shown in its place; None shows the mean gray.
         anonymise: Whether subjects get pseudonyms.
     """
 
@@ -94,14 +94,14 @@ class PairDataset(FaultTolerantDataset):
         crop_scale: Sequence[float] | None = None,
         mean: Sequence[float] = CLIP_MEAN,
         std: Sequence[float] = CLIP_STD,
-        stand_ins: Mapping[Path, Path] | None = {},
+        substitutes: Mapping[Path, Path] | None = {},
         anonymise: bool = False,
     ) -> None:
         super().__init__(seed)
         self.pairs, self.store, self.encode = list(pairs), store, encode
         self.image_size, self.crop_scale = tuple(image_size), crop_scale
         self.mean, self.std = per_channel(mean), per_channel(std)
-        self.facts, self.stand_ins, self.anonymise = facts, stand_ins, anonymise
+        self.facts, self.substitutes, self.anonymise = facts, substitutes, anonymise
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -111,14 +111,14 @@ class PairDataset(FaultTolerantDataset):
         return self.pairs[index].case_id
 
     def _image(self, pair: Pair, draw: Draw) -> Tensor:
-        if self.stand_ins is None:
+        if self.substitutes is None:
             return torch.zeros(3, *self.image_size)
         choose: BoxChoice = partial(center_box, size=self.image_size)
         if self.crop_scale is not None:
             generator = numpy_generator("crop", self.seed, draw.epoch, pair.case_id, draw.draw)
             choose = partial(random_box, scale=self.crop_scale, generator=generator)
         try:
-            image = self.store.crop(self.stand_ins.get(pair.image, pair.image), choose, self.image_size)
+            image = self.store.crop(self.substitutes.get(pair.image, pair.image), choose, self.image_size)
         except SampleFaultError as error:
             raise SampleFaultError(fault._replace(sample=pair.case_id) for fault in error.faults) from error
         return (image - self.mean) / self.std
@@ -250,7 +250,7 @@ class PairDataModule(TextArchiveDataModule):
         """Return what the task adds to a sample."""
 
     def describe(self) -> str:
-        """Return what else there is to say of the data."""
+        """Return further facts about the data."""
         return ""
 
     def task_classes(self) -> tuple[str, ...]:
@@ -266,7 +266,7 @@ class PairDataModule(TextArchiveDataModule):
         """List the pairs; return the layout's name.
 
         Raises:
-            DataError: no such root, nothing to train on, and as :meth:`find`.
+            DataError: the root does not exist, nothing to train on, and as :meth:`find`.
         """
         if not self.splits:
             splits = self._place_splits(self.find(self.root))
@@ -312,12 +312,12 @@ class PairDataModule(TextArchiveDataModule):
         return (case.image,)
 
     def known_faults(self) -> list[Fault]:
-        """Return what is known to be wrong: images that cannot be read, and pairs without a text."""
+        """Return the known faults: images that cannot be read, and pairs without a text."""
         silent = [case.case_id for case in self.cases_in_use() if not case.text]
         return super().known_faults() + [Fault(name, "empty", "no text", name) for name in silent]
 
     def setup(self, stage: str) -> None:
-        """Put what is broken into the ledger, keep the tokenizer with the run, and say what there is (Lightning hook).
+        """Record broken files in the ledger, save the tokenizer with the run, and log a summary (Lightning hook).
 
         Raises:
             DataError: no pair can be used.
@@ -328,11 +328,11 @@ class PairDataModule(TextArchiveDataModule):
         self.keep_tokenizer(stage)
 
     def _dataset(self, cases: Sequence[Any], train: bool = False) -> PairDataset:
-        stand_ins: Mapping[Path, Path] | None = {}
+        substitutes: Mapping[Path, Path] | None = {}
         if self.shown == "blank":
-            stand_ins = None
+            substitutes = None
         elif self.shown == "permuted" and not train:
-            stand_ins = other_images(case.image for case in cases)
+            substitutes = other_images(case.image for case in cases)
         return PairDataset(
             cases,
             self.store,
@@ -343,12 +343,12 @@ class PairDataModule(TextArchiveDataModule):
             crop_scale=self.crop_scale if train else None,
             mean=self.mean,
             std=self.std,
-            stand_ins=stand_ins,
+            substitutes=substitutes,
             anonymise=self.ledger.anonymise,
         )
 
     def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """Return what joins samples and pads their texts."""
+        """Return the collate function, which pads texts."""
         return partial(collate_pairs, pad_id=self.tokenizer.pad_id)
 
     def predict_dataloader(self) -> ResumableLoader:

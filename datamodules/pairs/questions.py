@@ -18,7 +18,7 @@ from datamodules.splits import SPLITS, seeded_split
 
 
 def ambiguous(questions: Sequence[Question]) -> list[Question]:
-    """Keep the questions that occur word for word with more than one answer: only the image can tell which.
+    """Keep the questions that occur word for word with more than one answer: only the image decides which.
 
     Their texts become their words alone, since case and full stops tell some of the answers apart.
     """
@@ -39,9 +39,9 @@ class QuestionDataModule(PairDataModule):
     Args:
         root: The archive.
         layout: Name of its layout; ``"auto"`` recognises it from the tree.
-        split: ``"official"``, or ``"image"``: all questions dealt anew, no image in two splits.
-        split_fractions: Shares of images for train, val and test where they are dealt; where an official split names no
-            validation, it is cut out of training in the ratio of the first two.
+        split: ``"official"``, or ``"image"``: all questions reassigned, no image in two splits.
+        split_fractions: Shares of images for train, val and test where they are assigned; an official split without
+            validation has it cut out of training in the ratio of the first two.
         val: ``"held_out"`` as above; ``"test"`` selects on the test split, as the published code does.
         classes_from: ``"train"``, or ``"all_splits"`` as the published code, so that no answer is unseen.
         categories: Of VQA-Med-2019 alone: which of ``modality``, ``plane``, ``organ`` and ``abnormality`` to ask about;
@@ -106,7 +106,7 @@ class QuestionDataModule(PairDataModule):
             return self._one_question(*self._single)
         archive = self.open(root, self._layout, Settings(categories=tuple(self._categories or ())))
         self._name = archive.layout.name
-        splits = self._deal([question_of(record) for record in archive.records])
+        splits = self._assign_splits([question_of(record) for record in archive.records])
         silent = [question for question in splits["train"] if not question.answers]
         splits["train"] = [question for question in splits["train"] if question.answers]
         if silent:
@@ -122,7 +122,7 @@ class QuestionDataModule(PairDataModule):
         self.archive = archive
         return splits
 
-    def _deal(self, found: Sequence[Question]) -> dict[str, list[Question]]:
+    def _assign_splits(self, found: Sequence[Question]) -> dict[str, list[Question]]:
         """Return the questions of each split."""
         if self._split == "image":
             parts = seeded_split(found, self._fractions, self._split_seed)
@@ -142,7 +142,7 @@ class QuestionDataModule(PairDataModule):
         """Return the one question that was asked on the command line.
 
         Raises:
-            DataError: no such image, or no question.
+            DataError: the image does not exist, or the question is empty.
         """
         if not image.is_file():
             raise DataError(f"There is no image at {public_name(image)}.")

@@ -21,7 +21,7 @@ class CaptionedImage(NamedTuple):
         patient_id: What splits are by.
         image: The image's file.
         text: The caption.
-        split: As the archive says.
+        split: The archive's own split.
     """
 
     case_id: str

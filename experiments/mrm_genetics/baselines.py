@@ -1,4 +1,4 @@
-"""What masked relation modeling is compared with: contrast between images and genetics, and features without training.
+"""Baselines of masked relation modeling: contrast between images and genetics, and features without training.
 
 Letters: B batch, C channels, E width, M kinds of genetics.
 """
@@ -141,7 +141,7 @@ class ContIGPretrain(SSLModule[ImageGenomeBatch]):
 
 @registered
 class ColourGrid(nn.Module):
-    """An encoder that knows only the colours of an image at 8 x 8.
+    """An encoder that returns only the mean colours of an 8 x 8 grid.
 
     Args:
         in_channels: C.

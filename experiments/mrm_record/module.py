@@ -117,7 +117,7 @@ class MRMPretrain(SSLModule[ImageTextBatch]):
         return MRM(encoder, decoder, report, **self._options, **scale)
 
     def on_fit_start(self) -> None:
-        """Say what is unusual; take the encoder's first weights, unless a checkpoint brings all (Lightning hook)."""
+        """Log what is unusual; take the encoder's first weights, unless a checkpoint brings all (Lightning hook)."""
         patches = self.network.encoder.patch_embed.num_patches
         if not self.masker(1, patches, generator=torch.Generator()).mask.any():
             say("note: the masker hides no patch, so the image's loss is taken over all: super-resolution alone")

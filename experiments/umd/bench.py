@@ -1,4 +1,4 @@
-"""What a step of MR-Pretrain costs, part by part, and what computing the same with less gains."""
+"""The cost of a step of MR-Pretrain, part by part, and the gain of computing the same with less."""
 
 from collections.abc import Callable
 from functools import partial
@@ -122,7 +122,7 @@ def same_with_less() -> list[Row]:
 
 
 def _cached_features(encoder: UMDEncoder, batch: ImageTextBatch) -> Row:
-    """Score 4 x 4 pairs from features before the fusion that were kept, and all anew."""
+    """Score 4 x 4 pairs from cached features before the fusion, and by recomputing everything."""
     ids, mask, images = whole_text(batch), batch["attention_mask"], batch["image"]
     count = len(ids)
 

@@ -32,7 +32,7 @@ def init_normal_weights(module: nn.Module) -> None:
 
 
 class Fused(NamedTuple):
-    """What the encoder makes of a pair.
+    """The encoder's output for a pair.
 
     Attributes:
         text: Z^T ``(B, T, E)``.

@@ -26,8 +26,8 @@ from common.types import (
     Reconstruction,
     TokenFeatures,
 )
+from experiments.umd.checkpoint_transfer import EncoderFactory, load_heads, make_umd_encoder, tower_scale
 from experiments.umd.encoder import UMDEncoder
-from experiments.umd.handover import EncoderFactory, load_heads, make_umd_encoder, tower_scale
 from experiments.umd.objective import Objective, total_weights
 from experiments.umd.pairs import shown_pairs
 from experiments.umd.pretrain_network import FeatureConfig, UMDNetwork, UMDOutput, whole_text

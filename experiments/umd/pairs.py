@@ -1,4 +1,4 @@
-"""Which text is shown which image for image-text matching (paper section III-B, Eq. 6)."""
+"""Which text is paired with which image for image-text matching (paper section III-B, Eq. 6)."""
 
 from typing import NamedTuple
 
@@ -26,9 +26,9 @@ class Pairs(NamedTuple):
 
 
 def matching_pairs(keys: Tensor, images: Tensor) -> Pairs:
-    """Let ``B // 2`` texts keep their image and give the others one that is not theirs; no host is waited for.
+    """Pair ``B // 2`` texts with their own image and the others with a different one, without a host sync.
 
-    Which half keeps its image hangs on the keys. The other half's images are rotated by one in drawn order, past those
+    The keys decide which half keeps its image. The other half's images are rotated by one in drawn order, past those
     that are the text's own image under another sample; where its half has none, an image of the first half serves. A
     batch of one keeps its image.
 

@@ -1,4 +1,4 @@
-"""The two towers: CLIP's vision transformer and RoBERTa, of transformers, called part by part.
+"""The two towers, CLIP's vision transformer and RoBERTa, built from parts of transformers.
 
 Letters: B batch, N patches, K visible patches, T tokens, W width of a tower.
 """
@@ -25,7 +25,7 @@ def resized_positions(table: Tensor, count: int) -> Tensor:
     """Resample learned positions ``(1 + N_old, W)`` to ``count`` = 1 + N: bicubic, the class token's copied.
 
     Raises:
-        CheckpointError: either grid is no square.
+        CheckpointError: either grid is not square.
     """
     if len(table) == count:
         return table
@@ -40,7 +40,7 @@ def _side(image_size: Any, patch_size: int) -> int:
     """Return the side of a square image.
 
     Raises:
-        ValueError: it is no square, or no multiple of the patch; names the sizes next to it.
+        ValueError: it is not square, or no multiple of the patch; names the sizes next to it.
     """
     height, width = image_size
     if height != width:
@@ -48,7 +48,7 @@ def _side(image_size: Any, patch_size: int) -> int:
     if height % patch_size or height < patch_size:
         below = max(height // patch_size * patch_size, patch_size)
         raise ValueError(
-            f"image_size {height} is no multiple of patch_size {patch_size}: use {below} or {below + patch_size}."
+            f"image_size {height} is not a multiple of patch_size {patch_size}: use {below} or {below + patch_size}."
         )
     return int(height)
 
@@ -194,7 +194,7 @@ def _need_same(source: str, theirs: Any, ours: Any, names: Mapping[str, str]) ->
     """Refuse weights of another architecture, naming the first setting that differs.
 
     Raises:
-        UserError: as said.
+        UserError: a setting differs.
     """
     for name, setting in names.items():
         wanted, found = getattr(ours, name), getattr(theirs, name)

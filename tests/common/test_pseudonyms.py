@@ -125,7 +125,7 @@ def test_the_command_is_kept_without_what_is_personal(monkeypatch):
 
 @pytest.fixture
 def named_archive(brats_root, tmp_path):
-    """Return an archive whose folders and files are called after persons; two files are broken, in two ways."""
+    """Return an archive whose folders and files are called after people; two files are broken, in two ways."""
     root = tmp_path / "archive"
     for number, case in enumerate(sorted(path for path in brats_root.iterdir() if path.is_dir())):
         name = f"SMITH-JANE-1961020{number}"

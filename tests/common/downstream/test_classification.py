@@ -102,7 +102,7 @@ def test_stochastic_depth_rises_to_the_last_block():
 
 
 def test_data_without_classes_are_refused():
-    with pytest.raises(UserError, match="name no classes"):
+    with pytest.raises(UserError, match="defines no classes"):
         ImageClassifier().build_network(InputSpec(("red", "green", "blue"), (16, 16)))
 
 

@@ -150,7 +150,7 @@ def test_export_loads_in_monai_and_computes_the_same(pretrained, tmp_path, capsy
     assert "t1c, t1n, t2f, t2w" in card
     with pytest.raises(SystemExit):
         medmim(["export", "--exp", "e_mim", "--ckpt", str(pretrained), "--format", "onnx", "--out", str(tmp_path)])
-    assert "valid: monai" in capsys.readouterr().err
+    assert "valid formats: monai" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -191,7 +191,7 @@ def test_bad_input_is_refused_in_a_sentence(arguments, root, tmp_path, refusal):
     shutil.rmtree(copy / "pgs")
     shutil.rmtree(copy / "burden")
     sentence = refusal(arguments(data=copy))
-    assert "None of the 20 persons with images" in sentence
+    assert "None of the 20 people with images" in sentence
     assert "synthetic" in sentence
     (tmp_path / "empty").mkdir()
     assert "of no known layout" in refusal(arguments(data=tmp_path / "empty"))

@@ -1,4 +1,4 @@
-"""From one stage to the next: encoder, heads, vocabulary."""
+"""Checkpoint transfer from one stage to the next: encoder, heads, vocabulary."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,10 +14,10 @@ from common.types import InputSpec, TaskState
 from experiments.umd.encoder import UMDEncoder
 
 EncoderFactory = Callable[[Sequence[int], int, int], UMDEncoder]
-#: What is no part of the weights, so that each stage has its own.
+#: Settings that are not tied to the weights, so each stage has its own.
 _OF_THE_STAGE = ("dropout", "pool")
 _HEADS = ("decoder.", "mlm_head.", "itm_head.", "project_")
-#: Follows from the sizes, so it is made anew.
+#: Computed from the sizes, so it is rebuilt.
 _FIXED = "decoder.pos_embed"
 
 
@@ -33,7 +33,7 @@ def check_vocabulary(stored: Mapping[str, Any], spec: InputSpec, source: str) ->
 
     Args:
         stored: ``vocabulary`` of the checkpoint.
-        spec: What the data say.
+        spec: What the data module reports.
         source: Where the encoder is from.
 
     Raises:
@@ -87,7 +87,7 @@ def make_umd_encoder(
 
 
 def load_heads(network: nn.Module, source: str) -> None:
-    """Take the heads of an earlier stage as far as both have them; positions of the decoder are made anew.
+    """Load the heads of an earlier stage that both stages have; the decoder's positions are rebuilt.
 
     Raises:
         CheckpointError: a head is of another shape.
