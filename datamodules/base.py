@@ -15,6 +15,7 @@ from common.faults import Fault, FaultLedger, SampleFaultError
 from common.pseudonyms import hide_names, names_are_hidden
 from common.randomness import run_seed, stable_hash
 from common.types import InputSpec
+from datamodules.configs import LoaderConfig
 from datamodules.examination import Terms
 from datamodules.loading import Draw, EvaluationBatches, ResumableLoader, TrainBatches
 
@@ -89,22 +90,23 @@ class ArchiveDataModule(pl.LightningDataModule):
     Args:
         batch_size: Samples per device.
         num_workers: Loader processes per rank.
-        max_fault_fraction: Share of faulty samples at which training stops (never fewer than 5 samples).
         anonymise: Whether persons, studies and files have pseudonyms in all that is printed, logged, drawn or written
             outside the cache; see :mod:`common.pseudonyms`.
         seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
+        loader: How samples are drawn, and how many may be broken.
     """
 
-    #: Settings that say something about one person; where names are hidden, no file of a run keeps their values.
+    #: Settings, by dotted name, that say something about one person; where names are hidden, no file of a run keeps
+    #: their values.
     personal: tuple[str, ...] = ()
 
     def __init__(
         self,
         batch_size: int = 4,
         num_workers: int = 0,
-        max_fault_fraction: float = 0.01,
         anonymise: bool = False,
         seed: int | None = None,
+        loader: LoaderConfig = LoaderConfig(),
     ) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
@@ -114,7 +116,7 @@ class ArchiveDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.seed = run_seed() if seed is None else seed
         hide_names(anonymise)
-        self.ledger = FaultLedger(max_fault_fraction, anonymise)
+        self.ledger = FaultLedger(loader.max_fault_fraction, anonymise)
         self.splits: dict[str, list[Any]] = {}
         self.store: Any = None
         self._train_loader: ResumableLoader | None = None

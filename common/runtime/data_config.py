@@ -38,7 +38,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", help="the archive (default: the configuration's)")
     parser.add_argument("--layout", help="force a layout instead of recognising it")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="another data setting, such as cache=b2nd"
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a data setting, such as cache.format=b2nd"
     )
 
 
@@ -74,7 +74,11 @@ def data_section(args: argparse.Namespace) -> dict[str, Any]:
         name, sign, value = setting.partition("=")
         if not sign:
             raise UserError(f"--set takes NAME=VALUE, got {setting!r}.")
-        options[name.removeprefix("data.")] = yaml.safe_load(value)
+        *above, last = name.removeprefix("data.").split(".")
+        nested: dict[str, Any] = {last: yaml.safe_load(value)}
+        for part in reversed(above):
+            nested = {part: nested}
+        section["init_args"] = options = merge(options, nested)
     return section
 
 

@@ -14,7 +14,7 @@ from datamodules.splits import SPLITS, Member, listed_split, repaired_split, wri
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``medmim split``."""
     add_data_arguments(parser)
-    parser.add_argument("--out", required=True, help="CSV to write, for data.split_file")
+    parser.add_argument("--out", required=True, help="CSV to write, for data.split.file")
     parser.add_argument("--by", choices=("case", "patient"), default="case", help="a line is (default: %(default)s)")
     parser.add_argument("--lists", nargs=3, metavar=("TRAIN", "VAL", "TEST"), help="text files, a case first on a line")
     parser.add_argument("--repair", action="store_true", help="leave out of a list whoever is in a later one")

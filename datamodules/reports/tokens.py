@@ -1,6 +1,6 @@
 """Tokenizers for reports: trained on the training split, or any fast tokenizer of transformers.
 
-``medmim tokenizer`` trains one from an archive and writes it as JSON for ``data.tokenizer``.
+``medmim tokenizer`` trains one from an archive and writes it as JSON for ``data.text.tokenizer``.
 """
 
 import argparse
@@ -223,7 +223,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(parser)
     parser.add_argument("--kind", choices=("wordpiece", "bpe"), help="default: the configuration's, else wordpiece")
     parser.add_argument("--vocab-size", type=int, help="tokens at most (default: the configuration's)")
-    parser.add_argument("--out", required=True, help="JSON file to write, for data.tokenizer")
+    parser.add_argument("--out", required=True, help="JSON file to write, for data.text.tokenizer")
 
 
 def run(args: argparse.Namespace) -> None:

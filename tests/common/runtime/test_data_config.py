@@ -12,15 +12,16 @@ CONFIGS = "experiments/e_mim/configs"
 def test_later_configurations_win():
     section = read_data_section([f"{CONFIGS}/pretrain.yaml", f"{CONFIGS}/small.yaml"])
     assert section["class_path"] == "datamodules.volumes.datamodule.VolumeDataModule"
-    assert section["init_args"]["crop_size"] == [64, 64, 64]
+    assert section["init_args"]["crops"]["size"] == [64, 64, 64]
 
 
 def test_switches_win_over_configurations():
     args = Namespace(
-        config=[f"{CONFIGS}/pretrain.yaml"], root="/archive", layout=None, set=["cache=b2nd", "data.seed=3"]
+        config=[f"{CONFIGS}/pretrain.yaml"], root="/archive", layout=None, set=["cache.format=b2nd", "data.seed=3"]
     )
     options = data_section(args)["init_args"]
-    assert (options["root"], options["cache"], options["seed"]) == ("/archive", "b2nd", 3)
+    assert (options["root"], options["cache"], options["seed"]) == ("/archive", {"format": "b2nd"}, 3)
+    assert options["loader"] == {"draws": 1, "val_draws": 4}, "what the configuration says besides stays"
     assert isinstance(make_datamodule(args), VolumeDataModule)
 
 
