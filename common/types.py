@@ -325,7 +325,7 @@ class _Rule(NamedTuple):
     advice: str = "choose matching data, or start from its encoder with a fine-tuning configuration."
 
 
-_OTHER_WORDS = "set data.tokenizer to the tokenizer.json of the checkpoint's run, and text_length to its length."
+_OTHER_WORDS = "set data.text.tokenizer to the tokenizer.json of the checkpoint's run, and data.text.length to its own."
 
 #: A field that is not named here is the data's own affair. An archive without labels can be predicted: the checkpoint
 #: knows what it was trained to find.

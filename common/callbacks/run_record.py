@@ -31,8 +31,8 @@ def personal_settings(trainer: pl.Trainer) -> tuple[str, ...]:
 
 def _command(trainer: pl.Trainer) -> list[str]:
     """Return the command line, without the values of personal settings."""
-    names = "|".join(personal_settings(trainer)) or "(?!)"
-    option = re.compile(rf"--data\.(?:init_args\.)?(?:{names})")
+    personal = {name for setting in personal_settings(trainer) for name in (setting, setting.partition(".")[0])}
+    option = re.compile(rf"--data\.(?:init_args\.)?(?:{'|'.join(map(re.escape, personal)) or '(?!)'})")
     words: list[str] = []
     for word in sys.argv[1:]:
         given, sign, value = word.partition("=")

@@ -1,6 +1,7 @@
 """Colour images of people, alone or with their genetics, for pre-training: one data module for every layout."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,6 +18,15 @@ from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.base import FaultTolerantDataset, collate_samples
+from datamodules.configs import (
+    CacheConfig,
+    Channelwise,
+    ImageConfig,
+    LoaderConfig,
+    SplitConfig,
+    check_crop_scale,
+    three_values,
+)
 from datamodules.controls import read_control
 from datamodules.genetics.checks import examine
 from datamodules.genetics.genome import Genome, GenomeFiles, pair_persons, read_genome
@@ -30,7 +40,7 @@ from datamodules.images.reading import CHANNELS, COLOUR, ImageReader, per_channe
 from datamodules.images.values import ImageError
 from datamodules.loading import Draw
 from datamodules.registry import Archive
-from datamodules.splits import SPLITS, SplitFile, assign_splits, relatives_together
+from datamodules.splits import SPLITS, assign_splits, relatives_together
 
 #: Mean and standard deviation of ImageNet's channels.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -264,46 +274,81 @@ def collate_images(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return collate_samples(samples) | {"complete": complete}
 
 
+@dataclass(frozen=True)
+class PictureConfig(ImageConfig):
+    """Colour images, and how those of training vary.
+
+    Args:
+        crop_scale: Share of an image's area that a training crop has.
+        degrees: Largest angle by which a training image is turned.
+        flip: Whether half of the training images are mirrored.
+        upside_down: Whether half of them are turned upside down.
+        jitter: Largest change of brightness, contrast, saturation and hue.
+    """
+
+    mean: Channelwise = IMAGENET_MEAN
+    std: Channelwise = IMAGENET_STD
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    degrees: float = 20.0
+    flip: bool = True
+    upside_down: bool = False
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        check_crop_scale(self.crop_scale)
+
+
+@dataclass(frozen=True)
+class GenomeConfig:
+    """Where genetics are, and how they join the images.
+
+    Args:
+        genotypes: PLINK prefix, ``.bed`` or ``.bgen``, with ``{chrom}`` for 1 to 22; None = what the layout has.
+        step: Use every n-th variant; None = as the layout has it, else 1.
+        scores: Scoring files of the PGS Catalog, or a folder of them, applied to the genotypes.
+        score_tables: ``.sscore`` files of plink2, or a folder of them.
+        burden: ``combined_burdens.h5``.
+        build: Genome build of the genotypes, such as GRCh37; empty = not known.
+        pairing: ``"auto"`` joins genetics by the person where the layout names persons, and else gives every image the
+            genetics of a stranger, which means nothing but exercises the method; ``"id"`` and ``"synthetic"`` insist.
+        complete_only: Whether persons who lack a kind of genetics are left out.
+        clip: Standardised genetics are cut to this on both sides.
+    """
+
+    genotypes: str | None = None
+    step: int | None = None
+    scores: str | list[str] | None = None
+    score_tables: str | list[str] | None = None
+    burden: str | None = None
+    build: str = ""
+    pairing: Literal["auto", "id", "synthetic"] = "auto"
+    complete_only: bool = False
+    clip: float = 5.0
+
+    def files(self) -> GenomeFiles:
+        """Return the files that are named."""
+        return GenomeFiles(self.genotypes, self.step or 1, self.scores, self.score_tables, self.burden, self.build)
+
+
 class ImageGenomeDataModule(ImageArchiveDataModule):
     """Colour images of people with or without their genetics, in any known layout; split by person.
 
     Args:
         root: The archive.
         layout: Name of its layout; ``"auto"`` recognises it from the tree.
-        genotypes: PLINK prefix, ``.bed`` or ``.bgen``, with ``{chrom}`` for 1 to 22; None: what the layout has.
-        genotype_step: Use every n-th variant; None: what the layout sets, else 1.
-        scores: Scoring files of the PGS Catalog, or a folder of them, applied to the genotypes.
-        score_tables: ``.sscore`` files of plink2, or a folder of them.
-        burden: ``combined_burdens.h5``.
-        genome_build: Genome build of the genotypes, such as GRCh37; empty if unknown.
         genetics: Whether genetics are used; false trains on images alone.
-        pairing: ``"auto"`` joins genetics by the person where the layout names people, and else gives every image the
-            genetics of a stranger, which means nothing but exercises the method; ``"id"`` and ``"synthetic"`` insist.
-        complete_only: Whether people who lack a kind of genetics are left out.
+        genome: Where they are, and how they join the images.
         one_per_subject: Whether a person's images alternate; else each is a sample.
-        image_size: Height and width.
-        cache_side: Shorter side of the cached copies, in pixels.
-        cache: ``"npy"``, or ``"none"`` to decode the sources at every access.
-        crop_scale: Share of an image's area that a training crop has.
-        degrees: Largest angle by which a training image is turned.
-        flip: Whether half of the training images are mirrored.
-        upside_down: Whether half of them are turned upside down.
-        jitter: Largest change of brightness, contrast, saturation and hue.
-        mean: Of each channel, subtracted from pixels in [0, 1].
-        std: What they are then divided by.
-        clip: Standardised genetics are cut to this on both sides.
-        batch_size: Samples per device.
-        draws_per_image: Times that an image is drawn in an epoch.
-        num_workers: Loader processes per rank; also threads that build the cache.
-        split_fractions: Shares of people for train, val and test if neither file nor archive defines a split.
-        split_file: Table with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes, or that and
-            how its names join; see :class:`datamodules.splits.SplitFile`.
+        image: The images, and how those of training vary.
+        cache: Copies of the images that are kept.
+        split: Who is trained, validated and tested on; its seed is that of the pairing too.
         kinship: Table of pairs of people (ID1 or IID1, ID2 or IID2, KINSHIP): relatives of the third degree and closer
             are then kept in one split, regardless of other rules, test before val before train.
-        max_fault_fraction: Share of faulty samples at which training stops.
+        loader: How samples are drawn, and how many may be broken.
+        batch_size: Samples per device.
+        num_workers: Loader processes per rank; also threads that build the cache.
         anonymise: Whether subjects get pseudonyms in logs, pictures and fault files.
         seed: Seed of order and crops; None takes ``seed_everything``'s.
-        split_seed: Seed of the split and of the pairing alone.
         **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of
             :class:`datamodules.base.ArchiveDataModule`.
     """
@@ -312,61 +357,41 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         self,
         root: str,
         layout: str = "auto",
-        genotypes: str | None = None,
-        genotype_step: int | None = None,
-        scores: str | list[str] | None = None,
-        score_tables: str | list[str] | None = None,
-        burden: str | None = None,
-        genome_build: str = "",
         genetics: bool = True,
-        pairing: Literal["auto", "id", "synthetic"] = "auto",
-        complete_only: bool = False,
+        genome: GenomeConfig = GenomeConfig(),
         one_per_subject: bool = True,
-        image_size: tuple[int, int] = (224, 224),
-        cache_side: int = 256,
-        cache: Literal["npy", "none"] = "npy",
-        crop_scale: tuple[float, float] = (1.0, 1.0),
-        degrees: float = 20.0,
-        flip: bool = True,
-        upside_down: bool = False,
-        jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0),
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
-        clip: float = 5.0,
-        batch_size: int = 64,
-        draws_per_image: int = 1,
-        num_workers: int = 0,
-        split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        split_file: str | SplitFile | None = None,
+        image: PictureConfig = PictureConfig(),
+        cache: CacheConfig = CacheConfig(),
+        split: SplitConfig = SplitConfig(),
         kinship: str | None = None,
-        max_fault_fraction: float = 0.01,
+        loader: LoaderConfig = LoaderConfig(),
+        batch_size: int = 64,
+        num_workers: int = 0,
         anonymise: bool = False,
         seed: int | None = None,
-        split_seed: int = 0,
         **membership: Any,
     ) -> None:
         super().__init__(
             root,
-            image_size,
-            cache_side,
+            image,
             cache,
+            loader,
             batch_size=batch_size,
             num_workers=num_workers,
-            max_fault_fraction=max_fault_fraction,
             anonymise=anonymise,
             seed=seed,
             **membership,
         )
-        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
-        self.augmentation = Augmentation(crop_scale, degrees, flip, upside_down, jitter)
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.draws_per_image = draws_per_image
-        self.genetics, self.pairing, self.complete_only = genetics, pairing, complete_only
-        self._layout_name, self._one_per_subject, self._clip = layout, one_per_subject, clip
-        self._files = GenomeFiles(genotypes, genotype_step or 1, scores, score_tables, burden, genome_build)
-        self._step = genotype_step
-        self._split = (split_fractions, split_seed, split_file)
+        low, high = image.crop_scale
+        brightness, contrast, saturation, hue = image.jitter
+        self.augmentation = Augmentation(
+            (low, high), image.degrees, image.flip, image.upside_down, (brightness, contrast, saturation, hue)
+        )
+        self.mean, self.std = three_values(image.mean), three_values(image.std)
+        self.genetics, self.pairing, self.complete_only = genetics, genome.pairing, genome.complete_only
+        self._layout_name, self._one_per_subject, self._clip = layout, one_per_subject, genome.clip
+        self._files, self._step = genome.files(), genome.step
+        self._split = (split.fractions, split.seed, split.file)
         self._kinship = kinship
         self._lesions: Lesions | None = None
         self.genome: Genome | None = None
@@ -439,7 +464,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         kinds = facts.genome_kinds(archive.tree) if facts.genome_kinds is not None and not self._files.any else []
         if not files.any and not kinds:
             if self.pairing == "id":
-                raise DataError(f"data.pairing is 'id', but no genotypes, scores or burden table lie under {root}: "
+                raise DataError(f"data.genome.pairing is 'id', but no genotypes, scores or burden table lie in {root}: "
                                 "looked for genetics/*_chr{1..22}* or *_c{1..22}_b0_v*, pgs/*.sscore and "
                                 "burden/combined_burdens.h5.")  # fmt: skip
             say("genetics: none")
@@ -458,7 +483,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
             one, other = public_name(next(iter(split_of))), public_name(known[0])
             raise DataError(
                 f"None of the {len(split_of)} people with images (such as {one}) is among the {len(known)} with "
-                f"genetics (such as {other}): check the identifiers, or set data.pairing to "
+                f"genetics (such as {other}): check the identifiers, or set data.genome.pairing to "
                 f"synthetic to pair strangers{mending(joined)}."
             )
         say(joined.counts("genetics", "people with images") + mending(joined))
@@ -483,7 +508,8 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         if not self.complete_only:
             return samples
         if self.genome is None:
-            raise DataError("data.complete_only asks for genetics, and there are none: name them with data.genotypes.")
+            raise DataError("data.genome.complete_only asks for genetics, and there are none: name them with "
+                            "data.genome.genotypes.")  # fmt: skip
         kept = [sample for sample in samples if all(self.genome.has(sample.person))]
         if not kept:
             raise DataError(f"None of the {len(samples)} people has every kind of genetics.")
@@ -500,8 +526,8 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         preprocessing: dict[str, Any] = {
             "layout": self.index().layout.name,
             "intensity": "colour in [0, 1], minus mean, over std",
-            "mean": list(self.mean),
-            "std": list(self.std),
+            "mean": list(three_values(self.mean)),
+            "std": list(three_values(self.std)),
             "resize": "bicubic, antialiased",
             "field": _reader_of(self.index()).name,
         }
@@ -555,8 +581,8 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
             train,
             self.seed,
             self.augmentation,
-            self.mean,
-            self.std,
+            three_values(self.mean),
+            three_values(self.std),
             controls=self.splits["train"] if controls else None,
             lesions=self._lesions if controls else None,
             anonymise=self.ledger.anonymise,

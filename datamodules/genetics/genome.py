@@ -247,7 +247,8 @@ def read_genome(
                 scored[score.name] = every.ids, values
                 say(f"genetics: {score.name}, " + ", ".join(f"{count} {name}" for name, count in counts.items()))
     elif files.scores:
-        raise DataError("Scoring files are applied to genotypes: name them with data.genotypes, or give score_tables.")
+        raise DataError("Scoring files are applied to genotypes: name these with data.genome.genotypes, or give "
+                        "data.genome.score_tables.")  # fmt: skip
     if files.score_tables:
         for path in score_files(files.score_tables, (".sscore",)):
             scored[path.stem] = read_score_table(path)

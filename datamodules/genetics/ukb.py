@@ -107,7 +107,7 @@ def _genotype_pattern(root: Tree) -> str | None:
     preferred = {name for name in autosomes if name.endswith(".bed")} or autosomes
     if len(preferred) > 1:
         raise DataError(f"{folder} has several families of genotypes ({', '.join(sorted(preferred))}): name one with "
-                        "data.genotypes.")  # fmt: skip
+                        "data.genome.genotypes.")  # fmt: skip
     return str(folder / next(iter(preferred))) if preferred else None
 
 

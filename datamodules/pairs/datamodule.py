@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,13 +17,13 @@ from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.base import FaultTolerantDataset, collate_samples
+from datamodules.configs import CacheConfig, Channelwise, ImageConfig, LoaderConfig, check_crop_scale, three_values
 from datamodules.images.cache import BoxChoice, ImageCache, SourceImages
 from datamodules.images.crops import center_box, random_box
 from datamodules.images.reading import CHANNELS, FIGURE, per_channel
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.pairs.checks import examine
-from datamodules.reports.archive import TextArchiveDataModule
-from datamodules.reports.tokens import Kind
+from datamodules.reports.archive import TextArchiveDataModule, TextConfig
 
 #: Mean and standard deviation of CLIP's preprocessing: red, green, blue.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -159,28 +160,37 @@ def collate_pairs(samples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
     return batch | collate_samples(samples)
 
 
+@dataclass(frozen=True)
+class PairImageConfig(ImageConfig):
+    """Images that a text of a task is about.
+
+    Args:
+        crop_scale: Share of an image's area that a training crop has; None cuts the central crop.
+        shown: Which image a text is shown: ``"own"``; ``"permuted"`` when evaluating; ``"blank"``, always.
+    """
+
+    size: tuple[int, int] = (384, 384)
+    mean: Channelwise = CLIP_MEAN
+    std: Channelwise = CLIP_STD
+    crop_scale: tuple[float, float] | None = (0.9, 1.0)
+    shown: Shown = "own"
+
+    def __post_init__(self) -> None:
+        check_crop_scale(self.crop_scale)
+
+
 class PairDataModule(TextArchiveDataModule):
     """Images with texts for a downstream task: cache, tokenizer, loaders. Subclasses list pairs and add targets.
 
     Args:
         root: The archive.
-        image_size: Height and width of the crops.
-        cache_side: Shorter side of the cached copies, in pixels.
-        cache: ``"npy"``, or ``"none"`` to decode the sources at every access.
-        crop_scale: Share of an image's area that a training crop has; None cuts the central crop.
-        mean: Subtracted from pixels in [0, 1], red, green, blue.
-        std: What they are divided by then.
-        tokenizer: JSON file, folder, or name of the hub; ``CKPT=`` brings its own; None learns one from the training
-            texts.
-        tokenizer_kind: ``"wordpiece"`` or ``"bpe"``, where it is learned.
-        vocab_size: Tokens at most, where it is learned.
-        text_length: Tokens of a text at most, the class token included.
-        end_token: Whether texts end with the tokenizer's token for that, if it has one.
-        shown: Which image a text is shown: ``"own"``; ``"permuted"`` when evaluating; ``"blank"``, always.
+        image: The crops, and which image a text is shown.
+        text: The texts.
+        cache: Copies of the images that are kept.
+        loader: How samples are drawn, and how many may be broken.
         test_split: Split that ``lightning test`` reads.
         batch_size: Pairs per device.
         num_workers: Loader processes per rank; also threads that build the cache.
-        max_fault_fraction: Share of faulty pairs at which training stops.
         anonymise: Whether subjects and texts stay out of logs, tables and fault files.
         seed: Seed of order and crops; None takes ``seed_everything``'s.
         **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of
@@ -192,50 +202,32 @@ class PairDataModule(TextArchiveDataModule):
     def __init__(
         self,
         root: str,
-        image_size: tuple[int, int] = (384, 384),
-        cache_side: int = 448,
-        cache: Literal["npy", "none"] = "npy",
-        crop_scale: tuple[float, float] | None = (0.9, 1.0),
-        mean: tuple[float, float, float] = CLIP_MEAN,
-        std: tuple[float, float, float] = CLIP_STD,
-        tokenizer: str | None = None,
-        tokenizer_kind: Kind = "bpe",
-        vocab_size: int = 30000,
-        text_length: int = 32,
-        end_token: bool = True,
-        shown: Shown = "own",
+        image: PairImageConfig = PairImageConfig(),
+        text: TextConfig = TextConfig(32, tokenizer_kind="bpe", end_token=True),
+        cache: CacheConfig = CacheConfig(side=448),
+        loader: LoaderConfig = LoaderConfig(),
         test_split: Literal["train", "val", "test"] = "test",
         batch_size: int = 32,
         num_workers: int = 0,
-        max_fault_fraction: float = 0.01,
         anonymise: bool = False,
         seed: int | None = None,
         **membership: Any,
     ) -> None:
         super().__init__(
-            tokenizer,
-            tokenizer_kind,
-            vocab_size,
-            text_length,
-            end_token,
+            text,
             root=root,
-            image_size=image_size,
-            cache_side=cache_side,
+            image=image,
             cache=cache,
+            loader=loader,
             batch_size=batch_size,
             num_workers=num_workers,
-            max_fault_fraction=max_fault_fraction,
             anonymise=anonymise,
             seed=seed,
             **membership,
         )
-        if text_length < 3:
-            raise ValueError(f"`text_length` must be at least 3, got {text_length}.")
-        if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
-        self.crop_scale = crop_scale
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.shown, self.test_split = shown, test_split
+        self.crop_scale = image.crop_scale
+        self.mean, self.std = three_values(image.mean), three_values(image.std)
+        self.shown, self.test_split = image.shown, test_split
 
     @abstractmethod
     def find(self, root: str) -> dict[str, list[Any]]:
@@ -301,8 +293,8 @@ class PairDataModule(TextArchiveDataModule):
         preprocessing = {
             "layout": self.layout_name,
             "intensity": "RGB in [0, 1], minus mean, over std",
-            "mean": list(self.mean),
-            "std": list(self.std),
+            "mean": list(three_values(self.mean)),
+            "std": list(three_values(self.std)),
             "resize": "bicubic, antialiased",
         }
         return InputSpec(CHANNELS, self.image_size, {}, preprocessing, self.vocabulary, self.task_classes())
@@ -341,8 +333,8 @@ class PairDataModule(TextArchiveDataModule):
             self.facts,
             self.seed,
             crop_scale=self.crop_scale if train else None,
-            mean=self.mean,
-            std=self.std,
+            mean=three_values(self.mean),
+            std=three_values(self.std),
             substitutes=substitutes,
             anonymise=self.ledger.anonymise,
         )

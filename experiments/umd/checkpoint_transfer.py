@@ -43,7 +43,7 @@ def check_vocabulary(stored: Mapping[str, Any], spec: InputSpec, source: str) ->
         if name in stored and stored[name] != spec.vocabulary[name]:
             raise UserError(
                 f"The tokenizer is not that of the encoder at {source}: {spec.vocabulary[name]} {words} instead of "
-                f"{stored[name]}. Set data.tokenizer to the tokenizer.json of that run."
+                f"{stored[name]}. Set data.text.tokenizer to the tokenizer.json of that run."
             )
 
 
@@ -80,7 +80,7 @@ def make_umd_encoder(
         raise CheckpointError(f"{pretrained} holds a {type(encoder).__name__}, no encoder of images and texts.")
     if spec.vocabulary["length"] > encoder.text.longest:
         raise UserError(
-            f"data.text_length {spec.vocabulary['length']} is more than the {encoder.text.longest} positions of the "
+            f"data.text.length {spec.vocabulary['length']} is more than the {encoder.text.longest} positions of the "
             f"text encoder (model.encoder.max_positions)."
         )
     return encoder

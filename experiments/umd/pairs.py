@@ -68,7 +68,8 @@ def shown_pairs(batch: ImageTextBatch, loaded: bool, sync: bool) -> tuple[Pairs,
         UserError: images are wanted that the data do not load.
     """
     if loaded and "negative_image" not in batch:
-        raise UserError("model.itm_negatives is 'dataset', but the data load none: set data.negative_images=true.")
+        raise UserError("model.itm_negatives is 'dataset', but the data load none: "
+                        "set data.samples.negative_images=true.")  # fmt: skip
     keys, images = (all_gather_rows(x) if sync else x for x in (batch["key"], batch["image_key"]))
     pairs = matching_pairs(keys, torch.arange(len(keys), device=keys.device) if loaded else images)
     begin = rank() * len(batch["key"]) if sync else 0

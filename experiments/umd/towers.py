@@ -248,7 +248,7 @@ def load_text(tower: TextTower, source: str) -> None:
     if found.config.vocab_size != ours.vocab_size or found.config.pad_token_id != ours.pad_token_id:
         raise UserError(
             f"The text encoder {source} has {found.config.vocab_size} tokens, {found.config.pad_token_id} as padding; "
-            f"the tokenizer {ours.vocab_size}, {ours.pad_token_id} for padding: set data.tokenizer to its own."
+            f"the tokenizer {ours.vocab_size}, {ours.pad_token_id} for padding: set data.text.tokenizer to its own."
         )
     names = {"hidden_size": "model.encoder.text.width", "num_hidden_layers": "model.encoder.text.depth",
              "num_attention_heads": "model.encoder.text.heads", "intermediate_size": "model.encoder.text.width",

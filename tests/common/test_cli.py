@@ -159,7 +159,7 @@ def test_a_missing_configuration_is_one_line_and_exits_with_2(capsys):
     [
         (["--model.mask_fill=drop"], "set barlow_twins_weight to 0"),
         (["--model.taps=[99]"], "`taps` must lie in 0..2"),
-        (["--data.crop_size=[50,64,64]"], "cannot be cut into patches"),
+        (["--data.crops.size=[50,64,64]"], "cannot be cut into patches"),
         (["--model.masker.hidden_per_position=3"], "`hidden_per_position` must be at most 2"),
     ],
 )
