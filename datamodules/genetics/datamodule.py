@@ -30,7 +30,7 @@ from datamodules.images.reading import CHANNELS, per_channel
 from datamodules.images.values import ImageError
 from datamodules.loading import Draw
 from datamodules.registry import PICTURE_LAYOUTS, recognise
-from datamodules.splits import SPLITS, SplitFile, assign_splits, relatives_together
+from datamodules.splits import SPLITS, assign_splits, relatives_together
 
 #: Mean and standard deviation of ImageNet's channels.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -331,7 +331,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         draws_per_image: int = 1,
         num_workers: int = 0,
         split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        split_file: str | SplitFile | None = None,
+        split_file: str | dict[str, str] | None = None,
         kinship: str | None = None,
         max_fault_fraction: float = 0.01,
         anonymise: bool = False,

@@ -27,7 +27,6 @@ from datamodules.labelled.layout import LabelLayout, LabelledImage
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.splits import (
     SPLITS,
-    SplitFile,
     assign_splits,
     check_unique,
     fold_of_each,
@@ -210,7 +209,7 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         num_workers: int = 0,
         label_fraction: float = 1.0,
         split_fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
-        split_file: str | SplitFile | None = None,
+        split_file: str | dict[str, str] | None = None,
         fold: int | None = None,
         num_folds: int = 5,
         shuffle_targets: int | None = None,

@@ -22,7 +22,6 @@ from datamodules.labelled.classification import LabelledImageDataModule, Labelle
 from datamodules.labelled.layout import LabelLayout, LabelledImage
 from datamodules.labelled.siim import decode_runs
 from datamodules.loading import Draw
-from datamodules.splits import SplitFile
 
 
 def fitted_size(shape: Sequence[int], size: Sequence[int]) -> tuple[int, int]:
@@ -135,7 +134,7 @@ class MaskedImageDataModule(LabelledImageDataModule):
         num_workers: int = 0,
         label_fraction: float = 1.0,
         split_fractions: tuple[float, float, float] = (0.7, 0.15, 0.15),
-        split_file: str | SplitFile | None = None,
+        split_file: str | dict[str, str] | None = None,
         max_fault_fraction: float = 0.01,
         anonymise: bool = False,
         seed: int | None = None,

@@ -33,7 +33,7 @@ from datamodules.reports.manifest import MANIFEST, find_manifest
 from datamodules.reports.studies import Study, StudyLayout
 from datamodules.reports.text import ReportError, read_report
 from datamodules.reports.tokens import Kind, ReportTokenizer
-from datamodules.splits import SPLITS, SplitFile, assign_splits
+from datamodules.splits import SPLITS, assign_splits
 
 Flip = Literal["off", "swap_words", "naive"]
 _OTHER_SIDE = {"left": "right", "right": "left"}
@@ -411,7 +411,7 @@ class ImageTextDataModule(TextArchiveDataModule):
         draws_per_image: int = 1,
         num_workers: int = 0,
         split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        split_file: str | SplitFile | None = None,
+        split_file: str | dict[str, str] | None = None,
         max_fault_fraction: float = 0.01,
         anonymise: bool = False,
         seed: int | None = None,

@@ -22,7 +22,7 @@ from datamodules.members import check_content
 from datamodules.membership import MASK
 from datamodules.notes import say_notes
 from datamodules.registry import VOLUME_LAYOUTS, recognise
-from datamodules.splits import SplitFile, assign_splits, nested_fraction
+from datamodules.splits import assign_splits, nested_fraction
 from datamodules.tables import read_table
 from datamodules.volumes.cache import CacheFormat, OpenCase, Record, SourceVolumes, VolumeCache
 from datamodules.volumes.cases import Case, Layout
@@ -228,7 +228,7 @@ class VolumeDataModule(ArchiveDataModule):
         val_crops_per_case: int = 4,
         num_workers: int = 0,
         split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        split_file: str | SplitFile | None = None,
+        split_file: str | dict[str, str] | None = None,
         flip_axes: tuple[int, ...] = (0, 1, 2),
         overhang: float = 0.25,
         intensity: str | None = None,
