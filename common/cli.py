@@ -30,7 +30,7 @@ from common.checkpoint import read_checkpoint, resolve_checkpoint, run_tokenizer
 from common.checkpoint_io import AtomicCheckpointIO
 from common.distributed import launched_rank
 from common.errors import PreemptedError, UsageError, UserError
-from common.files import remove_empty_folders, whole_file
+from common.files import is_about_storage, remove_empty_folders, storage_sentence, whole_file
 from common.module import BuiltFromData
 from common.names import printable, safe_name
 from common.pseudonyms import public_name
@@ -169,6 +169,8 @@ class MedmimCLI(LightningCLI):
         """Make model, data and trainer; a value that one of them refuses is the user's to change."""
         try:
             super().instantiate_classes()
+            if self.datamodule is not None:
+                self.datamodule.purpose = run_name(self._arguments, "")[0]
         except UserError:
             raise
         except ValueError as error:
@@ -311,6 +313,10 @@ def main(args: list[str] | None = None) -> None:
         if debug:
             raise
         _fail(error)
+    except OSError as error:
+        if debug or not is_about_storage(error):
+            raise
+        _fail(UserError(storage_sentence(Path(error.filename or "A file of the run"), error, "written or read")))
 
 
 if __name__ == "__main__":

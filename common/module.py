@@ -7,13 +7,12 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from common.checkpoint import check_shapes, encoder_record
 from common.distributed import reduce_sums
 from common.errors import CheckpointError, UserError
-from common.optim import Schedule, WarmupCosine, param_groups
+from common.optim import OptimizerConfig, Schedule, WarmupCosine, param_groups
 from common.randomness import run_seed, seed_step, stable_hash
 from common.runtime.reporting import log_scalars, say
 from common.types import HiddenTokens, ImageKey, InputSpec, Panel, Reconstruction, TaskState, TokenFeatures
@@ -33,7 +32,7 @@ class Term(NamedTuple):
     """
 
     value: Tensor
-    count: Tensor | float = 1.0
+    count: Tensor | float = 1.0  # type: ignore[assignment]  # tuple has a method of this name
     weight: float | None = None
 
 
@@ -71,22 +70,22 @@ class BuiltFromData(pl.LightningModule):
 
     Subclasses call ``save_hyperparameters()``, name in ``remembered`` what of their input their network is built for,
     and build it in :meth:`build_network`. None of it is an argument: it is the module's ``state``, which checkpoints
-    carry.
+    carry. Those with learning rates of their own for some parameters say so in :meth:`lr_scale`.
 
     Anything that follows the weights, such as a teacher's moving average, is updated in ``optimizer_step``: checkpoints
     are written in callbacks' ``on_train_batch_end``, which Lightning runs before the module's.
     """
 
     network: Any
-    compile_network: bool = False
     #: Fields of the input's spec that the network is built for.
     remembered: tuple[str, ...] = ("channels", "image_size")
     #: How the channels of stored weights met those of the data; None where there are no such weights.
     channel_report: ChannelReport | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, optimization: OptimizerConfig) -> None:
         super().__init__()
         self.network = None
+        self.optimization = optimization
         #: What a checkpoint remembers beside the weights.
         self.state = TaskState()
 
@@ -141,7 +140,7 @@ class BuiltFromData(pl.LightningModule):
             raise
         except ValueError as error:
             raise UserError(str(error)) from error
-        if self.compile_network:
+        if self.optimization.compile:
             self.network.compile()
 
     def meet_channels(self, datamodule: Any, stored: InputSpec | None) -> InputSpec:
@@ -207,26 +206,40 @@ class BuiltFromData(pl.LightningModule):
         groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
         self.log("lr", max(group["lr"] for group in groups), batch_size=1)
 
+    def lr_scale(self, name: str) -> float:
+        """Return the factor of the learning rate of a parameter."""
+        return 1.0
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the groups that the optimiser is made from."""
+        return param_groups(self, self.optimization.layer_decay, self.lr_scale)
+
+    def default_schedule(self) -> Schedule | None:
+        """Return the schedule where the configuration has none; None keeps the rate as it is."""
+        return WarmupCosine()
+
+    def configure_optimizers(self) -> Any:
+        """Make the optimiser and its schedule (Lightning hook)."""
+        optimizer = self.optimization.optimizer(self.parameter_groups())
+        attach = self.optimization.schedule or self.default_schedule()
+        if attach is None:
+            return optimizer
+        schedule = attach(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
 
 class SSLModule(BuiltFromData, ABC, Generic[BatchT]):
     """A pre-training method: terms by name, summed with weights, logged the same in training and validation.
 
     Args:
-        optimizer: Makes the optimiser from parameter groups.
-        schedule: Attaches a learning-rate schedule for a number of optimiser steps.
+        optimization: How its weights are updated.
     """
 
     #: What ``best.ckpt`` watches.
     monitor = ("val/loss", "min")
 
-    def __init__(
-        self,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-    ) -> None:
-        super().__init__()
-        self._make_optimizer = optimizer
-        self._make_schedule = schedule or WarmupCosine()
+    def __init__(self, optimization: OptimizerConfig) -> None:
+        super().__init__(optimization)
         self._validation: list[StepOutput] = []
 
     @abstractmethod
@@ -294,9 +307,3 @@ class SSLModule(BuiltFromData, ABC, Generic[BatchT]):
         if means:
             means["loss"] = sum(weight * means.get(name, 0.0) for name, weight in weights.items())
         log_scalars(self, {f"val/{name}": value for name, value in means.items()})
-
-    def configure_optimizers(self) -> Any:
-        """Make the optimiser and its schedule (Lightning hook)."""
-        optimizer = self._make_optimizer(param_groups(self))
-        schedule = self._make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -44,9 +44,16 @@ def pseudonym(name: str) -> str:
     return f"subject-{hashlib.blake2b(text, key=_key(), digest_size=8, person=b'medmim').hexdigest()}"
 
 
+#: Letters of a name that a message quotes.
+_SHOWN = 100
+
+
 def public_name(name: object) -> str:
-    """Return a name from an archive as it may stand in a message: on one line, its pseudonym where names are hidden."""
-    return pseudonym(str(name)) if names_are_hidden() else printable(name)
+    """Return a name from an archive as a message quotes it: cut, on one line, its pseudonym where names are hidden."""
+    if names_are_hidden():
+        return pseudonym(str(name))
+    shown = printable(name)
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
 
 
 def key_file() -> Path:

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,8 +16,9 @@ from common.errors import DataError
 from common.faults import Fault, FaultLedger, SampleFaultError
 from common.pseudonyms import hide_names, names_are_hidden
 from common.randomness import run_seed, stable_hash
-from common.runtime.reporting import say
+from common.runtime.reporting import is_dry_run, say
 from common.types import InputSpec
+from datamodules.account import Account
 from datamodules.examination import Terms
 from datamodules.loading import Draw, EvaluationBatches, ResumableLoader, TrainBatches
 from datamodules.membership import (
@@ -31,6 +33,8 @@ from datamodules.membership import (
     seen_patients,
     used_rows,
 )
+from datamodules.registry import NO_SETTINGS, Archive, Settings, open_archive
+from datamodules.tree import Tree
 
 
 class FaultTolerantDataset(Dataset):
@@ -159,6 +163,7 @@ class ArchiveDataModule(pl.LightningDataModule):
         self.ledger = FaultLedger(max_fault_fraction, anonymise)
         self.splits: dict[str, list[Any]] = {}
         self.store: Any = None
+        self.archive: Archive | None = None
         self._train_loader: ResumableLoader | None = None
         self._loaders: list[ResumableLoader] = []
         self._position: dict[str, Any] | None = None
@@ -278,6 +283,39 @@ class ArchiveDataModule(pl.LightningDataModule):
             workers: Threads.
         """
 
+    #: Who uses the archive, for refusals; the commands put the experiment's name here.
+    purpose = "this experiment"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What an archive must give, of :data:`datamodules.registry.VOCABULARY`."""
+        return frozenset()
+
+    @abstractmethod
+    def used_files(self) -> Iterable[tuple[str, Path]]:
+        """Yield the archive's files that are used, each with what it is; known once the root has been indexed."""
+
+    def open(self, root: str | Path | Tree, layout: str = "auto", settings: Settings = NO_SETTINGS) -> Archive:
+        """Recognise the archive and list what it holds.
+
+        Raises:
+            DataError: it is of no known layout, lacks what is needed, or too many of its files have no place.
+        """
+        archive = open_archive(root, layout, self.needs, self.purpose, settings)
+        Account(archive).check()
+        return archive
+
+    def keep_account(self, stage: str) -> None:
+        """When training: print what became of the archive's files, and keep it with the run."""
+        if stage != "fit" or self.archive is None:
+            return
+        account = Account(self.archive, self.used_files())
+        for line in account.lines():
+            say(line)
+        trainer = self.trainer
+        if trainer is not None and trainer.is_global_zero and not is_dry_run(trainer):
+            account.write(Path(trainer.default_root_dir) / "account.csv", examples=not self.ledger.anonymise)
+
     def terms(self, cached: Sequence[Any], draws: int = 1) -> Terms:
         """Return what training asks of the archive, for its doctor.
 
@@ -289,7 +327,8 @@ class ArchiveDataModule(pl.LightningDataModule):
         if hasattr(self.store, "estimated_bytes"):
             cache = (self.store.estimated_bytes(cached), self.store.folder)
         settings = (self.batch_size, draws, self.ledger.max_fraction, self.ledger.anonymise)
-        return Terms(self.splits, *settings, cache)
+        account = Account(self.archive, self.used_files()).lines() if self.archive is not None else []
+        return Terms(self.splits, *settings, cache, account)
 
     @abstractmethod
     def reference_samples(self, count: int) -> Iterable[Any]:

@@ -63,6 +63,7 @@ class Terms(NamedTuple):
         max_fraction: Share of faulty members that is tolerated.
         anonymise: Whether members get pseudonyms.
         cache: Largest size of the cache in bytes, and its folder; None without a cache.
+        account: What became of the archive's files, in lines.
     """
 
     splits: Mapping[str, Sequence[Any]]
@@ -71,6 +72,7 @@ class Terms(NamedTuple):
     max_fraction: float = 0.01
     anonymise: bool = False
     cache: tuple[int, Path] | None = None
+    account: Sequence[str] = ()
 
     @property
     def members(self) -> list[Any]:
@@ -121,3 +123,5 @@ def say_splits(what: str, terms: Terms, noun: str) -> None:
     members = terms.members
     say(f"{what}: {len(members)} {noun} of {len({member.patient_id for member in members})} patients, "
         + ", ".join(f"{len(part)} {name}" for name, part in terms.splits.items()))  # fmt: skip
+    for line in terms.account:
+        say(line)

@@ -11,6 +11,8 @@ from datamodules.notes import note
 NIFTI = (".nii.gz", ".nii")
 #: Volumes, in any case.
 VOLUMES = (*NIFTI, ".mha", ".mhd", ".nrrd", ".mgz")
+#: Pictures, in any case; DICOM is known by its content too.
+PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".dcm", ".dicom")
 #: Volumes that are listed, so that they are a fault with a reason, and not read.
 REFUSED = {
     ".img": "Analyze stores no orientation: convert it to NIfTI with the orientation you know",
@@ -55,8 +57,8 @@ def members_of(folder: Path, suffixes: Sequence[str]) -> list[Path]:
 
 
 def refusal_of(path: Path) -> str:
-    """Say why a file of some format is never read; empty where it is."""
-    return REFUSED.get(suffix_of(path), "")
+    """Say why a volume of some format is never read; empty where it is."""
+    return REFUSED.get(suffix_of(path), "") if suffix_of(path) else f"none of {', '.join(VOLUMES)} ends its name"
 
 
 def is_pointer(path: Path) -> bool:

@@ -20,8 +20,9 @@ from common.files import whole_file
 from common.pseudonyms import public_name
 from common.randomness import stable_hash
 from common.runtime.reporting import say
-from datamodules.files import listed_names
+from datamodules.files import listed_names, listing
 from datamodules.ids import IdRule, check_subjects, join_ids, mending
+from datamodules.members import PICTURES
 from datamodules.tables import read_table
 
 
@@ -46,8 +47,6 @@ class Member(Protocol):
 
 MemberT = TypeVar("MemberT", bound=Member)
 SPLITS = ("train", "val", "test")
-#: A number after the last point of an identifier is no suffix, so only these are.
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm")
 _SYNONYMS = {"training": "train", "validation": "val", "valid": "val", "testing": "test"}
 #: Share of an archive that a split file may leave out without a word from the person.
 _UNLISTED = 0.01
@@ -166,7 +165,7 @@ def read_split_file(path: Path) -> tuple[str, dict[str, str]]:
     table = read_table(path)
     key = next((name for name in ("case_id", "patient_id") if name in table.columns), None)
     if key is None or "split" not in table.columns:
-        raise DataError(f"{path} needs the columns split and case_id or patient_id, it has {', '.join(table.columns)}.")
+        raise DataError(f"{path} needs the columns split and case_id or patient_id, it has {listing(table.columns)}.")
     check_subjects(path, table[key])
     parts: dict[str, str] = {}
     for name, word in zip(table[key], table["split"].str.lower(), strict=True):
@@ -388,7 +387,8 @@ def _ends(name: str) -> list[str]:
     """Return what a path may be called by: its ends, longest first, each with and without an image's suffix."""
     parts = Path(name).parts
     ends = ["/".join(parts[start:]) for start in range(len(parts))]
-    bare = [end.rsplit(".", 1)[0] if Path(end).suffix.lower() in _IMAGE_SUFFIXES else end for end in ends]
+    # A number after the last point of an identifier is no suffix, so only those of pictures are.
+    bare = [end.rsplit(".", 1)[0] if Path(end).suffix.lower() in PICTURES else end for end in ends]
     return list(dict.fromkeys(end for pair in zip(ends, bare, strict=True) for end in pair))
 
 

@@ -1,6 +1,8 @@
 """Fixtures: tiny official trees, a pool of two ranks, real samples where there are any."""
 
 import os
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,11 @@ import torch
 
 from common.cli import main
 from common.distributed import RankPool
+from datamodules.registry import open_archive
 from datamodules.synthetic.brain import write_brain_archive
 from datamodules.synthetic.command import write_brats, write_lung, write_pi_cai
+from datamodules.volumes.cases import case_of
+from datamodules.volumes.profiles import prepared
 
 
 def pytest_configure():
@@ -64,6 +69,17 @@ def brain_root(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture
+def volumes_of():
+    """Return a function that recognises an archive of volumes: its layout, prepared as suits it, and its cases."""
+
+    def read(root: Path, layout: str = "auto"):
+        archive = open_archive(root, layout, {"volumes"})
+        return prepared(archive), [case_of(record) for record in archive.records]
+
+    return read
+
+
 @pytest.fixture(scope="session")
 def rank_pool():
     """Two ranks joined by gloo, started once."""
@@ -101,6 +117,22 @@ def refusal(capsys):
         return line
 
     return sentence
+
+
+@pytest.fixture
+def small_disk():
+    """Return a context in which no file can grow beyond some bytes, as on a disk that is full."""
+
+    @contextmanager
+    def limited(size: int):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 TINY = {

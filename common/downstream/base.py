@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 
 from common.blocks.vit import VisionTransformer
@@ -15,7 +14,7 @@ from common.distributed import gather_objects
 from common.downstream.encoder import EncoderFactory, encoder_architecture, make_encoder, meet_encoder
 from common.files import write_text
 from common.module import BuiltFromData
-from common.optim import Schedule, WarmupCosine, param_groups
+from common.optim import OptimizerConfig
 from common.runtime.reporting import log_scalars, say, write_rows
 from common.types import InputSpec
 from common.weights.channels import NewChannels
@@ -31,10 +30,7 @@ class FineTuning(BuiltFromData):
     Args:
         pretrained: Run folder, checkpoint or export whose encoder to start from; None trains from scratch.
         encoder: Makes the encoder from (channels, image size) where nothing is pre-trained.
-        optimizer: Makes the optimiser from parameter groups.
-        schedule: Attaches a learning-rate schedule for a number of optimiser steps.
-        layer_decay: Factor of the learning rate per encoder layer towards the input.
-        compile_network: Whether to compile the network.
+        optimization: How the weights are updated.
         new_channels: What channels start as that the pre-trained encoder does not know: the mean of those it knows, or
             at random; an encoder that stays frozen refuses them.
     """
@@ -43,19 +39,12 @@ class FineTuning(BuiltFromData):
         self,
         pretrained: str | None,
         encoder: EncoderFactory = VisionTransformer,
-        *,
-        optimizer: OptimizerCallable,
-        schedule: Schedule | None = None,
-        layer_decay: float = 1.0,
-        compile_network: bool = False,
+        optimization: OptimizerConfig = OptimizerConfig(),
         new_channels: NewChannels = "mean",
     ) -> None:
-        super().__init__()
-        self.compile_network = compile_network
+        super().__init__(optimization)
         self.rows: list[dict[str, Any]] = []
         self._pretrained, self._make_encoder = pretrained, encoder
-        self._make_optimizer, self._make_schedule = optimizer, schedule or WarmupCosine()
-        self._layer_decay = layer_decay
         self.new_channels: NewChannels = new_channels
 
     def meet_channels(self, datamodule: Any, stored: InputSpec | None) -> InputSpec:
@@ -90,12 +79,6 @@ class FineTuning(BuiltFromData):
         seen = getattr(getattr(self.trainer, "datamodule", None), "seen", {})
         facts = {**metrics, "seen_patients": seen} if seen else metrics
         write_text(folder / "metrics.json", json.dumps(facts, indent=2))
-
-    def configure_optimizers(self) -> Any:
-        """Make the optimiser and its schedule (Lightning hook)."""
-        optimizer = self._make_optimizer(param_groups(self, self._layer_decay))
-        schedule = self._make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class ScoredTask(FineTuning):

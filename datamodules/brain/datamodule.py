@@ -19,13 +19,13 @@ from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from datamodules.base import ArchiveDataModule
 from datamodules.brain.archive import BrainArchiveDataModule
-from datamodules.brain.layouts import ATLAS
 from datamodules.controls import read_control
 from datamodules.loading import Draw
 from datamodules.volumes.cache import OpenCase
 from datamodules.volumes.cases import Case, Layout
 from datamodules.volumes.crops import cut, to_tensor
 from datamodules.volumes.datamodule import Domain, VolumeDataset
+from datamodules.volumes.profiles import ATLAS
 
 #: More passes than this over the training cases buy the floor's constant nothing.
 _MAX_REFERENCE_DRAWS = 64

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import DataError
+from datamodules.files import listing
 from datamodules.ids import IdRule, check_labels, join_ids, rows_by
 from datamodules.tables import read_table
+from datamodules.tree import Tree
 from datamodules.volumes.cases import Case
 
 
@@ -42,7 +44,7 @@ def _values(paths: Sequence[Path], source: LabelSource) -> dict[str, str]:
         table = read_table(path)
         missing = [name for name in (source.key, source.column) if name not in table.columns]
         if missing:
-            raise DataError(f"{path} has no column {missing[0]!r}; it has {', '.join(table.columns)}.")
+            raise DataError(f"{path} has no column {missing[0]!r}; it has {listing(table.columns)}.")
         for name, row in rows_by(path, table[[source.key, source.column]], source.key).items():
             if values.setdefault(name, row[source.column]) != row[source.column]:
                 raise DataError(f"{path} gives {name} another {source.column} than a table before it does.")
@@ -63,31 +65,40 @@ def _listed(cases: Sequence[Case], source: LabelSource, paths: Sequence[Path]) -
     return {case: values[name] for case, name in names.items() if name is not None}
 
 
-def read_classes(cases: Sequence[Case], source: LabelSource, root: Path) -> dict[str, int]:
+def label_tables(source: LabelSource, tree: Tree) -> list[Path]:
+    """Return the tables that classes are read from; none where they come from an attribute.
+
+    Raises:
+        DataError: there is no such table.
+    """
+    if source.table is None:
+        return []
+    named = Path(source.table)
+    paths = [named] if named.is_absolute() and named.is_file() else tree.glob(f"**/{source.table}")
+    if not paths:
+        raise DataError(f"There is no table {source.table} under {tree}, where the column {source.column!r} would be.")
+    return paths
+
+
+def read_classes(cases: Sequence[Case], source: LabelSource, tables: Sequence[Path]) -> dict[str, int]:
     """Return the class index of every case that has one; values of no class, such as -999, leave a case out.
 
     Args:
         cases: The cases.
         source: Where the classes come from.
-        root: The archive.
+        tables: See :func:`label_tables`.
 
     Raises:
-        DataError: no table, a column is missing, or fewer than two classes have cases.
+        DataError: a column is missing, or fewer than two classes have cases.
     """
     meaning = {value: index for index, values in enumerate(source.classes.values()) for value in values}
     if source.table is None:
         found: Mapping[str, str] = {case.case_id: case.attributes.get(source.attribute or "", "") for case in cases}
     else:
-        paths = [Path(source.table)] if Path(source.table).is_absolute() else sorted(root.rglob(source.table))
-        paths = [path for path in paths if path.is_file()]
-        if not paths:
-            raise DataError(
-                f"There is no table {source.table} under {root}, where the column {source.column!r} would be."
-            )
-        found = _listed(cases, source, paths)
+        found = _listed(cases, source, tables)
     classes = {name: meaning[value] for name, value in found.items() if value in meaning}
     if len(set(classes.values())) < 2:
-        seen = sorted({value for value in found.values() if value})[:6]
+        seen = listing(sorted({value for value in found.values() if value}))
         raise DataError(f"Classification needs two classes at least; {len(classes)} of {len(cases)} cases are one of "
-                        f"{', '.join(source.classes)}; the values found are {', '.join(seen) or 'none'}.")  # fmt: skip
+                        f"{', '.join(source.classes)}; the values found are {seen}.")  # fmt: skip
     return classes

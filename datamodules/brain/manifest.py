@@ -14,25 +14,46 @@ from typing import Any
 from common.errors import DataError
 from common.modalities import canonical_name
 from common.pseudonyms import public_name
-from datamodules.brain.sequences import patient_of, split_name
-from datamodules.files import read_json
+from datamodules.brain.sequences import split_name
+from datamodules.files import read_json, short
 from datamodules.ids import check_subjects
 from datamodules.listed_files import path_under
-from datamodules.volumes.cases import Case
+from datamodules.registry import Evidence, Listing, described
+from datamodules.tree import Tree
+from datamodules.volumes.cases import Case, patient_of
 
 NAME = "datalist.json"
 _PUBLISHED = "dataset_*.json"
 _SPLITS = {"training": "train", "validation": "val", "test": "test", "testing": "test"}
 
 
-def find_manifest(root: Path) -> list[Case]:
-    """List the studies of the manifests under a root; empty where there is none.
+def _manifests(tree: Tree) -> list[Path]:
+    """Return the files that are manifests: of the published ones, those that list studies and describe nothing else."""
+    if tree.is_file(NAME):
+        return [tree / NAME]
+    return [path for path in tree.glob(_PUBLISHED) if _lists_studies(described(tree, path.name, "training"))]
+
+
+def _lists_studies(content: Mapping[str, Any] | None) -> bool:
+    studies = (content or {}).get("training")
+    listed = isinstance(studies, list) and all(isinstance(entry, dict) and "image" in entry for entry in studies)
+    return listed and bool(studies) and "BIDSVersion" not in (content or {})
+
+
+def find_manifest(tree: Tree) -> Listing:
+    """List the studies of the manifests of a tree; none where there is no manifest.
 
     Raises:
         DataError: a manifest is no such JSON, or names paths outside the root.
     """
-    files = [root / NAME] if (root / NAME).is_file() else sorted(root.glob(_PUBLISHED))
-    return [case for path in files for case in read_manifest(path, root)]
+    files = _manifests(tree)
+    return Listing([case for path in files for case in read_manifest(path, tree.root)], tables=[p.name for p in files])
+
+
+def recognise_manifest(tree: Tree) -> Evidence:
+    """Say whether a tree has a manifest."""
+    files = _manifests(tree)
+    return Evidence(3, files[0].name) if files else Evidence(0, missing=NAME)
 
 
 def read_manifest(path: Path, root: Path) -> list[Case]:
@@ -79,7 +100,7 @@ def _listed_images(entry: Any, where: str) -> list[tuple[str, str]]:
         raise DataError(f'{where} needs "image": a mapping of sequence to path, or a list of paths.')
     for name in ("study", "patient", "source", "label"):
         if not isinstance(entry.get(name), str | None):
-            raise DataError(f"{where}: {name} must be one text, and is {str(entry[name])[:40]!r}.")
+            raise DataError(f"{where}: {name} must be one text, and is {short(str(entry[name]))!r}.")
     return named
 
 

@@ -1,24 +1,12 @@
-"""What the file names of brain archives say: the study, whose it is, and the sequence."""
+"""What the file names of brain archives say: the study and the sequence."""
 
-import re
 from pathlib import Path
 
-from datamodules.members import REFUSED, VOLUMES, is_member, suffix_of
+from datamodules.members import REFUSED, VOLUMES, suffix_of
 
 SUFFIXES = (*VOLUMES, *REFUSED)
 #: Endings that say how a file was made, not what it shows.
 _ENDINGS = ("_bias", "_unstripped")
-
-_PATIENT = re.compile(
-    r"(BraTS-[A-Z]+-\d+(?=-\d{3}$)|UCSF-PDGM-\d+(?=(_FU\d+d)?(_nifti)?$)|UPENN-GBM-\d+(?=_\d+$)"
-    r"|IXI\d+(?=-(Guys|HH|IOP)-\d+$)|sub-strokecase\d+(?=_ses-\d+$))",
-    re.IGNORECASE,
-)
-
-
-def is_volume(path: Path) -> bool:
-    """Whether a file is a volume by its name, and none of the shadow files (``._*``) that macOS leaves behind."""
-    return is_member(path.name, SUFFIXES, path.parent)
 
 
 def split_name(path: Path) -> tuple[str, str]:
@@ -31,9 +19,3 @@ def split_name(path: Path) -> tuple[str, str]:
         stem = stem.removesuffix(ending)
     cut = max(stem.rfind("-"), stem.rfind("_"))
     return stem[: max(cut, 0)], stem[cut + 1 :]
-
-
-def patient_of(study: str) -> str:
-    """Return the patient that a study's name says, without its visit; the study where the name is none we know."""
-    match = _PATIENT.match(study)
-    return match.group(1) if match else study

@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from common.errors import DataError
 from common.pseudonyms import public_name
 from common.types import InputSpec
 from datamodules.brain.archive import BrainArchiveDataModule
-from datamodules.brain.labels import LabelSource, read_classes
+from datamodules.brain.labels import LabelSource, label_tables, read_classes
 from datamodules.loading import ResumableLoader
 from datamodules.volumes.cases import Case, Layout
 from datamodules.volumes.modalities import with_modalities
@@ -92,7 +91,10 @@ class BrainClassDataModule(BrainTaskDataModule):
         return replace(settled, preprocessing=preparation)
 
     def _read_targets(self) -> dict[str, int] | None:
-        return read_classes(self.cases, self._source, Path(self.root))
+        assert self.archive is not None
+        tables = label_tables(self._source, self.archive.tree)
+        self.archive.tables = [*self.archive.tables, *map(str, tables)]
+        return read_classes(self.cases, self._source, tables)
 
     @property
     def input_spec(self) -> InputSpec:

@@ -21,15 +21,15 @@ from datamodules.controls import read_control
 from datamodules.genetics.checks import examine
 from datamodules.genetics.genome import Genome, GenomeFiles, pair_persons, read_genome
 from datamodules.genetics.kinship import read_kinship
-from datamodules.genetics.layout import Picture, PictureLayout
 from datamodules.ids import join_ids, mending
 from datamodules.images.cache import BoxChoice, ImageCache, SourceImages
 from datamodules.images.crops import center_box, cut_box, random_box
 from datamodules.images.datamodule import ImageArchiveDataModule
-from datamodules.images.reading import CHANNELS, per_channel
+from datamodules.images.pictures import Picture, pictures_of
+from datamodules.images.reading import CHANNELS, COLOUR, ImageReader, per_channel
 from datamodules.images.values import ImageError
 from datamodules.loading import Draw
-from datamodules.registry import PICTURE_LAYOUTS, recognise
+from datamodules.registry import Archive
 from datamodules.splits import SPLITS, assign_splits, relatives_together
 
 #: Mean and standard deviation of ImageNet's channels.
@@ -101,7 +101,7 @@ class Lesions(NamedTuple):
 
     Attributes:
         files: The mask of an image, by the image's file.
-        reader: See :class:`datamodules.genetics.layout.PictureLayout`.
+        reader: See :class:`datamodules.registry.Facts`.
         shorter_side: Shorter side in pixels at which it reads.
     """
 
@@ -252,6 +252,12 @@ class ImageGenomeDataset(FaultTolerantDataset):
         return read_control(sample, draw, self.controls, read)
 
 
+def _reader_of(archive: Archive) -> ImageReader:
+    """Return how an archive's files become pixels."""
+    reader: ImageReader = archive.facts.reader or COLOUR
+    return reader
+
+
 def collate_images(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Join samples, and note whether all of them have every kind of genetics: no step then has to look."""
     complete = all(bool(sample["modality_mask"].all()) for sample in samples)
@@ -362,11 +368,15 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         self._step = genotype_step
         self._split = (split_fractions, split_seed, split_file)
         self._kinship = kinship
-        self._layout: PictureLayout | None = None
         self._lesions: Lesions | None = None
         self.genome: Genome | None = None
 
-    def index(self) -> PictureLayout:
+    @property
+    def needs(self) -> frozenset[str]:
+        """Images; genetics if the archive has them."""
+        return frozenset({"images"})
+
+    def index(self) -> Archive:
         """Recognise the layout, list and split the images, read the genetics and fit their statistics.
 
         Reads names and tables, and the genotypes; no image.
@@ -374,8 +384,9 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         Raises:
             DataError: unknown layout, a person in two splits, persons that do not join, and the like.
         """
-        if self._layout is None:
-            layout, pictures = recognise(self.root, self._layout_name, PICTURE_LAYOUTS)
+        if self.archive is None:
+            archive = self.open(self.root, self._layout_name)
+            facts, pictures = archive.facts, pictures_of(archive)
             parts = assign_splits(pictures, *self._split)
             if self._kinship is not None:
                 parts = self._without_relatives(pictures, parts)
@@ -383,19 +394,19 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
             parts = self.place(pictures, parts, seeded, self._split)
             pictures = [picture for picture in pictures if picture.case_id in parts]
             split_of = {picture.patient_id: parts[picture.case_id] for picture in pictures}
-            persons = self._join(layout, split_of) if self.genetics else {}
+            persons = self._join(archive, split_of) if self.genetics else {}
             samples = self._samples(pictures, persons)
-            if layout.read_lesion is not None:
+            if facts.read_lesion is not None:
                 masks = {picture.image: picture.lesion for picture in pictures if picture.lesion is not None}
-                self._lesions = Lesions(masks, layout.read_lesion, self._cache_side)
+                self._lesions = Lesions(masks, facts.read_lesion, self._cache_side)
             self.splits = {
                 name: [sample for sample in samples if split_of[sample.patient_id] == name] for name in SPLITS
             }
             self._fit()
             self.ledger.num_samples = len(samples)
-            self.store = self.make_store(layout.reader)
-            self._layout = layout
-        return self._layout
+            self.store = self.make_store(_reader_of(archive))
+            self.archive = archive
+        return self.archive
 
     def _without_relatives(self, pictures: Sequence[Picture], parts: dict[str, str]) -> dict[str, str]:
         """Move persons until nobody has a relative in another split.
@@ -413,17 +424,19 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
             raise DataError("Everyone is related to someone who is held out, so nobody is left to train on.")
         return together
 
-    def _join(self, layout: PictureLayout, split_of: dict[str, str]) -> dict[str, str]:
+    def _join(self, archive: Archive, split_of: dict[str, str]) -> dict[str, str]:
         """Read the genetics, and return whose belong to each patient.
 
         Raises:
             DataError: no patient is a person of the genetics.
         """
-        root = Path(self.root).expanduser()
-        files = self._files if self._files.any else layout.files(root)
+        root, facts = archive.tree.root, archive.facts
+        files = self._files
+        if not files.any and facts.genome_files is not None:
+            files = facts.genome_files(archive.tree)
         if self._step is not None:
             files = GenomeFiles(**{**files.__dict__, "step": self._step})
-        kinds = layout.kinds(root) if layout.kinds is not None and not self._files.any else []
+        kinds = facts.genome_kinds(archive.tree) if facts.genome_kinds is not None and not self._files.any else []
         if not files.any and not kinds:
             if self.pairing == "id":
                 raise DataError(f"data.pairing is 'id', but no genotypes, scores or burden table lie under {root}: "
@@ -435,9 +448,10 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         self.genome = read_genome(files, root, self._clip, training)
         self.genome.kinds += kinds
         known = self.genome.persons
-        synthetic = self.pairing == "synthetic" or (self.pairing == "auto" and not layout.named)
+        synthetic = self.pairing == "synthetic" or (self.pairing == "auto" and not facts.named)
         if synthetic:
-            say(f"note: {layout.name} and these genetics are of different people, so their pairing is synthetic")
+            name = archive.layout.name
+            say(f"note: {name} and these genetics are of different people, so their pairing is synthetic")
             return pair_persons(split_of, known, self._split[1])
         joined = join_ids(split_of, known)
         if not joined.found:
@@ -483,14 +497,13 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
     @property
     def input_spec(self) -> InputSpec:
         """Channels, image size, genetics and preprocessing of the batches."""
-        layout = self.index()
         preprocessing: dict[str, Any] = {
-            "layout": layout.name,
+            "layout": self.index().layout.name,
             "intensity": "colour in [0, 1], minus mean, over std",
             "mean": list(self.mean),
             "std": list(self.std),
             "resize": "bicubic, antialiased",
-            "field": layout.reader.name,
+            "field": _reader_of(self.index()).name,
         }
         if self.genome is not None:
             preprocessing["genome"] = self.genome.fingerprint()
@@ -528,7 +541,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         Raises:
             DataError: no image can be used.
         """
-        layout, counts = self.index(), self.admit(stage)
+        layout, counts = self.index().layout, self.admit(stage)
         size = "x".join(map(str, self.image_size))
         say(f"data: {layout.name} at {self.root}, samples {counts}, images {size}, "
             + (f"genetics: {self.genome.describe()}" if self.genome else "no genetics"))  # fmt: skip
@@ -579,6 +592,6 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
 
     def examine(self, deep: bool, workers: int) -> list[str]:
         """Print a report on the archive and return the reasons why training would refuse it."""
-        layout = self.index()
+        layout = self.index().layout
         terms = self.terms(self.paths_in_use(), self.draws_per_image)
         return examine(layout.name, self.genome, terms, deep, workers)

@@ -20,7 +20,7 @@ from common.errors import DataError
 from common.pseudonyms import public_name
 from common.runtime.reporting import contents
 from datamodules.files import optional_reader
-from datamodules.tables import read_words, whole_numbers
+from datamodules.tables import read_positions, read_words
 
 #: Counts of an allele, 0 to 2, where it was not called.
 MISSING = -127
@@ -73,7 +73,7 @@ class BedFile(GenotypeFile):
             if not path.is_file():
                 raise DataError(f"PLINK genotypes are three files, and {path} is missing.")
         self.variants = read_words(tables["bim"], ["chrom", "id", "cm", "pos", "counted", "other"])
-        self.variants["pos"] = whole_numbers(self.variants["pos"])
+        self.variants["pos"] = read_positions(tables["bim"], self.variants["pos"])
         self.variants["chrom"] = self.variants["chrom"].map(plain_chromosome)
         self.variants = self.variants[_VARIANT_COLUMNS]
         self.ids = read_words(tables["fam"], ["family", "person"])["person"].tolist()

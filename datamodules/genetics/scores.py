@@ -13,9 +13,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from common.errors import DataError
-from datamodules.files import read_matrix, read_text
+from datamodules.files import listing, read_matrix, read_text
 from datamodules.genetics.genotypes import Genotypes, allele_frequencies, plain_chromosome
-from datamodules.tables import finite_numbers, parse_table, read_words, whole_numbers
+from datamodules.tables import parse_table, read_numbers, read_positions, read_words
 
 _COMPLEMENT = str.maketrans("ACGT", "TGCA")
 _UNSUPPORTED = ("is_haplotype", "is_diplotype", "is_interaction")
@@ -79,21 +79,23 @@ def read_score(path: Path, build: str = "") -> Score:
     if not {"effect_allele", "effect_weight"} <= set(table.columns):
         raise DataError(
             f"{path} is no scoring file of the PGS Catalog: it needs the columns effect_allele and effect_weight, and "
-            f"has {', '.join(table.columns[:8])}."
+            f"has {listing(table.columns)}."
         )
     given, harmonised = normal_build(header.get("genome_build", "")), normal_build(header.get("HmPOS_build", ""))
     moved = bool(build) and harmonised == build and {"hm_chr", "hm_pos"} <= set(table.columns)
     names = ("hm_chr", "hm_pos") if moved else ("chr_name", "chr_position")
     simple = ~_any_true(table, _UNSUPPORTED)
     left_out, table = int((~simple).sum()), table[simple]
-    weight = finite_numbers(path, table["effect_weight"], "weights")
+    weight = read_numbers(path, table["effect_weight"], "weights")
+    if weight.isna().any():
+        raise DataError(f"{path} has {int(weight.isna().sum())} rows without a weight: leave them out or correct them.")
     dominant, recessive = _any_true(table, ["is_dominant"]), _any_true(table, ["is_recessive"])
     other = next((name for name in ("other_allele", "hm_inferOtherAllele") if name in table.columns), None)
     variants = pd.DataFrame(
         {
             "id": _column(table, "rsID"),
             "chrom": _column(table, names[0]).map(plain_chromosome),
-            "pos": whole_numbers(_column(table, names[1])),
+            "pos": read_positions(path, _column(table, names[1])),
             "effect": table["effect_allele"].str.upper(),
             "other": _column(table, other or "").str.upper(),
             "weight": weight,
@@ -271,11 +273,11 @@ def read_score_table(path: Path) -> tuple[list[str], NDArray[np.float32]]:
     scores = [name for name in table.columns if not name.startswith(("NAMED", "ALLELE"))]
     value = next((name for end in ("_AVG", "_SUM") for name in scores if name.endswith(end)), None)
     if "IID" not in table.columns or value is None:
-        raise DataError(f"{path} is no score of plink2: it has {', '.join(table.columns[:12])}.")
+        raise DataError(f"{path} is no score of plink2: it has {listing(table.columns)}.")
     ids = table["IID"].tolist()
     if len(set(ids)) != len(ids):
         raise DataError(f"{path} lists a person twice.")
-    return ids, pd.to_numeric(table[value], errors="coerce").to_numpy(dtype=np.float32)
+    return ids, read_numbers(path, table[value], "scores").to_numpy(dtype=np.float32)
 
 
 def join_scores(

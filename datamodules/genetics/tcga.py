@@ -4,7 +4,6 @@ Two layouts of tables are read: ``all_dataset.csv`` and ``grade_data.csv`` of Pa
 ``tcga_gbmlgg_all_clean.csv`` (or its ``.zip``) of PORPOISE.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,15 @@ import pandas as pd
 
 from common.errors import DataError
 from common.pseudonyms import public_name
+from datamodules.files import listing, short
 from datamodules.genetics.genome import Kind
-from datamodules.genetics.layout import Picture, PictureLayout
 from datamodules.ids import check_labels, join_ids
+from datamodules.images.pictures import Picture
 from datamodules.images.reading import COLOUR
 from datamodules.labelled.layout import LabelLayout, LabelledImage
+from datamodules.registry import Facts, Layout, marked
 from datamodules.tables import read_table
+from datamodules.tree import Tree
 
 #: A patient's name is this much of a file's.
 PATIENT_LENGTH = 12
@@ -38,10 +40,6 @@ _FACTS = (
 )  # fmt: skip
 
 
-def _first(root: Path, patterns: Sequence[str]) -> Path | None:
-    return next((path for pattern in patterns for path in sorted(root.glob(pattern))), None)
-
-
 def _patients(path: Path, table: pd.DataFrame) -> pd.Series:
     """Return the patient of each row.
 
@@ -54,7 +52,7 @@ def _patients(path: Path, table: pd.DataFrame) -> pd.Series:
     raise DataError(f"{path} has neither a column TCGA ID nor case_id.")
 
 
-def read_omics(root: Path, rnaseq: bool = False) -> Kind:
+def read_omics(root: Tree, rnaseq: bool = False) -> Kind:
     """Read the omics of patients: copy numbers and mutations, and with ``rnaseq`` the expression of genes.
 
     The first row of a patient counts.
@@ -62,7 +60,7 @@ def read_omics(root: Path, rnaseq: bool = False) -> Kind:
     Raises:
         DataError: there is no table, or no measurement in it.
     """
-    path = _first(root, _TABLES)
+    path = root.first(*_TABLES)
     if path is None:
         raise DataError(f"There are no omics under {root}: looked for {', '.join(name[3:] for name in _TABLES)}.")
     table = read_table(path)
@@ -78,15 +76,15 @@ def read_omics(root: Path, rnaseq: bool = False) -> Kind:
     return Kind("omics", patients.tolist(), names, values, "z_score")
 
 
-def regions(root: Path) -> list[Path]:
+def regions(root: Tree) -> list[Path]:
     """List the regions of slides under a root, cut ones if there are any."""
-    folder = _first(root, _FOLDERS)
-    return sorted(folder.glob("*.png")) if folder is not None else []
+    folder = root.first(*_FOLDERS)
+    return [root / file.name for file in root.listed(folder) if file.suffix == ".png"] if folder is not None else []
 
 
-def find_tcga(root: Path) -> list[Picture]:
+def find_tcga(root: Tree) -> list[Picture]:
     """List the regions; empty where there is none, or no omics."""
-    if _first(root, _TABLES) is None:
+    if root.first(*_TABLES) is None:
         return []
     return [Picture(path.stem, path.name[:PATIENT_LENGTH].upper(), path) for path in regions(root)]
 
@@ -99,23 +97,23 @@ class TCGAGrade(LabelLayout):
     reader = COLOUR
     classes = GRADES
 
-    def find(self, root: Path) -> list[LabelledImage]:
+    def _find(self, root: Tree) -> list[LabelledImage]:
         """List the regions whose patient has a grade.
 
         Raises:
             DataError: the table is missing or damaged, a grade is none, or no region has one.
         """
-        path = _first(root, ("**/grade_data.csv",))
+        path = root.first("**/grade_data.csv")
         if path is None:
             raise DataError(f"There is no grade_data.csv under {root} ({self.tree}).")
         table = read_table(path)
         if "Grade" not in table.columns:
-            raise DataError(f"{path} has no column Grade; it has {', '.join(table.columns)}.")
+            raise DataError(f"{path} has no column Grade; it has {listing(table.columns)}.")
         grades: dict[str, int] = {}
         for patient, text in zip(_patients(path, table), table["Grade"], strict=True):
             if text and text not in _GRADES:
                 raise DataError(
-                    f"{path} gives {public_name(patient)} the grade {text!r}; known are 2, 3 and 4, or nothing."
+                    f"{path} gives {public_name(patient)} the grade {short(text)!r}; known are 2, 3 and 4, or nothing."
                 )
             if text and grades.setdefault(patient, _GRADES[text]) != _GRADES[text]:
                 raise DataError(f"{path} gives {public_name(patient)} two grades.")
@@ -133,15 +131,15 @@ class TCGAGrade(LabelLayout):
         return found
 
 
-def _kinds(root: Path) -> list[Kind]:
+def _kinds(root: Tree) -> list[Kind]:
     return [read_omics(root)]
 
 
-TCGA = PictureLayout(
+TCGA = Layout(
     name="tcga_gbmlgg",
     tree="ROOT/**/{all_st,all_st_patches_512,all_st_examples/imgs}/{slide}_{n}.png and a table of omics",
     find=find_tcga,
-    reader=COLOUR,
-    named=True,
-    kinds=_kinds,
+    evidence=marked(_FOLDERS, _TABLES),
+    facts=Facts(reader=COLOUR, named=True, genome_kinds=_kinds),
+    tables=(*_TABLES, "**/grade_data.csv"),
 )

@@ -121,6 +121,10 @@ class ImageArchiveDataModule(ArchiveDataModule):
             if path in known
         ]
 
+    def used_files(self) -> Iterable[tuple[str, Path]]:
+        """Yield the images of all splits."""
+        return (("image", path) for path in self.paths_in_use())
+
     def admit(self, stage: str) -> str:
         """Put what is broken into the ledger, and return how many cases each split has.
 
@@ -134,6 +138,7 @@ class ImageArchiveDataModule(ArchiveDataModule):
                             f"{self.ledger.describe()}")  # fmt: skip
         if stage == "fit" and not self.splits["val"]:
             say("note: the val split is empty, so nothing will be measured and there will be no best checkpoint")
+        self.keep_account(stage)
         return ", ".join(f"{len(part)} {name}" for name, part in self.splits.items() if part)
 
     def _usable(self, cases: Iterable[Any]) -> list[Any]:

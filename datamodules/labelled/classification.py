@@ -23,7 +23,7 @@ from datamodules.images.crops import center_box, random_box
 from datamodules.images.datamodule import ImageArchiveDataModule
 from datamodules.images.reading import CHANNELS, GRAY, per_channel, plain_numbers
 from datamodules.labelled.checks import examine
-from datamodules.labelled.layout import LabelLayout, LabelledImage
+from datamodules.labelled.layout import LabelLayout, LabelledImage, as_archive
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.splits import (
     SPLITS,
@@ -34,6 +34,7 @@ from datamodules.splits import (
     nested_fraction,
     seeded_split,
 )
+from datamodules.tree import Tree
 
 #: One value for every channel, or one each.
 Channelwise = float | tuple[float, float, float]
@@ -254,9 +255,7 @@ class LabelledImageDataModule(ImageArchiveDataModule):
             DataError: not the layout, missing columns, a patient in two splits, and the like.
         """
         if not self.splits:
-            root = Path(self.root).expanduser()
-            if not root.is_dir():
-                raise DataError(f"The data root {root} is not a folder.")
+            root = Tree(self.root)
             images = self.labels.find(root)
             if not images:
                 raise DataError(f"{root} holds no labelled image of {self.labels.name} ({self.labels.tree}).")
@@ -277,6 +276,7 @@ class LabelledImageDataModule(ImageArchiveDataModule):
             self.ledger.num_samples = sum(map(len, splits.values()))
             self.images, self.splits = images, splits
             self.store = self.make_store(self.labels.reader)
+            self.archive = as_archive(self.labels, root, images)
         return self.labels
 
     def _parts(self, images: Sequence[LabelledImage], strata: Mapping[str, str]) -> dict[str, str]:

@@ -11,10 +11,12 @@ from typing import Literal, get_args
 
 from common.errors import DataError
 from common.pseudonyms import public_name
+from datamodules.files import listing, short
 from datamodules.ids import check_subjects
 from datamodules.labelled.layout import LabelLayout, LabelledImage, need_columns, need_file
 from datamodules.splits import patients_of_files
 from datamodules.tables import read_table
+from datamodules.tree import Tree
 
 Task = Literal["covid", "viral"]
 _CLASSES = {"covid": ("COVID-19",), "viral": ("viral",)}
@@ -51,7 +53,7 @@ class CovidFindings(LabelLayout):
         self.task, self.views = task, tuple(views)
         self.classes = _CLASSES[task]
 
-    def find(self, root: Path) -> list[LabelledImage]:
+    def _find(self, root: Tree) -> list[LabelledImage]:
         """List the images that the task is about.
 
         Raises:
@@ -69,19 +71,19 @@ class CovidFindings(LabelLayout):
         table = table.assign(patient=patients_of_files(table["filename"].tolist(), table["patientid"].tolist()))
         found: dict[str, LabelledImage] = {}
         for row in table.to_dict("records"):
-            image = self._image(root, path, row)
+            image = self._image(root.root, path, row)
             if image is None:
                 continue
             known = found.setdefault(image.case_id, image)
             if known.targets != image.targets:
                 raise DataError(f"{path} lists {public_name(image.case_id)} with findings that disagree, such as "
-                                f"{row['finding']}.")  # fmt: skip
+                                f"{short(row['finding'])}.")  # fmt: skip
             found[image.case_id] = known._replace(group=known.group or image.group)
         if not found:
-            present = ", ".join(f"{view or 'blank'} ({count})" for view, count in table["view"].value_counts().items())
+            present = listing(f"{view or 'blank'} ({count})" for view, count in table["view"].value_counts().items())
             raise DataError(
                 f"{path} lists no X-ray of the views {', '.join(self.views)} with a finding of the task {self.task}; "
-                f"the views of its X-rays are {present or 'none'}."
+                f"the views of its X-rays are {present}."
             )
         return list(found.values())
 

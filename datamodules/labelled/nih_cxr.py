@@ -7,11 +7,13 @@ import pandas as pd
 
 from common.errors import DataError
 from common.pseudonyms import public_name
-from datamodules.files import listed_names
+from datamodules.files import listed_names, short
 from datamodules.ids import check_subjects
-from datamodules.labelled.layout import LabelLayout, LabelledImage, need_columns, need_file
+from datamodules.labelled.layout import LabelLayout, LabelledImage, labelled_set, need_columns, need_file
 from datamodules.labelled.tables import column_names, files_under
+from datamodules.registry import marked
 from datamodules.tables import read_table
+from datamodules.tree import Tree
 
 CLASSES = (
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
@@ -33,7 +35,7 @@ class NIHChestXray14(LabelLayout):
     tree = "ROOT/{Data_Entry_2017_v2020.csv, images/ or images_001/images/ ... [, train_val_list.txt, test_list.txt]}"
     classes = CLASSES
 
-    def find(self, root: Path) -> list[LabelledImage]:
+    def _find(self, root: Tree) -> list[LabelledImage]:
         """List the images of the table.
 
         Raises:
@@ -48,7 +50,7 @@ class NIHChestXray14(LabelLayout):
         targets = _targets(path, table)
         splits = _splits(root)
         images = root / "images"
-        places = {file.name: file for file in files_under([images, *sorted(root.glob("images_*/images"))], [".png"])}
+        places = {file.name: file for file in files_under(root, ["images", *root.glob("images_*/images")], [".png"])}
         rows = zip(names, table["Patient ID"].tolist(), targets, strict=True)
         return [
             LabelledImage(name, patient, places.get(name, images / name), found, splits.get(name))
@@ -67,22 +69,22 @@ def _targets(path: Path, table: pd.DataFrame) -> list[tuple[float, ...]]:
         findings = [finding.strip() for finding in text.split("|")]
         unknown = [finding for finding in findings if finding not in (*CLASSES, _NONE)]
         if unknown:
-            image = table.loc[table["Finding Labels"] == text, "Image Index"].iloc[0]
+            image = short(table.loc[table["Finding Labels"] == text, "Image Index"].iloc[0])
             raise DataError(
-                f"{path} gives {public_name(image)} the finding {unknown[0]!r}; known are {_NONE} and "
+                f"{path} gives {public_name(image)} the finding {short(unknown[0])!r}; known are {_NONE} and "
                 f"{', '.join(CLASSES)}."
             )
         meaning[text] = tuple(float(name in findings) for name in CLASSES)
     return [meaning[text] for text in table["Finding Labels"].tolist()]
 
 
-def _splits(root: Path) -> dict[str, str]:
+def _splits(root: Tree) -> dict[str, str]:
     """Return the split of each image by the official lists; empty where there are none.
 
     Raises:
         DataError: one list is missing, or an image is in both.
     """
-    there = {split: root / name for split, name in _LISTS.items() if (root / name).is_file()}
+    there = {split: root / name for split, name in _LISTS.items() if root.is_file(name)}
     if not there:
         return {}
     missing = [name for split, name in _LISTS.items() if split not in there]
@@ -94,3 +96,6 @@ def _splits(root: Path) -> dict[str, str]:
         raise DataError(f"{len(both)} images are in both {' and '.join(_LISTS.values())} of {root}, first "
                         f"{public_name(min(both))}.")  # fmt: skip
     return {name: split for split, names in listed.items() for name in names}
+
+
+NIH_CXR14 = labelled_set("nih_cxr14", NIHChestXray14(), marked(_TABLES), [*_TABLES, *_LISTS.values()])

@@ -11,11 +11,13 @@ from PIL import Image
 
 from common.errors import DataError
 from common.pseudonyms import public_name
-from datamodules.genetics.layout import Picture, PictureLayout
+from datamodules.images.pictures import Picture
 from datamodules.images.reading import COLOUR, FORMATS, FUNDUS, cut_to_field_of_view, read_header
 from datamodules.images.values import ImageError
 from datamodules.labelled.layout import LabelLayout, LabelledImage
 from datamodules.labelled.tables import files_under
+from datamodules.registry import Facts, Layout, marked
+from datamodules.tree import Tree
 
 #: What is segmented, in the order of the channels.
 STRUCTURES = ("disc", "atrophy")
@@ -25,20 +27,20 @@ _MASKS = {"disc": "**/Disc_Masks", "atrophy": "**/Lesion_Masks/Atrophy"}
 _TOLERANCE = 16
 
 
-def palm_images(root: Path) -> list[Path]:
+def palm_images(root: Tree) -> list[Path]:
     """List the photographs: names of one letter (H, N, P, V or T) and four digits."""
     found = []
-    for path in files_under([root], _SUFFIXES):
+    for path in files_under(root, [""], _SUFFIXES):
         stem = path.stem.upper()
         if len(stem) == 5 and stem[0] in "HNPVT" and stem[1:].isdigit() and "Masks" not in str(path.parent):
             found.append(path)
     return found
 
 
-def palm_masks(root: Path) -> dict[str, dict[str, Path]]:
+def palm_masks(root: Tree) -> dict[str, dict[str, Path]]:
     """Return the masks of each structure by the name of their image."""
     return {
-        name: {path.stem.upper(): path for folder in sorted(root.glob(pattern)) for path in sorted(folder.iterdir())}
+        name: {file.stem.upper(): root / file.name for folder in root.glob(pattern) for file in root.listed(folder)}
         for name, pattern in _MASKS.items()
     }
 
@@ -81,7 +83,7 @@ class PALMStructures(LabelLayout):
     reader = COLOUR
     classes = STRUCTURES
 
-    def find(self, root: Path) -> list[LabelledImage]:
+    def _find(self, root: Tree) -> list[LabelledImage]:
         """List the photographs with a mask of the disc; each is a patient.
 
         Raises:
@@ -100,7 +102,7 @@ class PALMStructures(LabelLayout):
         return found
 
 
-def find_palm(root: Path) -> list[Picture]:
+def find_palm(root: Tree) -> list[Picture]:
     """List the photographs; empty where there are no masks of discs.
 
     Raises:
@@ -131,10 +133,10 @@ def read_atrophy(mask: Path, image: Path, shorter_side: int) -> NDArray[np.uint8
     return cut_to_field_of_view(read_structure(mask, read_header(image)), image, shorter_side)
 
 
-PALM = PictureLayout(
+PALM = Layout(
     name="palm",
     tree=PALMStructures.tree,
     find=find_palm,
-    reader=FUNDUS,
-    read_lesion=read_atrophy,
+    evidence=marked("**/Disc_Masks"),
+    facts=Facts(reader=FUNDUS, read_lesion=read_atrophy),
 )

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from common.errors import DataError
 from common.pseudonyms import public_name
 from datamodules.images.values import ImageError
-from datamodules.labelled.layout import LabelLayout, LabelledImage, need_columns, need_file
+from datamodules.labelled.layout import LabelLayout, LabelledImage, labelled_set, need_columns, need_file
 from datamodules.labelled.tables import column_names, files_under
+from datamodules.registry import marked
 from datamodules.tables import read_table
+from datamodules.tree import Tree
 
 #: In place of a code: there is no region.
 NO_REGION = "-1"
@@ -34,7 +36,7 @@ class SIIMPneumothorax(LabelLayout):
     )
     classes = ("Pneumothorax",)
 
-    def find(self, root: Path) -> list[LabelledImage]:
+    def _find(self, root: Tree) -> list[LabelledImage]:
         """List the images of the table; a study is a patient, and so is an image that lies in none.
 
         Raises:
@@ -52,7 +54,7 @@ class SIIMPneumothorax(LabelLayout):
             codes.setdefault(name, []).extend([] if code == NO_REGION else [code])
         tree = root / _DICOM
         places: dict[str, Path] = {}
-        for file in files_under([tree, root / _FLAT], [".dcm", ".png", ".jpg"]):
+        for file in files_under(root, [_DICOM, _FLAT], [".dcm", ".png", ".jpg"]):
             places.setdefault(file.stem, file)
         return [_image(name, places.get(name, tree / f"{name}.dcm"), tree, masks) for name, masks in codes.items()]
 
@@ -114,3 +116,6 @@ def encode_runs(mask: NDArray) -> str:
     inside = np.concatenate([[False], mask.T.ravel() != 0, [False]])
     edges = np.flatnonzero(inside[1:] != inside[:-1])
     return " ".join(map(str, np.diff(edges, prepend=0).tolist())) or NO_REGION
+
+
+SIIM = labelled_set("siim_pneumothorax", SIIMPneumothorax(), marked(_TABLES, (_DICOM, _FLAT)), _TABLES)

@@ -1,6 +1,5 @@
 """What the layouts of labelled images share: a column of labels, a column of file names, and where files lie."""
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pandas as pd
 from common.errors import DataError
 from common.pseudonyms import public_name
 from datamodules.labelled.layout import label_value
-from datamodules.members import is_member
+from datamodules.tree import Tree
 
 _FILE_NAME = r"\w[\w.-]*"
 
@@ -50,10 +49,7 @@ def column_names(path: Path, table: pd.DataFrame, column: str) -> list[str]:
     return table[column].tolist()
 
 
-def files_under(folders: Iterable[Path], suffixes: Sequence[str]) -> Iterator[Path]:
-    """Yield the files of some suffixes under some folders, in one order; a folder may be absent."""
+def files_under(tree: Tree, folders: Iterable[str | Path], suffixes: Sequence[str]) -> Iterator[Path]:
+    """Yield the files of some suffixes under some folders of a tree, in one order; a folder may be absent."""
     for folder in folders:
-        for place, below, names in os.walk(folder):
-            below.sort()
-            parent = Path(place)
-            yield from (parent / name for name in sorted(names) if is_member(name, suffixes, place))
+        yield from (tree / file.name for file in tree.under(folder, suffixes))

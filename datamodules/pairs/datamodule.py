@@ -238,7 +238,7 @@ class PairDataModule(TextArchiveDataModule):
         self.shown, self.test_split = shown, test_split
 
     @abstractmethod
-    def find(self, root: Path) -> dict[str, list[Any]]:
+    def find(self, root: str) -> dict[str, list[Any]]:
         """List the pairs of train, val and test. Reads names and tables, no image.
 
         Raises:
@@ -269,12 +269,9 @@ class PairDataModule(TextArchiveDataModule):
             DataError: no such root, nothing to train on, and as :meth:`find`.
         """
         if not self.splits:
-            root = Path(self.root).expanduser()
-            if not root.is_dir():
-                raise DataError(f"The data root {root} is not a folder.")
-            splits = self._place_splits(self.find(root))
+            splits = self._place_splits(self.find(self.root))
             if not splits["train"]:
-                raise DataError(f"The training split of {root} is empty.")
+                raise DataError(f"The training split of {self.root} is empty.")
             self.ledger.num_samples = sum(map(len, splits.values()))
             self.splits = splits
             self.store = self.make_store(FIGURE)

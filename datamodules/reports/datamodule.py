@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,12 +25,11 @@ from datamodules.images.cache import BoxChoice, ImageCache, SourceImages
 from datamodules.images.crops import center_box, random_box
 from datamodules.images.reading import CHANNELS, FIGURE, GRAY, per_channel, plain_numbers
 from datamodules.loading import Draw
-from datamodules.registry import STUDY_LAYOUTS, recognise
+from datamodules.registry import Archive, Settings
 from datamodules.reports.archive import TextArchiveDataModule
 from datamodules.reports.checks import examine
-from datamodules.reports.manifest import MANIFEST, find_manifest
-from datamodules.reports.studies import Study, StudyLayout
-from datamodules.reports.text import ReportError, read_report
+from datamodules.reports.studies import Study, studies_of
+from datamodules.reports.text import Extract, ReportError, extract_of, study_text
 from datamodules.reports.tokens import Kind, ReportTokenizer
 from datamodules.splits import SPLITS, assign_splits
 
@@ -119,28 +117,16 @@ def samples_of(studies: Sequence[Study], pair: str, views: Sequence[str] | None)
     return samples
 
 
-def distinct(samples: Sequence[Sample], layout: StudyLayout, text: TextSettings) -> list[Sample]:
+def distinct(samples: Sequence[Sample], extract: Extract, text: TextSettings) -> list[Sample]:
     """Keep the first sample of each distinct text, capitals aside; samples without a readable text go."""
     kept: dict[str, Sample] = {}
     for sample in samples:
         try:
-            kept.setdefault(study_text(sample.study, layout, text).lower(), sample)
+            kept.setdefault(study_text(sample.study, extract, text.part, text.redactions).lower(), sample)
         except ReportError:
             continue
     kept.pop("", None)
     return list(kept.values())
-
-
-def study_text(study: Study, layout: StudyLayout, settings: TextSettings) -> str:
-    """Return the text of a study that is used; empty where it has none.
-
-    Raises:
-        ReportError: a report that is listed cannot be read.
-    """
-    if study.text is None:
-        return ""
-    text = study.text if isinstance(study.text, str) else read_report(study.text)
-    return layout.extract(text, settings.part, settings.redactions)
 
 
 class ImageTextDataset(FaultTolerantDataset):
@@ -148,7 +134,7 @@ class ImageTextDataset(FaultTolerantDataset):
 
     Args:
         samples: The samples.
-        layout: Makes the text from a report.
+        extract: Makes the text that is used of a report.
         store: Opens images.
         tokenizer: Makes tokens.
         text: How.
@@ -169,7 +155,7 @@ class ImageTextDataset(FaultTolerantDataset):
     def __init__(
         self,
         samples: Sequence[Sample],
-        layout: StudyLayout,
+        extract: Extract,
         store: ImageCache | SourceImages,
         tokenizer: ReportTokenizer,
         text: TextSettings,
@@ -187,7 +173,7 @@ class ImageTextDataset(FaultTolerantDataset):
     ) -> None:
         super().__init__(seed)
         self.samples = list(samples)
-        self.layout, self.store, self.tokenizer, self.text = layout, store, tokenizer, text
+        self.extract, self.store, self.tokenizer, self.text = extract, store, tokenizer, text
         self.image_size = tuple(image_size)
         self.train = train
         self.crop_scale, self.flip = crop_scale, flip
@@ -256,7 +242,7 @@ class ImageTextDataset(FaultTolerantDataset):
     def _text(self, sample: Sample, faults: list[Fault]) -> str:
         """Return the text; empty where there is none, with a fault where one is listed but damaged."""
         try:
-            return study_text(sample.study, self.layout, self.text)
+            return study_text(sample.study, self.extract, self.text.part, self.text.redactions)
         except ReportError as error:
             if error.kind != "empty":
                 faults.append(Fault(str(sample.study.text), error.kind, error.detail, sample.case_id))
@@ -440,7 +426,7 @@ class ImageTextDataModule(TextArchiveDataModule):
         if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
         manifest = table is not None or columns is not None
-        if manifest and layout not in ("auto", MANIFEST.name):
+        if manifest and layout not in ("auto", "manifest", "table"):
             raise ValueError(f"`table` and `columns` describe a manifest, not the layout {layout}: leave one out.")
         masker: WordMasker | BertMasker = WordMasker(text_mask_ratio, mask_unit, mask_last)
         if mask_scheme == "bert":
@@ -451,28 +437,32 @@ class ImageTextDataModule(TextArchiveDataModule):
         self.mean, self.std = mean, std
         self.colour, self.complete, self.negative_images = colour, complete, negative_images
         self.draws_per_image = draws_per_image
-        self._layout_name = MANIFEST.name if manifest else layout
-        self._manifest = replace(MANIFEST, find=partial(find_manifest, columns=columns, table=table))
+        self._layout_name = "manifest" if manifest else layout
+        self._settings = Settings(table=table, columns=columns or {})
         self._pair, self._views = pair, views
         self._unique_texts = unique_texts
         self._split = (split_fractions, split_seed, split_file)
-        self._layout: StudyLayout | None = None
         self.samples: list[Sample] = []
         self._counts: Tensor | None = None
 
-    def index(self) -> StudyLayout:
+    @property
+    def needs(self) -> frozenset[str]:
+        """Images and texts; a sample may lack one of them unless ``complete`` asks for both."""
+        return frozenset({"images", "text"})
+
+    def index(self) -> Archive:
         """Recognise the layout, list and split the samples. Reads names and tables, no image.
 
         Raises:
             DataError: unknown layout, missing columns, a patient in two splits, and the like.
         """
-        if self._layout is None:
-            layout, studies = recognise(self.root, self._layout_name, self._known_layouts())
-            samples = samples_of(studies, self._pair, self._views)
+        if self.archive is None:
+            archive = self.open(self.root, self._layout_name, self._settings)
+            samples = samples_of(studies_of(archive), self._pair, self._views)
             if self.complete:
                 samples = self._complete(samples)
             if self._unique_texts:
-                samples = distinct(samples, layout, self.text)
+                samples = distinct(samples, extract_of(archive), self.text)
             parts = assign_splits(samples, *self._split)
             seeded = self._split[2] is None and not any(sample.split for sample in samples)
             parts = self.place(samples, parts, seeded, self._split)
@@ -480,8 +470,8 @@ class ImageTextDataModule(TextArchiveDataModule):
             self.splits = {name: [sample for sample in samples if parts.get(sample.case_id) == name] for name in SPLITS}
             self.ledger.num_samples = len(parts)
             self.store = self.make_store(FIGURE if self.colour else GRAY)
-            self._layout = layout
-        return self._layout
+            self.archive = archive
+        return self.archive
 
     def images_of(self, case: Sample) -> Sequence[Path]:
         """Return the views of a sample."""
@@ -500,17 +490,13 @@ class ImageTextDataModule(TextArchiveDataModule):
             say(f"note: {len(samples) - len(kept)} of {len(samples)} samples lack image or text and are left out")
         return kept
 
-    def _known_layouts(self) -> Sequence[StudyLayout]:
-        """Return the layouts, the manifest's with the user's table and columns."""
-        return [self._manifest if entry is MANIFEST else entry for entry in STUDY_LAYOUTS]
-
     def text_of(self, sample: Sample) -> str:
         """Return the text of a sample that is used; empty where it has none.
 
         Raises:
             ReportError: a report that is listed cannot be read.
         """
-        return study_text(sample.study, self.index(), self.text)
+        return study_text(sample.study, extract_of(self.index()), self.text.part, self.text.redactions)
 
     def training_texts(self) -> list[str]:
         """Return the texts of the training studies, each once, in a fixed order; unreadable ones are left out."""
@@ -527,9 +513,8 @@ class ImageTextDataModule(TextArchiveDataModule):
     @property
     def input_spec(self) -> InputSpec:
         """Channels, crop size, vocabulary and preprocessing of the batches."""
-        layout = self.index()
         preprocessing = {
-            "layout": layout.name,
+            "layout": self.index().layout.name,
             "intensity": "RGB in [0, 1], minus mean, over std"
             if self.colour
             else "grayscale in [0, 1], minus mean, over std, repeated three times",
@@ -551,7 +536,7 @@ class ImageTextDataModule(TextArchiveDataModule):
         Raises:
             DataError: no sample can be used.
         """
-        layout, counts = self.index(), self.admit(stage)
+        layout, counts = self.index().layout, self.admit(stage)
         with_text = sum(sample.study.text is not None for sample in self.cases_in_use())
         size = "x".join(map(str, self.image_size))
         say(f"data: {layout.name} at {self.root}, samples {counts}, {with_text} with a report, crops {size}, "
@@ -561,7 +546,7 @@ class ImageTextDataModule(TextArchiveDataModule):
     def _dataset(self, cases: Sequence[Sample], train: bool = False, controls: bool = False) -> ImageTextDataset:
         return ImageTextDataset(
             cases,
-            self.index(),
+            extract_of(self.index()),
             self.store,
             self.tokenizer,
             self.text,
@@ -604,6 +589,6 @@ class ImageTextDataModule(TextArchiveDataModule):
 
     def examine(self, deep: bool, workers: int) -> list[str]:
         """Print a report on the archive and return the reasons why training would refuse it."""
-        layout = self.index()
+        layout = self.index().layout
         terms = self.terms(self.paths_in_use(), self.draws_per_image)
         return examine(layout.name, terms, self.text_of, lambda: self.tokenizer, self.text.length, deep, workers)

@@ -14,8 +14,9 @@ from common.errors import DataError
 from common.randomness import stable_hash
 from common.runtime.reporting import say
 from datamodules.files import first_line, json_lines
-from datamodules.reports.studies import Study, StudyLayout
-from datamodules.reports.text import plain_text
+from datamodules.registry import Evidence, Layout
+from datamodules.reports.studies import Study
+from datamodules.tree import Tree
 
 #: Texts with fewer words say nothing, such as "Figure 1".
 MIN_WORDS = 3
@@ -87,22 +88,22 @@ def say_left_out(what: str, total: int, missing: int, silent: int) -> None:
         )
 
 
-def find_medicat(root: Path, radiology_only: bool = True) -> list[Study]:
+def find_medicat(root: Tree, radiology_only: bool = True) -> list[Study]:
     """List one study for each text of each figure; empty where the root is no MedICaT.
 
     Raises:
         DataError: a damaged line, or none of the listed images is there.
     """
-    for folder in (root / "release", root):
-        if (folder / "figures").is_dir():
-            lists = [path for path in sorted(folder.glob("*.jsonl")) if _lists_figures(path)]
-            break
-    else:
+    place = _release(root)
+    if place is None:
         return []
+    folder = root / place
+    lists = [root / file.name for file in root.listed(place) if file.suffix == ".jsonl"]
+    lists = [path for path in lists if _lists_figures(path)]
     figures = [figure for path in lists for figure in read_figures(path)]
     if radiology_only:
         figures = [figure for figure in figures if figure.radiology]
-    there = {path.name for path in (folder / "figures").iterdir()}
+    there = {file.name.rpartition("/")[2] for file in root.listed(folder / "figures")}
     present = [figure for figure in figures if figure.name in there]
     if figures and not present:
         raise DataError(f"None of the {len(figures)} figures of {lists[0]} is in {folder / 'figures'}.")
@@ -112,6 +113,19 @@ def find_medicat(root: Path, radiology_only: bool = True) -> list[Study]:
     ]
     say_left_out("MedICaT figures", len(figures), len(figures) - len(present), sum(not part for part in studies))
     return [study for part in studies for study in part]
+
+
+def _release(tree: Tree) -> str | None:
+    """Return the folder of a release, which has the figures in it."""
+    return next((place for place in ("release", "") if tree.is_dir(f"{place}/figures".lstrip("/"))), None)
+
+
+def _recognise(tree: Tree) -> Evidence:
+    place = _release(tree)
+    if place is None:
+        return Evidence(0, missing="release/figures/")
+    lists = [file.name for file in tree.listed(place) if file.suffix == ".jsonl" and _lists_figures(tree / file.name)]
+    return Evidence(3, lists[0]) if lists else Evidence(0, missing="release/*.jsonl with pdf_hash", near=0.5)
 
 
 def _lists_figures(path: Path) -> bool:
@@ -126,16 +140,19 @@ def hashed_split(paper: str) -> str:
     return {0: "val", 1: "test"}.get(place, "train")
 
 
-MEDICAT = StudyLayout(
+_TABLES = ("release/*.jsonl", "*.jsonl")
+MEDICAT = Layout(
     name="medicat",
     tree="ROOT/release/*.jsonl and ROOT/release/figures/ (figures that are radiology)",
     find=find_medicat,
-    extract=plain_text,
+    evidence=_recognise,
+    tables=_TABLES,
 )
-MEDICAT_ALL = StudyLayout(
+MEDICAT_ALL = Layout(
     name="medicat_all",
     tree="the same, all figures",
     find=partial(find_medicat, radiology_only=False),
-    extract=plain_text,
+    evidence=_recognise,
+    tables=_TABLES,
     prefer=-2,
 )

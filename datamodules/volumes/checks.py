@@ -12,13 +12,13 @@ from datamodules.volumes.cases import Case, Layout
 from datamodules.volumes.headers import VolumeError
 from datamodules.volumes.prepare import native_space, prepare_case
 from datamodules.volumes.reading import Header, read_header
-from datamodules.voxels import VoxelConfig
+from datamodules.volumes.voxels import VoxelConfig
 
 
 def _headers(case: Case, paths: dict[str, str], voxels: VoxelConfig) -> Iterator[tuple[str, Header | Fault]]:
     for name, path in paths.items():
         try:
-            yield name, read_header(case.images.get(name) or case.labels[name], voxels)
+            yield name, read_header(case.images.get(name) or case.labels[name], voxels, case.places.get(name))
         except VolumeError as error:
             yield name, Fault(path, error.kind, error.detail, case.case_id)
 

@@ -21,15 +21,16 @@ from datamodules.loading import Draw, ResumableLoader
 from datamodules.members import check_content
 from datamodules.membership import MASK
 from datamodules.notes import say_notes
-from datamodules.registry import VOLUME_LAYOUTS, recognise
+from datamodules.registry import Archive, Settings
 from datamodules.splits import assign_splits, nested_fraction
 from datamodules.tables import read_table
 from datamodules.volumes.cache import CacheFormat, OpenCase, Record, SourceVolumes, VolumeCache
-from datamodules.volumes.cases import Case, Layout
+from datamodules.volumes.cases import Case, Layout, case_of
 from datamodules.volumes.checks import examine
 from datamodules.volumes.crops import arranged, center_start, cut, flip, random_start, start_around, to_tensor
 from datamodules.volumes.modalities import under_canonical_names, with_modalities
-from datamodules.voxels import STRICT, VoxelConfig
+from datamodules.volumes.profiles import prepared
+from datamodules.volumes.voxels import STRICT, VoxelConfig
 
 Domain = Literal["train", "val", "center", "full"]
 
@@ -188,6 +189,7 @@ class VolumeDataModule(ArchiveDataModule):
     Args:
         root: The archive.
         layout: Name of its layout; ``"auto"`` recognises it from the tree.
+        profile: How volumes are prepared (:mod:`datamodules.volumes.profiles`); None takes what suits the layout.
         modalities: Channels in order, in any usual spelling; None takes the layout's.
         crop_size: Voxels along R, A, S; None takes the layout's.
         batch_size: Crops per device.
@@ -221,6 +223,7 @@ class VolumeDataModule(ArchiveDataModule):
         self,
         root: str,
         layout: str = "auto",
+        profile: str | None = None,
         modalities: list[str] | None = None,
         crop_size: tuple[int, int, int] | None = None,
         batch_size: int = 4,
@@ -253,6 +256,7 @@ class VolumeDataModule(ArchiveDataModule):
         self.labels, self.label_crop_probability, self.label_fraction = labels, label_crop_probability, label_fraction
         self.target, self.target_file = target, target_file
         self._layout_name, self._modalities, self._crop_size = layout, modalities, crop_size
+        self._profile = profile or self.default_profile
         self._regions, self._intensity, self._voxels, self._cache = regions, intensity, voxels, cache
         self._split = (split_fractions, split_seed, split_file)
         self._layout: Layout | None = None
@@ -261,8 +265,25 @@ class VolumeDataModule(ArchiveDataModule):
         self.twins: frozenset[str] = frozenset()
         self._delivered: tuple[str, ...] | None = None
 
-    #: What a root may be; subclasses that understand others name them here.
-    known_layouts: Sequence[Layout] = VOLUME_LAYOUTS
+    #: Profile where none is named; None takes the one that suits the layout.
+    default_profile: str | None = None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Volumes, with masks or targets where the task is about them."""
+        wanted = {"volumes"} | ({"masks"} if self.labels else set())
+        return frozenset(wanted | ({"targets"} if self.target and not self.target_file else set()))
+
+    def used_files(self) -> Iterable[tuple[str, Path]]:
+        """Yield the volumes of the channels, and the labels where they are needed."""
+        layout = self.index()
+        for case in self.cases_in_use():
+            yield from (("volume", path) for name, path in case.images.items() if name in layout.modalities)
+            yield from (("mask", path) for path in case.labels.values() if self.labels)
+
+    def prepare_layout(self, archive: Archive) -> Layout:
+        """Return what the archive's files are, and how they are prepared."""
+        return prepared(archive, self._profile)
 
     def settle(self, layout: Layout) -> Layout:
         """Settle channels and preparation of a recognised layout, once the cases are listed."""
@@ -275,12 +296,16 @@ class VolumeDataModule(ArchiveDataModule):
             DataError: unknown layout, missing split file, a patient in two splits, no labelled case, and the like.
         """
         if self._layout is None:
-            layout, self.cases = recognise(self.root, self._layout_name, self.known_layouts)
-            layout, self.cases = under_canonical_names(layout, self.cases)
+            named = {name: name for name in self._modalities or ()}
+            archive = self.open(self.root, self._layout_name, Settings(modalities=named))
+            self.archive = archive
+            cases = [case_of(record) for record in archive.records]
+            layout, self.cases = under_canonical_names(self.prepare_layout(archive), cases)
             layout = self.settle(layout).with_intensity(self._intensity).with_voxels(self._voxels)
             check_content((path for case in self.cases for path in case.files()), self.root)
             fractions, split_seed, split_file = self._split
-            parts = assign_splits(self.cases, fractions, split_seed, split_file)
+            cut = archive.facts.cut_validation
+            parts = assign_splits(self.cases, fractions, split_seed, split_file, cut_validation=cut)
             seeded = split_file is None and not any(case.split for case in self.cases)
             parts = self.place(self.cases, parts, seeded, self._split)
             self.targets = self._read_targets()
@@ -437,6 +462,7 @@ class VolumeDataModule(ArchiveDataModule):
         modalities = ", ".join(layout.shown(name) for name in layout.modalities)
         say(f"data: {layout.name} at {self.root}, cases {counts}, modalities {modalities}, "
             f"crops {'x'.join(map(str, self.crop_size))}")  # fmt: skip
+        self.keep_account(stage)
         if stage == "fit" and not self.splits["val"]:
             say("note: the val split is empty, so nothing will be measured and there will be no best checkpoint")
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from datamodules.limits import MAX_HEADER_BYTES, MAX_VOLUME_BYTES
 from datamodules.notes import note
-from datamodules.voxels import STRICT, VoxelConfig
+from datamodules.volumes.voxels import STRICT, VoxelConfig
 
 #: Volume of a voxel in units of its edges, which is 1 where they are at right angles; nearer to 0 it is flat.
 _MIN_VOLUME = 1e-3
@@ -144,8 +144,21 @@ def inflate(content: bytes, limit: int, wbits: int = 31) -> bytes:
     return b"".join(pieces)
 
 
-def squeezed(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return a shape without the axes of length 1 behind the third."""
+def squeezed(shape: Sequence[int], place: int | None = None) -> tuple[int, ...]:
+    """Return a shape without the axes of length 1 behind the third.
+
+    Args:
+        shape: Voxels along each axis.
+        place: Which volume of a 4-D file is meant, from 0; None = the file is one.
+
+    Raises:
+        VolumeError: the file has fewer volumes.
+    """
+    if place is not None:
+        count = int(np.prod(np.asarray(shape[3:], dtype=np.int64)))
+        if len(shape) > 4 or place >= count:
+            raise VolumeError("shape", f"it holds {count} volumes, and volume {place + 1} is wanted")
+        return tuple(shape[:3])
     return tuple(shape[:3]) if len(shape) > 3 and set(shape[3:]) == {1} else tuple(shape)
 
 
@@ -165,7 +178,7 @@ def check_dtype(dtype: np.dtype[Any], voxels: VoxelConfig) -> None:
 
 
 def nifti_header(
-    start: bytes, path: Path, voxels: VoxelConfig = STRICT
+    start: bytes, path: Path, voxels: VoxelConfig = STRICT, place: int | None = None
 ) -> tuple[nib.Nifti1Header, NDArray[np.float64]]:
     """Parse the first bytes of a NIfTI-1 or NIfTI-2 file; extensions are left aside.
 
@@ -173,6 +186,7 @@ def nifti_header(
         start: At least as many bytes as a header has.
         path: The file.
         voxels: What is done where the header contradicts itself.
+        place: Which volume of a 4-D file is meant; None = the file is one.
 
     Returns:
         The header, and the affine that counts.
@@ -191,7 +205,7 @@ def nifti_header(
     except _HEADER_ERRORS as error:
         raise VolumeError("unreadable", f"not a readable NIfTI file ({_first_line(error)})") from error
     check_dtype(dtype, voxels)
-    check_shape(squeezed(header.get_data_shape()), dtype.itemsize)
+    check_shape(squeezed(header.get_data_shape(), place), dtype.itemsize)
     if not kind.sizeof_hdr <= offset <= MAX_HEADER_BYTES:
         raise VolumeError("header", f"vox_offset is {offset}, where no voxels can lie: write the file anew")
     return header, nifti_affine(raw, path, voxels)

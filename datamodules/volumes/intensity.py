@@ -61,8 +61,8 @@ def _standardised(x: Array, background: Mask) -> Array:
     """
     foreground = np.ones(x.shape, dtype=bool) if background is None else ~background
     low, high = np.percentile(x[foreground], [0.5, 99.5])
-    scaled = 0.01 + 0.99 * (x - low) / (high - low)
-    return np.where(foreground, np.clip(scaled, 0.01, 1), 0).astype(np.float32)
+    scaled = np.clip((x - low) / (high - low), 0, 1)
+    return (0.01 + 0.99 * scaled.astype(np.float32)) * foreground
 
 
 def _ct(x: Array, background: Mask) -> Array:

@@ -44,7 +44,10 @@ def under_canonical_names(layout: Layout, cases: Sequence[Case]) -> tuple[Layout
                             f"them apart.")  # fmt: skip
         for name in images:
             spellings.setdefault(canonical_name(name), set()).add(name)
-        renamed.append(case._replace(images={canonical_name(name): path for name, path in images.items()}))
+        places = {canonical_name(name): place for name, place in case.places.items()}
+        renamed.append(
+            case._replace(images={canonical_name(name): path for name, path in images.items()}, places=places)
+        )
     settings = layout.preprocessing
     reference = None if settings.reference is None else canonical_name(settings.reference)
     intensity = {canonical_name(name): rule for name, rule in settings.intensity.items()}

@@ -18,7 +18,7 @@ from datamodules.volumes.cases import Case, Layout
 from datamodules.volumes.headers import VolumeError, check_room
 from datamodules.volumes.intensity import CLIPPED_AT_0, rescale
 from datamodules.volumes.reading import Volume, read_volume
-from datamodules.voxels import FACES, STRICT, VoxelConfig, background_of, negative_share
+from datamodules.volumes.voxels import FACES, STRICT, VoxelConfig, background_of, negative_share
 
 if TYPE_CHECKING:  # a quarter of a run's imports, and needed only where something is resampled
     from monai.data import MetaTensor
@@ -56,13 +56,18 @@ class PreparedCase(NamedTuple):
     sources: dict[str, dict[str, Any]]
 
 
-def read_image(path: Path, voxels: VoxelConfig = STRICT) -> Volume:
+def read_image(path: Path, voxels: VoxelConfig = STRICT, place: int | None = None) -> Volume:
     """Read a volume that shows something.
+
+    Args:
+        path: The file.
+        voxels: What is done about odd ones.
+        place: Which volume of a 4-D file; None = the file is one.
 
     Raises:
         VolumeError: as :func:`datamodules.volumes.reading.read_volume`; or voxels are not finite, or all the same.
     """
-    volume = read_volume(path, voxels)
+    volume = read_volume(path, voxels, place)
     data = volume.data
     if data.dtype.kind == "f" and not np.isfinite(data).all():
         data = _without_nan(data, voxels)
@@ -117,7 +122,7 @@ def _read_members(
         if (path := case.images.get(modality)) is None:
             continue
         try:
-            volume = read_image(path, settings.voxels)
+            volume = read_image(path, settings.voxels, case.places.get(modality))
             background = background_of(volume.data)
             _check_sign(modality, path, volume.data, settings.intensity[modality], background)
         except VolumeError as error:

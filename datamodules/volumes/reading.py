@@ -28,7 +28,7 @@ from datamodules.volumes.headers import (
     squeezed,
 )
 from datamodules.volumes.itk_streams import check_stream, find_stream
-from datamodules.voxels import STRICT, VoxelConfig
+from datamodules.volumes.voxels import STRICT, VoxelConfig
 
 #: Goes into the cache key: another decoder, or another rule of ours, may give other voxels.
 DECODERS = {"reader": "2", "nibabel": nib.__version__, "SimpleITK": sitk.Version.VersionString()}
@@ -70,18 +70,18 @@ class Volume(NamedTuple):
     background: float | None = None
 
 
-def _nibabel_header(path: Path, voxels: VoxelConfig) -> tuple[Any, NDArray[np.float64]]:
+def _nibabel_header(path: Path, voxels: VoxelConfig, place: int | None) -> tuple[Any, NDArray[np.float64]]:
     """Read header and affine of a NIfTI or MGH file, and nothing behind them."""
     try:
         with path.open("rb") if suffix_of(path) == ".nii" else gzip.open(path) as file:
             start = file.read(_START)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise VolumeError("unreadable", f"the compressed data are damaged ({error})") from error
-    return mgh_header(start) if suffix_of(path) == ".mgz" else nifti_header(start, path, voxels)
+    return mgh_header(start) if suffix_of(path) == ".mgz" else nifti_header(start, path, voxels, place)
 
 
-def _read_nibabel(path: Path, voxels: VoxelConfig) -> Volume:
-    header, affine = _nibabel_header(path, voxels)
+def _read_nibabel(path: Path, voxels: VoxelConfig, place: int | None) -> Volume:
+    header, affine = _nibabel_header(path, voxels, place)
     shape = header.get_data_shape()
     promised = header.get_data_offset() + int(np.prod(shape)) * header.get_data_dtype().itemsize
     limit = promised + (MAX_FOOTER_BYTES if suffix_of(path) == ".mgz" else 0)
@@ -93,7 +93,8 @@ def _read_nibabel(path: Path, voxels: VoxelConfig) -> Volume:
     check_end(promised, len(raw), exact=False)
     check_end(limit, max(len(raw), limit))
     source = {"size": len(content), "xxh3": xxhash.xxh3_128_hexdigest(content)}
-    data = np.asanyarray(nib.arrayproxy.ArrayProxy(io.BytesIO(raw), header)).reshape(squeezed(shape))
+    proxy = nib.arrayproxy.ArrayProxy(io.BytesIO(raw), header)
+    data = np.asanyarray(proxy if place is None else proxy[..., place]).reshape(squeezed(shape, place))
     return _canonical(data, affine, source)
 
 
@@ -126,6 +127,8 @@ def _itk_reader(path: Path, voxels: VoxelConfig) -> Any:
         raise _unreadable(error) from error
     check_dtype(_itk_dtype(reader), voxels)
     check_shape(reader.GetSize(), _itk_dtype(reader).itemsize)
+    if suffix_of(path) == ".nrrd" and not reader.HasMetaDataKey("NRRD_space"):
+        raise VolumeError("header", "the NRRD header names no space, so its orientation is unknown: save it with one")
     return reader
 
 
@@ -147,7 +150,7 @@ def _read_itk(path: Path, voxels: VoxelConfig) -> Volume:
     reader = _itk_reader(path, voxels)
     stream = find_stream(path)
     check_stream(stream, int(np.prod(reader.GetSize())) * _itk_dtype(reader).itemsize)
-    source = fingerprint(path)
+    source = fingerprint(stream.path)  # headers alone may be equal in all patients
     try:
         image = reader.Execute()
     except RuntimeError as error:
@@ -155,12 +158,13 @@ def _read_itk(path: Path, voxels: VoxelConfig) -> Volume:
     return _canonical(sitk.GetArrayFromImage(image).transpose(2, 1, 0), _itk_affine(image), source)
 
 
-def read_volume(path: Path, voxels: VoxelConfig = STRICT) -> Volume:
+def read_volume(path: Path, voxels: VoxelConfig = STRICT, place: int | None = None) -> Volume:
     """Read a volume of one of :data:`datamodules.members.VOLUMES` to its end.
 
     Args:
         path: The file.
         voxels: What is done about odd ones. NaN stays as it is.
+        place: Which volume of a 4-D NIfTI file, from 0; None = the file is one.
 
     Raises:
         VolumeError: missing, truncated, failing its check sum, not a volume of three axes of real numbers,
@@ -168,7 +172,7 @@ def read_volume(path: Path, voxels: VoxelConfig = STRICT) -> Volume:
     """
     _check_file(path)
     try:
-        return _read_itk(path, voxels) if suffix_of(path) in _READERS else _read_nibabel(path, voxels)
+        return _read_itk(path, voxels) if suffix_of(path) in _READERS else _read_nibabel(path, voxels, place)
     except OSError as error:
         raise VolumeError("unreadable", f"the file cannot be opened ({error.strerror or error})") from error
 
@@ -188,12 +192,13 @@ class Header(NamedTuple):
     affine: NDArray[np.float64]
 
 
-def read_header(path: Path, voxels: VoxelConfig = STRICT) -> Header:
+def read_header(path: Path, voxels: VoxelConfig = STRICT, place: int | None = None) -> Header:
     """Read the header alone.
 
     Args:
         path: The file.
         voxels: As in :func:`read_volume`.
+        place: Which volume of a 4-D NIfTI file, from 0; None = the file is one.
 
     Raises:
         VolumeError: the header is missing, broken, or not of a volume of three axes.
@@ -204,8 +209,8 @@ def read_header(path: Path, voxels: VoxelConfig = STRICT) -> Header:
             reader = _itk_reader(path, voxels)
             shape, affine = tuple(reader.GetSize()), _itk_affine(reader)
         else:
-            header, affine = _nibabel_header(path, voxels)
-            shape = squeezed(header.get_data_shape())
+            header, affine = _nibabel_header(path, voxels, place)
+            shape = squeezed(header.get_data_shape(), place)
     except OSError as error:
         raise VolumeError("unreadable", f"the file cannot be opened ({error.strerror or error})") from error
     check_affine(affine)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from common.blocks.uniformer import UniFormer3D, UpsamplingDecoder
@@ -18,7 +17,7 @@ from common.losses.reconstruction import masked_mse
 from common.maskers.random import RandomMasker
 from common.maskers.voxel_blocks import block_grid, blocks_to_voxels, replace_blocks
 from common.module import SSLModule, StepOutput, Term
-from common.optim import Schedule
+from common.optim import OptimizerConfig
 from common.panels import filled_panel
 from common.randomness import KeyedGenerator
 from common.types import ImageKey, InputSpec, Panel, Reconstruction, SequencePairBatch, TokenFeatures
@@ -59,9 +58,7 @@ class BrainMVPPretrain(SSLModule[SequencePairBatch]):
         contrastive_start: Share of the epochs before the contrast begins.
         template_warmup: Share of the epochs in which the templates fill both views.
         template_lr_scale: Learning rate of the templates over the network's.
-        optimizer: Makes the optimiser.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
+        optimization: How the weights are updated.
 
     Raises:
         ValueError: a share is outside [0, 1], or the temperature is not positive.
@@ -81,11 +78,9 @@ class BrainMVPPretrain(SSLModule[SequencePairBatch]):
         contrastive_start: float = 2 / 3,
         template_warmup: float = 0.0,
         template_lr_scale: float = 1.0,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
+        optimization: OptimizerConfig = OptimizerConfig(),
     ) -> None:
-        super().__init__(optimizer, schedule)
+        super().__init__(optimization)
         for name, share in (("contrastive_start", contrastive_start), ("template_warmup", template_warmup)):
             if not 0 <= share <= 1:
                 raise ValueError(f"`{name}` is a share of the epochs in [0, 1], got {share}.")
@@ -99,7 +94,6 @@ class BrainMVPPretrain(SSLModule[SequencePairBatch]):
         self.temperature = temperature
         self.contrastive_start, self.template_warmup = contrastive_start, template_warmup
         self.template_lr_scale = template_lr_scale
-        self.compile_network = compile_network
         self._make_encoder, self._make_decoder = encoder, decoder
         self._views: tuple[Tensor, Tensor] | None = None
 

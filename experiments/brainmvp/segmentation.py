@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from common.blocks.registry import fits
@@ -22,7 +21,7 @@ from common.downstream.segmentation import SegmentationModule, WindowMode
 from common.errors import CheckpointError
 from common.losses.region import BatchDiceBCE
 from common.metrics import region_dice
-from common.optim import Schedule
+from common.optim import OptimizerConfig
 from common.randomness import KeyedGenerator
 from common.runtime.reporting import say, write_rows
 from common.types import InputSpec
@@ -112,9 +111,7 @@ class BrainSegmentation(SegmentationModule):
         overlap: Overlap of neighbouring windows.
         window_batch: Windows computed at once.
         window_mode: How overlapping windows are averaged: all voxels alike, or those in the middle of a window more.
-        optimizer: Makes the optimiser.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
+        optimization: How the weights are updated.
         new_channels: What channels start as that the pre-trained encoder does not know: ``"mean"`` of those it knows,
             or ``"fresh"``, at random.
     """
@@ -132,9 +129,7 @@ class BrainSegmentation(SegmentationModule):
         overlap: float = 0.5,
         window_batch: int = 2,
         window_mode: WindowMode = "constant",
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
+        optimization: OptimizerConfig = OptimizerConfig(),
         new_channels: NewChannels = "mean",
     ) -> None:
         super().__init__(
@@ -145,9 +140,7 @@ class BrainSegmentation(SegmentationModule):
             overlap=overlap,
             window_batch=window_batch,
             window_mode=window_mode,
-            optimizer=optimizer,
-            schedule=schedule,
-            compile_network=compile_network,
+            optimization=optimization,
             new_channels=new_channels,
         )
         self.save_hyperparameters()

@@ -4,14 +4,13 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from common.blocks.decoder import LinearDecoder
 from common.blocks.vit import VisionTransformer
 from common.maskers.hybrid import HybridMasker
 from common.module import SSLModule, StepOutput
-from common.optim import Schedule
+from common.optim import OptimizerConfig
 from common.panels import volume_panels
 from common.randomness import KeyedGenerator
 from common.types import ImageKey, InputSpec, MaskOutput, Panel, Reconstruction, TokenFeatures, VolumeBatch
@@ -40,9 +39,7 @@ class EMIMPretrain(SSLModule[VolumeBatch]):
         reduction: ``"sum"`` is Eq. 8; ``"mean"`` does not grow with the number of tokens.
         off_diagonal_weight: Factor of Eq. 8's second sum.
         detach_clean: Whether the full volume's branch gets no gradient.
-        optimizer: Makes the optimiser.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
+        optimization: How the weights are updated.
 
     Raises:
         ValueError: an option is unknown, or a combination has no effect or no meaning.
@@ -64,11 +61,9 @@ class EMIMPretrain(SSLModule[VolumeBatch]):
         reduction: Literal["mean", "sum"] = "mean",
         off_diagonal_weight: float = 1.0,
         detach_clean: bool = False,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
+        optimization: OptimizerConfig = OptimizerConfig(),
     ) -> None:
-        super().__init__(optimizer, schedule)
+        super().__init__(optimization)
         if correlation_sum == "sample" and (correlation_axis != "position" or correlation_center):
             raise ValueError("correlation_sum='sample' belongs to the uncentred position form alone.")
         if mask_fill == "drop" and barlow_twins_weight > 0:
@@ -79,7 +74,6 @@ class EMIMPretrain(SSLModule[VolumeBatch]):
         self.val_masker = val_masker or self.masker
         self.taps = tuple(taps)
         self.mask_fill: MaskFill = mask_fill
-        self.compile_network = compile_network
         self.clean_branch: CleanBranch = "off" if barlow_twins_weight == 0 else ("detach" if detach_clean else "train")
         self._make_encoder, self._make_decoder = encoder, decoder
         correlation = Correlation(correlation_axis, correlation_sum, correlation_center, reduction, off_diagonal_weight)

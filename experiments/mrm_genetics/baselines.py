@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from common.blocks.registry import registered
@@ -16,7 +15,7 @@ from common.blocks.vit import VisionTransformer, init_xavier_weights
 from common.errors import UserError
 from common.losses.contrastive import retrieval_accuracy, symmetric_info_nce
 from common.module import SSLModule, StepOutput, Term
-from common.optim import Schedule
+from common.optim import OptimizerConfig
 from common.types import ImageGenomeBatch, ImageKey, InputSpec, Panel, Reconstruction, TokenFeatures
 from experiments.mrm_genetics.model import GenomeEncoder
 from experiments.mrm_genetics.module import EncoderFactory, GenomeFactory
@@ -66,9 +65,7 @@ class ContIGPretrain(SSLModule[ImageGenomeBatch]):
         genome_encoder: Makes the genome encoder from (features by kind, width, heads).
         temperature: Of the contrast.
         projection: Width of the space in which image and genetics are compared.
-        optimizer: Makes the optimiser.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
+        optimization: How the weights are updated.
     """
 
     remembered = ("channels", "image_size", "genome")
@@ -79,14 +76,11 @@ class ContIGPretrain(SSLModule[ImageGenomeBatch]):
         genome_encoder: GenomeFactory = GenomeEncoder,
         temperature: float = 0.1,
         projection: int = 128,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
+        optimization: OptimizerConfig = OptimizerConfig(),
     ) -> None:
-        super().__init__(optimizer, schedule)
+        super().__init__(optimization)
         self.save_hyperparameters()
         self.temperature, self.projection = temperature, projection
-        self.compile_network = compile_network
         self._factories = (encoder, genome_encoder)
 
     def build_network(self, spec: InputSpec) -> ContrastiveNetwork:

@@ -6,6 +6,7 @@ of a genome, M kinds of genetics, E width, D width of a decoder, H heads.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple, cast
 
@@ -375,6 +376,24 @@ class RelationOutput(NamedTuple):
     pooled: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
+@dataclass(frozen=True)
+class RelationConfig:
+    """How relations are masked.
+
+    Args:
+        cross_params: ``"shared"`` has no weights for relations between modalities; ``"dedicated"`` puts a block of its
+            own for each modality between the first and the second, in the masked pass alone.
+        tie_rule: ``"threshold"`` (Eq. 4) or ``"rank"``; see :func:`common.maskers.relation.mask_top_relations`.
+        masked_residual: Whether the masked attention is added to the stream, as anywhere else, or replaces it.
+        renormalize: Whether rows are scaled to sum to 1 after masking.
+    """
+
+    cross_params: CrossParameters = "shared"
+    tie_rule: TieRule = "threshold"
+    masked_residual: bool = True
+    renormalize: bool = False
+
+
 class RelationNetwork(nn.Module):
     """One encoder a modality, run intact and with relations masked in the first two blocks (sections 3.2 and 3.3).
 
@@ -389,11 +408,7 @@ class RelationNetwork(nn.Module):
         genome_decoder: Of the genome; None likewise.
         tau_image: Share of relations removed from the image's rows, both its own and those to the genome.
         tau_genome: The same for the genome's rows.
-        cross_params: ``"shared"`` has no weights for relations between modalities; ``"dedicated"`` puts a block of its
-            own for each modality between the first and the second, in the masked pass alone.
-        tie_rule: See :func:`common.maskers.relation.mask_top_relations`.
-        masked_residual: Whether the masked attention is added to the stream, as anywhere else, or replaces it.
-        renormalize: Whether rows are scaled to sum to 1 after masking.
+        relations: How relations are masked.
         pool: How tokens become the vector that samples are compared by.
 
     Raises:
@@ -408,10 +423,7 @@ class RelationNetwork(nn.Module):
         genome_decoder: FusedDecoder | None,
         tau_image: float = 0.75,
         tau_genome: float = 0.5,
-        cross_params: CrossParameters = "shared",
-        tie_rule: TieRule = "threshold",
-        masked_residual: bool = True,
-        renormalize: bool = False,
+        relations: RelationConfig = RelationConfig(),
         pool: Pool = "mean",
     ) -> None:
         super().__init__()
@@ -422,8 +434,9 @@ class RelationNetwork(nn.Module):
             raise ValueError("match_pool cls needs an encoder with a class token.")
         self.encoder, self.genome = encoder, genome
         self.decoder, self.genome_decoder = decoder, genome_decoder
-        self.tau_image, self.tau_genome, self.tie_rule = tau_image, tau_genome, tie_rule
-        self.masked_residual, self.renormalize, self.pool = masked_residual, renormalize, pool
+        self.tau_image, self.tau_genome, self.tie_rule = tau_image, tau_genome, relations.tie_rule
+        self.masked_residual, self.renormalize = relations.masked_residual, relations.renormalize
+        self.pool = pool
         encoder.apply(init_xavier_weights)
         width = encoder.embed_dim
         patch_values = math.prod(encoder.patch_embed.patch_size) * encoder.patch_embed.in_channels
@@ -434,7 +447,7 @@ class RelationNetwork(nn.Module):
         if genome is not None and genome_decoder is not None:
             self.to_genome = GenomeHeads(genome.tokens.cuts, genome_decoder.dim)
         self.cross: nn.ModuleDict | None = None
-        if genome is not None and cross_params == "dedicated":
+        if genome is not None and relations.cross_params == "dedicated":
             config: dict[str, Any] = encoder.config
             names = ("num_heads", "mlp_ratio", "norm_eps")
             blocks = {

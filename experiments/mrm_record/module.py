@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from common.blocks.decoder import MAEDecoder
@@ -16,7 +15,7 @@ from common.losses.reconstruction import masked_mse
 from common.losses.text import masked_cross_entropy
 from common.maskers.random import RandomMasker
 from common.module import SSLModule, StepOutput, Term
-from common.optim import Schedule
+from common.optim import OptimizerConfig
 from common.panels import image_panel
 from common.randomness import KeyedGenerator
 from common.runtime.reporting import say
@@ -55,9 +54,7 @@ class MRMPretrain(SSLModule[ImageTextBatch]):
         text_to_image: Whether the visible words are fed to the image decoder.
         antialias: Whether the low-resolution copy is low-pass filtered.
         init_from: File of MAE, timm or published weights to start the encoder from; None starts from scratch.
-        optimizer: Makes the optimiser.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
+        optimization: How the weights are updated.
 
     Raises:
         ValueError: both weights are 0, or an option is unknown.
@@ -80,19 +77,16 @@ class MRMPretrain(SSLModule[ImageTextBatch]):
         text_to_image: bool = False,
         antialias: bool = True,
         init_from: str | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
+        optimization: OptimizerConfig = OptimizerConfig(),
     ) -> None:
         if mlm_weight == mim_weight == 0:
             raise ValueError("mlm_weight and mim_weight are both 0: there is nothing to train on.")
-        super().__init__(optimizer, schedule)
+        super().__init__(optimization)
         self.save_hyperparameters()
         self.masker = masker or RandomMasker(0.75)
         self.mim_weight, self.mlm_weight = mim_weight, mlm_weight
         self.mlm_scope = mlm_scope
         self.init_from = init_from
-        self.compile_network = compile_network
         self._factories = (encoder, decoder, report)
         self._options: dict[str, Any] = {
             "sr_factor": sr_factor,

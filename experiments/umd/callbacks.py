@@ -57,7 +57,7 @@ class TeacherWatch(pl.Callback):
         if min(values.values()) < self.floor and not self._said:
             self._said = True
             say(f"warning: the teacher's projected features have a spread of {min(values.values()):.1e}: they have "
-                f"collapsed, and the losses of features mean nothing (model.feature_target)")  # fmt: skip
+                f"collapsed, and the losses of features mean nothing (model.features.target)")  # fmt: skip
 
 
 class AttentionOverlay(pl.Callback):

@@ -12,7 +12,6 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_recall, multiclass_specificity
 
@@ -24,7 +23,7 @@ from common.downstream.encoder import encoder_architecture
 from common.errors import UserError
 from common.files import write_text
 from common.metrics import bootstrap_mean
-from common.optim import Schedule, WarmupCosine, param_groups
+from common.optim import OptimizerConfig, Schedule, WarmupCosine
 from common.runtime.precision import at_least_float32
 from common.runtime.reporting import is_dry_run, say
 from common.types import InputSpec
@@ -92,9 +91,7 @@ class PairTask(ScoredTask):
         split_head: How a modality's contribution is measured; see :func:`split_logits`.
         fusion_lr_scale: Learning rate of all but towers and head over the towers'.
         head_lr_scale: Learning rate of the head over the towers'.
-        optimizer: Makes the optimiser; its rate is the towers'.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
+        optimization: How the weights are updated; the learning rate is the towers'.
 
     Raises:
         ValueError: ``split_head`` is unknown.
@@ -111,17 +108,13 @@ class PairTask(ScoredTask):
         split_head: SplitHead = "zero_other",
         fusion_lr_scale: float = 5.0,
         head_lr_scale: float = 50.0,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
+        optimization: OptimizerConfig = OptimizerConfig(),
     ) -> None:
         if split_head not in ("zero_other", "linear_split", "upstream"):
             raise ValueError(f"`split_head` must be 'zero_other', 'linear_split' or 'upstream', got {split_head!r}.")
         super().__init__(
             pretrained,
-            optimizer=optimizer,
-            schedule=schedule or WarmupCosine(0.1),
-            compile_network=compile_network,
+            optimization=optimization,
         )
         self.save_hyperparameters()
         self.split_head = split_head
@@ -167,11 +160,13 @@ class PairTask(ScoredTask):
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
         return loss
 
-    def configure_optimizers(self) -> Any:
-        """Make the optimiser and its schedule (Lightning hook)."""
-        optimizer = self._make_optimizer(param_groups(self, lr_scale=tower_scale(*self._scales)))
-        schedule = self._make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def lr_scale(self, name: str) -> float:
+        """Return the factor of the learning rate of a parameter."""
+        return tower_scale(name, *self._scales)
+
+    def default_schedule(self) -> Schedule:
+        """Return the schedule where the configuration has none."""
+        return WarmupCosine(0.1)
 
 
 class AnswerTask(PairTask):

@@ -12,6 +12,7 @@ from common.checkpoint import (
     resolve_checkpoint,
 )
 from common.checkpoint_io import AtomicCheckpointIO, atomic_save
+from common.commands import main
 from common.errors import CheckpointError, StorageError
 from common.types import InputSpec
 from common.weights.export import export
@@ -254,3 +255,26 @@ def test_a_damaged_checkpoint_is_named_and_the_other_offered(tmp_path):
     flip(last, 100)
     with pytest.raises(CheckpointError, match="take a copy of it, or another checkpoint"):
         read_checkpoint(last)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(run_folder, small_disk):
+    folder, module = run_folder
+    path = folder / "checkpoints/last.ckpt"
+    before = path.read_bytes()
+    with small_disk(len(before) // 2), pytest.raises(StorageError, match="the disk or the quota is full"):
+        atomic_save({"state_dict": module.state_dict()}, path)
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in path.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+def test_a_full_disk_leaves_the_export_that_was_there(run_folder, small_disk):
+    folder, _ = run_folder
+    out = folder / "encoder"
+    main(["export", "--exp", "e_mim", "--ckpt", str(folder), "--format", "monai", "--out", str(out)])
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with small_disk(4000), pytest.raises(StorageError, match="the disk or the quota is full"):
+        export("e_mim", folder, "monai", out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "encoder"]
+    export("e_mim", folder, "monai", out)
+    assert load_encoder(out).num_features == 24

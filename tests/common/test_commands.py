@@ -1,3 +1,6 @@
+import argparse
+import importlib
+import inspect
 import json
 import os
 import shutil
@@ -16,6 +19,19 @@ def test_every_command_explains_itself(capsys, command):
         main([command, "--help"])
     assert stop.value.code == 0
     assert COMMANDS[command][1].split("(")[0][:30] in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_declared_is_what_the_function_takes(command):
+    module, _, function = COMMANDS[command].function.rpartition(".")
+    taken = inspect.signature(getattr(importlib.import_module(module), function)).parameters
+    parser = argparse.ArgumentParser()
+    COMMANDS[command].declare(parser)
+    declared = {action.dest for action in parser._actions} - {"help"}
+    if parser.get_default("takes_archive"):
+        declared = declared - {"config", "root", "layout", "set"} | {"archive"}
+    assert declared == set(taken)
+    assert all(parameter.annotation is not parameter.empty for parameter in taken.values())
 
 
 def test_unknown_commands_exit_with_2():

@@ -10,14 +10,19 @@ from common.errors import DataError
 from common.modalities import TEMPLATES, canonical_name
 from common.runtime.configs import find_config, read_config
 from datamodules.brain.datamodule import BrainDataModule, PairDataset
-from datamodules.brain.layouts import BRAIN_LAYOUTS
 from datamodules.brain.tasks import BrainTaskDataModule
 from datamodules.loading import Draw
-from datamodules.registry import recognise
+from datamodules.registry import open_archive
+from datamodules.volumes.cases import case_of
 from datamodules.volumes.prepare import native_space
 from datamodules.volumes.reading import write_nifti
 
 SHAPE = (40, 44, 36)
+
+
+def studied(root):
+    archive = open_archive(root, needs={"volumes"})
+    return archive.layout, [case_of(record) for record in archive.records]
 
 
 def module(root, **options):
@@ -323,7 +328,7 @@ def sequences(cases):
 def test_official_layouts(tmp_path, name):
     for pattern in TREES[name]:
         touch(tmp_path, pattern)
-    layout, cases = recognise(tmp_path, known=BRAIN_LAYOUTS)
+    layout, cases = studied(tmp_path)
     assert layout.name == name
     assert sequences(cases) == FOUND[name]
     if name == "ucsf_pdgm":
@@ -338,7 +343,7 @@ def test_official_layouts_in_any_case(tmp_path, name, change):
     for pattern in TREES[name]:
         stem, suffix = pattern.partition(".nii")[::2]
         touch(tmp_path, f"{change(stem)}.nii{suffix}")
-    layout, cases = recognise(tmp_path, known=BRAIN_LAYOUTS)
+    layout, cases = studied(tmp_path)
     assert layout.name == name
     assert {case.lower(): found for case, found in sequences(cases).items()} == {
         case.lower(): found for case, found in FOUND[name].items()
@@ -347,10 +352,11 @@ def test_official_layouts_in_any_case(tmp_path, name, change):
 
 @pytest.mark.parametrize("more", ["pd", "ADC"])
 def test_a_generic_folder_is_no_brats(tmp_path, more):
-    touch(tmp_path, "P0/P0_{t1,t2,swi,seg}.nii.gz")
-    assert recognise(tmp_path, known=BRAIN_LAYOUTS)[0].name == "brats2021"
+    touch(tmp_path, "P0/P0_{t1,t2,seg}.nii.gz")
+    assert studied(tmp_path)[0].name == "brats2021"
+    touch(tmp_path, "P0/P0_{swi}.nii.gz")
     touch(tmp_path, f"P1/P1_{{t1,{more}}}.nii.gz")
-    layout, cases = recognise(tmp_path, known=BRAIN_LAYOUTS)
+    layout, cases = studied(tmp_path)
     assert layout.name == "folder"
     assert sequences(cases) == {"P0": "swi t1 t2 +seg", "P1": " ".join(sorted(["t1", more.lower()]))}
 
@@ -358,22 +364,22 @@ def test_a_generic_folder_is_no_brats(tmp_path, more):
 def test_sources_of_no_official_layout(tmp_path):
     touch(tmp_path, "a/BraTS-GLI-00001-000/BraTS-GLI-00001-000-{t1n,t1c}.nii.gz")
     touch(tmp_path, "b/P0/P0_{t1,pd}.nii.gz")
-    layout, cases = recognise(tmp_path, known=BRAIN_LAYOUTS)
+    layout, cases = studied(tmp_path)
     assert layout.name == "sources"
     assert sequences(cases) == {"BraTS-GLI-00001-000": "t1 t1c", "P0": "pd t1"}
     touch(tmp_path, "c/{x_t1,x_t2}.nii.gz")
     listed(tmp_path / "c", {"training": [{"study": "x", "source": "own", "image": {"t1": "x_t1.nii.gz"}}],
                             "validation": [{"study": "y", "image": {"t2": "x_t2.nii.gz"}}]})  # fmt: skip
-    _, cases = recognise(tmp_path, known=BRAIN_LAYOUTS)
+    _, cases = studied(tmp_path)
     assert {case.case_id: (case.attributes["source"], case.split) for case in cases} == {
         "BraTS-GLI-00001-000": ("brats2023", "train"), "P0": ("folder", "train"), "x": ("own", "train"),
         "y": ("datalist", "val"),
     }  # fmt: skip
     touch(tmp_path, "d/{more,scans}.nii.gz")
     with pytest.raises(DataError, match=r"archives .* and d, which has volumes but is of no known layout"):
-        recognise(tmp_path, known=BRAIN_LAYOUTS)
+        studied(tmp_path)
     listed(tmp_path, {"training": [{"study": "x", "image": {"t1": "c/x_t1.nii.gz"}}]})
-    assert recognise(tmp_path, known=BRAIN_LAYOUTS)[0].name == "brain_manifest"
+    assert studied(tmp_path)[0].name == "brain_manifest"
 
 
 @pytest.mark.parametrize("task", ["ped", "met"])
@@ -430,9 +436,10 @@ def test_what_lies_on_an_atlas_s_grid():
     assert "its axes are tilted by 11 degrees" in native_space(turned)
 
 
-def test_regions_by_release():
+def test_regions_by_release(brats_root):
     """R5: with the enhancing label of another release a region is silently empty, so the values are checked."""
-    by_name = {layout.name: layout for layout in BRAIN_LAYOUTS}
+    data = BrainTaskDataModule(str(brats_root))
+    by_name = {name: data.prepare_layout(open_archive(brats_root, name)) for name in ("brats2023", "brats2021")}
     labels = np.arange(5)
     for name, expected in (
         ("brats2023", {"TC": [0, 1, 0, 1, 0], "WT": [0, 1, 1, 1, 0], "ET": [0, 0, 0, 1, 0]}),

@@ -5,6 +5,7 @@ import pytest
 from common.errors import DataError
 from datamodules.labelled.layout import LabelledTable, need_columns, need_file
 from datamodules.tables import read_table
+from datamodules.tree import Tree
 
 TABLE = """image,subject, Split ,fluid,air
 a/1.png,ann, Train,1,0.0
@@ -60,8 +61,8 @@ def test_the_first_pattern_wins_and_of_its_files_the_last(tmp_path):
     for name in ("v1.csv", "v2.csv", "old.csv"):
         (tmp_path / name).touch()
     layout = LabelledTable([])
-    assert need_file(tmp_path, ["v*.csv", "old.csv"], layout).name == "v2.csv"
-    assert need_file(tmp_path, ["new.csv", "old.csv"], layout).name == "old.csv"
+    assert need_file(Tree(tmp_path), ["v*.csv", "old.csv"], layout).name == "v2.csv"
+    assert need_file(Tree(tmp_path), ["new.csv", "old.csv"], layout).name == "old.csv"
 
 
 def test_all_missing_columns_are_named(root):

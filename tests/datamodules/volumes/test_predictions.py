@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from common.names import case_twins
-from datamodules.registry import recognise
 from datamodules.volumes.cache import record_of
 from datamodules.volumes.predictions import SegmentationWriter, to_source_grid
 from datamodules.volumes.prepare import prepare_case
 
 
-def test_a_label_returns_to_its_file_voxel_by_voxel(brats_root):
-    layout, cases = recognise(brats_root)
+def test_a_label_returns_to_its_file_voxel_by_voxel(brats_root, volumes_of):
+    layout, cases = volumes_of(brats_root)
     prepared = prepare_case(cases[0], layout, layout.modalities)
     label, affine = to_source_grid(prepared.label, record_of(prepared, cases[0]))
     original = nib.load(cases[0].labels["seg"])
@@ -21,8 +20,8 @@ def test_a_label_returns_to_its_file_voxel_by_voxel(brats_root):
     assert np.allclose(affine, original.affine)
 
 
-def test_a_resampled_label_returns_to_the_t2_grid(pi_cai_root):
-    layout, cases = recognise(pi_cai_root)
+def test_a_resampled_label_returns_to_the_t2_grid(pi_cai_root, volumes_of):
+    layout, cases = volumes_of(pi_cai_root)
     prepared = prepare_case(cases[0], layout, layout.modalities)
     label, affine = to_source_grid(prepared.label, record_of(prepared, cases[0]))
     original = nib.load(cases[0].labels["zones"])
@@ -34,8 +33,8 @@ def test_a_resampled_label_returns_to_the_t2_grid(pi_cai_root):
         assert overlap == pytest.approx(1, abs=0.02)
 
 
-def test_no_subject_leads_out_of_the_folder_of_predictions(brats_root, tmp_path):
-    layout, cases = recognise(brats_root)
+def test_no_subject_leads_out_of_the_folder_of_predictions(brats_root, tmp_path, volumes_of):
+    layout, cases = volumes_of(brats_root)
     prepared = prepare_case(cases[0], layout, layout.modalities)
     record = record_of(prepared, cases[0])
     names = ["BraTS-GLI-00000-000", "../../victim", "sub-01/ses-1", "n" * 300, "a\0b", "Case", "case"]

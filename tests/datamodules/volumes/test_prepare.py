@@ -9,10 +9,13 @@ import SimpleITK
 from common.errors import DataError
 from common.faults import SampleFaultError
 from datamodules import notes
-from datamodules.registry import recognise, with_modalities
+from datamodules.registry import open_archive
+from datamodules.volumes.cases import case_of
+from datamodules.volumes.modalities import with_modalities
 from datamodules.volumes.prepare import prepare_case
+from datamodules.volumes.profiles import prepared as prepared_layout
 from datamodules.volumes.reading import read_volume, write_nifti
-from datamodules.voxels import VoxelConfig, background_of
+from datamodules.volumes.voxels import VoxelConfig, background_of
 
 
 @pytest.fixture
@@ -22,8 +25,14 @@ def case_folder(brats_root, tmp_path):
     return tmp_path / "root" / name
 
 
+def opened(root):
+    """Return layout and cases of an archive of volumes."""
+    archive = open_archive(root, needs={"volumes"})
+    return prepared_layout(archive), [case_of(record) for record in archive.records]
+
+
 def prepare(folder):
-    layout, cases = recognise(folder.parent)
+    layout, cases = opened(folder.parent)
     return prepare_case(cases[0], layout, layout.modalities)
 
 
@@ -129,8 +138,8 @@ def test_everything_broken(case_folder):
     assert len(error.value.faults) == 4
 
 
-def test_prostates_come_to_the_t2_grid(pi_cai_root):
-    layout, cases = recognise(pi_cai_root)
+def test_prostates_come_to_the_t2_grid(pi_cai_root, volumes_of):
+    layout, cases = volumes_of(pi_cai_root)
     prepared = prepare_case(cases[0], layout, layout.modalities)
     assert prepared.image.shape == (3, 160, 160, 20)
     assert prepared.offset is None
@@ -142,8 +151,8 @@ def test_prostates_come_to_the_t2_grid(pi_cai_root):
     assert inside > 1.3 * outside
 
 
-def test_a_prostate_without_its_reference_cannot_be_used(pi_cai_root):
-    layout, cases = recognise(pi_cai_root)
+def test_a_prostate_without_its_reference_cannot_be_used(pi_cai_root, volumes_of):
+    layout, cases = volumes_of(pi_cai_root)
     headless = cases[0]._replace(images={name: path for name, path in cases[0].images.items() if name != "t2w"})
     with pytest.raises(SampleFaultError, match="no t2w"):
         prepare_case(headless, layout, layout.modalities)
@@ -151,8 +160,8 @@ def test_a_prostate_without_its_reference_cannot_be_used(pi_cai_root):
     assert prepare_case(no_adc, layout, layout.modalities).modality_mask == [True, False, True]
 
 
-def test_lung_masks_become_bits(lung_root):
-    layout, cases = recognise(lung_root)
+def test_lung_masks_become_bits(lung_root, volumes_of):
+    layout, cases = volumes_of(lung_root)
     prepared = prepare_case(cases[0], layout, layout.modalities)
     cavity = read_volume(cases[0].labels["cavity"]).data > 0
     ventilated = read_volume(cases[0].labels["vent"]).data > 0
@@ -161,8 +170,8 @@ def test_lung_masks_become_bits(lung_root):
 
 
 @pytest.mark.parametrize("modality", ["adc", "hbv"])
-def test_what_lies_beside_the_reference_is_dropped_with_a_row(pi_cai_root, tmp_path, modality):
-    layout, cases = recognise(shutil.copytree(pi_cai_root, tmp_path / "pi_cai"))
+def test_what_lies_beside_the_reference_is_dropped_with_a_row(pi_cai_root, tmp_path, modality, volumes_of):
+    layout, cases = volumes_of(shutil.copytree(pi_cai_root, tmp_path / "pi_cai"))
     path = cases[0].images[modality]
     image = SimpleITK.ReadImage(str(path))
     image.SetOrigin([value + 900 for value in image.GetOrigin()])
@@ -206,7 +215,7 @@ def head(tmp_path):
     def prepared(around=0.0, change=lambda body: body, preprocessing=None, **voxels):
         data = np.where(distance < 8, change(values), np.float32(around)).astype(np.float32)
         write_nifti(tmp_path / "root/c0/t1.nii.gz", data, np.eye(4))
-        layout, cases = recognise(tmp_path / "root")
+        layout, cases = opened(tmp_path / "root")
         layout = with_modalities(layout, cases, None)
         layout = layout.with_voxels(VoxelConfig(**voxels))
         if preprocessing:
@@ -299,7 +308,7 @@ def test_background_is_what_fills_half_of_the_faces():
 def test_labels_that_do_not_fit_a_byte(case_folder, value):
     """In a layout without fixed values they would wrap around into another class."""
     rewrite(case_folder, "seg", lambda x: np.where(x > 0, np.int16(value), x.astype(np.int16)))
-    layout, cases = recognise(case_folder.parent)
+    layout, cases = opened(case_folder.parent)
     layout = replace(layout, label_values=frozenset())
     (fault,) = prepare_case(cases[0], layout, layout.modalities).label_faults
     assert fault.kind == "label"
@@ -311,13 +320,13 @@ def test_labels_of_odd_kinds_are_faults(case_folder, dtype):
     path = case_folder / f"{case_folder.name}-seg.nii.gz"
     image = nib.load(path)
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj).astype(dtype), image.affine, dtype=dtype), path)
-    layout, cases = recognise(case_folder.parent)
+    layout, cases = opened(case_folder.parent)
     layout = layout.with_voxels(VoxelConfig(complex="magnitude"))
     assert [fault.kind for fault in prepare_case(cases[0], layout, layout.modalities).label_faults] == ["dtype"]
 
 
 def test_settings_of_voxels_that_do_not_exist(case_folder):
-    layout, _ = recognise(case_folder.parent)
+    layout, _ = opened(case_folder.parent)
     with pytest.raises(DataError, match=r"voxels.intensity names swi; the modalities are t1c"):
         layout.with_voxels(VoxelConfig(intensity={"swi": "percentile"}))
     with pytest.raises(DataError, match="known are percentile"):
@@ -332,7 +341,7 @@ def test_real_volumes_of_odd_kinds(real_data, tmp_path):
     def prepared(name, **voxels):
         (tmp_path / "root/c0").mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / name, tmp_path / "root/c0/t1.nii.gz")
-        layout, cases = recognise(tmp_path / "root")
+        layout, cases = opened(tmp_path / "root")
         layout = with_modalities(layout, cases, None).with_voxels(VoxelConfig(**voxels))
         return prepare_case(cases[0], layout, layout.modalities)
 

@@ -11,8 +11,9 @@ import SimpleITK as sitk
 from datamodules import notes
 from datamodules.storage import fingerprint
 from datamodules.volumes.headers import VolumeError
+from datamodules.volumes.itk_streams import source_files
 from datamodules.volumes.reading import read_header, read_volume, write_nifti
-from datamodules.voxels import VoxelConfig
+from datamodules.volumes.voxels import VoxelConfig
 
 
 @pytest.fixture
@@ -155,7 +156,7 @@ def test_headers_that_promise_more_memory_than_there_is(tmp_path):
     mha = "NDims = 3\nDimSize = 9999 9999 9999\nElementType = MET_SHORT\nElementDataFile = LOCAL\n"
     (tmp_path / "x.mha").write_text(f"ObjectType = Image\nCompressedData = True\n{mha}")
     (tmp_path / "x.nrrd").write_text(
-        "NRRD0004\ntype: short\ndimension: 3\nsizes: 9999 9999 9999\nendian: little\nencoding: gzip\n\n"
+        "NRRD0004\ntype: short\ndimension: 3\nspace: RAS\nsizes: 9999 9999 9999\nendian: little\nencoding: gzip\n\n"
     )
     head = nib.MGHImage(np.zeros((1, 1, 1), np.int16), np.eye(4)).header
     head["dims"][:3] = 9999
@@ -183,7 +184,7 @@ def test_a_bomb_inside_a_compressed_metaimage(tmp_path):
     for name, start in {
         "x.mha": "ObjectType = Image\nNDims = 3\nCompressedData = True\nDimSize = 2 2 2\nElementType = MET_SHORT\n"
         "ElementDataFile = LOCAL\n",
-        "x.nrrd": "NRRD0004\ntype: short\ndimension: 3\nsizes: 2 2 2\nendian: little\nencoding: gzip\n\n",
+        "x.nrrd": "NRRD0004\ntype: short\ndimension: 3\nspace: RAS\nsizes: 2 2 2\nendian: little\nencoding: gzip\n\n",
     }.items():
         _, rest = zeros(64 * 2**20, 15 if name == "x.mha" else 31)
         (tmp_path / name).write_bytes(start.encode() + rest())
@@ -226,6 +227,34 @@ def test_a_metaimage_whose_voxels_lie_elsewhere(volume, tmp_path, place):
     header = (tmp_path / "x.mhd").read_text().replace("x.raw", place)
     (tmp_path / "x.mhd").write_text(header)
     assert peak_of(tmp_path / "x.mhd")[0] in ("unreadable", "missing")
+
+
+def test_a_nrrd_without_a_space(tmp_path):
+    header = "NRRD0004\ntype: short\ndimension: 3\n{}sizes: 2 2 2\nendian: little\nencoding: raw\n\n"
+    (tmp_path / "x.nrrd").write_bytes(header.format("").encode() + bytes(16))
+    assert peak_of(tmp_path / "x.nrrd")[0] == "header"
+    directions = "space: RAS\nspace directions: (1,0,0) (0,1,0) (0,0,1)\n"
+    (tmp_path / "x.nrrd").write_bytes(header.format(directions).encode() + bytes(16))
+    assert np.allclose(read_volume(tmp_path / "x.nrrd").affine, np.eye(4))
+
+
+def test_a_metaimage_in_two_files_is_known_by_its_voxels(volume, tmp_path):
+    """Headers of one scanner are equal in all patients."""
+    path, _ = volume
+    for name, shift in (("a", 0), ("b", 1)):
+        (tmp_path / name).mkdir()
+        sitk.WriteImage(sitk.ReadImage(str(path)) + shift, str(tmp_path / name / "x.mhd"))
+    first, second = (tmp_path / name / "x.mhd" for name in ("a", "b"))
+    assert first.read_text() == second.read_text()
+    assert read_volume(first).source["xxh3"] != read_volume(second).source["xxh3"]
+    assert source_files(first) == [first, first.with_suffix(".raw")]
+    assert source_files(path) == [path]
+
+
+def test_a_name_that_says_nothing(tmp_path):
+    (tmp_path / "scan.txt").write_text("no volume")
+    with pytest.raises(VolumeError, match=r"none of \.nii\.gz"):
+        read_volume(tmp_path / "scan.txt")
 
 
 def test_a_trailing_axis_of_one_is_fine(tmp_path):

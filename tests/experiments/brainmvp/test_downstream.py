@@ -183,7 +183,9 @@ SEG = ["--data.crop_size=[16,16,16]", "--data.atlas=[40,44,36]", SPLIT]
 @pytest.mark.slow
 def test_segmentation_from_a_pretrained_encoder_to_the_table_of_missing_sequences(brain_arguments, brats_root, capsys):
     pretrained = execute(brain_arguments("--trainer.max_epochs=1"))
-    start = task("brats_seg", brats_root, *SEG, *EPOCH, f"--model.pretrained={pretrained}", "--model.optimizer.lr=0")
+    start = task(
+        "brats_seg", brats_root, *SEG, *EPOCH, f"--model.pretrained={pretrained}", "--model.optimization.optimizer.lr=0"
+    )
     folder = execute(start)
     report = capsys.readouterr().out
     assert "one stored kernel shared out among 4" in report
