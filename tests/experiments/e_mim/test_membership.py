@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from common.callbacks.last_checkpoint import LastCheckpoint
 from common.checkpoint import read_checkpoint
 from common.cli import execute
 from common.errors import DataError
+from experiments.e_mim.module import EMIMPretrain
 
 ONE_EPOCH = "--trainer.max_epochs=1"
 
@@ -34,12 +36,32 @@ def archive(brats_root, tmp_path):
     return root
 
 
+class Killed(Exception):
+    pass
+
+
+def stopped(arguments, monkeypatch):
+    """Run until the second epoch, die there, and return the run folder."""
+
+    def die(self, batch, batch_idx):
+        if self.current_epoch == 1:
+            raise Killed
+        return training_step(self, batch, batch_idx)
+
+    training_step = EMIMPretrain.training_step
+    with monkeypatch.context() as patch:
+        patch.setattr(EMIMPretrain, "training_step", die)
+        with pytest.raises(Killed):
+            execute(arguments)
+    return max(Path("runs/e_mim/pretrain").iterdir(), key=lambda path: path.stat().st_mtime)
+
+
 def grow(brats_root, root):
     for case in sorted(brats_root.glob("BraTS-*"))[6:]:
         shutil.copytree(case, root / case.name)
 
 
-def test_an_archive_that_grows_or_shrinks(archive, brats_root, pretrain_arguments, capsys):
+def test_an_archive_that_grows_or_shrinks(archive, brats_root, pretrain_arguments, monkeypatch, capsys):
     whole = execute(pretrain_arguments(root=archive))
     assert stat.S_IMODE((whole / "membership.csv").stat().st_mode) == 0o600
     assert sorted({row["split"] for row in rows(whole)}) == ["test", "train", "val"]
@@ -48,7 +70,7 @@ def test_an_archive_that_grows_or_shrinks(archive, brats_root, pretrain_argument
         read_checkpoint(whole, "last")["membership"]["digest"]
         == (json.loads((whole / "summary.json").read_text())["membership"]["digest"])
     )
-    first = execute(pretrain_arguments(ONE_EPOCH, root=archive))
+    first = stopped(pretrain_arguments(root=archive), monkeypatch)
     grow(brats_root, archive)
     capsys.readouterr()
     arguments = pretrain_arguments("--ckpt_path", str(first), root=archive)
@@ -66,7 +88,8 @@ def test_an_archive_that_grows_or_shrinks(archive, brats_root, pretrain_argument
 
 def finetune(root, pretrained, split, *more):
     config = ["--config", "experiments/e_mim/configs/finetune_brats_seg.yaml"]
-    tiny = ["--model.network.feature_size=4", "--model.encoder.embed_dim=32", "--data.crop_size=[32,32,32]",
+    tiny = ["--model.network.feature_size=4", "--model.network.skip_blocks=[1,1,2]",
+            "--model.encoder.embed_dim=32", "--data.crop_size=[32,32,32]",
             "--data.num_workers=0", "--data.batch_size=2", "--trainer.max_epochs=1", "--trainer.precision=32-true",
             "--trainer.enable_progress_bar=false", "--trainer.check_val_every_n_epoch=1"]  # fmt: skip
     return ["fit", *config, f"--data.root={root}", f"--model.pretrained={pretrained}", *tiny, *more,
