@@ -81,6 +81,7 @@ class Record(NamedTuple):
         """Yield every file of the sample with what it is: volume, image, text or mask."""
         yield from (("volume", ref.path) for ref in self.volumes.values())
         yield from (("image", path) for path, _ in self.images)
+        yield from (("volume", path) for path in self.surplus)
         yield from (("mask", ref.path) for ref in self.masks.values())
         if isinstance(self.text, FileRef):
             yield "text", self.text.path

@@ -152,7 +152,7 @@ def test_no_mask_is_used_until_it_is_named(tmp_path):
     assert [len(record.masks) for record in both.records] == [2, 0]
     assert both.facts.regions == {"lesion": (1, 3), "brain": (2, 3)}
     with pytest.raises(
-        DataError, match="No case has the mask tumour that masks: names; the masks found are desc-brain"
+        DataError, match=r"No case has the mask tumour that masks: names; the masks found are desc-brain"
     ):
         opened(tmp_path, masks={"tumour": {}})
 
@@ -171,7 +171,7 @@ def test_a_pipeline_takes_the_place_of_the_raw_volumes(tmp_path):
     )
     with pytest.raises(DataError, match=r"sub-01 in the spaces MNI, T1w: name all but one under ignore"):
         opened(tmp_path, pipeline="fmriprep")
-    with pytest.raises(DataError, match="no pipeline freesurfer .* there are fmriprep"):
+    with pytest.raises(DataError, match=r"no pipeline freesurfer .* there are fmriprep"):
         opened(tmp_path, pipeline="freesurfer")
 
 
