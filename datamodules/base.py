@@ -305,6 +305,8 @@ class ArchiveDataModule(pl.LightningDataModule):
         """
         archive = open_archive(root, layout, self.needs, self.purpose, settings)
         Account(archive).check()
+        for note in archive.notes:
+            say(f"note: {note}")
         return archive
 
     def keep_account(self, stage: str) -> None:

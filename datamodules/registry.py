@@ -81,6 +81,7 @@ class Record(NamedTuple):
         """Yield every file of the sample with what it is: volume, image, text or mask."""
         yield from (("volume", ref.path) for ref in self.volumes.values())
         yield from (("image", path) for path, _ in self.images)
+        yield from (("volume", path) for path in self.surplus)
         yield from (("mask", ref.path) for ref in self.masks.values())
         if isinstance(self.text, FileRef):
             yield "text", self.text.path
@@ -198,6 +199,7 @@ class Archive:
         facts: What is known of the whole.
         reasons: Files that the layout leaves aside, by reason (see :mod:`datamodules.account`).
         tables: Tables and lists that it read.
+        notes: What a person should know of it.
     """
 
     layout: "Layout"
@@ -206,6 +208,7 @@ class Archive:
     facts: Facts
     reasons: Mapping[str, Sequence[str]] = field(default_factory=dict)
     tables: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     @cached_property
     def gives(self) -> frozenset[str]:
@@ -234,12 +237,14 @@ class Listing(NamedTuple):
         facts: What this archive says of itself; None = as the layout.
         reasons: Files left aside, by reason.
         tables: Tables that were read.
+        notes: What a person should know.
     """
 
     samples: Sequence[Sample]
     facts: Facts | None = None
     reasons: Mapping[str, Sequence[str]] = {}
     tables: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -288,7 +293,8 @@ class Layout:
         listing = found if isinstance(found, Listing) else Listing(found)
         records = [sample.record() for sample in listing.samples]
         tables = [tree.name_of(path) for pattern in self.tables for path in tree.glob(pattern)]
-        return Archive(self, tree, records, listing.facts or self.facts, listing.reasons, [*tables, *listing.tables])
+        facts, tables = listing.facts or self.facts, [*tables, *listing.tables]
+        return Archive(self, tree, records, facts, listing.reasons, tables, listing.notes)
 
 
 def marked(*marks: str | tuple[str, ...], score: int = 3) -> Callable[[Tree], Evidence]:
@@ -352,6 +358,9 @@ LAYOUTS: tuple[Entry, ...] = (
     _entry("pi_cai", "volumes.pi_cai:PI_CAI", "volumes masks targets", title="PI-CAI"),
     _entry("lung", "volumes.folder:LUNG", "volumes masks targets"),
     _entry("folder", "volumes.folder:FOLDER", "volumes masks targets sessions"),
+    _entry("bids", "volumes.bids:BIDS", "volumes images masks targets sessions", title="BIDS"),
+    _entry("msd", "volumes.decathlon:MSD", "volumes masks", title="Medical Decathlon"),
+    _entry("nnunet", "volumes.decathlon:NNUNET", "volumes images masks", title="nnU-Net"),
     _entry("ucsf_pdgm", "brain.layouts:UCSF_PDGM", "volumes masks", title="UCSF-PDGM"),
     _entry("upenn_gbm", "brain.layouts:UPENN_GBM", "volumes masks", title="UPENN-GBM"),
     _entry("ixi", "brain.layouts:IXI", "volumes", title="IXI"),
@@ -362,6 +371,8 @@ LAYOUTS: tuple[Entry, ...] = (
     _entry("indi", "brain.layouts:INDI", "volumes", title="INDI"),
     _entry("sources", "brain.layouts:SOURCES", "volumes masks"),
     _entry("brain_manifest", "brain.layouts:MANIFEST", "volumes masks"),
+    _entry("images", "images.plain:IMAGES", "images views sessions"),
+    _entry("class_folders", "images.plain:CLASS_FOLDERS", "images targets views sessions"),
     _entry("mimic_cxr", "reports.mimic_cxr:MIMIC_CXR", "images text views targets", title="MIMIC-CXR"),
     _entry("open_i", "reports.open_i:OPEN_I", "images text", title="Open-I"),
     _entry("covid_cxr", "reports.covid_cxr:COVID_CXR", "images text views", title="COVID-19 image collection"),
@@ -469,11 +480,19 @@ def recognise(tree: Tree, needs: frozenset[str], purpose: str = "this") -> tuple
         others = _matches(tree, [entry for entry in LAYOUTS if entry not in suited])
         other = _best(tree, others)
         if other is not None and (best is None or other.evidence.score > 1):
-            raise unsuited(other.entry, other.entry.gives, needs, purpose)
+            raise unsuited(other.entry, _given(other, tree), needs, purpose)
         matches += others
     if best is None:
         raise DataError(_unknown(tree, matches))
     return best.layout, best.evidence
+
+
+def _given(match: _Match, tree: Tree) -> frozenset[str]:
+    """Return what an archive gives; what its layout can, where it cannot be read without further settings."""
+    try:
+        return match.layout.read(tree).gives
+    except DataError:
+        return match.entry.gives
 
 
 def _unknown(tree: Tree, matches: Sequence[_Match]) -> str:

@@ -129,7 +129,14 @@ def names_of(files: Sequence[TreeFile], owners: Sequence[str]) -> list[tuple[str
 
 
 def _flat(tree: Tree, files: Sequence[TreeFile]) -> Iterator[Group]:
-    """Yield the cases whose files lie in the root itself: ``CASE_<modality>``, ``CASE_0000``, or one file per case."""
+    """Yield the cases whose files lie in the root itself: ``CASE_<modality>``, ``CASE_0000``, or one file per case.
+
+    Files that are all of different modalities are one case.
+    """
+    sequences = [canonical_name(file.stem[max(file.stem.rfind("_"), file.stem.rfind("-")) + 1 :]) for file in files]
+    if len(files) > 1 and len({*sequences}) == len(files) and set(sequences) <= {*CANONICAL, *LABEL_STEMS}:
+        yield Group(tree.root.name, patient_of(tree.root.name), "", list(zip(sequences, files, strict=True)))
+        return
     groups: dict[str, list[tuple[str, TreeFile]]] = {}
     for file in files:
         cut = max(file.stem.rfind("_"), file.stem.rfind("-"))
