@@ -12,11 +12,12 @@ from common.blocks.patch_embed import grid_of
 from common.blocks.pos_embed import resize_position_embedding
 from common.blocks.registry import build_encoder, check_arguments, class_path, declared_default, fits
 from common.errors import CheckpointError
+from common.finite import check_finite
 from common.modalities import canonical_channels
 from common.runtime.experiments import experiment_module
 from common.types import InputSpec
 from common.weights.channels import ChannelReport, Channels, NewChannels, fit_kernel
-from common.weights.files import read_json, read_tensors, read_torch
+from common.weights.files import LAST, PREVIOUS, check_export, read_json, read_tensors, read_torch
 from common.weights.monai_keys import from_monai
 from common.weights.timm_keys import from_timm
 
@@ -29,12 +30,12 @@ def resolve_checkpoint(path: str | Path, prefer: str = "best") -> Path:
         prefer: Which file of a folder: ``"best"`` to evaluate or transfer, ``"last"`` to resume.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no checkpoint.
     """
     path = Path(path)
     if path.is_file():
         return path
-    names = ["best.ckpt", "last.ckpt"] if prefer == "best" else ["last.ckpt", "best.ckpt"]
+    names = ["best.ckpt", LAST, PREVIOUS] if prefer == "best" else [LAST, PREVIOUS, "best.ckpt"]
     for folder in (path / "checkpoints", path):
         for name in names:
             if (folder / name).is_file():
@@ -57,6 +58,18 @@ def read_checkpoint(path: str | Path, prefer: str = "best") -> dict[str, Any]:
         CheckpointError: the file is missing, damaged, or holds objects that would have to be executed.
     """
     return read_torch(resolve_checkpoint(path, prefer))
+
+
+def stored_membership(path: str | Path) -> dict[str, Any] | None:
+    """Return who was in which split of the run that wrote a checkpoint; None where it does not say, as exports do not.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    if (Path(path) / "config.json").is_file():
+        return None
+    checkpoint = read_checkpoint(path)
+    return checkpoint.get("membership") if isinstance(checkpoint, dict) else None
 
 
 def check_shapes(loaded: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
@@ -99,7 +112,7 @@ def encoder_record(module: nn.Module, spec: InputSpec) -> dict[str, Any]:
 class StoredEncoder(NamedTuple):
     """An encoder as a file holds it: how to build it, its weights, what its input was, and the weights beside it.
 
-    ``channels`` are canonical names, ``names`` what the archive it was trained on calls them; empty = the same.
+    ``channels`` are canonical names, ``names`` what the archive it was trained on calls them; empty: the same.
     """
 
     class_path: str
@@ -172,7 +185,7 @@ def stored_encoder(
         rest: Weights beside them.
 
     Raises:
-        CheckpointError: what it says is incomplete, or names no encoder of this project.
+        CheckpointError: what it says is incomplete or names no encoder of this project, or its weights are not finite.
     """
     path = part(record, "class_path", str, source)
     arguments = {name: value for name in ("in_channels", "image_size")
@@ -183,6 +196,7 @@ def stored_encoder(
         raise CheckpointError(f"{source} names {len(channels)} channels of an encoder of {arguments['in_channels']}: "
                               f"export the encoder again, or start from the run it came from.")  # fmt: skip
     names = part(about, "names", list[str], source) if "names" in about else []
+    check_finite(state, str(source))
     return StoredEncoder(path, arguments, state, channels, dict(preprocessing), dict(rest or {}), names)
 
 
@@ -192,12 +206,11 @@ def _read_export(folder: Path) -> StoredEncoder:
     reader = _reader_of(config)
     if "encoder" not in config or (config.get("format") not in ("monai", "timm") and reader is None):
         raise CheckpointError(f"{folder} is no export in the format monai or timm; start from the run it came from.")
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        raise CheckpointError(f"{folder} has a config.json but no model.safetensors: export the encoder again.")
+    check_export(folder, config)
     if reader is not None:
         return reader(folder, config)
     record = config["encoder"]
+    weights = folder / "model.safetensors"
     state = read_tensors(weights)
     try:
         if config["format"] == "monai":
@@ -321,9 +334,11 @@ def read_foreign(path: str | Path, class_token: bool = True) -> dict[str, Tensor
         raise CheckpointError(f"There are no weights at {path}: download them, and give the file.")
     loaded = read_tensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
     try:
-        return from_timm(loaded, class_token=class_token)
+        state = from_timm(loaded, class_token=class_token)
     except ValueError as error:
         raise CheckpointError(f"{path} holds no weights for this encoder: {error}") from error
+    check_finite(state, str(path))
+    return state
 
 
 def init_encoder(encoder: nn.Module, path: str | Path) -> LoadReport:

@@ -1,5 +1,6 @@
-"""Checkpoints on disk: whole or not at all, and never unpickled."""
+"""Checkpoints on disk: whole or not at all, with a check sum, the one before kept, and never unpickled."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +11,46 @@ from common.checkpoint import read_checkpoint
 from common.errors import StorageError
 from common.files import remove_file, whole_file
 from common.names import printable
+from common.weights.files import LAST, PREVIOUS, is_damaged, seal, trust
+
+
+def _keep_previous(path: Path) -> None:
+    """Give a checkpoint that is about to be replaced a second name; there is one under its own at every moment."""
+    if not path.is_file() or is_damaged(path):
+        return  # a damaged one must not take the place of a whole one
+    with whole_file(path.with_name(PREVIOUS)) as second:
+        try:
+            second.hardlink_to(path)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, second)
 
 
 def atomic_save(content: Any, path: Path) -> None:
-    """Save with torch under a temporary name, flush it to the disk, and rename it.
+    """Save with torch and a check sum under a temporary name, flush it to the disk, and rename it.
+
+    What is called ``last.ckpt`` becomes ``previous.ckpt`` before it is replaced.
 
     Raises:
         StorageError: it cannot be written; the file that was there is still there.
     """
-    with whole_file(path, durable=True) as temporary, temporary.open("wb") as file:
-        torch.save(content, file)
+    with whole_file(path, durable=True) as temporary:
+        with temporary.open("w+b") as file:
+            torch.save(content, file)
+            seal(file)
+        if path.name == LAST:
+            _keep_previous(path)
+    trust(path)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint plugin, with :func:`atomic_save` and ``weights_only=True``."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Save a checkpoint whole or not at all."""
+        """Save a checkpoint whole or not at all.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         atomic_save(checkpoint, Path(path))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
@@ -40,12 +64,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint that a better one has replaced: a file, never a folder.
 
-        Lightning names it as a checkpoint says that was resumed from, which may say anything.
+        Lightning takes the name from the checkpoint that was resumed from, which may hold anything.
 
         Raises:
             StorageError: it is no checkpoint of the run's.
         """
         path = Path(path)
         if path.suffix != ".ckpt" or ".." in path.parts:
-            raise StorageError(f"{printable(path)} is no checkpoint of this run, so it was not removed.")
+            raise StorageError(f"{printable(path)} is not a checkpoint of this run, so it was not removed.")
         remove_file(path, path.parent)

@@ -1,15 +1,13 @@
 """The ``lightning`` command: LightningCLI with our defaults, run folder and one-sentence refusals."""
 
-from common.commands import prepare_memory
+from common.runtime.lean_imports import import_torchmetrics
 
-prepare_memory()
+import_torchmetrics()  # before anything imports Lightning
 
 import json
-import logging
 import os
 import sys
 import time
-import warnings
 from importlib.resources import files
 from itertools import count, pairwise
 from pathlib import Path
@@ -25,19 +23,22 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from common.callbacks.fault_report import FaultReport
 from common.callbacks.last_checkpoint import LastCheckpoint
+from common.callbacks.membership import MembershipRecord
 from common.callbacks.preemption import Preemption, slurm_job
-from common.callbacks.run_record import RunRecord
-from common.checkpoint import read_checkpoint, resolve_checkpoint, run_tokenizer
+from common.callbacks.run_record import RunRecord, personal_settings
+from common.checkpoint import read_checkpoint, resolve_checkpoint, run_tokenizer, stored_membership
 from common.checkpoint_io import AtomicCheckpointIO
 from common.distributed import launched_rank
 from common.errors import PreemptedError, UsageError, UserError
-from common.files import remove_empty_folders, whole_file
+from common.files import is_about_storage, remove_empty_folders, storage_sentence, whole_file
 from common.module import BuiltFromData
 from common.names import printable, safe_name
+from common.pseudonyms import public_name
 from common.randomness import DEFAULT_SEED
 from common.runtime.configs import expand_config_arguments
 from common.runtime.data_config import one_line
 from common.runtime.loggers import RunCSVLogger, RunTensorBoardLogger, SummaryLogger
+from common.runtime.process import silence_advice
 from common.runtime.reporting import is_dry_run, say
 from common.types import TaskState
 
@@ -79,8 +80,13 @@ class RunConfig(SaveConfigCallback):
         """Write the file once, whole or not at all (Lightning hook)."""
         if self.already_saved or not trainer.is_global_zero or is_dry_run(trainer):
             return
+        config = self.config.clone()
+        options = (config.get("data") or {}).get("init_args") or {}
+        for name in personal_settings(trainer):
+            if options.get(name):  # jsonargparse's namespaces take dotted names
+                options[name] = public_name(options[name])
         with whole_file(Path(trainer.default_root_dir) / "config.yaml") as temporary:
-            self.parser.save(self.config, str(temporary), skip_unset=False, overwrite=True)
+            self.parser.save(config, str(temporary), skip_unset=False, skip_validation=True, overwrite=True)
         self.already_saved = True
 
 
@@ -103,6 +109,7 @@ class MedmimCLI(LightningCLI):
         self._arguments = arguments  # as given: they name the run
         self._made: Path | None = None
         self._state = TaskState()
+        self._members: dict[str, Any] | None = None
         defaults = str(files("experiments").joinpath("configs/defaults.yaml"))
         try:
             super().__init__(
@@ -136,18 +143,19 @@ class MedmimCLI(LightningCLI):
         class_path = config["model"].get("class_path")
         if class_path == checkpoint.get("hyper_parameters", {}).get("_class_path", class_path):
             self._state = TaskState.read(checkpoint)
+        self._members = checkpoint.get("membership")
 
     def before_instantiate_classes(self) -> None:
         """Give the data the tokenizer of the run that weights are from, unless one is asked for (CLI hook)."""
         config = self.config[self.config["subcommand"]]
-        options = (config.get("data") or {}).get("init_args")
-        if options is None or "tokenizer" not in options or options["tokenizer"]:
+        text = ((config.get("data") or {}).get("init_args") or {}).get("text")
+        if text is None or "tokenizer" not in text or text["tokenizer"]:
             return
         source = config["model"].get("init_args", {}).get("pretrained")
         if self.config["subcommand"] != "fit" and config.get("ckpt_path"):
             source = config["ckpt_path"]
         if source and (found := run_tokenizer(Path(source))) is not None:
-            options["tokenizer"] = str(found)
+            text["tokenizer"] = str(found)
 
     def _requeued_run(self, class_path: str) -> str | None:
         """Return the folder of this SLURM job's run before it was requeued, if that run saved anything."""
@@ -169,6 +177,19 @@ class MedmimCLI(LightningCLI):
             raise UserError(f"{one_line(str(error))}.") from error
         if isinstance(self.model, BuiltFromData):
             self.model.state = self._state
+        self._recall_members()
+
+    def _recall_members(self) -> None:
+        """Tell the data who was in which split of the runs that this one goes on from (those that keep it)."""
+        recall = getattr(self.datamodule, "recall", None)
+        if recall is None:
+            return
+        pretrained = (self._get(self.config, "model").get("init_args") or {}).get("pretrained")
+        started_from = stored_membership(pretrained) if pretrained else None
+        if pretrained and started_from is None and not self._members:
+            say(f"note: whether patients were seen in pre-training cannot be checked: {pretrained} keeps no membership")
+        kind = "resumed" if self.subcommand == "fit" else "weights"
+        recall(**{"started_from": started_from, kind: self._members})
 
     def run_folder(self) -> Path:
         """Return the folder of this run; a resumed run continues in its own.
@@ -227,7 +248,7 @@ class MedmimCLI(LightningCLI):
         config["plugins"] = [*(config["plugins"] or []), AtomicCheckpointIO()]
         if SLURMEnvironment.detect():
             config["plugins"].append(SLURMEnvironment(auto_requeue=False))
-        callbacks: list[Any] = [RunRecord(folder), FaultReport(folder)]
+        callbacks: list[Any] = [RunRecord(folder), MembershipRecord(folder), FaultReport(folder)]
         if config["enable_progress_bar"] is not False and not any(
             isinstance(c, ProgressBar) for c in config["callbacks"]
         ):
@@ -265,37 +286,6 @@ def _fail(error: Exception) -> NoReturn:
     sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
-#: Advice that is not for the person who runs a command.
-_SILENCED = (
-    ".*does not have many workers.*",
-    ".*LightningCLI's args parameter.*",
-    ".*is already saved during checkpointing.*",
-    ".*Checkpoint directory .* exists and is not empty.*",
-    ".*isinstance\\(treespec, LeafSpec\\).*",
-    ".*module\\(s\\) in eval mode at the start of training.*",
-    ".*callbacks used to create the checkpoint need to be provided.*",
-    ".*number of training batches .* is smaller than the logging interval.*",
-    ".*Couldn't infer the batch indices fetched from your dataloader.*",
-    ".*always_return_as_numpy.*",
-)
-
-
-_SILENCED_LINES = ("Tip: ", "`weights_only` was not set", "Loading `train_dataloader` to estimate", "Seed set to")
-
-
-def _silence_advice() -> None:
-    """Leave on the terminal what the person who runs a command needs."""
-    for pattern in _SILENCED:
-        warnings.filterwarnings("ignore", pattern)
-    for name in (
-        "pytorch.utilities.rank_zero",
-        "pytorch.trainer.connectors.checkpoint_connector",
-        "fabric.utilities.seed",
-    ):
-        logger = logging.getLogger(f"lightning.{name}")
-        logger.addFilter(lambda record: not any(text in record.getMessage() for text in _SILENCED_LINES))
-
-
 def execute(arguments: list[str]) -> Path:
     """Run a command inside this process and return its run folder.
 
@@ -303,7 +293,7 @@ def execute(arguments: list[str]) -> Path:
         UserError: refused.
         PreemptedError: stopped on request; the state is saved.
     """
-    _silence_advice()
+    silence_advice()
     os.environ.pop("MEDMIM_RUN_TIME", None) if launched_rank() == 0 else None
     return Path(MedmimCLI(arguments).trainer.default_root_dir)
 
@@ -323,6 +313,10 @@ def main(args: list[str] | None = None) -> None:
         if debug:
             raise
         _fail(error)
+    except OSError as error:
+        if debug or not is_about_storage(error):
+            raise
+        _fail(UserError(storage_sentence(Path(error.filename or "A file of the run"), error, "written or read")))
 
 
 if __name__ == "__main__":

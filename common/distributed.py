@@ -133,7 +133,7 @@ def loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Run a loss and its backward pass on this rank's part of a batch: what a two-rank test compares.
 
-    A linear layer stands in for the network.
+    A linear layer takes the place of the network.
 
     Args:
         loss: Called with the tensors and settings by name; returns a scalar.

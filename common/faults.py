@@ -1,6 +1,7 @@
 """Broken members of an archive: one row each, counted, never hidden, fatal only when there are too many."""
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,8 +9,10 @@ from typing import NamedTuple
 
 from common.errors import TooManyFaultsError
 from common.files import whole_file
-from common.randomness import stable_hash
+from common.pseudonyms import pseudonym
 
+#: The part of a file's name that a pseudonym keeps: its type, under a name that identifies nobody.
+_SUFFIX = re.compile(r"\.(nii|mha|mhd|dcm|png|jpe?g|tiff?|bmp|txt|xml|json|csv|npy)(\.gz)?$", re.IGNORECASE)
 FIELDS = ("path", "kind", "detail", "rank", "worker")
 
 
@@ -21,8 +24,8 @@ class Fault(NamedTuple):
         kind: unreadable, checksum, shape, grid, nan, constant, label, missing, empty or space.
         detail: What was found, in words.
         sample: The subject it belongs to.
-        rank: Rank that met it.
-        worker: Loader worker that met it; -1 in the main process.
+        rank: Rank that found it.
+        worker: Loader worker that found it; -1 in the main process.
     """
 
     path: str
@@ -50,7 +53,7 @@ class FaultLedger:
 
     Args:
         max_fraction: Share of the samples that may be faulty; never fewer than 5.
-        anonymise: Whether files leave only a pseudonym in what is written.
+        anonymise: Whether only pseudonyms of files are written.
     """
 
     def __init__(self, max_fraction: float = 0.01, anonymise: bool = False) -> None:
@@ -68,7 +71,7 @@ class FaultLedger:
                 self._news.append(fault)
 
     def take_news(self) -> list[Fault]:
-        """Return the faults that came since the last call."""
+        """Return the faults added since the last call."""
         news, self._news = self._news, []
         return news
 
@@ -79,7 +82,7 @@ class FaultLedger:
 
     @property
     def faults(self) -> list[Fault]:
-        """All faults, in the order they came."""
+        """All faults, in the order in which they were found."""
         return list(self._faults.values())
 
     @property
@@ -89,11 +92,11 @@ class FaultLedger:
 
     @property
     def limit(self) -> float:
-        """Number of faulty samples that is still tolerated."""
+        """Largest number of faulty samples that is tolerated."""
         return max(5, self.max_fraction * self.num_samples)
 
     def check(self) -> None:
-        """Stop where too many samples are faulty.
+        """Raise an error if too many samples are faulty.
 
         Raises:
             TooManyFaultsError: with the table of kinds and the first three examples.
@@ -106,16 +109,22 @@ class FaultLedger:
         )
 
     def describe(self) -> str:
-        """Say what is wrong: counts by kind, and the first three examples."""
+        """Summarise the faults: counts by kind, and the first three examples."""
         kinds = ", ".join(f"{kind} {count}" for kind, count in Counter(f.kind for f in self.faults).most_common())
-        examples = "; ".join(f"{self.shown_path(f)} ({f.kind}: {f.detail})" for f in self.faults[:3])
+        examples = "; ".join(f"{self.shown_path(f)} ({self._found(f)})" for f in self.faults[:3])
         return f"By kind: {kinds}. First: {examples}."
+
+    def _found(self, fault: Fault) -> str:
+        return fault.kind if self.anonymise else f"{fault.kind}: {fault.detail}"
 
     def shown_path(self, fault: Fault) -> str:
         """Return the path as it may be written down."""
         if not self.anonymise:
             return fault.path
-        return f"{pseudonym(fault.sample)}/{stable_hash(fault.path):016x}{''.join(Path(fault.path).suffixes[-2:])}"
+        suffix = _SUFFIX.search(fault.path)
+        return (
+            f"{pseudonym(fault.sample)}/{pseudonym(fault.path).replace('subject', 'file')}{suffix[0] if suffix else ''}"
+        )
 
     def write(self, path: Path) -> None:
         """Write all faults as CSV, whole or not at all."""
@@ -126,10 +135,5 @@ class FaultLedger:
             writer = csv.writer(file)
             writer.writerow(FIELDS)
             for fault in self.faults:
-                detail = "" if self.anonymise else fault.detail
+                detail = "" if self.anonymise else fault.detail  # which may name files
                 writer.writerow([self.shown_path(fault), fault.kind, detail, fault.rank, fault.worker])
-
-
-def pseudonym(subject: str) -> str:
-    """Return a stable stand-in for a subject's id."""
-    return f"subject-{stable_hash('pseudonym', subject):016x}"[:20]

@@ -33,7 +33,7 @@ def owned(path: Path, owner: Path) -> Path:
         owner: The run, cache or output folder.
 
     Raises:
-        StorageError: it lies elsewhere, or is the folder itself.
+        StorageError: it is elsewhere, or is the folder itself.
     """
     simple = path.name not in ("", ".", "..") and "\0" not in str(path)
     try:
@@ -95,17 +95,30 @@ def storage_errors(path: Path, done: str = "written") -> Iterator[None]:
     """Turn what the file system refuses into one sentence.
 
     Raises:
-        StorageError: instead of any ``OSError``.
+        StorageError: instead of any ``OSError``, and of a ``RuntimeError`` in the wake of one.
     """
     try:
         yield
     except OSError as error:
         raise StorageError(storage_sentence(path, error, done)) from error
+    except RuntimeError as error:  # torch.save says "unexpected pos" while it gives up on the disk's own error
+        if not isinstance(error.__context__, OSError):
+            raise
+        raise StorageError(storage_sentence(path, error.__context__, done)) from error
+
+
+def is_about_storage(error: OSError) -> bool:
+    """Whether an error means that a disk is full, or that writing or reading is not permitted."""
+    return _is_full(error) or error.errno in _FORBIDDEN
+
+
+def _is_full(error: OSError) -> bool:
+    return error.errno in _FULL or (error.errno is None and " requested and " in str(error))  # NumPy's short write
 
 
 def storage_sentence(path: Path, error: OSError, done: str = "written") -> str:
-    """Say what a file system refused, and what to do."""
-    if error.errno in _FULL or (error.errno is None and " requested and " in str(error)):  # NumPy's short write
+    """Describe what a file system refused, and what to do."""
+    if _is_full(error):
         reason, advice = "the disk or the quota is full", "Free some space"
     elif error.errno in _FORBIDDEN:
         reason, advice = (error.strerror or "no permission").lower(), "Allow it, or choose another folder"
@@ -133,19 +146,19 @@ def whole_file(path: Path, owner: Path | None = None, durable: bool = False) -> 
 
     Args:
         path: The file; its folder is made.
-        owner: The folder that is ours; None = the one that the file lies in.
+        owner: The folder that is ours; None: the one that the file lies in.
         durable: Whether it must survive a power cut: contents and name reach the disk before the block is left.
 
     Yields:
         The temporary name, with the suffixes of ``path``.
 
     Raises:
-        StorageError: it cannot be written; whatever was there before is still there.
+        StorageError: it cannot be written; the previous content is kept.
     """
     owned(path, owner or path.parent)
     make_folder(path.parent)
-    _remove_leftovers(path.parent)
-    temporary = path.with_name(f".{_here()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.{path.name[-120:]}")
+    _remove_leftovers_once(path.parent)
+    temporary = temporary_beside(path)
     try:
         with storage_errors(path):
             yield temporary
@@ -157,6 +170,46 @@ def whole_file(path: Path, owner: Path | None = None, durable: bool = False) -> 
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path, last: str) -> Iterator[Path]:
+    """Write files that belong together: into a folder beside, from which they are moved when the block ends well.
+
+    Files of ``path`` that are not rewritten stay.
+
+    Args:
+        path: The folder.
+        last: The file without which it is not taken for complete: it is removed first and moved last.
+
+    Yields:
+        The folder to write into.
+
+    Raises:
+        StorageError: something cannot be written; until all is, nothing in ``path`` changes.
+    """
+    path = path.absolute()
+    make_folder(path.parent)
+    _remove_leftovers_once(path.parent)
+    temporary = temporary_beside(path)
+    make_folder(temporary)
+    try:
+        with storage_errors(path):
+            yield temporary
+        names = sorted(file.relative_to(temporary) for file in temporary.rglob("*") if file.is_file())
+        with storage_errors(path):
+            remove_file(path / last, path.parent)
+            for name in sorted(names, key=lambda name: name == Path(last)):
+                make_folder((path / name).parent)
+                move(temporary / name, path / name, path.parent)
+    finally:
+        with suppress(StorageError):
+            remove_tree(temporary, path.parent)
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return a name that nothing else has, beside a file and with its suffixes, for what will be renamed to it."""
+    return path.with_name(f".{_here()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.{path.name[-120:]}")
 
 
 def write_text(path: Path, text: str, owner: Path | None = None) -> None:
@@ -177,24 +230,30 @@ def _here() -> str:
     return safe_name(socket.gethostname())[:40]
 
 
-@lru_cache(maxsize=64)
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what dead processes left half written in a folder; looks once per process."""
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that are dead left half written in a folder of ours, under :func:`temporary_beside`."""
     with suppress(OSError):
         for entry in os.scandir(folder):
             match = _TEMPORARY.fullmatch(entry.name)
-            if match and not _is_alive(match["host"], int(match["pid"]), entry.stat().st_mtime):
-                remove_file(folder / entry.name, folder)
+            with suppress(OSError, StorageError):  # another process was faster
+                if match and not _may_be_written(match["host"], int(match["pid"]), entry.stat().st_mtime):
+                    remove_tree(folder / entry.name, folder)
 
 
-def _is_alive(host: str, pid: int, written: float) -> bool:
-    """Whether the process that writes a temporary file may still be there."""
-    if host != _here():
-        return time.time() - written < STALE_SECONDS
+_remove_leftovers_once = lru_cache(maxsize=64)(remove_leftovers)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine is there."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:
+    except OSError:  # it is somebody else's
         return True
     return True
+
+
+def _may_be_written(host: str, pid: int, written: float) -> bool:
+    """Whether the process that made a temporary file may still be there; another machine's is, for a day."""
+    return is_alive(pid) if host == _here() else time.time() - written < STALE_SECONDS

@@ -22,7 +22,7 @@ def effective_rank(features: Tensor) -> float:
         features: ``(N, D)``.
 
     Returns:
-        Between 1 and min(N, D); 0 where all rows are equal.
+        Between 1 and min(N, D); 0 where all rows are equal; NaN where one is not finite.
     """
     return spectrum_rank(singular_values(features))
 
@@ -31,8 +31,11 @@ def singular_values(features: Tensor) -> Tensor:
     """Return the singular values of the centred ``(N, D)`` features, largest first, float64 on the CPU.
 
     They are the roots of the eigenvalues of the Gram matrix on its smaller side: exact enough in float64, and fast.
+    Features that are not finite have none: all are NaN.
     """
     x = features.detach().double().cpu()
+    if not bool(torch.isfinite(x).all()):
+        return torch.full((min(x.shape),), math.nan, dtype=x.dtype)
     x = x - x.mean(0, keepdim=True)
     gram = x.T @ x if x.shape[0] >= x.shape[1] else x @ x.T
     values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
@@ -96,7 +99,7 @@ def region_hd95(pred: Tensor, target: Tensor, diagonal: float, spacing: Sequence
 
 
 def resampled_counts(units: Sequence[Hashable], draws: int = 2000, key: str = "bootstrap mean") -> NDArray[np.int64]:
-    """Return how often each case is drawn when units, such as persons, are resampled with all their cases.
+    """Return how often each case is drawn when units, such as people, are resampled with all their cases.
 
     Args:
         units: What each of S cases belongs to.
@@ -170,7 +173,7 @@ def central_interval(values: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def bootstrap_mean(values: Sequence[float], units: Sequence[Hashable], draws: int = 2000) -> tuple[float, float]:
-    """Return the central 95 % of a mean under resampling of units, such as persons, with all their values.
+    """Return the central 95 % of a mean under resampling of units, such as people, with all their values.
 
     Args:
         values: One per case.
@@ -183,7 +186,7 @@ def bootstrap_mean(values: Sequence[float], units: Sequence[Hashable], draws: in
 def bootstrap_auroc(
     scores: ArrayLike, target: ArrayLike, units: Sequence[Hashable], draws: int = 2000
 ) -> tuple[float, float]:
-    """Return the central 95 % of the AUROC under resampling of units, such as persons; draws of one class do not count.
+    """Return the central 95 % of the AUROC under resampling of units, such as people; draws of one class do not count.
 
     Args:
         scores: One per case.
@@ -195,7 +198,7 @@ def bootstrap_auroc(
 
 
 def bootstrap_ratio(totals: NDArray[Any], counts: NDArray[Any], draws: int = 1000) -> tuple[float, float]:
-    """Return the central 95 % of a ratio of sums under resampling of persons.
+    """Return the central 95 % of a ratio of sums under resampling of people.
 
     Args:
         totals: Sum of each person, ``(P,)``.

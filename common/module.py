@@ -7,13 +7,14 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
+from common.callbacks.finite_check import FiniteCheck, refuse_to_save
 from common.checkpoint import check_shapes, encoder_record
 from common.distributed import reduce_sums
-from common.errors import CheckpointError, UserError
-from common.optim import Schedule, WarmupCosine, param_groups
+from common.errors import CheckpointError, NonFiniteError, UserError
+from common.finite import FiniteSteps, check_finite
+from common.optim import OptimizerConfig, Schedule, WarmupCosine, param_groups
 from common.randomness import run_seed, seed_step, stable_hash
 from common.runtime.reporting import log_scalars, say
 from common.types import HiddenTokens, ImageKey, InputSpec, Panel, Reconstruction, TaskState, TokenFeatures
@@ -29,11 +30,11 @@ class Term(NamedTuple):
     Attributes:
         value: a mean.
         count: what it is the mean of: hidden entries, or samples. Validation weighs batches by it.
-        weight: its factor in the loss that is trained on; None = logged alone.
+        weight: its factor in the loss that is trained on; None: logged alone.
     """
 
     value: Tensor
-    count: Tensor | float = 1.0
+    count: Tensor | float = 1.0  # type: ignore[assignment]  # tuple has a method of this name
     weight: float | None = None
 
 
@@ -71,22 +72,23 @@ class BuiltFromData(pl.LightningModule):
 
     Subclasses call ``save_hyperparameters()``, name in ``remembered`` what of their input their network is built for,
     and build it in :meth:`build_network`. None of it is an argument: it is the module's ``state``, which checkpoints
-    carry.
+    carry. Those with learning rates of their own for some parameters say so in :meth:`lr_scale`.
 
     Anything that follows the weights, such as a teacher's moving average, is updated in ``optimizer_step``: checkpoints
     are written in callbacks' ``on_train_batch_end``, which Lightning runs before the module's.
     """
 
     network: Any
-    compile_network: bool = False
     #: Fields of the input's spec that the network is built for.
     remembered: tuple[str, ...] = ("channels", "image_size")
-    #: How the channels of stored weights met those of the data; None where there are no such weights.
+    #: How the channels of stored weights were matched with those of the data; None without such weights.
     channel_report: ChannelReport | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, optimization: OptimizerConfig) -> None:
         super().__init__()
         self.network = None
+        self.optimization = optimization
+        self.finite = FiniteSteps()
         #: What a checkpoint remembers beside the weights.
         self.state = TaskState()
 
@@ -141,7 +143,7 @@ class BuiltFromData(pl.LightningModule):
             raise
         except ValueError as error:
             raise UserError(str(error)) from error
-        if self.compile_network:
+        if self.optimization.compile:
             self.network.compile()
 
     def meet_channels(self, datamodule: Any, stored: InputSpec | None) -> InputSpec:
@@ -155,14 +157,14 @@ class BuiltFromData(pl.LightningModule):
             CheckpointError: the data have a channel that the checkpoint lacks, or none of its channels.
         """
         given: InputSpec = datamodule.input_spec
-        if stored is None or given.channels == stored.channels:
+        if stored is None or not stored.channels or given.channels == stored.channels:
             return given
         spec, report = deliver_channels(datamodule, stored.channels, stored.names)
         self.note_channels(report, spec)
         return spec
 
     def note_channels(self, report: ChannelReport, spec: InputSpec) -> None:
-        """Say how the channels of stored weights met those of the data, and keep it for the summary."""
+        """Log how the channels of stored weights were matched with those of the data, and keep it for the summary."""
         self.channel_report = report
         say(report.line(spec.shown))
 
@@ -170,8 +172,18 @@ class BuiltFromData(pl.LightningModule):
         """Return what pictures and logs call the channels."""
         return self.spec.names or self.spec.channels
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Look after steps that are not finite in every trainer (Lightning hook)."""
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [] if any(isinstance(callback, FiniteCheck) for callback in callbacks) else [FiniteCheck()]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record the state, and how to rebuild the encoder alone (Lightning hook)."""
+        """Record the state, and how to rebuild the encoder alone (Lightning hook).
+
+        Raises:
+            NonFiniteError: the weights are not finite; such are never saved.
+        """
+        refuse_to_save(checkpoint, self.global_step)
         checkpoint["state"] = self.state.plain()
         checkpoint["encoder"] = encoder_record(self, self.spec)
 
@@ -184,49 +196,92 @@ class BuiltFromData(pl.LightningModule):
         elif stored.spec is not None and (problem := self.spec.difference(stored.spec)):
             raise CheckpointError(problem)
         check_shapes(checkpoint["state_dict"], self.state_dict())
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        """Clip gradients (Lightning hook).
-
-        Lightning refuses to clip for fused optimisers under mixed precision, because float16's would still be scaled;
-        bfloat16's never are.
-        """
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        if gradient_clip_algorithm not in (None, "norm") or not gradient_clip_val or scaled:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif isinstance(self.trainer.strategy, pl.strategies.FSDPStrategy):
-            self.trainer.model.clip_grad_norm_(gradient_clip_val)  # type: ignore[union-attr, operator]
-        else:
-            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        check_finite(checkpoint["state_dict"], "The checkpoint")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Tie dropout to the step, and log the highest learning rate (Lightning hook)."""
         seed_step(run_seed(), self.global_step, batch_idx, self.global_rank)
+        names = batch.get("subject_id", ()) if isinstance(batch, Mapping) else ()
+        self.finite.begin(self, self.global_step + 1, self.device, map(str, names))
         groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
         self.log("lr", max(group["lr"] for group in groups), batch_size=1)
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Log a scalar, and remember it until it is known that its step was finite."""
+        if name.startswith("train/"):
+            self.finite.note(name, value)
+        super().log(name, value, *args, **kwargs)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute gradients; all are NaN, on every rank, where the loss is not finite (Lightning hook)."""
+        try:
+            super().backward(self.finite.poisoned(loss), *args, **kwargs)
+        except RuntimeError as error:
+            if not self.finite.strict or "returned nan values" not in str(error):
+                raise
+            raise NonFiniteError(f"Step {self.global_step + 1}: {str(error).splitlines()[0].rstrip('.')}: its gradient "
+                                 f"is the first that is not finite. The warning above shows where it was computed."
+                                 ) from error  # fmt: skip
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip gradients, and hold those back that are not finite (Lightning hook).
+
+        Lightning refuses to clip for fused optimisers under mixed precision, because float16's would still be scaled;
+        bfloat16's never are.
+        """
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            self.finite.judge_loss()
+            return
+        parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if gradient_clip_algorithm in (None, "norm") and gradient_clip_val:
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self.finite.judge(norm.to(self.device), self.trainer.optimizers)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, unless the gradients are not finite (Lightning hook)."""
+        super().optimizer_step(*args, **kwargs)
+        self.finite.restore()
+
+    def lr_scale(self, name: str) -> float:
+        """Return the factor of the learning rate of a parameter."""
+        return 1.0
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the groups that the optimiser is made from."""
+        return param_groups(self, self.optimization.layer_decay, self.lr_scale)
+
+    def default_schedule(self) -> Schedule | None:
+        """Return the schedule where the configuration has none; None keeps the rate as it is."""
+        return WarmupCosine()
+
+    def configure_optimizers(self) -> Any:
+        """Make the optimiser and its schedule (Lightning hook)."""
+        optimizer = self.optimization.optimizer(self.parameter_groups())
+        attach = self.optimization.schedule or self.default_schedule()
+        if attach is None:
+            return optimizer
+        schedule = attach(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class SSLModule(BuiltFromData, ABC, Generic[BatchT]):
     """A pre-training method: terms by name, summed with weights, logged the same in training and validation.
 
     Args:
-        optimizer: Makes the optimiser from parameter groups.
-        schedule: Attaches a learning-rate schedule for a number of optimiser steps.
+        optimization: How its weights are updated.
     """
 
-    #: What ``best.ckpt`` watches.
+    #: The metric that selects ``best.ckpt``.
     monitor = ("val/loss", "min")
 
-    def __init__(
-        self,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-    ) -> None:
-        super().__init__()
-        self._make_optimizer = optimizer
-        self._make_schedule = schedule or WarmupCosine()
+    def __init__(self, optimization: OptimizerConfig) -> None:
+        super().__init__(optimization)
         self._validation: list[StepOutput] = []
 
     @abstractmethod
@@ -294,9 +349,3 @@ class SSLModule(BuiltFromData, ABC, Generic[BatchT]):
         if means:
             means["loss"] = sum(weight * means.get(name, 0.0) for name, weight in weights.items())
         log_scalars(self, {f"val/{name}": value for name, value in means.items()})
-
-    def configure_optimizers(self) -> Any:
-        """Make the optimiser and its schedule (Lightning hook)."""
-        optimizer = self._make_optimizer(param_groups(self))
-        schedule = self._make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

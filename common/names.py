@@ -1,18 +1,12 @@
-"""Names from outside - of cases, studies, subjects, runs - as parts of paths, on one line of text, and under a root."""
+"""Names from outside - of cases, studies, subjects, runs - as parts of paths, and on one line of text."""
 
 import hashlib
 import re
 from collections import Counter
 from collections.abc import Container, Iterable
-from pathlib import Path
-
-from common.errors import DataError
 
 #: Bytes of a name at most: enough for any archive's, and it leaves room for the suffixes that files get.
 MAX_BYTES = 100
-#: Bytes of one part of a path, and of a whole one, at most.
-_MAX_PART = 255
-_MAX_PATH = 4000
 #: What a name keeps of its letters where it cannot stay as it is; the check sum that follows takes 33 more.
 _KEPT = 60
 _PLAIN = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?")
@@ -57,28 +51,3 @@ def printable(text: object) -> str:
     if letters.isprintable():
         return letters
     return "".join(a if a.isprintable() else a.encode("unicode_escape").decode() for a in letters)
-
-
-def path_under(root: Path, name: str, source: object) -> Path:
-    """Return the path of a file that a table or a manifest names.
-
-    Args:
-        root: What the name is relative to.
-        name: The name.
-        source: Where it stands, for the error message.
-
-    Raises:
-        DataError: it is absolute, goes up by ``..``, or cannot be a file's name.
-    """
-    path = Path(name)
-    lengths = [len(part.encode("utf-8", "surrogatepass")) for part in path.parts]
-    if max(lengths, default=0) > _MAX_PART or sum(lengths) + len(lengths) > _MAX_PATH:
-        raise DataError(
-            f"{printable(source)} names the file '{printable(name)[:40]}'..., which is too long for a path."
-        )
-    if path.is_absolute() or ".." in path.parts or "\0" in name or name[:1] == "~":
-        raise DataError(
-            f"{printable(source)} names the file '{printable(name)[:80]}', which does not lie under {root}; paths are "
-            f"relative to it."
-        )
-    return root / path

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 from tqdm import tqdm
 
 from common.faults import Fault, FaultLedger
+from common.pseudonyms import public_name
 from common.runtime.reporting import say
 from datamodules.notes import say_notes
 from datamodules.storage import say_cache
@@ -109,7 +110,7 @@ def judge(terms: Terms, found: Sequence[Member], noun: str, deep: bool, unit: st
     else:
         say(f"faults: none{'' if deep else f' in the headers; only DEEP=1 (--deep) reads the {unit}s'}")
     if same := copies(found):
-        reasons.append(f"{len(same)} files occur in several patients, first {' = '.join(same[0])}")
+        reasons.append(f"{len(same)} files occur in several patients, first {' = '.join(map(public_name, same[0]))}")
     if not terms.splits["val"]:
         say("note: the val split is empty")
     if terms.cache is not None:

@@ -8,7 +8,7 @@ import json
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 from xml.etree import ElementTree
@@ -28,6 +28,21 @@ _BOM = b"\xef\xbb\xbf"
 _WIDE_BOMS = (b"\xff\xfe", b"\xfe\xff")
 _GZIP = b"\x1f\x8b"
 _DECLARATION = re.compile(r"<!(DOCTYPE|ENTITY)")
+
+
+def short(text: str, most: int = 60) -> str:
+    """Return a text from outside as it can stand in a sentence: cut, on one line, without control characters."""
+    shown = "".join(sign if sign.isprintable() else "?" for sign in text[:most])
+    return shown if len(text) <= most else f"{shown}..."
+
+
+def listing(names: Iterable[str], most: int = 100) -> str:
+    """Return names from outside in a row, as many as fit into ``most`` characters, and how many there are then."""
+    every = [short(name, 40) for name in names]
+    shown = every[:1]
+    while len(shown) < len(every) and len(", ".join([*shown, every[len(shown)]])) <= most:
+        shown.append(every[len(shown)])
+    return (", ".join(shown) or "none") + (f", ... ({len(every)} in all)" if len(shown) < len(every) else "")
 
 
 def optional_reader(module: str, what: str) -> Any:
@@ -204,7 +219,7 @@ def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice[:60]!r} is there twice in one object")
+        raise ValueError(f"the key {short(twice)!r} is there twice in one object")
     return found
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 
 from common.errors import DataError
 from common.runtime.reporting import say
+from datamodules.files import listing, short
 
 #: How programs write that they do not know.
 _UNKNOWN = ("nan", "none", "null", "na", "n/a")
@@ -37,13 +38,13 @@ def rows_by(path: Path, table: pd.DataFrame, key: str) -> dict[str, dict[str, st
         DataError: the column is missing, a row comes twice and differs, or its key means "unknown".
     """
     if key not in table.columns:
-        raise DataError(f"{path} has no column {key!r}; it has {', '.join(table.columns)}.")
+        raise DataError(f"{path} has no column {short(key)!r}; it has {listing(table.columns)}.")
     check_subjects(path, table[key])
     found: dict[str, dict[str, str]] = {}
     for row in table.to_dict("records"):
         name = row[key]
         if name and found.setdefault(name, row) != row:
-            raise DataError(f"{path} lists {name} twice, with different values; keep one row of it.")
+            raise DataError(f"{path} lists {short(name)} twice, with different values; keep one row of it.")
     return found
 
 
@@ -138,7 +139,7 @@ def mending(joined: Joined, setting: str = "") -> str:
         spare = {plain(name): name for name in joined.spare}
         pairs = [(spare[plain(name)], name) for name in joined.lacking if plain(name) in spare]
         if len(pairs) > best[0]:
-            best = len(pairs), words, f"{pairs[0][0][:40]} for {pairs[0][1][:40]}"
+            best = len(pairs), words, f"{short(pairs[0][0], 30)} for {short(pairs[0][1], 30)}"
     number, words, example = best
     if not number:
         return ""
@@ -154,8 +155,8 @@ def check_labels(path: Path, joined: Joined, noun: str, setting: str = "") -> No
     """
     total = len(joined.found) + len(joined.lacking)
     if 2 * len(joined.found) < total:
-        listed = f"; it lists {joined.spare[0][:60]}" if joined.spare else ""
+        listed = f"; it lists {short(joined.spare[0])}" if joined.spare else ""
         more = mending(joined, setting) or f"{listed}: correct the file"
         raise DataError(f"{len(joined.lacking)} of {total} {noun} are not in {path.name}, such as "
-                        f"{joined.lacking[0][:60]}{more}.")  # fmt: skip
+                        f"{short(joined.lacking[0])}{more}.")  # fmt: skip
     say(joined.counts(path.name, noun))

@@ -289,7 +289,7 @@ class Layout:
         if strange:
             takes = f"it has {', '.join(self.takes)}" if self.takes else "it has none"
             raise DataError(f"{tree} is of the layout {self.name}, which has no setting {strange[0]}: {takes}.")
-        found = self.find(tree, settings) if self.takes else self.find(tree)
+        found: Any = self.find(tree, settings) if self.takes else self.find(tree)
         listing = found if isinstance(found, Listing) else Listing(found)
         records = [sample.record() for sample in listing.samples]
         tables = [tree.name_of(path) for pattern in self.tables for path in tree.glob(pattern)]

@@ -17,10 +17,12 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from common.errors import DataError
 from common.files import whole_file
+from common.pseudonyms import public_name
 from common.randomness import stable_hash
 from common.runtime.reporting import say
-from datamodules.files import listed_names
+from datamodules.files import listed_names, listing
 from datamodules.ids import IdRule, check_subjects, join_ids, mending
+from datamodules.members import PICTURES
 from datamodules.tables import read_table
 
 
@@ -45,8 +47,6 @@ class Member(Protocol):
 
 MemberT = TypeVar("MemberT", bound=Member)
 SPLITS = ("train", "val", "test")
-#: A number after the last point of an identifier is no suffix, so only these are.
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm")
 _SYNONYMS = {"training": "train", "validation": "val", "valid": "val", "testing": "test"}
 #: Share of an archive that a split file may leave out without a word from the person.
 _UNLISTED = 0.01
@@ -66,6 +66,27 @@ class SplitFile:
     file: str
     ids: IdRule = "exact"
     unlisted: Literal["refuse", "ignore"] = "refuse"
+
+    @classmethod
+    def of(cls, given: "str | Path | Mapping[str, str] | SplitFile") -> "SplitFile":
+        """Return what a configuration gives: a path, or a mapping with these attributes.
+
+        As a type of an argument this class would have the command line read the file that a path names.
+
+        Raises:
+            DataError: the mapping has no file, an unknown key, or a value that is none of the allowed ones.
+        """
+        if isinstance(given, SplitFile):
+            return given
+        if not isinstance(given, Mapping):
+            return cls(str(given))
+        allowed = {"ids": ("exact", "pad"), "unlisted": ("refuse", "ignore")}
+        wrong = [f"{key}: {value}" for key, value in given.items() if value not in allowed.get(key, (value,))]
+        wrong += [key for key in given if key not in ("file", *allowed)]
+        if wrong or "file" not in given:
+            raise DataError(f"data.split_file takes file, ids (exact or pad) and unlisted (refuse or ignore); "
+                            f"{'wrong is ' + wrong[0] if wrong else 'file is missing'}.")  # fmt: skip
+        return cls(**given)  # type: ignore[arg-type]
 
 
 def hash_order(names: Iterable[str], seed: int) -> list[str]:
@@ -144,15 +165,17 @@ def read_split_file(path: Path) -> tuple[str, dict[str, str]]:
     table = read_table(path)
     key = next((name for name in ("case_id", "patient_id") if name in table.columns), None)
     if key is None or "split" not in table.columns:
-        raise DataError(f"{path} needs the columns split and case_id or patient_id, it has {', '.join(table.columns)}.")
+        raise DataError(f"{path} needs the columns split and case_id or patient_id, it has {listing(table.columns)}.")
     check_subjects(path, table[key])
     parts: dict[str, str] = {}
     for name, word in zip(table[key], table["split"].str.lower(), strict=True):
         value = _SYNONYMS.get(word, word)
         if value not in SPLITS:
-            raise DataError(f"{path} puts {name} into the split {value!r}; it must be one of {', '.join(SPLITS)}.")
+            raise DataError(
+                f"{path} puts {public_name(name)} into the split {value!r}; it must be one of {', '.join(SPLITS)}."
+            )
         if parts.setdefault(name, value) != value:
-            raise DataError(f"{path} puts {name} into both {parts[name]} and {value}.")
+            raise DataError(f"{path} puts {public_name(name)} into both {parts[name]} and {value}.")
     return key, parts
 
 
@@ -170,12 +193,12 @@ def _split_by_file(cases: Sequence[Member], given: SplitFile) -> dict[str, str]:
     total = len(joined.found) + len(joined.lacking)
     unlisted = f"{len(joined.lacking)} of {total} {noun} are not in {path.name}"
     if not joined.found:
-        raise DataError(f"{path} names none of the {total} {noun}, such as {joined.lacking[0]}"
+        raise DataError(f"{path} names none of the {total} {noun}, such as {public_name(joined.lacking[0])}"
                         f"{mending(joined, 'split.ids') or ': correct the file'}.")  # fmt: skip
     parts = {case: listed[joined.found[name]] for case, name in name_of.items() if name in joined.found}
     check_patients(cases, parts)
     if given.unlisted == "refuse" and len(joined.lacking) > _UNLISTED * total:
-        more = f", such as {joined.lacking[0]}: add them, or set split.unlisted: ignore"
+        more = f", such as {public_name(joined.lacking[0])}: add them, or set split.unlisted: ignore"
         raise DataError(unlisted + (mending(joined, "split.ids") or more))
     say(joined.counts(path.name, noun))
     return parts
@@ -194,8 +217,9 @@ def check_patients(cases: Sequence[Member], parts: Mapping[str, str]) -> None:
     leaks = {patient: found for patient, found in seen.items() if len(found) > 1}
     if leaks:
         patient, found = next(iter(leaks.items()))
-        where = " and ".join(f"{part} ({case})" for part, case in found.items())
-        raise DataError(f"{len(leaks)} patients are in several splits, first {patient}: {where}. Split by patient.")
+        where = " and ".join(f"{part} ({public_name(case)})" for part, case in found.items())
+        raise DataError(f"{len(leaks)} patients are in several splits, first {public_name(patient)}: {where}. Split by "
+                        f"patient.")  # fmt: skip
 
 
 def check_unique(cases: Sequence[Member]) -> None:
@@ -207,7 +231,7 @@ def check_unique(cases: Sequence[Member]) -> None:
     seen: set[str] = set()
     for case in cases:
         if case.case_id in seen:
-            raise DataError(f"The case {case.case_id} is there twice; keep one copy under the root.")
+            raise DataError(f"The case {public_name(case.case_id)} is there twice; keep one copy under the root.")
         seen.add(case.case_id)
 
 
@@ -215,7 +239,7 @@ def assign_splits(
     cases: Sequence[Member],
     fractions: Sequence[float],
     seed: int,
-    split_file: str | Path | SplitFile | None = None,
+    split_file: str | Path | Mapping[str, str] | SplitFile | None = None,
     strata: Mapping[str, str] | None = None,
     cut_validation: bool = False,
 ) -> dict[str, str]:
@@ -236,7 +260,7 @@ def assign_splits(
     """
     check_unique(cases)
     if split_file is not None:
-        parts = _split_by_file(cases, split_file if isinstance(split_file, SplitFile) else SplitFile(str(split_file)))
+        parts = _split_by_file(cases, SplitFile.of(split_file))
     elif any(case.split for case in cases):
         parts = {case.case_id: _SYNONYMS.get(case.split, case.split) for case in cases if case.split}
         unknown = sorted(set(parts.values()) - set(SPLITS))
@@ -352,7 +376,8 @@ def listed_split(cases: Sequence[Member], lists: Sequence[Path]) -> dict[str, li
         words = [line.split()[0] for line in listed_names([path])]
         named = [known[end] for word in words if (end := next(filter(known.__contains__, _ends(word)), None))]
         if not named:
-            raise DataError(f"{path} names none of the {len(cases)} cases, such as {cases[0].case_id}.")
+            example = public_name(cases[0].case_id)
+            raise DataError(f"{path} names none of the {len(cases)} cases, such as {example}.")
         for name in dict.fromkeys(named):
             found.setdefault(name, []).append(split)
     return found
@@ -362,7 +387,8 @@ def _ends(name: str) -> list[str]:
     """Return what a path may be called by: its ends, longest first, each with and without an image's suffix."""
     parts = Path(name).parts
     ends = ["/".join(parts[start:]) for start in range(len(parts))]
-    bare = [end.rsplit(".", 1)[0] if Path(end).suffix.lower() in _IMAGE_SUFFIXES else end for end in ends]
+    # A number after the last point of an identifier is no suffix, so only those of pictures are.
+    bare = [end.rsplit(".", 1)[0] if Path(end).suffix.lower() in PICTURES else end for end in ends]
     return list(dict.fromkeys(end for pair in zip(ends, bare, strict=True) for end in pair))
 
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from common.errors import DataError
 from common.runtime.reporting import say
-from datamodules.files import MAX_BYTES, decoded, json_lines, read_bytes, read_text, zipped_member
+from datamodules.files import MAX_BYTES, decoded, json_lines, listing, read_bytes, read_text, short, zipped_member
 
 #: Characters of a cell at most; no report is longer.
 MAX_CELL = 2**20
@@ -31,6 +31,8 @@ _BLOCK = 50_000
 _DELIMITERS = ",\t;"
 _QUOTED = re.compile(r'"[^"]*"')
 _EXACT = 2.0**53
+#: What stands in a column of numbers where nothing is known.
+_NO_NUMBER = ("", "nan", "na", "n/a", "none", "null", ".", "-nan")
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -207,7 +209,7 @@ class _Columns:
         self._parts: list[list[pa.Array]] = [[] for _ in names]
         twice = next((name for name, count in Counter(names).items() if count > 1 and name), None)
         if twice is not None:
-            raise DataError(f"{place} has two columns called {twice[:60]!r}: rename one of them.")
+            raise DataError(f"{place} has two columns called {short(twice)!r}: rename one of them.")
 
     def add(self, row: Sequence[str]) -> None:
         """Add a row of as many fields as there are names."""
@@ -332,10 +334,10 @@ def _check_names(path: Path, names: Sequence[str], wanted: Sequence[str]) -> Non
     """
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
-        raise DataError(f"{path} has two columns called {twice!r}: rename one of them.")
+        raise DataError(f"{path} has two columns called {short(twice)!r}: rename one of them.")
     missing = [name for name in wanted if name not in names]
     if missing:
-        raise DataError(f"{path} has no column {', '.join(missing)}; it has {', '.join(names[:12])}.")
+        raise DataError(f"{path} has no column {', '.join(missing)}; it has {listing(names)}.")
 
 
 def _unfolded_size(path: Path, column: pa.Array) -> int:
@@ -399,21 +401,33 @@ def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
     return column.cast(pa.large_string())
 
 
-def whole_numbers(column: pd.Series) -> pd.Series:
-    """Return the whole numbers of a column, int64; 0 where a cell is none, such as a position that is not known."""
-    values = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-    near = np.where(np.abs(values) < _EXACT, values, 0.5)
-    return pd.Series(np.where(near % 1 == 0, near, 0).astype(np.int64), index=column.index)
+def read_numbers(path: Path, column: pd.Series, what: str) -> pd.Series:
+    """Return a column as float64; NaN where a cell is empty or says that it is not known.
 
-
-def finite_numbers(path: Path, column: pd.Series, what: str) -> pd.Series:
-    """Return a column as float64.
+    Args:
+        path: The table, for a refusal.
+        column: Its cells.
+        what: What they are, for a refusal.
 
     Raises:
-        DataError: a cell is no finite number.
+        DataError: a cell is something else than a finite number.
     """
+    known = ~column.str.lower().isin(_NO_NUMBER)
     values = pd.to_numeric(column, errors="coerce").astype(np.float64)
-    odd = column[~np.isfinite(values)]
+    odd = column[known & ~np.isfinite(values)]
     if len(odd):
-        raise DataError(f"{path} has {len(odd)} {what} that are no number, first {odd.iloc[0][:40]!r}.")
-    return values
+        raise DataError(f"{path} has {len(odd)} {what} that are no number, first {short(odd.iloc[0])!r}.")
+    return values.where(known)
+
+
+def read_positions(path: Path, column: pd.Series) -> pd.Series:
+    """Return a column of positions on a chromosome as int64; 0 where one is not known.
+
+    Raises:
+        DataError: a cell is no whole number.
+    """
+    values = read_numbers(path, column, "positions").fillna(0)
+    odd = column[(values % 1 != 0) | (values.abs() >= _EXACT)]
+    if len(odd):
+        raise DataError(f"{path} has {len(odd)} positions that are no whole number, first {short(odd.iloc[0])!r}.")
+    return values.astype(np.int64)

@@ -1,6 +1,8 @@
 """Fixtures: tiny official trees, a pool of two ranks, real samples where there are any."""
 
 import os
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +30,9 @@ def _isolated(tmp_path, monkeypatch):
     """Give every test its own working directory, cache and seeds."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MEDMIM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    monkeypatch.delenv("MEDMIM_RUN_TIME", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    for name in ("PL_GLOBAL_SEED", "MEDMIM_RUN_TIME", "MEDMIM_ANONYMISE", "MEDMIM_ANONYMISE_KEY"):
+        monkeypatch.delenv(name, raising=False)
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002
 
@@ -116,11 +119,27 @@ def refusal(capsys):
     return sentence
 
 
+@pytest.fixture
+def small_disk():
+    """Return a context in which no file can grow beyond some bytes, as on a disk that is full."""
+
+    @contextmanager
+    def limited(size: int):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
+
+
 TINY = {
     "encoder": ["--model.encoder.embed_dim=32", "--model.encoder.depth=2", "--model.encoder.num_heads=2"],
     "taps": ["--model.taps=[1,2]"],
-    "data": ["--data.crop_size=[32,32,32]", "--data.batch_size=2", "--data.crops_per_case=2", "--data.num_workers=0",
-             "--data.val_crops_per_case=2"],
+    "data": ["--data.crops.size=[32,32,32]", "--data.batch_size=2", "--data.loader.draws=2", "--data.num_workers=0",
+             "--data.loader.val_draws=2"],
     "trainer": ["--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=1", "--trainer.enable_progress_bar=false",
                 "--trainer.precision=32-true", "--trainer.log_every_n_steps=1"],
 }  # fmt: skip
@@ -139,9 +158,9 @@ def pretrain_arguments(brats_root):
 
 
 BRAIN = ["--model.encoder.embed_dims=[8,8,16,16]", "--model.encoder.depths=[1,1,1,1]", "--model.encoder.head_dim=8",
-         "--model.encoder.recompute_stages=0", "--data.atlas=[40,44,36]", "--data.crop_size=[16,16,16]",
-         "--data.batch_size=2", "--data.crops_per_case=1", "--data.val_crops_per_case=2", "--data.num_workers=0",
-         "--data.split_fractions=[0.7,0.3,0.0]"]  # fmt: skip
+         "--model.encoder.recompute_stages=0", "--data.atlas=[40,44,36]", "--data.crops.size=[16,16,16]",
+         "--data.batch_size=2", "--data.loader.draws=1", "--data.loader.val_draws=2", "--data.num_workers=0",
+         "--data.split.fractions=[0.7,0.3,0.0]"]  # fmt: skip
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ Box = tuple[slice, slice, slice]
 
 
 class _Seen(NamedTuple):
-    """A crop that was looked at: where it lies, and the leaf that its gradient arrives at."""
+    """A crop that was viewed: its place, and the leaf tensor that receives its gradient."""
 
     place: Place
     leaf: Tensor
@@ -61,7 +61,7 @@ def crop_of(volume: Tensor, start: Sequence[int], size: Sequence[int]) -> Tensor
 
 
 class TemplateBank(nn.Module):
-    """Templates, and Adam for them that touches nothing but what crops looked at.
+    """Templates, with an Adam that updates only the voxels that crops have viewed.
 
     Templates start at exactly 0 and stay in float32. A view is ``(T - min T) / max(max T - min T, 1e-3)``: the extremes
     are those of the whole template and carry no gradient, and the floor keeps the gradient finite while a template is
@@ -136,29 +136,36 @@ class TemplateBank(nn.Module):
         return (self.weight - low) / self.range().clamp(min=self.MIN_RANGE)[:, None, None, None]
 
     def forget(self) -> None:
-        """Drop the crops that were looked at since the last step."""
+        """Discard the crops viewed since the last step."""
         self._seen = []
 
     @torch.no_grad()
-    def step(self, lr: float, size: Sequence[int]) -> None:
-        """Update what was looked at since the last step; all ranks call it with equally many crops.
+    def step(self, lr: float, size: Sequence[int], hold: Tensor | None = None) -> Tensor:
+        """Update the voxels viewed since the last step; all ranks must call it with the same number of crops.
 
-        The gradient is the mean over ranks, as DDP takes it for all other weights.
+        The gradient is the mean over ranks, as DDP takes it for all other weights. A crop's gradient that is not finite
+        keeps the whole of the template that it looked at as it is.
 
         Args:
             lr: Learning rate.
             size: Voxels of a crop.
+            hold: 1 where all templates are to stay as they are, else 0, on the device.
+
+        Returns:
+            1 if a gradient was not finite, else 0, on the device: the same on all ranks.
         """
         places = [entry.place for entry in self._seen]
         gradients = [self._whole(entry, size) for entry in self._seen]
         self.forget()
+        held_back = self.weight.new_zeros(())
         if not places:
-            return
+            return held_back
         crops: dict[int, list[tuple[Place, Tensor]]] = {}
         for place, gradient in zip(*_of_all_ranks(places, torch.stack(gradients)), strict=True):
             crops.setdefault(place[0], []).append((place, gradient / world_size()))
         for index, members in crops.items():
-            self._update(index, members, lr)
+            held_back = torch.maximum(held_back, self._update(index, members, lr, hold))
+        return held_back
 
     def _whole(self, entry: _Seen, size: Sequence[int]) -> Tensor:
         """Return the gradient of a crop at its full size, 0 beyond the atlas."""
@@ -169,8 +176,10 @@ class TemplateBank(nn.Module):
         whole[_overlap(entry.place[1:], size, self.shape)[1]] = gradient
         return whole
 
-    def _update(self, index: int, crops: Sequence[tuple[Place, Tensor]], lr: float) -> None:
-        """Take one step of Adam at the voxels of one template that crops looked at."""
+    def _update(
+        self, index: int, crops: Sequence[tuple[Place, Tensor]], lr: float, hold: Tensor | None = None
+    ) -> Tensor:
+        """Take one step of Adam at the voxels of one template that crops looked at; return 1 if it was not finite."""
         boxes = [_overlap(place[1:], gradient.shape, self.shape) for place, gradient in crops]
         edges = [(min(box[axis].start for box, _ in boxes), max(box[axis].stop for box, _ in boxes))
                  for axis in range(3)]  # fmt: skip
@@ -184,6 +193,8 @@ class TemplateBank(nn.Module):
             local = tuple(slice(a.start - low, a.stop - low) for a, (low, _) in zip(inside, edges, strict=True))
             gradient[local] += part[within]
             seen[local] = True
+        finite = torch.isfinite(gradient).all()
+        seen &= finite if hold is None else finite & (hold == 0)
         count += seen
         steps = count.to(weight.dtype)
         first, second = self.betas
@@ -193,6 +204,7 @@ class TemplateBank(nn.Module):
         change = corrected / ((square / (1 - second**steps)).sqrt() + self.eps)
         weight -= torch.where(seen, lr * change, 0.0)
         self.extremes[index, 0], self.extremes[index, 1] = self.weight[index].aminmax()
+        return finite.logical_not().to(weight.dtype)
 
 
 def _of_all_ranks(places: list[Place], gradients: Tensor) -> tuple[list[Place], list[Tensor]]:

@@ -1,4 +1,4 @@
-"""Whether features fill their space or a corner of it (Roy and Vetterli 2007; Jing et al. 2022)."""
+"""Whether features fill their space or only a corner of it (Roy and Vetterli 2007; Jing et al. 2022)."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from common.types import Reconstruction
 
 
 def spectrum_figure(spectra: dict[str, Tensor], initial: dict[str, Tensor], step: int) -> Figure:
-    """Draw log10 of the sorted singular values, now and before training, one line a tap."""
+    """Draw log10 of the sorted singular values, now and before training, one line per tap."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     for index, (name, values) in enumerate(spectra.items()):
@@ -24,7 +24,7 @@ def spectrum_figure(spectra: dict[str, Tensor], initial: dict[str, Tensor], step
         axes.plot(values.clamp(min=1e-12).log10(), color=color, label=f"{name} (rank {spectrum_rank(values):.1f})")
         if name in initial and step > 0:
             axes.plot(initial[name].clamp(min=1e-12).log10(), color=color, linestyle=":", alpha=0.6)
-    top = max(float(values.max()) for values in spectra.values())
+    top = max((float(v.max()) for v in spectra.values() if v.isfinite().all()), default=1.0)
     axes.set_ylim(bottom=torch.tensor(top).clamp(min=1e-12).log10().item() - 5)
     axes.set(xlabel="index, sorted", ylabel="log10 singular value", title=f"Spectrum of token features, step {step}")
     axes.legend(title="dotted: before training" if step > 0 else None)
@@ -34,7 +34,7 @@ def spectrum_figure(spectra: dict[str, Tensor], initial: dict[str, Tensor], step
 class EffectiveRank(ValidationCallback):
     """Logs ``collapse/effective_rank`` of the encoder's output, one more per tap, and the spectrum as a picture.
 
-    Features are those of unmasked validation inputs, tokens that hold anything, always the same ones. The value before
+    The features come from a fixed set of unmasked validation inputs; empty tokens are left out. The value before
     training is logged at step 0 and kept as the dotted line of the pictures.
 
     Args:
@@ -48,7 +48,7 @@ class EffectiveRank(ValidationCallback):
         self._count = 0
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget the last validation (Lightning hook)."""
+        """Reset for a new validation (Lightning hook)."""
         self._features, self._count = {}, 0
 
     def observe(self, trainer: pl.Trainer, module: SSLModule, output: Reconstruction, batch: Any) -> None:

@@ -12,8 +12,8 @@ from common.runtime.reporting import is_dry_run
 class LastCheckpoint(Checkpoint):
     """Writes ``checkpoints/last.ckpt`` every n optimiser steps and at the end of every epoch.
 
-    It is written inside training and nowhere else: a checkpoint written after ``fit`` has lost the loader's position.
-    At the end of an epoch that is behind its validation.
+    It is written only during training: a checkpoint written after ``fit`` has lost the loader's position. At the end of
+    an epoch it is written after validation.
 
     Args:
         folder: Where to write.

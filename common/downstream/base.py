@@ -1,4 +1,4 @@
-"""What every fine-tuned module shares: its encoder, its optimiser, and one row a case, gathered over ranks."""
+"""What every fine-tuned module shares: its encoder, its optimiser, and one row per case, gathered over ranks."""
 
 import json
 import math
@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 
 from common.blocks.vit import VisionTransformer
@@ -15,7 +14,7 @@ from common.distributed import gather_objects
 from common.downstream.encoder import EncoderFactory, encoder_architecture, make_encoder, meet_encoder
 from common.files import write_text
 from common.module import BuiltFromData
-from common.optim import Schedule, WarmupCosine, param_groups
+from common.optim import OptimizerConfig
 from common.runtime.reporting import log_scalars, say, write_rows
 from common.types import InputSpec
 from common.weights.channels import NewChannels
@@ -25,16 +24,13 @@ class FineTuning(BuiltFromData):
     """A downstream task on a pre-trained encoder.
 
     Subclasses call ``save_hyperparameters()``, make their network from :meth:`build_encoder` in ``build_network``, add
-    one row a case to ``self.rows`` while they validate or test, and read them back with :meth:`take_rows`. Most are
+    one row per case to ``self.rows`` while they validate or test, and read them back with :meth:`take_rows`. Most are
     :class:`ScoredTask`, which does the latter.
 
     Args:
         pretrained: Run folder, checkpoint or export whose encoder to start from; None trains from scratch.
         encoder: Makes the encoder from (channels, image size) where nothing is pre-trained.
-        optimizer: Makes the optimiser from parameter groups.
-        schedule: Attaches a learning-rate schedule for a number of optimiser steps.
-        layer_decay: Factor of the learning rate per encoder layer towards the input.
-        compile_network: Whether to compile the network.
+        optimization: How the weights are updated.
         new_channels: What channels start as that the pre-trained encoder does not know: the mean of those it knows, or
             at random; an encoder that stays frozen refuses them.
     """
@@ -43,19 +39,12 @@ class FineTuning(BuiltFromData):
         self,
         pretrained: str | None,
         encoder: EncoderFactory = VisionTransformer,
-        *,
-        optimizer: OptimizerCallable,
-        schedule: Schedule | None = None,
-        layer_decay: float = 1.0,
-        compile_network: bool = False,
+        optimization: OptimizerConfig = OptimizerConfig(),
         new_channels: NewChannels = "mean",
     ) -> None:
-        super().__init__()
-        self.compile_network = compile_network
+        super().__init__(optimization)
         self.rows: list[dict[str, Any]] = []
         self._pretrained, self._make_encoder = pretrained, encoder
-        self._make_optimizer, self._make_schedule = optimizer, schedule or WarmupCosine()
-        self._layer_decay = layer_decay
         self.new_channels: NewChannels = new_channels
 
     def meet_channels(self, datamodule: Any, stored: InputSpec | None) -> InputSpec:
@@ -87,13 +76,9 @@ class FineTuning(BuiltFromData):
         """Write ``per_case.csv`` and ``metrics.json`` into the run folder."""
         folder = Path(self.trainer.default_root_dir)
         write_rows(folder / "per_case.csv", rows)
-        write_text(folder / "metrics.json", json.dumps(metrics, indent=2))
-
-    def configure_optimizers(self) -> Any:
-        """Make the optimiser and its schedule (Lightning hook)."""
-        optimizer = self._make_optimizer(param_groups(self, self._layer_decay))
-        schedule = self._make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        seen = getattr(getattr(self.trainer, "datamodule", None), "seen", {})
+        facts = {**metrics, "seen_patients": seen} if seen else metrics
+        write_text(folder / "metrics.json", json.dumps(facts, indent=2))
 
 
 class ScoredTask(FineTuning):
@@ -106,11 +91,11 @@ class ScoredTask(FineTuning):
     #: What the best checkpoint is chosen by, and whether its ``"max"`` or ``"min"`` is best.
     monitor: tuple[str, str]
     #: What the cases are called.
-    noun = "cases"
+    item_name = "cases"
 
     @abstractmethod
     def score(self, batch: Any) -> list[dict[str, Any]]:
-        """Return one row a case, with ``subject_id`` and ``patient_id``."""
+        """Return one row per case, with ``subject_id`` and ``patient_id``."""
 
     @abstractmethod
     def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -151,5 +136,5 @@ class ScoredTask(FineTuning):
         if self.trainer.is_global_zero:
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
             self.write_scores([self.line(row) for row in rows], {"n": len(rows), **finite})
-            say(f"test: {len(rows)} {self.noun}, {self.verdict(metrics)}")
+            say(f"test: {len(rows)} {self.item_name}, {self.verdict(metrics)}")
         log_scalars(self, {f"test/{name}": value for name, value in metrics.items()})

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import OptimizerCallable
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_auroc
@@ -20,7 +19,7 @@ from common.distributed import all_reduce_sum
 from common.downstream.base import ScoredTask
 from common.downstream.encoder import EncoderFactory, mean_features
 from common.errors import UserError
-from common.optim import Schedule
+from common.optim import OptimizerConfig
 from common.runtime.reporting import is_dry_run, say, write_rows
 from common.types import InputSpec
 
@@ -28,7 +27,7 @@ from common.types import InputSpec
 class ClassifierNetwork(nn.Module):
     """An encoder, the mean over its patch tokens, a fresh LayerNorm and a linear layer (MRM, fine-tuning recipe).
 
-    The encoder's own final norm is left out, its positions are trained.
+    The encoder's final norm is removed; its position embeddings are trained.
 
     Args:
         encoder: With ``num_features`` and ``forward_features``.
@@ -109,33 +108,24 @@ class ImageClassifier(ScoredTask):
         pretrained: Run folder, checkpoint or export whose encoder to start from; None trains from scratch.
         encoder: Makes the encoder from (channels, image size) where nothing is pre-trained.
         drop_path: Rate of stochastic depth in the last block of the encoder.
-        layer_decay: Factor of the learning rate per encoder layer towards the input.
-        optimizer: Makes the optimiser.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
+        optimization: How the weights are updated.
     """
 
     monitor = ("val/auroc", "max")
     remembered = ("channels", "image_size", "classes")
-    noun = "images"
+    item_name = "images"
 
     def __init__(
         self,
         pretrained: str | None = None,
         encoder: EncoderFactory = VisionTransformer,
         drop_path: float = 0.1,
-        layer_decay: float = 1.0,
-        optimizer: OptimizerCallable = torch.optim.SGD,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
+        optimization: OptimizerConfig = OptimizerConfig(torch.optim.SGD),
     ) -> None:
         super().__init__(
             pretrained,
             encoder,
-            optimizer=optimizer,
-            schedule=schedule,
-            layer_decay=layer_decay,
-            compile_network=compile_network,
+            optimization=optimization,
         )
         self.save_hyperparameters()
         self._drop_path = drop_path
@@ -152,7 +142,7 @@ class ImageClassifier(ScoredTask):
             UserError: the data have no classes.
         """
         if not spec.classes:
-            raise UserError("The data name no classes to tell apart; classification needs labelled images.")
+            raise UserError("The dataset defines no classes; classification needs labelled images.")
         encoder = self.build_encoder(spec)
         if isinstance(encoder, VisionTransformer):
             encoder.set_drop_path(self._drop_path)
@@ -200,7 +190,7 @@ class ImageClassifier(ScoredTask):
         )
 
     def line(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return one line of the table: names, then score and target (empty = unknown) of each class."""
+        """Return one line of the table: names, then score and target (empty: unknown) of each class."""
         line = {"subject_id": row["subject_id"], "patient_id": row["patient_id"]}
         scores = torch.tensor(row["logits"]).sigmoid().tolist()
         for name, score, target in zip(self.classes, scores, row["target"], strict=True):

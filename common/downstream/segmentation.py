@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from monai.inferers import SlidingWindowInferer
 from torch import Tensor, nn
 
@@ -15,7 +14,7 @@ from common.downstream.base import FineTuning
 from common.downstream.encoder import EncoderFactory
 from common.losses.region import RegionDiceBCE
 from common.metrics import region_dice, region_hd95
-from common.optim import Schedule
+from common.optim import OptimizerConfig
 from common.runtime.reporting import log_scalars, say
 from common.types import InputSpec
 from common.weights.channels import NewChannels
@@ -56,12 +55,9 @@ class SegmentationModule(FineTuning):
         window_batch: Windows computed at once.
         window_mode: How overlapping windows are averaged: all voxels alike, or those in the middle of a window more.
         flip_ensemble: Whether to average over all mirrorings at test time.
-        layer_decay: Factor of the learning rate per encoder layer towards the input.
-        optimizer: Makes the optimiser.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
-        new_channels: What channels start as that the pre-trained encoder does not know: ``"mean"`` of those it knows,
-            or ``"fresh"``, at random.
+        optimization: How the weights are updated.
+        new_channels: How channels that the pre-trained encoder lacks are initialised: ``"mean"`` of those it has, or
+            ``"fresh"``, at random.
     """
 
     monitor = ("val/dice", "max")
@@ -78,19 +74,13 @@ class SegmentationModule(FineTuning):
         window_batch: int = 2,
         window_mode: WindowMode = "gaussian",
         flip_ensemble: bool = False,
-        layer_decay: float = 1.0,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
+        optimization: OptimizerConfig = OptimizerConfig(),
         new_channels: NewChannels = "mean",
     ) -> None:
         super().__init__(
             pretrained,
             encoder,
-            optimizer=optimizer,
-            schedule=schedule,
-            layer_decay=layer_decay,
-            compile_network=compile_network,
+            optimization=optimization,
             new_channels=new_channels,
         )
         self.save_hyperparameters()

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from common.blocks.unetr import UNETR
@@ -19,7 +18,7 @@ from common.downstream.base import ScoredTask
 from common.downstream.encoder import EncoderFactory
 from common.errors import UserError
 from common.metrics import region_dice
-from common.optim import Schedule
+from common.optim import OptimizerConfig
 from common.types import InputSpec
 
 NetworkFactory = Callable[[VisionTransformer, int], nn.Module]
@@ -61,16 +60,13 @@ class StructureSegmentation(ScoredTask):
         encoder: Makes the encoder from (channels, image size) where nothing is pre-trained.
         network: Makes the network from (encoder, structures); it returns logits.
         drop_path: Rate of stochastic depth in the last block of the encoder.
-        layer_decay: Factor of the learning rate per encoder layer towards the input.
         dice_weight: Weight of the Dice term in the loss.
-        optimizer: Makes the optimiser.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
+        optimization: How the weights are updated.
     """
 
     monitor = ("val/dice", "max")
     remembered = ("channels", "image_size", "regions")
-    noun = "images"
+    item_name = "images"
 
     def __init__(
         self,
@@ -78,19 +74,13 @@ class StructureSegmentation(ScoredTask):
         encoder: EncoderFactory = VisionTransformer,
         network: NetworkFactory = UNETR,
         drop_path: float = 0.1,
-        layer_decay: float = 0.65,
         dice_weight: float = 0.8,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
+        optimization: OptimizerConfig = OptimizerConfig(layer_decay=0.65),
     ) -> None:
         super().__init__(
             pretrained,
             encoder,
-            optimizer=optimizer,
-            schedule=schedule,
-            layer_decay=layer_decay,
-            compile_network=compile_network,
+            optimization=optimization,
         )
         self.save_hyperparameters()
         self._make_network, self._drop_path, self._dice_weight = network, drop_path, dice_weight
@@ -107,7 +97,7 @@ class StructureSegmentation(ScoredTask):
             UserError: the data have no structures.
         """
         if not spec.regions:
-            raise UserError("The data name no structures to segment; segmentation needs images with masks.")
+            raise UserError("The dataset defines no structures; segmentation needs images with masks.")
         encoder = cast(VisionTransformer, self.build_encoder(spec))
         encoder.set_drop_path(self._drop_path)
         return self._make_network(encoder, len(spec.regions))

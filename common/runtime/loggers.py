@@ -74,6 +74,8 @@ class RunCSVLogger(CSVLogger):
 class SummaryLogger(Logger):
     """Keeps the final and the best value of every scalar for ``summary.json``.
 
+    A scalar whose last value is NaN or infinite has no final value (null), and ``not_finite`` tells since which step.
+
     Args:
         save_dir: The run folder.
     """
@@ -81,7 +83,8 @@ class SummaryLogger(Logger):
     def __init__(self, save_dir: str) -> None:
         super().__init__()
         self._folder = Path(save_dir)
-        self._scalars: dict[str, dict[str, float]] = {}
+        self._scalars: dict[str, dict[str, float | None]] = {}
+        self._not_finite: dict[str, dict[str, int]] = {}
         self._begin = time.perf_counter()
         self.facts: dict[str, Any] = {}
         # A resumed run goes on in its folder: what it reached before the stop still counts.
@@ -89,6 +92,7 @@ class SummaryLogger(Logger):
         if path.is_file():
             before = json.loads(path.read_text())
             self._scalars = before["scalars"]
+            self._not_finite = before.get("not_finite", {})
             self._begin -= before["wall_seconds"]
 
     @property
@@ -115,14 +119,22 @@ class SummaryLogger(Logger):
         """Take note of scalars."""
         for name, value in metrics.items():
             value = float(value)
-            if name == "epoch" or not math.isfinite(value):
+            if name == "epoch":
+                continue
+            if not math.isfinite(value):
+                times = self._not_finite.setdefault(name, {"first_step": step or 0, "times": 0})
+                times["times"] += 1
+                if name in self._scalars:
+                    self._scalars[name]["final"] = None
                 continue
             entry = self._scalars.setdefault(
                 name, {"first": value, "final": value, "best": value, "best_step": step or 0}
             )
             smaller = any(word in name for word in _SMALLER_IS_BETTER)
             entry["final"] = value
-            if value < entry["best"] if smaller else value > entry["best"]:
+            best = entry["best"]
+            assert best is not None
+            if value < best if smaller else value > best:
                 entry |= {"best": value, "best_step": step or 0}
 
     @rank_zero_only
@@ -131,7 +143,7 @@ class SummaryLogger(Logger):
         if not self._folder.is_dir():
             return
         facts = {**self.facts, "wall_seconds": round(time.perf_counter() - self._begin, 3)}
-        content = json.dumps({**facts, "scalars": self._scalars}, indent=2)
+        content = json.dumps({**facts, "not_finite": self._not_finite, "scalars": self._scalars}, indent=2)
         write_text(self._folder / "summary.json", content)
 
     @rank_zero_only

@@ -5,7 +5,6 @@ nothing on a shared machine, so a row compares two things measured in turn, or a
 the same run.
 """
 
-import argparse
 import importlib
 import importlib.util
 import json
@@ -36,9 +35,9 @@ class Row:
 
     Attributes:
         name: What is compared.
-        value: The ratio, or the amount where ``unit`` says so; None = not applicable on this machine.
-        target: What the value should at least be; None = for information.
-        detail: How it came about, or why it is not applicable.
+        value: The ratio, or the amount where ``unit`` says so; None: not applicable on this machine.
+        target: The smallest acceptable value; None: for information only.
+        detail: How it was measured, or why it is not applicable.
         unit: Empty for ratios.
     """
 
@@ -154,7 +153,7 @@ def training_rows(step: Callable[..., None], what: str, calls: int = 3) -> list[
     """Compare a training step with the matrix products of the same minutes and with bfloat16; report its memory.
 
     Products stand on both sides of the steps that are held against them, and each precision runs for several steps on
-    end, as a training has it: a shared machine's clock drifts by a fifth within a minute.
+    end, as in training: a shared machine's clock drifts by a fifth within a minute.
 
     Args:
         step: Takes ``bfloat16=True`` for mixed precision.
@@ -174,7 +173,7 @@ def training_rows(step: Callable[..., None], what: str, calls: int = 3) -> list[
     per_product = operations / product_operations
     share = speedup(around, single) * per_product
     rate, best = (product_operations / seconds / 1e9 for seconds in (statistics.median(around), min(around)))
-    detail = f"{what}: {operations / 1e9:.0f} GFLOP a step, torch.mm {rate:.0f} GFLOP/s, at best {best:.0f}"
+    detail = f"{what}: {operations / 1e9:.0f} GFLOP per step, torch.mm {rate:.0f} GFLOP/s, at best {best:.0f}"
     size = f"{before / 2**20:.2f} GiB before it"
     return [
         Row("training step, share of the fp32 torch.mm peak", share, 0.75, detail, ""),
@@ -199,24 +198,23 @@ def bench_modules(experiment: str | None = None) -> list[str]:
     return ["datamodules.commands.bench", *(f"experiments.{name}.bench" for name in chosen)]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``medmim bench``."""
-    parser.add_argument("--exp", help="one experiment only (default: all)")
-    parser.add_argument("--out", help="JSON file to write as well")
+def run(exp: str | None, out: str | None) -> None:
+    """Carry out ``medmim bench``.
 
-
-def run(args: argparse.Namespace) -> None:
-    """Carry out ``medmim bench``."""
+    Args:
+        exp: One experiment only; None: all.
+        out: JSON file to write as well.
+    """
     facts = environment(torch.device("cpu"))
     say(f"{facts['device']}, {facts['torch_threads']} threads, torch {facts['versions']['torch']}")
     rows: list[Row] = []
-    for name in bench_modules(args.exp):
+    for name in bench_modules(exp):
         for measure in importlib.import_module(name).ROWS:
             for row in measure():
                 rows.append(row)
                 say(row.line())
-    if args.out:
-        chosen = f" --exp {args.exp}" if args.exp else ""
+    if out:
+        chosen = f" --exp {exp}" if exp else ""
         result = {"command": f"medmim bench{chosen}", "environment": facts, "date": time.strftime("%Y-%m-%d"),
                   "rows": [asdict(row) for row in rows]}  # fmt: skip
-        write_text(Path(args.out), json.dumps(result, indent=1) + "\n")
+        write_text(Path(out), json.dumps(result, indent=1) + "\n")

@@ -1,18 +1,17 @@
 """``medmim study``: comparisons over arms and seeds, from one file, into one result.
 
 A study is a YAML file: arms, each a list of steps (``fit``, ``validate``, ``test``), run once per seed, and the
-configurations and arguments that all steps share. Arms see equal samples because they share these; what each cost
-stands beside what it reached. Results are JSON rows; the tables of an experiment's README are made from these and from
-nothing else. Jobs that run an arm or a seed each (``--arms``, ``--seeds``, ``--out``) are put together by ``--merge``.
+configurations and arguments that all steps share. All arms see the same samples because they share these; the cost of
+each arm stands beside its score. Results are JSON rows, and the tables of an experiment's README are generated from
+them alone. ``--merge`` combines jobs that each ran one arm or seed (``--arms``, ``--seeds``, ``--out``).
 """
 
-import argparse
 import itertools
 import json
 import shlex
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ class Step:
             ``{seed}`` for the seed, ``{fold}`` for the fold, ``{folder}`` for a folder of the study's own.
         name: How later steps refer to this one.
         score: Name under which its metrics are reported; None reports nothing.
-        beside: Metrics of this step that stand beside every later score of its arm.
+        beside: Metrics of this step that are reported beside every later score of its arm.
     """
 
     run: str
@@ -89,7 +88,7 @@ def _metrics(folder: Path, columns: Mapping[str, str]) -> dict[str, float]:
     if (folder / "summary.json").is_file():
         scalars = json.loads((folder / "summary.json").read_text())["scalars"]
         found |= {name: value["final"] for name, value in scalars.items() if name not in found}
-    return {name: float(found[name]) for name in columns if name in found}
+    return {name: float(found[name]) for name in columns if found.get(name) is not None}
 
 
 def run_arm(
@@ -104,7 +103,7 @@ def run_arm(
     Args:
         steps: The steps.
         configs: Folder of the configurations.
-        places: What stands for names in arguments.
+        places: Values of the names in arguments.
         columns: Metrics that are wanted.
         done: Commands that were run before, with their run folders: a command under the same seed gives the same, so
             arms that begin alike share their beginning. New ones are added.
@@ -160,17 +159,6 @@ def run_folds(
     ]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``medmim study``."""
-    parser.add_argument("study", nargs="?", help="YAML file, such as experiments/e_mim/configs/studies/collapse.yaml")
-    parser.add_argument("--data", help="the archive")
-    parser.add_argument("--out", help="JSON file to write (default: into the experiment's results folder)")
-    parser.add_argument("--arms", nargs="+", help="only these arms")
-    parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
-    parser.add_argument("--merge", nargs="+", metavar="FILE", help="run nothing: make one result of several parts")
-    parser.add_argument("--readme", nargs="+", metavar="FILE", help="make the tables of these READMEs anew and stop")
-
-
 def _rows(
     study: Mapping[str, Any],
     arm: str,
@@ -178,66 +166,87 @@ def _rows(
     places: Mapping[str, str],
     done: dict[tuple[str, ...], Path],
 ) -> list[dict[str, Any]]:
-    """Run one arm, on every fold where there are folds, and return its rows with their run folders."""
+    """Run one arm, on every fold if there are folds, and return its rows with their run folders."""
     steps = study["arms"][arm]
     if "folds" in study:
         return run_folds(steps, configs, places, study["folds"], Pool(**study["pool"]))
     return run_arm(steps, configs, places, study["columns"], done)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(
+    study: str | None,
+    data: str | None,
+    out: str | None,
+    arms: Sequence[str] | None,
+    seeds: Sequence[int] | None,
+    parts: Sequence[str] | None,
+    readmes: Sequence[str] | None,
+) -> None:
     """Carry out ``medmim study``.
+
+    Args:
+        study: YAML file.
+        data: The archive.
+        out: JSON file to write; None: into the experiment's results folder.
+        arms: Only these; None: all of the study.
+        seeds: Only these; None: those of the study.
+        parts: Results to put together instead of running anything.
+        readmes: READMEs whose tables are regenerated instead.
 
     Raises:
         UserError: the study, its data or an arm is missing, a result would be lost, or parts do not fit together.
     """
-    if args.readme:
-        for readme in map(Path, args.readme):
-            if not readme.is_file():
-                raise UserError(f"There is no README at {readme}.")
-            write_text(readme, update_readme(readme))
-            say(f"tables of {readme} made anew")
+    if readmes:
+        _update_readmes(readmes)
         return
-    if not args.study or not (args.data or args.merge):
+    if not study or not (data or parts):
         raise UserError("medmim study needs a study file, and --data or --merge.")
-    path = Path(package_file(args.study)).resolve()
-    study = read_study(path)
-    unknown = set(args.arms or []) - study["arms"].keys()
+    path = Path(package_file(study)).resolve()
+    content = read_study(path)
+    unknown = set(arms or []) - content["arms"].keys()
     if unknown:
-        raise UserError(f"{path.name} has no arm {sorted(unknown)[0]!r}; it has {', '.join(study['arms'])}.")
+        raise UserError(f"{path.name} has no arm {sorted(unknown)[0]!r}; it has {', '.join(content['arms'])}.")
     configs = path.parent.parent
     facts = environment(torch.device("cpu"))
-    if args.merge:
-        facts, command, rows = merge(study, [Path(part) for part in args.merge])
+    if parts:
+        facts, command, rows = merge(content, [Path(part) for part in parts])
         wanted = [(row["seed"], row["arm"]) for row in rows]
     else:
-        command = _command(args, configs.parent.name, path.name)
-        wanted = list(itertools.product(args.seeds or study["seeds"], args.arms or study["arms"]))
-    out = Path(args.out) if args.out else configs.parent / "results" / _file_name(path.stem, facts)
-    refuse_loss(out, wanted)
-    if args.merge:
-        result = write_result(out, study, command, facts, rows)
+        command = _command(configs.parent.name, path.name, arms, seeds)
+        wanted = list(itertools.product(seeds or content["seeds"], arms or content["arms"]))
+    target = Path(out) if out else configs.parent / "results" / _file_name(path.stem, facts)
+    refuse_loss(target, wanted)
+    if parts:
+        result = write_result(target, content, command, facts, rows)
     else:
         rows = []
         done: dict[tuple[str, ...], Path] = {}
         folder = str(Path("runs") / configs.parent.name / f"study_{path.stem}")
         for seed, arm in wanted:
             say(f"study {path.stem}: seed {seed}, {arm}")
-            places = {"data": args.data, "seed": str(seed), "folder": folder}
-            rows += [{"arm": arm, "seed": seed, **row} for row in _rows(study, arm, configs, places, done)]
+            places = {"data": str(data), "seed": str(seed), "folder": folder}
+            rows += [{"arm": arm, "seed": seed, **row} for row in _rows(content, arm, configs, places, done)]
             # After every arm, so that a study that is stopped keeps what it has.
-            result = write_result(out, study, command, facts, rows)
+            result = write_result(target, content, command, facts, rows)
     for line in table(result).splitlines():
         say(line)
-    say(f"written to {out}")
+    say(f"written to {target}")
 
 
-def _command(args: argparse.Namespace, experiment: str, name: str) -> str:
-    """Return the command that does the same again, for whoever has the archive."""
+def _update_readmes(readmes: Sequence[str]) -> None:
+    for readme in map(Path, readmes):
+        if not readme.is_file():
+            raise UserError(f"There is no README at {readme}.")
+        write_text(readme, update_readme(readme))
+        say(f"tables of {readme} made anew")
+
+
+def _command(experiment: str, name: str, arms: Sequence[str] | None, seeds: Sequence[int] | None) -> str:
+    """Return the command that reproduces the result, given the archive."""
     words = ["medmim", "study", f"experiments/{experiment}/configs/studies/{name}", "--data", "DATA"]
-    for option in ("arms", "seeds"):
-        if getattr(args, option):
-            words += [f"--{option}", *map(str, getattr(args, option))]
+    for option, values in (("--arms", arms), ("--seeds", seeds)):
+        if values:
+            words += [option, *map(str, values)]
     return shlex.join(words)
 
 

@@ -1,6 +1,5 @@
 """``medmim export``: an encoder for use without this project, with a card that says where it came from."""
 
-import argparse
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from common.checkpoint import StoredEncoder, read_encoder, resolve_checkpoint, run_tokenizer
 from common.errors import UserError
-from common.files import whole_file, write_text
+from common.files import whole_file, whole_folder, write_text
+from common.finite import check_finite
 from common.runtime.experiments import experiment_module, experiment_names
 from common.runtime.provenance import source_state
 from common.runtime.reporting import say
@@ -49,7 +49,7 @@ class Part(NamedTuple):
 
 
 class Exported(NamedTuple):
-    """What a format's writer makes of an encoder.
+    """The result of a format's writer.
 
     Attributes:
         tensors: Weights under the target library's names.
@@ -73,7 +73,7 @@ def formats_of(experiment: str) -> dict[str, Writer]:
     """Return the formats that an experiment can be exported to.
 
     Raises:
-        UserError: there is no such experiment, or it has none.
+        UserError: the experiment does not exist, or has no formats.
     """
     module = experiment_module(experiment, "export")
     if module is None:
@@ -92,16 +92,14 @@ def export(experiment: str, checkpoint: Path, format: str, out: Path) -> Path:
         out: Folder to write.
 
     Raises:
-        UserError: the experiment has no such format; names those it has.
+        UserError: the experiment does not have the format; names those it has.
         CheckpointError: there is no encoder in the checkpoint.
     """
     writers = formats_of(experiment)
     if format not in writers:
-        raise UserError(f"{experiment} cannot be exported as {format!r}; valid: {', '.join(sorted(writers))}.")
-    written = write_export(read_encoder(checkpoint), experiment, format, out, resolve_checkpoint(checkpoint).name)
-    if (tokenizer := run_tokenizer(checkpoint)) is not None:
-        write_text(out / "tokenizer.json", tokenizer.read_text(encoding="utf-8"))
-    return written
+        raise UserError(f"{experiment} cannot be exported as {format!r}; valid formats: {', '.join(sorted(writers))}.")
+    stored, tokenizer = read_encoder(checkpoint), run_tokenizer(checkpoint)
+    return write_export(stored, experiment, format, out, resolve_checkpoint(checkpoint).name, tokenizer)
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -110,8 +108,10 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
         temporary.write_bytes(save(content, {"format": "pt"}))
 
 
-def write_export(stored: StoredEncoder, experiment: str, format: str, out: Path, source: str) -> Path:
-    """Write an encoder as safetensors, ``config.json`` and a card.
+def write_export(
+    stored: StoredEncoder, experiment: str, format: str, out: Path, source: str, tokenizer: Path | None = None
+) -> Path:
+    """Write an encoder as safetensors, ``config.json`` and a card: all of it, or nothing.
 
     Args:
         stored: The encoder.
@@ -119,29 +119,41 @@ def write_export(stored: StoredEncoder, experiment: str, format: str, out: Path,
         format: One of the experiment's formats.
         out: Folder to write.
         source: The file it came from, for the card.
+        tokenizer: The tokenizer of its texts, to be written too.
+
+    Raises:
+        StorageError: it cannot be written; an export that was there before is still whole.
+        CheckpointError: its weights are not finite.
     """
+    check_finite(stored.state | stored.rest, source)
     exported = formats_of(experiment)[format](stored)
-    weights = out / "model.safetensors"
-    _save(exported.tensors, weights)
+    with whole_folder(out, "config.json") as folder:
+        _write_parts(exported, folder)
+        if tokenizer is not None:
+            write_text(folder / "tokenizer.json", tokenizer.read_text(encoding="utf-8"))
+        facts = {
+            "format": format,
+            "experiment": experiment,
+            "arguments": exported.config,
+            "encoder": {"class_path": stored.class_path, "init_args": stored.init_args},
+            "channels": stored.channels,
+            "names": stored.names,
+            "preprocessing": stored.preprocessing,
+            "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+            **source_state(),
+        }
+        write_text(folder / "config.json", json.dumps(facts, indent=2))
+        write_text(folder / "README.md", _card(facts, source, exported.usage))
+    return out
+
+
+def _write_parts(exported: Exported, out: Path) -> None:
+    _save(exported.tensors, out / "model.safetensors")
     for name, part in exported.parts.items():
         _save(part.tensors, out / name / "model.safetensors")
         write_text(out / name / "config.json", json.dumps(part.config, indent=2))
     if exported.save is not None:
         exported.save(out)
-    facts = {
-        "format": format,
-        "experiment": experiment,
-        "arguments": exported.config,
-        "encoder": {"class_path": stored.class_path, "init_args": stored.init_args},
-        "channels": stored.channels,
-        "names": stored.names,
-        "preprocessing": stored.preprocessing,
-        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-        **source_state(),
-    }
-    write_text(out / "config.json", json.dumps(facts, indent=2))
-    write_text(out / "README.md", _card(facts, source, exported.usage))
-    return out
 
 
 def _named(channels: Sequence[str], names: Sequence[str]) -> str:
@@ -166,14 +178,6 @@ def _card(facts: dict[str, Any], source: str, usage: str) -> str:
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``medmim export``."""
-    parser.add_argument("--exp", required=True, help="experiment, such as e_mim")
-    parser.add_argument("--ckpt", required=True, help="run folder or checkpoint")
-    parser.add_argument("--format", required=True, help="format, such as monai")
-    parser.add_argument("--out", required=True, help="folder to write")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Carry out ``medmim export``."""
-    say(f"exported to {export(args.exp, Path(args.ckpt), args.format, Path(args.out))}")
+def run(exp: str, ckpt: str, format: str, out: str) -> None:
+    """Carry out ``medmim export``: the encoder of a run, in a format of its experiment, into a folder."""
+    say(f"exported to {export(exp, Path(ckpt), format, Path(out))}")

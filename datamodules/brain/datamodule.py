@@ -13,8 +13,8 @@ import torch
 
 from common.blocks.template_bank import place_of
 from common.errors import DataError
-from common.faults import pseudonym
 from common.modalities import TEMPLATES, canonical_name
+from common.pseudonyms import pseudonym, public_name
 from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from datamodules.base import ArchiveDataModule
@@ -216,7 +216,7 @@ class BrainDataModule(BrainArchiveDataModule):
         strange = [case for case in self.cases if case.attributes.get("unknown")]
         if strange:
             say(f"note: {len(strange)} studies have sequences of unknown names, which are left out; first "
-                f"{strange[0].case_id}: {strange[0].attributes['unknown']}")  # fmt: skip
+                f"{public_name(strange[0].case_id)}: {public_name(strange[0].attributes['unknown'])}")  # fmt: skip
         counts = {name: sum(name in case.images for case in self.cases) for name in TEMPLATES}
         shown = ", ".join(f"{layout.shown(name)} in {count}" for name, count in counts.items() if count)
         sources: dict[str, int] = {}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import DataError
+from datamodules.files import listing
 from datamodules.ids import IdRule, check_labels, join_ids, rows_by
 from datamodules.tables import read_table
 from datamodules.tree import Tree
@@ -43,7 +44,7 @@ def _values(paths: Sequence[Path], source: LabelSource) -> dict[str, str]:
         table = read_table(path)
         missing = [name for name in (source.key, source.column) if name not in table.columns]
         if missing:
-            raise DataError(f"{path} has no column {missing[0]!r}; it has {', '.join(table.columns)}.")
+            raise DataError(f"{path} has no column {missing[0]!r}; it has {listing(table.columns)}.")
         for name, row in rows_by(path, table[[source.key, source.column]], source.key).items():
             if values.setdefault(name, row[source.column]) != row[source.column]:
                 raise DataError(f"{path} gives {name} another {source.column} than a table before it does.")
@@ -97,7 +98,7 @@ def read_classes(cases: Sequence[Case], source: LabelSource, tables: Sequence[Pa
         found = _listed(cases, source, tables)
     classes = {name: meaning[value] for name, value in found.items() if value in meaning}
     if len(set(classes.values())) < 2:
-        seen = sorted({value for value in found.values() if value})[:6]
+        seen = listing(sorted({value for value in found.values() if value}))
         raise DataError(f"Classification needs two classes at least; {len(classes)} of {len(cases)} cases are one of "
-                        f"{', '.join(source.classes)}; the values found are {', '.join(seen) or 'none'}.")  # fmt: skip
+                        f"{', '.join(source.classes)}; the values found are {seen}.")  # fmt: skip
     return classes

@@ -13,10 +13,11 @@ from typing import Any
 
 from common.errors import DataError
 from common.modalities import canonical_name
-from common.names import path_under
+from common.pseudonyms import public_name
 from datamodules.brain.sequences import split_name
-from datamodules.files import read_json
+from datamodules.files import read_json, short
 from datamodules.ids import check_subjects
+from datamodules.listed_files import path_under
 from datamodules.registry import Evidence, Listing, described
 from datamodules.tree import Tree
 from datamodules.volumes.cases import Case, patient_of
@@ -99,7 +100,7 @@ def _listed_images(entry: Any, where: str) -> list[tuple[str, str]]:
         raise DataError(f'{where} needs "image": a mapping of sequence to path, or a list of paths.')
     for name in ("study", "patient", "source", "label"):
         if not isinstance(entry.get(name), str | None):
-            raise DataError(f"{where}: {name} must be one text, and is {str(entry[name])[:40]!r}.")
+            raise DataError(f"{where}: {name} must be one text, and is {short(str(entry[name]))!r}.")
     return named
 
 
@@ -111,7 +112,8 @@ def _case(
         sequence = canonical_name(given)
         twin = next((path for other, path in images.items() if canonical_name(other) == sequence), None)
         if twin is not None:
-            raise DataError(f"{where} lists {sequence} twice: {twin.name} and {Path(name).name}.")
+            raise DataError(f"{where} lists {sequence} twice: {public_name(twin.name)} and "
+                            f"{public_name(Path(name).name)}.")  # fmt: skip
         images[given] = path_under(root, name, where)
     first = named[0][1]
     study = entry.get("study") or Path(first).parent.name or split_name(Path(first))[0]

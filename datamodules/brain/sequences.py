@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+from datamodules.members import REFUSED, VOLUMES, suffix_of
+
+SUFFIXES = (*VOLUMES, *REFUSED)
 #: Endings that say how a file was made, not what it shows.
 _ENDINGS = ("_bias", "_unstripped")
-_SUFFIXES = (".nii.gz", ".nii")
 
 
 def split_name(path: Path) -> tuple[str, str]:
@@ -12,9 +14,7 @@ def split_name(path: Path) -> tuple[str, str]:
 
     The sequence is what follows the last ``-`` or ``_``; a name without either is a sequence alone.
     """
-    stem = path.name
-    for suffix in _SUFFIXES:
-        stem = stem.removesuffix(suffix)
+    stem = path.name[: len(path.name) - len(suffix_of(path))]
     for ending in _ENDINGS:
         stem = stem.removesuffix(ending)
     cut = max(stem.rfind("-"), stem.rfind("_"))

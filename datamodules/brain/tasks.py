@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from common.errors import DataError
+from common.pseudonyms import public_name
 from common.types import InputSpec
 from datamodules.brain.archive import BrainArchiveDataModule
 from datamodules.brain.labels import LabelSource, label_tables, read_classes
@@ -54,7 +55,8 @@ class BrainTaskDataModule(BrainArchiveDataModule):
         start = f"BraTS-{cohort}-"
         kept = [case for case in self.cases if case.case_id.lower().startswith(start.lower())]
         if not kept:
-            raise DataError(f"No study under {self.root} is called {start}..., such as {self.cases[0].case_id} is; "
+            example = public_name(self.cases[0].case_id)
+            raise DataError(f"No study under {self.root} is called {start}..., such as {example} is; "
                             f"to use every study, set data.cohort to null.")  # fmt: skip
         return kept
 

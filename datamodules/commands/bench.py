@@ -1,5 +1,8 @@
-"""What the caches buy: a crop from them against reading the files."""
+"""What a start costs in imports, and what the caches buy: a crop from them against reading the files."""
 
+import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,12 +15,14 @@ from PIL import Image
 from common.sweeps.bench import Row, in_turn, one_thread, speedup
 from datamodules.images.cache import ImageCache
 from datamodules.images.crops import cut_box, random_box
+from datamodules.registry import open_archive
 from datamodules.synthetic.anatomy import make_brain
 from datamodules.synthetic.radiographs import make_radiograph
 from datamodules.volumes.brats import BRATS2023
 from datamodules.volumes.cache import CacheFormat, VolumeCache
 from datamodules.volumes.cases import Case
 from datamodules.volumes.crops import cut, to_tensor
+from datamodules.volumes.profiles import prepared
 from datamodules.volumes.reading import write_nifti
 
 _SHAPE, _CROP = (240, 240, 155), (96, 96, 96)
@@ -44,6 +49,7 @@ def cached_crop() -> list[Row]:
     with tempfile.TemporaryDirectory() as folder, one_thread():
         root = Path(folder)
         case = _official_case(root)
+        layout = prepared(open_archive(root, BRATS2023.name, {"volumes"}))
 
         def read_files() -> None:
             for path in case.images.values():
@@ -51,7 +57,7 @@ def cached_crop() -> list[Row]:
 
         targets: list[tuple[CacheFormat, float]] = [("npy", 40), ("b2nd", 10)]
         for format, target in targets:
-            cache = VolumeCache(root, BRATS2023, format, folder=root / "cache")
+            cache = VolumeCache(root, layout, format, folder=root / "cache")
             cache.build(case)
             rng = np.random.default_rng(1)
 
@@ -101,4 +107,24 @@ def cached_radiograph() -> list[Row]:
     return [Row("cached radiograph against decoding a JPEG of 2000 x 2500", speedup(slow, fast), 20, detail)]
 
 
-ROWS: list[Callable[[], list[Row]]] = [cached_crop, cached_radiograph]
+def imports() -> list[Row]:
+    """Compare importing the ``lightning`` command with what Lightning cannot do without, torch and its compiler.
+
+    By CPU time of processes started in turn.
+    """
+
+    def start(code: str) -> None:
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    def children() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    torch, command = in_turn(
+        lambda: start("import torch, torch._dynamo"), lambda: start("import common.cli"), rounds=5, clock=children
+    )
+    detail = "CPU time of processes; 0.77 is 1.30 times as long"
+    return [Row("imports: torch against the command and all it needs", speedup(torch, command), 0.77, detail)]
+
+
+ROWS: list[Callable[[], list[Row]]] = [imports, cached_crop, cached_radiograph]

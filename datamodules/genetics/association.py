@@ -1,13 +1,12 @@
-"""``medmim associate``: which variants go with what an encoder sees, as independent regions of the genome.
+"""``medmim associate``: which variants are associated with an encoder's features, as independent regions of the genome.
 
-Features of images become principal components; covariates are regressed out of each, and what is left is brought to a
+Features of images become principal components; covariates are regressed out of each, and the residuals are mapped to a
 normal distribution. Every variant is then tested by a linear model with the same covariates, and significant variants
 in linkage are clumped into regions. Relatives are left out; there is no mixed model.
 
-Letters: P persons, V variants, C covariates, K components.
+Letters: P people, V variants, C covariates, K components.
 """
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,10 +21,13 @@ from sklearn.decomposition import PCA
 
 from common.errors import DataError
 from common.files import whole_file, write_text
+from common.pseudonyms import public_name
 from common.runtime.reporting import say
+from datamodules.files import listing
 from datamodules.genetics.genotypes import Genotypes, allele_frequencies, open_genotypes
 from datamodules.genetics.kinship import KINSHIP, kinship, read_kinship, unrelated
-from datamodules.tables import read_table
+from datamodules.ids import join_ids, rows_by
+from datamodules.tables import read_numbers, read_parquet, read_table
 
 _CHUNK = 2048
 _MOST_PERSONS = 5000
@@ -39,7 +41,7 @@ def inverse_normal(values: Array) -> Array:
 
 
 def residuals(values: Array, covariates: Array) -> Array:
-    """Return what covariates ``(P, C)`` and a constant leave of each column of ``(P, ...)``."""
+    """Return the residuals of each column of ``(P, ...)`` after regression on covariates ``(P, C)`` and a constant."""
     design = np.column_stack([np.ones(len(values)), covariates])
     basis, singular, _ = np.linalg.svd(design, full_matrices=False)
     basis = basis[:, singular > singular[0] * 1e-10]
@@ -66,14 +68,14 @@ def linear_association(genotypes: Genotypes, persons: NDArray[np.int64], outcome
 
     Args:
         genotypes: The genotypes.
-        persons: Places of the persons.
+        persons: Places of the people.
         outcomes: ``(P, K)``.
         covariates: ``(P, C)``.
     """
     left = residuals(outcomes, covariates)
     freedom = len(persons) - 2 - np.linalg.matrix_rank(np.column_stack([np.ones(len(persons)), covariates])) + 1
     if freedom < 1:
-        raise DataError(f"{len(persons)} persons are too few for {covariates.shape[1]} covariates.")
+        raise DataError(f"{len(persons)} people are too few for {covariates.shape[1]} covariates.")
     total = (left**2).sum(0)
     betas, values = [], []
     for start in range(0, len(genotypes.variants), _CHUNK):
@@ -168,10 +170,10 @@ def genomic_inflation(p: Array) -> float:
 
 
 class Association(NamedTuple):
-    """What was tested and found.
+    """The outcome of an association study.
 
     Attributes:
-        table: A row a variant: chrom, id, pos, counted and other allele, p over all components, component and beta.
+        table: A row per variant: chrom, id, pos, counted and other allele, p over all components, component and beta.
         clumps: Independent regions.
         inflation: Of the P values of each component.
         persons: How many were tested.
@@ -204,7 +206,7 @@ def associate(
         features: ``(n, E)``.
         ids: Person of each row; of a person's rows the first counts.
         genotypes: The genotypes.
-        covariates: A row a person (index), numbers; persons with a gap are left out.
+        covariates: A row per person (index), numbers; people with a gap are left out.
         components: K; no more than there are features.
         genetic: Principal components of the genotypes that are added to the covariates.
         relatives: Pairs of relatives; None estimates kinship from the genotypes.
@@ -214,17 +216,21 @@ def associate(
         kilobases: See :func:`clump`.
 
     Raises:
-        DataError: ids do not join, or persons are too few.
+        DataError: ids do not join, or people are too few.
     """
     row_of: dict[str, int] = {}
     for row, name in enumerate(ids):
         row_of.setdefault(str(name), row)
     place_of = {name: place for place, name in enumerate(genotypes.ids)}
     known = None if covariates is None else set(covariates.dropna().index.astype(str))
+    say(join_ids(row_of, place_of).counts("genotypes", "people with features"))
+    if known is not None:
+        say(join_ids(row_of, known).counts("covariates without gaps", "people with features"))
     names = [name for name in row_of if name in place_of and (known is None or name in known)]
     if not names:
-        raise DataError(f"No person has both features (such as {next(iter(row_of), '-')}) and genotypes "
-                        f"(such as {genotypes.ids[0]}){'' if known is None else ' and covariates'}.")  # fmt: skip
+        one, other = public_name(next(iter(row_of), "-")), public_name(genotypes.ids[0])
+        more = "" if known is None else " and covariates"
+        raise DataError(f"Nobody has both features (such as {one}) and genotypes (such as {other}){more}.")
     if relatives is None:
         relatives = _estimated_relatives(genotypes, names, place_of)
     kept = unrelated(relatives, names)
@@ -254,10 +260,10 @@ def _estimated_relatives(
     """Estimate who is related.
 
     Raises:
-        DataError: there are too many persons for every pair of them.
+        DataError: there are too many people for every pair of them.
     """
     if len(names) > _MOST_PERSONS:
-        raise DataError(f"Kinship of {len(names)} persons is not estimated here: give --kinship, a table of plink2 or "
+        raise DataError(f"Kinship of {len(names)} people is not estimated here: give --kinship, a table of plink2 or "
                         f"KING with ID1 or IID1, ID2 or IID2, and KINSHIP.")  # fmt: skip
     counts = genotypes.counts(np.array([place_of[name] for name in names], dtype=np.int64))
     close = np.argwhere(np.triu(kinship(counts) > KINSHIP, 1))
@@ -298,79 +304,91 @@ def qq_figure(p: Array, inflation: float) -> Figure:
     return figure
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``medmim associate``."""
-    parser.add_argument("--features", required=True, help="Parquet file of medmim embed: subject_id, split, feature")
-    parser.add_argument("--genotypes", required=True, help="PLINK prefix, .bed or .bgen; {chrom} stands for 1 to 22")
-    parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--split", default="test", help="persons of this split alone, or all (default: %(default)s)")
-    parser.add_argument("--covariates", help="CSV with IID and columns of numbers, such as sex and age")
-    parser.add_argument("--components", type=int, default=10, help="of the features (default: %(default)s)")
-    parser.add_argument("--genetic-components", type=int, default=0, help="of the genotypes, added as covariates")
-    parser.add_argument("--kinship", help="table of pairs (IID1, IID2, KINSHIP); default: estimated from the genotypes")
-    parser.add_argument("--p1", type=float, default=5e-8, help="of a region's leading variant (default: %(default)s)")
-    parser.add_argument("--p2", type=float, default=1e-7, help="of its members (default: %(default)s)")
-    parser.add_argument("--r2", type=float, default=0.1, help="linkage inside a region (default: %(default)s)")
-    parser.add_argument("--kb", type=float, default=150, help="reach of a region (default: %(default)s)")
-
-
 def _covariates(path: str | None) -> pd.DataFrame | None:
     if path is None:
         return None
     table = read_table(Path(path))
     if "IID" not in table.columns:
-        raise DataError(f"{path} has no column IID; it has {', '.join(table.columns)}.")
-    return table.set_index("IID").apply(pd.to_numeric, errors="coerce")
+        raise DataError(f"{path} has no column IID; it has {listing(table.columns)}.")
+    rows_by(Path(path), table, "IID")
+    numbers = table.drop_duplicates("IID").set_index("IID")
+    return numbers.apply(lambda column: read_numbers(Path(path), column, f"values of {column.name}"))
 
 
-def run(args: argparse.Namespace) -> None:
+def run(
+    features: str,
+    genotypes: str,
+    out: str,
+    split: str,
+    covariates: str | None,
+    components: int,
+    genetic_components: int,
+    kinship: str | None,
+    p1: float,
+    p2: float,
+    r2: float,
+    kb: float,
+) -> None:
     """Carry out ``medmim associate``: ``associations.csv``, ``regions.csv``, ``summary.json`` and two pictures.
 
+    Args:
+        features: Parquet file of ``medmim embed``.
+        genotypes: Where the genotypes are; see :func:`datamodules.genetics.genotypes.open_genotypes`.
+        out: Folder to write.
+        split: People of this split alone, or ``all``.
+        covariates: CSV with IID and columns of numbers.
+        components: Of the features.
+        genetic_components: Of the genotypes, added as covariates.
+        kinship: Table of pairs; None: estimated from the genotypes.
+        p1: Of a region's leading variant.
+        p2: Of its members.
+        r2: Linkage inside a region.
+        kb: Reach of a region.
+
     Raises:
-        DataError: a file is missing or damaged, or persons do not join.
+        DataError: a file is missing or damaged, or people do not join.
     """
-    path = Path(args.features)
+    path = Path(features)
     if not path.is_file():
         raise DataError(f"There are no features at {path}: write them with medmim embed.")
-    table = pd.read_parquet(path)
-    if args.split != "all":
-        table = table[table["split"] == args.split]
+    table = read_parquet(path, ["subject_id", "split", "feature"]).to_pandas()
+    if split != "all":
+        table = table[table["split"] == split]
     if table.empty:
-        raise DataError(f"{path} holds no features of the split {args.split}.")
-    genotypes = open_genotypes(args.genotypes)
+        raise DataError(f"{path} holds no features of the split {split}.")
     found = associate(
         np.stack(table["feature"].to_list()),
         table["subject_id"].astype(str).tolist(),
-        genotypes,
-        _covariates(args.covariates),
-        args.components,
-        args.genetic_components,
-        read_kinship(Path(args.kinship)) if args.kinship else None,
-        args.p1,
-        args.p2,
-        args.r2,
-        args.kb,
+        open_genotypes(genotypes),
+        _covariates(covariates),
+        components,
+        genetic_components,
+        read_kinship(Path(kinship)) if kinship else None,
+        p1,
+        p2,
+        r2,
+        kb,
     )
-    out = Path(args.out)
-    write_text(out / "associations.csv", found.table.to_csv(index=False))
+    folder = Path(out)
+    write_text(folder / "associations.csv", found.table.to_csv(index=False))
     leads = found.table.iloc[[entry.lead for entry in found.clumps]]
     leads = leads.assign(members=[len(entry.members) for entry in found.clumps])
-    write_text(out / "regions.csv", leads.to_csv(index=False))
+    write_text(folder / "regions.csv", leads.to_csv(index=False))
     facts = {
         "persons": found.persons,
         "relatives_left_out": found.relatives,
         "variants": len(found.table),
         "regions": len(found.clumps),
         "inflation": found.inflation,
-        "p1": args.p1,
+        "p1": p1,
     }
-    write_text(out / "summary.json", json.dumps(facts, indent=2))
+    write_text(folder / "summary.json", json.dumps(facts, indent=2))
     figures = {
-        "manhattan.png": manhattan_figure(found.table, found.clumps, args.p1),
+        "manhattan.png": manhattan_figure(found.table, found.clumps, p1),
         "qq.png": qq_figure(found.table["p"].to_numpy(), found.inflation[0]),
     }
     for name, figure in figures.items():
-        with whole_file(out / name) as temporary:
+        with whole_file(folder / name) as temporary:
             figure.savefig(temporary, dpi=120)
-    say(f"{found.persons} persons ({found.relatives} relatives left out), {len(found.table)} variants, "
+    say(f"{found.persons} people ({found.relatives} relatives left out), {len(found.table)} variants, "
         f"{len(found.clumps)} independent regions: {out}")  # fmt: skip

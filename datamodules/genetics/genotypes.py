@@ -1,9 +1,11 @@
-"""Genotypes from PLINK 1 (``.bed``) and BGEN files: who, which variants, and how often an allele occurs.
+"""Genotypes from PLINK 1 (``.bed``) and BGEN files: people, variants, and allele counts.
 
-Letters: P persons, V variants.
+Letters: P people, V variants.
 """
 
 import re
+import struct
+import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -15,9 +17,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from common.errors import DataError
+from common.pseudonyms import public_name
 from common.runtime.reporting import contents
 from datamodules.files import optional_reader
-from datamodules.tables import read_words, whole_numbers
+from datamodules.tables import read_positions, read_words
 
 #: Counts of an allele, 0 to 2, where it was not called.
 MISSING = -127
@@ -39,13 +42,13 @@ class GenotypeFile(ABC):
     Attributes:
         path: The file.
         ids: Person of each row; those who withdrew have a negative number.
-        variants: A row a variant: chrom, id, pos, counted and other allele.
+        variants: A row per variant: chrom, id, pos, counted and other allele.
     """
 
     path: Path
     ids: list[str]
     variants: pd.DataFrame
-    #: Whether counts are whole numbers, not expectations.
+    #: Whether counts are whole numbers rather than expectations.
     called: ClassVar[bool] = True
 
     @abstractmethod
@@ -70,7 +73,7 @@ class BedFile(GenotypeFile):
             if not path.is_file():
                 raise DataError(f"PLINK genotypes are three files, and {path} is missing.")
         self.variants = read_words(tables["bim"], ["chrom", "id", "cm", "pos", "counted", "other"])
-        self.variants["pos"] = whole_numbers(self.variants["pos"])
+        self.variants["pos"] = read_positions(tables["bim"], self.variants["pos"])
         self.variants["chrom"] = self.variants["chrom"].map(plain_chromosome)
         self.variants = self.variants[_VARIANT_COLUMNS]
         self.ids = read_words(tables["fam"], ["family", "person"])["person"].tolist()
@@ -79,11 +82,11 @@ class BedFile(GenotypeFile):
             magic = file.read(3)
         if magic != _BED_MAGIC:
             raise DataError(
-                f"{self.path} is no variant-major PLINK 1 file: it begins with {magic.hex(' ')}, not 6c 1b 01."
+                f"{self.path} is not a variant-major PLINK 1 file: it begins with {magic.hex(' ')}, not 6c 1b 01."
             )
         if (size := self.path.stat().st_size) != expected:
             raise DataError(
-                f"{self.path} has {size} bytes, but {len(self.ids)} persons in {tables['fam'].name} and "
+                f"{self.path} has {size} bytes, but {len(self.ids)} people in {tables['fam'].name} and "
                 f"{len(self.variants)} variants in {tables['bim'].name} make {expected}."
             )
 
@@ -132,7 +135,7 @@ class BgenFile(GenotypeFile):
                     chromosome = plain_chromosome(variant.chrom) or _chromosome_of(path)
                     rows.append((chromosome, name, int(variant.pos), alternative, reference))
                     self._places.append(place)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError, IndexError, struct.error, zlib.error) as error:
             raise DataError(f"{path} cannot be read as BGEN: {str(error).splitlines()[0]}") from error
         self.variants = pd.DataFrame(rows, columns=_VARIANT_COLUMNS)
 
@@ -159,7 +162,7 @@ def _chromosome_of(path: Path) -> str:
 
 
 def find_genotypes(pattern: str, root: Path | None = None) -> list[Path]:
-    """Return the files that a pattern means.
+    """Return the files that match a pattern.
 
     Args:
         pattern: A PLINK prefix, a ``.bed`` or ``.bgen`` file; ``{chrom}`` stands for 1 to 22, where there is a file.
@@ -185,14 +188,14 @@ def find_genotypes(pattern: str, root: Path | None = None) -> list[Path]:
 
 
 class Genotypes:
-    """Genotypes of the same persons over one or more files.
+    """Genotypes of the same people over one or more files.
 
     Args:
         files: The files, in order.
-        step: Every which variant is used, counted in each file.
+        step: Use every n-th variant, counted in each file.
 
     Raises:
-        DataError: files disagree on the persons, or a person occurs twice.
+        DataError: files disagree on the people, or a person occurs twice.
     """
 
     def __init__(self, files: Sequence[GenotypeFile], step: int = 1) -> None:
@@ -201,11 +204,12 @@ class Genotypes:
         first = files[0]
         for file in files[1:]:
             if file.ids != first.ids:
-                raise DataError(f"{file.path} and {first.path} list other persons, or in another order.")
+                raise DataError(f"{file.path} and {first.path} list different people, or the same in another order.")
         twice = [name for name, count in Counter(first.ids).items() if count > 1 and not name.startswith("-")]
         if twice:
-            raise DataError(f"{first.path} lists {len(twice)} persons twice, first {twice[0]}: keep one row of each.")
-        #: Persons who did not withdraw, and their rows.
+            raise DataError(f"{first.path} lists {len(twice)} people twice, first {public_name(twice[0])}: keep one "
+                            f"row of each.")  # fmt: skip
+        #: People who did not withdraw, and their rows.
         self.rows = np.array([row for row, name in enumerate(first.ids) if not name.startswith("-")], dtype=np.int64)
         self.ids = [first.ids[row] for row in self.rows]
         self.withdrawn = len(first.ids) - len(self.ids)
@@ -226,8 +230,8 @@ class Genotypes:
         """Return how often the counted allele occurs, ``(P, V)``, NaN where it was not called.
 
         Args:
-            persons: Places in ``ids``; None = all.
-            variants: Places in ``variants``, rising; None = all.
+            persons: Places in ``ids``; None: all.
+            variants: Places in ``variants``, rising; None: all.
         """
         rows = self.rows if persons is None else self.rows[persons]
         wanted = np.arange(len(self.variants)) if variants is None else np.asarray(variants, dtype=np.int64)
@@ -257,7 +261,7 @@ def counts_of(table: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def open_genotypes(pattern: str, root: Path | None = None, step: int = 1) -> Genotypes:
-    """Open the genotypes that a pattern means; see :func:`find_genotypes`.
+    """Open the genotypes that match a pattern; see :func:`find_genotypes`.
 
     Raises:
         DataError: there are none, or they are damaged.
@@ -269,7 +273,7 @@ def open_genotypes(pattern: str, root: Path | None = None, step: int = 1) -> Gen
 
 
 def allele_frequencies(counts: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return the frequency of the counted allele ``(V,)`` over who was called; NaN where nobody was."""
+    """Return the frequency of the counted allele ``(V,)`` over the people called; NaN where nobody was."""
     called = ~np.isnan(counts)
     total = np.where(called, counts, 0).sum(0, dtype=np.float64)
     number = called.sum(0)

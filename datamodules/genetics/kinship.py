@@ -1,17 +1,17 @@
-"""Who is related to whom: kinship from genotypes or a table, and what follows for samples and splits.
+"""Kinship, from genotypes or from a table, and its consequences for samples and splits.
 
-Letters: P persons, V variants.
+Letters: P people, V variants.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from common.errors import DataError
-from datamodules.tables import read_words
+from datamodules.files import listing
+from datamodules.tables import read_numbers, read_words
 
 #: Relatives of the third degree and closer (Manichaikul et al. 2010).
 KINSHIP = 0.0884
@@ -20,7 +20,7 @@ KINSHIP = 0.0884
 def kinship(counts: NDArray[np.float32]) -> NDArray[np.float64]:
     """Estimate kinship from allele counts ``(P, V)`` as KING-robust does (Manichaikul et al. 2010, Eq. 11), ``(P, P)``.
 
-    Variants that one of two persons lacks do not count for them.
+    Variants that one of two people lacks do not count for them.
     """
     known = ~np.isnan(counts)
     single, none, two = ((counts == value).astype(np.float32) for value in (1, 0, 2))
@@ -34,7 +34,7 @@ def kinship(counts: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def unrelated(pairs: Sequence[tuple[str, str]], persons: Sequence[str]) -> list[str]:
-    """Leave out relatives, whoever has most of them first, until no two are related; ties by name.
+    """Leave out the people with the most relatives first, until no two are related; ties by name.
 
     Args:
         pairs: Pairs of relatives.
@@ -65,6 +65,6 @@ def read_kinship(path: Path, threshold: float = KINSHIP) -> list[tuple[str, str]
     columns = [next((name for name in names if name in table.columns), None)
                for names in (("IID1", "ID1"), ("IID2", "ID2"), ("KINSHIP",))]  # fmt: skip
     if None in columns:
-        raise DataError(f"{path} needs the columns IID1, IID2 and KINSHIP; it has {', '.join(table.columns)}.")
-    close = table[pd.to_numeric(table[columns[2]], errors="coerce") > threshold]
+        raise DataError(f"{path} needs the columns IID1, IID2 and KINSHIP; it has {listing(table.columns)}.")
+    close = table[read_numbers(path, table[columns[2]], "values of kinship") > threshold]
     return list(zip(close[columns[0]], close[columns[1]], strict=True))

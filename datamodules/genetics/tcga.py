@@ -10,7 +10,10 @@ import numpy as np
 import pandas as pd
 
 from common.errors import DataError
+from common.pseudonyms import public_name
+from datamodules.files import listing, short
 from datamodules.genetics.genome import Kind
+from datamodules.ids import check_labels, join_ids
 from datamodules.images.pictures import Picture
 from datamodules.images.reading import COLOUR
 from datamodules.labelled.layout import LabelLayout, LabelledImage
@@ -18,7 +21,7 @@ from datamodules.registry import Facts, Layout, marked
 from datamodules.tables import read_table
 from datamodules.tree import Tree
 
-#: A patient's name is this much of a file's.
+#: A patient's name is this prefix of a file's.
 PATIENT_LENGTH = 12
 GRADES = ("II", "III", "IV")
 _GRADES = {text: grade for grade in (2, 3, 4) for text in (str(grade), f"{grade}.0")}
@@ -98,22 +101,27 @@ class TCGAGrade(LabelLayout):
         """List the regions whose patient has a grade.
 
         Raises:
-            DataError: the table is missing or damaged, a grade is none, or no region has one.
+            DataError: the table is missing or damaged, a grade is invalid, or no region has one.
         """
         path = root.first("**/grade_data.csv")
         if path is None:
             raise DataError(f"There is no grade_data.csv under {root} ({self.tree}).")
         table = read_table(path)
         if "Grade" not in table.columns:
-            raise DataError(f"{path} has no column Grade; it has {', '.join(table.columns)}.")
+            raise DataError(f"{path} has no column Grade; it has {listing(table.columns)}.")
         grades: dict[str, int] = {}
         for patient, text in zip(_patients(path, table), table["Grade"], strict=True):
             if text and text not in _GRADES:
-                raise DataError(f"{path} gives {patient} the grade {text!r}; known are 2, 3 and 4, or nothing.")
+                raise DataError(
+                    f"{path} gives {public_name(patient)} the grade {short(text)!r}; known are 2, 3 and 4, or nothing."
+                )
             if text and grades.setdefault(patient, _GRADES[text]) != _GRADES[text]:
-                raise DataError(f"{path} gives {patient} two grades.")
+                raise DataError(f"{path} gives {public_name(patient)} two grades.")
         found = []
-        for region in regions(root):
+        shown = regions(root)
+        if shown:
+            check_labels(path, join_ids([region.name[:PATIENT_LENGTH].upper() for region in shown], grades), "patients")
+        for region in shown:
             patient = region.name[:PATIENT_LENGTH].upper()
             if patient in grades:
                 targets = tuple(float(grades[patient] == grade) for grade in (2, 3, 4))

@@ -12,17 +12,19 @@ import numpy as np
 import pandas as pd
 
 from common.errors import DataError
-from datamodules.files import listed_names
+from common.pseudonyms import public_name
+from datamodules.files import listed_names, listing
 from datamodules.genetics.genome import GenomeFiles
+from datamodules.ids import check_labels, join_ids
 from datamodules.images.pictures import Picture
 from datamodules.images.reading import FUNDUS
 from datamodules.labelled.layout import LabelLayout, LabelledImage, need_file
 from datamodules.labelled.tables import files_under
 from datamodules.registry import Evidence, Facts, Layout
-from datamodules.tables import read_table
+from datamodules.tables import read_numbers, read_table
 from datamodules.tree import Tree
 
-#: What is predicted from a photograph.
+#: The targets predicted from a photograph.
 RISKS = {"regression": ("age", "bmi", "sbp", "dbp"), "classification": ("sex", "smoking")}
 #: Fundus photographs of the left and the right eye.
 FIELDS = ("21015", "21016")
@@ -31,7 +33,7 @@ _SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def split_of_eids(eids: list[str], seed: int = 42) -> dict[str, str]:
-    """Split persons 70 / 10 / 20 as ContIG does, so that its test persons stay unseen."""
+    """Split people 70 / 10 / 20 as ContIG does, so that its test people stay unseen."""
     names = np.array(sorted(set(eids), key=int))
     order = np.random.RandomState(seed).permutation(len(names))
     train, val = int(0.7 * len(names)), int(0.1 * len(names))
@@ -48,7 +50,7 @@ def _checked_names(root: Tree) -> set[str] | None:
 
 
 def european(root: Tree, threshold: float = 0.99) -> set[str] | None:
-    """Return the persons of ``ancestry.tsv`` whose probability ``EUR`` is high enough; None where there is no file.
+    """Return the people of ``ancestry.tsv`` whose probability ``EUR`` is high enough; None without such a file.
 
     Raises:
         DataError: a column is missing.
@@ -58,13 +60,13 @@ def european(root: Tree, threshold: float = 0.99) -> set[str] | None:
         return None
     table = read_table(path)
     if not {"IID", "EUR"} <= set(table.columns):
-        raise DataError(f"{path} needs the columns IID and EUR, it has {', '.join(table.columns)}.")
-    kept = pd.to_numeric(table["EUR"], errors="coerce") >= threshold
+        raise DataError(f"{path} needs the columns IID and EUR, it has {listing(table.columns)}.")
+    kept = read_numbers(path, table["EUR"], "probabilities") >= threshold
     return set(table.loc[kept, "IID"])
 
 
 def find_ukb(root: Tree) -> list[Picture]:
-    """List the photographs; empty where there is none. Of persons who withdrew (negative numbers) there is none.
+    """List the photographs; empty where there is none. People who withdrew (negative numbers) have none.
 
     Raises:
         DataError: ancestry.tsv is damaged.
@@ -105,7 +107,7 @@ def _genotype_pattern(root: Tree) -> str | None:
     preferred = {name for name in autosomes if name.endswith(".bed")} or autosomes
     if len(preferred) > 1:
         raise DataError(f"{folder} has several families of genotypes ({', '.join(sorted(preferred))}): name one with "
-                        "data.genotypes.")  # fmt: skip
+                        "data.genome.genotypes.")  # fmt: skip
     return str(folder / next(iter(preferred))) if preferred else None
 
 
@@ -124,10 +126,10 @@ def genetics_of(root: Tree) -> GenomeFiles:
 
 
 def read_phenotypes(path: Path) -> pd.DataFrame:
-    """Read age, BMI, blood pressure, sex and smoking of persons; NaN where unknown.
+    """Read age, BMI, blood pressure, sex and smoking of people; NaN where unknown.
 
     Returns:
-        A row a person (index eid): age, bmi, sbp, dbp, sex (1 = male), smoking (1 = now).
+        A row per person (index eid): age, bmi, sbp, dbp, sex (1 = male), smoking (1 = now).
 
     Raises:
         DataError: a column is missing, or a person is listed twice.
@@ -136,12 +138,13 @@ def read_phenotypes(path: Path) -> pd.DataFrame:
     needed = ["eid", "31-0.0", "21022-0.0", "21001-0.0", "20116-0.0", "4080-0.0", "4079-0.0"]
     missing = [name for name in needed if name not in table.columns]
     if missing:
-        raise DataError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns[:12])}.")
+        raise DataError(f"{path} has no column {listing(missing)}; it has {listing(table.columns)}.")
     if table["eid"].duplicated().any():
-        raise DataError(f"{path} lists {table['eid'][table['eid'].duplicated()].iloc[0]} twice.")
+        twice = table["eid"][table["eid"].duplicated()].iloc[0]
+        raise DataError(f"{path} lists {public_name(twice)} twice.")
 
     def number(*names: str) -> pd.Series:
-        columns = [pd.to_numeric(table[name], errors="coerce") for name in names if name in table.columns]
+        columns = [read_numbers(path, table[name], f"values of {name}") for name in names if name in table.columns]
         return pd.concat(columns, axis=1).mean(axis=1)
 
     smoking = number("20116-0.0")
@@ -160,7 +163,7 @@ def read_phenotypes(path: Path) -> pd.DataFrame:
 
 
 class UKBRisk(LabelLayout):
-    """Photographs of UK Biobank with what they are to predict, in the split of pre-training.
+    """Photographs of UK Biobank with prediction targets, in the split of pre-training.
 
     Args:
         task: ``regression`` of age, BMI and both blood pressures, or ``classification`` of sex and smoking.
@@ -176,7 +179,7 @@ class UKBRisk(LabelLayout):
         self.classes = RISKS[task]
 
     def _find(self, root: Tree) -> list[LabelledImage]:
-        """List the photographs of persons with any of the measurements.
+        """List the photographs of people with any of the measurements.
 
         Raises:
             DataError: the table or a column is missing, or it and the photographs have no person in common.
@@ -186,9 +189,13 @@ class UKBRisk(LabelLayout):
         table = table[table.notna().any(axis=1)]
         rows = zip(table.index, table.to_numpy(), strict=True)
         values = {str(eid): tuple(float(value) for value in row) for eid, row in rows}
+        pictures = find_ukb(root)
+        if pictures:
+            joined = join_ids([picture.patient_id for picture in pictures], values)
+            check_labels(path, joined, "people with photographs")
         found = [
             LabelledImage(picture.case_id, picture.patient_id, picture.image, values[picture.patient_id], picture.split)
-            for picture in find_ukb(root)
+            for picture in pictures
             if picture.patient_id in values
         ]
         if not found:

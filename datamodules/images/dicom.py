@@ -219,7 +219,7 @@ def _padding(stored: NDArray[Any], dataset: Any) -> NDArray[np.bool_] | None:
     height, width = stored.shape
     central = padding[height // 4 : -(-3 * height // 4), width // 4 : -(-3 * width // 4)]
     if 2 * central.sum() > central.size:
-        note("most of the picture's middle has the padding value, which was left as it is")
+        note("most of the picture's middle has the padding value, which was left as it is", dataset.filename)
         return None
     return padding if padding.any() else None
 
@@ -254,9 +254,9 @@ def _through_window(values: NDArray[Any], padding: NDArray[np.bool_] | None, dat
             span, shown = apply_voi_lut(ends, dataset), apply_voi_lut(values, dataset)
         shown = to_bytes((shown - float(span.min())) / float(np.ptp(span) or 1))
     except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError, struct.error):
-        note("the window or table of grays is broken and was not used")
+        note("the window or table of grays is broken and was not used", dataset.filename)
         return None
     if len(np.unique(shown if padding is None else shown[~padding])) < MIN_LEVELS:
-        note(f"the window or table of grays leaves fewer than {MIN_LEVELS} of 256 and was not used")
+        note(f"the window or table of grays leaves fewer than {MIN_LEVELS} of 256 and was not used", dataset.filename)
         return None
     return shown

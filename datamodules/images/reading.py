@@ -21,6 +21,7 @@ from common.errors import UserError
 from datamodules.images.dicom import is_dicom, read_picture, read_size
 from datamodules.images.values import ImageError, UnreachableImageError, check_size, high_byte, stretched
 from datamodules.limits import MAX_PIXELS, MAX_SQUARE_PIXELS
+from datamodules.members import REFUSED, is_pointer, why_missing
 
 #: What is opened; PostScript and the like, which run programs, are not.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
@@ -62,15 +63,19 @@ def _reading(path: Path) -> Iterator[None]:
     """Turn whatever a decoder raises into an :class:`ImageError`."""
     try:
         if not path.is_file():
-            raise UnreachableImageError("missing", "the file is not there")
+            raise UnreachableImageError("missing", why_missing(path))
         if path.stat().st_size == 0:
             raise ImageError("unreadable", "the file is empty")
+        if path.name.lower().endswith(".dcm.gz"):
+            raise ImageError("unreadable", REFUSED[".dcm.gz"])
         yield
     except (ImageError, UserError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("shape", f"more pixels than are opened here ({error})") from error
     except UnidentifiedImageError as error:
+        if is_pointer(path):
+            raise UnreachableImageError("missing", "a Git LFS pointer without content: run git lfs pull") from error
         raise ImageError("unreadable", "not an image of a known format, or its header is damaged") from error
     except Exception as error:  # decoders raise many kinds for broken files; all mean the same to us
         if isinstance(error, OSError) and error.errno is not None:
@@ -248,8 +253,9 @@ def read_figure(
         ImageError: as :func:`read_gray`.
         UserError: as :func:`read_gray`.
     """
-    if is_dicom(path):
-        return read_colour(path, shorter_side, min_side, max_pixels)
+    with _reading(path):
+        if is_dicom(path):
+            return read_colour(path, shorter_side, min_side, max_pixels)
     with _reading(path), Image.open(path, formats=FORMATS) as image:
         check_size(image.height, image.width, (min_side, max_pixels))
         if image.format == "PNG":

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from common.errors import DataError
-from common.names import path_under
 from common.runtime.reporting import contents, say
 from datamodules.account import ROWLESS
 from datamodules.files import first_line
 from datamodules.ids import check_subjects
+from datamodules.listed_files import path_under
 from datamodules.registry import NO_SETTINGS, Evidence, FileRef, Layout, Listing, Record, Settings, shortened
 from datamodules.splits import patients_of_files
 from datamodules.subjects import owner_of

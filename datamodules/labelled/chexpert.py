@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from common.errors import DataError
+from common.pseudonyms import public_name
 from datamodules.labelled.layout import UNKNOWN, LabelLayout, LabelledImage, labelled_set, need_columns, need_file
 from datamodules.labelled.tables import column_targets
 from datamodules.registry import marked
@@ -68,7 +69,7 @@ class CheXpert(LabelLayout):
         if len(odd):
             raise DataError(
                 f"{path} has {len(odd)} rows whose Path is not like "
-                f"CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg, first {odd.iloc[0]!r}."
+                f"CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg, first '{public_name(odd.iloc[0])}'."
             )
         images, patients = names[0].tolist(), names[1].tolist()
         columns = [column_targets(path, table, name, self._meaning(name), images) for name in self.classes]

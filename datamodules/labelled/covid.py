@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from common.errors import DataError
+from common.pseudonyms import public_name
+from datamodules.files import listing, short
 from datamodules.ids import check_subjects
 from datamodules.labelled.layout import LabelLayout, LabelledImage, need_columns, need_file
 from datamodules.splits import patients_of_files
@@ -69,18 +71,19 @@ class CovidFindings(LabelLayout):
         table = table.assign(patient=patients_of_files(table["filename"].tolist(), table["patientid"].tolist()))
         found: dict[str, LabelledImage] = {}
         for row in table.to_dict("records"):
-            image = self._image(root, path, row)
+            image = self._image(root.root, path, row)
             if image is None:
                 continue
             known = found.setdefault(image.case_id, image)
             if known.targets != image.targets:
-                raise DataError(f"{path} lists {image.case_id} with findings that disagree, such as {row['finding']}.")
+                raise DataError(f"{path} lists {public_name(image.case_id)} with findings that disagree, such as "
+                                f"{short(row['finding'])}.")  # fmt: skip
             found[image.case_id] = known._replace(group=known.group or image.group)
         if not found:
-            present = ", ".join(f"{view or 'blank'} ({count})" for view, count in table["view"].value_counts().items())
+            present = listing(f"{view or 'blank'} ({count})" for view, count in table["view"].value_counts().items())
             raise DataError(
                 f"{path} lists no X-ray of the views {', '.join(self.views)} with a finding of the task {self.task}; "
-                f"the views of its X-rays are {present or 'none'}."
+                f"the views of its X-rays are {present}."
             )
         return list(found.values())
 
@@ -95,7 +98,7 @@ class CovidFindings(LabelLayout):
             return None
         name = row["filename"]
         if Path(name).name != name:
-            raise DataError(f"{path} names the image {name!r}, which does not lie in {root / _IMAGES}.")
+            raise DataError(f"{path} names the image '{public_name(name)}', which does not lie in {root / _IMAGES}.")
         note = " ".join(row.get("clinical_notes", "").lower().split())
         return LabelledImage(name, row["patient"], root / _IMAGES / name, (target,), group=note)
 

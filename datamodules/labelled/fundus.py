@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import DataError
+from common.pseudonyms import public_name
 from datamodules.images.reading import FUNDUS
 from datamodules.labelled.layout import LabelLayout, LabelledImage, labelled_set, need_columns, need_file
 from datamodules.labelled.tables import column_names, column_targets, files_under
+from datamodules.members import PICTURES
 from datamodules.registry import marked
 from datamodules.tables import read_table
 from datamodules.tree import Tree
 
 GRADES = ("grade 0", "grade 1", "grade 2", "grade 3", "grade 4")
 _GRADE = {str(grade): float(grade) for grade in range(5)}
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
 
 def ordinal_targets(grade: float) -> tuple[float, ...]:
@@ -26,7 +27,7 @@ def ordinal_targets(grade: float) -> tuple[float, ...]:
 
 def _files(tree: Tree, folder: Path) -> dict[str, Path]:
     """Return the images of a folder by their name without suffix."""
-    return {path.stem: path for path in files_under(tree, [folder], _SUFFIXES)}
+    return {path.stem: path for path in files_under(tree, [folder], PICTURES)}
 
 
 def _graded(
@@ -38,7 +39,8 @@ def _graded(
     table = table[table[columns[0]] != ""]
     names = column_names(table_path, table, columns[0])
     if len(set(names)) != len(names):
-        raise DataError(f"{table_path} lists {next(name for name in names if names.count(name) > 1)} twice.")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{table_path} lists {public_name(twice)} twice.")
     grades = column_targets(table_path, table, columns[1], _GRADE, names)
     files = _files(tree, folder)
     return [

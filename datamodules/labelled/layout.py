@@ -9,10 +9,12 @@ from typing import ClassVar, NamedTuple
 import pandas as pd
 
 from common.errors import DataError
-from common.names import path_under
+from common.pseudonyms import public_name
 from common.runtime.reporting import contents, say
+from datamodules.files import listing, short
 from datamodules.ids import check_subjects
 from datamodules.images.reading import GRAY, ImageReader
+from datamodules.listed_files import path_under
 from datamodules.registry import Archive, Evidence, Facts, Layout, Listing, Record
 from datamodules.tables import read_table
 from datamodules.tree import Tree, as_tree
@@ -139,7 +141,7 @@ def need_columns(path: Path, table: pd.DataFrame, columns: Sequence[str]) -> Non
     """
     missing = [column for column in columns if column not in table.columns]
     if missing:
-        raise DataError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns)}.")
+        raise DataError(f"{path} has no column {listing(missing)}; it has {listing(table.columns)}.")
 
 
 def label_value(text: str, allowed: Mapping[str, float], path: Path, case_id: str, column: str) -> float:
@@ -150,7 +152,7 @@ def label_value(text: str, allowed: Mapping[str, float], path: Path, case_id: st
     """
     if text not in allowed:
         known = ", ".join(repr(value) for value in allowed)
-        raise DataError(f"{path} gives {case_id} the {column} {text!r}; known are {known}.")
+        raise DataError(f"{path} gives {public_name(case_id)} the {short(column)} {short(text)!r}; known are {known}.")
     return allowed[text]
 
 
@@ -188,7 +190,7 @@ class LabelledTable(LabelLayout):
         found = []
         for row in table.to_dict("records"):
             name = row[names["image"]]
-            image = path_under(root, name, path)
+            image = path_under(root.root, name, path)
             targets = tuple(label_value(row[column], values, path, name, column) for column in self.classes)
             split = row.get(names["split"], "").lower() or None
             found.append(LabelledImage(name, row[names["subject"]] or name, image, targets, split))

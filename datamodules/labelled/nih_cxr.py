@@ -6,7 +6,8 @@ from pathlib import Path
 import pandas as pd
 
 from common.errors import DataError
-from datamodules.files import listed_names
+from common.pseudonyms import public_name
+from datamodules.files import listed_names, short
 from datamodules.ids import check_subjects
 from datamodules.labelled.layout import LabelLayout, LabelledImage, labelled_set, need_columns, need_file
 from datamodules.labelled.tables import column_names, files_under
@@ -68,9 +69,10 @@ def _targets(path: Path, table: pd.DataFrame) -> list[tuple[float, ...]]:
         findings = [finding.strip() for finding in text.split("|")]
         unknown = [finding for finding in findings if finding not in (*CLASSES, _NONE)]
         if unknown:
-            image = table.loc[table["Finding Labels"] == text, "Image Index"].iloc[0]
+            image = short(table.loc[table["Finding Labels"] == text, "Image Index"].iloc[0])
             raise DataError(
-                f"{path} gives {image} the finding {unknown[0]!r}; known are {_NONE} and {', '.join(CLASSES)}."
+                f"{path} gives {public_name(image)} the finding {short(unknown[0])!r}; known are {_NONE} and "
+                f"{', '.join(CLASSES)}."
             )
         meaning[text] = tuple(float(name in findings) for name in CLASSES)
     return [meaning[text] for text in table["Finding Labels"].tolist()]
@@ -91,7 +93,8 @@ def _splits(root: Tree) -> dict[str, str]:
     listed: dict[str, Sequence[str]] = {split: listed_names([path]) for split, path in there.items()}
     both = set(listed["train"]) & set(listed["test"])
     if both:
-        raise DataError(f"{len(both)} images are in both {' and '.join(_LISTS.values())} of {root}, first {min(both)}.")
+        raise DataError(f"{len(both)} images are in both {' and '.join(_LISTS.values())} of {root}, first "
+                        f"{public_name(min(both))}.")  # fmt: skip
     return {name: split for split, names in listed.items() for name in names}
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from common.errors import DataError
+from common.pseudonyms import public_name
 from datamodules.images.pictures import Picture
 from datamodules.images.reading import COLOUR, FORMATS, FUNDUS, cut_to_field_of_view, read_header
 from datamodules.images.values import ImageError
@@ -113,7 +114,8 @@ def find_palm(root: Tree) -> list[Picture]:
     lesions = palm_masks(root)["atrophy"]
     names = [path.stem.upper() for path in images]
     if len(set(names)) != len(names):
-        raise DataError(f"{root} holds {next(name for name in names if names.count(name) > 1)} twice.")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{root} holds {public_name(twice)} twice.")
     parts = {"V": "val", "T": "test"}
     held_out = any(name[0] in parts for name in names)
     return [

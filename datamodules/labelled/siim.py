@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import DataError
+from common.pseudonyms import public_name
 from datamodules.images.values import ImageError
 from datamodules.labelled.layout import LabelLayout, LabelledImage, labelled_set, need_columns, need_file
 from datamodules.labelled.tables import column_names, files_under
@@ -48,7 +49,8 @@ class SIIMPneumothorax(LabelLayout):
         codes: dict[str, list[str]] = {}
         for name, code in zip(names, table["EncodedPixels"].tolist(), strict=True):
             if not code:
-                raise DataError(f"{path} gives {name} an empty EncodedPixels; where there is no region it is -1.")
+                raise DataError(f"{path} gives {public_name(name)} an empty EncodedPixels; where there is no region it "
+                                f"is -1.")  # fmt: skip
             codes.setdefault(name, []).extend([] if code == NO_REGION else [code])
         tree = root / _DICOM
         places: dict[str, Path] = {}

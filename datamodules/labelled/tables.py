@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from common.errors import DataError
+from common.pseudonyms import public_name
 from datamodules.labelled.layout import label_value
 from datamodules.tree import Tree
 
@@ -43,7 +44,8 @@ def column_names(path: Path, table: pd.DataFrame, column: str) -> list[str]:
     """
     odd = table.loc[~table[column].str.fullmatch(_FILE_NAME), column]
     if len(odd):
-        raise DataError(f"{path} has {len(odd)} rows whose {column} is no name of a file, first {odd.iloc[0]!r}.")
+        raise DataError(f"{path} has {len(odd)} rows whose {column} is no name of a file, first "
+                        f"'{public_name(odd.iloc[0])}'.")  # fmt: skip
     return table[column].tolist()
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import DataError
-from common.names import path_under
 from common.runtime.reporting import say
+from datamodules.files import listing
+from datamodules.listed_files import path_under
 from datamodules.registry import Layout, marked
 from datamodules.reports.medicat import collapsed
 from datamodules.reports.studies import Study
@@ -62,7 +63,7 @@ def read_melinda(root: Tree, task: str = "p_meth_label") -> list[CaptionedFigure
         table = read_table(path)
         missing = [column for column in ("figure_file", "caption", task) if column not in table.columns]
         if missing:
-            raise DataError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns)}.")
+            raise DataError(f"{path} has no column {', '.join(missing)}; it has {listing(table.columns)}.")
         for number, row in enumerate(table.to_dict("records")):
             figure = row["figure_file"]
             text = "" if row["caption"].lower() == "nan" else collapsed(row["caption"])

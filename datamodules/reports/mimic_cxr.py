@@ -17,6 +17,8 @@ import numpy as np
 import pandas as pd
 
 from common.errors import DataError
+from common.pseudonyms import public_name
+from datamodules.files import listing
 from datamodules.registry import Facts, Layout, marked
 from datamodules.reports.studies import ReportFile, Study
 from datamodules.reports.text import mimic_text
@@ -63,7 +65,7 @@ def _needed_table(path: Path, needed: Sequence[str]) -> pd.DataFrame:
     table = read_table(path)
     missing = [column for column in needed if column not in table]
     if missing:
-        raise DataError(f"{path} needs the column {missing[0]}, it has {', '.join(table.columns)}.")
+        raise DataError(f"{path} needs the column {missing[0]}, it has {listing(table.columns)}.")
     return table.drop_duplicates()
 
 
@@ -77,7 +79,8 @@ def _per_study(table: pd.DataFrame, path: Path, column: str) -> pd.Series:
     twice = pairs.loc[pairs["study_id"].duplicated(), "study_id"]
     if len(twice):
         values = pairs.loc[pairs["study_id"] == twice.iloc[0], column]
-        raise DataError(f"{path} gives the study {twice.iloc[0]} more than one {column}: {', '.join(values)}.")
+        study, found = public_name(twice.iloc[0]), ", ".join(map(public_name, values))
+        raise DataError(f"{path} gives the study {study} more than one {column}: {found}.")
     return pairs.set_index("study_id")[column]
 
 
@@ -91,7 +94,7 @@ def _with_views(images: pd.DataFrame, path: Path, views: Sequence[str]) -> pd.Da
     kept = images[images["ViewPosition"].str.upper().isin(wanted)]
     if kept.empty:
         counts = images["ViewPosition"].value_counts()
-        present = ", ".join(f"{view or 'blank'} ({count})" for view, count in counts.items())
+        present = listing(f"{view or 'blank'} ({count})" for view, count in counts.items())
         raise DataError(f"{path} lists no image of the views {', '.join(views)}; it has {present}.")
     return kept
 
@@ -110,7 +113,9 @@ def _read_images(path: Path, views: Sequence[str] | None) -> pd.DataFrame:
     for column, pattern in _IDENTIFIERS.items():
         odd = images.loc[~images[column].str.fullmatch(pattern), column]
         if len(odd):
-            raise DataError(f"{path} has {len(odd)} rows whose {column} is no identifier, first {odd.iloc[0]!r}.")
+            raise DataError(
+                f"{path} has {len(odd)} rows whose {column} is no identifier, first '{public_name(odd.iloc[0])}'."
+            )
     if images.empty:
         raise DataError(f"{path} lists no image.")
     _per_study(images, path, "subject_id")

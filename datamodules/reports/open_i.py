@@ -4,16 +4,16 @@
 ``parentImage`` of its report and may lie anywhere under the root. A study's text is a JSON object of its sections.
 """
 
+import io
 import json
 import re
 import tarfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 
 from common.errors import DataError
-from datamodules.files import parse_xml
+from datamodules.files import parse_xml, read_bytes
 from datamodules.registry import Evidence, Facts, Layout
 from datamodules.reports.studies import Study
 from datamodules.reports.text import MAX_BYTES, check_part, clean, decode
@@ -32,7 +32,7 @@ def _archived(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
         DataError: a member's name points out of the archive, or the archive is damaged.
     """
     try:
-        with tarfile.open(path, "r:gz") as archive:
+        with tarfile.open(fileobj=io.BytesIO(read_bytes(path)), mode="r:") as archive:
             for member in archive:
                 name = PurePosixPath(member.name)
                 if name.is_absolute() or ".." in name.parts:
@@ -40,7 +40,7 @@ def _archived(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
                 file = archive.extractfile(member) if member.isreg() and _NAME.fullmatch(name.name) else None
                 if file is not None:
                     yield name, file.read(MAX_BYTES + 1)
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    except tarfile.TarError as error:
         raise DataError(f"{path} cannot be read to its end ({error}); fetch it again.") from error
 
 

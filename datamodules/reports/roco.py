@@ -13,16 +13,9 @@ import pandas as pd
 
 from common.errors import DataError
 from common.runtime.reporting import say
-from datamodules.files import json_lines, read_lines
+from datamodules.files import json_lines, listing, read_lines
 from datamodules.registry import Layout, marked
-from datamodules.reports.medicat import (
-    collapsed,
-    find_medicat,
-    hashed_split,
-    say_left_out,
-    studies_of_texts,
-    texts_of,
-)
+from datamodules.reports.medicat import collapsed, find_medicat, hashed_split, say_left_out, studies_of_texts, texts_of
 from datamodules.reports.studies import Study
 from datamodules.tables import read_table
 from datamodules.tree import Tree
@@ -171,7 +164,7 @@ def _find_v2(root: Tree) -> list[Study]:
             continue
         table: pd.DataFrame = read_table(tables[0])
         if not {"ID", "Caption"} <= set(table.columns):
-            raise DataError(f"{tables[0]} needs the columns ID and Caption, it has {', '.join(table.columns)}.")
+            raise DataError(f"{tables[0]} needs the columns ID and Caption, it has {listing(table.columns)}.")
         folder = next((name for name in _FOLDERS[split] if root.is_dir(name)), split)
         there = {file.stem: root / file.name for file in root.listed(folder)}
         for name, text in zip(table["ID"], table["Caption"], strict=True):

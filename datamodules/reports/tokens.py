@@ -1,10 +1,10 @@
 """Tokenizers for reports: trained on the training split, or any fast tokenizer of transformers.
 
-``medmim tokenizer`` trains one from an archive and writes it as JSON for ``data.tokenizer``.
+``medmim tokenizer`` trains one from an archive and writes it as JSON for ``data.text.tokenizer``.
 """
 
-import argparse
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,8 +16,6 @@ from torch import Tensor
 from common.errors import DataError, UserError
 from common.files import whole_file
 from common.randomness import stable_hash
-from common.runtime.data_config import add_data_arguments, make_datamodule
-from common.runtime.reporting import say
 from datamodules.storage import cache_root
 
 Kind = Literal["wordpiece", "bpe"]
@@ -146,8 +144,9 @@ def learned_tokenizer(texts: Sequence[str], vocab_size: int, kind: Kind = "wordp
     """
     digest = stable_hash(vocab_size, *sorted(texts))
     path = cache_root() / "tokenizers" / f"{kind}-{digest:016x}.json"
-    if not path.is_file():
-        train_tokenizer(texts, vocab_size, kind).save(path)
+    with suppress(DataError):  # not learned yet, or damaged since
+        return load_tokenizer(path)
+    train_tokenizer(texts, vocab_size, kind).save(path)
     return load_tokenizer(path)
 
 
@@ -216,25 +215,3 @@ def load_tokenizer(path: str | Path) -> ReportTokenizer:
         raise DataError(
             f"There is no tokenizer at {path} (a JSON file, a folder of transformers, or a name of its hub): {reason}"
         ) from error
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``medmim tokenizer``."""
-    add_data_arguments(parser)
-    parser.add_argument("--kind", choices=("wordpiece", "bpe"), help="default: the configuration's, else wordpiece")
-    parser.add_argument("--vocab-size", type=int, help="tokens at most (default: the configuration's)")
-    parser.add_argument("--out", required=True, help="JSON file to write, for data.tokenizer")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Carry out ``medmim tokenizer``.
-
-    Raises:
-        DataError: the archive has no text to train on.
-    """
-    datamodule = make_datamodule(args)
-    texts = datamodule.training_texts()
-    kind = args.kind or getattr(datamodule, "tokenizer_kind", "wordpiece")
-    tokenizer = train_tokenizer(texts, args.vocab_size or datamodule.vocab_size, kind)
-    tokenizer.save(Path(args.out))
-    say(f"tokenizer: {tokenizer.vocab_size} tokens ({kind}) from {len(texts)} training texts, at {args.out}")

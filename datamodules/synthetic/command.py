@@ -1,9 +1,8 @@
 """Small synthetic trees in the official layouts, for a first run and for tests: ``medmim synthesize``.
 
-They are read by the same code as real archives. Some members are missing on purpose, as in any real archive.
+The same code reads them as reads real archives. Some members are missing on purpose, as in any real archive.
 """
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from common.errors import UserError
 from common.files import make_folder, move, remove_tree, storage_errors
 from common.randomness import numpy_generator
-from common.runtime.data_config import data_options
+from common.runtime.data_config import Archive
 from common.runtime.reporting import say
 from datamodules.synthetic.anatomy import make_brain, make_lung, make_prostate
 from datamodules.synthetic.brain import BRAIN_WRITERS
@@ -180,29 +179,23 @@ def synthesize(layout: str, root: Path, num_cases: int = 16, seed: int = 0) -> b
     return True
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``medmim synthesize``."""
-    parser.add_argument("layout", nargs="?", help=f"one of {', '.join(WRITERS)}")
-    parser.add_argument(
-        "--config", action="append", help="instead: configurations whose data.root ends in the layout's name"
-    )
-    parser.add_argument("--out", help="folder to write (default: data/synthetic/LAYOUT, or the configuration's root)")
-    parser.add_argument("--cases", type=int, default=16, help="number of cases (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other cases (default: %(default)s)")
-
-
-def run(args: argparse.Namespace) -> None:
+def run(layout: str | None, config: Sequence[str] | None, out: str | None, cases: int, seed: int) -> None:
     """Carry out ``medmim synthesize``.
+
+    Args:
+        layout: Which official layout; None: the one that the configurations' ``data.root`` is named after.
+        config: Configurations, where no layout is given.
+        out: Folder to write; None: ``data/synthetic/LAYOUT``, or the configurations' root.
+        cases: Number of cases.
+        seed: Another seed, other cases.
 
     Raises:
         UserError: neither a layout nor a configuration was given.
     """
-    if not args.layout and not args.config:
+    if not layout and not config:
         raise UserError(f"medmim synthesize needs a layout ({', '.join(WRITERS)}) or --config.")
-    root = Path(args.out or f"data/synthetic/{args.layout}")
-    if not args.layout:
-        root = Path(args.out or data_options(args.config)["root"])
-    layout = args.layout or root.name
-    written = synthesize(layout, root, args.cases, args.seed)
+    root = Path(out or (f"data/synthetic/{layout}" if layout else Archive(config or ()).section["init_args"]["root"]))
+    layout = layout or root.name
+    written = synthesize(layout, root, cases, seed)
     state = "written to" if written else "at"
-    say(f"synthetic {layout}: {args.cases} cases {state} {root} (DATA= takes your own archive)")
+    say(f"synthetic {layout}: {cases} cases {state} {root} (DATA= takes your own archive)")

@@ -10,8 +10,6 @@ import errno
 import json
 import math
 import os
-import tempfile
-import time
 import uuid
 from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,12 +24,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from common.faults import Fault, SampleFaultError
-from common.files import STALE_SECONDS, make_folder, move, remove_tree, storage_errors, write_text
+from common.files import make_folder, move, remove_leftovers, remove_tree, storage_errors, temporary_beside, write_text
 from common.names import safe_name
 from common.randomness import stable_hash
-from datamodules.storage import cache_root, fingerprint
+from datamodules.storage import cache_root, file_is_good, fingerprint, save_array, sole_builder, source_facts
 from datamodules.volumes.cases import Case, Layout
 from datamodules.volumes.headers import VolumeError
+from datamodules.volumes.itk_streams import source_files
 from datamodules.volumes.prepare import PreparedCase, prepare_case
 from datamodules.volumes.reading import DECODERS, read_header
 
@@ -107,6 +106,10 @@ class Record:
 def _sides(affine: Sequence[Sequence[float]]) -> list[float]:
     """Return the sides of a voxel in mm."""
     return np.linalg.norm(np.asarray(affine)[:3, :3], axis=0).tolist()
+
+
+def _written(file: dict[str, Any]) -> tuple[int, str]:
+    return file["size"], file["xxh3"]
 
 
 def _plain(faults: Iterable[Fault]) -> list[tuple[str, str, str]]:
@@ -247,13 +250,14 @@ class VolumeCache:
         """
         if any("cannot be opened" in detail for _, _, detail in (*record.faults, *record.label_faults)):
             return False  # a mount or a permission, which may have come back without a trace in the file
-        if self._members(case) != record.members:
+        if self._members(case) != record.members or {str(path) for path in self._sources(case)} != set(record.sources):
             return False
         for path, source in record.sources.items():
-            stat = os.stat(path) if os.path.isfile(path) else None
-            if stat is None or (stat.st_size, stat.st_mtime_ns) != (source.get("size"), source.get("mtime_ns")):
+            known = {name: source.get(name) for name in ("size", "mtime_ns")}
+            if not os.path.isfile(path) or source_facts(Path(path)) != known:
                 return False
-        return all(self._file_matches(record, name, expected, full) for name, expected in record.files.items())
+        folder = self.case_folder(record.case_id)
+        return all(file_is_good(folder / name, *_written(file), full) for name, file in record.files.items())
 
     def _members(self, case: Case) -> dict[str, str]:
         """Return what a case is read from; two files that changed their roles make another case."""
@@ -265,11 +269,9 @@ class VolumeCache:
     def _image_paths(self, case: Case) -> list[Path]:
         return [path for name, path in case.images.items() if name in self.layout.modalities]
 
-    def _file_matches(self, record: Record, name: str, expected: dict[str, Any], full: bool) -> bool:
-        path = self.case_folder(record.case_id) / name
-        if not path.is_file() or path.stat().st_size != expected["size"]:
-            return False
-        return not full or fingerprint(path)["xxh3"] == expected["xxh3"]
+    def _sources(self, case: Case) -> list[Path]:
+        members = (*self._image_paths(case), *case.labels.values())
+        return [path for member in members for path in source_files(member)]
 
     def build(self, case: Case) -> Record:
         """Prepare one case and store it, whole or not at all.
@@ -281,10 +283,10 @@ class VolumeCache:
         """
         final = self.case_folder(case.case_id)
         prepared, record = self._prepare(case)
-        make_folder(self.folder / "tmp")
+        temporary = temporary_beside(self.folder / "tmp" / "case")
         make_folder(final.parent)
+        make_folder(temporary)
         with storage_errors(final):
-            temporary = Path(tempfile.mkdtemp(dir=self.folder / "tmp"))
             try:
                 if prepared is not None:
                     self._write_arrays(prepared, case, temporary)
@@ -315,7 +317,7 @@ class VolumeCache:
         self._write_array(folder / f"image.{self.format}", prepared.image.astype(np.float16))
         if prepared.label is not None:
             self._write_array(folder / f"label.{self.format}", prepared.label)
-            np.save(folder / "label_voxels.npy", _label_voxels(prepared.label, case.case_id))
+            save_array(folder / "label_voxels.npy", _label_voxels(prepared.label, case.case_id))
 
     def _prepare(self, case: Case) -> tuple[PreparedCase | None, Record]:
         """Prepare a case, None where nothing of it can be used, and describe it but for its cache files."""
@@ -326,16 +328,15 @@ class VolumeCache:
         except SampleFaultError as error:
             record = Record(case.case_id, usable=False, faults=_plain(error.faults))
         record.members = self._members(case)
-        for path in (*self._image_paths(case), *case.labels.values()):
+        for path in self._sources(case):
             source = record.sources.setdefault(str(path), {})
             if path.is_file():
-                stat = path.stat()
-                source.update(size=stat.st_size, mtime_ns=stat.st_mtime_ns)
+                source.update(source_facts(path))
         return prepared, record
 
     def _write_array(self, path: Path, array: NDArray) -> None:
         if self.format == "npy":
-            np.save(path, array)
+            save_array(path, array)
             return
         edge = (1,) if array.ndim == 4 else ()
         chunks = (*edge, *(min(64, size) for size in array.shape[-3:]))
@@ -393,23 +394,28 @@ class VolumeCache:
             workers: Threads; reading and inflating release the interpreter lock.
             progress: Whether to show a bar while cases are built.
         """
-        make_folder(self.folder / "tmp")
-        for leftover in (self.folder / "tmp").iterdir():
-            with suppress(FileNotFoundError):
-                if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
-                    remove_tree(leftover, self.folder)
-        write_text(self.folder / "key.json", self._key)
+        records = self._verified(cases, workers)
+        missing = [case for case in cases if case.case_id not in records]
+        if not missing:
+            return records  # and a folder that cannot be written will do
+        with sole_builder(self.folder):
+            remove_leftovers(self.folder / "tmp")
+            write_text(self.folder / "key.json", self._key)
+            records |= self._verified(missing, workers)  # another process may have built some in the meantime
+            missing = [case for case in missing if case.case_id not in records]
+            title = f"caching {self.layout.name}" if progress and missing else None
+            built = self._map(self.build, missing, workers, title)
+        return records | {record.case_id: record for record in built if record is not None}
+
+    def _verified(self, cases: Sequence[Case], workers: int) -> dict[str, Record]:
+        """Return the valid records of some cases."""
 
         def verify(case: Case) -> Record | None:
             record = self.read_record(case.case_id)
             return record if record is not None and self.is_valid(case, record) else None
 
         records = self._map(verify, cases, workers, None)
-        missing = [case for case, record in zip(cases, records, strict=True) if record is None]
-        title = f"caching {self.layout.name}" if progress else None
-        built = self._map(self.build, missing, workers, title if missing else None)
-        result = {case.case_id: record for case, record in zip(cases, records, strict=True) if record is not None}
-        return result | {record.case_id: record for record in built if record is not None}
+        return {record.case_id: record for record in records if record is not None}
 
     @staticmethod
     def _map(
@@ -421,12 +427,12 @@ class VolumeCache:
 
     def estimated_bytes(self, cases: Sequence[Case]) -> int:
         """Estimate the size of the finished cache from the sources' headers: 2 bytes a voxel, b2nd a third of it."""
-        total = 0
+        total, voxels = 0, self.layout.preprocessing.voxels
         for case in cases:
             first = next(iter(case.places.values()), None)
             for path in self._image_paths(case)[:1]:
                 try:
-                    shape = self.layout.preprocessing.size or read_header(path, first).shape
+                    shape = self.layout.preprocessing.size or read_header(path, voxels, first).shape
                 except VolumeError:
                     continue
                 ragged = self.layout.preprocessing.ragged

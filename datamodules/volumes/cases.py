@@ -6,7 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.errors import DataError
 from datamodules.registry import FileRef, Record
+from datamodules.volumes.intensity import RULES
+from datamodules.volumes.voxels import STRICT, VoxelConfig
 
 
 class Case(NamedTuple):
@@ -32,6 +35,10 @@ class Case(NamedTuple):
     attributes: Mapping[str, str] = {}
     surplus: Sequence[Path] = ()
     places: Mapping[str, int] = {}
+
+    def files(self) -> list[Path]:
+        """Return the files of images and labels."""
+        return [*self.images.values(), *self.labels.values()]
 
     def record(self) -> Record:
         """Return the case as every data module can read it."""
@@ -78,6 +85,7 @@ class Preprocessing:
         spacing: Voxel size in mm along R, A, S; None keeps the reference's.
         size: Voxels to crop or pad to around the centre; None keeps all.
         resize: Voxels to interpolate to, whatever the voxel size becomes; None keeps it.
+        voxels: How odd files are read.
         crop_foreground: Whether to cut away the border where every modality is 0.
         centered: Whether that cut is symmetric about the volume's centre, which then stays the atlas's. Intensities are
             those of the cut volume, and it is cut again where they become 0.
@@ -94,6 +102,7 @@ class Preprocessing:
     atlas: tuple[int, int, int] | None = None
     ragged: bool = False
     resize: tuple[int, int, int] | None = None
+    voxels: VoxelConfig = STRICT
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain values, for cache keys and cards."""
@@ -107,6 +116,7 @@ class Preprocessing:
             "atlas": None if self.atlas is None else list(self.atlas),
             "ragged": self.ragged,
             "resize": None if self.resize is None else list(self.resize),
+            "voxels": self.voxels.as_dict(),
             "orientation": "RAS",
         }
 
@@ -145,3 +155,17 @@ class Layout:
             return self
         intensity = dict.fromkeys(self.preprocessing.intensity or self.modalities, rule)
         return replace(self, preprocessing=replace(self.preprocessing, intensity=intensity))
+
+    def with_voxels(self, voxels: VoxelConfig) -> "Layout":
+        """Return the layout with a way to read odd files, and with the intensity rules that come with it.
+
+        Raises:
+            DataError: there is no such rule or modality.
+        """
+        for name, rule in voxels.intensity.items():
+            if name not in self.modalities:
+                raise DataError(f"voxels.intensity names {name}; the modalities are {', '.join(self.modalities)}.")
+            if rule not in RULES:
+                raise DataError(f"voxels.intensity has the rule {rule} for {name}; known are {', '.join(RULES)}.")
+        intensity = {**self.preprocessing.intensity, **voxels.intensity}
+        return replace(self, preprocessing=replace(self.preprocessing, intensity=intensity, voxels=voxels))

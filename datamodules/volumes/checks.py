@@ -12,12 +12,13 @@ from datamodules.volumes.cases import Case, Layout
 from datamodules.volumes.headers import VolumeError
 from datamodules.volumes.prepare import native_space, prepare_case
 from datamodules.volumes.reading import Header, read_header
+from datamodules.volumes.voxels import VoxelConfig
 
 
-def _headers(case: Case, paths: dict[str, str]) -> Iterator[tuple[str, Header | Fault]]:
+def _headers(case: Case, paths: dict[str, str], voxels: VoxelConfig) -> Iterator[tuple[str, Header | Fault]]:
     for name, path in paths.items():
         try:
-            yield name, read_header(case.images.get(name) or case.labels[name], case.places.get(name))
+            yield name, read_header(case.images.get(name) or case.labels[name], voxels, case.places.get(name))
         except VolumeError as error:
             yield name, Fault(path, error.kind, error.detail, case.case_id)
 
@@ -26,7 +27,7 @@ def check_headers(case: Case, layout: Layout, labels: bool) -> Member:
     """Look at the headers of a case: readable, three axes, on one grid where the layout needs one."""
     paths = {name: str(path) for name, path in case.images.items() if name in layout.modalities}
     paths |= {name: str(path) for name, path in case.labels.items() if labels}
-    found = dict(_headers(case, paths))
+    found = dict(_headers(case, paths, layout.preprocessing.voxels))
     faults = [entry for entry in found.values() if isinstance(entry, Fault)]
     headers = {name: entry for name, entry in found.items() if isinstance(entry, Header)}
     if layout.preprocessing.reference is None and headers:

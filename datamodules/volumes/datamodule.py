@@ -1,6 +1,7 @@
 """Multi-modal volumes for pre-training, segmentation and probes: one data module for every layout."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,18 +9,22 @@ import numpy as np
 import torch
 
 from common.errors import DataError
-from common.faults import Fault, SampleFaultError, pseudonym
+from common.faults import Fault, SampleFaultError
 from common.names import case_twins
+from common.pseudonyms import pseudonym, public_name
 from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.base import ArchiveDataModule, FaultTolerantDataset
+from datamodules.configs import LoaderConfig, SplitConfig
 from datamodules.controls import read_control
 from datamodules.ids import check_labels, join_ids, rows_by
 from datamodules.loading import Draw, ResumableLoader
+from datamodules.members import check_content
+from datamodules.membership import MASK
 from datamodules.notes import say_notes
 from datamodules.registry import Archive, Settings
-from datamodules.splits import SplitFile, assign_splits, nested_fraction
+from datamodules.splits import assign_splits, nested_fraction
 from datamodules.tables import read_table
 from datamodules.volumes.cache import CacheFormat, OpenCase, Record, SourceVolumes, VolumeCache
 from datamodules.volumes.cases import Case, Layout, case_of
@@ -27,6 +32,7 @@ from datamodules.volumes.checks import examine
 from datamodules.volumes.crops import arranged, center_start, cut, flip, random_start, start_around, to_tensor
 from datamodules.volumes.modalities import under_canonical_names, with_modalities
 from datamodules.volumes.profiles import prepared
+from datamodules.volumes.voxels import STRICT, VoxelConfig
 
 Domain = Literal["train", "val", "center", "full"]
 
@@ -102,11 +108,12 @@ class VolumeDataset(FaultTolerantDataset):
         start, size = self._place(opened, generator)
         axes = [axis for axis in self.flip_axes if self.domain == "train" and generator.random() < 0.5]
         image = flip(cut(opened.image, start, size), axes)
+        hide = pseudonym if self.anonymise else str
         sample: dict[str, Any] = {
             "image": arranged(to_tensor(image), self.order),
             "modality_mask": arranged(torch.tensor(opened.record.modality_mask), self.order),
             "key": torch.tensor(stable_hash("mask", *self.draw_key(draw, self.domain == "train"))),
-            "subject_id": pseudonym(case.case_id) if self.anonymise else case.case_id,
+            "subject_id": hide(case.case_id),
             "place": (*start, *opened.image.shape[-3:]),
             "faults": opened.record.image_faults(),
         }
@@ -117,7 +124,7 @@ class VolumeDataset(FaultTolerantDataset):
         if self.domain == "full":
             sample["record"] = opened.record
         if self.targets is not None:
-            sample |= {"target": self.targets[case.case_id], "patient_id": case.patient_id}
+            sample |= {"target": self.targets[case.case_id], "patient_id": hide(case.patient_id)}
         if self.controls is not None:
             sample |= self._control(draw)
         return sample
@@ -178,6 +185,75 @@ class NamesDataset(FaultTolerantDataset):
         return {"subject_id": self.names[draw.index], "target": self.targets[draw.index]}
 
 
+@dataclass(frozen=True)
+class CropConfig:
+    """What is cut out of a volume.
+
+    Args:
+        size: Voxels along R, A, S; None takes the layout's.
+        flip_axes: Axes (0 R, 1 A, 2 S) that training crops are mirrored along with probability one half.
+        overhang: Share of a crop that may reach beyond the foreground, in each direction. Official volumes are about
+            three quarters air; at 0 a crop of half the head's size would hardly ever see the brain's surface.
+        label_probability: Share of the labelled training crops that must contain a labelled voxel.
+    """
+
+    size: tuple[int, int, int] | None = None
+    flip_axes: tuple[int, ...] = (0, 1, 2)
+    overhang: float = 0.25
+    label_probability: float = 0.5
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """Whether samples have labels, and what these mean.
+
+    Args:
+        needed: Whether samples need labels; validation and test then give whole volumes.
+        regions: Region to label values; None takes the layout's.
+        fraction: Share of the training patients to use; shares are nested.
+    """
+
+    needed: bool = False
+    regions: dict[str, list[int]] | None = None
+    fraction: float = 1.0
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """A class of every case, for probes.
+
+    Args:
+        name: A case attribute to classify, 0 or 1; cases without it are left out. Training and validation then give
+            names and classes only, for features kept by a probe; test gives central crops.
+        file: Table with ``case_id`` and the target; None takes the archive's own attributes.
+    """
+
+    name: str | None = None
+    file: str | None = None
+
+
+@dataclass(frozen=True)
+class VolumeCacheConfig:
+    """Copies of volumes that are kept to be read quickly.
+
+    Args:
+        format: ``"npy"``, ``"b2nd"``, or ``"none"`` to read the sources at every access.
+    """
+
+    format: CacheFormat | Literal["none"] = "npy"
+
+
+@dataclass(frozen=True)
+class VolumeLoaderConfig(LoaderConfig):
+    """How crops are drawn, and how many cases may be broken.
+
+    Args:
+        val_draws: Fixed validation crops per case.
+    """
+
+    val_draws: int = 4
+
+
 class VolumeDataModule(ArchiveDataModule):
     """Multi-modal MRI in any known layout, cached, split by patient.
 
@@ -186,30 +262,19 @@ class VolumeDataModule(ArchiveDataModule):
         layout: Name of its layout; ``"auto"`` recognises it from the tree.
         profile: How volumes are prepared (:mod:`datamodules.volumes.profiles`); None takes what suits the layout.
         modalities: Channels in order, in any usual spelling; None takes the layout's.
-        crop_size: Voxels along R, A, S; None takes the layout's.
-        batch_size: Crops per device.
-        crops_per_case: Training crops per case and epoch.
-        val_crops_per_case: Fixed validation crops per case.
-        num_workers: Loader processes per rank; also threads that build the cache.
-        split_fractions: Shares of patients for train, val and test where neither file nor archive says.
-        split_file: Table with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes, or that and
-            how its names join; see :class:`datamodules.splits.SplitFile`.
-        flip_axes: Axes (0 R, 1 A, 2 S) that training crops are mirrored along with probability one half.
-        overhang: Share of a crop that may reach beyond the foreground, in each direction. Official volumes are about
-            three quarters air; at 0 a crop of half the head's size would hardly ever see the brain's surface.
+        crops: What is cut out of a volume.
+        labels: Whether samples have labels, and what these mean.
+        target: A class of every case, for probes.
         intensity: One rule for all modalities (see :mod:`datamodules.volumes.intensity`); None takes the layout's.
-        cache: ``"npy"``, ``"b2nd"``, or ``"none"`` to read the sources at every access.
-        labels: Whether samples need labels; validation and test then give whole volumes.
-        label_crop_probability: Share of the labelled training crops that must contain a labelled voxel.
-        label_fraction: Share of the training patients to use; shares are nested.
-        regions: Region to label values; None takes the layout's.
-        target: Name of a case attribute to classify, 0 or 1; cases without it are left out. Training and validation
-            then give names and classes only, for features kept by a probe; test gives central crops.
-        target_file: CSV with ``case_id`` and the target; None takes the archive's own attributes.
-        max_fault_fraction: Share of faulty samples at which training stops.
+        voxels: What is done about volumes that are a fault as they are.
+        cache: Copies of the volumes that are kept.
+        split: Who is trained, validated and tested on.
+        loader: How samples are drawn, and how many may be broken.
+        batch_size: Crops per device.
+        num_workers: Loader processes per rank; also threads that build the cache.
         anonymise: Whether subject ids are replaced by pseudonyms in logs, pictures and fault files.
         seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
-        split_seed: Seed of the split alone, so that runs of several seeds share their test patients.
+        **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of :class:`ArchiveDataModule`.
     """
 
     def __init__(
@@ -218,38 +283,31 @@ class VolumeDataModule(ArchiveDataModule):
         layout: str = "auto",
         profile: str | None = None,
         modalities: list[str] | None = None,
-        crop_size: tuple[int, int, int] | None = None,
-        batch_size: int = 4,
-        crops_per_case: int = 1,
-        val_crops_per_case: int = 4,
-        num_workers: int = 0,
-        split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        split_file: str | SplitFile | None = None,
-        flip_axes: tuple[int, ...] = (0, 1, 2),
-        overhang: float = 0.25,
+        crops: CropConfig = CropConfig(),
+        labels: LabelConfig = LabelConfig(),
+        target: TargetConfig = TargetConfig(),
         intensity: str | None = None,
-        cache: CacheFormat | Literal["none"] = "npy",
-        labels: bool = False,
-        label_crop_probability: float = 0.5,
-        label_fraction: float = 1.0,
-        regions: dict[str, list[int]] | None = None,
-        target: str | None = None,
-        target_file: str | None = None,
-        max_fault_fraction: float = 0.01,
+        voxels: VoxelConfig = STRICT,
+        cache: VolumeCacheConfig = VolumeCacheConfig(),
+        split: SplitConfig = SplitConfig(),
+        loader: VolumeLoaderConfig = VolumeLoaderConfig(),
+        batch_size: int = 4,
+        num_workers: int = 0,
         anonymise: bool = False,
         seed: int | None = None,
-        split_seed: int = 0,
+        **membership: Any,
     ) -> None:
-        super().__init__(batch_size, num_workers, max_fault_fraction, anonymise, seed)
+        super().__init__(batch_size, num_workers, anonymise, seed, loader, **membership)
         self.root = root
-        self.crops_per_case, self.val_crops_per_case = crops_per_case, val_crops_per_case
-        self.flip_axes, self.overhang = flip_axes, overhang
-        self.labels, self.label_crop_probability, self.label_fraction = labels, label_crop_probability, label_fraction
-        self.target, self.target_file = target, target_file
-        self._layout_name, self._modalities, self._crop_size = layout, modalities, crop_size
+        self.crops_per_case, self.val_crops_per_case = loader.draws, loader.val_draws
+        self.flip_axes, self.overhang = crops.flip_axes, crops.overhang
+        self.labels, self.label_fraction = labels.needed, labels.fraction
+        self.label_crop_probability = crops.label_probability
+        self.target, self.target_file = target.name, target.file
+        self._layout_name, self._modalities, self._crop_size = layout, modalities, crops.size
         self._profile = profile or self.default_profile
-        self._regions, self._intensity, self._cache = regions, intensity, cache
-        self._split = (split_fractions, split_seed, split_file)
+        self._regions, self._intensity, self._voxels, self._cache = labels.regions, intensity, voxels, cache.format
+        self._split = (split.fractions, split.seed, split.file)
         self._layout: Layout | None = None
         self.cases: list[Case] = []
         self.targets: dict[str, int] | None = None
@@ -292,10 +350,13 @@ class VolumeDataModule(ArchiveDataModule):
             self.archive = archive
             cases = [case_of(record) for record in archive.records]
             layout, self.cases = under_canonical_names(self.prepare_layout(archive), cases)
-            layout = self.settle(layout).with_intensity(self._intensity)
+            layout = self.settle(layout).with_intensity(self._intensity).with_voxels(self._voxels)
+            check_content((path for case in self.cases for path in case.files()), self.root)
             fractions, split_seed, split_file = self._split
             cut = archive.facts.cut_validation
             parts = assign_splits(self.cases, fractions, split_seed, split_file, cut_validation=cut)
+            seeded = split_file is None and not any(case.split for case in self.cases)
+            parts = self.place(self.cases, parts, seeded, self._split)
             self.targets = self._read_targets()
             usable = [case for case in self.cases if self._is_wanted(case)]
             self.splits = {
@@ -321,11 +382,11 @@ class VolumeDataModule(ArchiveDataModule):
 
     def _check_regions(self, layout: Layout) -> None:
         if self.labels and not (self._regions or layout.regions):
-            raise DataError(f"The layout {layout.name} does not say what its labels mean: give data.regions, "
+            raise DataError(f"The layout {layout.name} does not say what its labels mean: give data.labels.regions, "
                             f"such as {{lesion: [1]}}.")  # fmt: skip
         if self.labels and not any(case.labels for case in self.cases):
             raise DataError(f"No case under {self.root} has a label file; looked for {layout.tree}. "
-                            f"To predict without labels, set data.labels to false.")  # fmt: skip
+                            f"To predict without labels, set data.labels.needed to false.")  # fmt: skip
 
     def _read_targets(self) -> dict[str, int] | None:
         """Return the class of each case that has one."""
@@ -345,7 +406,9 @@ class VolumeDataModule(ArchiveDataModule):
         wrong = {name: text for name, text in texts.items() if text not in ("", "0", "1")}
         if wrong:
             name, text = next(iter(wrong.items()))
-            raise DataError(f"The target {self.target} of {name} is {text!r}; it must be 0, 1 or empty (unknown).")
+            raise DataError(
+                f"The target {self.target} of {public_name(name)} is {text!r}; it must be 0, 1 or empty (unknown)."
+            )
         targets = {name: int(text) for name, text in texts.items() if text}
         if len(set(targets.values())) < 2:
             raise DataError(
@@ -411,6 +474,19 @@ class VolumeDataModule(ArchiveDataModule):
         """Return every case of the archive, whether or not it is used."""
         self.index()
         return self.cases
+
+    def sources(self, cases: Sequence[Case]) -> dict[str, tuple[str, ...]]:
+        """Return the check sums of the files of each case; without a cache none is known."""
+        found: dict[str, tuple[str, ...]] = {}
+        if not isinstance(self.store, VolumeCache):
+            return found
+        for case in cases:
+            if (record := self.store.read_record(case.case_id)) is not None:
+                sums = {path: source["xxh3"] for path, source in record.sources.items() if "xxh3" in source}
+                images = [sums[path] for path in map(str, case.images.values()) if path in sums]
+                masks = [MASK + sums[path] for path in map(str, case.labels.values()) if path in sums]
+                found[case.case_id] = (*sorted(images), *sorted(masks))
+        return found
 
     def cases_in_use(self) -> list[Case]:
         """Return the cases of all splits."""

@@ -14,8 +14,11 @@ from typing import NamedTuple
 
 from common.errors import DataError
 from common.modalities import CANONICAL, canonical_name
+from common.pseudonyms import public_name
+from common.runtime.reporting import say
 from datamodules.account import MASK
-from datamodules.ids import check_subjects
+from datamodules.files import listing
+from datamodules.ids import check_subjects, join_ids, mending
 from datamodules.registry import (
     NO_SETTINGS,
     Evidence,
@@ -69,12 +72,12 @@ def read_case_table(path: Path) -> dict[str, dict[str, str]]:
     """
     table = read_table(path)
     if "case_id" not in table.columns:
-        raise DataError(f"{path} needs a column case_id, it has {', '.join(table.columns)}.")
+        raise DataError(f"{path} needs a column case_id, it has {listing(table.columns)}.")
     check_subjects(path, table["patient_id"] if "patient_id" in table.columns else [])
     rows: dict[str, dict[str, str]] = {}
     for facts in table.to_dict("records"):
         if facts["case_id"] in rows:
-            raise DataError(f"{path} lists the case {facts['case_id']} twice; keep one row per case.")
+            raise DataError(f"{path} lists the case {public_name(facts['case_id'])} twice; keep one row per case.")
         rows[facts["case_id"]] = facts
     return rows
 
@@ -226,7 +229,7 @@ def _records(
         DataError: it names a case that has no folder.
     """
     table = read_case_table(tree / _TABLE) if tree.is_file(_TABLE) else {}
-    records = []
+    listed, records = list(table), []
     for group, members, labels in zip(groups, images, masks, strict=True):
         if not members:
             continue
@@ -238,10 +241,14 @@ def _records(
         volumes = {name: FileRef(path) for name, path in found.items()}
         records.append(Record(group.case_id, patient, session, volumes, masks=labels, attributes=facts, split=split,
                               surplus=tuple(surplus)))  # fmt: skip
+    joined = join_ids([record.case_id for record in records], listed)
     if records and table:
         raise DataError(
-            f"{tree / _TABLE} lists {len(table)} cases without a folder under {tree}, first {next(iter(table))}."
+            f"{tree / _TABLE} lists {len(table)} cases without a folder under {tree}, first "
+            f"{public_name(next(iter(table)))}{mending(joined) or ': correct the file'}."
         )
+    if listed and joined.lacking:
+        say(joined.counts(_TABLE, "cases"))
     return records
 
 

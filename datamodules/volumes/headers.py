@@ -1,8 +1,11 @@
 """What the header of a volume promises, and what of it is refused before a voxel is read."""
 
 import io
+import logging
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -12,12 +15,23 @@ from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 
 from datamodules.limits import MAX_HEADER_BYTES, MAX_VOLUME_BYTES
+from datamodules.notes import note
+from datamodules.volumes.voxels import STRICT, VoxelConfig
 
 #: Volume of a voxel in units of its edges, which is 1 where they are at right angles; nearer to 0 it is flat.
 _MIN_VOLUME = 1e-3
 #: What nibabel raises for broken headers.
 _HEADER_ERRORS = (HeaderDataError, WrapStructError, ValueError, OverflowError, KeyError)
+#: Takes nibabel's remarks, which would be printed besides the fault.
+_QUIET = logging.getLogger("datamodules.nifti")
+_QUIET.addHandler(logging.NullHandler())
+_QUIET.propagate = False
 _MGH_HEADER = 284
+#: By how much edges (share), axes (degrees) and centres (mm) of two affines may differ: rounding, and no more.
+_MAX_STRETCH, _MAX_ANGLE, _MAX_DISTANCE = 0.02, 1.0, 1.0
+#: Codes of an sform that places the volume in Talairach's or the MNI's space.
+_TEMPLATES = (3, 4)
+_SETTING = ": set voxels.header: sform | qform"
 #: Bytes that are inflated at a time.
 _PIECE = 2**20
 
@@ -26,7 +40,7 @@ class VolumeError(Exception):
     """A file that cannot be used.
 
     Args:
-        kind: unreadable, checksum, size, shape, nan, constant or missing.
+        kind: unreadable, checksum, header, size, dtype, shape, grid, nan, intensity, constant, label or missing.
         detail: What was found.
     """
 
@@ -45,6 +59,9 @@ def check_shape(shape: Sequence[int], itemsize: int) -> None:
     Raises:
         VolumeError: ``shape``.
     """
+    if len(shape) > 3 and min(shape) > 0:
+        raise VolumeError("shape", f"holds {int(np.prod(shape[3:]))} volumes of shape {tuple(shape[:3])}, and one is "
+                                   f"needed: split the file")  # fmt: skip
     if len(shape) != 3 or min(shape) < 1:
         raise VolumeError("shape", f"expected a volume of three axes, found shape {tuple(shape)}")
     check_room(shape, itemsize)
@@ -145,28 +162,111 @@ def squeezed(shape: Sequence[int], place: int | None = None) -> tuple[int, ...]:
     return tuple(shape[:3]) if len(shape) > 3 and set(shape[3:]) == {1} else tuple(shape)
 
 
-def nifti_header(start: bytes, place: int | None = None) -> nib.Nifti1Header:
+def check_dtype(dtype: np.dtype[Any], voxels: VoxelConfig) -> None:
+    """Refuse voxels that are not one real number each, which float32 comes close to.
+
+    Raises:
+        VolumeError: ``dtype``.
+    """
+    if dtype.fields is not None:
+        raise VolumeError("dtype", f"its voxels are colours or records ({', '.join(dtype.names or ())}), not one "
+                                   f"number each: write out the channel you mean")  # fmt: skip
+    if dtype.kind == "c" and voxels.complex == "refuse":
+        raise VolumeError("dtype", "its voxels are complex: set voxels.complex: magnitude, or write the magnitude out")
+    if dtype == np.uint64:
+        raise VolumeError("dtype", "its voxels are uint64, of which float32 would lose digits: write it as float32")
+
+
+def nifti_header(
+    start: bytes, path: Path, voxels: VoxelConfig = STRICT, place: int | None = None
+) -> tuple[nib.Nifti1Header, NDArray[np.float64]]:
     """Parse the first bytes of a NIfTI-1 or NIfTI-2 file; extensions are left aside.
 
     Args:
         start: At least as many bytes as a header has.
+        path: The file.
+        voxels: What is done where the header contradicts itself.
         place: Which volume of a 4-D file is meant; None = the file is one.
 
+    Returns:
+        The header, and the affine that counts.
+
     Raises:
-        VolumeError: it is no NIfTI header, or what it promises is not opened.
+        VolumeError: it is no NIfTI header, contradicts itself, or promises what is not opened.
     """
     kind = nib.Nifti2Header if _header_size(start) == nib.Nifti2Header.sizeof_hdr else nib.Nifti1Header
     block = start[: kind.sizeof_hdr]
     try:
         # Four zeros say that no extension follows: its length comes from the file as well.
-        header = kind.from_fileobj(io.BytesIO(block + bytes(4)))
-        offset, itemsize = header.get_data_offset(), header.get_data_dtype().itemsize
+        header = kind.from_fileobj(io.BytesIO(block + bytes(4)), check=False)
+        raw = header.copy()  # nibabel mends edges below 0 while it checks
+        header.check_fix(_QUIET, error_level=40)
+        offset, dtype = header.get_data_offset(), header.get_data_dtype()
     except _HEADER_ERRORS as error:
         raise VolumeError("unreadable", f"not a readable NIfTI file ({_first_line(error)})") from error
-    check_shape(squeezed(header.get_data_shape(), place), itemsize)
+    check_dtype(dtype, voxels)
+    check_shape(squeezed(header.get_data_shape(), place), dtype.itemsize)
     if not kind.sizeof_hdr <= offset <= MAX_HEADER_BYTES:
         raise VolumeError("header", f"vox_offset is {offset}, where no voxels can lie: write the file anew")
-    return header
+    return header, nifti_affine(raw, path, voxels)
+
+
+def nifti_affine(header: nib.Nifti1Header, path: Path, voxels: VoxelConfig = STRICT) -> NDArray[np.float64]:
+    """Return where a header places its voxels.
+
+    Args:
+        header: As the file has it.
+        path: The file.
+        voxels: What is done where the header contradicts itself.
+
+    Raises:
+        VolumeError: ``header`` where it contradicts itself or does not say.
+    """
+    sform, qform, zooms = header.get_sform(), _qform(header), np.asarray(header["pixdim"][1:4], dtype=np.float64)
+    if voxels.header != "refuse":
+        return sform if voxels.header == "sform" else qform
+    codes = int(header["sform_code"]), int(header["qform_code"])
+    if codes == (0, 0):
+        raise VolumeError(
+            "header", f"neither sform nor qform has a code, so nothing says where its voxels lie{_SETTING}"
+        )
+    if not (zooms > 0).all():
+        raise VolumeError("header", f"pixdim is {_edges(zooms)}, which no voxel can be{_SETTING}")
+    if codes[0] in _TEMPLATES and codes[1] == 1:
+        note("the sform is a template's and was used; the qform is the scanner's", path)
+        return sform
+    affine = sform if codes[0] else qform
+    check_affine(affine)
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.allclose(lengths, zooms, rtol=_MAX_STRETCH, atol=0):
+        raise VolumeError("header", f"sform says {_edges(lengths)} mm, qform and pixdim {_edges(zooms)}{_SETTING}")
+    if min(codes) > 0:
+        _compare(sform, qform, squeezed(header.get_data_shape()))
+    return affine
+
+
+def _qform(header: nib.Nifti1Header) -> NDArray[np.float64]:
+    """Return the qform, all NaN where its quaternion or edges are none."""
+    try:
+        return header.get_qform()
+    except (ValueError, HeaderDataError):
+        return np.full((4, 4), np.nan)
+
+
+def _compare(sform: NDArray[np.float64], qform: NDArray[np.float64], shape: Sequence[int]) -> None:
+    """Refuse affines whose axes or centres differ by more than rounding."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        directions = [affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0) for affine in (sform, qform)]
+        cosines = np.clip((directions[0] * directions[1]).sum(axis=0), -1, 1)
+    angle = float(np.degrees(np.arccos(cosines)).max())
+    center = np.append((np.asarray(shape[:3]) - 1) / 2, 1)
+    distance = float(np.linalg.norm((sform - qform) @ center))
+    if not (angle <= _MAX_ANGLE and distance <= _MAX_DISTANCE):
+        raise VolumeError("header", f"sform and qform differ by {angle:.0f} degrees and {distance:.0f} mm{_SETTING}")
+
+
+def _edges(lengths: NDArray[np.float64]) -> str:
+    return " x ".join(f"{length:.3g}" for length in lengths)
 
 
 def _header_size(start: bytes) -> int:
@@ -174,8 +274,11 @@ def _header_size(start: bytes) -> int:
     return next((size for size in sizes if size in (348, 540)), 0)
 
 
-def mgh_header(start: bytes) -> MGHHeader:
+def mgh_header(start: bytes) -> tuple[MGHHeader, NDArray[np.float64]]:
     """Parse the first bytes of an MGH file.
+
+    Returns:
+        The header and its affine.
 
     Raises:
         VolumeError: it is no MGH header, or what it promises is not opened.
@@ -186,7 +289,7 @@ def mgh_header(start: bytes) -> MGHHeader:
     except (*_HEADER_ERRORS, MGHError) as error:
         raise VolumeError("unreadable", f"not a readable MGH file ({_first_line(error)})") from error
     check_shape(squeezed(header.get_data_shape()), itemsize)
-    return header
+    return header, header.get_best_affine()
 
 
 def _first_line(error: Exception) -> str:

@@ -89,6 +89,16 @@ def find_stream(path: Path) -> Stream:
     return stream
 
 
+def source_files(path: Path) -> list[Path]:
+    """Return the files that a volume consists of: its own, and the one of its voxels where they lie apart."""
+    if path.suffix.lower() != ".mhd" or not path.is_file():
+        return [path]
+    try:
+        return [path, _meta_stream(path).path]
+    except (VolumeError, OSError):
+        return [path]
+
+
 def _inflated_bytes(file: BinaryIO, limit: int) -> int:
     """Count the bytes of a compressed stream, at most a few more than ``limit``, and check its sum at its end."""
     member, count = zlib.decompressobj(wbits=47), 0

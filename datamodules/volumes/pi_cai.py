@@ -9,14 +9,15 @@ import re
 from pathlib import Path
 
 from common.errors import DataError
-from datamodules.ids import check_subjects
+from datamodules.files import listing, short
+from datamodules.ids import check_labels, check_subjects, join_ids
 from datamodules.registry import Evidence, Facts, Layout
 from datamodules.tables import read_table
 from datamodules.tree import Tree
 from datamodules.volumes.cases import Case
 
 MODALITIES = ("t2w", "adc", "hbv")
-_FILE = re.compile(r"^(?P<study>(?P<patient>.+?)_(?P<visit>[^_]+))_(?P<modality>t2w|adc|hbv)\.mha$")
+_FILE = re.compile(r"^(?P<study>(?P<patient>.+?)_(?P<visit>[^_]+))_(?P<modality>t2w|adc|hbv)\.mha$", re.IGNORECASE)
 _LABEL_ROOTS = ("labels", "picai_labels")
 _ZONES = ("HeviAI23", "Yuan23")
 _MARKSHEETS = ("clinical_information/marksheet.csv", "marksheet.csv")
@@ -54,10 +55,10 @@ def read_marksheet(path: Path) -> dict[str, dict[str, str]]:
     if not {"patient_id", "study_id"} <= set(columns) or not {"case_csPCa", "lesion_GS"} & set(columns):
         raise DataError(
             f"{path} is no PI-CAI marksheet: it needs patient_id, study_id and case_csPCa or lesion_GS, "
-            f"and has {', '.join(columns)}."
+            f"and has {listing(columns)}."
         )
     check_subjects(path, table["patient_id"])
-    rows = {}
+    rows: dict[str, dict[str, str]] = {}
     for facts in table.to_dict("records"):
         if facts.get("case_csPCa"):
             facts["csPCa"] = str(int(facts["case_csPCa"].upper() == "YES"))
@@ -65,7 +66,7 @@ def read_marksheet(path: Path) -> dict[str, dict[str, str]]:
             facts["csPCa"] = str(int((gleason_to_isup(facts.get("lesion_GS", "")) or 0) >= 2))
         study = f"{facts['patient_id']}_{facts['study_id']}"
         if rows.setdefault(study, facts) != facts:
-            raise DataError(f"{path} lists the study {study} twice, with different values; keep one row of it.")
+            raise DataError(f"{path} lists the study {short(study)} twice, with different values; keep one row of it.")
     return rows
 
 
@@ -77,7 +78,7 @@ def _images(tree: Tree) -> dict[str, tuple[str, dict[str, Path]]]:
         for file in tree.listed(f"{images}/{patient}" if images else patient):
             match = _FILE.match(file.name.rpartition("/")[2])
             if match and match["patient"] == patient:
-                studies.setdefault(match["study"], (patient, {}))[1][match["modality"]] = tree / file.name
+                studies.setdefault(match["study"], (patient, {}))[1][match["modality"].lower()] = tree / file.name
     return studies
 
 
@@ -90,6 +91,8 @@ def find_cases(tree: Tree) -> list[Case]:
     places = [f"{labels}/", ""] if labels else [""]
     marksheet = _first(tree, [place + name for place in places for name in _MARKSHEETS])
     facts = read_marksheet(tree / marksheet) if marksheet else {}
+    if marksheet:
+        check_labels(tree / marksheet, join_ids(studies, facts), "studies")
     zones = _first(tree, [f"{places[0]}anatomical_delineations/zonal_pz_tz/AI/{name}" for name in _ZONES])
     cases = []
     for study, (patient, files) in sorted(studies.items()):

@@ -9,8 +9,6 @@ import nibabel as nib
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
-from monai.data import MetaTensor
-from monai.transforms import ResampleToMatch
 from numpy.typing import NDArray
 
 from common.distributed import gather_objects
@@ -37,6 +35,9 @@ def to_source_grid(label: NDArray[np.uint8], record: Record) -> tuple[NDArray[np
         full = np.zeros(record.source_shape, dtype=np.uint8)
         full[tuple(slice(o, o + n) for o, n in zip(record.offset, label.shape, strict=True))] = label
     else:
+        from monai.data import MetaTensor
+        from monai.transforms import ResampleToMatch
+
         image = MetaTensor(torch.as_tensor(label, dtype=torch.float32)[None], affine=torch.tensor(record.affine))
         target = MetaTensor(torch.zeros(1, *record.source_shape), affine=torch.as_tensor(affine))
         resampled = ResampleToMatch(mode="nearest", padding_mode="zeros")(image, target)

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 
 from common.files import whole_file
 from datamodules.limits import MAX_FOOTER_BYTES
+from datamodules.members import refusal_of, suffix_of, why_missing
 from datamodules.storage import fingerprint
 from datamodules.volumes.headers import (
     VolumeError,
     check_affine,
+    check_dtype,
     check_end,
     check_shape,
     inflate,
@@ -26,11 +28,10 @@ from datamodules.volumes.headers import (
     squeezed,
 )
 from datamodules.volumes.itk_streams import check_stream, find_stream
+from datamodules.volumes.voxels import STRICT, VoxelConfig
 
-SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".mgz")
-
-#: Goes into the cache key: another decoder may give other voxels.
-DECODERS = {"nibabel": nib.__version__, "SimpleITK": sitk.Version.VersionString()}
+#: Goes into the cache key: another decoder, or another rule of ours, may give other voxels.
+DECODERS = {"reader": "2", "nibabel": nib.__version__, "SimpleITK": sitk.Version.VersionString()}
 
 #: Bytes at the start of a file that hold the header of NIfTI or MGH.
 _START = 1024
@@ -46,6 +47,8 @@ _DTYPES = {
     sitk.sitkInt64: np.int64,
     sitk.sitkFloat32: np.float32,
     sitk.sitkFloat64: np.float64,
+    sitk.sitkComplexFloat32: np.complex64,
+    sitk.sitkComplexFloat64: np.complex128,
 }
 
 
@@ -57,32 +60,28 @@ class Volume(NamedTuple):
         affine: ``(4, 4)`` voxel to world (RAS, mm).
         source: Size in bytes and xxh3 of the file.
         file_affine: The affine before the axes were turned to RAS.
+        background: The value of what lies around the body; None where it is not one value, or nobody has looked.
     """
 
     data: NDArray[Any]
     affine: NDArray[np.float64]
     source: dict[str, Any]
     file_affine: NDArray[np.float64]
+    background: float | None = None
 
 
-def suffix_of(path: Path) -> str:
-    """Return a file's suffix as :data:`SUFFIXES` has it, in whatever case it is written; empty where it has none."""
-    name = path.name.lower()
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
-
-
-def _nibabel_header(path: Path, place: int | None) -> Any:
-    """Read the header of a NIfTI or MGH file, and nothing behind it."""
+def _nibabel_header(path: Path, voxels: VoxelConfig, place: int | None) -> tuple[Any, NDArray[np.float64]]:
+    """Read header and affine of a NIfTI or MGH file, and nothing behind them."""
     try:
         with path.open("rb") if suffix_of(path) == ".nii" else gzip.open(path) as file:
             start = file.read(_START)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise VolumeError("unreadable", f"the compressed data are damaged ({error})") from error
-    return mgh_header(start) if suffix_of(path) == ".mgz" else nifti_header(start, place)
+    return mgh_header(start) if suffix_of(path) == ".mgz" else nifti_header(start, path, voxels, place)
 
 
-def _read_nibabel(path: Path, place: int | None) -> Volume:
-    header = _nibabel_header(path, place)
+def _read_nibabel(path: Path, voxels: VoxelConfig, place: int | None) -> Volume:
+    header, affine = _nibabel_header(path, voxels, place)
     shape = header.get_data_shape()
     promised = header.get_data_offset() + int(np.prod(shape)) * header.get_data_dtype().itemsize
     limit = promised + (MAX_FOOTER_BYTES if suffix_of(path) == ".mgz" else 0)
@@ -96,12 +95,13 @@ def _read_nibabel(path: Path, place: int | None) -> Volume:
     source = {"size": len(content), "xxh3": xxhash.xxh3_128_hexdigest(content)}
     proxy = nib.arrayproxy.ArrayProxy(io.BytesIO(raw), header)
     data = np.asanyarray(proxy if place is None else proxy[..., place]).reshape(squeezed(shape, place))
-    return _canonical(data, header.get_best_affine(), source)
+    return _canonical(data, affine, source)
 
 
 def _canonical(data: NDArray[Any], affine: NDArray[np.float64], source: dict[str, Any]) -> Volume:
     """Turn the axes to RAS, without resampling."""
     check_affine(affine)
+    data = np.abs(data) if data.dtype.kind == "c" else data
     turn = nib.orientations.io_orientation(affine)
     turned = affine @ nib.orientations.inv_ornt_aff(turn, data.shape)
     return Volume(nib.orientations.apply_orientation(data, turn), turned, source, affine)
@@ -116,7 +116,7 @@ def _itk_affine(reader: Any) -> NDArray[np.float64]:
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
 
 
-def _itk_reader(path: Path) -> Any:
+def _itk_reader(path: Path, voxels: VoxelConfig) -> Any:
     """Read the header of a MetaImage or NRRD file."""
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
@@ -125,17 +125,20 @@ def _itk_reader(path: Path) -> Any:
         reader.ReadImageInformation()
     except RuntimeError as error:
         raise _unreadable(error) from error
-    check_shape(reader.GetSize(), _itk_itemsize(reader))
+    check_dtype(_itk_dtype(reader), voxels)
+    check_shape(reader.GetSize(), _itk_dtype(reader).itemsize)
+    if suffix_of(path) == ".nrrd" and not reader.HasMetaDataKey("NRRD_space"):
+        raise VolumeError("header", "the NRRD header names no space, so its orientation is unknown: save it with one")
     return reader
 
 
-def _itk_itemsize(reader: Any) -> int:
+def _itk_dtype(reader: Any) -> np.dtype[Any]:
     dtype = _DTYPES.get(reader.GetPixelID())
     if dtype is None:
         raise VolumeError(
             "dtype", f"its voxels are {sitk.GetPixelIDValueAsString(reader.GetPixelID())}, not one number each"
         )
-    return np.dtype(dtype).itemsize
+    return np.dtype(dtype)
 
 
 def _unreadable(error: RuntimeError) -> VolumeError:
@@ -143,11 +146,11 @@ def _unreadable(error: RuntimeError) -> VolumeError:
     return VolumeError("unreadable", f"not a readable MetaImage or NRRD file ({reason})")
 
 
-def _read_itk(path: Path) -> Volume:
-    reader = _itk_reader(path)
+def _read_itk(path: Path, voxels: VoxelConfig) -> Volume:
+    reader = _itk_reader(path, voxels)
     stream = find_stream(path)
-    check_stream(stream, int(np.prod(reader.GetSize())) * _itk_itemsize(reader))
-    source = fingerprint(path)
+    check_stream(stream, int(np.prod(reader.GetSize())) * _itk_dtype(reader).itemsize)
+    source = fingerprint(stream.path)  # headers alone may be equal in all patients
     try:
         image = reader.Execute()
     except RuntimeError as error:
@@ -155,27 +158,31 @@ def _read_itk(path: Path) -> Volume:
     return _canonical(sitk.GetArrayFromImage(image).transpose(2, 1, 0), _itk_affine(image), source)
 
 
-def read_volume(path: Path, place: int | None = None) -> Volume:
-    """Read a volume of one of :data:`SUFFIXES` to its end.
+def read_volume(path: Path, voxels: VoxelConfig = STRICT, place: int | None = None) -> Volume:
+    """Read a volume of one of :data:`datamodules.members.VOLUMES` to its end.
 
     Args:
         path: The file.
+        voxels: What is done about odd ones. NaN stays as it is.
         place: Which volume of a 4-D NIfTI file, from 0; None = the file is one.
 
     Raises:
-        VolumeError: missing, truncated, failing its check sum, not a volume of three axes, or other than its header
-            promises.
+        VolumeError: missing, truncated, failing its check sum, not a volume of three axes of real numbers,
+            contradicting itself, or other than its header promises.
     """
     _check_file(path)
     try:
-        return _read_itk(path) if suffix_of(path) in _READERS else _read_nibabel(path, place)
+        return _read_itk(path, voxels) if suffix_of(path) in _READERS else _read_nibabel(path, voxels, place)
     except OSError as error:
         raise VolumeError("unreadable", f"the file cannot be opened ({error.strerror or error})") from error
 
 
 def _check_file(path: Path) -> None:
+    """Refuse what is not there, or of no format that is read."""
     if not path.is_file():
-        raise VolumeError("missing", "the file is not there")
+        raise VolumeError("missing", why_missing(path))
+    if refusal := refusal_of(path):
+        raise VolumeError("unreadable", refusal)
 
 
 class Header(NamedTuple):
@@ -185,11 +192,12 @@ class Header(NamedTuple):
     affine: NDArray[np.float64]
 
 
-def read_header(path: Path, place: int | None = None) -> Header:
+def read_header(path: Path, voxels: VoxelConfig = STRICT, place: int | None = None) -> Header:
     """Read the header alone.
 
     Args:
         path: The file.
+        voxels: As in :func:`read_volume`.
         place: Which volume of a 4-D NIfTI file, from 0; None = the file is one.
 
     Raises:
@@ -198,11 +206,11 @@ def read_header(path: Path, place: int | None = None) -> Header:
     _check_file(path)
     try:
         if suffix_of(path) in _READERS:
-            reader = _itk_reader(path)
+            reader = _itk_reader(path, voxels)
             shape, affine = tuple(reader.GetSize()), _itk_affine(reader)
         else:
-            header = _nibabel_header(path, place)
-            shape, affine = squeezed(header.get_data_shape(), place), header.get_best_affine()
+            header, affine = _nibabel_header(path, voxels, place)
+            shape = squeezed(header.get_data_shape(), place)
     except OSError as error:
         raise VolumeError("unreadable", f"the file cannot be opened ({error.strerror or error})") from error
     check_affine(affine)

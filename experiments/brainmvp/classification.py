@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
@@ -17,7 +16,7 @@ from common.distributed import all_reduce_sum
 from common.downstream.base import ScoredTask
 from common.downstream.classification import macro_auroc
 from common.downstream.encoder import EncoderFactory, mean_features
-from common.optim import Schedule
+from common.optim import OptimizerConfig
 from common.types import InputSpec
 from common.weights.channels import NewChannels
 from experiments.brainmvp.segmentation import augmented
@@ -69,12 +68,9 @@ class BrainClassification(ScoredTask):
         encoder: Makes the encoder from (channels, image size) where nothing is pre-trained.
         hidden: Width of the head's hidden layer; 0 = a linear head.
         augment: Whether to mirror crops and change their intensities.
-        layer_decay: Factor of the learning rate per encoder layer towards the input.
-        optimizer: Makes the optimiser.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
-        new_channels: What channels start as that the pre-trained encoder does not know: ``"mean"`` of those it knows,
-            or ``"fresh"``, at random.
+        optimization: How the weights are updated.
+        new_channels: How channels that the pre-trained encoder lacks are initialised: ``"mean"`` of those it has, or
+            ``"fresh"``, at random.
     """
 
     monitor = ("val/auroc", "max")
@@ -86,19 +82,13 @@ class BrainClassification(ScoredTask):
         encoder: EncoderFactory = UniFormer3D,
         hidden: int = 0,
         augment: bool = True,
-        layer_decay: float = 1.0,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
+        optimization: OptimizerConfig = OptimizerConfig(),
         new_channels: NewChannels = "mean",
     ) -> None:
         super().__init__(
             pretrained,
             encoder,
-            optimizer=optimizer,
-            schedule=schedule,
-            layer_decay=layer_decay,
-            compile_network=compile_network,
+            optimization=optimization,
             new_channels=new_channels,
         )
         self.save_hyperparameters()

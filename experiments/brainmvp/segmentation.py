@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from common.blocks.registry import fits
@@ -22,7 +21,7 @@ from common.downstream.segmentation import SegmentationModule, WindowMode
 from common.errors import CheckpointError
 from common.losses.region import BatchDiceBCE
 from common.metrics import region_dice
-from common.optim import Schedule
+from common.optim import OptimizerConfig
 from common.randomness import KeyedGenerator
 from common.runtime.reporting import say, write_rows
 from common.types import InputSpec
@@ -30,7 +29,7 @@ from common.weights.channels import NewChannels
 from experiments.brainmvp.export import normalized_templates
 from experiments.brainmvp.segmentation_networks import segmenter
 
-#: What a channel's template is called where there is none under the channel's own name (MRBrainS13's T1-IR).
+#: The template a channel uses if there is none under the channel's own name (MRBrainS13's T1-IR).
 _TEMPLATE_OF = {"t1ir": "t1"}
 #: Voxels along a side beyond any template's.
 _LONGEST = 1024
@@ -112,11 +111,9 @@ class BrainSegmentation(SegmentationModule):
         overlap: Overlap of neighbouring windows.
         window_batch: Windows computed at once.
         window_mode: How overlapping windows are averaged: all voxels alike, or those in the middle of a window more.
-        optimizer: Makes the optimiser.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
-        new_channels: What channels start as that the pre-trained encoder does not know: ``"mean"`` of those it knows,
-            or ``"fresh"``, at random.
+        optimization: How the weights are updated.
+        new_channels: How channels that the pre-trained encoder lacks are initialised: ``"mean"`` of those it has, or
+            ``"fresh"``, at random.
     """
 
     def __init__(
@@ -132,9 +129,7 @@ class BrainSegmentation(SegmentationModule):
         overlap: float = 0.5,
         window_batch: int = 2,
         window_mode: WindowMode = "constant",
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
+        optimization: OptimizerConfig = OptimizerConfig(),
         new_channels: NewChannels = "mean",
     ) -> None:
         super().__init__(
@@ -145,9 +140,7 @@ class BrainSegmentation(SegmentationModule):
             overlap=overlap,
             window_batch=window_batch,
             window_mode=window_mode,
-            optimizer=optimizer,
-            schedule=schedule,
-            compile_network=compile_network,
+            optimization=optimization,
             new_channels=new_channels,
         )
         self.save_hyperparameters()
@@ -162,7 +155,7 @@ class BrainSegmentation(SegmentationModule):
         if not fits(shape, Sequence[int] | None) or (shape and (len(shape) != 3 or max(shape) > _LONGEST)):
             raise CheckpointError(f"The checkpoint's encoder record says that templates are {shape!r:.60}: it was "
                                   "not written by this project, or changed since.")  # fmt: skip
-        # One voxel of 0 stands for no templates: beyond a template a view is 0.
+        # A single voxel of 0 represents no templates: beyond a template a view is 0.
         content = torch.zeros(len(spec.channels), *(shape or (1, 1, 1)))
         if self._pretrained and resumed is None:
             stored = read_encoder(self._pretrained)

@@ -4,14 +4,13 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from common.blocks.decoder import LinearDecoder
 from common.blocks.vit import VisionTransformer
 from common.maskers.hybrid import HybridMasker
 from common.module import SSLModule, StepOutput
-from common.optim import Schedule
+from common.optim import OptimizerConfig
 from common.panels import volume_panels
 from common.randomness import KeyedGenerator
 from common.types import ImageKey, InputSpec, MaskOutput, Panel, Reconstruction, TokenFeatures, VolumeBatch
@@ -31,7 +30,7 @@ class EMIMPretrain(SSLModule[VolumeBatch]):
         masker: Draws what is hidden in training, and in validation where ``val_masker`` is None.
         val_masker: Draws what is hidden in validation, to score several methods on one set of masks.
         taps: Blocks (1-based, 0 = patch embedding) of the pyramid; Table IV.
-        mask_fill: What stands in for hidden patches: ``"zero"``, ``"learnable"`` or, for MAE, ``"drop"``.
+        mask_fill: What replaces hidden patches: ``"zero"``, ``"learnable"`` or, for MAE, ``"drop"``.
         loss_on: ``"masked"`` is Eq. 1, ``"all"`` Eq. 9.
         barlow_twins_weight: Weight of the pyramid; 0 leaves the full volume uncomputed.
         correlation_axis: ``"position"`` as the paper (Eq. 4), or ``"feature"``.
@@ -40,9 +39,7 @@ class EMIMPretrain(SSLModule[VolumeBatch]):
         reduction: ``"sum"`` is Eq. 8; ``"mean"`` does not grow with the number of tokens.
         off_diagonal_weight: Factor of Eq. 8's second sum.
         detach_clean: Whether the full volume's branch gets no gradient.
-        optimizer: Makes the optimiser.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
+        optimization: How the weights are updated.
 
     Raises:
         ValueError: an option is unknown, or a combination has no effect or no meaning.
@@ -64,11 +61,9 @@ class EMIMPretrain(SSLModule[VolumeBatch]):
         reduction: Literal["mean", "sum"] = "mean",
         off_diagonal_weight: float = 1.0,
         detach_clean: bool = False,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
+        optimization: OptimizerConfig = OptimizerConfig(),
     ) -> None:
-        super().__init__(optimizer, schedule)
+        super().__init__(optimization)
         if correlation_sum == "sample" and (correlation_axis != "position" or correlation_center):
             raise ValueError("correlation_sum='sample' belongs to the uncentred position form alone.")
         if mask_fill == "drop" and barlow_twins_weight > 0:
@@ -79,7 +74,6 @@ class EMIMPretrain(SSLModule[VolumeBatch]):
         self.val_masker = val_masker or self.masker
         self.taps = tuple(taps)
         self.mask_fill: MaskFill = mask_fill
-        self.compile_network = compile_network
         self.clean_branch: CleanBranch = "off" if barlow_twins_weight == 0 else ("detach" if detach_clean else "train")
         self._make_encoder, self._make_decoder = encoder, decoder
         correlation = Correlation(correlation_axis, correlation_sum, correlation_center, reduction, off_diagonal_weight)
@@ -89,7 +83,7 @@ class EMIMPretrain(SSLModule[VolumeBatch]):
         """Make encoder and decoder for inputs of ``spec``.
 
         Raises:
-            ValueError: sizes that do not fit; a masker that cannot hide what it is asked to of these modalities.
+            ValueError: sizes do not fit, or the masker cannot hide the requested share of these modalities.
         """
         encoder = self._make_encoder(len(spec.channels), spec.image_size)
         for masker in (self.masker, self.val_masker):
@@ -136,7 +130,7 @@ class EMIMPretrain(SSLModule[VolumeBatch]):
         return TokenFeatures(features, foreground(network.patches(batch["image"])))
 
     def panels(self, batch: VolumeBatch, output: Reconstruction, index: int) -> dict[str, Panel]:
-        """Draw the middle axial slice of sample ``index``, one panel a modality."""
+        """Draw the middle axial slice of sample ``index``, one panel per modality."""
         network: EMIM = self.network
         hidden = output.mask[index][..., None].expand_as(output.target[index])
         filled = torch.where(hidden, output.pred[index], output.target[index])

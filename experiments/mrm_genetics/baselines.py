@@ -1,4 +1,4 @@
-"""What masked relation modeling is compared with: contrast between images and genetics, and features without training.
+"""Baselines of masked relation modeling: contrast between images and genetics, and features without training.
 
 Letters: B batch, C channels, E width, M kinds of genetics.
 """
@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from common.blocks.registry import registered
@@ -16,7 +15,7 @@ from common.blocks.vit import VisionTransformer, init_xavier_weights
 from common.errors import UserError
 from common.losses.contrastive import retrieval_accuracy, symmetric_info_nce
 from common.module import SSLModule, StepOutput, Term
-from common.optim import Schedule
+from common.optim import OptimizerConfig
 from common.types import ImageGenomeBatch, ImageKey, InputSpec, Panel, Reconstruction, TokenFeatures
 from experiments.mrm_genetics.model import GenomeEncoder
 from experiments.mrm_genetics.module import EncoderFactory, GenomeFactory
@@ -59,16 +58,14 @@ class ContIGPretrain(SSLModule[ImageGenomeBatch]):
     """Contrast between an image and the genetics of its person (Taleb et al. 2022), with the encoders of this method.
 
     The loss is the mean over kinds of genetics of the symmetric InfoNCE; every sample needs all kinds
-    (``data.complete_only``). Nothing is reconstructed, so there is no floor ratio.
+    (``data.genome.complete_only``). Nothing is reconstructed, so there is no floor ratio.
 
     Args:
         encoder: Makes the image encoder from (channels, image size).
         genome_encoder: Makes the genome encoder from (features by kind, width, heads).
         temperature: Of the contrast.
         projection: Width of the space in which image and genetics are compared.
-        optimizer: Makes the optimiser.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
+        optimization: How the weights are updated.
     """
 
     remembered = ("channels", "image_size", "genome")
@@ -79,14 +76,11 @@ class ContIGPretrain(SSLModule[ImageGenomeBatch]):
         genome_encoder: GenomeFactory = GenomeEncoder,
         temperature: float = 0.1,
         projection: int = 128,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
+        optimization: OptimizerConfig = OptimizerConfig(),
     ) -> None:
-        super().__init__(optimizer, schedule)
+        super().__init__(optimization)
         self.save_hyperparameters()
         self.temperature, self.projection = temperature, projection
-        self.compile_network = compile_network
         self._factories = (encoder, genome_encoder)
 
     def build_network(self, spec: InputSpec) -> ContrastiveNetwork:
@@ -96,7 +90,8 @@ class ContIGPretrain(SSLModule[ImageGenomeBatch]):
             UserError: there are no genetics.
         """
         if not spec.genome:
-            raise UserError("ContIG contrasts images with genetics, and there are none: name them with data.genotypes.")
+            raise UserError("ContIG contrasts images with genetics, and there are none: "
+                            "name them with data.genome.genotypes.")  # fmt: skip
         make_encoder, make_genome = self._factories
         encoder = make_encoder(len(spec.channels), spec.image_size)
         genome = make_genome(spec.genome, encoder.embed_dim, encoder.config["num_heads"])
@@ -109,7 +104,8 @@ class ContIGPretrain(SSLModule[ImageGenomeBatch]):
             UserError: a sample lacks a kind of genetics.
         """
         if not batch["complete"]:
-            raise UserError("ContIG needs every kind of genetics of every person: set data.complete_only to true.")
+            raise UserError("ContIG needs every kind of genetics of every person: "
+                            "set data.genome.complete_only to true.")  # fmt: skip
         image, kinds = self.network(batch["image"], batch["genome"])
         losses = [symmetric_info_nce(image, kind, self.temperature, sync) for kind in kinds]
         samples = float(len(image))
@@ -147,7 +143,7 @@ class ContIGPretrain(SSLModule[ImageGenomeBatch]):
 
 @registered
 class ColourGrid(nn.Module):
-    """An encoder that knows only the colours of an image at 8 x 8.
+    """An encoder that returns only the mean colours of an 8 x 8 grid.
 
     Args:
         in_channels: C.

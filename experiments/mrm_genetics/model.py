@@ -6,6 +6,7 @@ of a genome, M kinds of genetics, E width, D width of a decoder, H heads.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple, cast
 
@@ -80,7 +81,7 @@ class SegmentTokenizer(nn.Module):
 
     Args:
         features: Features of each kind of genetics, by name, in the order in which they come.
-        segments: Tokens of each kind; kinds that are not named get ``other_segments``. One is a token a kind.
+        segments: Tokens of each kind; kinds that are not named get ``other_segments``. One is a token per kind.
         dim: E.
         dropout: Rate of alpha dropout.
         other_segments: Tokens of a kind that ``segments`` does not name.
@@ -249,7 +250,7 @@ class FusedDecoder(nn.Module):
         Args:
             image: ``(B, prefix + N, E)``; only the visible patches where ``mask`` hides some.
             genome: ``(B, G, E)``; None without genetics.
-            real: bool ``(B, G)``, which of the genome's tokens are there; None = all.
+            real: bool ``(B, G)``, which of the genome's tokens are there; None: all.
             mask: Which patches were hidden.
 
         Returns:
@@ -301,7 +302,7 @@ class Genetics(NamedTuple):
 
     Attributes:
         values: ``(B, F)``, standardised.
-        present: bool ``(B, M)``, which kinds a sample has; None = every sample has all.
+        present: bool ``(B, M)``, which kinds a sample has; None: every sample has all.
     """
 
     values: Tensor
@@ -316,7 +317,7 @@ class Tokens(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """Tokens of both passes; None for one that is not run."""
+    """Tokens of both passes; None for a pass that is not run."""
 
     intact: Tokens | None
     masked: Tokens | None
@@ -338,19 +339,19 @@ class Stream(NamedTuple):
 
 
 class BlockPair(NamedTuple):
-    """Blocks that are run one after the other, one a modality; None where a modality has none left."""
+    """Blocks that are run one after the other, one per modality; None where a modality has none left."""
 
     image: TransformerBlock | None
     genome: TransformerBlock | None
 
 
 class GenomeKeys(NamedTuple):
-    """Which tokens of a genome can be attended to, bool ``(B, G)``; None = all.
+    """Which tokens of a genome can be attended to, bool ``(B, G)``; None: all.
 
     Attributes:
         real: those that are there.
-        safe: the same, but True throughout for a sample that has none: it would have no key at all, and what becomes
-            of its genome goes nowhere.
+        safe: the same, but True throughout for a sample that has none: it would have no key at all, and the output
+            for its genome is not used.
     """
 
     real: Tensor | None = None
@@ -362,7 +363,7 @@ class GenomeKeys(NamedTuple):
 
 
 class RelationOutput(NamedTuple):
-    """What the network returns.
+    """The network's output.
 
     Attributes:
         image: ``(B, N, P)``, the predicted patches; None where nothing is reconstructed.
@@ -375,8 +376,26 @@ class RelationOutput(NamedTuple):
     pooled: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
+@dataclass(frozen=True)
+class RelationConfig:
+    """How relations are masked.
+
+    Args:
+        cross_params: ``"shared"`` has no weights for relations between modalities; ``"dedicated"`` puts a block of its
+            own for each modality between the first and the second, in the masked pass alone.
+        tie_rule: ``"threshold"`` (Eq. 4) or ``"rank"``; see :func:`common.maskers.relation.mask_top_relations`.
+        masked_residual: Whether the masked attention is added to the stream, as anywhere else, or replaces it.
+        renormalize: Whether rows are scaled to sum to 1 after masking.
+    """
+
+    cross_params: CrossParameters = "shared"
+    tie_rule: TieRule = "threshold"
+    masked_residual: bool = True
+    renormalize: bool = False
+
+
 class RelationNetwork(nn.Module):
-    """One encoder a modality, run intact and with relations masked in the first two blocks (sections 3.2 and 3.3).
+    """One encoder per modality, run intact and with relations masked in the first two blocks (sections 3.2 and 3.3).
 
     In the masked pass the first block masks relations within a modality, the second those to the other modality: with
     its own queries, output projection and MLP, and the other's keys and values. Without genetics the second masks
@@ -389,11 +408,7 @@ class RelationNetwork(nn.Module):
         genome_decoder: Of the genome; None likewise.
         tau_image: Share of relations removed from the image's rows, both its own and those to the genome.
         tau_genome: The same for the genome's rows.
-        cross_params: ``"shared"`` has no weights for relations between modalities; ``"dedicated"`` puts a block of its
-            own for each modality between the first and the second, in the masked pass alone.
-        tie_rule: See :func:`common.maskers.relation.mask_top_relations`.
-        masked_residual: Whether the masked attention is added to the stream, as anywhere else, or replaces it.
-        renormalize: Whether rows are scaled to sum to 1 after masking.
+        relations: How relations are masked.
         pool: How tokens become the vector that samples are compared by.
 
     Raises:
@@ -408,10 +423,7 @@ class RelationNetwork(nn.Module):
         genome_decoder: FusedDecoder | None,
         tau_image: float = 0.75,
         tau_genome: float = 0.5,
-        cross_params: CrossParameters = "shared",
-        tie_rule: TieRule = "threshold",
-        masked_residual: bool = True,
-        renormalize: bool = False,
+        relations: RelationConfig = RelationConfig(),
         pool: Pool = "mean",
     ) -> None:
         super().__init__()
@@ -422,8 +434,9 @@ class RelationNetwork(nn.Module):
             raise ValueError("match_pool cls needs an encoder with a class token.")
         self.encoder, self.genome = encoder, genome
         self.decoder, self.genome_decoder = decoder, genome_decoder
-        self.tau_image, self.tau_genome, self.tie_rule = tau_image, tau_genome, tie_rule
-        self.masked_residual, self.renormalize, self.pool = masked_residual, renormalize, pool
+        self.tau_image, self.tau_genome, self.tie_rule = tau_image, tau_genome, relations.tie_rule
+        self.masked_residual, self.renormalize = relations.masked_residual, relations.renormalize
+        self.pool = pool
         encoder.apply(init_xavier_weights)
         width = encoder.embed_dim
         patch_values = math.prod(encoder.patch_embed.patch_size) * encoder.patch_embed.in_channels
@@ -434,7 +447,7 @@ class RelationNetwork(nn.Module):
         if genome is not None and genome_decoder is not None:
             self.to_genome = GenomeHeads(genome.tokens.cuts, genome_decoder.dim)
         self.cross: nn.ModuleDict | None = None
-        if genome is not None and cross_params == "dedicated":
+        if genome is not None and relations.cross_params == "dedicated":
             config: dict[str, Any] = encoder.config
             names = ("num_heads", "mlp_ratio", "norm_eps")
             blocks = {

@@ -1,10 +1,10 @@
 """Pre-training by masked relation modeling (paper section 3)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from common.blocks.attention import Relations
@@ -14,19 +14,18 @@ from common.checkpoint import init_encoder
 from common.losses.reconstruction import masked_mse
 from common.losses.relation import relation_matching
 from common.maskers.random import RandomMasker
-from common.maskers.relation import TieRule
 from common.module import SSLModule, StepOutput, Term
-from common.optim import Schedule
+from common.optim import OptimizerConfig
 from common.panels import colour_panel
 from common.randomness import KeyedGenerator
 from common.runtime.reporting import say
 from common.types import ImageGenomeBatch, ImageKey, InputSpec, MaskOutput, Panel, Reconstruction, TokenFeatures
 from experiments.mrm_genetics.model import (
-    CrossParameters,
     FusedDecoder,
     Genetics,
     GenomeEncoder,
     Pool,
+    RelationConfig,
     RelationNetwork,
     RelationOutput,
     at_least_single,
@@ -41,10 +40,25 @@ def _decoder_sizes(encoder: VisionTransformer) -> tuple[int, Sequence[int], int]
     return encoder.embed_dim, encoder.grid_size, encoder.num_prefix_tokens
 
 
+@dataclass(frozen=True)
+class MatchingConfig:
+    """How relations between samples are compared (section 3.4).
+
+    Args:
+        pool: ``"mean"`` over an image's patches, or its ``"cls"`` token; a genome's tokens are always averaged.
+        center: Whether vectors lose their batch mean before they are compared.
+        stop_gradient: Whether the intact pass gets no gradient from the comparison.
+    """
+
+    pool: Pool = "mean"
+    center: bool = False
+    stop_gradient: bool = False
+
+
 class RelationPretrain(SSLModule[ImageGenomeBatch]):
     """Reconstruction from masked relations, and relations between samples that masking must not change (Eq. 14).
 
-    Images come with genetics or alone, as the data have it (section 4.6).
+    Images come with genetics or alone, depending on the data (section 4.6).
 
     Args:
         encoder: Makes the image encoder from (channels, image size).
@@ -54,20 +68,13 @@ class RelationPretrain(SSLModule[ImageGenomeBatch]):
         tau_image: Share of relations removed from the image's rows, to itself and to the genome.
         tau_genome: The same for the genome's rows. Both 0: the control, an autoencoder without masking.
         match_weight: Lambda of Eq. 14; 0 is the ablation without relation matching.
-        cross_params: ``"shared"`` or ``"dedicated"``; see :class:`experiments.mrm_genetics.model.RelationNetwork`.
-        tie_rule: ``"threshold"`` (Eq. 4) or ``"rank"``.
-        masked_residual: Whether masked attention is added to the stream.
-        renormalize: Whether rows are scaled to sum to 1 after masking.
-        match_pool: ``"mean"`` over an image's patches, or its ``"cls"`` token; a genome's tokens are always averaged.
-        match_center: Whether vectors lose their batch mean before they are compared.
-        match_stop_grad_intact: Whether the intact pass gets no gradient from the comparison.
+        relations: How relations are masked.
+        matching: How relations between samples are compared.
         norm_pix_loss: Whether each patch is standardised by itself before it is compared.
         masker: Hides patches at the input, which are then all that is scored: masked autoencoding, the baseline. Images
             alone.
         init_from: File of MAE, timm or published weights to start the encoder from; None starts from scratch.
-        optimizer: Makes the optimiser.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
+        optimization: How the weights are updated.
 
     Raises:
         ValueError: a share is outside [0, 1).
@@ -84,41 +91,24 @@ class RelationPretrain(SSLModule[ImageGenomeBatch]):
         tau_image: float = 0.75,
         tau_genome: float = 0.5,
         match_weight: float = 1.0,
-        cross_params: CrossParameters = "shared",
-        tie_rule: TieRule = "threshold",
-        masked_residual: bool = True,
-        renormalize: bool = False,
-        match_pool: Pool = "mean",
-        match_center: bool = False,
-        match_stop_grad_intact: bool = False,
+        relations: RelationConfig = RelationConfig(),
+        matching: MatchingConfig = MatchingConfig(),
         norm_pix_loss: bool = False,
         masker: RandomMasker | None = None,
         init_from: str | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
+        optimization: OptimizerConfig = OptimizerConfig(),
     ) -> None:
         for name, value in (("tau_image", tau_image), ("tau_genome", tau_genome)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name} is the share of relations to remove, in [0, 1), got {value}.")
-        super().__init__(optimizer, schedule)
+        super().__init__(optimization)
         self.save_hyperparameters()
         self.masker = masker
         self.match_weight = match_weight
         self.norm_pix_loss = norm_pix_loss
         self.init_from = init_from
-        self.compile_network = compile_network
         self._factories = (encoder, genome_encoder, decoder, genome_decoder)
-        self._match: dict[str, Any] = {"center": match_center, "stop_gradient": match_stop_grad_intact}
-        self._options: dict[str, Any] = {
-            "tau_image": tau_image,
-            "tau_genome": tau_genome,
-            "cross_params": cross_params,
-            "tie_rule": tie_rule,
-            "masked_residual": masked_residual,
-            "renormalize": renormalize,
-            "pool": match_pool,
-        }
+        self._taus, self._relations, self._matching = (tau_image, tau_genome), relations, matching
 
     def build_network(self, spec: InputSpec) -> RelationNetwork:
         """Make the networks for inputs of ``spec``.
@@ -140,7 +130,9 @@ class RelationPretrain(SSLModule[ImageGenomeBatch]):
         decoder = make_decoder(*_decoder_sizes(encoder), tokens, "image", self.masker is not None)
         if self.masker is not None:
             self.masker(1, encoder.patch_embed.num_patches, generator=torch.Generator())
-        return RelationNetwork(encoder, genome, decoder, genome_decoder, **self._options)
+        return RelationNetwork(
+            encoder, genome, decoder, genome_decoder, *self._taus, self._relations, self._matching.pool
+        )
 
     def on_fit_start(self) -> None:
         """Take the encoder's first weights from a file, unless a checkpoint brings all (Lightning hook)."""
@@ -170,9 +162,10 @@ class RelationPretrain(SSLModule[ImageGenomeBatch]):
         image, genome, image_masked, genome_masked = output.pooled
         assert image is not None
         assert image_masked is not None
-        # Given on every rank whoever is complete there: all must take part in the same exchange.
+        # Passed on every rank, whether or not its samples are complete: all ranks must join the exchange.
         present = None if genome is None else batch["modality_mask"][:, 1:].any(1)
-        return relation_matching(image, genome, image_masked, genome_masked, present, sync=sync, **self._match)
+        center, stop_gradient = self._matching.center, self._matching.stop_gradient
+        return relation_matching(image, genome, image_masked, genome_masked, present, center, stop_gradient, sync)
 
     def step(self, batch: ImageGenomeBatch, sync: bool) -> StepOutput:
         """Compute the losses of one batch."""

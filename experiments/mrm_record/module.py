@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from common.blocks.decoder import MAEDecoder
@@ -16,7 +15,7 @@ from common.losses.reconstruction import masked_mse
 from common.losses.text import masked_cross_entropy
 from common.maskers.random import RandomMasker
 from common.module import SSLModule, StepOutput, Term
-from common.optim import Schedule
+from common.optim import OptimizerConfig
 from common.panels import image_panel
 from common.randomness import KeyedGenerator
 from common.runtime.reporting import say
@@ -48,16 +47,14 @@ class MRMPretrain(SSLModule[ImageTextBatch]):
         mlm_weight: Weight of the report's loss, Eq. 3's sum being 1 to lambda; 0 is the ablation without reports.
         mim_weight: Lambda, the weight of the image's loss; 0 is the ablation without images as a target.
         mlm_scope: Tokens that are scored: the hidden ones (Eq. 1), all real ones, or padding too (published code),
-            for which texts must come padded to their full length (``data.pad_to_length``).
+            for which texts must come padded to their full length (``data.text.pad_to_length``).
         sr_factor: How many times finer the target is than the input; 1 is the ablation without super-resolution.
         target_norm: ``"patch"``, ``"unit"`` or ``"dataset"``; see :class:`experiments.mrm_record.model.MRM`.
         pool: ``"gap"`` or ``"gmp"``.
         text_to_image: Whether the visible words are fed to the image decoder.
         antialias: Whether the low-resolution copy is low-pass filtered.
         init_from: File of MAE, timm or published weights to start the encoder from; None starts from scratch.
-        optimizer: Makes the optimiser.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
+        optimization: How the weights are updated.
 
     Raises:
         ValueError: both weights are 0, or an option is unknown.
@@ -80,19 +77,16 @@ class MRMPretrain(SSLModule[ImageTextBatch]):
         text_to_image: bool = False,
         antialias: bool = True,
         init_from: str | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
+        optimization: OptimizerConfig = OptimizerConfig(),
     ) -> None:
         if mlm_weight == mim_weight == 0:
             raise ValueError("mlm_weight and mim_weight are both 0: there is nothing to train on.")
-        super().__init__(optimizer, schedule)
+        super().__init__(optimization)
         self.save_hyperparameters()
         self.masker = masker or RandomMasker(0.75)
         self.mim_weight, self.mlm_weight = mim_weight, mlm_weight
         self.mlm_scope = mlm_scope
         self.init_from = init_from
-        self.compile_network = compile_network
         self._factories = (encoder, decoder, report)
         self._options: dict[str, Any] = {
             "sr_factor": sr_factor,
@@ -123,7 +117,7 @@ class MRMPretrain(SSLModule[ImageTextBatch]):
         return MRM(encoder, decoder, report, **self._options, **scale)
 
     def on_fit_start(self) -> None:
-        """Say what is unusual; take the encoder's first weights, unless a checkpoint brings all (Lightning hook)."""
+        """Log what is unusual; take the encoder's first weights, unless a checkpoint brings all (Lightning hook)."""
         patches = self.network.encoder.patch_embed.num_patches
         if not self.masker(1, patches, generator=torch.Generator()).mask.any():
             say("note: the masker hides no patch, so the image's loss is taken over all: super-resolution alone")
@@ -156,7 +150,7 @@ class MRMPretrain(SSLModule[ImageTextBatch]):
             if width != length:
                 raise UserError(
                     f"model.mlm_scope=all takes the mean over all {length} positions of a text, but those of this "
-                    f"batch are padded to {width}: set data.pad_to_length to true."
+                    f"batch are padded to {width}: set data.text.pad_to_length to true."
                 )
             index = torch.arange(len(truth), device=truth.device)
         return {**batch, "hidden_index": index, "hidden_ids": truth[index]}

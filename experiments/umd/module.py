@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from common.blocks.decoder import MAEDecoder
@@ -13,7 +12,7 @@ from common.downstream.encoder import encoder_architecture
 from common.ema import need_teacher
 from common.maskers.random import RandomMasker
 from common.module import SSLModule, StepOutput
-from common.optim import Schedule, WarmupLinear, param_groups
+from common.optim import OptimizerConfig, Schedule, WarmupLinear
 from common.panels import image_panel
 from common.randomness import KeyedGenerator
 from common.runtime.reporting import say
@@ -27,11 +26,11 @@ from common.types import (
     Reconstruction,
     TokenFeatures,
 )
+from experiments.umd.checkpoint_transfer import EncoderFactory, load_heads, make_umd_encoder, tower_scale
 from experiments.umd.encoder import UMDEncoder
-from experiments.umd.handover import EncoderFactory, load_heads, make_umd_encoder, tower_scale
 from experiments.umd.objective import Objective, total_weights
 from experiments.umd.pairs import shown_pairs
-from experiments.umd.pretrain_network import Positions, Target, UMDNetwork, UMDOutput, whole_text
+from experiments.umd.pretrain_network import FeatureConfig, UMDNetwork, UMDOutput, whole_text
 from experiments.umd.towers import load_text, load_vision
 
 DecoderFactory = Callable[[int, Sequence[int], int], MAEDecoder]
@@ -50,22 +49,14 @@ class UMDPretrain(SSLModule[ImageTextBatch]):
         alpha: Share of the losses of features.
         weights: Weights that differ from Eq. 7: of mim, mlm, feature_image, feature_text, itm. A loss of weight 0 is
             not computed.
-        teacher_decay: Lambda of Eq. 5, per optimiser step.
-        feature_dim: Width of projected image features.
-        text_feature_dim: Width of projected text features.
-        feature_positions: ``"visible"``, ``"masked_decoder"`` or ``"upstream"``; see
-            :class:`experiments.umd.pretrain_network.UMDNetwork`.
-        feature_target: ``"ema_ln"``, ``"paper"`` or ``"stopgrad"``.
-        feature_text_padding: Whether padding counts among text features.
+        features: How the features of student and teacher are compared.
         mim_layer: Fusion layer before which patches are decoded; -1 decodes the output.
         itm_negatives: ``"batch"`` shows a text another image of the batch; ``"dataset"`` one that was loaded for it
-            (``data.negative_images``).
+            (``data.samples.negative_images``).
         vision_weights: Folder or name of CLIP weights for the vision tower.
         text_weights: Folder or name of RoBERTa weights for the text tower.
         fusion_lr_scale: Learning rate of all but the towers over theirs.
-        optimizer: Makes the optimiser; its rate is the towers'.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
+        optimization: How the weights are updated; the learning rate is the towers'.
         grad_checkpointing: Whether the towers recompute activations in the backward pass.
 
     Raises:
@@ -82,42 +73,26 @@ class UMDPretrain(SSLModule[ImageTextBatch]):
         masker: RandomMasker | None = None,
         alpha: float = 0.5,
         weights: dict[str, float] | None = None,
-        teacher_decay: float = 0.995,
-        feature_dim: int = 384,
-        text_feature_dim: int = 384,
-        feature_positions: Positions = "visible",
-        feature_target: Target = "ema_ln",
-        feature_text_padding: bool = False,
+        features: FeatureConfig = FeatureConfig(),
         mim_layer: int = -1,
         itm_negatives: Literal["batch", "dataset"] = "batch",
         vision_weights: str | None = None,
         text_weights: str | None = None,
         fusion_lr_scale: float = 5.0,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
+        optimization: OptimizerConfig = OptimizerConfig(),
         grad_checkpointing: bool = False,
     ) -> None:
-        super().__init__(optimizer, schedule or WarmupLinear(0.1))
+        super().__init__(optimization)
         self.save_hyperparameters()
         self.masker = masker or RandomMasker(0.75)
         self.itm_negatives = itm_negatives
-        self.compile_network = compile_network
-        self.objective = Objective(total_weights(alpha, weights), standardised=feature_target == "ema_ln")
+        self.objective = Objective(total_weights(alpha, weights), standardised=features.target == "ema_ln")
         self._pretrained = pretrained
         self._factories = (encoder, decoder)
         self._weights_of = {"vision": vision_weights, "text": text_weights}
         self._lr_scale = fusion_lr_scale
         self._grad_checkpointing = grad_checkpointing
-        self._options: dict[str, Any] = {
-            "teacher_decay": teacher_decay if self.objective.wants("feature_image", "feature_text") else None,
-            "feature_dim": feature_dim,
-            "text_feature_dim": text_feature_dim,
-            "positions": feature_positions,
-            "target": feature_target,
-            "mim_layer": mim_layer,
-            "text_padding": feature_text_padding,
-        }
+        self._features, self._mim_layer = features, mim_layer
         #: Spread of the teacher's projected features of the last step, image and text.
         self.feature_spread: dict[str, Tensor] = {}
 
@@ -135,7 +110,8 @@ class UMDPretrain(SSLModule[ImageTextBatch]):
         values = 3 * encoder.vision.patch_size**2
         decoder = make_decoder(encoder.dim, encoder.grid_size, values)
         self.masker(1, encoder.num_patches, generator=torch.Generator())
-        network = UMDNetwork(encoder, decoder, spec.vocabulary["size"], **self._options)
+        taught = self.objective.wants("feature_image", "feature_text")
+        network = UMDNetwork(encoder, decoder, spec.vocabulary["size"], self._features, taught, self._mim_layer)
         if self._pretrained and resumed is None:
             load_heads(network, self._pretrained)
             network.reset_teacher()
@@ -237,8 +213,10 @@ class UMDPretrain(SSLModule[ImageTextBatch]):
         shown = image.mean(1)[0]
         return {"image": image_panel(batch["subject_id"][index], shown, hidden, torch.where(hidden, gray, shown))}
 
-    def configure_optimizers(self) -> Any:
-        """Make the optimiser and its schedule (Lightning hook)."""
-        optimizer = self._make_optimizer(param_groups(self, lr_scale=tower_scale(self._lr_scale)))
-        schedule = self._make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def lr_scale(self, name: str) -> float:
+        """Return the factor of the learning rate of a parameter."""
+        return tower_scale(name, self._lr_scale)
+
+    def default_schedule(self) -> Schedule:
+        """Return the schedule where the configuration has none."""
+        return WarmupLinear(0.1)

@@ -4,7 +4,8 @@ Letters: B batch, N patches, K visible patches, S predicted patches or hidden to
 patch, D width of projected features.
 """
 
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,42 @@ class Features(NamedTuple):
     mask: Tensor
 
 
+@dataclass(frozen=True)
+class FeatureConfig:
+    """How the features of student and teacher are compared (section III-C).
+
+    Args:
+        dim: Width of projected image features.
+        text_dim: Width of projected text features.
+        positions: Which image tokens are compared. ``"visible"``: the class token and the kept patches; ``"upstream"``:
+            the removed ones, where the student has nothing but its mask token, so that its encoder gets no gradient;
+            ``"masked_decoder"``: the removed ones after the image decoder.
+        target: ``"ema_ln"``: the teacher projects with averaged projections, and targets are standardised and get no
+            gradient; ``"paper"``: one projection for both, trained through both; ``"stopgrad"``: one projection, the
+            target gets no gradient.
+        text_padding: Whether padding counts among the text tokens that are compared (published code).
+        teacher_decay: Lambda of Eq. 5, per optimiser step.
+
+    Raises:
+        ValueError: an option is unknown.
+    """
+
+    dim: int = 384
+    text_dim: int = 384
+    positions: Positions = "visible"
+    target: Target = "ema_ln"
+    text_padding: bool = False
+    teacher_decay: float = 0.995
+
+    def __post_init__(self) -> None:
+        if self.positions not in get_args(Positions):
+            raise ValueError(f"`positions` must be one of {', '.join(get_args(Positions))}, got {self.positions!r}.")
+        if self.target not in get_args(Target):
+            raise ValueError(f"`target` must be one of {', '.join(get_args(Target))}, got {self.target!r}.")
+
+
 class UMDOutput(NamedTuple):
-    """What the network makes of a batch; None where it was not asked for.
+    """The network's output for a batch; None for parts that were not requested.
 
     Attributes:
         reconstruction: hidden patches.
@@ -74,20 +109,12 @@ class UMDNetwork(nn.Module):
         encoder: E.
         decoder: Rebuilds patches; keeps one prefix token.
         vocab_size: Tokens that the text head tells apart.
-        teacher_decay: Share of the teacher's old weights that is kept in a step; None makes no teacher.
-        feature_dim: Width of projected image features.
-        text_feature_dim: Width of projected text features.
-        positions: Which image tokens are compared. ``"visible"``: the class token and the kept patches; ``"upstream"``:
-            the removed ones, where the student has nothing but its mask token, so that its encoder gets no gradient;
-            ``"masked_decoder"``: the removed ones after the image decoder.
-        target: ``"ema_ln"``: the teacher projects with averaged projections, and targets are standardised and get no
-            gradient; ``"paper"``: one projection for both, trained through both; ``"stopgrad"``: one projection, the
-            target gets no gradient.
+        features: How features are compared.
+        teacher: Whether there is a teacher to compare them with.
         mim_layer: Fusion layer before which patches are decoded; -1 decodes the output.
-        text_padding: Whether padding counts among the text tokens that are compared (published code).
 
     Raises:
-        ValueError: an option is unknown, or there is no such layer.
+        ValueError: there is no such layer.
     """
 
     def __init__(
@@ -95,40 +122,33 @@ class UMDNetwork(nn.Module):
         encoder: UMDEncoder,
         decoder: MAEDecoder,
         vocab_size: int,
-        teacher_decay: float | None = 0.995,
-        feature_dim: int = 384,
-        text_feature_dim: int = 384,
-        positions: Positions = "visible",
-        target: Target = "ema_ln",
+        features: FeatureConfig = FeatureConfig(),
+        teacher: bool = True,
         mim_layer: int = -1,
-        text_padding: bool = False,
     ) -> None:
         super().__init__()
-        if positions not in ("visible", "masked_decoder", "upstream"):
-            raise ValueError(f"`positions` must be 'visible', 'masked_decoder' or 'upstream', got {positions!r}.")
-        if target not in ("ema_ln", "paper", "stopgrad"):
-            raise ValueError(f"`target` must be 'ema_ln', 'paper' or 'stopgrad', got {target!r}.")
         depth = len(encoder.fusion.text_layers)
         if not -1 <= mim_layer < depth:
             raise ValueError(f"`mim_layer` must be -1 or one of the fusion's layers 0 to {depth - 1}, got {mim_layer}.")
         self.encoder, self.decoder = encoder, decoder
         self.mlm_head = TextHead(encoder.dim, vocab_size)
         self.itm_head = nn.Linear(2 * encoder.dim, 2)
-        shared = positions == "upstream"
-        self.project_image = decoder.embed if shared else nn.Linear(encoder.dim, feature_dim)
-        self.project_text = nn.Linear(encoder.dim, text_feature_dim)
+        shared = features.positions == "upstream"
+        self.project_image = decoder.embed if shared else nn.Linear(encoder.dim, features.dim)
+        self.project_text = nn.Linear(encoder.dim, features.text_dim)
         # What the decoder makes of the removed patches has a width of its own.
         self.project_decoded = (
-            nn.Linear(decoder.proj.in_features, feature_dim) if positions == "masked_decoder" else None
+            nn.Linear(decoder.proj.in_features, features.dim) if features.positions == "masked_decoder" else None
         )
         for head in (self.itm_head, decoder, self.project_image, self.project_text, self.project_decoded):
             if head is not None:
                 head.apply(init_normal_weights)
-        self.positions, self.target, self.mim_layer, self.text_padding = positions, target, mim_layer, text_padding
-        self.teacher = None if teacher_decay is None else EMATeacher(self.averaged(), teacher_decay)
+        self.positions, self.target, self.text_padding = features.positions, features.target, features.text_padding
+        self.mim_layer = mim_layer
+        self.teacher = EMATeacher(self.averaged(), features.teacher_decay) if teacher else None
 
     def averaged(self) -> nn.ModuleDict:
-        """Return what the teacher is an average of."""
+        """Return the modules that the teacher averages."""
         parts = {"encoder": self.encoder, "image": self.project_image, "text": self.project_text}
         return nn.ModuleDict(parts)
 
@@ -178,7 +198,7 @@ class UMDNetwork(nn.Module):
         return self.reconstruction(pred, batch, mask, None)
 
     def patch_target(self, image: Tensor, index: Tensor | None = None) -> Tensor:
-        """Return the standardised patches ``(B, S, P)`` of ``(B, 1 or 3, H, W)``; ``index`` ``(B, S)``, None = all."""
+        """Return the standardised patches ``(B, S, P)`` of ``(B, 1 or 3, H, W)``; ``index`` ``(B, S)``, None: all."""
         size = self.encoder.vision.patch_size
         patches = patchify_channels_last(image.expand(-1, 3, -1, -1), (size, size))
         if index is not None:
@@ -190,7 +210,7 @@ class UMDNetwork(nn.Module):
         return self.encoder(batch[image], batch["input_ids"], batch["attention_mask"], mask.ids_keep)
 
     def decode(self, fused: Fused, mask: MaskOutput, index: Tensor | None = None) -> Tensor:
-        """Return what patches are predicted from, ``(B, S, F)``; ``index`` ``(B, S)``, None = all."""
+        """Return what patches are predicted from, ``(B, S, F)``; ``index`` ``(B, S)``, None: all."""
         return self.decoder.features(fused.image_at(self.mim_layer), mask.ids_restore, index)
 
     def reconstruction(
@@ -232,7 +252,7 @@ class UMDNetwork(nn.Module):
             mask: What it saw.
             target: ``(B, 1 + N, D)``.
             decoded: ``(B, S, F)``, what :meth:`decode` gave.
-            index: long ``(B, S)``, the patches that ``decoded`` is of; None = all N.
+            index: long ``(B, S)``, the patches that ``decoded`` is of; None: all N.
         """
         if self.positions == "visible":
             assert mask.ids_keep is not None

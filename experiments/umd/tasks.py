@@ -12,7 +12,6 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_recall, multiclass_specificity
 
@@ -24,16 +23,16 @@ from common.downstream.encoder import encoder_architecture
 from common.errors import UserError
 from common.files import write_text
 from common.metrics import bootstrap_mean
-from common.optim import Schedule, WarmupCosine, param_groups
+from common.optim import OptimizerConfig, Schedule, WarmupCosine
 from common.runtime.precision import at_least_float32
 from common.runtime.reporting import is_dry_run, say
 from common.types import InputSpec
+from experiments.umd.checkpoint_transfer import EncoderFactory, make_umd_encoder, tower_scale
 from experiments.umd.coordination import ContributionSums, true_class_probability
 from experiments.umd.encoder import UMDEncoder, init_normal_weights
-from experiments.umd.handover import EncoderFactory, make_umd_encoder, tower_scale
 
 SplitHead = Literal["zero_other", "linear_split", "upstream"]
-#: Fusions of a pair that are computed at once when a whole pool is scored.
+#: Number of pairs fused at once when a whole pool is scored.
 _PAIRS_AT_ONCE = 256
 
 
@@ -46,14 +45,14 @@ def answer_head(dim: int, classes: int) -> nn.Sequential:
 
 @torch.no_grad()
 def split_logits(head: nn.Module, text: Tensor, image: Tensor, kind: SplitHead) -> tuple[Tensor, Tensor]:
-    """Return what the head says of text and of image alone (Eq. 10's H^T and H^I), without a gradient.
+    """Return the head's logits for the text alone and for the image alone (Eq. 10's H^T and H^I), without a gradient.
 
     Args:
         head: On ``(..., 2 E)``, text before image.
         text: c^T ``(..., E)``.
         image: c^I ``(..., E)``.
         kind: ``"zero_other"`` puts zeros in the other's place; ``"linear_split"`` shares a linear head's bias out by
-            halves; ``"upstream"`` does that with the last layer, whatever its input is, as the published code.
+            halves; ``"upstream"`` does that with the last layer, whatever its input, as the published code does.
     """
     if kind == "zero_other":
         zeros = torch.zeros_like(text)
@@ -92,15 +91,13 @@ class PairTask(ScoredTask):
         split_head: How a modality's contribution is measured; see :func:`split_logits`.
         fusion_lr_scale: Learning rate of all but towers and head over the towers'.
         head_lr_scale: Learning rate of the head over the towers'.
-        optimizer: Makes the optimiser; its rate is the towers'.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
+        optimization: How the weights are updated; the learning rate is the towers'.
 
     Raises:
         ValueError: ``split_head`` is unknown.
     """
 
-    #: What ``best.ckpt`` watches.
+    #: The metric that selects ``best.ckpt``.
     monitor = ("val/accuracy", "max")
     remembered = ("channels", "image_size", "vocabulary", "classes")
 
@@ -111,21 +108,17 @@ class PairTask(ScoredTask):
         split_head: SplitHead = "zero_other",
         fusion_lr_scale: float = 5.0,
         head_lr_scale: float = 50.0,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
+        optimization: OptimizerConfig = OptimizerConfig(),
     ) -> None:
         if split_head not in ("zero_other", "linear_split", "upstream"):
             raise ValueError(f"`split_head` must be 'zero_other', 'linear_split' or 'upstream', got {split_head!r}.")
         super().__init__(
             pretrained,
-            optimizer=optimizer,
-            schedule=schedule or WarmupCosine(0.1),
-            compile_network=compile_network,
+            optimization=optimization,
         )
         self.save_hyperparameters()
         self.split_head = split_head
-        #: What each modality contributed since the last optimiser step, for gradient coordination.
+        #: Contributions of each modality since the last optimiser step, for gradient coordination.
         self.contributions = ContributionSums()
         self._make_pair_encoder, self._scales = encoder, (fusion_lr_scale, head_lr_scale)
 
@@ -140,7 +133,7 @@ class PairTask(ScoredTask):
 
     @abstractmethod
     def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return the sum of the losses of a batch and how many samples it is of, having noted the contributions."""
+        """Return the summed losses of a batch and its number of samples, and record the contributions."""
 
     def build_network(self, spec: InputSpec) -> PairNetwork:
         """Make encoder and head."""
@@ -153,7 +146,7 @@ class PairTask(ScoredTask):
         return self.network.encoder.modality_parameters()
 
     def note_contributions(self, text: Tensor, image: Tensor, target: Tensor) -> None:
-        """Add what each modality alone says of the true classes ``(B, K)`` (Eq. 10)."""
+        """Add each modality's own score for the true classes ``(B, K)`` (Eq. 10)."""
         if not self.training:
             return
         of_text, of_image = split_logits(self.network.head, text.detach(), image.detach(), self.split_head)
@@ -167,11 +160,13 @@ class PairTask(ScoredTask):
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
         return loss
 
-    def configure_optimizers(self) -> Any:
-        """Make the optimiser and its schedule (Lightning hook)."""
-        optimizer = self._make_optimizer(param_groups(self, lr_scale=tower_scale(*self._scales)))
-        schedule = self._make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def lr_scale(self, name: str) -> float:
+        """Return the factor of the learning rate of a parameter."""
+        return tower_scale(name, *self._scales)
+
+    def default_schedule(self) -> Schedule:
+        """Return the schedule where the configuration has none."""
+        return WarmupCosine(0.1)
 
 
 class AnswerTask(PairTask):
@@ -188,9 +183,9 @@ class AnswerTask(PairTask):
             UserError: the data have no answers.
         """
         if not classes:
-            raise UserError("The data name no answers to choose from; give an archive with a training split.")
+            raise UserError("The dataset defines no answers to choose from; give an archive with a training split.")
         head = answer_head(encoder.dim, len(classes))
-        # All answers alike, one in sum: from one half each, sigmoids spend a thousand steps on nothing else.
+        # Equal probabilities that sum to one: from one half each, sigmoids need a thousand steps to get there.
         last = head[-1]
         assert isinstance(last, nn.Linear)
         nn.init.constant_(last.bias, -math.log(max(len(classes) - 1, 1)))
@@ -305,7 +300,7 @@ class FigureTask(PairTask):
             UserError: the data have no classes.
         """
         if not classes:
-            raise UserError("The data name no classes to tell apart.")
+            raise UserError("The dataset defines no classes.")
         return answer_head(encoder.dim, len(classes))
 
     def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
@@ -434,7 +429,7 @@ class RetrievalTask(PairTask):
         return torch.cat(columns, dim=1)
 
     def take_rows(self) -> list[dict[str, Any]]:
-        """Score the pool, its texts dealt to the ranks, each of which holds all of it."""
+        """Score the pool, its texts distributed over the ranks, each of which holds all of it."""
         if not self._pool:
             return []
         # Lightning enters the run's precision around steps, not at the end of an epoch.

@@ -12,6 +12,7 @@ from common.checkpoint import (
     resolve_checkpoint,
 )
 from common.checkpoint_io import AtomicCheckpointIO, atomic_save
+from common.commands import main
 from common.errors import CheckpointError, StorageError
 from common.types import InputSpec
 from common.weights.export import export
@@ -26,7 +27,7 @@ def run_folder(tmp_path):
     encoder = partial(VisionTransformer, embed_dim=24, depth=2, num_heads=2)
     module = EMIMPretrain(encoder=encoder, taps=(1, 2))
     module.build(InputSpec(CHANNELS, (32, 32, 32), preprocessing={"orientation": "RAS"}))
-    content = {"state_dict": module.state_dict()}
+    content: dict = {"state_dict": module.state_dict(), "global_step": 3}
     module.on_save_checkpoint(content)
     for name in ("best", "last"):
         atomic_save(content, tmp_path / "run/checkpoints" / f"{name}.ckpt")
@@ -140,11 +141,11 @@ def test_an_export_that_asks_for_a_command_or_is_damaged(run_folder, tmp_path, m
     whole = json.loads((out / "config.json").read_text())
     evil = {"class_path": "common.commands.execute", "init_args": {"arguments": ["doctor"]}}
     for change, message in (
-        ({"encoder": evil}, "is no encoder of this project"),
+        ({"encoder": evil}, "is not an encoder of this project"),
         ({"encoder": []}, "does not describe its encoder: `class_path`"),
         ({"channels": ["t1c"]}, "names 1 channels of an encoder of 3"),
         ({"format": "timm", "experiment": "../../common/commands"}, "There is no patch_embed.proj.weight in it"),
-        ({"format": "released", "experiment": "brainmvp", "encoder": evil}, "is no encoder of this project"),
+        ({"format": "released", "experiment": "brainmvp", "encoder": evil}, "is not an encoder of this project"),
         ({"format": "FORMATS", "experiment": "configs"}, "is no export in the format monai or timm"),
     ):
         (out / "config.json").write_text(json.dumps(whole | change))
@@ -156,10 +157,13 @@ def test_an_export_that_asks_for_a_command_or_is_damaged(run_folder, tmp_path, m
             load_encoder(out)
     (out / "config.json").write_text(json.dumps(whole))
     weights = (out / "model.safetensors").read_bytes()
-    for content in (weights[:-100], weights[:4], b"\xff" * 64):
+    for content in (weights[:-100], weights[:4], b"\xff" * 64, weights[:-1] + bytes([weights[-1] ^ 1])):
         (out / "model.safetensors").write_bytes(content)
-        with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or was changed"):
             load_encoder(out)
+    (out / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="can be read: export the encoder again"):
+        load_encoder(out)
     assert ran == []
 
 
@@ -167,7 +171,7 @@ def test_a_truncated_checkpoint(run_folder):
     folder, _ = run_folder
     path = folder / "checkpoints/best.ckpt"
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(CheckpointError, match=r"best.ckpt cannot be read as a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"best.ckpt is damaged .*last.ckpt is whole, of step 3"):
         read_checkpoint(path)
 
 
@@ -186,10 +190,10 @@ def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
 
     def fail(content, file):
         file.write(b"half")
-        raise OSError("disk full")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(StorageError, match=r"last\.ckpt cannot be written: disk full"):
+    with pytest.raises(StorageError, match=r"last\.ckpt cannot be written: the disk or the quota is full"):
         plugin.save_checkpoint({"step": 2}, path)
     assert plugin.load_checkpoint(path) == {"step": 1}
     assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
@@ -203,9 +207,74 @@ def test_a_checkpoint_cannot_have_anything_but_a_checkpoint_removed(tmp_path, na
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(StorageError, match="is no checkpoint of this run"):
+    with pytest.raises(StorageError, match="is not a checkpoint of this run"):
         AtomicCheckpointIO().remove_checkpoint(str(folder / name))
     assert sorted(tmp_path.rglob("*")) == before
     AtomicCheckpointIO().remove_checkpoint(folder / "best.ckpt")
     AtomicCheckpointIO().remove_checkpoint(folder / "best.ckpt")
     assert not (folder / "best.ckpt").exists()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_checkpoint_before_the_last_is_kept(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr("pathlib.Path.hardlink_to", lambda *args: (_ for _ in ()).throw(OSError("no links")))
+    for step in (1, 2, 3):
+        atomic_save({"global_step": step}, tmp_path / "last.ckpt")
+        atomic_save({"global_step": step}, tmp_path / "best.ckpt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
+    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 3
+    assert read_checkpoint(tmp_path / "previous.ckpt")["global_step"] == 2
+    (tmp_path / "last.ckpt").unlink()
+    assert resolve_checkpoint(tmp_path, "last").name == "previous.ckpt"
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_other_offered(tmp_path):
+    last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    for step in (5, 6):
+        atomic_save({"global_step": step, "x": torch.ones(500)}, last)
+    flip(last, 700)
+    with pytest.raises(CheckpointError) as refusal:
+        read_checkpoint(tmp_path, "last")
+    assert str(refusal.value) == (
+        f"{last} is damaged (its content does not match its check sum). {previous} is whole, of step 5: give that file "
+        f"instead, as RESUME= or CKPT=."
+    )
+    # The run goes on from the other, and the damaged one does not take its place.
+    assert read_checkpoint(previous)["global_step"] == 5
+    atomic_save({"global_step": 7}, last)
+    assert [read_checkpoint(path)["global_step"] for path in (last, previous)] == [7, 5]
+    flip(previous, 700)
+    flip(last, 100)
+    with pytest.raises(CheckpointError, match="take a copy of it, or another checkpoint"):
+        read_checkpoint(last)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(run_folder, small_disk):
+    folder, module = run_folder
+    path = folder / "checkpoints/last.ckpt"
+    before = path.read_bytes()
+    with small_disk(len(before) // 2), pytest.raises(StorageError, match="the disk or the quota is full"):
+        atomic_save({"state_dict": module.state_dict()}, path)
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in path.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+def test_a_full_disk_leaves_the_export_that_was_there(run_folder, small_disk):
+    folder, _ = run_folder
+    out = folder / "encoder"
+    main(["export", "--exp", "e_mim", "--ckpt", str(folder), "--format", "monai", "--out", str(out)])
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with small_disk(4000), pytest.raises(StorageError, match="the disk or the quota is full"):
+        export("e_mim", folder, "monai", out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "encoder"]
+    export("e_mim", folder, "monai", out)
+    assert load_encoder(out).num_features == 24

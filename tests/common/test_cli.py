@@ -1,13 +1,13 @@
+import errno
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from common.cli import execute, main, run_name
+from common.commands import main as medmim
 from common.errors import UserError
 
 CONFIG = "experiments/e_mim/configs/pretrain.yaml"
@@ -159,7 +159,7 @@ def test_a_missing_configuration_is_one_line_and_exits_with_2(capsys):
     [
         (["--model.mask_fill=drop"], "set barlow_twins_weight to 0"),
         (["--model.taps=[99]"], "`taps` must lie in 0..2"),
-        (["--data.crop_size=[50,64,64]"], "cannot be cut into patches"),
+        (["--data.crops.size=[50,64,64]"], "cannot be cut into patches"),
         (["--model.masker.hidden_per_position=3"], "`hidden_per_position` must be at most 2"),
     ],
 )
@@ -167,8 +167,31 @@ def test_values_that_cannot_work_are_one_line(refusal, pretrain_arguments, setti
     assert words in refusal(pretrain_arguments(*settings))
 
 
-def test_help_costs_no_torch():
-    """The small command must answer at once."""
-    code = "import sys; from common.commands import build_parser; build_parser(None); print('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "False"
+@pytest.mark.slow
+def test_a_disk_that_fills_up_costs_no_earlier_checkpoint(pretrain_arguments, refusal, small_disk):
+    folder = execute(pretrain_arguments("--trainer.max_epochs=1"))
+    before = (folder / "checkpoints/last.ckpt").read_bytes()
+    with small_disk(len(before) // 2):
+        line = refusal(pretrain_arguments(f"--ckpt_path={folder}"))
+    assert "cannot be written: the disk or the quota is full. Free some space and start the command again" in line
+    assert (folder / "checkpoints/last.ckpt").read_bytes() == before
+    assert not [path for path in folder.rglob(".*") if path.is_file()]
+    assert execute(pretrain_arguments(f"--ckpt_path={folder}")) == folder
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(OSError(errno.ENOSPC, "No space left on device", "a.csv"), "a.csv cannot be written or read: the disk"),
+     (PermissionError(errno.EACCES, "Permission denied", "/a"), "/a cannot be written or read: permission denied")],
+)  # fmt: skip
+def test_what_a_library_meets_on_the_disk_is_one_line(refusal, pretrain_arguments, monkeypatch, error, words):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("common.cli.execute", fail)
+    assert words in refusal(pretrain_arguments())
+    monkeypatch.setattr("common.commands.execute", fail)
+    with pytest.raises(SystemExit):
+        medmim(["doctor"])
+    with pytest.raises(OSError, match=error.strerror):
+        medmim(["--debug", "doctor"])

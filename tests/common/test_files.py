@@ -6,7 +6,7 @@ import pytest
 
 from common import files
 from common.errors import StorageError
-from common.files import owned, remove_empty_folders, remove_file, remove_tree, whole_file, write_text
+from common.files import owned, remove_empty_folders, remove_file, remove_tree, whole_file, whole_folder, write_text
 
 
 @pytest.fixture
@@ -121,11 +121,11 @@ def test_what_dead_processes_left_is_removed_and_what_the_living_write_is_not(tm
     elsewhere = mine.with_name(".another" + mine.name[1:])
     for path in (dead, alive, elsewhere):
         path.touch()
-    files._remove_leftovers.cache_clear()
+    files._remove_leftovers_once.cache_clear()
     write_text(tmp_path / "names/y.json", "{}")
     assert {p.name for p in (tmp_path / "names").iterdir()} == {"x.json", "y.json", alive.name, elsewhere.name}
     os.utime(elsewhere, (1, 1))
-    files._remove_leftovers.cache_clear()
+    files._remove_leftovers_once.cache_clear()
     write_text(tmp_path / "names/y.json", "{}")
     assert not elsewhere.exists()
 
@@ -140,3 +140,46 @@ def _umask():
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_files_that_belong_together_are_replaced_together(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("config.json", "weights", "mine"):
+        (out / name).write_text("old")
+    with pytest.raises(StorageError):
+        fail_in_folder(out, OSError(errno.ENOSPC, "No space left on device"))
+    assert {path.name: path.read_text() for path in out.iterdir()} == dict.fromkeys(
+        ("config.json", "weights", "mine"), "old"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with whole_folder(out, "config.json") as folder:
+        (folder / "part").mkdir()
+        for name in ("config.json", "weights", "part/config.json"):
+            (folder / name).write_text("new")
+    found = {path.relative_to(out).as_posix(): path.read_text() for path in out.rglob("*") if path.is_file()}
+    assert found == {"config.json": "new", "weights": "new", "part/config.json": "new", "mine": "old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def fail_in_folder(out, error):
+    with whole_folder(out, "config.json") as folder:
+        (folder / "weights").write_text("half")
+        raise error
+
+
+def test_without_its_last_file_a_folder_is_not_taken_for_complete(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    moved = []
+
+    def die(source, target, owner):
+        moved.append(target.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "move", die)
+    with pytest.raises(KeyboardInterrupt), whole_folder(out, "config.json") as folder:
+        (folder / "a").write_text("new") and (folder / "config.json").write_text("new")
+    assert moved == ["a"]
+    assert list(out.iterdir()) == []

@@ -6,19 +6,21 @@ from pathlib import Path
 import pytest
 
 from common.errors import DataError
-from common.names import path_under
 from datamodules.files import (
     decoded,
     first_line,
     json_lines,
     listed_names,
+    listing,
     parse_json,
     parse_xml,
     read_bytes,
     read_lines,
     read_matrix,
+    short,
     zipped_member,
 )
+from datamodules.listed_files import path_under
 
 
 @pytest.mark.parametrize(
@@ -165,3 +167,12 @@ def test_paths_stay_inside(name):
 
 def test_paths_inside():
     assert path_under(Path("/root"), "a/b..c/d.png", "table.csv") == Path("/root/a/b..c/d.png")
+
+
+def test_what_a_refusal_quotes_is_short_and_on_one_line():
+    assert short("a\nb\x1b[31m") == "a?b?[31m"
+    assert short("x" * 61) == "x" * 60 + "..."
+    assert listing(["a", "b"]) == "a, b"
+    assert listing([]) == "none"
+    assert listing(f"column {i}" for i in range(50)).endswith("column 8, column 9, ... (50 in all)")
+    assert len(listing(["x" * 5000] * 5)) < 150

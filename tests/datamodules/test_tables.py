@@ -8,12 +8,12 @@ import pytest
 from common.errors import DataError
 from datamodules.tables import (
     MAX_CELL,
-    finite_numbers,
     parse_table,
+    read_numbers,
     read_parquet,
+    read_positions,
     read_table,
     read_words,
-    whole_numbers,
 )
 
 
@@ -147,11 +147,13 @@ def test_words(tmp_path):
 
 
 def test_numbers():
-    column = pd.Series(["12", "", "x", "1e400", "1.5", "1e3", "-4", "9" * 30])
-    assert whole_numbers(column).tolist() == [12, 0, 0, 0, 0, 1000, -4, 0]
-    assert finite_numbers(Path("x"), pd.Series(["1", "-2e1"]), "weights").tolist() == [1.0, -20.0]
-    with pytest.raises(DataError, match="x has 3 weights that are no number, first 'nan'"):
-        finite_numbers(Path("x"), pd.Series(["nan", "1", "1e400", "y"]), "weights")
+    path = Path("x")
+    assert read_positions(path, pd.Series(["12", "", "NA", "1e3", "-4"])).tolist() == [12, 0, 0, 1000, -4]
+    assert read_numbers(path, pd.Series(["1", "nan", "-2e1", ""]), "weights").fillna(7).tolist() == [1.0, 7, -20.0, 7]
+    with pytest.raises(DataError, match="x has 3 weights that are no number, first '1e400'"):
+        read_numbers(path, pd.Series(["nan", "1", "1e400", "y", "-inf"]), "weights")
+    with pytest.raises(DataError, match=r"x has 2 positions that are no whole number, first '1\.5'"):
+        read_positions(path, pd.Series(["1", "1.5", "9" * 30]))
 
 
 @pytest.mark.real_data

@@ -9,6 +9,7 @@ from common.callbacks.effective_rank import EffectiveRank, spectrum_figure
 from common.callbacks.floor_ratio import FloorRatio
 from common.callbacks.prediction_diversity import PredictionDiversity
 from common.module import SSLModule, StepOutput, Term
+from common.optim import OptimizerConfig
 from common.types import Reconstruction, TokenFeatures
 
 N, P = 6, 4
@@ -18,7 +19,7 @@ class Stub(SSLModule):
     """Answers with whatever ``predict`` says of the target; positions 0 to 2 are hidden."""
 
     def __init__(self, predict, features=None):
-        super().__init__(torch.optim.SGD)
+        super().__init__(OptimizerConfig(torch.optim.SGD))
         self.predict = predict
         self.features = features
         self.network = torch.nn.Linear(1, 1)

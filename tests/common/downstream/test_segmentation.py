@@ -82,7 +82,8 @@ def test_hd95_of_a_resampled_set_has_one_unit(monkeypatch):
     )
     assert record.spacing == [1, 1, 2]
     assert record.source_diagonal == pytest.approx(math.hypot(20, 20, 30))
-    module = SegmentationModule(channels=["a"], image_size=[8, 8, 8], regions={"near": [1], "lost": [2]})
+    module = SegmentationModule()
+    module.state = TaskState(InputSpec(("a",), (8, 8, 8), {"near": (1,), "lost": (2,)}))
     label = torch.zeros(1, 2, 12, 12, 12)
     label[0, 0, 3, 3, 3] = label[0, 1, 5, 5, 5] = 1
     logits = torch.full_like(label, -9.0)

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 import common.cli
+from common.commands import execute
 from common.errors import UserError
 from common.sweeps import results, runner
 
@@ -50,9 +51,7 @@ def experiment(tmp_path, monkeypatch):
 
 
 def run_study(path, *more):
-    parser = runner.argparse.ArgumentParser()
-    runner.add_arguments(parser)
-    runner.run(parser.parse_args([str(path), "--data", "/archive", *more]))
+    execute(["study", str(path), "--data", "/archive", *more])
 
 
 def test_arms_run_once_per_seed_and_share_their_arguments(experiment, tmp_path):
@@ -117,7 +116,7 @@ pool: {score: score_x, target: target_x}
 config: [pretrain.yaml]
 arms:
   one:
-    - {run: fit, name: first, args: ["--data.fold={fold}", "--seed_everything={seed}"]}
+    - {run: fit, name: first, args: ["--data.split.fold={fold}", "--seed_everything={seed}"]}
     - {run: test, args: ["--ckpt_path={first}", "--seed_everything={seed}"], score: held-out folds}
 """
 
@@ -138,7 +137,8 @@ def test_folds_are_pooled_by_rank(experiment, tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner, "run_arm", run_arm)
     run_study(path, "--out", str(tmp_path / "result.json"))
-    assert [next(a for a in c if a.startswith("--data.fold")) for c in calls[::2]] == ["--data.fold=0", "--data.fold=1"]
+    folds = [next(a for a in c if a.startswith("--data.split.fold")) for c in calls[::2]]
+    assert folds == ["--data.split.fold=0", "--data.split.fold=1"]
     metrics = json.loads((tmp_path / "result.json").read_text())["rows"][0]["metrics"]
     assert metrics["auroc"] == metrics["auroc_folds"] == 1.0
     assert metrics["cases"] == 12

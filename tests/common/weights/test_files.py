@@ -1,10 +1,12 @@
 import pickle
+import shutil
 
 import pytest
 import torch
 
+from common.checkpoint_io import atomic_save
 from common.errors import CheckpointError
-from common.weights.files import read_json, read_tensors, read_torch
+from common.weights.files import is_damaged, read_json, read_tensors, read_torch
 
 
 class Payload:
@@ -33,7 +35,7 @@ def test_nothing_is_unpickled_and_the_refusal_says_what_to_do(tmp_path, capsys, 
         assert f"more than tensors and plain values{found}, and" in text
         assert text.endswith("Get its weights alone: safetensors, or a state dict of tensors.")
     (tmp_path / "raw.ckpt").write_bytes(pickle.dumps(Payload()))
-    assert "is no checkpoint" in refused(read_torch, tmp_path / "raw.ckpt")
+    assert "is not a checkpoint" in refused(read_torch, tmp_path / "raw.ckpt")
     assert "executed" not in capsys.readouterr().out
     assert not recwarn
 
@@ -68,3 +70,30 @@ def test_safetensors_and_json(tmp_path):
         assert "cannot be read as JSON" in refused(read_json, tmp_path / "x.json")
     (tmp_path / "x.json").write_bytes(b"[1]")
     assert "holds a list where an object is needed" in refused(read_json, tmp_path / "x.json")
+
+
+def test_a_flipped_bit_anywhere_is_noticed_and_a_copy_is_verified_alone(tmp_path):
+    atomic_save({"state_dict": {"a": torch.arange(40.0)}, "step": 3}, tmp_path / "last.ckpt")
+    shutil.copy(tmp_path / "last.ckpt", tmp_path / "renamed.pt")
+    assert torch.load(tmp_path / "renamed.pt", weights_only=True)["step"] == 3
+    assert read_torch(tmp_path / "renamed.pt")["step"] == 3
+    whole = (tmp_path / "last.ckpt").read_bytes()
+    path = tmp_path / "flipped.ckpt"
+    for position in range(len(whole)):
+        changed = bytearray(whole)
+        changed[position] ^= 1 << position % 8
+        path.write_bytes(changed)
+        assert is_damaged(path), position
+        if position % 100 == 0:
+            assert "check sum" in refused(read_torch, path)
+    for length in range(1, 100):
+        path.write_bytes(whole[:-length])
+        refused(read_torch, path)
+    path.write_bytes(whole)
+    assert not is_damaged(path)
+
+
+def test_files_without_a_check_sum_are_read(tmp_path):
+    torch.save({"a": 1}, tmp_path / "foreign.pth")
+    assert not is_damaged(tmp_path / "foreign.pth")
+    assert read_torch(tmp_path / "foreign.pth") == {"a": 1}

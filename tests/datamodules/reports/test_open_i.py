@@ -85,7 +85,7 @@ def test_archives_that_are_refused(tmp_path, members, message):
 def test_a_truncated_archive(tmp_path):
     path = write_archive(tmp_path, {"a/1.xml": report(findings="a")}) / "NLMCXR_reports.tgz"
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(DataError, match=r"cannot be read to its end .* fetch it again"):
+    with pytest.raises(DataError, match=r"is damaged .*: fetch it again"):
         find_studies(Tree(tmp_path))
 
 

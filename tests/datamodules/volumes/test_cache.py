@@ -1,15 +1,22 @@
+import errno
 import json
+import multiprocessing
 import os
 import shutil
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from common.errors import StorageError
 from common.faults import SampleFaultError
 from common.names import case_twins
 from datamodules.volumes.cache import VolumeCache
+from datamodules.volumes.modalities import with_modalities
 from datamodules.volumes.prepare import prepare_case
+from datamodules.volumes.voxels import VoxelConfig
 
 
 @pytest.fixture
@@ -209,3 +216,126 @@ def test_size_estimate_is_an_upper_bound(archive):
     cache.ensure(cases, progress=False)
     images = sum((cache.case_folder(c.case_id) / "image.npy").stat().st_size for c in cases)
     assert images <= cache.estimated_bytes(cases) < 4 * images
+
+
+def _fill(root, layout, cases, queue):
+    try:
+        records = VolumeCache(root, layout).ensure(cases, workers=2, progress=False)
+        queue.put(sorted(name for name, record in records.items() if record.usable))
+    except Exception as error:  # the parent says which
+        queue.put(repr(error))
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_processes_that_fill_a_cache_at_once(archive, monkeypatch, locks):
+    """In one of six rounds the second ended in OSError 39; without locks the first entry stays."""
+    root, layout, cases = archive
+    if not locks:
+        monkeypatch.setattr("datamodules.volumes.cache.sole_builder", nullcontext)
+    context = multiprocessing.get_context("fork")
+    for _ in range(3):
+        queue = context.Queue()
+        processes = [context.Process(target=_fill, args=(root, layout, cases, queue)) for _ in range(3)]
+        for process in processes:
+            process.start()
+        found = [queue.get(timeout=120) for _ in processes]
+        for process in processes:
+            process.join()
+        assert found == [sorted(case.case_id for case in cases)] * 3
+        cache = VolumeCache(root, layout)
+        assert {path.name for path in (cache.folder / "cases").iterdir()} == {case.case_id for case in cases}
+        assert list((cache.folder / "tmp").iterdir()) == []
+        shutil.rmtree(cache.folder)
+
+
+def test_the_entry_that_was_there_first_stays(archive):
+    root, layout, cases = archive
+    cache = VolumeCache(root, layout)
+    cache.build(cases[0])
+    first = (cache.case_folder(cases[0].case_id) / "image.npy").stat().st_ino
+    cache.build(cases[0])
+    assert (cache.case_folder(cases[0].case_id) / "image.npy").stat().st_ino == first
+    (cache.case_folder(cases[0].case_id) / "image.npy").write_bytes(b"")
+    cache.build(cases[0])
+    assert cache.open(cases[0]).image.shape[0] == 4
+    assert list((cache.folder / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["npy", "b2nd"])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(archive, small_disk, format):
+    root, layout, cases = archive
+    cache = VolumeCache(root, layout, format)
+    cache.ensure(cases[:1], progress=False)
+    before = {path: path.read_bytes() for path in cache.folder.rglob("*") if path.is_file()}
+    with small_disk(20_000), pytest.raises(StorageError, match="the disk or the quota is full") as error:
+        cache.ensure(cases, progress=False)
+    assert len(str(error.value)) <= 300
+    assert {path: path.read_bytes() for path in cache.folder.rglob("*") if path.is_file()} == before
+    assert cache.read_record(cases[1].case_id) is None
+    cache.ensure(cases, progress=False)
+    assert cache.open(cases[1]).record.usable
+
+
+def test_a_whole_cache_needs_no_permission_and_an_incomplete_one_says_so(archive, monkeypatch):
+    root, layout, cases = archive
+    cache = VolumeCache(root, layout)
+    cache.ensure(cases[:1], progress=False)
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        for name in ("mkdir", "write_text", "unlink", "replace"):
+            patch.setattr(Path, name, refuse)
+        assert cache.ensure(cases[:1], progress=False)[cases[0].case_id].usable
+        with pytest.raises(StorageError, match=r"cannot be made: permission denied\. Allow it"):
+            cache.ensure(cases, progress=False)
+
+
+def test_a_cache_that_was_moved_is_still_good(archive, monkeypatch, tmp_path):
+    root, layout, cases = archive
+    VolumeCache(root, layout).ensure(cases, progress=False)
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    monkeypatch.setenv("MEDMIM_CACHE", str(tmp_path / "moved"))
+    assert _ensure_rebuilds(VolumeCache(root, layout), cases, monkeypatch) == []
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_other_processes_write_is_left_to_them_whatever_the_clock_says(archive, monkeypatch):
+    root, layout, cases = archive
+    cache = VolumeCache(root, layout)
+    cache.ensure(cases[:1], progress=False)
+    mine, dead = cache.folder / "tmp" / ".x-1-0123abcd.case", cache.folder / "tmp" / ".x-4194305-0123abcd.case"
+    monkeypatch.setattr("common.files.socket.gethostname", lambda: "x")
+    for path in (mine, dead):
+        path.mkdir()
+    os.utime(mine, (1, 1))
+    os.utime(dead, (2**33, 2**33))
+    cache.ensure(cases, progress=False)
+    assert list((cache.folder / "tmp").iterdir()) == [mine]
+
+
+def test_voxels_beside_their_header_belong_to_a_source(tmp_path, volumes_of):
+    (tmp_path / "root/c0").mkdir(parents=True)
+    path = tmp_path / "root/c0/t1.mhd"
+    voxels = np.random.default_rng(0).integers(1, 99, (6, 7, 8)).astype(np.int16)
+    sitk.WriteImage(sitk.GetImageFromArray(voxels), str(path))
+    layout, cases = volumes_of(tmp_path / "root")
+    layout = with_modalities(layout, cases, None)
+    cache = VolumeCache(tmp_path / "root", layout)
+    record = cache.build(cases[0])
+    assert cache.is_valid(cases[0], record)
+    raw = path.with_suffix(".raw")
+    raw.write_bytes(raw.read_bytes()[::-1])
+    os.utime(raw, ns=(1, 1))
+    assert not cache.is_valid(cases[0], record)
+
+
+def test_how_odd_files_are_read_is_part_of_the_key(archive):
+    root, layout, _ = archive
+    folders = {
+        VolumeCache(root, layout.with_voxels(voxels)).folder
+        for voxels in (VoxelConfig(), VoxelConfig(nan="zero"), VoxelConfig(header="sform"),
+                       VoxelConfig(intensity={"t1c": "standardised"}))
+    }  # fmt: skip
+    assert len(folders) == 4

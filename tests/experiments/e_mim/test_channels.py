@@ -17,12 +17,14 @@ from common.commands import execute
 from common.downstream.probe import LinearProbe
 from common.downstream.segmentation import SegmentationModule
 from common.errors import CheckpointError, DataError
-from datamodules.volumes.datamodule import VolumeDataModule
+from common.types import InputSpec, TaskState
+from datamodules.configs import SplitConfig
+from datamodules.volumes.datamodule import CropConfig, VolumeDataModule
 from experiments.e_mim.module import EMIMPretrain
 
-STORED = ["t1c", "t1n", "t2f", "t2w"]
+STORED = ("t1c", "t1n", "t2f", "t2w")
 RENAMED = {"t1c": "T1c", "t1n": "t1", "t2f": "FLAIR", "t2w": "t2"}
-SIZE = [32, 32, 32]
+SIZE = (32, 32, 32)
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +32,9 @@ def pretrained(tmp_path_factory):
     """A run folder as older versions wrote it: its channels are the archive's names alone."""
     torch.manual_seed(0)
     encoder = partial(VisionTransformer, embed_dim=24, depth=2, num_heads=2)
-    module = EMIMPretrain(encoder=encoder, taps=(1, 2), channels=STORED, image_size=SIZE)
-    module.configure_model()
-    record = encoder_record(module)
+    module = EMIMPretrain(encoder=encoder, taps=(1, 2))
+    module.build(InputSpec(STORED, SIZE))
+    record = encoder_record(module, module.spec)
     del record["names"]
     folder = tmp_path_factory.mktemp("run")
     atomic_save({"state_dict": module.state_dict(), "encoder": record}, folder / "checkpoints/best.ckpt")
@@ -62,8 +64,8 @@ def renamed(archive, target, *without, swi=False):
 
 
 def data(root, **options):
-    settings = {"crop_size": SIZE, "batch_size": 4, "seed": 1, "split_fractions": (0.5, 0.25, 0.25)}
-    module = VolumeDataModule(str(root), **settings | options)
+    settings = {"batch_size": 4, "seed": 1, "split": SplitConfig((0.5, 0.25, 0.25))}
+    module = VolumeDataModule(str(root), crops=CropConfig(SIZE), **settings | options)
     module.prepare_data()
     module.setup("predict")
     return module
@@ -71,7 +73,7 @@ def data(root, **options):
 
 def embed(root, ckpt, out, *more):
     config = "experiments/e_mim/configs/pretrain.yaml"
-    options = [f"--set=crop_size={SIZE}", "--set=batch_size=4", "--set=num_workers=0", *more]
+    options = [f"--set=crops.size={list(SIZE)}", "--set=batch_size=4", "--set=num_workers=0", *more]
     execute(["embed", "--config", config, "--root", str(root), "--ckpt", str(ckpt), "--out", str(out), *options])
     frame = pd.read_parquet(out).set_index("subject_id").sort_index()
     return torch.tensor(np.stack(frame["feature"])), json.loads(pq.read_schema(out).metadata[b"channels"])
@@ -152,23 +154,23 @@ def segmentation(**options):
 
 
 def kernel(module):
-    return module.network["vit"].patch_embed.proj.weight.unflatten(1, (len(module.hparams["channels"]), -1))
+    return module.network["vit"].patch_embed.proj.weight.unflatten(1, (len(module.spec.channels), -1))
 
 
 def test_fine_tuning_starts_new_channels_as_the_mean(archive, pretrained, tmp_path):
     old = load_encoder(pretrained).patch_embed.proj.weight.unflatten(1, (4, -1))
     module = built(segmentation(pretrained=str(pretrained)), data(renamed(archive, tmp_path / "more", swi=True)))
-    assert module.hparams["channels"] == ["flair", "t1", "t1c", "t2", "swi"]
+    assert list(module.spec.channels) == ["flair", "t1", "t1c", "t2", "swi"]
     assert torch.equal(kernel(module)[:, :4], old[:, [2, 1, 0, 3]])
     assert torch.allclose(kernel(module)[:, 4], old.mean(1))
     assert module.channel_report.new == ["swi"]
     # Channels that the configuration names are all there are; the encoder's others are dropped.
     some = built(segmentation(pretrained=str(pretrained)), data(tmp_path / "more", modalities=["T2", "flair"]))
-    assert some.hparams["channels"] == ["t2", "flair"]
+    assert list(some.spec.channels) == ["t2", "flair"]
     assert some.channel_report.dropped == ["t1c", "t1"]
     # Without such a choice they stay, as absent.
     few = built(segmentation(pretrained=str(pretrained)), data(renamed(archive, tmp_path / "less", "t2f", "t2w")))
-    assert few.hparams["channels"] == ["t1", "t1c", "flair", "t2"]
+    assert list(few.spec.channels) == ["t1", "t1c", "flair", "t2"]
     assert few.channel_report.absent == ["flair", "t2"]
 
 
@@ -179,18 +181,27 @@ def test_nothing_in_common(lung_root, pretrained):
     with pytest.raises(CheckpointError, match=r"set model\.new_channels to fresh"):
         built(segmentation(pretrained=str(pretrained)), module)
     fresh = built(segmentation(pretrained=str(pretrained), new_channels="fresh"), module)
-    assert fresh.hparams["channels"] == ["1h", "xe"]
+    assert list(fresh.spec.channels) == ["1h", "xe"]
     assert fresh.channel_report.new == ["1h", "xe"]
 
 
 def test_a_trained_model_meets_other_archives_in_its_own_order(archive, tmp_path, capsys):
     """Evaluation, prediction and resuming: the data follow the checkpoint."""
-    trained = partial(segmentation, channels=STORED, image_size=SIZE, regions={"WT": [1, 2, 3]})
+    spec = {"channels": list(STORED), "image_size": list(SIZE)}
+
+    def trained():
+        module = segmentation()
+        module.state = TaskState.read({"state": {"spec": spec, "encoder": None}})
+        return module
+
     module = data(renamed(archive, tmp_path / "renamed", "t2w"))
     built(trained(), module)
     assert module.input_spec.channels == ("t1c", "t1", "flair", "t2")
     assert "3 of 4" not in (line := capsys.readouterr().out)
-    assert "channels: 4 of 4 matched (T1c = t1c, t1, FLAIR = flair, t2); t2 not in the data, fed as absent" in line
+    assert (
+        "channels: 4 of 4 matched (T1c = t1c, t1 = t1n, FLAIR = t2f, t2 = t2w); t2 not in the data, fed as absent"
+        in line
+    )
     (batch, *_) = module.central_samples()
     (expected, *_) = data(archive).central_samples()
     assert torch.equal(batch["image"][:, :3], expected["image"][:, :3])

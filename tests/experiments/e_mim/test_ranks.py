@@ -40,8 +40,9 @@ def run_two_ranks(arguments):
 )
 def test_two_ranks_equal_one(pretrain_arguments, optimizer, precision):
     """The third case lacks a modality, so the ranks hide different numbers of entries."""
-    shared = ["--trainer.max_epochs=1", f"--trainer.precision={precision}", "--data.crops_per_case=4",
-              "--data.split_fractions=[0.6,0.4,0.0]", f"--model.optimizer={optimizer}", "--model.optimizer.lr=0.01",
+    shared = ["--trainer.max_epochs=1", f"--trainer.precision={precision}", "--data.loader.draws=4",
+              "--data.split.fractions=[0.6,0.4,0.0]", f"--model.optimization.optimizer={optimizer}",
+              "--model.optimization.optimizer.lr=0.01",
               "--trainer.limit_train_batches=5", "--model.barlow_twins_weight=1.0"]  # fmt: skip
     alone = execute(pretrain_arguments(*shared, "--data.batch_size=4"))
     together = run_two_ranks(pretrain_arguments(*shared, "--data.batch_size=2"))
@@ -67,7 +68,7 @@ def test_fewer_validation_batches_than_ranks_and_a_fault_on_one_of_them(pretrain
     root = shutil.copytree(brats_root, tmp_path / "copy")
     broken = sorted(root.glob("*/*-t1c.nii.gz"))[1]
     broken.write_bytes(b"broken")
-    arguments = pretrain_arguments("--trainer.max_epochs=1", "--data.cache=none", root=root)
+    arguments = pretrain_arguments("--trainer.max_epochs=1", "--data.cache.format=none", root=root)
     folder = run_two_ranks(arguments)
     rows = (Path(folder) / "data_faults.csv").read_text().splitlines()[1:]
     assert len(rows) == 1

@@ -15,6 +15,7 @@ from experiments.mrm_genetics.model import (
     GenomeEncoder,
     GenomeHeads,
     GenomeKeys,
+    RelationConfig,
     RelationNetwork,
     SegmentTokenizer,
     Tokens,
@@ -207,7 +208,7 @@ def test_absent_genetics_have_no_part_in_anything():
 @pytest.mark.parametrize("cross_params", ["shared", "dedicated"])
 @pytest.mark.parametrize("pool", ["mean", "cls"])
 def test_every_parameter_is_used(genome, cross_params, pool):
-    network, (image, genetics) = make(genome, cross_params=cross_params, pool=pool), inputs()
+    network, (image, genetics) = make(genome, relations=RelationConfig(cross_params), pool=pool), inputs()
     output = network(image, genetics if genome else None)
     total = output.image.square().mean() + sum(x.sin().mean() for x in output.pooled if x is not None)
     total = total + (output.genome.square().mean() if genome else 0)
@@ -222,7 +223,7 @@ def test_without_the_residual_pixels_reach_no_prediction():
     image, genetics = inputs()
     other, differences = torch.randn_like(image), []
     for residual in (True, False):
-        network = make(masked_residual=residual, tau_image=0.0, tau_genome=0.0).eval()
+        network = make(relations=RelationConfig(masked_residual=residual), tau_image=0.0, tau_genome=0.0).eval()
         differences.append((network(image, genetics).image - network(other, genetics).image).abs().mean())
     assert differences[1] < 0.5 * differences[0]
 

@@ -9,8 +9,8 @@ from common.losses.relation import sample_relations
 from common.maskers.random import RandomMasker
 from common.types import InputSpec
 from experiments.mrm_genetics.callbacks import attention_figure, relations_figure
-from experiments.mrm_genetics.model import FusedDecoder, GenomeEncoder, RelationOutput
-from experiments.mrm_genetics.module import RelationPretrain
+from experiments.mrm_genetics.model import FusedDecoder, GenomeEncoder, RelationConfig, RelationOutput
+from experiments.mrm_genetics.module import MatchingConfig, RelationPretrain
 
 GENOME = {"snp": 23, "pgs": 5}
 VIT = {"patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "qkv_bias": True, "pos_embed": "sincos",
@@ -119,9 +119,16 @@ def gradients(module, batch):
     [
         (GENOME, {}),
         (GENOME, {"match_weight": 0.0}),
-        (GENOME, {"tau_image": 0.0, "tau_genome": 0.0, "cross_params": "dedicated"}),
-        (GENOME, {"tie_rule": "rank", "renormalize": True, "match_center": True, "norm_pix_loss": True}),
-        (GENOME, {"match_stop_grad_intact": True, "match_pool": "cls"}),
+        (GENOME, {"tau_image": 0.0, "tau_genome": 0.0, "relations": RelationConfig("dedicated")}),
+        (
+            GENOME,
+            {
+                "relations": RelationConfig(tie_rule="rank", renormalize=True),
+                "matching": MatchingConfig(center=True),
+                "norm_pix_loss": True,
+            },
+        ),
+        (GENOME, {"matching": MatchingConfig("cls", stop_gradient=True)}),
         (None, {}),
         (None, {"match_weight": 0.0}),
         (None, {"match_weight": 0.0, "tau_image": 0.0, "masker": RandomMasker(0.75)}),

@@ -19,12 +19,14 @@ from experiments.umd.encoder import UMDEncoder
 from experiments.umd.module import UMDPretrain
 from experiments.umd.objective import total_weights
 from experiments.umd.pairs import matching_pairs, shown_pairs
-from experiments.umd.towers import TextTower, VisionTower, load_text, load_vision, resized_positions
+from experiments.umd.pretrain_network import FeatureConfig
+from experiments.umd.towers import TextTower, TowerConfig, VisionTower, load_text, load_vision, resized_positions
 
+FEATURES = ("positions", "target", "text_padding", "teacher_decay")
 VOCABULARY = {"size": 40, "length": 12, "fingerprint": "x", "pad_id": 0}
 TINY = {
-    "patch_size": 8, "vision_width": 16, "vision_depth": 1, "vision_heads": 2, "text_width": 16, "text_depth": 1,
-    "text_heads": 2, "max_positions": 20, "dim": 16, "fusion_depth": 2, "fusion_heads": 2, "dropout": 0.0,
+    "patch_size": 8, "vision": TowerConfig(16, 1, 2), "text": TowerConfig(16, 1, 2),
+    "max_positions": 20, "dim": 16, "fusion_depth": 2, "fusion_heads": 2, "dropout": 0.0,
 }  # fmt: skip
 
 
@@ -39,8 +41,7 @@ def make(encoder=None, **settings):
         **{
             "encoder": partial(UMDEncoder, **TINY | (encoder or {})),
             "decoder": partial(MAEDecoder, decoder_dim=12, depth=1, num_heads=2, num_prefix_tokens=1, quick_gelu=True),
-            "feature_dim": 8,
-            "text_feature_dim": 8,
+            "features": FeatureConfig(8, 8, **{name: settings.pop(name) for name in FEATURES if name in settings}),
         }
         | settings
     )
@@ -165,7 +166,7 @@ def test_step_is_the_papers():
 )
 def test_feature_losses_reach_the_student(positions, target, learns):
     """7-C1: in the published form the student's vision encoder gets no gradient at all."""
-    module, batch = make(feature_positions=positions, feature_target=target), batch_of()
+    module, batch = make(positions=positions, target=target), batch_of()
     losses = losses_of(module.step(batch, sync=False))
     gradient = gradient_of(module, losses["feature_image"], "network.encoder.vision.")
     assert (gradient > 1e-6) == learns
@@ -186,8 +187,8 @@ def test_visible_gather_of_the_specification():
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"feature_positions": "masked_decoder"}, {"feature_positions": "upstream", "feature_target": "paper"},
-    {"feature_target": "stopgrad", "mim_layer": 1, "feature_text_padding": True}, {"weights": {"itm": 0}},
+    {}, {"positions": "masked_decoder"}, {"positions": "upstream", "target": "paper"},
+    {"target": "stopgrad", "mim_layer": 1, "text_padding": True}, {"weights": {"itm": 0}},
     {"alpha": 0.0}, {"encoder": {"pool": "cls"}}, {"weights": {"mlm": 0, "mim": 0}},
 ])  # fmt: skip
 def test_every_trained_parameter_is_used(settings):
