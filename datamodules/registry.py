@@ -345,10 +345,7 @@ class Entry(NamedTuple):
 
 
 def _entry(name: str, at: str, gives: str, labels: str = "", title: str = "") -> Entry:
-    module = at.partition(":")[0]
-    return Entry(
-        name, f"datamodules.{at}", frozenset(gives.split()), labels and f"datamodules.{module}:{labels}", title
-    )
+    return Entry(name, f"datamodules.{at}", frozenset(gives.split()), labels and f"datamodules.{labels}", title)
 
 
 #: Every layout, and the only list of them.
@@ -371,13 +368,14 @@ LAYOUTS: tuple[Entry, ...] = (
     _entry("indi", "brain.layouts:INDI", "volumes", title="INDI"),
     _entry("sources", "brain.layouts:SOURCES", "volumes masks"),
     _entry("brain_manifest", "brain.layouts:MANIFEST", "volumes masks"),
-    _entry("images", "images.plain:IMAGES", "images views sessions"),
-    _entry("class_folders", "images.plain:CLASS_FOLDERS", "images targets views sessions"),
+    _entry("images", "images.plain:IMAGES", "images views sessions", title="plain image"),
+    _entry("class_folders", "images.plain:CLASS_FOLDERS", "images targets views sessions", title="class folder"),
     _entry("mimic_cxr", "reports.mimic_cxr:MIMIC_CXR", "images text views targets", title="MIMIC-CXR"),
     _entry("open_i", "reports.open_i:OPEN_I", "images text", title="Open-I"),
-    _entry("covid_cxr", "reports.covid_cxr:COVID_CXR", "images text views", title="COVID-19 image collection"),
+    _entry("covid_cxr", "reports.covid_cxr:COVID_CXR", "images text views",
+           "labelled.covid:CovidFindings", "COVID-19 image collection"),
     _entry("manifest", "images.table:MANIFEST", "images text views targets masks sessions"),
-    _entry("table", "images.table:TABLE", "images text views targets masks sessions"),
+    _entry("table", "images.table:TABLE", "images text views targets masks sessions", "labelled.layout:LabelledTable"),
     _entry("medicat", "reports.medicat:MEDICAT", "images text", title="MedICaT"),
     _entry("medicat_all", "reports.medicat:MEDICAT_ALL", "images text", title="MedICaT"),
     _entry("roco", "reports.roco:ROCO", "images text", title="ROCO"),
@@ -386,17 +384,19 @@ LAYOUTS: tuple[Entry, ...] = (
     _entry("vqa_rad", "pairs.vqa:VQA_RAD", "images text questions", title="VQA-RAD"),
     _entry("slake", "pairs.vqa:SLAKE", "images text questions", title="SLAKE"),
     _entry("vqa_med_2019", "pairs.vqa:VQA_MED", "images text questions", title="VQA-Med-2019"),
-    _entry("ukb", "genetics.ukb:UKB", "images genetics targets", "UKBRisk", "UK Biobank"),
-    _entry("tcga_gbmlgg", "genetics.tcga:TCGA", "images genetics targets", "TCGAGrade", "TCGA GBM-LGG"),
-    _entry("idrid", "labelled.fundus:IDRID", "images targets", "IDRiD", "IDRiD"),
-    _entry("aptos2019", "labelled.fundus:APTOS", "images targets", "APTOS2019", "APTOS 2019"),
-    _entry("eyepacs2015", "labelled.fundus:EYEPACS", "images targets", "EyePACS2015", "EyePACS 2015"),
-    _entry("rfmid", "labelled.fundus:RFMID", "images targets", "RFMiD", "RFMiD"),
-    _entry("palm", "labelled.palm:PALM", "images masks", "PALMStructures", "PALM"),
-    _entry("chexpert", "labelled.chexpert:CHEXPERT", "images targets views", "CheXpert", "CheXpert"),
-    _entry("nih_cxr14", "labelled.nih_cxr:NIH_CXR14", "images targets", "NIHChestXray14", "NIH ChestX-ray14"),
-    _entry("rsna_pneumonia", "labelled.rsna:RSNA", "images targets", "RSNAPneumonia", "RSNA Pneumonia"),
-    _entry("siim_pneumothorax", "labelled.siim:SIIM", "images targets masks", "SIIMPneumothorax", "SIIM-ACR"),
+    _entry("ukb", "genetics.ukb:UKB", "images genetics targets", "genetics.ukb:UKBRisk", "UK Biobank"),
+    _entry("tcga_gbmlgg", "genetics.tcga:TCGA", "images genetics targets", "genetics.tcga:TCGAGrade", "TCGA GBM-LGG"),
+    _entry("idrid", "labelled.fundus:IDRID", "images targets", "labelled.fundus:IDRiD", "IDRiD"),
+    _entry("aptos2019", "labelled.fundus:APTOS", "images targets", "labelled.fundus:APTOS2019", "APTOS 2019"),
+    _entry("eyepacs2015", "labelled.fundus:EYEPACS", "images targets", "labelled.fundus:EyePACS2015", "EyePACS 2015"),
+    _entry("rfmid", "labelled.fundus:RFMID", "images targets", "labelled.fundus:RFMiD", "RFMiD"),
+    _entry("palm", "labelled.palm:PALM", "images masks", "labelled.palm:PALMStructures", "PALM"),
+    _entry("chexpert", "labelled.chexpert:CHEXPERT", "images targets views", "labelled.chexpert:CheXpert", "CheXpert"),
+    _entry("nih_cxr14", "labelled.nih_cxr:NIH_CXR14", "images targets",
+           "labelled.nih_cxr:NIHChestXray14", "NIH ChestX-ray14"),
+    _entry("rsna_pneumonia", "labelled.rsna:RSNA", "images targets", "labelled.rsna:RSNAPneumonia", "RSNA Pneumonia"),
+    _entry("siim_pneumothorax", "labelled.siim:SIIM", "images targets masks",
+           "labelled.siim:SIIMPneumothorax", "SIIM-ACR"),
 )  # fmt: skip
 
 
@@ -421,14 +421,14 @@ def in_words(names: Iterable[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def unsuited(entry: Entry, gives: Iterable[str], needs: frozenset[str], purpose: str) -> DataError:
+def unsuited(entry: Entry, gives: Iterable[str], needs: frozenset[str], purpose: str, root: object) -> DataError:
     """Return the refusal of an archive that lacks what is needed."""
     missing = needs - set(gives)
     verb = "is" if missing == {"text"} else "are"
     title = entry.title or entry.name
     article = "An" if title[0].lower() in "aeiou" or title[:2] in ("MS", "NI", "RF", "RS") else "A"
     return DataError(f"{article} {title} archive gives {in_words(gives)}; {purpose} needs {in_words(needs)}, so "
-                     f"{in_words(missing)} {verb} lacking.")  # fmt: skip
+                     f"{in_words(missing)} {verb} lacking in {shortened(str(root), 80)}.")  # fmt: skip
 
 
 class _Match(NamedTuple):
@@ -480,7 +480,7 @@ def recognise(tree: Tree, needs: frozenset[str], purpose: str = "this") -> tuple
         others = _matches(tree, [entry for entry in LAYOUTS if entry not in suited])
         other = _best(tree, others)
         if other is not None and (best is None or other.evidence.score > 1):
-            raise unsuited(other.entry, _given(other, tree), needs, purpose)
+            raise unsuited(other.entry, _given(other, tree), needs, purpose, tree)
         matches += others
     if best is None:
         raise DataError(_unknown(tree, matches))
@@ -537,7 +537,7 @@ def open_archive(
     if layout != "auto":
         entry = entry_of(layout)
         if not wanted <= entry.gives:
-            raise unsuited(entry, entry.gives, wanted, purpose)
+            raise unsuited(entry, entry.gives, wanted, purpose, root)
     tree = root if isinstance(root, Tree) else Tree(root)
     if settings.ignore:
         tree = tree.without(settings.ignore)
@@ -549,7 +549,7 @@ def open_archive(
         held = f"({shortened(chosen.tree, 110)}); it holds {shortened(contents(tree.root), 50)}"
         raise DataError(f"{shortened(str(tree), 80)} is not of the layout {chosen.name} {held}.")
     if missing := wanted - archive.gives - {"genetics", "masks", "targets"}:
-        raise unsuited(entry_of(chosen.name), archive.gives - missing, wanted, purpose)
+        raise unsuited(entry_of(chosen.name), archive.gives - missing, wanted, purpose, tree)
     return archive
 
 
