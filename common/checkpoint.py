@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from common.blocks.patch_embed import grid_of
@@ -12,7 +13,10 @@ from common.blocks.pos_embed import resize_position_embedding
 from common.blocks.registry import build_encoder, check_arguments, class_path, declared_default, fits
 from common.errors import CheckpointError
 from common.finite import check_finite
+from common.modalities import canonical_channels
 from common.runtime.experiments import experiment_module
+from common.types import InputSpec
+from common.weights.channels import ChannelReport, Channels, NewChannels, fit_kernel
 from common.weights.files import LAST, PREVIOUS, check_export, read_json, read_tensors, read_torch
 from common.weights.monai_keys import from_monai
 from common.weights.timm_keys import from_timm
@@ -56,6 +60,18 @@ def read_checkpoint(path: str | Path, prefer: str = "best") -> dict[str, Any]:
     return read_torch(resolve_checkpoint(path, prefer))
 
 
+def stored_membership(path: str | Path) -> dict[str, Any] | None:
+    """Return who was in which split of the run that wrote a checkpoint; None where it does not say, as exports do not.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    if (Path(path) / "config.json").is_file():
+        return None
+    checkpoint = read_checkpoint(path)
+    return checkpoint.get("membership") if isinstance(checkpoint, dict) else None
+
+
 def check_shapes(loaded: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     """Compare a state dict with the network's.
 
@@ -74,26 +90,30 @@ def check_shapes(loaded: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
         )
 
 
-def encoder_record(module: nn.Module) -> dict[str, Any]:
+def encoder_record(module: nn.Module, spec: InputSpec) -> dict[str, Any]:
     """Describe the encoder inside a module so that it can be rebuilt from the checkpoint alone.
 
-    The encoder is the first submodule called ``encoder`` that carries its ``config``.
+    The encoder is the first submodule called ``encoder`` that carries its ``config``; ``spec`` is what it was built
+    for.
     """
     for name, child in module.named_modules():
         if name.rsplit(".", 1)[-1] in ("encoder", "vit") and hasattr(child, "config"):
-            hparams = getattr(module, "hparams", {})
             return {
                 "class_path": class_path(type(child)),
                 "init_args": dict(child.config),
                 "prefix": f"{name}.",
-                "channels": list(hparams.get("channels") or []),
-                "preprocessing": dict(getattr(module, "preprocessing", {})),
+                "channels": list(spec.channels),
+                "names": list(spec.names),
+                "preprocessing": dict(spec.preprocessing),
             }
     return {}
 
 
 class StoredEncoder(NamedTuple):
-    """An encoder as a file holds it: how to build it, its weights, what its input was, and the weights beside it."""
+    """An encoder as a file holds it: how to build it, its weights, what its input was, and the weights beside it.
+
+    ``channels`` are canonical names, ``names`` what the archive it was trained on calls them; empty = the same.
+    """
 
     class_path: str
     init_args: dict[str, Any]
@@ -101,6 +121,7 @@ class StoredEncoder(NamedTuple):
     channels: list[str]
     preprocessing: dict[str, Any]
     rest: dict[str, Tensor] = {}
+    names: list[str] = []
 
 
 def read_encoder(path: str | Path) -> StoredEncoder:
@@ -109,8 +130,13 @@ def read_encoder(path: str | Path) -> StoredEncoder:
     Raises:
         CheckpointError: the file holds no encoder of ours.
     """
-    if (Path(path) / "config.json").is_file():
-        return _read_export(Path(path))
+    stored = _read_export(Path(path)) if (Path(path) / "config.json").is_file() else _read_run(path)
+    # Older files hold the archive's names alone.
+    return stored._replace(channels=list(canonical_channels(stored.channels)), names=stored.names or stored.channels)
+
+
+def _read_run(path: str | Path) -> StoredEncoder:
+    """Read the encoder of a run or of a checkpoint."""
     checkpoint = read_checkpoint(path)
     record = checkpoint.get("encoder")
     if not record:
@@ -153,7 +179,7 @@ def stored_encoder(
 
     Args:
         record: ``class_path`` and ``init_args``.
-        about: ``channels`` and ``preprocessing``.
+        about: ``channels``, ``preprocessing`` and, from younger files, the archive's ``names`` of the channels.
         state: The encoder's weights.
         source: The file.
         rest: Weights beside them.
@@ -170,7 +196,8 @@ def stored_encoder(
         raise CheckpointError(f"{source} names {len(channels)} channels of an encoder of {arguments['in_channels']}: "
                               f"export the encoder again, or start from the run it came from.")  # fmt: skip
     check_finite(state, str(source))
-    return StoredEncoder(path, arguments, state, channels, dict(preprocessing), dict(rest or {}))
+    names = part(about, "names", list[str], source) if "names" in about else []
+    return StoredEncoder(path, arguments, state, channels, dict(preprocessing), dict(rest or {}), names)
 
 
 def _read_export(folder: Path) -> StoredEncoder:
@@ -209,12 +236,14 @@ class LoadReport(NamedTuple):
         adapted: keys changed on the way, with the reason.
         missing: keys of the network that kept their initial value.
         unexpected: keys of the file that found no place.
+        channels: how the input's channels were matched; None where the encoder maps its own keys.
     """
 
     loaded: list[str]
     adapted: dict[str, str]
     missing: list[str]
     unexpected: list[str]
+    channels: ChannelReport | None = None
 
     def __str__(self) -> str:
         adapted = "; ".join(f"{key}: {reason}" for key, reason in self.adapted.items()) or "none"
@@ -224,47 +253,26 @@ class LoadReport(NamedTuple):
         )
 
 
-def _adapt_channels(weight: Tensor, fresh: Tensor, old: Sequence[str], new: Sequence[str]) -> Tensor:
-    """Move the columns of a patch embedding ``(E, C P)`` to other channels; unknown channels stay fresh."""
-    source = weight.reshape(weight.shape[0], len(old), -1)
-    target = fresh.detach().clone().reshape(fresh.shape[0], len(new), -1)
-    for index, name in enumerate(new):
-        if name in old:
-            target[:, index] = source[:, list(old).index(name)]
-    return target.flatten(1)
-
-
-def inflated(kernel: Tensor, count: int) -> Tensor:
-    """Give every one of ``count`` input channels its share of a kernel ``(E, C, ...)``.
-
-    Equal channels are then answered as one channel was.
-    """
-    return (kernel.sum(1, keepdim=True) / count).repeat(1, count, *[1] * (kernel.ndim - 2))
-
-
-def _channel_names(stored: StoredEncoder, count: int, names: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    old_count = stored.init_args["in_channels"]
-    old = stored.channels or [str(index) for index in range(old_count)]
-    if names is not None and stored.channels:
-        return old, list(names)
-    # Without names on both sides the first channels are taken to be the same ones.
-    return old, [old[index] if index < old_count else f"new {index}" for index in range(count)]
-
-
-def transfer_encoder(stored: StoredEncoder, encoder: nn.Module, channels: Sequence[str] | None = None) -> LoadReport:
+def transfer_encoder(
+    stored: StoredEncoder,
+    encoder: nn.Module,
+    channels: Sequence[str] | None = None,
+    new_channels: NewChannels = "refuse",
+) -> LoadReport:
     """Carry stored weights into ``encoder``, which may differ in channels and image size.
 
-    Learned positions are resampled to the new grid; patch-embedding columns follow the channels' names. An encoder with
-    an ``input_kernel`` was pre-trained on single channels: its first kernel is shared out among all channels. One of
-    another make, which has ``adapt_state(state, stored arguments)``, changes its own keys and says what it changed.
+    Learned positions are resampled to the new grid; the first kernel, which an encoder's ``input_kernel`` names,
+    follows the channels' canonical names (:func:`common.weights.channels.fit_kernel`). Encoders that define
+    ``adapt_state(state, stored arguments)`` map their own keys and say what they changed.
 
     Args:
         stored: The weights.
         encoder: Where they go; must have ``config``.
-        channels: Names of the new input's channels; None matches them by position.
+        channels: Names of the new input's channels; None takes the first ones to be the same.
+        new_channels: What channels that are not stored start as; ``"refuse"`` is for encoders that stay frozen.
 
     Raises:
-        CheckpointError: another key differs in shape.
+        CheckpointError: a channel is not stored and must be, or another key differs in shape.
     """
     wanted = encoder.state_dict()
     config: Mapping[str, Any] = encoder.config  # type: ignore[assignment]
@@ -275,15 +283,12 @@ def transfer_encoder(stored: StoredEncoder, encoder: nn.Module, channels: Sequen
     key = getattr(encoder, "input_kernel", "patch_embed.proj.weight")
     if key not in state or key not in wanted:
         raise CheckpointError(f"The weights of the encoder lack {key}: they are not whole, or of another encoder.")
-    old_names, new_names = _channel_names(stored, config["in_channels"], channels)
-    if hasattr(encoder, "input_kernel"):
-        count = config["in_channels"]
-        if state[key].shape[1] != count:
-            adapted[key] = f"{state[key].shape[1]} channels shared out among {count}"
-            state[key] = inflated(state[key], count)
-    elif old_names != new_names:
-        state[key] = _adapt_channels(state[key], wanted[key], old_names, new_names)
-        adapted[key] = f"channels {old_names} to {new_names}"
+    old = Channels(stored.init_args["in_channels"], stored.channels or None, stored.names)
+    new = Channels(config["in_channels"], None if channels is None else canonical_channels(channels))
+    kernel, report = fit_kernel(state[key], wanted[key], old, new, new_channels)
+    if kernel.shape != state[key].shape or not torch.equal(kernel, state[key]):
+        adapted[key] = report.line().removeprefix("channels: ")
+    state[key] = kernel
     old_size, new_size = list(stored.init_args["image_size"]), list(config["image_size"])
     if old_size != new_size and "pos_embed" in state:
         patch = config["patch_size"]
@@ -293,7 +298,7 @@ def transfer_encoder(stored: StoredEncoder, encoder: nn.Module, channels: Sequen
         go_on = config.get("pos_embed") == "sincos" and len(new_size) == 3
         state["pos_embed"] = wanted["pos_embed"] if go_on else resize_position_embedding(state["pos_embed"], *grids)
         adapted["pos_embed"] = f"{'computed' if go_on else 'resampled'} from {old_size} to {new_size}"
-    return _load(encoder, state, adapted)
+    return _load(encoder, state, adapted)._replace(channels=report)
 
 
 def _load(encoder: nn.Module, state: Mapping[str, Tensor], adapted: dict[str, str]) -> LoadReport:
@@ -355,8 +360,10 @@ def init_encoder(encoder: nn.Module, path: str | Path) -> LoadReport:
         first, second = (patch, patch) if isinstance(patch, int) else patch
         if side**2 == state["pos_embed"].shape[1] != math.prod(grid_of(config["image_size"], (first, second))):
             arguments["image_size"] = [side * first, side * second]
-    stored = StoredEncoder("", arguments, state, [], {})
-    return transfer_encoder(stored, encoder)
+    patch = config["patch_size"]
+    values = patch**2 if isinstance(patch, int) else math.prod(patch)
+    arguments["in_channels"] = max(state["patch_embed.proj.weight"].shape[1] // values, 1)
+    return transfer_encoder(StoredEncoder("", arguments, state, [], {}), encoder, new_channels="mean")
 
 
 def load_encoder(
@@ -365,6 +372,7 @@ def load_encoder(
     image_size: Sequence[int] | None = None,
     channels: Sequence[str] | None = None,
     settings: Mapping[str, Any] | None = None,
+    new_channels: NewChannels = "refuse",
 ) -> nn.Module:
     """Load a pre-trained encoder by itself.
 
@@ -374,6 +382,7 @@ def load_encoder(
         image_size: Size of the new input; None keeps the pre-training's. Positions are resampled.
         channels: Names of the new input's channels, to match them by name instead of by position.
         settings: Arguments of the encoder that take the place of pre-training's, such as a rate of dropout.
+        new_channels: What channels start as that the encoder was not trained on; see :func:`transfer_encoder`.
 
     Returns:
         A module with ``num_features`` and ``forward_features``; its ``load_report`` says what was adapted.
@@ -390,5 +399,5 @@ def load_encoder(
     if image_size is not None:
         arguments["image_size"] = list(image_size)
     encoder = build_encoder(stored.class_path, arguments)
-    encoder.load_report = transfer_encoder(stored, encoder, channels)  # type: ignore[assignment]
+    encoder.load_report = transfer_encoder(stored, encoder, channels, new_channels)  # type: ignore[assignment]
     return encoder

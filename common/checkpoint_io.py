@@ -1,7 +1,6 @@
 """Checkpoints on disk: whole or not at all, with a check sum, the one before kept, and never unpickled."""
 
-import contextlib
-import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,31 +8,21 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from common.checkpoint import read_checkpoint
-from common.errors import UserError
+from common.errors import StorageError
+from common.files import remove_file, whole_file
+from common.names import printable
 from common.weights.files import LAST, PREVIOUS, is_damaged, seal, trust
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def remove_temporaries(folder: Path) -> None:
-    """Remove what a process that was killed inside a save has left; no other process may be writing there."""
-    for path in folder.glob(".*.ckpt.*.tmp"):
-        path.unlink(missing_ok=True)
 
 
 def _keep_previous(path: Path) -> None:
     """Give a checkpoint that is about to be replaced a second name; there is one under its own at every moment."""
     if not path.is_file() or is_damaged(path):
         return  # a damaged one must not take the place of a whole one
-    previous, link = path.with_name(PREVIOUS), _temporary(path.with_name(PREVIOUS))
-    link.unlink(missing_ok=True)
-    try:
-        link.hardlink_to(path)
-        link.replace(previous)
-    except OSError:  # a file system without hard links
-        path.replace(previous)
+    with whole_file(path.with_name(PREVIOUS)) as second:
+        try:
+            second.hardlink_to(path)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, second)
 
 
 def atomic_save(content: Any, path: Path) -> None:
@@ -42,34 +31,15 @@ def atomic_save(content: Any, path: Path) -> None:
     What is called ``last.ckpt`` becomes ``previous.ckpt`` before it is replaced.
 
     Raises:
-        UserError: it cannot be written; what was there before is still there.
+        StorageError: it cannot be written; the file that was there is still there.
     """
-    temporary = _temporary(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path, durable=True) as temporary:
         with temporary.open("w+b") as file:
             torch.save(content, file)
             seal(file)
-            file.flush()
-            os.fsync(file.fileno())
         if path.name == LAST:
             _keep_previous(path)
-        temporary.replace(path)
-        trust(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except (OSError, RuntimeError) as error:
-        # torch reports a failed write as a RuntimeError.
-        cause = error if isinstance(error, OSError) else error.__context__
-        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0][:80]
-        raise UserError(f"The checkpoint {path} cannot be written ({reason}); what was saved before is intact. Make "
-                        "room or mend the folder's permissions, and resume the run.") from error  # fmt: skip
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    trust(path)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -90,3 +60,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             CheckpointError: missing, damaged, or holding more than tensors and plain values.
         """
         return read_checkpoint(path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint that a better one has replaced: a file, never a folder.
+
+        Lightning names it as a checkpoint says that was resumed from, which may say anything.
+
+        Raises:
+            StorageError: it is no checkpoint of the run's.
+        """
+        path = Path(path)
+        if path.suffix != ".ckpt" or ".." in path.parts:
+            raise StorageError(f"{printable(path)} is no checkpoint of this run, so it was not removed.")
+        remove_file(path, path.parent)

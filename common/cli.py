@@ -1,16 +1,13 @@
 """The ``lightning`` command: LightningCLI with our defaults, run folder and one-sentence refusals."""
 
-from common.commands import prepare_memory
+from common.runtime.lean_imports import import_torchmetrics
 
-prepare_memory()
+import_torchmetrics()  # before anything imports Lightning
 
-import contextlib
 import json
-import logging
 import os
 import sys
 import time
-import warnings
 from importlib.resources import files
 from itertools import count, pairwise
 from pathlib import Path
@@ -26,30 +23,26 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from common.callbacks.fault_report import FaultReport
 from common.callbacks.last_checkpoint import LastCheckpoint
+from common.callbacks.membership import MembershipRecord
 from common.callbacks.preemption import Preemption, slurm_job
-from common.callbacks.run_record import RunRecord
-from common.checkpoint import read_checkpoint, resolve_checkpoint, run_tokenizer
+from common.callbacks.run_record import RunRecord, personal_settings
+from common.checkpoint import read_checkpoint, resolve_checkpoint, run_tokenizer, stored_membership
 from common.checkpoint_io import AtomicCheckpointIO
 from common.distributed import launched_rank
-from common.errors import PreemptedError, UserError
-from common.module import SIZES
+from common.errors import PreemptedError, UsageError, UserError
+from common.files import is_about_storage, remove_empty_folders, storage_sentence, whole_file
+from common.module import BuiltFromData
+from common.names import printable, safe_name
+from common.pseudonyms import public_name
 from common.randomness import DEFAULT_SEED
-from common.runtime.data_config import one_line, package_file
+from common.runtime.configs import expand_config_arguments
+from common.runtime.data_config import one_line
 from common.runtime.loggers import RunCSVLogger, RunTensorBoardLogger, SummaryLogger
+from common.runtime.process import silence_advice
 from common.runtime.reporting import is_dry_run, say
+from common.types import TaskState
 
 PREEMPTED = 143
-
-
-def resolve_config_arguments(arguments: list[str]) -> list[str]:
-    """Make every ``--config experiments/...`` work from any folder."""
-    result = list(arguments)
-    for index, argument in enumerate(result):
-        if argument in ("--config", "-c") and index + 1 < len(result):
-            result[index + 1] = package_file(result[index + 1])
-        elif argument.startswith("--config="):
-            result[index] = "--config=" + package_file(argument.removeprefix("--config="))
-    return result
 
 
 def run_name(arguments: list[str], class_path: str) -> tuple[str, str]:
@@ -65,9 +58,9 @@ def run_name(arguments: list[str], class_path: str) -> tuple[str, str]:
         if config.name == "config.yaml" and len(parts) > 4:
             return parts[-4], parts[-3]
         if config.parent.name == "configs":
-            return config.parent.parent.name, config.name.split(".")[0]
+            return safe_name(config.parent.parent.name), safe_name(config.name.split(".")[0])
     package = class_path.split(".")
-    return (package[1] if package[0] == "experiments" and len(package) > 1 else "custom"), "run"
+    return (safe_name(package[1]) if package[0] == "experiments" and len(package) > 1 else "custom"), "run"
 
 
 def supports_bfloat16(device_type: str) -> bool:
@@ -84,14 +77,16 @@ class RunConfig(SaveConfigCallback):
     """Saves the resolved configuration as ``config.yaml`` in the run folder."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the file once, under a temporary name (Lightning hook)."""
+        """Write the file once, whole or not at all (Lightning hook)."""
         if self.already_saved or not trainer.is_global_zero or is_dry_run(trainer):
             return
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / "config.tmp.yaml"
-        self.parser.save(self.config, str(temporary), skip_unset=False, overwrite=True)
-        temporary.replace(folder / "config.yaml")
+        config = self.config.clone()
+        options = (config.get("data") or {}).get("init_args") or {}
+        for name in personal_settings(trainer):
+            if options.get(name):
+                options[name] = public_name(options[name])
+        with whole_file(Path(trainer.default_root_dir) / "config.yaml") as temporary:
+            self.parser.save(config, str(temporary), skip_unset=False, skip_validation=True, overwrite=True)
         self.already_saved = True
 
 
@@ -111,8 +106,10 @@ class MedmimCLI(LightningCLI):
     """LightningCLI that owns the run folder and what must never be switched off by another callback list."""
 
     def __init__(self, arguments: list[str]) -> None:
-        self._arguments = arguments
+        self._arguments = arguments  # as given: they name the run
         self._made: Path | None = None
+        self._state = TaskState()
+        self._members: dict[str, Any] | None = None
         defaults = str(files("experiments").joinpath("configs/defaults.yaml"))
         try:
             super().__init__(
@@ -121,19 +118,18 @@ class MedmimCLI(LightningCLI):
                 parser_kwargs={name: {"default_config_files": [defaults]} for name in self.subcommands()},
                 auto_configure_optimizers=False,
                 parser_class=OneLineParser,
-                args=arguments,
+                args=expand_config_arguments(arguments),
             )
         except BaseException:
             if self._made is not None:
-                with contextlib.suppress(OSError):
-                    os.removedirs(self._made)  # no more than what is empty
+                remove_empty_folders(self._made, Path())
             raise
 
     def _parse_ckpt_path(self) -> None:
-        """Let a run folder stand for its checkpoint, and take sizes and architecture from it.
+        """Let a run folder stand for its checkpoint, and take what the network was built for from it.
 
         A folder means the last checkpoint to resume and the best for all else. Everything but what the weights' shapes
-        hang on stays as the configuration has it, so that a model can be scored under other settings.
+        depend on stays as the configuration has it, so that a model can be scored under other settings.
         """
         command = self.config["subcommand"]
         config = self.config[command]
@@ -143,11 +139,11 @@ class MedmimCLI(LightningCLI):
             return
         path = resolve_checkpoint(config["ckpt_path"], "last" if command == "fit" else "best")
         config["ckpt_path"] = str(path)
-        hparams = read_checkpoint(path).get("hyper_parameters", {})
-        sizes = {name: hparams[name] for name in (*SIZES, "encoder_record") if hparams.get(name) is not None}
-        if sizes and config["model"].get("class_path") == hparams.get("_class_path", config["model"]["class_path"]):
-            model = {"class_path": config["model"]["class_path"], "init_args": sizes}
-            self.config = self.parser.parse_object({command: {"model": model}}, self.config)
+        checkpoint = read_checkpoint(path)
+        class_path = config["model"].get("class_path")
+        if class_path == checkpoint.get("hyper_parameters", {}).get("_class_path", class_path):
+            self._state = TaskState.read(checkpoint)
+        self._members = checkpoint.get("membership")
 
     def before_instantiate_classes(self) -> None:
         """Give the data the tokenizer of the run that weights are from, unless one is asked for (CLI hook)."""
@@ -173,10 +169,27 @@ class MedmimCLI(LightningCLI):
         """Make model, data and trainer; a value that one of them refuses is the user's to change."""
         try:
             super().instantiate_classes()
+            if self.datamodule is not None:
+                self.datamodule.purpose = run_name(self._arguments, "")[0]
         except UserError:
             raise
         except ValueError as error:
             raise UserError(f"{one_line(str(error))}.") from error
+        if isinstance(self.model, BuiltFromData):
+            self.model.state = self._state
+        self._recall_members()
+
+    def _recall_members(self) -> None:
+        """Tell the data who was in which split of the runs that this one goes on from (those that keep it)."""
+        recall = getattr(self.datamodule, "recall", None)
+        if recall is None:
+            return
+        pretrained = (self._get(self.config, "model").get("init_args") or {}).get("pretrained")
+        started_from = stored_membership(pretrained) if pretrained else None
+        if pretrained and started_from is None and not self._members:
+            say(f"note: whether patients were seen in pre-training cannot be checked: {pretrained} keeps no membership")
+        kind = "resumed" if self.subcommand == "fit" else "weights"
+        recall(**{"started_from": started_from, kind: self._members})
 
     def run_folder(self) -> Path:
         """Return the folder of this run; a resumed run continues in its own.
@@ -191,7 +204,7 @@ class MedmimCLI(LightningCLI):
         if self.subcommand != "fit":
             stage = f"{'evaluate' if self.subcommand == 'test' else self.subcommand}_{stage.removeprefix('finetune_')}"
         # Ranks that this process starts inherit the name through the environment.
-        stamp = os.environ.setdefault("MEDMIM_RUN_TIME", time.strftime("%Y-%m-%d_%H-%M-%S"))
+        stamp = safe_name(os.environ.setdefault("MEDMIM_RUN_TIME", time.strftime("%Y-%m-%d_%H-%M-%S")))
         folder = Path("runs") / experiment / stage / stamp
         if launched_rank() == 0 and not self._get(self.config_init, "trainer")["fast_dev_run"]:
             for number in count(2):
@@ -235,7 +248,7 @@ class MedmimCLI(LightningCLI):
         config["plugins"] = [*(config["plugins"] or []), AtomicCheckpointIO()]
         if SLURMEnvironment.detect():
             config["plugins"].append(SLURMEnvironment(auto_requeue=False))
-        callbacks: list[Any] = [RunRecord(folder), FaultReport(folder)]
+        callbacks: list[Any] = [RunRecord(folder), MembershipRecord(folder), FaultReport(folder)]
         if config["enable_progress_bar"] is not False and not any(
             isinstance(c, ProgressBar) for c in config["callbacks"]
         ):
@@ -267,41 +280,10 @@ class MedmimCLI(LightningCLI):
         return [best, last, Preemption(last)]
 
 
-def _fail(message: str) -> NoReturn:
-    """Print one line and exit with 1."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    sys.exit(1)
-
-
-#: Advice that is not for the person who runs a command.
-_SILENCED = (
-    ".*does not have many workers.*",
-    ".*LightningCLI's args parameter.*",
-    ".*is already saved during checkpointing.*",
-    ".*Checkpoint directory .* exists and is not empty.*",
-    ".*isinstance\\(treespec, LeafSpec\\).*",
-    ".*module\\(s\\) in eval mode at the start of training.*",
-    ".*callbacks used to create the checkpoint need to be provided.*",
-    ".*number of training batches .* is smaller than the logging interval.*",
-    ".*Couldn't infer the batch indices fetched from your dataloader.*",
-    ".*always_return_as_numpy.*",
-)
-
-
-_SILENCED_LINES = ("Tip: ", "`weights_only` was not set", "Loading `train_dataloader` to estimate", "Seed set to")
-
-
-def _silence_advice() -> None:
-    """Leave on the terminal what the person who runs a command needs."""
-    for pattern in _SILENCED:
-        warnings.filterwarnings("ignore", pattern)
-    for name in (
-        "pytorch.utilities.rank_zero",
-        "pytorch.trainer.connectors.checkpoint_connector",
-        "fabric.utilities.seed",
-    ):
-        logger = logging.getLogger(f"lightning.{name}")
-        logger.addFilter(lambda record: not any(text in record.getMessage() for text in _SILENCED_LINES))
+def _fail(error: Exception) -> NoReturn:
+    """Print one line and exit: with 2 for wrong usage, else with 1."""
+    print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
+    sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 def execute(arguments: list[str]) -> Path:
@@ -311,9 +293,9 @@ def execute(arguments: list[str]) -> Path:
         UserError: refused.
         PreemptedError: stopped on request; the state is saved.
     """
-    _silence_advice()
+    silence_advice()
     os.environ.pop("MEDMIM_RUN_TIME", None) if launched_rank() == 0 else None
-    return Path(MedmimCLI(resolve_config_arguments(arguments)).trainer.default_root_dir)
+    return Path(MedmimCLI(arguments).trainer.default_root_dir)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -330,7 +312,11 @@ def main(args: list[str] | None = None) -> None:
     except (UserError, MisconfigurationException) as error:
         if debug:
             raise
-        _fail(str(error))
+        _fail(error)
+    except OSError as error:
+        if debug or not is_about_storage(error):
+            raise
+        _fail(UserError(storage_sentence(Path(error.filename or "A file of the run"), error, "written or read")))
 
 
 if __name__ == "__main__":

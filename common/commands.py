@@ -1,57 +1,182 @@
-"""The ``medmim`` command: everything around training. Each subcommand lives where its subject does."""
+"""The ``medmim`` command: everything around training. What a subcommand does lives where its subject does."""
 
 import argparse
-import ctypes
 import importlib
-import os
-import platform
 import sys
+from argparse import ArgumentParser
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, NoReturn
 
-#: Subcommand to (module with ``add_arguments`` and ``run``, what it does). Modules are imported when they are needed.
+from common.errors import UsageError, UserError
+from common.files import is_about_storage, storage_sentence
+from common.names import printable
+from common.runtime.process import prepare_memory
+
+
+class Command(NamedTuple):
+    """A subcommand.
+
+    Arguments are declared here, away from the function that takes them, because its module imports torch or pandas: a
+    page of help and a refusal of wrong usage must not. (jsonargparse would read them off the function, but has neither
+    ``--seeds 0 1``, nor a repeated ``--config``, nor ``--vocab-size``.)
+
+    Attributes:
+        function: Dotted path of the function; it takes what is declared, by name.
+        summary: What it does.
+        declare: Declares its arguments.
+    """
+
+    function: str
+    summary: str
+    declare: Callable[[ArgumentParser], None]
+
+
+def _archive(parser: ArgumentParser) -> None:
+    """Declare what becomes the argument ``archive``, a :class:`common.runtime.data_config.Archive`."""
+    parser.set_defaults(takes_archive=True)
+    parser.add_argument(
+        "--config", action="append", required=True, help="configuration with a data section; repeat to overlay"
+    )
+    parser.add_argument("--root", help="the archive (default: the configuration's)")
+    parser.add_argument("--layout", help="force a layout instead of recognising it")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="another data setting, such as cache=b2nd"
+    )
+
+
+def _synthesize(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "layout", nargs="?", help="such as brats2023; an unknown one is answered with all that are known"
+    )
+    parser.add_argument(
+        "--config", action="append", help="instead: configurations whose data.root ends in the layout's name"
+    )
+    parser.add_argument("--out", help="folder to write (default: data/synthetic/LAYOUT, or the configuration's root)")
+    parser.add_argument("--cases", type=int, default=16, help="number of cases (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other cases (default: %(default)s)")
+
+
+def _doctor(parser: ArgumentParser) -> None:
+    _archive(parser)
+    parser.add_argument("--deep", action="store_true", help="read every byte, check every check sum and voxel")
+    parser.add_argument("--workers", type=int, default=4, help="threads (default: %(default)s)")
+
+
+def _prepare(parser: ArgumentParser) -> None:
+    _archive(parser)
+    parser.add_argument("--workers", type=int, default=4, help="threads (default: %(default)s)")
+
+
+def _split(parser: ArgumentParser) -> None:
+    _archive(parser)
+    parser.add_argument("--out", required=True, help="CSV to write, for data.split_file")
+    parser.add_argument("--by", choices=("case", "patient"), default="case", help="a line is (default: %(default)s)")
+    parser.add_argument("--lists", nargs=3, metavar=("TRAIN", "VAL", "TEST"), help="text files, a case first on a line")
+    parser.add_argument("--repair", action="store_true", help="leave out of a list whoever is in a later one")
+
+
+def _tokenizer(parser: ArgumentParser) -> None:
+    _archive(parser)
+    parser.add_argument("--kind", choices=("wordpiece", "bpe"), help="default: the configuration's, else wordpiece")
+    parser.add_argument("--vocab-size", type=int, help="tokens at most (default: the configuration's)")
+    parser.add_argument("--out", required=True, help="JSON file to write, for data.tokenizer")
+
+
+def _export(parser: ArgumentParser) -> None:
+    parser.add_argument("--exp", required=True, help="experiment, such as e_mim")
+    parser.add_argument("--ckpt", required=True, help="run folder or checkpoint")
+    parser.add_argument("--format", required=True, help="format, such as monai")
+    parser.add_argument("--out", required=True, help="folder to write")
+
+
+def _convert(parser: ArgumentParser) -> None:
+    parser.add_argument("--exp", required=True, help="experiment whose fine-tuning will take it, such as mrm_record")
+    parser.add_argument("--weights", required=True, help="file with a ViT: .safetensors, or of torch.save")
+    parser.add_argument("--out", required=True, help="folder to write, for CKPT=")
+    parser.add_argument("--num-heads", type=int, help="attention heads (default: width / 64)")
+
+
+def _embed(parser: ArgumentParser) -> None:
+    _archive(parser)
+    parser.add_argument("--ckpt", required=True, help="run folder, checkpoint or export")
+    parser.add_argument("--out", required=True, help="Parquet file to write: subject_id, split, feature")
+
+
+def _associate(parser: ArgumentParser) -> None:
+    parser.add_argument("--features", required=True, help="Parquet file of medmim embed: subject_id, split, feature")
+    parser.add_argument("--genotypes", required=True, help="PLINK prefix, .bed or .bgen; {chrom} stands for 1 to 22")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--split", default="test", help="persons of this split alone, or all (default: %(default)s)")
+    parser.add_argument("--covariates", help="CSV with IID and columns of numbers, such as sex and age")
+    parser.add_argument("--components", type=int, default=10, help="of the features (default: %(default)s)")
+    parser.add_argument("--genetic-components", type=int, default=0, help="of the genotypes, added as covariates")
+    parser.add_argument("--kinship", help="table of pairs (IID1, IID2, KINSHIP); default: estimated from the genotypes")
+    parser.add_argument("--p1", type=float, default=5e-8, help="of a region's leading variant (default: %(default)s)")
+    parser.add_argument("--p2", type=float, default=1e-7, help="of its members (default: %(default)s)")
+    parser.add_argument("--r2", type=float, default=0.1, help="linkage inside a region (default: %(default)s)")
+    parser.add_argument("--kb", type=float, default=150, help="reach of a region (default: %(default)s)")
+
+
+def _study(parser: ArgumentParser) -> None:
+    parser.add_argument("study", nargs="?", help="YAML file, such as experiments/e_mim/configs/studies/collapse.yaml")
+    parser.add_argument("--data", help="the archive")
+    parser.add_argument("--out", help="JSON file to write (default: into the experiment's results folder)")
+    parser.add_argument("--arms", nargs="+", help="only these arms")
+    parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
+    parser.add_argument(
+        "--merge", dest="parts", nargs="+", metavar="FILE", help="run nothing: make one result of parts"
+    )
+    parser.add_argument(
+        "--readme", dest="readmes", nargs="+", metavar="FILE", help="make the tables of these READMEs anew and stop"
+    )
+
+
+def _bench(parser: ArgumentParser) -> None:
+    parser.add_argument("--exp", help="one experiment only (default: all)")
+    parser.add_argument("--out", help="JSON file to write as well")
+
+
 COMMANDS = {
-    "synthesize": ("datamodules.synthetic.command", "write a small synthetic tree in an official layout"),
-    "doctor": ("datamodules.volumes.checks", "read an archive's headers (--deep: every byte) and print what is wrong"),
-    "prepare": ("datamodules.commands.prepare", "build or verify the cache of an archive"),
-    "split": ("datamodules.commands.split", "write a split by patient as a file"),
-    "tokenizer": ("datamodules.reports.tokens", "learn a vocabulary from the training texts of an archive"),
-    "export": ("common.weights.export", "write a pre-trained encoder for use without this project"),
-    "convert": ("common.weights.convert", "turn the weights of MAE, timm or published code into an encoder for CKPT="),
-    "embed": ("common.embed", "write the features of every case to Parquet"),
-    "associate": (
-        "datamodules.genetics.association",
-        "test variants against image features, and count regions",
+    "synthesize": Command(
+        "datamodules.synthetic.command.run", "write a small synthetic tree in an official layout", _synthesize
     ),
-    "study": ("common.sweeps.runner", "run the arms of a comparison over seeds and write its results"),
-    "bench": ("common.sweeps.bench", "time our own pairs side by side and print the ratios"),
+    "doctor": Command(
+        "datamodules.commands.doctor.run",
+        "read an archive's headers (--deep: every byte) and print what is wrong",
+        _doctor,
+    ),
+    "prepare": Command("datamodules.commands.prepare.run", "build or verify the cache of an archive", _prepare),
+    "split": Command("datamodules.commands.split.run", "write a split by patient as a file", _split),
+    "tokenizer": Command(
+        "datamodules.commands.tokenizer.run", "learn a vocabulary from the training texts of an archive", _tokenizer
+    ),
+    "export": Command("common.weights.export.run", "write a pre-trained encoder for use without this project", _export),
+    "convert": Command(
+        "common.weights.convert.run",
+        "turn the weights of MAE, timm or published code into an encoder for CKPT=",
+        _convert,
+    ),
+    "embed": Command("common.embed.run", "write the features of every case to Parquet", _embed),
+    "associate": Command(
+        "datamodules.genetics.association.run",
+        "test variants against image features, and count regions",
+        _associate,
+    ),
+    "study": Command(
+        "common.sweeps.runner.run", "run the arms of a comparison over seeds and write its results", _study
+    ),
+    "bench": Command("common.sweeps.bench.run", "time our own pairs side by side and print the ratios", _bench),
 }
 
-#: From malloc.h of glibc.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
-
-def prepare_memory() -> None:
-    """Let large CPU tensors lie on huge pages, where a step is 1.2 to 1.7 times as fast, and keep what is freed.
-
-    PyTorch reads its setting at its first allocation, so this comes before its import. Where the C library is glibc, it
-    is asked to take no mapping of its own for a large block and to give nothing back: else the pages of every large
-    activation are made anew in every step, 25,000 of them in one of ViT-B with 32 radiographs.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, -1)
-
-
-def build_parser(wanted: str | None = None) -> argparse.ArgumentParser:
-    """Make the parser; only the wanted subcommand's module is imported."""
-    parser = argparse.ArgumentParser(prog="medmim", description=__doc__.splitlines()[0])
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+def build_parser() -> ArgumentParser:
+    """Make the parser of all subcommands."""
+    parser = ArgumentParser(prog="medmim", description=__doc__.splitlines()[0])
+    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (module, summary) in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=summary, description=summary)
-        if name == wanted:
-            importlib.import_module(module).add_arguments(subparser)
+    for name, command in COMMANDS.items():
+        command.declare(subparsers.add_parser(name, help=command.summary, description=command.summary))
     return parser
 
 
@@ -62,9 +187,13 @@ def execute(arguments: list[str]) -> None:
         UserError: refused.
         SystemExit: wrong usage.
     """
-    wanted = next((argument for argument in arguments if argument in COMMANDS), None)
-    args = build_parser(wanted).parse_args(arguments)
-    importlib.import_module(COMMANDS[args.command][0]).run(args)
+    options = vars(build_parser().parse_args(arguments))
+    module, _, function = COMMANDS[options.pop("command")].function.rpartition(".")
+    if options.pop("takes_archive", False):
+        from common.runtime.data_config import Archive
+
+        options["archive"] = Archive(*(options.pop(name) for name in ("config", "root", "layout", "set")))
+    getattr(importlib.import_module(module), function)(**options)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -72,15 +201,21 @@ def main(arguments: list[str] | None = None) -> None:
     prepare_memory()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
-    from common.errors import UserError
-
     try:
         execute([argument for argument in arguments if argument != "--debug"])
     except UserError as error:
         if debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+        _fail(error)
+    except OSError as error:
+        if debug or not is_about_storage(error):
+            raise
+        _fail(UserError(storage_sentence(Path(error.filename or "A file"), error, "written or read")))
+
+
+def _fail(error: Exception) -> NoReturn:
+    print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+    sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,15 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def broadcast_object(value: Any) -> Any:
+    """Return rank 0's value on every rank, over the CPU."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=control_group())
+    return box[0]
+
+
 def reduce_sums(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     """Merge ``name -> (weighted sum, weight)`` over ranks and divide: never a mean of means.
 

@@ -1,39 +1,49 @@
 """``medmim embed``: the features of every case, as Parquet."""
 
-import argparse
+import json
 from pathlib import Path
 
-import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from common.checkpoint import load_encoder
-from common.downstream.encoder import mean_features
-from common.runtime.data_config import add_data_arguments, make_datamodule
+from common.downstream.encoder import mean_features, meet_encoder
+from common.files import whole_file
+from common.runtime.data_config import Archive
 from common.runtime.reporting import say
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``medmim embed``."""
-    add_data_arguments(parser)
-    parser.add_argument("--ckpt", required=True, help="run folder, checkpoint or export")
-    parser.add_argument("--out", required=True, help="Parquet file to write: subject_id, split, feature")
+from common.weights.channels import ChannelReport
 
 
 @torch.no_grad()
-def run(args: argparse.Namespace) -> None:
-    """Carry out ``medmim embed``: mean over the tokens of the central crop, one row a case."""
-    datamodule = make_datamodule(args)
+def run(archive: Archive, ckpt: str, out: str) -> None:
+    """Carry out ``medmim embed``: mean over the tokens of the central crop, one row per case.
+
+    How channels were matched is said, and kept in the file's metadata under ``channels``, as JSON.
+
+    Args:
+        archive: The archive, with all settings that training would have.
+        ckpt: Run folder, checkpoint or export.
+        out: Parquet file to write.
+    """
+    datamodule = archive.datamodule()
     datamodule.prepare_data()
     datamodule.setup("predict")
-    spec = datamodule.input_spec
+    spec = meet_encoder(datamodule, ckpt, "refuse")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    encoder = load_encoder(args.ckpt, image_size=spec.image_size, channels=spec.channels).eval().to(device)
+    encoder = load_encoder(ckpt, image_size=spec.image_size, channels=spec.channels).eval().to(device)
+    channels: ChannelReport | None = encoder.load_report.channels  # type: ignore[union-attr, assignment]
+    if channels is not None:
+        channels = channels.without(spec.absent)
+        say(channels.line(spec.shown))
     rows = []
     for split in ("train", "val", "test"):
         for batch in datamodule.central_samples((split,)):
             features = mean_features(encoder, batch["image"].to(device)).cpu()
-            names = zip(batch["subject_id"], features.tolist(), strict=True)
+            texts = [name.encode("utf-8", "backslashreplace").decode() for name in batch["subject_id"]]
+            names = zip(texts, features.tolist(), strict=True)
             rows += [{"subject_id": name, "split": split, "feature": feature} for name, feature in names]
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_parquet(args.out)
-    say(f"embedded {len(rows)} cases, {encoder.num_features} features each, to {args.out}")
+    facts = {} if channels is None else {"channels": json.dumps(channels.facts())}
+    with whole_file(Path(out)) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata(facts), temporary)
+    say(f"embedded {len(rows)} cases, {encoder.num_features} features each, to {out}")

@@ -5,12 +5,20 @@ class UserError(ValueError):
     """A setting or an input that cannot work. The commands print its text alone and exit with 1."""
 
 
+class UsageError(UserError):
+    """A command line or a configuration file that cannot be read. The commands exit with 2."""
+
+
 class DataError(UserError):
     """A data root, split or archive that training must refuse before its first step."""
 
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, unreadable or of another shape than the network."""
+
+
+class StorageError(UserError):
+    """Something cannot be written: the disk is full, the folder read-only, or the path is not ours to touch."""
 
 
 class TooManyFaultsError(DataError):

@@ -1,15 +1,18 @@
 """Broken members of an archive: one row each, counted, never hidden, fatal only when there are too many."""
 
 import csv
-import os
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import TooManyFaultsError
-from common.randomness import stable_hash
+from common.files import whole_file
+from common.pseudonyms import pseudonym
 
+#: What pseudonyms keep of a file's name: what kind of file it is, by a name for it that everybody has.
+_SUFFIX = re.compile(r"\.(nii|mha|mhd|dcm|png|jpe?g|tiff?|bmp|txt|xml|json|csv|npy)(\.gz)?$", re.IGNORECASE)
 FIELDS = ("path", "kind", "detail", "rank", "worker")
 
 
@@ -108,27 +111,29 @@ class FaultLedger:
     def describe(self) -> str:
         """Say what is wrong: counts by kind, and the first three examples."""
         kinds = ", ".join(f"{kind} {count}" for kind, count in Counter(f.kind for f in self.faults).most_common())
-        examples = "; ".join(f"{self.shown_path(f)} ({f.kind}: {f.detail})" for f in self.faults[:3])
+        examples = "; ".join(f"{self.shown_path(f)} ({self._found(f)})" for f in self.faults[:3])
         return f"By kind: {kinds}. First: {examples}."
+
+    def _found(self, fault: Fault) -> str:
+        return fault.kind if self.anonymise else f"{fault.kind}: {fault.detail}"
 
     def shown_path(self, fault: Fault) -> str:
         """Return the path as it may be written down."""
         if not self.anonymise:
             return fault.path
-        return f"{pseudonym(fault.sample)}/{stable_hash(fault.path):016x}{''.join(Path(fault.path).suffixes[-2:])}"
+        suffix = _SUFFIX.search(fault.path)
+        return (
+            f"{pseudonym(fault.sample)}/{pseudonym(fault.path).replace('subject', 'file')}{suffix[0] if suffix else ''}"
+        )
 
     def write(self, path: Path) -> None:
-        """Write all faults as CSV, under a temporary name first."""
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
+        """Write all faults as CSV, whole or not at all."""
+        with (
+            whole_file(path) as temporary,
+            temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+        ):
             writer = csv.writer(file)
             writer.writerow(FIELDS)
             for fault in self.faults:
-                detail = "" if self.anonymise else fault.detail
+                detail = "" if self.anonymise else fault.detail  # which may name files
                 writer.writerow([self.shown_path(fault), fault.kind, detail, fault.rank, fault.worker])
-        os.replace(temporary, path)
-
-
-def pseudonym(subject: str) -> str:
-    """Return a stable stand-in for a subject's id."""
-    return f"subject-{stable_hash('pseudonym', subject):016x}"[:20]

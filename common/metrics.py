@@ -67,8 +67,8 @@ def region_dice(pred: Tensor, target: Tensor) -> Tensor:
     return compute_dice(pred.float(), target.float(), include_background=True, ignore_empty=False)
 
 
-def region_hd95(pred: Tensor, target: Tensor, diagonal: float) -> Tensor:
-    """95th percentile of the symmetric surface distance, in voxels, per sample and region.
+def region_hd95(pred: Tensor, target: Tensor, diagonal: float, spacing: Sequence[float]) -> Tensor:
+    """95th percentile of the symmetric surface distance, in mm, per sample and region.
 
     MONAI returns NaN wherever a region is empty and drops it from means, so that a model that finds nothing scores
     perfectly (MONAI issue 9095). Here, as in BraTS: both empty is 0, exactly one empty is the volume's diagonal.
@@ -76,7 +76,8 @@ def region_hd95(pred: Tensor, target: Tensor, diagonal: float) -> Tensor:
     Args:
         pred: bool ``(B, R, *space)``.
         target: bool ``(B, R, *space)``.
-        diagonal: Diagonal of the whole volume in voxels (373.13 for 240 x 240 x 155).
+        diagonal: Diagonal of the whole volume in mm (373.13 for 240 x 240 x 155 voxels of 1 mm).
+        spacing: Sides of a voxel of ``pred`` and ``target`` in mm.
 
     Returns:
         ``(B, R)`` float32 on the CPU.
@@ -90,23 +91,26 @@ def region_hd95(pred: Tensor, target: Tensor, diagonal: float) -> Tensor:
     both = has_pred & has_target
     for sample, region in both.nonzero().tolist():
         one, other = pred[sample, region][None, None], target[sample, region][None, None]
-        distance = compute_hausdorff_distance(one, other, include_background=True, percentile=95)
+        distance = compute_hausdorff_distance(
+            one, other, include_background=True, percentile=95, spacing=[float(side) for side in spacing]
+        )
         result[sample, region] = distance.item()
     return result
 
 
-def resampled_counts(units: Sequence[Hashable], draws: int = 2000) -> NDArray[np.int64]:
+def resampled_counts(units: Sequence[Hashable], draws: int = 2000, key: str = "bootstrap mean") -> NDArray[np.int64]:
     """Return how often each case is drawn when units, such as persons, are resampled with all their cases.
 
     Args:
         units: What each of S cases belongs to.
         draws: Resamplings, the same ones every time.
+        key: Which resamplings.
 
     Returns:
         ``(draws, S)``.
     """
     number, names = pd.factorize(pd.Series(list(units)))
-    generator = numpy_generator("bootstrap mean", len(names))
+    generator = numpy_generator(key, len(names))
     return generator.multinomial(len(names), np.full(len(names), 1 / len(names)), draws)[:, number]
 
 
@@ -139,6 +143,26 @@ def weighted_quadratic_kappa(pred: ArrayLike, target: ArrayLike, counts: NDArray
         return 1 - (penalty * table).sum((1, 2)) / np.where(by_chance > 0, by_chance, np.nan)
 
 
+def weighted_auroc(scores: ArrayLike, target: ArrayLike, counts: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the AUROC where each case counts several times or not at all; NaN where one class is left.
+
+    Args:
+        scores: ``(S,)``; equal ones count half.
+        target: ``(S,)``, 1 = positive.
+        counts: ``(draws, S)``, how often each case counts.
+
+    Returns:
+        ``(draws,)``.
+    """
+    score, positive = np.asarray(scores), np.asarray(target) == 1
+    times = counts.astype(float)
+    wins = np.sign(score[positive][:, None] - score[~positive]) / 2 + 0.5
+    won = np.einsum("dp,pn,dn->d", times[:, positive], wins, times[:, ~positive], optimize=True)
+    pairs = times[:, positive].sum(1) * times[:, ~positive].sum(1)
+    with np.errstate(invalid="ignore"):
+        return won / np.where(pairs > 0, pairs, np.nan)
+
+
 def central_interval(values: NDArray[np.float64]) -> tuple[float, float]:
     """Return the central 95 % of the values that are numbers; NaN where none is."""
     finite = values[np.isfinite(values)]
@@ -157,3 +181,29 @@ def bootstrap_mean(values: Sequence[float], units: Sequence[Hashable], draws: in
         draws: Resamplings, the same ones every time.
     """
     return central_interval(weighted_mean(values, resampled_counts(units, draws)))
+
+
+def bootstrap_auroc(
+    scores: ArrayLike, target: ArrayLike, units: Sequence[Hashable], draws: int = 2000
+) -> tuple[float, float]:
+    """Return the central 95 % of the AUROC under resampling of units, such as persons; draws of one class do not count.
+
+    Args:
+        scores: One per case.
+        target: 1 = positive.
+        units: What each case belongs to.
+        draws: Resamplings, the same ones every time.
+    """
+    return central_interval(weighted_auroc(scores, target, resampled_counts(units, draws, "bootstrap")))
+
+
+def bootstrap_ratio(totals: NDArray[Any], counts: NDArray[Any], draws: int = 1000) -> tuple[float, float]:
+    """Return the central 95 % of a ratio of sums under resampling of persons.
+
+    Args:
+        totals: Sum of each person, ``(P,)``.
+        counts: Terms in each sum, ``(P,)``.
+        draws: Resamplings, the same ones every time.
+    """
+    chosen = numpy_generator("bootstrap", len(totals)).integers(0, len(totals), (draws, len(totals)))
+    return central_interval(totals[chosen].sum(1) / np.maximum(counts[chosen].sum(1), 1))

@@ -3,11 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from common.callbacks.finite_check import FiniteCheck, refuse_to_save
@@ -15,30 +14,49 @@ from common.checkpoint import check_shapes, encoder_record
 from common.distributed import reduce_sums
 from common.errors import CheckpointError, NonFiniteError, UserError
 from common.finite import FiniteSteps, check_finite
-from common.optim import Schedule, WarmupCosine, param_groups
+from common.optim import OptimizerConfig, Schedule, WarmupCosine, param_groups
 from common.randomness import run_seed, seed_step, stable_hash
-from common.runtime.reporting import log_scalars
-from common.types import HiddenTokens, InputSpec, Panel, Reconstruction, TokenFeatures
+from common.runtime.reporting import log_scalars, say
+from common.types import HiddenTokens, ImageKey, InputSpec, Panel, Reconstruction, TaskState, TokenFeatures
+from common.weights.channels import ChannelReport, deliver_channels
+
+#: The batch of a method, a type of :mod:`common.types`.
+BatchT = TypeVar("BatchT", bound=Mapping[str, Any])
+
+
+class Term(NamedTuple):
+    """One scalar of a step: a loss, or something to watch.
+
+    Attributes:
+        value: a mean.
+        count: what it is the mean of: hidden entries, or samples. Validation weighs batches by it.
+        weight: its factor in the loss that is trained on; None = logged alone.
+    """
+
+    value: Tensor
+    count: Tensor | float = 1.0
+    weight: float | None = None
 
 
 class StepOutput(NamedTuple):
     """What one step computes.
 
     Attributes:
-        losses: unweighted scalars by name; their weighted sum is trained on.
-        weights: what each validation loss counts for: hidden entries, or samples.
+        terms: by name; those with a weight are logged as ``train/loss_<name>``, the others as ``train/<name>``.
         reconstruction: for the collapse diagnostics and the pictures.
-        extras: further scalars, logged as ``train/<name>`` and ``val/<name>``.
     """
 
-    losses: dict[str, Tensor]
-    weights: dict[str, Tensor]
-    reconstruction: Reconstruction
-    extras: dict[str, Tensor]
+    terms: dict[str, Term]
+    reconstruction: Reconstruction | None
 
-    def named(self) -> dict[str, Tensor]:
-        """Return losses and extras under the names they are logged by."""
-        return {f"loss_{name}": value for name, value in self.losses.items()} | self.extras
+    def loss(self) -> Tensor:
+        """Return the weighted sum that is trained on."""
+        return torch.stack([term.weight * term.value for term in self.terms.values() if term.weight is not None]).sum()
+
+    def logged(self) -> dict[str, Term]:
+        """Return the terms under the names they are logged by, the losses first."""
+        losses = {f"loss_{name}": term for name, term in self.terms.items() if term.weight is not None}
+        return losses | {name: term for name, term in self.terms.items() if term.weight is None}
 
 
 @contextmanager
@@ -49,47 +67,76 @@ def seeded_init(name: str) -> Any:
         yield
 
 
-#: Arguments that say what a network's input is like; None in the configuration, filled in from the data.
-SIZES = ("channels", "image_size", "regions", "vocabulary", "classes", "genome")
-
-
-_OTHER_WORDS = "set data.tokenizer to the tokenizer.json of the checkpoint's run, and text_length to its length."
-
-
-def _plain(value: Any) -> Any:
-    """Return lists and dicts of plain values, as YAML and checkpoints have them."""
-    if isinstance(value, Mapping):
-        return {name: _plain(entry) for name, entry in value.items()}
-    return list(value) if isinstance(value, list | tuple) else value
-
-
 class BuiltFromData(pl.LightningModule):
     """A module whose network takes its sizes from the data module, or from the checkpoint it is loaded from.
 
-    Subclasses call ``save_hyperparameters()`` with ``channels`` and ``image_size`` among their arguments (None = as the
-    data say) and build in :meth:`build_network`.
+    Subclasses call ``save_hyperparameters()``, name in ``remembered`` what of their input their network is built for,
+    and build it in :meth:`build_network`. None of it is an argument: it is the module's ``state``, which checkpoints
+    carry. Those with learning rates of their own for some parameters say so in :meth:`lr_scale`.
 
     Anything that follows the weights, such as a teacher's moving average, is updated in ``optimizer_step``: checkpoints
     are written in callbacks' ``on_train_batch_end``, which Lightning runs before the module's.
     """
 
     network: Any
-    compile_network: bool = False
-    preprocessing: Mapping[str, Any] = {}
+    #: Fields of the input's spec that the network is built for.
+    remembered: tuple[str, ...] = ("channels", "image_size")
+    #: How the channels of stored weights met those of the data; None where there are no such weights.
+    channel_report: ChannelReport | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, optimization: OptimizerConfig) -> None:
         super().__init__()
+        self.network = None
+        self.optimization = optimization
+        #: What a checkpoint remembers beside the weights.
+        self.state = TaskState()
+        #: Keeps steps that are not finite away from the weights.
         self.finite = FiniteSteps()
+
+    @property
+    def spec(self) -> InputSpec:
+        """What the network is built for.
+
+        Raises:
+            CheckpointError: it is not built yet.
+        """
+        if self.state.spec is None:
+            raise CheckpointError("The network is not built yet: attach a data module, or load a checkpoint.")
+        return self.state.spec
 
     @abstractmethod
     def build_network(self, spec: InputSpec) -> nn.Module:
         """Make the network for inputs of ``spec``."""
 
     def configure_model(self) -> None:
-        """Build the network once its input is known (Lightning hook)."""
+        """Build the network once its input is known (Lightning hook).
+
+        Raises:
+            CheckpointError: the trainer has no data module, or the checkpoint was made for other inputs than its.
+        """
         if self.network is not None:
             return
-        spec = self.resolve_input()
+        stored = self.state.spec
+        datamodule = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        if datamodule is not None:
+            spec = self.meet_channels(datamodule, stored)
+            if stored is not None:
+                spec = spec.merge(stored)
+                if problem := spec.difference(stored):
+                    raise CheckpointError(problem)
+            self.build(spec)
+        elif stored is not None:
+            self.build(stored)
+        elif self._trainer is not None:
+            raise CheckpointError("The input's channels and size are unknown: attach a data module.")
+
+    def build(self, spec: InputSpec) -> None:
+        """Build the network for inputs of ``spec``, from the run's seed and the class's name alone.
+
+        Raises:
+            UserError: sizes or settings that do not fit.
+        """
+        self.state = self.state._replace(spec=spec.only(self.remembered))
         try:
             with seeded_init(type(self).__name__):
                 self.network = self.build_network(spec)
@@ -97,47 +144,24 @@ class BuiltFromData(pl.LightningModule):
             raise
         except ValueError as error:
             raise UserError(str(error)) from error
-        if self.compile_network:
+        if self.optimization.compile:
             self.network.compile()
 
-    def resolve_input(self) -> InputSpec:
-        """Return the input's sizes and store them for the checkpoint.
+    def meet_channels(self, datamodule: Any, stored: InputSpec | None) -> InputSpec:
+        """Bring the data's channels into a checkpoint's order, and return what the batches will hold.
+
+        Args:
+            datamodule: The data.
+            stored: What the checkpoint was made for; None lets the data decide.
 
         Raises:
-            CheckpointError: the checkpoint was made for other channels or another size than the data give.
+            CheckpointError: the data have a channel that the checkpoint lacks, or none of its channels.
         """
-        stored = {name: self.hparams[name] for name in SIZES if self.hparams.get(name) is not None}
-        datamodule = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
-        if datamodule is None:
-            if not {"channels", "image_size"} <= stored.keys():
-                raise CheckpointError("The input's `channels` and `image_size` are unknown: attach a data module.")
-            return InputSpec(**stored)
-        spec: InputSpec = datamodule.input_spec
-        given: dict[str, Any] = {"channels": list(spec.channels), "image_size": list(spec.image_size)}
-        given |= {name: _plain(getattr(spec, name)) for name in ("regions", "vocabulary", "classes", "genome")}
-        for name in ("regions", "classes"):
-            if name in stored and not getattr(spec, name):
-                # An archive without labels, to predict: the checkpoint knows what it was trained to find.
-                given[name] = _plain(stored[name])
-                spec = spec._replace(**{name: stored[name]})
-        if "vocabulary" in stored and given["vocabulary"]:
-            # Older checkpoints know less of their vocabulary.
-            known = {key: value for key, value in given["vocabulary"].items() if key in stored["vocabulary"]}
-            stored["vocabulary"] = (
-                given["vocabulary"] if known == _plain(stored["vocabulary"]) else stored["vocabulary"]
-            )
-        for name, value in stored.items():
-            if _plain(value) != given[name]:
-                raise CheckpointError(
-                    f"The model was made for {name} {_plain(value)}, but the data give {given[name]}: "
-                    + (
-                        _OTHER_WORDS
-                        if name == "vocabulary"
-                        else "choose matching data, or start from its encoder with a fine-tuning configuration."
-                    )
-                )
-        self.hparams.update({name: given[name] for name in SIZES if name in self.hparams})
-        self.preprocessing = spec.preprocessing
+        given: InputSpec = datamodule.input_spec
+        if stored is None or not stored.channels or given.channels == stored.channels:
+            return given
+        spec, report = deliver_channels(datamodule, stored.channels, stored.names)
+        self.note_channels(report, spec)
         return spec
 
     def configure_callbacks(self) -> list[pl.Callback]:
@@ -145,18 +169,33 @@ class BuiltFromData(pl.LightningModule):
         callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         return [] if any(isinstance(callback, FiniteCheck) for callback in callbacks) else [FiniteCheck()]
 
+    def note_channels(self, report: ChannelReport, spec: InputSpec) -> None:
+        """Say how the channels of stored weights met those of the data, and keep it for the summary."""
+        self.channel_report = report
+        say(report.line(spec.shown))
+
+    def shown_channels(self) -> tuple[str, ...]:
+        """Return what pictures and logs call the channels."""
+        return self.spec.names or self.spec.channels
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record how to rebuild the encoder alone; weights that are not finite are never saved (Lightning hook).
+        """Record the state, and how to rebuild the encoder alone; nothing that is not finite (Lightning hook).
 
         Raises:
-            NonFiniteError: they are not.
+            NonFiniteError: weights or the optimiser's state hold NaN or infinity.
         """
         refuse_to_save(checkpoint, self.global_step)
-        checkpoint["encoder"] = encoder_record(self)
+        checkpoint["state"] = self.state.plain()
+        checkpoint["encoder"] = encoder_record(self, self.spec)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse weights of another shape, and such as are not finite, in one sentence (Lightning hook)."""
-        self.preprocessing = self.preprocessing or checkpoint.get("encoder", {}).get("preprocessing", {})
+        """Build the network where no data module did; refuse weights of another shape or NaN (Lightning hook)."""
+        stored = TaskState.read(checkpoint)
+        if self.network is None:
+            self.state = stored
+            self.build(self.spec)
+        elif stored.spec is not None and (problem := self.spec.difference(stored.spec)):
+            raise CheckpointError(problem)
         check_shapes(checkpoint["state_dict"], self.state_dict())
         check_finite(checkpoint["state_dict"], "The checkpoint")
 
@@ -210,45 +249,55 @@ class BuiltFromData(pl.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.finite.restore()
 
+    def lr_scale(self, name: str) -> float:
+        """Return the factor of the learning rate of a parameter."""
+        return 1.0
 
-class SSLModule(BuiltFromData, ABC):
-    """A pre-training method: losses by name, summed with weights, logged the same in training and validation.
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the groups that the optimiser is made from."""
+        return param_groups(self, self.optimization.layer_decay, self.lr_scale)
+
+    def default_schedule(self) -> Schedule | None:
+        """Return the schedule where the configuration has none; None keeps the rate as it is."""
+        return WarmupCosine()
+
+    def configure_optimizers(self) -> Any:
+        """Make the optimiser and its schedule (Lightning hook)."""
+        optimizer = self.optimization.optimizer(self.parameter_groups())
+        attach = self.optimization.schedule or self.default_schedule()
+        if attach is None:
+            return optimizer
+        schedule = attach(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class SSLModule(BuiltFromData, ABC, Generic[BatchT]):
+    """A pre-training method: terms by name, summed with weights, logged the same in training and validation.
 
     Args:
-        loss_weights: Weight of each loss that :meth:`step` returns.
-        optimizer: Makes the optimiser from parameter groups.
-        schedule: Attaches a learning-rate schedule for a number of optimiser steps.
+        optimization: How its weights are updated.
     """
 
     #: What ``best.ckpt`` watches.
     monitor = ("val/loss", "min")
 
-    def __init__(
-        self,
-        loss_weights: Mapping[str, float],
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-    ) -> None:
-        super().__init__()
-        self.network = None
-        self.loss_weights = dict(loss_weights)
-        self._make_optimizer = optimizer
-        self._make_schedule = schedule or WarmupCosine()
+    def __init__(self, optimization: OptimizerConfig) -> None:
+        super().__init__(optimization)
         self._validation: list[StepOutput] = []
 
     @abstractmethod
-    def step(self, batch: Any, sync: bool) -> StepOutput:
-        """Compute the losses of one batch; ``sync`` tells whether statistics run over all ranks."""
+    def step(self, batch: BatchT, sync: bool) -> StepOutput:
+        """Compute the terms of one batch; ``sync`` tells whether statistics run over all ranks."""
 
     @abstractmethod
-    def reconstruct(self, batch: Any, image: str = "image") -> Reconstruction:
+    def reconstruct(self, batch: BatchT, image: ImageKey = "image") -> Reconstruction:
         """Reconstruct a batch from what its masks leave visible of ``batch[image]``; the target is always its own."""
 
     @abstractmethod
-    def reconstruction_target(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def reconstruction_target(self, batch: BatchT) -> tuple[Tensor, Tensor]:
         """Return the target ``(B, ..., P)`` in the loss's units and which entries exist, bool ``(B, ...)``."""
 
-    def reconstruction_groups(self, batch: Any) -> dict[str, Tensor]:
+    def reconstruction_groups(self, batch: BatchT) -> dict[str, Tensor]:
         """Return which entries of :meth:`reconstruction_target` belong to a group, bool ``(B, ...)`` by its name.
 
         Groups of a :class:`~common.types.Reconstruction` that are named here are held against a constant of their own.
@@ -256,14 +305,14 @@ class SSLModule(BuiltFromData, ABC):
         return {}
 
     @abstractmethod
-    def token_features(self, batch: Any) -> TokenFeatures:
+    def token_features(self, batch: BatchT) -> TokenFeatures:
         """Encode unmasked inputs."""
 
     @abstractmethod
-    def panels(self, batch: Any, output: Reconstruction, index: int) -> dict[str, Panel]:
+    def panels(self, batch: BatchT, output: Reconstruction, index: int) -> dict[str, Panel]:
         """Draw sample ``index`` of a batch, by modality."""
 
-    def hidden_tokens(self, batch: Any) -> HiddenTokens:
+    def hidden_tokens(self, batch: BatchT) -> HiddenTokens:
         """Predict the words that were hidden from a batch; only methods with text have any.
 
         Raises:
@@ -271,40 +320,33 @@ class SSLModule(BuiltFromData, ABC):
         """
         raise UserError(f"{type(self).__name__} has no text: leave the callbacks of text out of its configuration.")
 
-    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """Sum the losses with their weights."""
-        return torch.stack([self.loss_weights[name] * value for name, value in losses.items()]).sum()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self, batch: BatchT, batch_idx: int) -> Tensor:
         """Return the weighted loss of a batch, reduced over ranks (Lightning hook)."""
         output = self.step(batch, sync=True)
-        loss = self.total(output.losses)
+        loss = output.loss()
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
-        self.log_dict({f"train/{name}": value.detach() for name, value in output.named().items()}, batch_size=1)
+        terms = output.logged()
+        self.log_dict({f"train/{name}": term.value.detach() for name, term in terms.items()}, batch_size=1)
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """Collect the losses of a batch and hand its reconstruction to the callbacks (Lightning hook)."""
+    def validation_step(self, batch: BatchT, batch_idx: int) -> dict[str, Any]:
+        """Collect the terms of a batch and hand its reconstruction to the callbacks (Lightning hook)."""
         output = self.step(batch, sync=False)
-        self._validation.append(output._replace(reconstruction=None))  # type: ignore[arg-type]
+        self._validation.append(output._replace(reconstruction=None))
         return {"reconstruction": output.reconstruction}
 
     def on_validation_epoch_end(self) -> None:
         """Log sums over counts, over all samples of all ranks (Lightning hook)."""
         sums: dict[str, tuple[float, float]] = {}
+        weights: dict[str, float] = {}
         for output in self._validation:
-            for name, value in output.named().items():
-                weight = float(output.weights[name.removeprefix("loss_")])
+            for name, term in output.logged().items():
                 total, count = sums.get(name, (0.0, 0.0))
-                sums[name] = (total + float(value) * weight, count + weight)
+                sums[name] = (total + float(term.value) * float(term.count), count + float(term.count))
+                if term.weight is not None:
+                    weights[name] = term.weight
         self._validation.clear()
         means = reduce_sums(sums)
         if means:
-            means["loss"] = sum(weight * means.get(f"loss_{name}", 0.0) for name, weight in self.loss_weights.items())
+            means["loss"] = sum(weight * means.get(name, 0.0) for name, weight in weights.items())
         log_scalars(self, {f"val/{name}": value for name, value in means.items()})
-
-    def configure_optimizers(self) -> Any:
-        """Make the optimiser and its schedule (Lightning hook)."""
-        optimizer = self._make_optimizer(param_groups(self))
-        schedule = self._make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -3,8 +3,11 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -118,3 +121,20 @@ class WarmupLinear(WarmupSchedule):
     def remaining(self, progress: float) -> float:
         """Return how much of the fall is still ahead, 1 to 0, at ``progress`` (0 to 1) after the warm-up."""
         return 1 - progress
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How a module's weights are updated.
+
+    Args:
+        optimizer: Makes the optimiser from parameter groups.
+        schedule: Attaches a learning-rate schedule for a number of optimiser steps; None takes the module's own.
+        layer_decay: Factor of the learning rate per encoder layer towards the input.
+        compile: Whether to compile the network.
+    """
+
+    optimizer: OptimizerCallable = torch.optim.AdamW
+    schedule: Schedule | None = None
+    layer_decay: float = 1.0
+    compile: bool = False

@@ -23,7 +23,7 @@ _MIX_2 = 0x94D049BB133111EB
 def stable_hash(*parts: object) -> int:
     """Hash the text of ``parts`` with xxh3 to 63 bits: the same on every machine, process and Python version."""
     text = "\x1f".join(str(part) for part in parts)
-    return xxhash.xxh3_64_intdigest(text.encode()) >> 1
+    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) >> 1
 
 
 def run_seed() -> int:

@@ -3,10 +3,17 @@
 Letters: B batch, M modalities, C channels, H W D space, N patches, K kept patches, P values per patch, E encoder width.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol, TypedDict
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict
 
+import torch
 from torch import Tensor
+
+from common.modalities import canonical_channels
+
+#: Which image of a batch a method is shown: a sample's own, or that of another patient.
+ImageKey = Literal["image", "control_image"]
 
 
 class MaskOutput(NamedTuple):
@@ -21,6 +28,17 @@ class MaskOutput(NamedTuple):
     mask: Tensor
     ids_keep: Tensor | None = None
     ids_restore: Tensor | None = None
+
+    @property
+    def hides_nothing(self) -> bool:
+        """Whether every token is visible, as the shapes alone say, without waiting for a device."""
+        return self.ids_keep is not None and self.ids_keep.shape[1] == self.mask.shape[1]
+
+    def hidden_index(self) -> Tensor | None:
+        """Return the hidden positions, long ``(B, N - K)``; None, which means all, where nothing is hidden."""
+        assert self.ids_keep is not None
+        assert self.ids_restore is not None
+        return None if self.hides_nothing else torch.argsort(self.ids_restore, dim=1)[:, self.ids_keep.shape[1] :]
 
 
 class EncoderOutput(NamedTuple):
@@ -63,7 +81,9 @@ class SequencePairBatch(TypedDict, total=False):
     """A batch of crops of one sequence each, with another sequence of the same study at the same place.
 
     Attributes:
-        image: float ``(B, 1, H, W, D)``, the target sequence.
+        image: float ``(B, 1, H, W, D)``, the target sequence; of whole studies, which the best constant is measured
+            on, ``(B, S, H, W, D)`` under the S canonical channels.
+        modality_mask: bool ``(B, S)``, True = acquired; with whole studies alone.
         partner: the same of another sequence, 0 where the study has none.
         paired: bool ``(B,)``, whether there is a partner.
         modality: long ``(B,)``, index of the target sequence among the data's channels.
@@ -77,6 +97,7 @@ class SequencePairBatch(TypedDict, total=False):
     """
 
     image: Tensor
+    modality_mask: Tensor
     partner: Tensor
     paired: Tensor
     modality: Tensor
@@ -97,6 +118,7 @@ class ImageTextBatch(TypedDict, total=False):
         image: float ``(B, 1, H, W)``, standardised, 0 where there is none.
         modality_mask: bool ``(B, 2)``, whether image and text are there.
         key: int64 ``(B,)``, what the randomness of each sample hangs on.
+        image_key: int64 ``(B,)``, equal where two samples have the same image.
         subject_id: one name per sample.
         patient_id: one name per sample.
         input_ids: long ``(B, T)``, the class token first, hidden tokens replaced.
@@ -105,11 +127,13 @@ class ImageTextBatch(TypedDict, total=False):
         hidden_index: long ``(S,)``, hidden positions, counted through the flattened ``(B, T)``.
         hidden_ids: long ``(S,)``, the true tokens there.
         control_image: float ``(B, 1, H, W)``, the image of another patient.
+        negative_image: float ``(B, 1, H, W)``, another image that was loaded to be shown with the text.
     """
 
     image: Tensor
     modality_mask: Tensor
     key: Tensor
+    image_key: Tensor
     subject_id: list[str]
     patient_id: list[str]
     input_ids: Tensor
@@ -118,6 +142,7 @@ class ImageTextBatch(TypedDict, total=False):
     hidden_index: Tensor
     hidden_ids: Tensor
     control_image: Tensor
+    negative_image: Tensor
 
 
 class ImageGenomeBatch(TypedDict, total=False):
@@ -267,26 +292,131 @@ class Panel(NamedTuple):
     lesion: Any = None
 
 
+def _plain(value: Any) -> Any:
+    """Return lists and dicts of plain values, as YAML and checkpoints have them."""
+    if isinstance(value, Mapping):
+        return {name: _plain(entry) for name, entry in value.items()}
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+def _frozen(value: Any) -> Any:
+    """Return tuples in the place of lists, as the data give them."""
+    if isinstance(value, Mapping):
+        return {name: _frozen(entry) for name, entry in value.items()}
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def _includes(given: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
+    """Whether the data say all that a checkpoint knows; older checkpoints know less of their vocabulary."""
+    return {name: value for name, value in given.items() if name in stored} == stored
+
+
+class _Rule(NamedTuple):
+    """How one field of the data's spec is held against a checkpoint's.
+
+    Attributes:
+        filled: whether the checkpoint's value stands where the data have none.
+        agree: whether two values, as plain ones, go together.
+        advice: what to do where they do not.
+    """
+
+    filled: bool = False
+    agree: Callable[[Any, Any], bool] = operator.eq
+    advice: str = "choose matching data, or start from its encoder with a fine-tuning configuration."
+
+
+_OTHER_WORDS = "set data.tokenizer to the tokenizer.json of the checkpoint's run, and text_length to its length."
+
+#: A field that is not named here is the data's own affair. An archive without labels can be predicted: the checkpoint
+#: knows what it was trained to find.
+_RULES = {
+    "channels": _Rule(),
+    "image_size": _Rule(),
+    "regions": _Rule(filled=True),
+    "vocabulary": _Rule(agree=_includes, advice=_OTHER_WORDS),
+    "classes": _Rule(filled=True),
+    "genome": _Rule(),
+}
+
+
 class InputSpec(NamedTuple):
     """What a data module promises about its images, enough to build a network for them.
 
     Attributes:
-        channels: the names of the channels, in order.
+        channels: the canonical names of the channels, in order.
         image_size: the size of one crop, in voxels or pixels.
         regions: label channel to the label values it is made of; empty without labels.
         preprocessing: what was done to the intensities and the grid, for the card of an exported encoder.
         vocabulary: size, length and fingerprint of the text's tokens; empty without text.
         classes: names of the classes that images are labelled with; empty without such labels.
         genome: features of each kind of genetics, by name and in order; empty without genetics.
+        names: what the archive calls the channels, for pictures and logs; empty = as ``channels``.
+        absent: channels that no case has, which are fed as absent.
+        chosen: whether the configuration names the channels, so that none is added.
     """
 
     channels: tuple[str, ...]
     image_size: tuple[int, ...]
     regions: Mapping[str, tuple[int, ...]] = {}
-    preprocessing: dict[str, Any] = {}
+    preprocessing: Mapping[str, Any] = {}
     vocabulary: Mapping[str, Any] = {}
     classes: tuple[str, ...] = ()
     genome: Mapping[str, int] = {}
+    names: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    chosen: bool = False
+
+    @property
+    def shown(self) -> dict[str, str]:
+        """What the archive calls each channel."""
+        return dict(zip(self.channels, self.names or self.channels, strict=True))
+
+    def only(self, fields: Sequence[str]) -> "InputSpec":
+        """Return the spec with these fields, the preprocessing and the archive's names of the channels, alone."""
+        kept = {name: getattr(self, name) for name in (*fields, "preprocessing", "names")}
+        return InputSpec(**{"channels": (), "image_size": ()} | kept)
+
+    def merge(self, stored: "InputSpec") -> "InputSpec":
+        """Fill in what the data leave open and a checkpoint knows."""
+        open_fields = [name for name, rule in _RULES.items() if rule.filled and not getattr(self, name)]
+        return self._replace(**{name: getattr(stored, name) for name in open_fields})
+
+    def difference(self, stored: "InputSpec") -> str | None:
+        """Say in one sentence where the data differ from what a checkpoint was made for; None if nowhere.
+
+        A field that the checkpoint does not have is not compared.
+        """
+        for name, rule in _RULES.items():
+            given, known = _plain(getattr(self, name)), _plain(getattr(stored, name))
+            if known and not rule.agree(given, known):
+                return f"The model was made for {name} {known}, but the data give {given}: {rule.advice}"
+        return None
+
+
+class TaskState(NamedTuple):
+    """What a checkpoint remembers of a module beside its weights, so that the network can be built again.
+
+    Attributes:
+        spec: what the network was built for; None before it was.
+        encoder: architecture of the encoder, as :func:`common.checkpoint.build_encoder` takes it; None where the
+            configuration says it all.
+    """
+
+    spec: InputSpec | None = None
+    encoder: Mapping[str, Any] | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """Return the state as plain values, for a checkpoint."""
+        return {"spec": None if self.spec is None else _plain(self.spec._asdict()), "encoder": _plain(self.encoder)}
+
+    @classmethod
+    def read(cls, checkpoint: Mapping[str, Any]) -> "TaskState":
+        """Return the state that a checkpoint holds, channels under canonical names; an empty one if it holds none."""
+        stored = checkpoint.get("state") or {}
+        spec = InputSpec(**_frozen(stored["spec"])) if stored.get("spec") else None
+        if spec is not None:
+            spec = spec._replace(channels=canonical_channels(spec.channels), names=spec.names or spec.channels)
+        return cls(spec, stored.get("encoder"))
 
 
 class HasInputSpec(Protocol):

@@ -1,20 +1,40 @@
 """What every archive shares: loaders, faults, replacement of broken samples, and the position for resuming."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
+from common.checkpoint import read_checkpoint
 from common.distributed import rank
 from common.errors import DataError
 from common.faults import Fault, FaultLedger, SampleFaultError
+from common.pseudonyms import hide_names, names_are_hidden
 from common.randomness import run_seed, stable_hash
+from common.runtime.reporting import is_dry_run, say
 from common.types import InputSpec
+from datamodules.account import Account
+from datamodules.examination import Terms
 from datamodules.loading import Draw, EvaluationBatches, ResumableLoader, TrainBatches
+from datamodules.membership import (
+    ChangedArchive,
+    Membership,
+    Row,
+    SeenPatients,
+    check_contents,
+    inherited_parts,
+    make_membership,
+    resumed_parts,
+    seen_patients,
+    used_rows,
+)
+from datamodules.registry import NO_SETTINGS, Archive, Settings, open_archive
+from datamodules.tree import Tree
 
 
 class FaultTolerantDataset(Dataset):
@@ -44,6 +64,11 @@ class FaultTolerantDataset(Dataset):
             SampleFaultError: nothing of it can be used.
         """
 
+    def draw_key(self, draw: Draw, train: bool) -> tuple[object, ...]:
+        """Return the key that seeds a draw: in training of the run's seed and the epoch, else of the subject alone."""
+        subject = self.subject(draw.index)
+        return ("train", self.seed, draw.epoch, subject, draw.draw) if train else ("val", subject, draw.draw)
+
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         faults: list[Fault] = []
         index = draw.index
@@ -59,7 +84,8 @@ class FaultTolerantDataset(Dataset):
             place = {"rank": rank(), "worker": -1 if worker is None else worker.id}
             item["faults"] = [fault._replace(**place) for fault in [*faults, *item.get("faults", [])]]
             return item
-        raise DataError(f"No sample of this set can be used. First fault: {faults[0].path}: {faults[0].detail}")
+        first = faults[0].kind if names_are_hidden() else f"{faults[0].path}: {faults[0].detail}"
+        raise DataError(f"No sample of this set can be used. First fault: {first}")
 
 
 def collate_samples(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -72,6 +98,24 @@ def collate_samples(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
+def check_position(position: Mapping[str, Any], batch_size: int, ranks: int) -> None:
+    """Refuse to go on in the middle of an epoch with batches of another size, or on another number of ranks.
+
+    Which samples were consumed would then be another question; at the boundary of an epoch nothing is.
+
+    Raises:
+        DataError: with both values.
+    """
+    if not 0 < position["consumed"] < position.get("batches", 0):
+        return
+    for name, now in (("batch_size", batch_size), ("ranks", ranks)):
+        if (then := position[name]) != now:
+            what = "a batch size" if name == "batch_size" else "a number of ranks"
+            raise DataError(f"This checkpoint lies inside an epoch, {position['consumed']} of {position['batches']} "
+                            f"batches in, with {what} of {then}, not {now}: resume with {then}, or from a checkpoint "
+                            f"of the end of an epoch.")  # fmt: skip
+
+
 class ArchiveDataModule(pl.LightningDataModule):
     """A data module that survives broken members, counts them, and resumes inside an epoch.
 
@@ -82,9 +126,20 @@ class ArchiveDataModule(pl.LightningDataModule):
         batch_size: Samples per device.
         num_workers: Loader processes per rank.
         max_fault_fraction: Share of faulty samples at which training stops (never fewer than 5 samples).
-        anonymise: Whether subject ids are replaced by pseudonyms in logs, pictures and fault files.
+        anonymise: Whether persons, studies and files have pseudonyms in all that is printed, logged, drawn or written
+            outside the cache; see :mod:`common.pseudonyms`.
         seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
+        seen_patients: What becomes of validation and test patients that the pre-training of the encoder has certainly
+            seen: they are counted (``report``), left out (``drop``), or a reason to ``refuse``.
+        changed_archive: Whether a run whose archive has lost or changed members since it began is ``refuse``d when it
+            is resumed, or goes on with what is there (``use``).
+        split_from: Run or checkpoint whose patients keep the split they have there; only others are placed.
     """
+
+    #: The archive.
+    root: str
+    #: Settings that say something about one person; where names are hidden, no file of a run keeps their values.
+    personal: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -93,6 +148,9 @@ class ArchiveDataModule(pl.LightningDataModule):
         max_fault_fraction: float = 0.01,
         anonymise: bool = False,
         seed: int | None = None,
+        seen_patients: SeenPatients = "report",
+        changed_archive: ChangedArchive = "refuse",
+        split_from: str | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
@@ -101,15 +159,120 @@ class ArchiveDataModule(pl.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = run_seed() if seed is None else seed
+        hide_names(anonymise)
         self.ledger = FaultLedger(max_fault_fraction, anonymise)
+        self.splits: dict[str, list[Any]] = {}
+        self.store: Any = None
+        self.archive: Archive | None = None
         self._train_loader: ResumableLoader | None = None
         self._loaders: list[ResumableLoader] = []
-        self._position: dict[str, int] | None = None
+        self._position: dict[str, Any] | None = None
+        self._seen_patients, self._changed_archive, self._split_from = seen_patients, changed_archive, split_from
+        self._resumed: Membership | None = None
+        self._earlier: Membership | None = None
+        self._starts_from, self._where = False, "pre-training"
+        self._placed: tuple[Sequence[Any], dict[str, str], str] | None = None
+        #: How many validation and test patients earlier training has seen, by split.
+        self.seen: dict[str, dict[str, int]] = {}
 
     @property
     @abstractmethod
     def input_spec(self) -> InputSpec:
         """What the batches will hold; known once the root has been indexed."""
+
+    def deliver(self, channels: Sequence[str]) -> None:
+        """Give batches these channels in this order; those that the archive lacks are fed as absent.
+
+        Raises:
+            DataError: the channels of this archive are fixed.
+        """
+        given = self.input_spec.channels
+        if tuple(channels) != given:
+            raise DataError(f"The data give the channels {', '.join(given)}, not {', '.join(channels)}.")
+
+    def recall(self, resumed: Any = None, started_from: Any = None, weights: Any = None) -> None:
+        """Take the memberships of earlier runs, as their checkpoints hold them, before anything is indexed.
+
+        Args:
+            resumed: Of the run that goes on.
+            started_from: Of the run whose encoder this one starts from.
+            weights: Of the run whose network is evaluated.
+        """
+        self._resumed = Membership.read(resumed)
+        self._starts_from = resumed is None and started_from is not None
+        self._where = "training" if weights is not None else "pre-training"
+        self._earlier = Membership.read(started_from) or Membership.read(weights)
+        if self._resumed is not None:
+            self._earlier = self._resumed.before
+
+    def place(self, cases: Sequence[Any], parts: Mapping[str, str], seeded: bool, setting: object) -> dict[str, str]:
+        """Return the split of every case: as a resumed run, or the one that it is to agree with, had it.
+
+        Args:
+            cases: All cases.
+            parts: Where they would be placed.
+            seeded: Whether neither a file nor the archive says so.
+            setting: What places them.
+
+        Raises:
+            DataError: the archive is not the one that a resumed run began with.
+        """
+        described = str(setting)
+        if isinstance(setting, tuple):
+            fractions, seed, file, *fold = setting
+            described = f"shares {list(fractions)}, seed {seed}, file {file}" + (f", fold {fold}" if fold else "")
+        placed = dict(parts)
+        if self._resumed is not None:
+            placed = resumed_parts(self._resumed, cases, described, self._changed_archive)
+        elif self._split_from is not None:
+            other = Membership.read(read_checkpoint(self._split_from).get("membership"))
+            if other is None:
+                raise DataError(f"{self._split_from} keeps no membership, so data.split_from cannot follow it.")
+            placed = inherited_parts(other, cases, parts)
+        elif seeded and self._starts_from and self._earlier is not None and self._earlier.same_root(self.root):
+            placed = inherited_parts(self._earlier, cases, parts)
+        self._placed = (cases, placed, described)
+        return placed
+
+    def sources(self, cases: Sequence[Any]) -> dict[str, tuple[str, ...]]:
+        """Return the check sums of the files of each case, as far as they are known."""
+        return {}
+
+    def settle_membership(self) -> Membership | None:
+        """Compare the members with those of earlier runs, and return them; None where nothing was placed.
+
+        Raises:
+            DataError: members have changed since a resumed run began, or patients were seen and must not be.
+        """
+        if self._placed is None:
+            return None
+        cases, parts, setting = self._placed
+        rows = used_rows(cases, parts, self.splits, self.sources(cases))
+        if self._resumed is not None:
+            check_contents(self._resumed, rows, self._changed_archive)
+        self._compare(rows)
+        return make_membership(rows, self.root, setting, self.ledger.anonymise, self._earlier)
+
+    def _compare(self, rows: Sequence[Row]) -> None:
+        """Count, leave out or refuse patients that earlier training has seen."""
+        if self._earlier is None:
+            return
+        if not self._earlier.comparable():
+            say("note: whether pre-training has seen these patients can be told by equal files alone: its names are "
+                "hidden with another key")  # fmt: skip
+        for split in ("val", "test"):
+            seen = seen_patients(self._earlier, [row for row in rows if row.split == split], self.root)
+            if not seen.patients:
+                continue
+            self.seen[split] = seen.facts()
+            words = seen.words(split, self._where)
+            say(words)
+            if seen.certain and self._seen_patients == "refuse":
+                raise DataError(f"{words}: set data.seen_patients to drop to leave them out, or to report.")
+            if seen.certain and self._seen_patients == "drop":
+                kept = [case for case in self.splits[split] if case.patient_id not in seen.certain]
+                say(f"{len(self.splits[split]) - len(kept)} {split} cases are left out (data.seen_patients)")
+                self.splits[split] = kept
 
     @abstractmethod
     def examine(self, deep: bool, workers: int) -> list[str]:
@@ -119,6 +282,53 @@ class ArchiveDataModule(pl.LightningDataModule):
             deep: Whether to read every byte, not only headers.
             workers: Threads.
         """
+
+    #: Who uses the archive, for refusals; the commands put the experiment's name here.
+    purpose = "this experiment"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What an archive must give, of :data:`datamodules.registry.VOCABULARY`."""
+        return frozenset()
+
+    @abstractmethod
+    def used_files(self) -> Iterable[tuple[str, Path]]:
+        """Yield the archive's files that are used, each with what it is; known once the root has been indexed."""
+
+    def open(self, root: str | Path | Tree, layout: str = "auto", settings: Settings = NO_SETTINGS) -> Archive:
+        """Recognise the archive and list what it holds.
+
+        Raises:
+            DataError: it is of no known layout, lacks what is needed, or too many of its files have no place.
+        """
+        archive = open_archive(root, layout, self.needs, self.purpose, settings)
+        Account(archive).check()
+        return archive
+
+    def keep_account(self, stage: str) -> None:
+        """When training: print what became of the archive's files, and keep it with the run."""
+        if stage != "fit" or self.archive is None:
+            return
+        account = Account(self.archive, self.used_files())
+        for line in account.lines():
+            say(line)
+        trainer = self.trainer
+        if trainer is not None and trainer.is_global_zero and not is_dry_run(trainer):
+            account.write(Path(trainer.default_root_dir) / "account.csv", examples=not self.ledger.anonymise)
+
+    def terms(self, cached: Sequence[Any], draws: int = 1) -> Terms:
+        """Return what training asks of the archive, for its doctor.
+
+        Args:
+            cached: What the cache would be made of.
+            draws: Training samples that a member gives per epoch.
+        """
+        cache = None
+        if hasattr(self.store, "estimated_bytes"):
+            cache = (self.store.estimated_bytes(cached), self.store.folder)
+        settings = (self.batch_size, draws, self.ledger.max_fraction, self.ledger.anonymise)
+        account = Account(self.archive, self.used_files()).lines() if self.archive is not None else []
+        return Terms(self.splits, *settings, cache, account)
 
     @abstractmethod
     def reference_samples(self, count: int) -> Iterable[Any]:
@@ -138,6 +348,7 @@ class ArchiveDataModule(pl.LightningDataModule):
         batches = TrainBatches(len(dataset), draws, self.batch_size, global_rank, world_size, self.seed)
         loader = self._make_loader(dataset, batches)
         if self._position is not None:
+            check_position(self._position, self.batch_size, world_size)
             loader.load_state_dict(self._position)
         self._train_loader = loader
         return loader
@@ -177,7 +388,10 @@ class ArchiveDataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the training loader (Lightning hook)."""
-        return {} if self._train_loader is None else dict(self._train_loader.state_dict())
+        if self._train_loader is None:
+            return {}
+        sizes = {"batch_size": self.batch_size, "ranks": self._ranks()[1], "batches": len(self._train_loader)}
+        return {**self._train_loader.state_dict(), **sizes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the position for the training loader, which is made later (Lightning hook)."""

@@ -3,13 +3,16 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
 from common.faults import Fault, FaultLedger
+from common.pseudonyms import public_name
 from common.runtime.reporting import say
-from datamodules.volumes.cache import say_cache
+from datamodules.notes import say_notes
+from datamodules.storage import say_cache
 
 _T = TypeVar("_T")
 
@@ -50,38 +53,56 @@ def copies(members: Iterable[Member]) -> list[list[str]]:
     return [list(group.values()) for group in owners.values() if len(group) > 1]
 
 
-def judge(
-    datamodule: Any,
-    found: Sequence[Member],
-    noun: str,
-    deep: bool,
-    cached: Sequence[Any],
-    draws: int = 1,
-    unit: str = "pixel",
-) -> list[str]:
+class Terms(NamedTuple):
+    """What training asks of an archive, in plain values: doctors know no data module.
+
+    Attributes:
+        splits: Members of train, val and test.
+        batch_size: Samples per device.
+        draws: Training samples that a member gives per epoch.
+        max_fraction: Share of faulty members that is tolerated.
+        anonymise: Whether members get pseudonyms.
+        cache: Largest size of the cache in bytes, and its folder; None without a cache.
+        account: What became of the archive's files, in lines.
+    """
+
+    splits: Mapping[str, Sequence[Any]]
+    batch_size: int
+    draws: int = 1
+    max_fraction: float = 0.01
+    anonymise: bool = False
+    cache: tuple[int, Path] | None = None
+    account: Sequence[str] = ()
+
+    @property
+    def members(self) -> list[Any]:
+        """The members of all splits."""
+        return [member for part in self.splits.values() for member in part]
+
+
+def judge(terms: Terms, found: Sequence[Member], noun: str, deep: bool, unit: str = "pixel") -> list[str]:
     """Print the faults, the empty splits and the size of the cache; return why training would refuse the archive.
 
     Args:
-        datamodule: The archive's, with its splits.
+        terms: What training asks of it.
         found: One entry per member in use.
         noun: What members are called, plural.
         deep: Whether members were read to their end.
-        cached: What the cache would be made of.
-        draws: Training samples that a member gives in an epoch.
         unit: What members are made of.
     """
-    ledger = FaultLedger(datamodule.ledger.max_fraction, datamodule.ledger.anonymise)
+    ledger = FaultLedger(terms.max_fraction, terms.anonymise)
     ledger.num_samples = len(found)
     ledger.add(fault for member in found for fault in member.faults)
     lost = {member.case_id for member in found if not member.usable}
-    train, reasons = datamodule.splits["train"], []
+    train, reasons = terms.splits["train"], []
     if not train:
         reasons.append("the train split is empty")
     elif all(member.case_id in lost for member in train):
         reasons.append(f"none of the {noun} of the training split can be used")
-    elif len(train) * draws < datamodule.batch_size:
-        reasons.append(f"the training split gives {len(train) * draws} samples, fewer than one batch of "
-                       f"{datamodule.batch_size}")  # fmt: skip
+    elif len(train) * terms.draws < terms.batch_size:
+        reasons.append(f"the training split gives {len(train) * terms.draws} samples, fewer than one batch of "
+                       f"{terms.batch_size}")  # fmt: skip
+    say_notes()
     if ledger.num_faulty:
         say(f"faults: {ledger.num_faulty} of {len(found)} {noun}. {ledger.describe()}")
         if ledger.num_faulty > ledger.limit:
@@ -89,16 +110,18 @@ def judge(
     else:
         say(f"faults: none{'' if deep else f' in the headers; only DEEP=1 (--deep) reads the {unit}s'}")
     if same := copies(found):
-        reasons.append(f"{len(same)} files occur in several patients, first {' = '.join(same[0])}")
-    if not datamodule.splits["val"]:
+        reasons.append(f"{len(same)} files occur in several patients, first {' = '.join(map(public_name, same[0]))}")
+    if not terms.splits["val"]:
         say("note: the val split is empty")
-    if hasattr(datamodule.store, "estimated_bytes"):
-        say_cache(datamodule.store.estimated_bytes(cached), datamodule.store.folder)
+    if terms.cache is not None:
+        say_cache(*terms.cache)
     return reasons
 
 
-def say_splits(what: str, datamodule: Any, noun: str) -> None:
+def say_splits(what: str, terms: Terms, noun: str) -> None:
     """Print how many members of how many patients there are, in which splits."""
-    members = [member for part in datamodule.splits.values() for member in part]
+    members = terms.members
     say(f"{what}: {len(members)} {noun} of {len({member.patient_id for member in members})} patients, "
-        + ", ".join(f"{len(part)} {name}" for name, part in datamodule.splits.items()))  # fmt: skip
+        + ", ".join(f"{len(part)} {name}" for name, part in terms.splits.items()))  # fmt: skip
+    for line in terms.account:
+        say(line)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.errors import DataError
+from common.errors import DataError, UserError
 from common.randomness import numpy_generator
 
 
@@ -131,6 +131,21 @@ def _stop_workers(loader: DataLoader) -> None:
     loader._iterator = None
 
 
+def _next(iterator: Iterator[Any]) -> Any:
+    """Return the next batch, None at the end.
+
+    Raises:
+        UserError: as the data set raised it; one from a worker brings its traceback along as text.
+    """
+    try:
+        return next(iterator, None)
+    except UserError as error:
+        text = str(error)
+        if not text.startswith("Caught "):
+            raise
+        raise type(error)(text.strip().splitlines()[-1].partition(": ")[2]) from error
+
+
 class ResumableLoader:
     """A loader that can tell how many batches were consumed, and continue from there.
 
@@ -185,7 +200,7 @@ class ResumableLoader:
         iterator = iter(self._loader)
         while True:
             begin = time.perf_counter()
-            batch = next(iterator, None)
+            batch = _next(iterator)
             self.wait_seconds += time.perf_counter() - begin
             if batch is None:
                 return

@@ -1,91 +1,575 @@
-"""The known layouts, and which of them a root is."""
+"""The one list of layouts: what each gives, how a tree is recognised, and what an archive consists of.
 
-from collections.abc import Sequence
-from dataclasses import replace
+A layout says what the files of an archive are; how they are prepared is a profile's part. A data module says what it
+needs, and every layout that gives it can be read. Nothing of an archive is imported here until it is asked for.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from common.errors import DataError
-from common.runtime.reporting import contents
-from datamodules.genetics.layout import PictureLayout
-from datamodules.genetics.tcga import TCGA
-from datamodules.genetics.ukb import UKB
-from datamodules.labelled.fundus import APTOS, EYEPACS, IDRID, RFMID
-from datamodules.labelled.palm import PALM
-from datamodules.pairs.vqa import QUESTION_LAYOUTS
-from datamodules.reports.manifest import COVID_CXR, MANIFEST
-from datamodules.reports.medicat import MEDICAT, MEDICAT_ALL
-from datamodules.reports.melinda import MELINDA
-from datamodules.reports.mimic_cxr import MIMIC_CXR
-from datamodules.reports.open_i import OPEN_I
-from datamodules.reports.roco import MEDICAT_ROCO, ROCO
-from datamodules.reports.studies import StudyLayout
-from datamodules.volumes.brats import BRATS2021, BRATS2023
-from datamodules.volumes.cases import Case, Layout
-from datamodules.volumes.folder import FOLDER, LUNG
-from datamodules.volumes.pi_cai import PI_CAI
+from common.runtime.reporting import contents, say
+from datamodules.files import read_json
+from datamodules.tree import Tree
 
-VOLUME_LAYOUTS: tuple[Layout, ...] = (BRATS2023, BRATS2021, PI_CAI, LUNG, FOLDER)
-STUDY_LAYOUTS: tuple[StudyLayout, ...] = (
-    MIMIC_CXR,
-    OPEN_I,
-    COVID_CXR,
-    MANIFEST,
-    MEDICAT,
-    MEDICAT_ALL,
-    ROCO,
-    MEDICAT_ROCO,
-    MELINDA,
-    *(layout.for_calibration() for layout in QUESTION_LAYOUTS),
-)
-PICTURE_LAYOUTS: tuple[PictureLayout, ...] = (UKB, TCGA, IDRID, APTOS, EYEPACS, RFMID, PALM)
+#: What a layout gives and a data module needs.
+VOCABULARY = ("volumes", "images", "text", "targets", "masks", "questions", "genetics", "views", "sessions")
+#: Characters of a refusal at most.
+MAX_SENTENCE = 300
 
 
-def recognise(root: str | Path, layout: str = "auto", known: Sequence[Any] = VOLUME_LAYOUTS) -> tuple[Any, list[Any]]:
-    """Find out which layout a root has, and list its cases or studies.
+class FileRef(NamedTuple):
+    """Where something lies.
+
+    Attributes:
+        path: The file.
+        volume: Which volume of a 4-D file, from 0; None = the file is one.
+        member: Name inside a zip archive; None for a plain file.
+        series: UID of a DICOM series, of which the path is the folder; None otherwise.
+    """
+
+    path: Path
+    volume: int | None = None
+    member: str | None = None
+    series: str | None = None
+
+    def __str__(self) -> str:
+        return str(self.path) if self.volume is None else f"{self.path}[{self.volume}]"
+
+
+class Record(NamedTuple):
+    """One sample of an archive, whatever it holds: what all layouts give and every data module can be made of.
+
+    Attributes:
+        case_id: Unique name.
+        patient_id: Splits are by this.
+        session: Visit; empty = the archive knows none.
+        volumes: Modality, as the archive calls it, to file.
+        images: Pictures and what each shows, such as ``PA``; empty text = unknown.
+        text: A report or caption, or where it lies; None = there is none.
+        masks: Name to mask.
+        targets: What may be predicted, as text; empty = unknown.
+        attributes: Further facts by name; empty = unknown.
+        answers: What counts as the right answer where the text is a question.
+        split: ``train``, ``val`` or ``test`` where the archive says so.
+        surplus: Files of a modality that has a file already, which data modules refuse.
+    """
+
+    case_id: str
+    patient_id: str
+    session: str = ""
+    volumes: Mapping[str, FileRef] = {}
+    images: tuple[tuple[Path, str], ...] = ()
+    text: str | FileRef | None = None
+    masks: Mapping[str, FileRef] = {}
+    targets: Mapping[str, str] = {}
+    attributes: Mapping[str, str] = {}
+    answers: tuple[str, ...] = ()
+    split: str | None = None
+    surplus: tuple[Path, ...] = ()
+
+    def record(self) -> "Record":
+        """Return itself, as what other samples become."""
+        return self
+
+    def files(self) -> Iterable[tuple[str, Path]]:
+        """Yield every file of the sample with what it is: volume, image, text or mask."""
+        yield from (("volume", ref.path) for ref in self.volumes.values())
+        yield from (("image", path) for path, _ in self.images)
+        yield from (("mask", ref.path) for ref in self.masks.values())
+        if isinstance(self.text, FileRef):
+            yield "text", self.text.path
+
+
+class Sample(Protocol):
+    """What a room's own sample type offers: to become a record."""
+
+    def record(self) -> Record:
+        """Return what the sample holds as a record."""
+        ...
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a whole archive.
+
+    Attributes:
+        modalities: Channels in order; empty = those that the records have.
+        regions: Region to the label values that make it up.
+        label_values: Every value a label may hold; empty = not checked.
+        profile: Preparation that suits the archive where the experiment names none.
+        native: Whether volumes are known to lie in native space, so that no atlas is asked of them.
+        reference: Modality whose grid the others are resampled to; None = they share one.
+        reader: How image files become pixels; None = as the data module reads any.
+        extract: Makes the text that is used of a report; takes the report, the part and whether redactions stay.
+        named: Whether its patients are the persons of a genetic archive.
+        genome_files: Names the genetics in a tree.
+        genome_kinds: Reads genetics that are no files of their own kind, such as omics in a table.
+        read_lesion: Reads the mask of a lesion, given its file, its image's and the shorter side.
+        cut_validation: Whether validation patients are cut out of its training ones, as it names none.
+        held_out: What test images are for in pre-training, which does not test.
+    """
+
+    modalities: tuple[str, ...] = ()
+    regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    label_values: frozenset[int] = frozenset()
+    profile: str = "native"
+    native: bool = False
+    reference: str | None = None
+    reader: Any = None
+    extract: Callable[[str, str, bool], str] | None = None
+    named: bool = False
+    genome_files: Callable[[Tree], Any] | None = None
+    genome_kinds: Callable[[Tree], list[Any]] | None = None
+    read_lesion: Callable[[Path, Path, int], Any] | None = None
+    cut_validation: bool = False
+    held_out: str = "test"
+
+
+NO_FACTS = Facts()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a person may say about an archive, where its layout leaves it open; the defaults say nothing.
+
+    Attributes:
+        modalities: Canonical name to the archive's.
+        ignore: Patterns of files that are left aside.
+        masks: Name to the mask that is used, and its values.
+        subject: Whose a file is: ``folder``, ``file``, ``study``, a column, or ``{"regex": ...}``.
+        table: Name of the table under the root, or its path.
+        columns: Columns of a table by role.
+        pipeline: Folder under ``derivatives`` whose volumes are used.
+        runs: ``"all"`` makes every run a case of its own.
+        missing: ``"ignore"`` goes on where rows of a table name files that are not there.
+        categories: Kinds of questions that are read.
+    """
+
+    modalities: Mapping[str, str] = field(default_factory=dict)
+    ignore: tuple[str, ...] = ()
+    masks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    subject: str | Mapping[str, str] | None = None
+    table: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    pipeline: str | None = None
+    runs: str | None = None
+    missing: str | None = None
+    categories: tuple[str, ...] = ()
+
+    def said(self) -> list[str]:
+        """Return the names of those that say anything."""
+        return [name for name, value in self.__dict__.items() if value]
+
+
+NO_SETTINGS = Settings()
+
+
+class Evidence(NamedTuple):
+    """How plainly a tree is of a layout.
+
+    Attributes:
+        score: 3 = a marker file whose content was checked, or names that only one public set has; 2 = at least 90 % of
+            the image files are named as the layout has it; 1 = generic; 0 = it is not.
+        because: What speaks for it.
+        missing: What it lacks.
+        near: How much of it is there, 0 to 1, so that the nearest layout can be named.
+    """
+
+    score: int
+    because: str = ""
+    missing: str = ""
+    near: float = 0.0
+
+
+@dataclass
+class Archive:
+    """What a layout found in a tree.
+
+    Attributes:
+        layout: The layout.
+        tree: The tree.
+        records: The samples.
+        facts: What is known of the whole.
+        reasons: Files that the layout leaves aside, by reason (see :mod:`datamodules.account`).
+        tables: Tables and lists that it read.
+    """
+
+    layout: "Layout"
+    tree: Tree
+    records: list[Record]
+    facts: Facts
+    reasons: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    tables: Sequence[str] = ()
+
+    @cached_property
+    def gives(self) -> frozenset[str]:
+        """What at least one of its samples holds."""
+        found = set()
+        for record in self.records:
+            present = {
+                "volumes": record.volumes,
+                "images": record.images,
+                "text": record.text,
+                "targets": record.targets,
+                "masks": record.masks,
+                "questions": record.answers,
+                "views": any(view for _, view in record.images),
+                "sessions": record.session,
+            }
+            found |= {name for name, value in present.items() if value}
+        return frozenset(found)
+
+
+class Listing(NamedTuple):
+    """What a layout's ``find`` may return where samples alone do not say it all.
+
+    Attributes:
+        samples: The samples.
+        facts: What this archive says of itself; None = as the layout.
+        reasons: Files left aside, by reason.
+        tables: Tables that were read.
+    """
+
+    samples: Sequence[Sample]
+    facts: Facts | None = None
+    reasons: Mapping[str, Sequence[str]] = {}
+    tables: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way in which archives lie on disk.
+
+    Attributes:
+        name: What ``LAYOUT=`` takes.
+        tree: One line that shows the tree.
+        find: Lists the samples of a tree; none where it is of another layout. Takes the settings too where ``takes``
+            names any.
+        evidence: Says how plainly a tree is of this layout, from names and at most a few small files.
+        facts: What is known of its archives.
+        takes: Settings that it heeds.
+        tables: Patterns of the tables and lists that it reads.
+        public: Whether it is that of a public set, which may hold image files of other kinds; elsewhere those have no
+            place, and are refused if they are many.
+        prefer: The layout of higher preference wins among those of equal evidence.
+    """
+
+    name: str
+    tree: str
+    find: Callable[..., Sequence[Any] | Listing]
+    evidence: Callable[[Tree], Evidence]
+    facts: Facts = NO_FACTS
+    takes: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+    public: bool = True
+    prefer: int = 0
+
+    def recognise(self, tree: Tree) -> Evidence:
+        """Say how plainly a tree is of this layout."""
+        return self.evidence(tree)
+
+    def read(self, tree: Tree, settings: Settings = NO_SETTINGS) -> Archive:
+        """List what a tree holds.
+
+        Raises:
+            DataError: a setting that this layout does not have, a damaged table, and the like.
+        """
+        strange = [name for name in settings.said() if name not in ("modalities", "ignore", *self.takes)]
+        if strange:
+            takes = f"it has {', '.join(self.takes)}" if self.takes else "it has none"
+            raise DataError(f"{tree} is of the layout {self.name}, which has no setting {strange[0]}: {takes}.")
+        found = self.find(tree, settings) if self.takes else self.find(tree)
+        listing = found if isinstance(found, Listing) else Listing(found)
+        records = [sample.record() for sample in listing.samples]
+        tables = [tree.name_of(path) for pattern in self.tables for path in tree.glob(pattern)]
+        return Archive(self, tree, records, listing.facts or self.facts, listing.reasons, [*tables, *listing.tables])
+
+
+def marked(*marks: str | tuple[str, ...], score: int = 3) -> Callable[[Tree], Evidence]:
+    """Make the evidence of a layout that is known by its files: each mark is a pattern, or several of which one counts.
+
+    Args:
+        *marks: The patterns, all of which must fit a file or folder.
+        score: Evidence where they do.
+    """
+
+    def evidence(tree: Tree) -> Evidence:
+        found, missing = [], []
+        for mark in marks:
+            patterns = (mark,) if isinstance(mark, str) else mark
+            path = tree.first(*patterns)
+            if path is None:
+                missing.append(" or ".join(patterns[:2]))
+            else:
+                found.append(tree.name_of(path))
+        near = len(found) / len(marks)
+        return Evidence(0 if missing else score, ", ".join(found), ", ".join(missing), near)
+
+    return evidence
+
+
+class Entry(NamedTuple):
+    """One line of the list.
+
+    Attributes:
+        name: What ``LAYOUT=`` takes.
+        at: Module and name of the :class:`Layout`.
+        gives: What it can give; an archive of it may give less.
+        labels: Module and class of the labels for ``labels:``; empty = it has none.
+        title: What a person calls such an archive; empty = its name.
+    """
+
+    name: str
+    at: str
+    gives: frozenset[str]
+    labels: str = ""
+    title: str = ""
+
+    def load(self) -> Layout:
+        """Import the layout."""
+        module, _, name = self.at.partition(":")
+        layout: Layout = getattr(import_module(module), name)
+        return layout
+
+
+def _entry(name: str, at: str, gives: str, labels: str = "", title: str = "") -> Entry:
+    module = at.partition(":")[0]
+    return Entry(
+        name, f"datamodules.{at}", frozenset(gives.split()), labels and f"datamodules.{module}:{labels}", title
+    )
+
+
+#: Every layout, and the only list of them.
+LAYOUTS: tuple[Entry, ...] = (
+    _entry("brats2023", "volumes.brats:BRATS2023", "volumes masks", title="BraTS 2023"),
+    _entry("brats2021", "volumes.brats:BRATS2021", "volumes masks", title="BraTS 2021"),
+    _entry("pi_cai", "volumes.pi_cai:PI_CAI", "volumes masks targets", title="PI-CAI"),
+    _entry("lung", "volumes.folder:LUNG", "volumes masks targets"),
+    _entry("folder", "volumes.folder:FOLDER", "volumes masks targets sessions"),
+    _entry("ucsf_pdgm", "brain.layouts:UCSF_PDGM", "volumes masks", title="UCSF-PDGM"),
+    _entry("upenn_gbm", "brain.layouts:UPENN_GBM", "volumes masks", title="UPENN-GBM"),
+    _entry("ixi", "brain.layouts:IXI", "volumes", title="IXI"),
+    _entry("isles22", "brain.layouts:ISLES22", "volumes masks", title="ISLES 2022"),
+    _entry("mrbrains13", "brain.layouts:MRBRAINS13", "volumes masks", title="MRBrainS13"),
+    _entry("vsseg", "brain.layouts:VSSEG", "volumes masks", title="VSSeg"),
+    _entry("adni", "brain.layouts:ADNI", "volumes", title="ADNI"),
+    _entry("indi", "brain.layouts:INDI", "volumes", title="INDI"),
+    _entry("sources", "brain.layouts:SOURCES", "volumes masks"),
+    _entry("brain_manifest", "brain.layouts:MANIFEST", "volumes masks"),
+    _entry("mimic_cxr", "reports.mimic_cxr:MIMIC_CXR", "images text views targets", title="MIMIC-CXR"),
+    _entry("open_i", "reports.open_i:OPEN_I", "images text", title="Open-I"),
+    _entry("covid_cxr", "reports.covid_cxr:COVID_CXR", "images text views", title="COVID-19 image collection"),
+    _entry("manifest", "images.table:MANIFEST", "images text views targets masks sessions"),
+    _entry("table", "images.table:TABLE", "images text views targets masks sessions"),
+    _entry("medicat", "reports.medicat:MEDICAT", "images text", title="MedICaT"),
+    _entry("medicat_all", "reports.medicat:MEDICAT_ALL", "images text", title="MedICaT"),
+    _entry("roco", "reports.roco:ROCO", "images text", title="ROCO"),
+    _entry("medicat_roco", "reports.roco:MEDICAT_ROCO", "images text"),
+    _entry("melinda", "reports.melinda:MELINDA", "images text", title="MELINDA"),
+    _entry("vqa_rad", "pairs.vqa:VQA_RAD", "images text questions", title="VQA-RAD"),
+    _entry("slake", "pairs.vqa:SLAKE", "images text questions", title="SLAKE"),
+    _entry("vqa_med_2019", "pairs.vqa:VQA_MED", "images text questions", title="VQA-Med-2019"),
+    _entry("ukb", "genetics.ukb:UKB", "images genetics targets", "UKBRisk", "UK Biobank"),
+    _entry("tcga_gbmlgg", "genetics.tcga:TCGA", "images genetics targets", "TCGAGrade", "TCGA GBM-LGG"),
+    _entry("idrid", "labelled.fundus:IDRID", "images targets", "IDRiD", "IDRiD"),
+    _entry("aptos2019", "labelled.fundus:APTOS", "images targets", "APTOS2019", "APTOS 2019"),
+    _entry("eyepacs2015", "labelled.fundus:EYEPACS", "images targets", "EyePACS2015", "EyePACS 2015"),
+    _entry("rfmid", "labelled.fundus:RFMID", "images targets", "RFMiD", "RFMiD"),
+    _entry("palm", "labelled.palm:PALM", "images masks", "PALMStructures", "PALM"),
+    _entry("chexpert", "labelled.chexpert:CHEXPERT", "images targets views", "CheXpert", "CheXpert"),
+    _entry("nih_cxr14", "labelled.nih_cxr:NIH_CXR14", "images targets", "NIHChestXray14", "NIH ChestX-ray14"),
+    _entry("rsna_pneumonia", "labelled.rsna:RSNA", "images targets", "RSNAPneumonia", "RSNA Pneumonia"),
+    _entry("siim_pneumothorax", "labelled.siim:SIIM", "images targets masks", "SIIMPneumothorax", "SIIM-ACR"),
+)  # fmt: skip
+
+
+def entry_of(name: str) -> Entry:
+    """Return the entry of a layout.
+
+    Raises:
+        DataError: there is none of that name; names the nearest.
+    """
+    found = next((entry for entry in LAYOUTS if entry.name == name), None)
+    if found is None:
+        near = get_close_matches(name, [entry.name for entry in LAYOUTS], 3, 0.5)
+        hint = f"; nearest are {', '.join(near)}" if near else ""
+        raise DataError(f"There is no layout {name!r}{hint}; without LAYOUT= it is recognised from the tree.")
+    return found
+
+
+def in_words(names: Iterable[str]) -> str:
+    """Return names as a person lists them: ``volumes, masks and targets``, in the order of the vocabulary."""
+    wanted = set(names)
+    *first, last = [name for name in VOCABULARY if name in wanted] or ["nothing"]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def unsuited(entry: Entry, gives: Iterable[str], needs: frozenset[str], purpose: str) -> DataError:
+    """Return the refusal of an archive that lacks what is needed."""
+    missing = needs - set(gives)
+    verb = "is" if missing == {"text"} else "are"
+    title = entry.title or entry.name
+    article = "An" if title[0].lower() in "aeiou" or title[:2] in ("MS", "NI", "RF", "RS") else "A"
+    return DataError(f"{article} {title} archive gives {in_words(gives)}; {purpose} needs {in_words(needs)}, so "
+                     f"{in_words(missing)} {verb} lacking.")  # fmt: skip
+
+
+class _Match(NamedTuple):
+    entry: Entry
+    layout: Layout
+    evidence: Evidence
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """How plain it is; the higher wins."""
+        return self.evidence.score, self.layout.prefer
+
+
+def _matches(tree: Tree, entries: Iterable[Entry]) -> list[_Match]:
+    found = []
+    for entry in entries:
+        layout = entry.load()
+        found.append(_Match(entry, layout, layout.recognise(tree)))
+    return found
+
+
+def _best(tree: Tree, matches: Sequence[_Match]) -> _Match | None:
+    """Return the plainest match; None where there is none.
+
+    Raises:
+        DataError: several are equally plain.
+    """
+    found = [match for match in matches if match.evidence.score]
+    if not found:
+        return None
+    highest = max(match.rank for match in found)
+    first, *rest = [match for match in found if match.rank == highest]
+    if rest:
+        names = ", ".join(match.entry.name for match in (first, *rest))
+        raise DataError(f"{tree} could be of several layouts ({names}): choose one with LAYOUT=.")
+    return first
+
+
+def recognise(tree: Tree, needs: frozenset[str], purpose: str = "this") -> tuple[Layout, Evidence]:
+    """Find out which layout a tree has, among those that give what is needed.
+
+    Raises:
+        DataError: it is of no known layout (names the nearest), of several, or of one that lacks what is needed.
+    """
+    suited = [entry for entry in LAYOUTS if needs <= entry.gives]
+    matches = _matches(tree, suited)
+    best = _best(tree, matches)
+    if best is None or best.evidence.score == 1:
+        others = _matches(tree, [entry for entry in LAYOUTS if entry not in suited])
+        other = _best(tree, others)
+        if other is not None and (best is None or other.evidence.score > 1):
+            raise unsuited(other.entry, other.entry.gives, needs, purpose)
+        matches += others
+    if best is None:
+        raise DataError(_unknown(tree, matches))
+    return best.layout, best.evidence
+
+
+def _unknown(tree: Tree, matches: Sequence[_Match]) -> str:
+    """Say that a tree is of no known layout, which is nearest, and what it lacks."""
+    nearest = max(matches, key=lambda match: (match.evidence.near, match.layout.prefer))
+    lacks = f"nearest is {nearest.entry.name}, which lacks {shortened(nearest.evidence.missing, 70)}; "
+    end = f"{lacks if nearest.evidence.near else ''}medmim init DIR shows every file."
+    holds = shortened(contents(tree.root), 60)
+    room = MAX_SENTENCE - 40 - len(holds) - len(end)
+    return f"{shortened(str(tree), room)} is of no known layout (it holds {holds}): {end}"
+
+
+def shortened(text: str, room: int) -> str:
+    """Return a text cut to a number of characters, the middle left out."""
+    if len(text) <= room:
+        return text
+    half = max((room - 3) // 2, 1)
+    return f"{text[:half]}...{text[-half:]}"
+
+
+def open_archive(
+    root: str | Path | Tree,
+    layout: str = "auto",
+    needs: Iterable[str] = (),
+    purpose: str = "this",
+    settings: Settings = NO_SETTINGS,
+) -> Archive:
+    """Walk a root, recognise its layout, and list what it holds.
 
     Args:
         root: The archive.
         layout: A layout's name, or ``"auto"``.
-        known: The layouts to choose from, of volumes or of studies.
+        needs: What each archive must give, of :data:`VOCABULARY`.
+        purpose: Who needs it, for the refusal.
+        settings: What a person says about the archive.
 
     Raises:
-        DataError: the root does not exist, is of no known layout, of several, or not of the one asked for.
+        DataError: the root does not exist, is of no known layout, of several, or not of the one asked for, lacks what
+            is needed, or its files are links without content.
     """
-    root = Path(root).expanduser()
-    if not root.is_dir():
-        raise DataError(f"The data root {root} is not a folder.")
-    by_name = {candidate.name: candidate for candidate in known}
-    trees = "; ".join(f"{candidate.name}: {candidate.tree}" for candidate in known)
+    wanted = frozenset(needs)
     if layout != "auto":
-        if layout not in by_name:
-            raise DataError(f"There is no layout {layout!r}; known are {', '.join(by_name)}.")
-        cases = by_name[layout].find(root)
-        if not cases:
-            tree = by_name[layout].tree
-            raise DataError(f"{root} is not of the layout {layout} ({tree}); it holds {contents(root)}.")
-        return by_name[layout], cases
-    matches = [(candidate, cases) for candidate in known if (cases := candidate.recognised(root))]
-    if not matches:
-        raise DataError(f"{root} is of no known layout. It holds {contents(root)}. Known layouts: {trees}.")
-    best = max(candidate.prefer for candidate, _ in matches)
-    matches = [match for match in matches if match[0].prefer == best]
-    if len(matches) > 1:
-        names = ", ".join(candidate.name for candidate, _ in matches)
-        raise DataError(f"{root} could be of several layouts ({names}): choose one with LAYOUT=.")
-    return matches[0][0], matches[0][1]
+        entry = entry_of(layout)
+        if not wanted <= entry.gives:
+            raise unsuited(entry, entry.gives, wanted, purpose)
+    tree = root if isinstance(root, Tree) else Tree(root)
+    if settings.ignore:
+        tree = tree.without(settings.ignore)
+    if hollow := tree.check_content():
+        say(f"note: {hollow}")
+    chosen = entry.load() if layout != "auto" else recognise(tree, wanted, purpose)[0]
+    archive = chosen.read(tree, settings)
+    if not archive.records:
+        held = f"({shortened(chosen.tree, 110)}); it holds {shortened(contents(tree.root), 50)}"
+        raise DataError(f"{shortened(str(tree), 80)} is not of the layout {chosen.name} {held}.")
+    if missing := wanted - archive.gives - {"genetics", "masks", "targets"}:
+        raise unsuited(entry_of(chosen.name), archive.gives - missing, wanted, purpose)
+    return archive
 
 
-def with_modalities(layout: Layout, cases: Sequence[Case], wanted: Sequence[str] | None) -> Layout:
-    """Settle a layout's channels: those asked for, its own, or all that its cases have.
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object; numbers are the text they were written as.
 
     Raises:
-        DataError: no case has a modality that is asked for.
+        DataError: it cannot be read, or holds something else.
     """
-    present = sorted({name for case in cases for name in case.images})
-    names = tuple(wanted) if wanted else layout.modalities or tuple(present)
-    unknown = [name for name in names if name not in present]
-    if wanted and unknown:
-        raise DataError(f"No case has the modalities {', '.join(unknown)}; present are {', '.join(present)}.")
-    intensity = {name: layout.preprocessing.intensity.get(name, "percentile") for name in names}
-    return replace(layout, modalities=names, preprocessing=replace(layout.preprocessing, intensity=intensity))
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds no JSON object.")
+    return content
+
+
+def described(tree: Tree, name: str, *keys: str) -> dict[str, Any] | None:
+    """Return the object in a JSON file of a tree where it has all keys; None where there is no such."""
+    if not tree.is_file(name):
+        return None
+    try:
+        content = read_object(tree / name)
+    except DataError:
+        return None
+    return content if all(key in content for key in keys) else None
+
+
+#: Share of the files that are not text from which on a tree is one of DICOM.
+_MOSTLY = 0.9
+
+
+def foreign_marker(tree: Tree) -> str | None:
+    """Return the file that says a tree is none of the generic ones; None where there is none."""
+    if described(tree, "dataset_description.json", "BIDSVersion"):
+        return "dataset_description.json"
+    for place in ("", *(f"{name}/" for name in tree.folders() if tree.is_dir(f"{name}/imagesTr"))):
+        if tree.is_file(f"{place}dataset.json") and tree.is_dir(f"{place}imagesTr"):
+            return f"{place}dataset.json"
+    if tree.is_file("DICOMDIR"):
+        return "DICOMDIR"
+    data = [file for file in tree.files if file.kind not in ("text", "sidecar", "table") and not file.hidden]
+    series = sum(file.kind == "series" for file in data)
+    return f"{series} DICOM files" if series and series >= _MOSTLY * len(data) else None

@@ -1,6 +1,8 @@
 """Fixtures: tiny official trees, a pool of two ranks, real samples where there are any."""
 
 import os
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,11 @@ import torch
 
 from common.cli import main
 from common.distributed import RankPool
+from datamodules.registry import open_archive
 from datamodules.synthetic.brain import write_brain_archive
 from datamodules.synthetic.command import write_brats, write_lung, write_pi_cai
+from datamodules.volumes.cases import case_of
+from datamodules.volumes.profiles import prepared
 
 
 def pytest_configure():
@@ -25,8 +30,9 @@ def _isolated(tmp_path, monkeypatch):
     """Give every test its own working directory, cache and seeds."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MEDMIM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    monkeypatch.delenv("MEDMIM_RUN_TIME", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    for name in ("PL_GLOBAL_SEED", "MEDMIM_RUN_TIME", "MEDMIM_ANONYMISE", "MEDMIM_ANONYMISE_KEY"):
+        monkeypatch.delenv(name, raising=False)
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002
 
@@ -61,6 +67,17 @@ def brain_root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("brain")
     write_brain_archive(root, 12, seed=0, shape=(40, 44, 36))
     return root
+
+
+@pytest.fixture
+def volumes_of():
+    """Return a function that recognises an archive of volumes: its layout, prepared as suits it, and its cases."""
+
+    def read(root: Path, layout: str = "auto"):
+        archive = open_archive(root, layout, {"volumes"})
+        return prepared(archive), [case_of(record) for record in archive.records]
+
+    return read
 
 
 @pytest.fixture(scope="session")
@@ -100,6 +117,22 @@ def refusal(capsys):
         return line
 
     return sentence
+
+
+@pytest.fixture
+def small_disk():
+    """Return a context in which no file can grow beyond some bytes, as on a disk that is full."""
+
+    @contextmanager
+    def limited(size: int):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 TINY = {

@@ -7,14 +7,23 @@ import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 
 import experiments
-from common.cli import MedmimCLI, resolve_config_arguments
+from common.cli import MedmimCLI
 from common.commands import COMMANDS
+from common.runtime.configs import find_config, read_config
 from common.sweeps.runner import read_study
 
 ROOT = Path(next(iter(experiments.__path__)))
 CONFIGS = sorted(ROOT.glob("*/configs/*.yaml"))
-STAGES = [path for path in CONFIGS if "class_path" in (yaml.safe_load(path.read_text()).get("model") or {})]
+STAGES = [path for path in CONFIGS if "class_path" in (read_config(path).get("model") or {})]
 OVERLAYS = [path for path in CONFIGS if path not in STAGES]
+FAMILIES = sorted([*ROOT.glob("*/configs/families/*.yaml"), *ROOT.glob("configs/*.yaml")])
+TASKS = [path for path in STAGES if path.name.startswith("finetune_")]
+INHERITED = [
+    (path, size)
+    for path in TASKS
+    for size in ("smoke", "small")
+    if not path.with_name(f"{path.stem}.{size}.yaml").is_file()
+]
 STUDIES = sorted(ROOT.glob("*/configs/studies/*.yaml"))
 
 
@@ -26,7 +35,7 @@ def build(monkeypatch, *configs):
     """Parse and instantiate, as the command does, and stop before anything runs."""
     monkeypatch.setattr(MedmimCLI, "_run_subcommand", lambda self, subcommand: None)
     arguments = ["fit", *(word for config in configs for word in ("--config", str(config)))]
-    return MedmimCLI(resolve_config_arguments([*arguments, "--trainer.logger=false"]))
+    return MedmimCLI([*arguments, "--trainer.logger=false"])
 
 
 def stack_of(path):
@@ -52,8 +61,7 @@ def test_stages_build(monkeypatch, path):
 @pytest.mark.parametrize("path", OVERLAYS, ids=name_of)
 def test_overlays_build_on_their_stage(monkeypatch, path):
     cli = build(monkeypatch, *stack_of(path))
-    plain = yaml.safe_load(path.read_text())
-    assert plain.keys() <= {"model", "data", "trainer"}
+    assert read_config(path).keys() <= {"model", "data", "trainer"}
     assert isinstance(cli.model, LightningModule)
 
 
@@ -62,13 +70,42 @@ def test_studies_name_configurations_that_exist(path):
     for steps in read_study(path)["arms"].values():
         for step in steps:
             assert step.run in ("fit", "validate", "test") or step.run in COMMANDS
-            assert all((path.parent.parent / config).is_file() for config in step.config)
+            assert all(find_config(str(path.parent.parent / config)).is_file() for config in step.config)
 
 
 @pytest.mark.parametrize("experiment", sorted({path.parent.parent.name for path in STAGES}))
 def test_every_experiment_has_what_the_contract_asks_for(experiment):
     names = {path.name for path in (ROOT / experiment / "configs").glob("*.yaml")}
     assert {"pretrain.yaml", "small.yaml", "smoke.yaml"} <= names
-    for name in names:
-        if name.startswith("finetune_") and name.count(".") == 1:
-            assert {name.replace(".yaml", f".{size}.yaml") for size in ("smoke", "small")} <= names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("path", "size"), INHERITED, ids=[f"{name_of(path)}.{size}" for path, size in INHERITED])
+def test_tasks_take_over_the_overlays_of_their_family(monkeypatch, path, size):
+    cli = build(monkeypatch, path, path.with_name(f"{path.stem}.{size}.yaml"))
+    assert isinstance(cli.model, LightningModule)
+
+
+def test_every_file_is_used():
+    """A family or a shared file that nothing names is a copy waiting to differ."""
+    named = {find_config(str(path)).resolve() for path in CONFIGS}
+    named |= {find_config(str(path.with_name(f"{path.stem}.{size}.yaml"))).resolve() for path, size in INHERITED}
+    for path in [*CONFIGS, *FAMILIES]:
+        for base in yaml.safe_load(path.read_text()).get("base", []):
+            named.add((ROOT.parent / base if base.startswith("experiments/") else path.parent / base).resolve())
+    unused = {path.resolve() for path in FAMILIES} - named - {(ROOT / "configs/defaults.yaml").resolve()}
+    assert not unused
+
+
+def test_a_data_set_costs_ten_lines():
+    """Comments and model settings aside: what a task adds to its family says where the data are and what they hold."""
+    plain = [path for path in TASKS if "model" not in yaml.safe_load(path.read_text())]
+    assert len(plain) > len(TASKS) / 2
+    for path in plain:
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+        assert len(lines) <= 10, path
+
+
+def test_configurations_stay_short():
+    """Settings stand once: 4,351 lines before there were families."""
+    assert sum(len(path.read_text().splitlines()) for path in [*CONFIGS, *FAMILIES]) < 2000

@@ -18,13 +18,13 @@ REPOSITORY = Path(__file__).parent.parent
 
 def test_the_distribution_owns_both_commands():
     scripts = {e.name: e.value for e in distribution("medmim").entry_points if e.group == "console_scripts"}
-    assert scripts == {"lightning": "common.cli:main", "medmim": "common.commands:main"}
+    assert scripts == {"lightning": "common.entry:main", "medmim": "common.commands:main"}
 
 
 def test_the_lightning_command_is_ours():
     """Two distributions ship a command of this name; the one on the path must be this project's."""
     script = Path(sys.executable).with_name("lightning")
-    assert "common.cli" in script.read_text()
+    assert "common.entry" in script.read_text()
 
 
 @pytest.mark.parametrize("package", [common, datamodules, experiments], ids=lambda package: package.__name__)
@@ -54,7 +54,13 @@ def test_the_wheel_holds_packages_configurations_and_results(tmp_path):
                     str(tmp_path), str(REPOSITORY)], check=True)  # fmt: skip
     (wheel,) = tmp_path.glob("medmim-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    for pattern in ("common/**/*.py", "datamodules/**/*.py", "experiments/**/*.py", "experiments/**/*.yaml"):
+    for pattern in (
+        "common/**/*.py",
+        "datamodules/**/*.py",
+        "experiments/**/*.py",
+        "experiments/**/*.yaml",
+        "common/help/*.txt",
+    ):
         for path in REPOSITORY.glob(pattern):
             assert path.relative_to(REPOSITORY).as_posix() in names
     assert not any(name.startswith("tests/") for name in names)

@@ -5,6 +5,7 @@ A checkpoint or an export names its encoder's class and arguments. A name is loo
 is handed on. Whoever writes an encoder of their own puts the decorator on it and imports its module.
 """
 
+import dataclasses
 import importlib
 import inspect
 import math
@@ -26,7 +27,7 @@ HOMES = (
     "experiments.mrm_genetics.baselines",
 )
 #: Encoders that have moved since files were written: what those say, and what it is called now.
-_MOVED = {"experiments.umd.model.UMDEncoder": "experiments.umd.encoder.UMDEncoder"}
+_MOVED = {"experiments.umd.encoder.UMDEncoder": "experiments.umd.encoder.UMDEncoder"}
 #: Beyond any size or count of an encoder.
 _LARGEST = 2**24
 
@@ -46,12 +47,15 @@ def registered(cls: type[Encoder]) -> type[Encoder]:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Return whether a value from a file is of the declared kind: plain values, and sequences and mappings of them."""
+    """Return whether a value from a file is of the declared kind: plain values, and what is made of them."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return any(fits(value, part) for part in parts)
     if origin is Literal:
         return any(type(value) is type(part) and value == part for part in parts)
+    if dataclasses.is_dataclass(kind):
+        parts = get_type_hints(kind)
+        return isinstance(value, dict) and all(name in parts and fits(v, parts[name]) for name, v in value.items())
     if origin is not None and issubclass(origin, Mapping):
         return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
     if origin is not None and issubclass(origin, Sequence):
@@ -103,7 +107,10 @@ def check_arguments(path: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     if wrong:
         raise CheckpointError(f"The file describes no {cls.__name__} that can be built: {wrong[0]}. Export the encoder "
                               f"again, or start from the run it came from.")  # fmt: skip
-    return dict(arguments)
+    return {
+        name: kinds[name](**value) if dataclasses.is_dataclass(kinds[name]) else value
+        for name, value in arguments.items()
+    }
 
 
 def build_encoder(path: str, arguments: Mapping[str, Any]) -> nn.Module:

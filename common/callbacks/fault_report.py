@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 
 from common.distributed import agree, gather_objects
 from common.faults import FaultLedger
+from common.pseudonyms import share_key
 from common.runtime.reporting import is_dry_run, say
 
 
@@ -29,6 +30,8 @@ class FaultReport(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write down what indexing and caching met (Lightning hook)."""
         ledger = self._ledger(trainer)
+        if ledger is not None and ledger.anonymise:
+            share_key()
         if ledger is None or is_dry_run(trainer):
             return
         if ledger.num_faulty:
@@ -38,7 +41,6 @@ class FaultReport(pl.Callback):
 
     def _write(self, trainer: pl.Trainer, ledger: FaultLedger) -> None:
         if trainer.is_global_zero:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             ledger.write(self.path)
 
     def _share(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -13,6 +13,7 @@ from scipy.ndimage import binary_dilation
 
 from common.callbacks.validation import ValidationCallback
 from common.module import SSLModule
+from common.names import printable
 from common.runtime.reporting import log_figure
 from common.types import Panel, Reconstruction
 
@@ -95,13 +96,16 @@ def panel_figure(modality: str, rows: Sequence[Panel]) -> Figure:
     for x, title in enumerate(columns if rows[0].filled is None else _FILLED_COLUMNS):
         axes.text(x * step_x + width / 2, -4, title, ha="center", va="bottom", fontsize=8)
     for y, (_, text) in enumerate(drawn):
-        axes.text(2, y * step_y + height + _GAP, text, ha="left", va="center", fontsize=7)
+        # Subjects may be called anything, and `$` begins a formula.
+        line = printable(text)
+        axes.text(2, y * step_y + height + _GAP, line, ha="left", va="center", fontsize=7, parse_math=False)
         left, right = rows[y].sides
         style: dict[str, Any] = {"va": "center", "color": "yellow", "fontsize": 10, "fontweight": "bold"}
         style["path_effects"] = _OUTLINE
         axes.text(4, y * step_y + height / 2, left, ha="left", **style)
         axes.text(width - 4, y * step_y + height / 2, right, ha="right", **style)
-    figure.text(0.5, 1 - 4 / (mosaic.shape[0] + top), modality, ha="center", va="top", fontsize=10, fontweight="bold")
+    style = {"ha": "center", "va": "top", "fontsize": 10, "fontweight": "bold", "parse_math": False}
+    figure.text(0.5, 1 - 4 / (mosaic.shape[0] + top), printable(modality), **style)
     return figure
 
 

@@ -1,6 +1,7 @@
 """What a run leaves behind for whoever asks later how it was made."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from common.callbacks.finite_check import FiniteCheck
 from common.callbacks.preemption import slurm_job
 from common.callbacks.throughput import Throughput
+from common.files import write_text
+from common.pseudonyms import names_are_hidden, public_name
 from common.randomness import run_seed
 from common.runtime.loggers import SummaryLogger
 from common.runtime.provenance import environment
@@ -19,6 +22,26 @@ from common.runtime.reporting import is_dry_run, say
 
 def _encoder(module: torch.nn.Module) -> torch.nn.Module | None:
     return next((m for name, m in module.named_modules() if name.rsplit(".", 1)[-1] in ("encoder", "vit")), None)
+
+
+def personal_settings(trainer: pl.Trainer) -> tuple[str, ...]:
+    """Return the settings of the data module that say something about one person, where names are hidden."""
+    return getattr(trainer.datamodule, "personal", ()) if names_are_hidden() else ()  # type: ignore[attr-defined]
+
+
+def _command(trainer: pl.Trainer) -> list[str]:
+    """Return the command line, without the values of personal settings."""
+    names = "|".join(personal_settings(trainer)) or "(?!)"
+    option = re.compile(rf"--data\.(?:init_args\.)?(?:{names})")
+    words: list[str] = []
+    for word in sys.argv[1:]:
+        given, sign, value = word.partition("=")
+        if sign and option.fullmatch(given):
+            word = f"{given}={public_name(value)}"
+        elif words and option.fullmatch(words[-1]):
+            word = public_name(word)
+        words.append(word)
+    return [Path(sys.argv[0]).name, *words]
 
 
 class RunRecord(pl.Callback):
@@ -35,23 +58,31 @@ class RunRecord(pl.Callback):
         """Write ``environment.json`` (Lightning hook)."""
         if not trainer.is_global_zero or is_dry_run(trainer):
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         facts = environment(trainer.strategy.root_device)
         facts |= {
             "seed": run_seed(),
             "world_size": trainer.world_size,
             "precision": str(trainer.precision),
             "slurm_job": slurm_job(),
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "command": _command(trainer),
         }
-        (self.folder / "environment.json").write_text(json.dumps(facts, indent=2))
+        write_text(self.folder / "environment.json", json.dumps(facts, indent=2))
         say(f"run folder: {self.folder}")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say how large the model is (Lightning hook)."""
+        """Say how large the model is, and note how channels were matched (Lightning hook)."""
+        self._note_channels(trainer, pl_module)
         counts = [sum(p.numel() for p in m.parameters()) for m in (pl_module, _encoder(pl_module)) if m is not None]
         names = [f"{count / 1e6:.1f} M parameters" for count in counts]
         say(f"model: {type(pl_module).__name__}, {names[0]}" + (f" ({names[1]} in the encoder)" if names[1:] else ""))
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note how channels were matched (Lightning hook)."""
+        self._note_channels(trainer, pl_module)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note how channels were matched (Lightning hook)."""
+        self._note_channels(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Complete the summary of a finished run (Lightning hook)."""
@@ -74,6 +105,16 @@ class RunRecord(pl.Callback):
                 "samples_per_second": throughput.samples / max(throughput.seconds, 1e-9),
                 "flops_per_sample": throughput.flops_per_sample,
             }
+        self._tell(trainer, facts)
+
+    def _note_channels(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        report = getattr(pl_module, "channel_report", None)
+        if report is not None:
+            self._tell(trainer, {"channels": report.facts()})
+
+    @staticmethod
+    def _tell(trainer: pl.Trainer, facts: dict[str, Any]) -> None:
+        """Add facts to ``summary.json``."""
         for logger in trainer.loggers:
             if isinstance(logger, SummaryLogger):
                 logger.facts |= facts

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 
 from common.callbacks.validation import ValidationCallback
 from common.module import SSLModule
+from common.names import printable
 from common.runtime.reporting import log_text
 from common.types import Reconstruction
 
@@ -101,5 +102,6 @@ class TextRestoration(ValidationCallback):
         """Give the texts to the loggers (Lightning hook)."""
         if self._rows:
             lines = ["| sample | report, hidden words bold | prediction, truth in italics |", "|---|---|---|"]
-            lines += [f"| {escape(name)} | {text} | {filled} |".replace("\n", " ") for name, text, filled in self._rows]
+            rows = [(_plain(printable(name)), text, filled) for name, text, filled in self._rows]
+            lines += [f"| {' | '.join(row)} |".replace("\n", " ") for row in rows]
             log_text(trainer, "reconstruction/report", "\n".join(lines))

@@ -63,7 +63,8 @@ class Throughput(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Count the operations of the first step (Lightning hook)."""
-        if self.flops_per_sample is None and self._counter is None and not getattr(pl_module, "compile_network", False):
+        compiled = getattr(getattr(pl_module, "optimization", None), "compile", False)
+        if self.flops_per_sample is None and self._counter is None and not compiled:
             self._counter = FlopCounterMode(display=False)
             self._counter.__enter__()
 

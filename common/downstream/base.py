@@ -7,16 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 
 from common.blocks.vit import VisionTransformer
 from common.distributed import gather_objects
-from common.downstream.encoder import EncoderFactory, encoder_architecture, make_encoder
+from common.downstream.encoder import EncoderFactory, encoder_architecture, make_encoder, meet_encoder
+from common.files import write_text
 from common.module import BuiltFromData
-from common.optim import Schedule, WarmupCosine, param_groups
+from common.optim import OptimizerConfig
 from common.runtime.reporting import log_scalars, say, write_rows
 from common.types import InputSpec
+from common.weights.channels import NewChannels
 
 
 class FineTuning(BuiltFromData):
@@ -29,36 +30,40 @@ class FineTuning(BuiltFromData):
     Args:
         pretrained: Run folder, checkpoint or export whose encoder to start from; None trains from scratch.
         encoder: Makes the encoder from (channels, image size) where nothing is pre-trained.
-        optimizer: Makes the optimiser from parameter groups.
-        schedule: Attaches a learning-rate schedule for a number of optimiser steps.
-        layer_decay: Factor of the learning rate per encoder layer towards the input.
-        compile_network: Whether to compile the network.
-        encoder_record: Architecture of the encoder, as a checkpoint remembers it.
+        optimization: How the weights are updated.
+        new_channels: What channels start as that the pre-trained encoder does not know: the mean of those it knows, or
+            at random; an encoder that stays frozen refuses them.
     """
 
     def __init__(
         self,
         pretrained: str | None,
         encoder: EncoderFactory = VisionTransformer,
-        *,
-        optimizer: OptimizerCallable,
-        schedule: Schedule | None = None,
-        layer_decay: float = 1.0,
-        compile_network: bool = False,
-        encoder_record: dict[str, Any] | None = None,
+        optimization: OptimizerConfig = OptimizerConfig(),
+        new_channels: NewChannels = "mean",
     ) -> None:
-        super().__init__()
-        self.network = None
-        self.compile_network = compile_network
+        super().__init__(optimization)
         self.rows: list[dict[str, Any]] = []
-        self._pretrained, self._make_encoder, self._record = pretrained, encoder, encoder_record
-        self._make_optimizer, self._make_schedule = optimizer, schedule or WarmupCosine()
-        self._layer_decay = layer_decay
+        self._pretrained, self._make_encoder = pretrained, encoder
+        self.new_channels: NewChannels = new_channels
+
+    def meet_channels(self, datamodule: Any, stored: InputSpec | None) -> InputSpec:
+        """Have the data give also those channels, as absent, that only the pre-trained encoder knows.
+
+        Raises:
+            CheckpointError: the encoder does not know the data's channels, and they may not be new.
+        """
+        if stored is not None or not self._pretrained or self.state.encoder is not None:
+            return super().meet_channels(datamodule, stored)
+        return meet_encoder(datamodule, self._pretrained, self.new_channels)
 
     def build_encoder(self, spec: InputSpec) -> nn.Module:
         """Make the encoder, and remember its architecture for checkpoints."""
-        encoder = make_encoder(spec, self._pretrained, self._make_encoder, self._record)
-        self.hparams["encoder_record"] = encoder_architecture(encoder)
+        encoder = make_encoder(spec, self._pretrained, self._make_encoder, self.state.encoder, self.new_channels)
+        report: Any = getattr(encoder, "load_report", None)
+        if report is not None and report.channels is not None:
+            self.note_channels(report.channels.without(spec.absent), spec)
+        self.state = self.state._replace(encoder=encoder_architecture(encoder))
         return encoder
 
     def take_rows(self) -> list[dict[str, Any]]:
@@ -71,13 +76,9 @@ class FineTuning(BuiltFromData):
         """Write ``per_case.csv`` and ``metrics.json`` into the run folder."""
         folder = Path(self.trainer.default_root_dir)
         write_rows(folder / "per_case.csv", rows)
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
-
-    def configure_optimizers(self) -> Any:
-        """Make the optimiser and its schedule (Lightning hook)."""
-        optimizer = self._make_optimizer(param_groups(self, self._layer_decay))
-        schedule = self._make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        seen = getattr(getattr(self.trainer, "datamodule", None), "seen", {})
+        facts = {**metrics, "seen_patients": seen} if seen else metrics
+        write_text(folder / "metrics.json", json.dumps(facts, indent=2))
 
 
 class ScoredTask(FineTuning):

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import OptimizerCallable
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_auroc
@@ -20,7 +19,7 @@ from common.distributed import all_reduce_sum
 from common.downstream.base import ScoredTask
 from common.downstream.encoder import EncoderFactory, mean_features
 from common.errors import UserError
-from common.optim import Schedule
+from common.optim import OptimizerConfig
 from common.runtime.reporting import is_dry_run, say, write_rows
 from common.types import InputSpec
 
@@ -109,17 +108,11 @@ class ImageClassifier(ScoredTask):
         pretrained: Run folder, checkpoint or export whose encoder to start from; None trains from scratch.
         encoder: Makes the encoder from (channels, image size) where nothing is pre-trained.
         drop_path: Rate of stochastic depth in the last block of the encoder.
-        layer_decay: Factor of the learning rate per encoder layer towards the input.
-        optimizer: Makes the optimiser.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
-        channels: Names of the channels; None = as the data say.
-        image_size: Size of the images; None = as the data say.
-        classes: Names of the classes; None = as the data say.
-        encoder_record: Architecture of the encoder; filled in for checkpoints.
+        optimization: How the weights are updated.
     """
 
     monitor = ("val/auroc", "max")
+    remembered = ("channels", "image_size", "classes")
     noun = "images"
 
     def __init__(
@@ -127,23 +120,12 @@ class ImageClassifier(ScoredTask):
         pretrained: str | None = None,
         encoder: EncoderFactory = VisionTransformer,
         drop_path: float = 0.1,
-        layer_decay: float = 1.0,
-        optimizer: OptimizerCallable = torch.optim.SGD,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
-        channels: list[str] | None = None,
-        image_size: list[int] | None = None,
-        classes: list[str] | None = None,
-        encoder_record: dict[str, Any] | None = None,
+        optimization: OptimizerConfig = OptimizerConfig(torch.optim.SGD),
     ) -> None:
         super().__init__(
             pretrained,
             encoder,
-            optimizer=optimizer,
-            schedule=schedule,
-            layer_decay=layer_decay,
-            compile_network=compile_network,
-            encoder_record=encoder_record,
+            optimization=optimization,
         )
         self.save_hyperparameters()
         self._drop_path = drop_path
@@ -151,7 +133,7 @@ class ImageClassifier(ScoredTask):
     @property
     def classes(self) -> list[str]:
         """Names of the classes, in the order of the logits."""
-        return list(self.hparams["classes"])
+        return list(self.spec.classes)
 
     def build_network(self, spec: InputSpec) -> nn.Module:
         """Make encoder and head.

@@ -6,12 +6,35 @@ from typing import Any
 from torch import Tensor, nn
 
 from common.blocks.registry import build_recorded, class_path
-from common.checkpoint import load_encoder
+from common.checkpoint import load_encoder, read_encoder
 from common.errors import UserError
 from common.runtime.reporting import say
 from common.types import InputSpec
+from common.weights.channels import NewChannels, deliver_channels
 
 EncoderFactory = Callable[[int, Sequence[int]], nn.Module]
+
+
+def meet_encoder(datamodule: Any, pretrained: str, new_channels: NewChannels) -> InputSpec:
+    """Have a data module give also those channels, as absent, that only a pre-trained encoder knows.
+
+    One stored kernel that all channels share needs none of them.
+
+    Args:
+        datamodule: The data.
+        pretrained: Run folder, checkpoint or export.
+        new_channels: What channels start as that the encoder does not know.
+
+    Returns:
+        What the batches hold then.
+
+    Raises:
+        CheckpointError: nothing usable at ``pretrained``, or it does not know the channels.
+    """
+    known = read_encoder(pretrained)
+    if len(known.channels) != known.init_args["in_channels"]:
+        return datamodule.input_spec
+    return deliver_channels(datamodule, known.channels, known.names, new_channels)[0]
 
 
 def make_encoder(
@@ -19,6 +42,7 @@ def make_encoder(
     pretrained: str | None,
     factory: EncoderFactory,
     record: Mapping[str, Any] | None = None,
+    new_channels: NewChannels = "refuse",
 ) -> nn.Module:
     """Make the encoder for inputs of ``spec``.
 
@@ -27,14 +51,15 @@ def make_encoder(
         pretrained: Run folder, checkpoint or export to start from; None or empty starts from scratch.
         factory: Makes an encoder from (channels, image size), for scratch.
         record: Architecture of an encoder whose weights a task's checkpoint will bring; wins over the others.
+        new_channels: What channels start as that the pre-trained encoder does not know.
 
     Raises:
-        CheckpointError: nothing usable at ``pretrained``.
+        CheckpointError: nothing usable at ``pretrained``, or it does not know the channels.
     """
     if record is not None:
         return build_recorded(record)
     if pretrained:
-        encoder = load_encoder(pretrained, image_size=spec.image_size, channels=spec.channels)
+        encoder = load_encoder(pretrained, None, spec.image_size, spec.channels, new_channels=new_channels)
         say(f"encoder from {pretrained}: {encoder.load_report}")
         return encoder
     say("encoder from scratch (no CKPT given)")

@@ -139,6 +139,8 @@ class GradeClassifier(ImageClassifier):
     ) -> None:
         super().__init__(**settings)
         self.targets, self.decision, self._ridge = targets, decision, ridge
+        if ridge:
+            self.new_channels = "refuse"
         self._thresholds: Tensor | None = None
         if targets == "exclusive":
             self.monitor = ("val/auroc", "max")

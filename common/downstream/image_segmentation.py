@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from common.blocks.upernet import UPerNet
@@ -19,7 +18,7 @@ from common.downstream.encoder import EncoderFactory
 from common.errors import UserError
 from common.losses.focal_dice import FocalDice
 from common.metrics import region_dice
-from common.optim import Schedule, WarmupLinear
+from common.optim import OptimizerConfig, Schedule, WarmupLinear
 from common.types import InputSpec
 
 NetworkFactory = Callable[[VisionTransformer, int], nn.Module]
@@ -74,17 +73,11 @@ class ImageSegmentation(ScoredTask):
         drop_path: Rate of stochastic depth in the last block of the encoder.
         loss: Compares logits ``(B, 2, H, W)`` and labels ``(B, 1, H, W)``, and takes ``sync``.
         auxiliary_weight: Weight of the loss of every further output.
-        layer_decay: Factor of the learning rate per encoder layer towards the input.
-        optimizer: Makes the optimiser.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
-        channels: Names of the channels; None = as the data say.
-        image_size: Size of the images; None = as the data say.
-        regions: Region to label values; None = as the data say.
-        encoder_record: Architecture of the encoder; filled in for checkpoints.
+        optimization: How the weights are updated.
     """
 
     monitor = ("val/dice", "max")
+    remembered = ("channels", "image_size", "regions")
     noun = "images"
 
     def __init__(
@@ -95,27 +88,20 @@ class ImageSegmentation(ScoredTask):
         drop_path: float = 0.1,
         loss: nn.Module | None = None,
         auxiliary_weight: float = 0.4,
-        layer_decay: float = 0.65,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
-        channels: list[str] | None = None,
-        image_size: list[int] | None = None,
-        regions: dict[str, list[int]] | None = None,
-        encoder_record: dict[str, Any] | None = None,
+        optimization: OptimizerConfig = OptimizerConfig(layer_decay=0.65),
     ) -> None:
         super().__init__(
             pretrained,
             encoder,
-            optimizer=optimizer,
-            schedule=schedule or WarmupLinear(),
-            layer_decay=layer_decay,
-            compile_network=compile_network,
-            encoder_record=encoder_record,
+            optimization=optimization,
         )
         self.save_hyperparameters()
         self.loss = loss or FocalDice()
         self._make_network, self._drop_path, self._auxiliary_weight = network, drop_path, auxiliary_weight
+
+    def default_schedule(self) -> Schedule:
+        """Return the schedule where the configuration has none."""
+        return WarmupLinear()
 
     def build_network(self, spec: InputSpec) -> nn.Module:
         """Make the network around the encoder.

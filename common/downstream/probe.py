@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_accuracy, binary_auroc
@@ -19,6 +18,7 @@ from common.distributed import all_reduce_sum
 from common.downstream.base import FineTuning
 from common.downstream.encoder import EncoderFactory, mean_features
 from common.errors import DataError
+from common.optim import OptimizerConfig
 from common.runtime.reporting import is_dry_run, log_scalars, say, write_rows
 from common.types import InputSpec
 
@@ -95,10 +95,7 @@ class LinearProbe(FineTuning):
         encoder: Makes the encoder from (channels, image size) where nothing is pre-trained.
         num_folds: Folds of the cross-validation.
         num_seeds: Shuffles of the folds.
-        optimizer: Makes the optimiser.
-        channels: Names of the modalities; None = as the data say.
-        image_size: Size of the central crop; None = as the data say.
-        encoder_record: Architecture of the encoder; filled in for checkpoints.
+        optimization: How the weights are updated.
     """
 
     monitor = ("val/auroc", "max")
@@ -109,12 +106,9 @@ class LinearProbe(FineTuning):
         encoder: EncoderFactory = VisionTransformer,
         num_folds: int = 5,
         num_seeds: int = 5,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        channels: list[str] | None = None,
-        image_size: list[int] | None = None,
-        encoder_record: dict[str, Any] | None = None,
+        optimization: OptimizerConfig = OptimizerConfig(),
     ) -> None:
-        super().__init__(pretrained, encoder, optimizer=optimizer, encoder_record=encoder_record)
+        super().__init__(pretrained, encoder, optimization=optimization, new_channels="refuse")
         self.save_hyperparameters()
         self.num_folds, self.num_seeds = num_folds, num_seeds
         self._features = self._targets = torch.zeros(0)
@@ -218,6 +212,9 @@ class LinearProbe(FineTuning):
             )
         log_scalars(self, {f"test/{name}": float(value) for name, value in metrics.items() if value is not None})
 
-    def configure_optimizers(self) -> Any:
-        """Make the optimiser of the heads (Lightning hook)."""
-        return self._make_optimizer([p for p in self.network.parameters() if p.requires_grad])
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the heads' parameters, which all decay alike."""
+        return [{"params": [parameter for parameter in self.network.parameters() if parameter.requires_grad]}]
+
+    def default_schedule(self) -> None:
+        """Keep the learning rate as it is."""

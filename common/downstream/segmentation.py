@@ -1,11 +1,10 @@
 """Segmentation of regions in volumes, from a pre-trained encoder or from scratch."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from monai.inferers import SlidingWindowInferer
 from torch import Tensor, nn
 
@@ -15,9 +14,10 @@ from common.downstream.base import FineTuning
 from common.downstream.encoder import EncoderFactory
 from common.losses.region import RegionDiceBCE
 from common.metrics import region_dice, region_hd95
-from common.optim import Schedule
+from common.optim import OptimizerConfig
 from common.runtime.reporting import log_scalars, say
 from common.types import InputSpec
+from common.weights.channels import NewChannels
 
 NetworkFactory = Callable[[VisionTransformer, int], nn.Module]
 WindowMode = Literal["constant", "gaussian"]
@@ -42,7 +42,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 class SegmentationModule(FineTuning):
     """Trains a segmentation network on crops and scores whole volumes through a sliding window.
 
-    Validation logs ``val/dice`` and one Dice per region. Testing adds HD95 and writes ``metrics.json`` and
+    Validation logs ``val/dice`` and one Dice per region. Testing adds HD95 in mm and writes ``metrics.json`` and
     ``per_case.csv`` into the run folder; predicting gives label volumes on the source grid.
 
     Args:
@@ -55,17 +55,13 @@ class SegmentationModule(FineTuning):
         window_batch: Windows computed at once.
         window_mode: How overlapping windows are averaged: all voxels alike, or those in the middle of a window more.
         flip_ensemble: Whether to average over all mirrorings at test time.
-        layer_decay: Factor of the learning rate per encoder layer towards the input.
-        optimizer: Makes the optimiser.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
-        channels: Names of the modalities; None = as the data say.
-        image_size: Size of a crop; None = as the data say.
-        regions: Region to label values; None = as the data say.
-        encoder_record: Architecture of the encoder; filled in for checkpoints.
+        optimization: How the weights are updated.
+        new_channels: What channels start as that the pre-trained encoder does not know: ``"mean"`` of those it knows,
+            or ``"fresh"``, at random.
     """
 
     monitor = ("val/dice", "max")
+    remembered = ("channels", "image_size", "regions")
 
     def __init__(
         self,
@@ -78,23 +74,14 @@ class SegmentationModule(FineTuning):
         window_batch: int = 2,
         window_mode: WindowMode = "gaussian",
         flip_ensemble: bool = False,
-        layer_decay: float = 1.0,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
-        channels: list[str] | None = None,
-        image_size: list[int] | None = None,
-        regions: dict[str, list[int]] | None = None,
-        encoder_record: dict[str, Any] | None = None,
+        optimization: OptimizerConfig = OptimizerConfig(),
+        new_channels: NewChannels = "mean",
     ) -> None:
         super().__init__(
             pretrained,
             encoder,
-            optimizer=optimizer,
-            schedule=schedule,
-            layer_decay=layer_decay,
-            compile_network=compile_network,
-            encoder_record=encoder_record,
+            optimization=optimization,
+            new_channels=new_channels,
         )
         self.save_hyperparameters()
         self.loss = loss or RegionDiceBCE()
@@ -112,9 +99,9 @@ class SegmentationModule(FineTuning):
         return self._make_network(cast(VisionTransformer, encoder), len(spec.regions))
 
     @property
-    def regions(self) -> Mapping[str, list[int]]:
+    def regions(self) -> Mapping[str, Sequence[int]]:
         """Region to label values, in the order of the output channels."""
-        return self.hparams["regions"]
+        return self.spec.regions
 
     def forward(self, image: Tensor) -> Tensor:
         """Return logits ``(B, R, H, W, D)`` for crops."""
@@ -129,7 +116,7 @@ class SegmentationModule(FineTuning):
     def logits(self, image: Tensor) -> Tensor:
         """Return logits ``(B, R, X, Y, Z)`` of whole volumes ``(B, C, X, Y, Z)``."""
         if self._predict is None:
-            size = [int(n) for n in self.hparams["image_size"]]
+            size = [int(n) for n in self.spec.image_size]
             self._predict = SlidingWindowInferer(size, self._window_batch, self._overlap, mode=self._window_mode)
         logits = torch.zeros(())
         flips = _FLIPS if self._flip_ensemble else _FLIPS[:1]
@@ -162,8 +149,8 @@ class SegmentationModule(FineTuning):
             row |= {f"dice_{name}": float(dice[index, r]) for r, name in enumerate(self.regions)}
             row["loss"] = float(self.loss(logits[index : index + 1], batch["label"][index : index + 1]))
             if distance:
-                diagonal = math.hypot(*batch["record"][index].source_shape)
-                hd95 = region_hd95(pred[index : index + 1], target[index : index + 1], diagonal)[0]
+                record, one = batch["record"][index], slice(index, index + 1)
+                hd95 = region_hd95(pred[one], target[one], record.source_diagonal, record.spacing)[0]
                 row |= {f"hd95_{name}": float(hd95[r]) for r, name in enumerate(self.regions)}
                 row |= {
                     f"empty_{name}": self._emptiness(pred[index, r], target[index, r])
@@ -194,7 +181,7 @@ class SegmentationModule(FineTuning):
             for name in self.regions:
                 dice, hd95 = summary[f"dice_{name}"], summary[f"hd95_{name}"]
                 say(f"{name}: Dice {100 * dice['mean']:.2f} +- {100 * dice['std']:.2f} %, HD95 {hd95['mean']:.2f} +- "
-                    f"{hd95['std']:.2f} voxels, {summary['n']} cases, empty {summary[f'empty_{name}']}")  # fmt: skip
+                    f"{hd95['std']:.2f} mm, {summary['n']} cases, empty {summary[f'empty_{name}']}")  # fmt: skip
         log_scalars(
             self,
             {f"test/{name}": v["mean"] for name, v in summary.items() if name.startswith(("dice", "hd95", "loss"))},
@@ -214,7 +201,7 @@ class SegmentationModule(FineTuning):
         ]
 
 
-def merge_regions(regions: Tensor, values: Mapping[str, list[int]]) -> Tensor:
+def merge_regions(regions: Tensor, values: Mapping[str, Sequence[int]]) -> Tensor:
     """Turn region masks into one label volume.
 
     Larger regions are written first, smaller ones over them; each writes the value that the regions inside it do not

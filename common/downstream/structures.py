@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from common.blocks.unetr import UNETR
@@ -19,7 +18,7 @@ from common.downstream.base import ScoredTask
 from common.downstream.encoder import EncoderFactory
 from common.errors import UserError
 from common.metrics import region_dice
-from common.optim import Schedule
+from common.optim import OptimizerConfig
 from common.types import InputSpec
 
 NetworkFactory = Callable[[VisionTransformer, int], nn.Module]
@@ -61,18 +60,12 @@ class StructureSegmentation(ScoredTask):
         encoder: Makes the encoder from (channels, image size) where nothing is pre-trained.
         network: Makes the network from (encoder, structures); it returns logits.
         drop_path: Rate of stochastic depth in the last block of the encoder.
-        layer_decay: Factor of the learning rate per encoder layer towards the input.
         dice_weight: Weight of the Dice term in the loss.
-        optimizer: Makes the optimiser.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
-        channels: Names of the channels; None = as the data say.
-        image_size: Size of the images; None = as the data say.
-        regions: Structure to label values; None = as the data say.
-        encoder_record: Architecture of the encoder; filled in for checkpoints.
+        optimization: How the weights are updated.
     """
 
     monitor = ("val/dice", "max")
+    remembered = ("channels", "image_size", "regions")
     noun = "images"
 
     def __init__(
@@ -81,24 +74,13 @@ class StructureSegmentation(ScoredTask):
         encoder: EncoderFactory = VisionTransformer,
         network: NetworkFactory = UNETR,
         drop_path: float = 0.1,
-        layer_decay: float = 0.65,
         dice_weight: float = 0.8,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
-        channels: list[str] | None = None,
-        image_size: list[int] | None = None,
-        regions: dict[str, list[int]] | None = None,
-        encoder_record: dict[str, Any] | None = None,
+        optimization: OptimizerConfig = OptimizerConfig(layer_decay=0.65),
     ) -> None:
         super().__init__(
             pretrained,
             encoder,
-            optimizer=optimizer,
-            schedule=schedule,
-            layer_decay=layer_decay,
-            compile_network=compile_network,
-            encoder_record=encoder_record,
+            optimization=optimization,
         )
         self.save_hyperparameters()
         self._make_network, self._drop_path, self._dice_weight = network, drop_path, dice_weight
@@ -106,7 +88,7 @@ class StructureSegmentation(ScoredTask):
     @property
     def structures(self) -> list[str]:
         """Names of the structures, in the order of the channels."""
-        return list(self.hparams["regions"])
+        return list(self.spec.regions)
 
     def build_network(self, spec: InputSpec) -> nn.Module:
         """Make the network around the encoder.

@@ -1,17 +1,17 @@
 """The data section of configurations, for commands that need an archive but no model."""
 
-import argparse
 from argparse import ArgumentError
 from collections.abc import Sequence
-from importlib.resources import files
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
-from lightning.pytorch import LightningDataModule
 
 from common.errors import UserError
+from common.runtime.configs import find_config, merge, read_config
+from common.runtime.lean_imports import import_torchmetrics
 
 #: Lines of jsonargparse's messages that only say how it tried.
 _NOISE = (
@@ -31,85 +31,58 @@ def one_line(message: str) -> str:
     return "; ".join(words).replace(":; ", ": ").removesuffix(".")
 
 
-def package_file(path: str) -> str:
-    """Resolve ``experiments/...`` against the installed package where the working directory does not hold it."""
-    if not Path(path).exists() and path.startswith("experiments/"):
-        installed = Path(str(files("experiments"))).joinpath(path.removeprefix("experiments/"))
-        if installed.exists():
-            return str(installed)
-    return path
+@dataclass(frozen=True)
+class Archive:
+    """An archive as a command is told of it. Making one reads the configurations, before anything large is imported.
 
-
-def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
-    """Merge two nested mappings; the overlay wins."""
-    result = dict(base)
-    for key, value in overlay.items():
-        old = result.get(key)
-        result[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return result
-
-
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare ``--config``, ``--root``, ``--layout`` and ``--set``."""
-    parser.add_argument(
-        "--config", action="append", required=True, help="configuration with a data section; repeat to overlay"
-    )
-    parser.add_argument("--root", help="the archive (default: the configuration's)")
-    parser.add_argument("--layout", help="force a layout instead of recognising it")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="another data setting, such as cache=b2nd"
-    )
-
-
-def read_data_section(configs: Sequence[str]) -> dict[str, Any]:
-    """Merge the data sections of configurations, later ones over earlier ones.
+    Attributes:
+        configs: Configurations, later ones over earlier ones.
+        root: Its folder; None: the configuration's.
+        layout: Its layout; None: the configuration's.
+        settings: Further data settings, each as ``NAME=VALUE``.
+        section: The data section that they come to: ``class_path`` and ``init_args``.
 
     Raises:
-        UserError: a configuration is missing or none names a data module.
+        UserError: a configuration is missing or none names a data module, or a setting has no ``=``.
     """
-    section: dict[str, Any] = {}
-    for name in configs:
-        path = Path(package_file(name))
-        if not path.is_file():
-            raise UserError(f"The configuration {name} does not exist.")
-        section = merge(section, (yaml.safe_load(path.read_text()) or {}).get("data") or {})
-    if "class_path" not in section:
-        raise UserError(f"{', '.join(configs)} names no data module (data.class_path).")
-    return section
 
+    configs: Sequence[str]
+    root: str | None = None
+    layout: str | None = None
+    settings: Sequence[str] = ()
+    section: dict[str, Any] = field(init=False)
 
-def data_options(configs: Sequence[str]) -> dict[str, Any]:
-    """Return the arguments that configurations give to their data module."""
-    return read_data_section(configs).get("init_args", {})
+    def __post_init__(self) -> None:
+        section: dict[str, Any] = {}
+        for name in self.configs:
+            section = merge(section, read_config(find_config(name)).get("data") or {})
+        if "class_path" not in section:
+            raise UserError(f"{', '.join(self.configs)} names no data module (data.class_path).")
+        given = {"root": self.root, "layout": self.layout}
+        options = section.get("init_args", {}) | {name: value for name, value in given.items() if value is not None}
+        for setting in self.settings:
+            name, sign, value = setting.partition("=")
+            if not sign:
+                raise UserError(f"--set takes NAME=VALUE, got {setting!r}.")
+            options[name.removeprefix("data.")] = yaml.safe_load(value)
+        object.__setattr__(self, "section", section | {"init_args": options})
 
+    def datamodule(self) -> Any:
+        """Instantiate its data module.
 
-def data_section(args: argparse.Namespace) -> dict[str, Any]:
-    """Merge the data sections of the configurations and the switches.
+        Raises:
+            UserError: a setting does not exist or cannot have this value.
+        """
+        import_torchmetrics()
+        from lightning.pytorch import LightningDataModule
 
-    Raises:
-        UserError: as :func:`read_data_section`, or a setting has no ``=``.
-    """
-    section = read_data_section(args.config)
-    options = section.setdefault("init_args", {})
-    options |= {name: value for name, value in (("root", args.root), ("layout", args.layout)) if value is not None}
-    for setting in args.set:
-        name, sign, value = setting.partition("=")
-        if not sign:
-            raise UserError(f"--set takes NAME=VALUE, got {setting!r}.")
-        options[name.removeprefix("data.")] = yaml.safe_load(value)
-    return section
-
-
-def make_datamodule(args: argparse.Namespace) -> Any:
-    """Instantiate the data module that the arguments describe.
-
-    Raises:
-        UserError: a setting does not exist or cannot have this value.
-    """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False)
-    section = data_section(args)
-    try:
-        return parser.instantiate(parser.parse_object({"data": section})).data
-    except (ArgumentError, ValueError) as error:
-        raise UserError(f"{one_line(str(error))}.") from error
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False)
+        try:
+            datamodule = parser.instantiate(parser.parse_object({"data": self.section})).data
+        except (ArgumentError, ValueError) as error:
+            raise UserError(f"{one_line(str(error))}.") from error
+        folder = Path(self.configs[0]).resolve().parent
+        if folder.name == "configs":
+            datamodule.purpose = folder.parent.name
+        return datamodule

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
 from common.distributed import launched_rank
+from common.files import write_text
 
 #: Scalars whose best value is the smallest.
 _SMALLER_IS_BETTER = ("loss", "mse", "floor", "hd95", "data_wait", "faulty")
@@ -143,9 +144,7 @@ class SummaryLogger(Logger):
             return
         facts = {**self.facts, "wall_seconds": round(time.perf_counter() - self._begin, 3)}
         content = json.dumps({**facts, "not_finite": self._not_finite, "scalars": self._scalars}, indent=2)
-        temporary = self._folder / "summary.tmp"
-        temporary.write_text(content)
-        temporary.replace(self._folder / "summary.json")
+        write_text(self._folder / "summary.json", content)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

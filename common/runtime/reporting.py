@@ -3,14 +3,20 @@
 import csv
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_only
-from matplotlib.figure import Figure
+from lightning_utilities.core.rank_zero import rank_zero_only
+
+from common.files import whole_file
+from common.names import printable
+from common.pseudonyms import names_are_hidden
+
+if TYPE_CHECKING:  # commands say things too, before Lightning and without it
+    import lightning.pytorch as pl
+    from matplotlib.figure import Figure
 
 
-def log_scalars(module: pl.LightningModule, scalars: Mapping[str, float], prog_bar: Collection[str] = ()) -> None:
+def log_scalars(module: "pl.LightningModule", scalars: Mapping[str, float], prog_bar: Collection[str] = ()) -> None:
     """Log values that are already equal on all ranks.
 
     The validation before the first step (Lightning's sanity check) normally leaves no trace; here its values are the
@@ -25,7 +31,7 @@ def log_scalars(module: pl.LightningModule, scalars: Mapping[str, float], prog_b
         module.log(name, value, prog_bar=name in prog_bar, on_step=False, on_epoch=True, batch_size=1)
 
 
-def log_figure(trainer: pl.Trainer, tag: str, figure: Figure) -> None:
+def log_figure(trainer: "pl.Trainer", tag: str, figure: "Figure") -> None:
     """Give a figure to every logger that shows images (TensorBoard; Weights and Biases and alike by ``log_image``)."""
     for logger in trainer.loggers:
         if callable(add := getattr(getattr(logger, "experiment", None), "add_figure", None)):
@@ -34,7 +40,7 @@ def log_figure(trainer: pl.Trainer, tag: str, figure: Figure) -> None:
             log(key=tag, images=[figure], step=trainer.global_step)
 
 
-def log_text(trainer: pl.Trainer, tag: str, markdown: str) -> None:
+def log_text(trainer: "pl.Trainer", tag: str, markdown: str) -> None:
     """Give Markdown to every logger that shows text (TensorBoard; Weights and Biases and alike by ``log_text``)."""
     for logger in trainer.loggers:
         if callable(add := getattr(getattr(logger, "experiment", None), "add_text", None)):
@@ -43,28 +49,32 @@ def log_text(trainer: pl.Trainer, tag: str, markdown: str) -> None:
             log(key=tag, columns=["text"], data=[[markdown]], step=trainer.global_step)
 
 
-def is_dry_run(trainer: pl.Trainer) -> bool:
+def is_dry_run(trainer: "pl.Trainer") -> bool:
     """Return whether the trainer only tries a few batches (``--trainer.fast_dev_run``) and must leave no files."""
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a CSV with one line per case."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    """Write a CSV with one line per case, whole or not at all."""
+    with (
+        whole_file(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["subject_id"])
         writer.writeheader()
         writer.writerows(rows)
 
 
 def contents(folder: Path) -> str:
-    """Return what lies directly in a folder, in words."""
+    """Return what lies directly in a folder, in words: how much where names are hidden."""
+    if names_are_hidden():
+        return f"{sum(1 for path in folder.iterdir() if path.name[0] != '.')} entries"
     entries = sorted(path.name + ("/" if path.is_dir() else "") for path in folder.iterdir() if path.name[0] != ".")
     shown = ", ".join(entries[:4]) + (f", ... ({len(entries)} entries)" if len(entries) > 4 else "")
     return shown or "nothing"
 
 
-@rank_zero_only
 def say(*words: Any) -> None:
-    """Print one line to the person at the terminal, once for all ranks."""
-    print(*words, flush=True)
+    """Print one line to the person at the terminal, once for all ranks; no name from outside can break it."""
+    if getattr(rank_zero_only, "rank", 0) == 0:  # Lightning sets it at its import
+        print(*map(printable, words), flush=True)

@@ -5,7 +5,6 @@ nothing on a shared machine, so a row compares two things measured in turn, or a
 the same run.
 """
 
-import argparse
 import importlib
 import importlib.util
 import json
@@ -23,6 +22,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.cli import supports_bfloat16
+from common.files import write_text
 from common.module import SSLModule
 from common.optim import param_groups
 from common.runtime.provenance import environment
@@ -139,7 +139,7 @@ def training_step(module: SSLModule, batch: Any, clip: float | None = 1.0) -> Ca
 
     def step(bfloat16: bool = False) -> None:
         with torch.autocast("cpu", torch.bfloat16) if bfloat16 else nullcontext():
-            loss = module.total(module.step(batch, sync=False).losses)
+            loss = module.step(batch, sync=False).loss()
         loss.backward()
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
@@ -198,24 +198,23 @@ def bench_modules(experiment: str | None = None) -> list[str]:
     return ["datamodules.commands.bench", *(f"experiments.{name}.bench" for name in chosen)]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``medmim bench``."""
-    parser.add_argument("--exp", help="one experiment only (default: all)")
-    parser.add_argument("--out", help="JSON file to write as well")
+def run(exp: str | None, out: str | None) -> None:
+    """Carry out ``medmim bench``.
 
-
-def run(args: argparse.Namespace) -> None:
-    """Carry out ``medmim bench``."""
+    Args:
+        exp: One experiment only; None: all.
+        out: JSON file to write as well.
+    """
     facts = environment(torch.device("cpu"))
     say(f"{facts['device']}, {facts['torch_threads']} threads, torch {facts['versions']['torch']}")
     rows: list[Row] = []
-    for name in bench_modules(args.exp):
+    for name in bench_modules(exp):
         for measure in importlib.import_module(name).ROWS:
             for row in measure():
                 rows.append(row)
                 say(row.line())
-    if args.out:
-        chosen = f" --exp {args.exp}" if args.exp else ""
+    if out:
+        chosen = f" --exp {exp}" if exp else ""
         result = {"command": f"medmim bench{chosen}", "environment": facts, "date": time.strftime("%Y-%m-%d"),
                   "rows": [asdict(row) for row in rows]}  # fmt: skip
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+        write_text(Path(out), json.dumps(result, indent=1) + "\n")

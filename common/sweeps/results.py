@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from common.errors import UserError
-from common.metrics import central_interval, resampled_counts, weighted_mean, weighted_quadratic_kappa
-from common.randomness import numpy_generator
+from common.files import write_text
+from common.metrics import bootstrap_auroc, central_interval, resampled_counts, weighted_mean, weighted_quadratic_kappa
 from common.runtime.reporting import say
 from common.sweeps import bench
 
@@ -53,21 +53,6 @@ class Pool:
         by_fold = [float(roc_auc_score(table[self.target], table[self.score])) for table in tables]
         return {"auroc": auroc, "auroc_low": low, "auroc_high": high, "auroc_folds": statistics.fmean(by_fold),
                 "cases": float(len(cases)), "patients": float(cases["patient_id"].nunique())}  # fmt: skip
-
-
-def bootstrap_auroc(scores: pd.Series, target: pd.Series, persons: pd.Series, draws: int = 2000) -> tuple[float, float]:
-    """Return the central 95 % of the AUROC under resampling of persons; draws of one class are left out."""
-    person, names = pd.factorize(persons)
-    chosen = numpy_generator("bootstrap", len(names)).multinomial(
-        len(names), np.full(len(names), 1 / len(names)), draws
-    )
-    times = chosen[:, person].astype(float)  # how often each case was drawn
-    score, positive = scores.to_numpy(), target.to_numpy() == 1
-    wins = np.sign(score[positive][:, None] - score[~positive]) / 2 + 0.5
-    won = np.einsum("dp,pn,dn->d", times[:, positive], wins, times[:, ~positive], optimize=True)
-    pairs = times[:, positive].sum(1) * times[:, ~positive].sum(1)
-    low, high = np.percentile(won[pairs > 0] / pairs[pairs > 0], [2.5, 97.5])
-    return float(low), float(high)
 
 
 COSTS = ("samples", "train_seconds", "flops_per_sample")
@@ -349,7 +334,7 @@ def write_result(
         **further_tables(study, rows),
         "summary": summarise(rows, study["columns"]),
     }
-    out.write_text(json.dumps(_plain(result), indent=1) + "\n")
+    write_text(out, json.dumps(_plain(result), indent=1) + "\n")
     return result
 
 

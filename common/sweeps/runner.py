@@ -6,13 +6,12 @@ stands beside what it reached. Results are JSON rows; the tables of an experimen
 nothing else. Jobs that run an arm or a seed each (``--arms``, ``--seeds``, ``--out``) are put together by ``--merge``.
 """
 
-import argparse
 import itertools
 import json
 import shlex
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ import torch
 import yaml
 
 from common.errors import UserError
-from common.runtime.data_config import package_file
+from common.files import write_text
+from common.runtime.configs import package_file
 from common.runtime.provenance import environment
 from common.runtime.reporting import say
 from common.sweeps.results import COSTS, Pool, merge, refuse_loss, table, update_readme, write_result
@@ -50,9 +50,8 @@ class Step:
 
     def arguments(self, configs: Path, places: Mapping[str, str]) -> list[str]:
         """Return the command line."""
-        files = [package_file(str(configs / name)) for name in self.config]
         given = [argument.format(**places) for argument in self.args]
-        return [self.run, *(word for file in files for word in ("--config", file)), *given]
+        return [self.run, *(word for name in self.config for word in ("--config", str(configs / name))), *given]
 
 
 def read_study(path: Path) -> dict[str, Any]:
@@ -160,17 +159,6 @@ def run_folds(
     ]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``medmim study``."""
-    parser.add_argument("study", nargs="?", help="YAML file, such as experiments/e_mim/configs/studies/collapse.yaml")
-    parser.add_argument("--data", help="the archive")
-    parser.add_argument("--out", help="JSON file to write (default: into the experiment's results folder)")
-    parser.add_argument("--arms", nargs="+", help="only these arms")
-    parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
-    parser.add_argument("--merge", nargs="+", metavar="FILE", help="run nothing: make one result of several parts")
-    parser.add_argument("--readme", nargs="+", metavar="FILE", help="make the tables of these READMEs anew and stop")
-
-
 def _rows(
     study: Mapping[str, Any],
     arm: str,
@@ -185,59 +173,80 @@ def _rows(
     return run_arm(steps, configs, places, study["columns"], done)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(
+    study: str | None,
+    data: str | None,
+    out: str | None,
+    arms: Sequence[str] | None,
+    seeds: Sequence[int] | None,
+    parts: Sequence[str] | None,
+    readmes: Sequence[str] | None,
+) -> None:
     """Carry out ``medmim study``.
+
+    Args:
+        study: YAML file.
+        data: The archive.
+        out: JSON file to write; None: into the experiment's results folder.
+        arms: Only these; None: all of the study.
+        seeds: Only these; None: those of the study.
+        parts: Results to put together instead of running anything.
+        readmes: READMEs whose tables are made anew instead.
 
     Raises:
         UserError: the study, its data or an arm is missing, a result would be lost, or parts do not fit together.
     """
-    if args.readme:
-        for readme in map(Path, args.readme):
-            if not readme.is_file():
-                raise UserError(f"There is no README at {readme}.")
-            readme.write_text(update_readme(readme))
-            say(f"tables of {readme} made anew")
+    if readmes:
+        _update_readmes(readmes)
         return
-    if not args.study or not (args.data or args.merge):
+    if not study or not (data or parts):
         raise UserError("medmim study needs a study file, and --data or --merge.")
-    path = Path(package_file(args.study)).resolve()
-    study = read_study(path)
-    unknown = set(args.arms or []) - study["arms"].keys()
+    path = Path(package_file(study)).resolve()
+    content = read_study(path)
+    unknown = set(arms or []) - content["arms"].keys()
     if unknown:
-        raise UserError(f"{path.name} has no arm {sorted(unknown)[0]!r}; it has {', '.join(study['arms'])}.")
+        raise UserError(f"{path.name} has no arm {sorted(unknown)[0]!r}; it has {', '.join(content['arms'])}.")
     configs = path.parent.parent
     facts = environment(torch.device("cpu"))
-    if args.merge:
-        facts, command, rows = merge(study, [Path(part) for part in args.merge])
+    if parts:
+        facts, command, rows = merge(content, [Path(part) for part in parts])
         wanted = [(row["seed"], row["arm"]) for row in rows]
     else:
-        command = _command(args, configs.parent.name, path.name)
-        wanted = list(itertools.product(args.seeds or study["seeds"], args.arms or study["arms"]))
-    out = Path(args.out) if args.out else configs.parent / "results" / _file_name(path.stem, facts)
-    refuse_loss(out, wanted)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if args.merge:
-        result = write_result(out, study, command, facts, rows)
+        command = _command(configs.parent.name, path.name, arms, seeds)
+        wanted = list(itertools.product(seeds or content["seeds"], arms or content["arms"]))
+    target = Path(out) if out else configs.parent / "results" / _file_name(path.stem, facts)
+    refuse_loss(target, wanted)
+    if parts:
+        result = write_result(target, content, command, facts, rows)
     else:
         rows = []
         done: dict[tuple[str, ...], Path] = {}
         folder = str(Path("runs") / configs.parent.name / f"study_{path.stem}")
         for seed, arm in wanted:
             say(f"study {path.stem}: seed {seed}, {arm}")
-            places = {"data": args.data, "seed": str(seed), "folder": folder}
-            rows += [{"arm": arm, "seed": seed, **row} for row in _rows(study, arm, configs, places, done)]
+            places = {"data": str(data), "seed": str(seed), "folder": folder}
+            rows += [{"arm": arm, "seed": seed, **row} for row in _rows(content, arm, configs, places, done)]
             # After every arm, so that a study that is stopped keeps what it has.
-            result = write_result(out, study, command, facts, rows)
-    say(table(result))
-    say(f"written to {out}")
+            result = write_result(target, content, command, facts, rows)
+    for line in table(result).splitlines():
+        say(line)
+    say(f"written to {target}")
 
 
-def _command(args: argparse.Namespace, experiment: str, name: str) -> str:
+def _update_readmes(readmes: Sequence[str]) -> None:
+    for readme in map(Path, readmes):
+        if not readme.is_file():
+            raise UserError(f"There is no README at {readme}.")
+        write_text(readme, update_readme(readme))
+        say(f"tables of {readme} made anew")
+
+
+def _command(experiment: str, name: str, arms: Sequence[str] | None, seeds: Sequence[int] | None) -> str:
     """Return the command that does the same again, for whoever has the archive."""
     words = ["medmim", "study", f"experiments/{experiment}/configs/studies/{name}", "--data", "DATA"]
-    for option in ("arms", "seeds"):
-        if getattr(args, option):
-            words += [f"--{option}", *map(str, getattr(args, option))]
+    for option, values in (("--arms", arms), ("--seeds", seeds)):
+        if values:
+            words += [option, *map(str, values)]
     return shlex.join(words)
 
 

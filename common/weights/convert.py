@@ -4,7 +4,6 @@ An experiment whose published weights are no ViT brings ``convert.py`` with ``re
 :class:`common.checkpoint.StoredEncoder`, and ``FORMAT``, the format it is kept in.
 """
 
-import argparse
 import math
 from pathlib import Path
 from typing import Any
@@ -56,35 +55,33 @@ def architecture(state: dict[str, Tensor], num_heads: int | None = None) -> dict
     }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``medmim convert``."""
-    parser.add_argument("--exp", required=True, help="experiment whose fine-tuning will take it, such as mrm_record")
-    parser.add_argument("--weights", required=True, help="file with a ViT: .safetensors, or of torch.save")
-    parser.add_argument("--out", required=True, help="folder to write, for CKPT=")
-    parser.add_argument("--num-heads", type=int, help="attention heads (default: width / 64)")
-
-
-def run(args: argparse.Namespace) -> None:
+def run(exp: str, weights: str, out: str, num_heads: int | None) -> None:
     """Carry out ``medmim convert``, saying which keys found no place.
+
+    Args:
+        exp: Experiment whose fine-tuning will take the encoder.
+        weights: File with a ViT.
+        out: Folder to write.
+        num_heads: Attention heads; None: width / 64.
 
     Raises:
         CheckpointError: the file holds no ViT, or an incomplete one.
     """
-    formats_of(args.exp)
-    if (module := experiment_module(args.exp, "convert")) is not None:
-        stored = module.read_weights(Path(args.weights))
-        out = write_export(stored, args.exp, module.FORMAT, Path(args.out), Path(args.weights).name)
-        say(f"converted to {out}")
+    formats_of(exp)
+    if (module := experiment_module(exp, "convert")) is not None:
+        stored = module.read_weights(Path(weights))
+        where = write_export(stored, exp, module.FORMAT, Path(out), Path(weights).name)
+        say(f"converted to {where}")
         return
-    state = read_foreign(args.weights)
+    state = read_foreign(weights)
     if "pos_embed" not in state:
-        raise CheckpointError(f"{args.weights} holds no position table.")
-    arguments = architecture(state, args.num_heads)
+        raise CheckpointError(f"{weights} holds no position table.")
+    arguments = architecture(state, num_heads)
     path = class_path(VisionTransformer)
     encoder = build_encoder(path, arguments)
     report = transfer_encoder(StoredEncoder(path, arguments, state, _CHANNELS, {}), encoder)
     say(report)
     if report.missing:
-        raise CheckpointError(f"{args.weights} lacks {', '.join(report.missing)}: no whole encoder can be made of it.")
-    whole = StoredEncoder(path, arguments, encoder.state_dict(), _CHANNELS, {"source": Path(args.weights).name})
-    say(f"converted to {write_export(whole, args.exp, 'timm', Path(args.out), Path(args.weights).name)}")
+        raise CheckpointError(f"{weights} lacks {', '.join(report.missing)}: no whole encoder can be made of it.")
+    whole = StoredEncoder(path, arguments, encoder.state_dict(), _CHANNELS, {"source": Path(weights).name})
+    say(f"converted to {write_export(whole, exp, 'timm', Path(out), Path(weights).name)}")

@@ -1,18 +1,17 @@
 """``medmim export``: an encoder for use without this project, with a card that says where it came from."""
 
-import argparse
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from common.checkpoint import StoredEncoder, read_encoder, resolve_checkpoint, run_tokenizer
 from common.errors import UserError
+from common.files import whole_file, whole_folder, write_text
 from common.finite import check_finite
 from common.runtime.experiments import experiment_module, experiment_names
 from common.runtime.provenance import source_state
@@ -99,18 +98,20 @@ def export(experiment: str, checkpoint: Path, format: str, out: Path) -> Path:
     writers = formats_of(experiment)
     if format not in writers:
         raise UserError(f"{experiment} cannot be exported as {format!r}; valid: {', '.join(sorted(writers))}.")
-    written = write_export(read_encoder(checkpoint), experiment, format, out, resolve_checkpoint(checkpoint).name)
-    if (tokenizer := run_tokenizer(checkpoint)) is not None:
-        shutil.copy(tokenizer, out / "tokenizer.json")
-    return written
+    stored, tokenizer = read_encoder(checkpoint), run_tokenizer(checkpoint)
+    return write_export(stored, experiment, format, out, resolve_checkpoint(checkpoint).name, tokenizer)
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({key: value.detach().contiguous().clone() for key, value in tensors.items()}, path, {"format": "pt"})
+    content = {key: value.detach().contiguous().clone() for key, value in tensors.items()}
+    with whole_file(path) as temporary:
+        temporary.write_bytes(save(content, {"format": "pt"}))
 
 
-def write_export(stored: StoredEncoder, experiment: str, format: str, out: Path, source: str) -> Path:
-    """Write an encoder as safetensors, ``config.json`` and a card.
+def write_export(
+    stored: StoredEncoder, experiment: str, format: str, out: Path, source: str, tokenizer: Path | None = None
+) -> Path:
+    """Write an encoder as safetensors, ``config.json`` and a card: all of it, or nothing.
 
     Args:
         stored: The encoder.
@@ -118,34 +119,47 @@ def write_export(stored: StoredEncoder, experiment: str, format: str, out: Path,
         format: One of the experiment's formats.
         out: Folder to write.
         source: The file it came from, for the card.
+        tokenizer: The tokenizer of its texts, to be written too.
 
     Raises:
         CheckpointError: its weights are not finite.
+        StorageError: it cannot be written; an export that was there before is still whole.
     """
     check_finite(stored.state | stored.rest, source)
     exported = formats_of(experiment)[format](stored)
-    out.mkdir(parents=True, exist_ok=True)
-    weights = out / "model.safetensors"
-    _save(exported.tensors, weights)
+    with whole_folder(out, "config.json") as folder:
+        _write_parts(exported, folder)
+        if tokenizer is not None:
+            write_text(folder / "tokenizer.json", tokenizer.read_text(encoding="utf-8"))
+        facts = {
+            "format": format,
+            "experiment": experiment,
+            "arguments": exported.config,
+            "encoder": {"class_path": stored.class_path, "init_args": stored.init_args},
+            "channels": stored.channels,
+            "names": stored.names,
+            "preprocessing": stored.preprocessing,
+            "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+            **source_state(),
+        }
+        write_text(folder / "config.json", json.dumps(facts, indent=2))
+        write_text(folder / "README.md", _card(facts, source, exported.usage))
+    return out
+
+
+def _write_parts(exported: Exported, out: Path) -> None:
+    _save(exported.tensors, out / "model.safetensors")
     for name, part in exported.parts.items():
-        (out / name).mkdir(exist_ok=True)
         _save(part.tensors, out / name / "model.safetensors")
-        (out / name / "config.json").write_text(json.dumps(part.config, indent=2))
+        write_text(out / name / "config.json", json.dumps(part.config, indent=2))
     if exported.save is not None:
         exported.save(out)
-    facts = {
-        "format": format,
-        "experiment": experiment,
-        "arguments": exported.config,
-        "encoder": {"class_path": stored.class_path, "init_args": stored.init_args},
-        "channels": stored.channels,
-        "preprocessing": stored.preprocessing,
-        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-        **source_state(),
-    }
-    (out / "config.json").write_text(json.dumps(facts, indent=2))
-    (out / "README.md").write_text(_card(facts, source, exported.usage))
-    return out
+
+
+def _named(channels: Sequence[str], names: Sequence[str]) -> str:
+    """Return channels with what their archive calls them."""
+    pairs = zip(channels, names or channels, strict=True)
+    return ", ".join(name if name == shown else f"{name} ({shown} in the archive)" for name, shown in pairs)
 
 
 def _card(facts: dict[str, Any], source: str, usage: str) -> str:
@@ -154,7 +168,7 @@ def _card(facts: dict[str, Any], source: str, usage: str) -> str:
         format=facts["format"],
         weights_file="model.safetensors",
         sha256=facts["sha256"],
-        channels=", ".join(facts["channels"]) or "unknown",
+        channels=_named(facts["channels"], facts["names"]) or "unknown",
         image_size=" x ".join(map(str, facts["encoder"]["init_args"]["image_size"])),
         preprocessing=json.dumps(facts["preprocessing"]),
         checkpoint=source,
@@ -164,14 +178,6 @@ def _card(facts: dict[str, Any], source: str, usage: str) -> str:
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``medmim export``."""
-    parser.add_argument("--exp", required=True, help="experiment, such as e_mim")
-    parser.add_argument("--ckpt", required=True, help="run folder or checkpoint")
-    parser.add_argument("--format", required=True, help="format, such as monai")
-    parser.add_argument("--out", required=True, help="folder to write")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Carry out ``medmim export``."""
-    say(f"exported to {export(args.exp, Path(args.ckpt), args.format, Path(args.out))}")
+def run(exp: str, ckpt: str, format: str, out: str) -> None:
+    """Carry out ``medmim export``: the encoder of a run, in a format of its experiment, into a folder."""
+    say(f"exported to {export(exp, Path(ckpt), format, Path(out))}")

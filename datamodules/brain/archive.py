@@ -1,12 +1,18 @@
 """What every data module of brain studies has in common: its layouts, and that no scan is there under two names."""
 
+from dataclasses import replace
 from typing import Any
 
+from common.modalities import TEMPLATES, canonical_name
 from common.runtime.reporting import say
-from datamodules.brain.layouts import ATLAS, BRAIN_LAYOUTS
 from datamodules.brain.overlap import check_copies, overlap_notes
+from datamodules.registry import Archive
 from datamodules.volumes.cases import Layout
 from datamodules.volumes.datamodule import VolumeDataModule
+from datamodules.volumes.profiles import ATLAS
+
+#: Regions of a glioma in the order of BrainMVP's channels.
+_REGIONS = ("TC", "WT", "ET")
 
 
 class BrainArchiveDataModule(VolumeDataModule):
@@ -16,14 +22,14 @@ class BrainArchiveDataModule(VolumeDataModule):
     refused.
 
     Args:
-        root: The archive; see :data:`datamodules.brain.layouts.BRAIN_LAYOUTS`.
+        root: The archive.
         atlas: Voxels of the atlas at 1 mm; where templates lie.
         overhang: Share of a crop that may reach beyond the brain's box.
         flip_axes: Must be empty: the atlas, in which templates lie, has a left and a right.
         **options: As :class:`datamodules.volumes.datamodule.VolumeDataModule`.
     """
 
-    known_layouts = BRAIN_LAYOUTS
+    default_profile = "brain_atlas"
 
     def __init__(
         self,
@@ -38,6 +44,22 @@ class BrainArchiveDataModule(VolumeDataModule):
             raise ValueError("flip_axes must be empty: templates lie in the atlas, which has a left and a right; "
                              "fine-tuning mirrors crops and templates together.")  # fmt: skip
         self.atlas = atlas
+
+    def prepare_layout(self, archive: Archive) -> Layout:
+        """Return what the archive's files are and how they are prepared, its channels under canonical names."""
+        layout = super().prepare_layout(archive)
+        names = layout.modalities
+        if not names or any(canonical_name(name) != name for name in names):
+            names = TEMPLATES
+        known = [name for name in _REGIONS if name in layout.regions]
+        regions = {name: layout.regions[name] for name in known} | dict(layout.regions)
+        rules = dict.fromkeys(names, "percentile_5_95")
+        return replace(
+            layout,
+            modalities=names,
+            regions=regions,
+            preprocessing=replace(layout.preprocessing, intensity=rules),
+        )
 
     def settle(self, layout: Layout) -> Layout:
         """Say which sources share patients.

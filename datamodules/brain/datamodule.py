@@ -5,6 +5,7 @@ Letters: S canonical sequences, H W D space.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,18 +13,19 @@ import torch
 
 from common.blocks.template_bank import place_of
 from common.errors import DataError
-from common.faults import SampleFaultError, pseudonym
+from common.modalities import TEMPLATES, canonical_name
+from common.pseudonyms import pseudonym, public_name
 from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
-from common.types import InputSpec
+from datamodules.base import ArchiveDataModule
 from datamodules.brain.archive import BrainArchiveDataModule
-from datamodules.brain.layouts import ATLAS
-from datamodules.brain.sequences import CANONICAL
+from datamodules.controls import read_control
 from datamodules.loading import Draw
 from datamodules.volumes.cache import OpenCase
 from datamodules.volumes.cases import Case, Layout
 from datamodules.volumes.crops import cut, to_tensor
 from datamodules.volumes.datamodule import Domain, VolumeDataset
+from datamodules.volumes.profiles import ATLAS
 
 #: More passes than this over the training cases buy the floor's constant nothing.
 _MAX_REFERENCE_DRAWS = 64
@@ -54,7 +56,7 @@ class PairDataset(VolumeDataset):
         """
         case = self.cases[draw.index]
         opened = self.store.open(case)
-        generator = numpy_generator("crop", *self._parts(draw))
+        generator = numpy_generator("crop", *self.draw_key(draw, self.domain == "train"))
         start, size = self._place(opened, generator)
         target, partner = self._choose(opened, draw, generator)
         sample: dict[str, Any] = {
@@ -62,7 +64,7 @@ class PairDataset(VolumeDataset):
             "modality": _index(opened, target),
             "partner_modality": _index(opened, target if partner is None else partner),
             "place": place_of(_index(opened, target), start, opened.image.shape[-3:], self.atlas),
-            "key": torch.tensor(stable_hash("mask", *self._parts(draw))),
+            "key": torch.tensor(stable_hash("mask", *self.draw_key(draw, self.domain == "train"))),
             "subject_id": pseudonym(case.case_id) if self.anonymise else case.case_id,
             "faults": opened.record.image_faults(),
         }
@@ -94,16 +96,10 @@ class PairDataset(VolumeDataset):
         }
 
     def _other_patient(self, case: Case, draw: Draw, target_name: str) -> dict[str, Any]:
-        """Cut a pair out of another patient, the same one every time; one with the same target where there is one."""
-        others = [other for other in self.controls or [] if other.patient_id != case.patient_id]
-        others = [other for other in others if target_name in other.images] or others
-        first = stable_hash("control", case.case_id, draw.draw)
-        for attempt in range(len(others)):
-            other = others[(first + attempt) % len(others)]
-            try:
-                opened = self.store.open(other)
-            except SampleFaultError:
-                continue
+        """Cut a pair out of another patient, one with the same target where there is one."""
+
+        def read(other: Case) -> dict[str, Any]:
+            opened = self.store.open(other)
             generator = numpy_generator("crop", "val", other.case_id, draw.draw)
             start, _ = self._place(opened, generator)
             target, partner = self._choose(opened, draw, generator)
@@ -112,12 +108,18 @@ class PairDataset(VolumeDataset):
                 wanted = names.index(target_name)
                 target, partner = wanted, target if target != wanted else partner
             return self._pair(opened, start, target, partner, "control_")
-        return {}
+
+        same_target = partial(_shows, name=target_name)
+        return read_control(case, draw, self.controls or (), read, same_target) or {}
+
+
+def _shows(case: Case, name: str) -> bool:
+    return name in case.images
 
 
 def _index(opened: OpenCase, channel: int) -> int:
     """Return a channel's place among the canonical sequences."""
-    return CANONICAL.index(opened.record.modalities[channel])
+    return TEMPLATES.index(opened.record.modalities[channel])
 
 
 class StudyDataset(VolumeDataset):
@@ -130,10 +132,10 @@ class StudyDataset(VolumeDataset):
             SampleFaultError: the study has no usable sequence.
         """
         opened = self.store.open(self.cases[draw.index])
-        start, size = self._place(opened, numpy_generator("crop", *self._parts(draw)))
+        start, size = self._place(opened, numpy_generator("crop", *self.draw_key(draw, self.domain == "train")))
         piece = cut(opened.image, start, size)
-        image = torch.zeros(len(CANONICAL), *size)
-        there = torch.zeros(len(CANONICAL), dtype=torch.bool)
+        image = torch.zeros(len(TEMPLATES), *size)
+        there = torch.zeros(len(TEMPLATES), dtype=torch.bool)
         for channel in np.flatnonzero(opened.record.modality_mask):
             index = _index(opened, int(channel))
             image[index], there[index] = to_tensor(piece[channel]), True
@@ -145,7 +147,7 @@ class BrainDataModule(BrainArchiveDataModule):
 
     Args:
         root: The archive.
-        modalities: Sequences to use, by their canonical names; None takes all. Studies without any of them are left
+        modalities: Sequences to use, in any usual spelling; None takes all. Studies without any of them are left
             out. Templates keep their places, whatever is used.
         lesions: Whether validation samples say where a lesion is, for archives with labels.
         **options: As :class:`datamodules.brain.archive.BrainArchiveDataModule`.
@@ -158,14 +160,15 @@ class BrainDataModule(BrainArchiveDataModule):
     def settle(self, layout: Layout) -> Layout:
         """Keep each study's own sequences, or those of them that are asked for, prepared by BrainMVP's chain."""
         layout = super().settle(layout)
-        wanted = self._restrict()
-        names = tuple(name for name in CANONICAL if any(name in case.images for case in self.cases))
+        self._drop_unknown(layout)
+        wanted = self._restrict(layout)
+        names = tuple(name for name in TEMPLATES if any(name in case.images for case in self.cases))
         if not names:
             unknown = sorted({case.attributes.get("unknown", "") for case in self.cases} - {""})
             found = f"; its files are named {unknown[0]}" if unknown else ""
             raise DataError(f"No study under {self.root} has a sequence of a known name "
-                            f"({', '.join(CANONICAL)} and their usual spellings){found}.")  # fmt: skip
-        self._report_names()
+                            f"({', '.join(TEMPLATES)} and their usual spellings){found}.")  # fmt: skip
+        self._report_names(layout)
         preparation = replace(
             layout.preprocessing,
             intensity=dict.fromkeys(wanted, "percentile_5_95"),
@@ -175,38 +178,47 @@ class BrainDataModule(BrainArchiveDataModule):
             atlas=self.atlas,
             ragged=True,
         )
-        return replace(layout, modalities=CANONICAL, preprocessing=preparation)
+        return replace(layout, modalities=TEMPLATES, preprocessing=preparation)
 
-    def _restrict(self) -> tuple[str, ...]:
+    def _drop_unknown(self, layout: Layout) -> None:
+        """Leave out the sequences that no template is for; the case's attribute ``unknown`` names them."""
+        for index, case in enumerate(self.cases):
+            unknown = ", ".join(layout.shown(name) for name in case.images if name not in TEMPLATES)
+            if unknown:
+                images = {name: path for name, path in case.images.items() if name in TEMPLATES}
+                self.cases[index] = case._replace(images=images, attributes={**case.attributes, "unknown": unknown})
+
+    def _restrict(self, layout: Layout) -> tuple[str, ...]:
         """Keep the sequences that are asked for, and the studies that have one of them; return their names."""
         if not self._modalities:
-            return CANONICAL
-        unknown = [name for name in self._modalities if name not in CANONICAL]
+            return TEMPLATES
+        unknown = [name for name in self._modalities if canonical_name(name) not in TEMPLATES]
         if unknown:
-            raise DataError(f"data.modalities names {', '.join(unknown)}; pre-training knows {', '.join(CANONICAL)}.")
-        wanted = tuple(name for name in CANONICAL if name in self._modalities)
+            raise DataError(f"data.modalities names {', '.join(unknown)}; pre-training knows {', '.join(TEMPLATES)}.")
+        asked = {canonical_name(name) for name in self._modalities}
+        wanted = tuple(name for name in TEMPLATES if name in asked)
         kept = []
         for case in self.cases:
             images = {name: path for name, path in case.images.items() if name in wanted}
             if images:
                 kept.append(case._replace(images=images))
         if not kept:
-            present = ", ".join(sorted({name for case in self.cases for name in case.images})) or "none of a known name"
+            present = ", ".join(sorted({layout.shown(name) for case in self.cases for name in case.images}))
             raise DataError(f"No study under {self.root} has one of {', '.join(wanted)}, which data.modalities asks "
-                            f"for; present are {present}.")  # fmt: skip
+                            f"for; present are {present or 'none of a known name'}.")  # fmt: skip
         if len(kept) < len(self.cases):
             say(f"note: {len(self.cases) - len(kept)} of {len(self.cases)} studies have none of {', '.join(wanted)} "
                 f"and are left out")  # fmt: skip
         self.cases = kept
         return wanted
 
-    def _report_names(self) -> None:
+    def _report_names(self, layout: Layout) -> None:
         strange = [case for case in self.cases if case.attributes.get("unknown")]
         if strange:
             say(f"note: {len(strange)} studies have sequences of unknown names, which are left out; first "
-                f"{strange[0].case_id}: {strange[0].attributes['unknown']}")  # fmt: skip
-        counts = {name: sum(name in case.images for case in self.cases) for name in CANONICAL}
-        shown = ", ".join(f"{name} in {count}" for name, count in counts.items() if count)
+                f"{public_name(strange[0].case_id)}: {public_name(strange[0].attributes['unknown'])}")  # fmt: skip
+        counts = {name: sum(name in case.images for case in self.cases) for name in TEMPLATES}
+        shown = ", ".join(f"{layout.shown(name)} in {count}" for name, count in counts.items() if count)
         sources: dict[str, int] = {}
         for case in self.cases:
             source = case.attributes.get("source", "")
@@ -214,10 +226,13 @@ class BrainDataModule(BrainArchiveDataModule):
         of = ", ".join(f"{count} of {name}" for name, count in sources.items() if name)
         say(f"sequences: {shown}{'; studies ' + of if of else ''}")
 
-    @property
-    def input_spec(self) -> InputSpec:
-        """All canonical sequences as channels, whatever the archive holds: they are the templates' order."""
-        return super().input_spec._replace(channels=CANONICAL)
+    def deliver(self, channels: Sequence[str]) -> None:
+        """Samples are single sequences, by the number of their template, so channels are fixed.
+
+        Raises:
+            DataError: others are asked for.
+        """
+        ArchiveDataModule.deliver(self, channels)
 
     def _dataset(self, cases: Sequence[Case], domain: Domain, **options: Any) -> VolumeDataset:
         options = {
@@ -245,7 +260,7 @@ class BrainDataModule(BrainArchiveDataModule):
         usable = sorted(self._usable(self.splits["train"]), key=lambda case: stable_hash("reference", case.case_id))
         chosen: dict[str, Case] = {}
         fewest = count
-        for name in CANONICAL:
+        for name in TEMPLATES:
             members = [case for case in usable if name in case.images][:count]
             chosen |= {case.case_id: case for case in members}
             fewest = min(fewest, len(members)) if members else fewest

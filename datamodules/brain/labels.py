@@ -1,11 +1,14 @@
 """Classes of brain studies, from folder names or from the tables that archives come with."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import DataError
+from datamodules.files import listing
+from datamodules.ids import IdRule, check_labels, join_ids, rows_by
+from datamodules.tables import read_table
+from datamodules.tree import Tree
 from datamodules.volumes.cases import Case
 
 
@@ -19,6 +22,7 @@ class LabelSource:
         table: CSV or TSV under the root, or its absolute path; a pattern such as ``*phenotypic*`` may name several.
         key: Column with the case's or the patient's name.
         column: Column with the value.
+        ids: ``exact``, or ``pad`` where the table has lost the leading zeros of numbers.
     """
 
     classes: dict[str, list[str]]
@@ -26,60 +30,75 @@ class LabelSource:
     table: str | None = None
     key: str = "case_id"
     column: str = "class"
+    ids: IdRule = "exact"
 
 
-def _plain_id(name: str) -> str:
-    """Return an id without the zeros that spreadsheets drop."""
-    return name.strip().lstrip("0") if name.strip().isdigit() else name.strip()
-
-
-def read_table(path: Path, key: str, column: str) -> dict[str, str]:
-    """Read name to value; blanks around headers and values do not count.
+def _values(paths: Sequence[Path], source: LabelSource) -> dict[str, str]:
+    """Return the value of each name in some tables.
 
     Raises:
-        DataError: a column is missing.
+        DataError: a column is missing, or a name has two values.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        sample = file.readline()
-        file.seek(0)
-        reader = csv.reader(file, delimiter="\t" if sample.count("\t") > sample.count(",") else ",")
-        header = [name.strip() for name in next(reader, [])]
-        missing = [name for name in (key, column) if name not in header]
+    values: dict[str, str] = {}
+    for path in paths:
+        table = read_table(path)
+        missing = [name for name in (source.key, source.column) if name not in table.columns]
         if missing:
-            raise DataError(f"{path} has no column {missing[0]!r}; it has {', '.join(header)}.")
-        rows = [dict(zip(header, (value.strip() for value in row), strict=False)) for row in reader if row]
-    return {_plain_id(row.get(key, "")): row.get(column, "") for row in rows}
+            raise DataError(f"{path} has no column {missing[0]!r}; it has {listing(table.columns)}.")
+        for name, row in rows_by(path, table[[source.key, source.column]], source.key).items():
+            if values.setdefault(name, row[source.column]) != row[source.column]:
+                raise DataError(f"{path} gives {name} another {source.column} than a table before it does.")
+    return values
 
 
-def read_classes(cases: Sequence[Case], source: LabelSource, root: Path) -> dict[str, int]:
+def _listed(cases: Sequence[Case], source: LabelSource, paths: Sequence[Path]) -> dict[str, str]:
+    """Return the value of each case, which a table lists under its own name or under its patient's.
+
+    Raises:
+        DataError: as :func:`_values`, or the tables list under half of the cases.
+    """
+    values = _values(paths, source)
+    by_case = join_ids([case.case_id for case in cases], values, source.ids)
+    by_patient = join_ids([case.patient_id for case in cases], values, source.ids)
+    check_labels(paths[0], max(by_case, by_patient, key=lambda joined: len(joined.found)), "cases", "classes.ids")
+    names = {case.case_id: by_case.found.get(case.case_id, by_patient.found.get(case.patient_id)) for case in cases}
+    return {case: values[name] for case, name in names.items() if name is not None}
+
+
+def label_tables(source: LabelSource, tree: Tree) -> list[Path]:
+    """Return the tables that classes are read from; none where they come from an attribute.
+
+    Raises:
+        DataError: there is no such table.
+    """
+    if source.table is None:
+        return []
+    named = Path(source.table)
+    paths = [named] if named.is_absolute() and named.is_file() else tree.glob(f"**/{source.table}")
+    if not paths:
+        raise DataError(f"There is no table {source.table} under {tree}, where the column {source.column!r} would be.")
+    return paths
+
+
+def read_classes(cases: Sequence[Case], source: LabelSource, tables: Sequence[Path]) -> dict[str, int]:
     """Return the class index of every case that has one; values of no class, such as -999, leave a case out.
 
     Args:
         cases: The cases.
         source: Where the classes come from.
-        root: The archive.
+        tables: See :func:`label_tables`.
 
     Raises:
-        DataError: no table, a column is missing, or fewer than two classes have cases.
+        DataError: a column is missing, or fewer than two classes have cases.
     """
     meaning = {value: index for index, values in enumerate(source.classes.values()) for value in values}
     if source.table is None:
         found: Mapping[str, str] = {case.case_id: case.attributes.get(source.attribute or "", "") for case in cases}
     else:
-        paths = [Path(source.table)] if Path(source.table).is_absolute() else sorted(root.rglob(source.table))
-        paths = [path for path in paths if path.is_file()]
-        if not paths:
-            raise DataError(
-                f"There is no table {source.table} under {root}, where the column {source.column!r} would be."
-            )
-        table: dict[str, str] = {}
-        for path in paths:
-            table |= read_table(path, source.key, source.column)
-        found = {case.case_id: table.get(_plain_id(case.case_id), table.get(_plain_id(case.patient_id), ""))
-                 for case in cases}  # fmt: skip
+        found = _listed(cases, source, tables)
     classes = {name: meaning[value] for name, value in found.items() if value in meaning}
     if len(set(classes.values())) < 2:
-        seen = sorted({value for value in found.values() if value})[:6]
+        seen = listing(sorted({value for value in found.values() if value}))
         raise DataError(f"Classification needs two classes at least; {len(classes)} of {len(cases)} cases are one of "
-                        f"{', '.join(source.classes)}; the values found are {', '.join(seen) or 'none'}.")  # fmt: skip
+                        f"{', '.join(source.classes)}; the values found are {seen}.")  # fmt: skip
     return classes

@@ -4,29 +4,28 @@ A layout here is a pattern over the paths under a root. Whether an archive is in
 atlas's grid) its volumes must show: see :attr:`datamodules.volumes.cases.Preprocessing.atlas`.
 """
 
-import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import DataError
-from datamodules.brain.manifest import find_manifest
-from datamodules.brain.patients import patient_of
-from datamodules.brain.sequences import CANONICAL, canonical_name, is_volume, split_name
-from datamodules.volumes.brats import find_cases as find_brats
-from datamodules.volumes.cases import Case, Layout, Preprocessing
+from common.modalities import CANONICAL, canonical_name
+from datamodules.brain.manifest import find_manifest, recognise_manifest
+from datamodules.registry import LAYOUTS, NO_FACTS, Evidence, Facts, Layout, Listing, Record
+from datamodules.tree import Tree, TreeFile
+from datamodules.volumes.cases import Case
+from datamodules.volumes.modalities import one_file_each
 
-#: Voxels of the SRI24 atlas at 1 mm, on which BraTS, UCSF-PDGM and UPENN-GBM lie.
-ATLAS = (240, 240, 155)
+#: Regions of a glioma by the value of its enhancing part, in the order that BrainMVP segments them.
+_GLIOMA = {"TC": (1, 4), "WT": (1, 2, 4), "ET": (4,)}
+_GLIOMA_VALUES = frozenset({0, 1, 2, 4})
 _MAX_DEPTH = 6
-_LABEL_NAMES = ("seg", "label", "mask", "msk")
-
-#: Regions of a glioma by the value of its enhancing part: 4 until 2021, 3 from 2023 on.
-_GLIOMA_REGIONS = {value: {"TC": (1, value), "WT": (1, 2, value), "ET": (value,)} for value in (3, 4)}
-#: Canonical sequences that no BraTS case has.
-_BEYOND_GLIOMAS = frozenset(CANONICAL) - {"flair", "t1", "t1c", "t2"}
+_SUFFIXES = (".nii.gz", ".nii")
+#: More folders than this in a root are cases, not archives.
+_MAX_SOURCES = 64
+#: Folders of BIDS that belong to the archive beside them.
+_NO_ARCHIVES = ("derivatives", "sourcedata", "code")
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,10 @@ class Pattern:
         image: With the groups ``study`` and ``sequence``; ``patient`` where it is not the study, ``attribute`` for
             what else a path says.
         label: With the group ``study``.
-        names: Sequence as written to canonical name, where it is no common one.
+        names: Sequence as written to canonical name, where it is no usual spelling.
         study: How the name of a study is made of the groups.
         attribute: Name of the attribute.
+        example: A name that the pattern has.
     """
 
     image: re.Pattern[str]
@@ -47,114 +47,40 @@ class Pattern:
     names: Mapping[str, str] | None = None
     study: str = "{study}"
     attribute: str = ""
+    example: str = ""
 
-    def find(self, root: Path) -> list[Case]:
-        """List the studies under a root."""
+    def find(self, tree: Tree) -> list[Case]:
+        """List the studies of a tree."""
         cases: dict[str, Case] = {}
-        labels: dict[str, Path] = {}
-        for path in walk(root):
-            name = path.relative_to(root).as_posix()
-            if self.label is not None and (match := self.label.search(name)):
-                labels.setdefault(self.study.format(**match.groupdict()).lower(), path)
-            elif match := self.image.search(name):
-                self._add(cases, path, match.groupdict())
-        return [case._replace(labels={"seg": labels[key.lower()]} if key.lower() in labels else {})
+        labels: dict[str, TreeFile] = {}
+        for file in volumes(tree):
+            if self.label is not None and (match := self.label.search(file.name)):
+                labels.setdefault(self.study.format(**match.groupdict()).lower(), file)
+            elif match := self.image.search(file.name):
+                self._add(cases, tree / file.name, match.groupdict())
+        return [case._replace(labels={"seg": tree / labels[key.lower()].name} if key.lower() in labels else {})
                 for key, case in cases.items()]  # fmt: skip
+
+    def recognise(self, tree: Tree) -> Evidence:
+        """Say whether a volume is called as only this public set has it."""
+        found = next((file for file in volumes(tree) if self.image.search(file.name)), None)
+        return Evidence(0, missing=self.example) if found is None else Evidence(3, f"names such as {found.name}")
 
     def _add(self, cases: dict[str, Case], path: Path, groups: dict[str, str]) -> None:
         given = groups.get("sequence", "")
-        sequence = (self.names or {}).get(given.lower()) or canonical_name(given)
-        if sequence is None:
+        sequence = (self.names or {}).get(given.lower()) or given
+        if canonical_name(sequence) not in CANONICAL:
             return
         study = self.study.format(**groups)
         facts = {self.attribute: groups["attribute"]} if groups.get("attribute") else {}
         case = cases.get(study) or Case(study, groups.get("patient") or study, {}, attributes=facts)
-        cases[study] = case._replace(images={sequence: path, **case.images})
+        images, surplus = one_file_each([*case.images.items(), (sequence, path)])
+        cases[study] = case._replace(images=images, surplus=[*case.surplus, *surplus])
 
 
-def walk(root: Path) -> Iterator[Path]:
-    """Yield the NIfTI files under a root, at most six folders down, in the order of their names."""
-    for folder, below, files in os.walk(root):
-        depth = len(Path(folder).relative_to(root).parts)
-        below[:] = sorted(name for name in below if not name.startswith(".")) if depth < _MAX_DEPTH else []
-        yield from (path for name in sorted(files) if is_volume(path := Path(folder, name)))
-
-
-def find_gliomas(root: Path, new_names: bool | None = None) -> list[Case]:
-    """List BraTS cases of any year under canonical names; 2018 brings the grade of its folder."""
-    cases = []
-    for case in find_brats(root, new_names):
-        images = {name: path for old, path in case.images.items() if (name := canonical_name(old))}
-        folders = {part.upper() for path in case.images.values() for part in path.relative_to(root).parts[:-1]}
-        grade = next((name for name in ("HGG", "LGG") if name in folders), None)
-        cases.append(case._replace(images=images, attributes={"grade": grade} if grade else {}))
-    return cases
-
-
-def recognise_old_gliomas(root: Path) -> list[Case]:
-    """List BraTS cases until 2021; none where a case folder holds a sequence that BraTS does not have.
-
-    ``CASE/CASE_<sequence>`` is also how a generic folder is called, of which only four sequences would be read.
-    """
-    cases = find_gliomas(root, False)
-    if cases and any(
-        path.name.lower().startswith(path.parent.name.lower())
-        and canonical_name(split_name(path)[1]) in _BEYOND_GLIOMAS
-        for path in walk(root)
-    ):
-        return []
-    return cases
-
-
-def find_folder(root: Path) -> list[Case]:
-    """List ``CASE/[CASE_]<sequence>.nii.gz``, files of one case lying in the root itself, or ``CASE_<sequence>`` there.
-
-    Files whose sequence is not known are named in the case's attribute ``unknown``.
-    """
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    cases = [_folder_case(folder.name, sorted(filter(is_volume, folder.iterdir()))) for folder in folders]
-    flat = sorted(filter(is_volume, root.iterdir()))
-    groups: dict[str, list[Path]] = {}
-    for path in flat:
-        groups.setdefault(split_name(path)[0], []).append(path)
-    names = [split_name(path)[1].lower() for path in flat]
-    if flat and len(set(names)) == len(names):
-        cases.append(_folder_case(root.name, flat))
-    else:
-        cases += [_folder_case(name or root.name, paths) for name, paths in groups.items()]
-    return [case for case in cases if case is not None]
-
-
-def _folder_case(name: str, paths: list[Path]) -> Case | None:
-    if not paths:
-        return None
-    images: dict[str, Path] = {}
-    labels: dict[str, Path] = {}
-    unknown = []
-    for path in paths:
-        given = split_name(path)[1]
-        if given.lower() in _LABEL_NAMES:
-            labels["seg"] = path
-        elif sequence := canonical_name(given):
-            images.setdefault(sequence, path)
-        else:
-            unknown.append(given)
-    return Case(name, patient_of(name), images, labels, attributes={"unknown": ", ".join(unknown)} if unknown else {})
-
-
-#: BrainMVP's chain: 1 mm, cut symmetrically about the atlas's centre, 5th to 95th percentile to [0, 1].
-ATLAS_CHAIN = Preprocessing(
-    intensity=dict.fromkeys(CANONICAL, "percentile_5_95"),
-    spacing=(1.0, 1.0, 1.0),
-    crop_foreground=True,
-    centered=True,
-    atlas=ATLAS,
-)
-
-
-def _layout(name: str, tree: str, find: object, labels: tuple[int, ...] = (), **more: object) -> Layout:
-    settings = {"modalities": CANONICAL, "regions": {}, "preprocessing": ATLAS_CHAIN, "crop_size": (96, 96, 96)} | more
-    return Layout(name=name, tree=tree, find=find, label_values=frozenset(labels), **settings)  # type: ignore[arg-type]
+def volumes(tree: Tree) -> Iterator[TreeFile]:
+    """Yield the NIfTI files of a tree, at most six folders down, in the order of their names."""
+    return (file for file in tree.under("", _SUFFIXES) if not file.hidden and file.name.count("/") <= _MAX_DEPTH)
 
 
 def _pattern(
@@ -162,99 +88,90 @@ def _pattern(
     tree: str,
     image: str,
     label: str | None = None,
-    labels: tuple[int, ...] = (),
+    facts: Facts = NO_FACTS,
     names: Mapping[str, str] | None = None,
     study: str = Pattern.study,
     attribute: str = Pattern.attribute,
-    **more: object,
 ) -> Layout:
-    """Make a layout of a :class:`Pattern`, given as texts; further settings are those of the layout."""
+    """Make a layout of a :class:`Pattern`, given as texts."""
     label_pattern = re.compile(label, re.IGNORECASE) if label else None
-    pattern = Pattern(re.compile(image, re.IGNORECASE), label_pattern, names, study, attribute)
-    return _layout(name, tree, pattern.find, labels, **more)
+    example = tree.removeprefix("ROOT/").split("{", 1)[0]
+    pattern = Pattern(re.compile(image, re.IGNORECASE), label_pattern, names, study, attribute, example)
+    return Layout(name, tree, pattern.find, pattern.recognise, facts, prefer=1)
 
 
 _END = r"\.nii(\.gz)?$"
-_NATIVE = replace(ATLAS_CHAIN, atlas=None)
+_GLIOMA_FACTS = Facts(regions=_GLIOMA, label_values=_GLIOMA_VALUES)
 
-BRATS2023 = _layout(
-    "brats2023", "ROOT/BraTS-{GLI,MEN,SSA,MET,PED}-00000-000/...-{t1c,t1n,t2f,t2w[,seg]}.nii.gz",
-    partial(find_gliomas, new_names=None), (0, 1, 2, 3),
-    regions=_GLIOMA_REGIONS[3], recognise=partial(find_gliomas, new_names=True),
-)  # fmt: skip
-BRATS2021 = _layout(
-    "brats2021", "ROOT/[HGG/,LGG/]CASE/CASE_{t1ce,t1,flair,t2[,seg]}.nii.gz (2017-2021, ET = 4)",
-    partial(find_gliomas, new_names=None), (0, 1, 2, 4),
-    regions=_GLIOMA_REGIONS[4], recognise=recognise_old_gliomas,
-)  # fmt: skip
 UCSF_PDGM = _pattern(
     "ucsf_pdgm", "ROOT/UCSF-PDGM-0004_nifti/UCSF-PDGM-0004_{ADC,DWI,FLAIR,T1,T1c,T2[,tumor_segmentation]}.nii.gz",
     r"(?P<study>(?P<patient>UCSF-PDGM-\d+)(_FU\d+d)?)_nifti/[^/]*_(?P<sequence>ADC|DWI|FLAIR|T1|T1c|T2)" + _END,
-    r"(?P<study>UCSF-PDGM-\d+(_FU\d+d)?)_nifti/[^/]*_tumor_segmentation" + _END, (0, 1, 2, 4),
-    regions=_GLIOMA_REGIONS[4], prefer=1,
+    r"(?P<study>UCSF-PDGM-\d+(_FU\d+d)?)_nifti/[^/]*_tumor_segmentation" + _END,
+    _GLIOMA_FACTS,
 )  # fmt: skip
 UPENN_GBM = _pattern(
     "upenn_gbm", "ROOT/images_structural/UPENN-GBM-00002_11/UPENN-GBM-00002_11_{T1,T1GD,T2,FLAIR}.nii.gz, images_segm/",
     r"images_structural/(?P<study>(?P<patient>UPENN-GBM-\d+)_\d+)/[^/]*_(?P<sequence>T1|T1GD|T2|FLAIR)" + _END,
-    r"images_segm/(?P<study>UPENN-GBM-\d+_\d+)_segm" + _END, (0, 1, 2, 4), regions=_GLIOMA_REGIONS[4], prefer=1,
+    r"images_segm/(?P<study>UPENN-GBM-\d+_\d+)_segm" + _END, _GLIOMA_FACTS,
 )  # fmt: skip
 IXI = _pattern(
     "ixi", "ROOT/[FOLDER/]IXI002-Guys-0828-{T1,T2,PD,MRA}.nii.gz, registered to the atlas and skull-stripped",
-    r"(?P<study>(?P<patient>IXI\d+)-(Guys|HH|IOP)-\d+)-(?P<sequence>[A-Za-z0-9]+)" + _END, prefer=1,
+    r"(?P<study>(?P<patient>IXI\d+)-(Guys|HH|IOP)-\d+)-(?P<sequence>[A-Za-z0-9]+)" + _END,
 )  # fmt: skip
 ISLES22 = _pattern(
     "isles22", "ROOT/sub-strokecase0001/ses-0001/{anat/*_FLAIR,dwi/*_dwi,dwi/*_adc}.nii.gz, derivatives/ with *_msk",
     r"(?P<study>(?P<patient>sub-strokecase\d+)_ses-\d+)_(?P<sequence>flair|dwi|adc)" + _END,
-    r"(?P<study>sub-strokecase\d+_ses-\d+)_msk" + _END, (0, 1), modalities=("adc", "dwi", "flair"),
-    regions={"lesion": (1,)}, preprocessing=replace(_NATIVE, reference="dwi"), prefer=1,
+    r"(?P<study>sub-strokecase\d+_ses-\d+)_msk" + _END,
+    Facts(("adc", "dwi", "flair"), {"lesion": (1,)}, frozenset({0, 1}), native=True, reference="dwi"),
 )  # fmt: skip
 MRBRAINS13 = _pattern(
     "mrbrains13", "ROOT/{TrainingData,TestData}/1/{T1,T1_IR,T2_FLAIR,LabelsForTraining}.nii",
     r"(?P<attribute>Training|Test)Data/(?P<study>\d+)/(?P<sequence>T1|T1_IR|T2_FLAIR)" + _END,
-    r"(?P<attribute>Training)Data/(?P<study>\d+)/LabelsForTraining" + _END, tuple(range(9)),
+    r"(?P<attribute>Training)Data/(?P<study>\d+)/LabelsForTraining" + _END,
+    Facts(("t1", "t1ir", "flair"), {"CSF": (5, 6), "GM": (1, 2), "WM": (3, 4)}, frozenset(range(9)), native=True),
     names={"t1_ir": "t1ir", "t2_flair": "flair"}, study="{attribute}-{study}", attribute="part",
-    modalities=("t1", "t1ir", "flair"), regions={"CSF": (5, 6), "GM": (1, 2), "WM": (3, 4)},
-    preprocessing=replace(_NATIVE, intensity=dict.fromkeys(("t1", "t1ir", "flair"), "percentile_5_95")), prefer=1,
 )  # fmt: skip
 VSSEG = _pattern(
     "vsseg", "ROOT/vs_gk_1/{vs_gk_t1_refT1,vs_gk_seg_refT1}.nii.gz",
     r"(?P<study>vs_gk_\d+)/vs_gk_(?P<sequence>t1_refT1)" + _END, r"(?P<study>vs_gk_\d+)/vs_gk_seg_refT1" + _END,
-    (0, 1), names={"t1_reft1": "t1c"}, modalities=("t1c",), regions={"tumour": (1,)}, preprocessing=_NATIVE, prefer=1,
+    Facts(("t1c",), {"tumour": (1,)}, frozenset({0, 1}), native=True), names={"t1_reft1": "t1c"},
 )  # fmt: skip
 ADNI = _pattern(
     "adni", "ROOT/ADNI/002_S_0295/SERIES/DATE/I40966/*.nii",
     r"(?P<patient>\d{3}_S_\d{4})/[^/]+/[^/]+/(?P<study>I\d+)/(?P<sequence>ADNI)_[^/]*" + _END,
-    names={"adni": "t1"}, modalities=("t1",), preprocessing=_NATIVE, prefer=1,
+    facts=Facts(("t1",), native=True), names={"adni": "t1"},
 )  # fmt: skip
 INDI = _pattern(
     "indi", "ROOT/SITE/0050002/session_1/anat_1/mprage.nii.gz (ADHD-200, ABIDE-I)",
     r"(?P<attribute>[^/]+)/(?P<study>\d{5,7})/session_1/anat_1/(?P<sequence>mprage)" + _END,
-    names={"mprage": "t1"}, attribute="site", modalities=("t1",), preprocessing=_NATIVE, prefer=1,
+    facts=Facts(("t1",), native=True), names={"mprage": "t1"}, attribute="site",
 )  # fmt: skip
-MANIFEST = _layout(
+MANIFEST = Layout(
     "brain_manifest", "ROOT/datalist.json or ROOT/dataset_*.json with training, validation [, test]", find_manifest,
-    prefer=4,
+    recognise_manifest, prefer=4,
 )  # fmt: skip
-FOLDER = _layout(
-    "folder", "ROOT/CASE/[CASE_]<sequence>.nii.gz on one atlas grid, skull-stripped", find_folder, prefer=-1
-)
-
-_OFFICIAL = (BRATS2023, BRATS2021, UCSF_PDGM, UPENN_GBM, IXI, ISLES22, MRBRAINS13, VSSEG, ADNI, INDI)
 
 
-def _read_source(folder: Path) -> tuple[str, list[Case]] | None:
-    """Return the layout of one source and its studies; None where it has none that we know."""
-    # Names of one archive may fit another's pattern too: the more particular layout wins.
-    for layout in (*sorted(_OFFICIAL, key=lambda candidate: -candidate.prefer), MANIFEST, FOLDER):
-        found = layout.recognised(folder)
-        if layout is FOLDER:  # volumes that lie in the folder itself may be anything
-            found = [case for case in found if case.images and folder not in {p.parent for p in case.images.values()}]
-        if found:
-            return layout.name, [case._replace(attributes={"source": layout.name, **case.attributes}) for case in found]
-    return None
+def _archives(tree: Tree) -> tuple[dict[str, tuple[Layout, Tree]], list[str]]:
+    """Return the layout of each folder of a root, and the folders that hold volumes but are of no layout we know."""
+    known = [entry.load() for entry in LAYOUTS if "volumes" in entry.gives and entry.name != "sources"]
+    found: dict[str, tuple[Layout, Tree]] = {}
+    strange = []
+    folders = [name for name in tree.folders() if name.lower() not in _NO_ARCHIVES]
+    for folder in folders if len(folders) <= _MAX_SOURCES else []:
+        below = tree.sub(folder)
+        plain = [(evidence.score, layout.prefer, layout) for layout in known
+                 if (evidence := layout.recognise(below)).score]  # fmt: skip
+        # Volumes that lie in the folder itself may be anything, such as one case of a generic tree.
+        plain = [entry for entry in plain if entry[0] > 1 or not any(file.kind == "volume" for file in below.listed())]
+        if plain:
+            found[folder] = max(plain, key=lambda entry: entry[:2])[2], below
+        elif next(volumes(below), None) is not None:
+            strange.append(folder)
+    return found, strange
 
 
-def find_sources(root: Path) -> list[Case]:
+def find_sources(tree: Tree) -> Listing:
     """List the studies of a root whose folders are archives of different layouts; else none.
 
     Where one of them is a manifest that names splits, the studies of the others train.
@@ -262,32 +179,38 @@ def find_sources(root: Path) -> list[Case]:
     Raises:
         DataError: a folder beside the archives holds volumes, but is none.
     """
-    parts: dict[str, list[Case]] = {}
-    strange = []
-    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        if (source := _read_source(folder)) is not None:
-            parts.setdefault(source[0], []).extend(source[1])
-        elif next(walk(folder), None) is not None:
-            strange.append(folder.name)
-    if len(parts) < 2 or any(
-        layout.prefer > 0 and layout.name not in parts and layout.recognised(root) for layout in _OFFICIAL
-    ):
-        return []  # one archive, of which the folders are parts
+    found, strange = _archives(tree)
+    parts: dict[str, list[Record]] = {}
+    for layout, below in found.values():
+        records = layout.read(below).records
+        sources = [record._replace(attributes={"source": layout.name, **record.attributes}) for record in records]
+        parts.setdefault(layout.name, []).extend(sources)
+    if not _differ(tree, parts):
+        return Listing([])
     if strange:
-        raise DataError(f"{root} holds archives ({', '.join(parts)}) and {strange[0]}, which has volumes but is of "
-                        f"no known layout: bring it to {FOLDER.tree}, or move it.")  # fmt: skip
-    cases = [case for found in parts.values() for case in found]
-    named = any(case.split for case in cases)
-    return [case._replace(split=case.split or "train") for case in cases] if named else cases
+        raise DataError(f"{tree} holds archives ({', '.join(parts)}) and {strange[0]}, which has volumes but is of no "
+                        f"known layout: bring it to the layout folder, or move it.")  # fmt: skip
+    joined = [record for records in parts.values() for record in records]
+    named = any(record.split for record in joined)
+    return Listing([record._replace(split=record.split or "train") for record in joined] if named else joined)
 
 
-def recognise_sources(root: Path) -> list[Case]:
-    """As :func:`find_sources`; a manifest in the root itself says what there is."""
-    return [] if find_manifest(root) else find_sources(root)
+def _differ(tree: Tree, names: Collection[str]) -> bool:
+    """Whether folders are archives of different layouts, and not the parts of one public set."""
+    public = (UCSF_PDGM, UPENN_GBM, IXI, ISLES22, MRBRAINS13, VSSEG, ADNI, INDI)
+    return len(names) > 1 and not any(layout.name not in names and layout.recognise(tree).score for layout in public)
 
 
-SOURCES = _layout(
-    "sources", "ROOT/{ARCHIVE,ARCHIVE,...}, each of another layout", find_sources, prefer=3, recognise=recognise_sources
+def _recognise_sources(tree: Tree) -> Evidence:
+    """Say whether folders are archives of different layouts; a manifest in the root itself says what there is."""
+    if recognise_manifest(tree).score:
+        return Evidence(0, missing="folders that are archives")
+    names = {layout.name for layout, _ in _archives(tree)[0].values()}
+    if not _differ(tree, names):
+        return Evidence(0, missing="folders that are archives of different layouts")
+    return Evidence(3, f"folders of the layouts {', '.join(sorted(names))}")
+
+
+SOURCES = Layout(
+    "sources", "ROOT/{ARCHIVE,ARCHIVE,...}, each of another layout", find_sources, _recognise_sources, prefer=3
 )
-
-BRAIN_LAYOUTS: tuple[Layout, ...] = (*_OFFICIAL, SOURCES, MANIFEST, FOLDER)

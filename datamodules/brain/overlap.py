@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from common.errors import DataError
+from common.pseudonyms import public_name
 from datamodules.volumes.cache import SourceVolumes, VolumeCache
 from datamodules.volumes.cases import Case
+from datamodules.volumes.headers import VolumeError
 from datamodules.volumes.prepare import read_image
-from datamodules.volumes.reading import VolumeError
 
 _NEW_GLIOMA = re.compile(r"^BraTS-GLI-\d+", re.IGNORECASE)
 _OLD_GLIOMA = re.compile(r"^BraTS(20)?21_\d+", re.IGNORECASE)
@@ -74,5 +75,6 @@ def check_copies(cases: Sequence[Case], store: VolumeCache | SourceVolumes) -> N
     for case, path, check_sum in _check_sums(cases, store):
         other, twin = owners.setdefault(check_sum, (case, path))
         if other.patient_id != case.patient_id:
-            raise DataError(f"{other.case_id} and {case.case_id} are the same study under two names: {twin} and "
-                            f"{path} are equal byte by byte. Keep one of them.")  # fmt: skip
+            one, two, first, second = map(public_name, (other.case_id, case.case_id, twin, path))
+            raise DataError(f"{one} and {two} are the same study under two names: {first} and {second} are equal byte "
+                            f"by byte. Keep one of them.")  # fmt: skip

@@ -1,32 +1,12 @@
-"""Canonical names of brain MRI sequences, whatever an archive calls them."""
+"""What the file names of brain archives say: the study and the sequence."""
 
 from pathlib import Path
 
-#: The order is that of the templates in released checkpoints.
-CANONICAL = ("flair", "t1", "t1c", "t2", "mra", "pd", "dwi", "adc")
+from datamodules.members import REFUSED, VOLUMES, suffix_of
 
-_ALIASES = {
-    "t1n": "t1",
-    "t1ce": "t1c",
-    "t1gd": "t1c",
-    "t2w": "t2",
-    "t2f": "flair",
-    "fla": "flair",
-} | {name: name for name in CANONICAL}
-
+SUFFIXES = (*VOLUMES, *REFUSED)
 #: Endings that say how a file was made, not what it shows.
 _ENDINGS = ("_bias", "_unstripped")
-_SUFFIXES = (".nii.gz", ".nii")
-
-
-def canonical_name(name: str) -> str | None:
-    """Return the canonical name of a sequence in any case, or None where it is none of ours."""
-    return _ALIASES.get(name.lower())
-
-
-def is_volume(path: Path) -> bool:
-    """Whether a file is a NIfTI volume, and none of the shadow files (``._*``) that macOS leaves behind."""
-    return path.name.endswith(_SUFFIXES) and not path.name.startswith(".") and path.is_file()
 
 
 def split_name(path: Path) -> tuple[str, str]:
@@ -34,9 +14,7 @@ def split_name(path: Path) -> tuple[str, str]:
 
     The sequence is what follows the last ``-`` or ``_``; a name without either is a sequence alone.
     """
-    stem = path.name
-    for suffix in _SUFFIXES:
-        stem = stem.removesuffix(suffix)
+    stem = path.name[: len(path.name) - len(suffix_of(path))]
     for ending in _ENDINGS:
         stem = stem.removesuffix(ending)
     cut = max(stem.rfind("-"), stem.rfind("_"))

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from common.errors import DataError
+from common.pseudonyms import public_name
 from common.types import InputSpec
 from datamodules.brain.archive import BrainArchiveDataModule
-from datamodules.brain.labels import LabelSource, read_classes
+from datamodules.brain.labels import LabelSource, label_tables, read_classes
 from datamodules.loading import ResumableLoader
-from datamodules.registry import with_modalities
 from datamodules.volumes.cases import Case, Layout
+from datamodules.volumes.modalities import with_modalities
 
 
 class BrainTaskDataModule(BrainArchiveDataModule):
@@ -19,7 +19,7 @@ class BrainTaskDataModule(BrainArchiveDataModule):
 
     Args:
         root: The archive.
-        modalities: Sequences by their canonical names; None takes those of the layout that its cases have.
+        modalities: Sequences in any usual spelling; None takes those of the layout that its cases have.
         cohort: Challenge of BraTS 2023 whose studies are used, such as PED; None takes all.
         **options: As :class:`datamodules.brain.archive.BrainArchiveDataModule`.
     """
@@ -55,7 +55,8 @@ class BrainTaskDataModule(BrainArchiveDataModule):
         start = f"BraTS-{cohort}-"
         kept = [case for case in self.cases if case.case_id.lower().startswith(start.lower())]
         if not kept:
-            raise DataError(f"No study under {self.root} is called {start}..., such as {self.cases[0].case_id} is; "
+            example = public_name(self.cases[0].case_id)
+            raise DataError(f"No study under {self.root} is called {start}..., such as {example} is; "
                             f"to use every study, set data.cohort to null.")  # fmt: skip
         return kept
 
@@ -90,7 +91,10 @@ class BrainClassDataModule(BrainTaskDataModule):
         return replace(settled, preprocessing=preparation)
 
     def _read_targets(self) -> dict[str, int] | None:
-        return read_classes(self.cases, self._source, Path(self.root))
+        assert self.archive is not None
+        tables = label_tables(self._source, self.archive.tree)
+        self.archive.tables = [*self.archive.tables, *map(str, tables)]
+        return read_classes(self.cases, self._source, tables)
 
     @property
     def input_spec(self) -> InputSpec:

@@ -1,5 +1,8 @@
-"""What the caches buy: a crop from them against reading the files."""
+"""What a start costs in imports, and what the caches buy: a crop from them against reading the files."""
 
+import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -101,4 +104,24 @@ def cached_radiograph() -> list[Row]:
     return [Row("cached radiograph against decoding a JPEG of 2000 x 2500", speedup(slow, fast), 20, detail)]
 
 
-ROWS: list[Callable[[], list[Row]]] = [cached_crop, cached_radiograph]
+def imports() -> list[Row]:
+    """Compare importing the ``lightning`` command with what Lightning cannot do without, torch and its compiler.
+
+    By CPU time of processes started in turn.
+    """
+
+    def start(code: str) -> None:
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    def children() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    torch, command = in_turn(
+        lambda: start("import torch, torch._dynamo"), lambda: start("import common.cli"), rounds=5, clock=children
+    )
+    detail = "CPU time of processes; 0.77 is 1.30 times as long"
+    return [Row("imports: torch against the command and all it needs", speedup(torch, command), 0.77, detail)]
+
+
+ROWS: list[Callable[[], list[Row]]] = [imports, cached_crop, cached_radiograph]

@@ -1,29 +1,25 @@
 """``medmim prepare``: build the cache ahead of training, or verify it. Interrupt it and start it again at will."""
 
-import argparse
-
 from common.errors import DataError
-from common.runtime.data_config import add_data_arguments, make_datamodule
+from common.runtime.data_config import Archive
 from common.runtime.reporting import say
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``medmim prepare``."""
-    add_data_arguments(parser)
-    parser.add_argument("--workers", type=int, default=4, help="threads (default: %(default)s)")
-
-
-def run(args: argparse.Namespace) -> None:
+def run(archive: Archive, workers: int) -> None:
     """Carry out ``medmim prepare``.
+
+    Args:
+        archive: The archive, with all settings that training would have.
+        workers: Threads.
 
     Raises:
         DataError: the settings switch the cache off, or no case can be used.
     """
-    datamodule = make_datamodule(args)
+    datamodule = archive.datamodule()
     datamodule.index()
     if not hasattr(datamodule.store, "folder"):
         raise DataError("These settings use no cache (cache: none), so there is nothing to prepare.")
-    datamodule.num_workers = args.workers
+    datamodule.num_workers = workers
     datamodule.prepare_data()
     datamodule.setup("prepare")
     ledger = datamodule.ledger

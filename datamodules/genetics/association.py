@@ -7,7 +7,6 @@ in linkage are clumped into regions. Relatives are left out; there is no mixed m
 Letters: P persons, V variants, C covariates, K components.
 """
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,10 +20,14 @@ from scipy import stats
 from sklearn.decomposition import PCA
 
 from common.errors import DataError
+from common.files import whole_file, write_text
+from common.pseudonyms import public_name
 from common.runtime.reporting import say
+from datamodules.files import listing
 from datamodules.genetics.genotypes import Genotypes, allele_frequencies, open_genotypes
 from datamodules.genetics.kinship import KINSHIP, kinship, read_kinship, unrelated
-from datamodules.reports.manifest import read_table
+from datamodules.ids import join_ids, rows_by
+from datamodules.tables import read_numbers, read_parquet, read_table
 
 _CHUNK = 2048
 _MOST_PERSONS = 5000
@@ -220,10 +223,14 @@ def associate(
         row_of.setdefault(str(name), row)
     place_of = {name: place for place, name in enumerate(genotypes.ids)}
     known = None if covariates is None else set(covariates.dropna().index.astype(str))
+    say(join_ids(row_of, place_of).counts("genotypes", "persons with features"))
+    if known is not None:
+        say(join_ids(row_of, known).counts("covariates without gaps", "persons with features"))
     names = [name for name in row_of if name in place_of and (known is None or name in known)]
     if not names:
-        raise DataError(f"No person has both features (such as {next(iter(row_of), '-')}) and genotypes "
-                        f"(such as {genotypes.ids[0]}){'' if known is None else ' and covariates'}.")  # fmt: skip
+        one, other = public_name(next(iter(row_of), "-")), public_name(genotypes.ids[0])
+        more = "" if known is None else " and covariates"
+        raise DataError(f"No person has both features (such as {one}) and genotypes (such as {other}){more}.")
     if relatives is None:
         relatives = _estimated_relatives(genotypes, names, place_of)
     kept = unrelated(relatives, names)
@@ -297,74 +304,91 @@ def qq_figure(p: Array, inflation: float) -> Figure:
     return figure
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``medmim associate``."""
-    parser.add_argument("--features", required=True, help="Parquet file of medmim embed: subject_id, split, feature")
-    parser.add_argument("--genotypes", required=True, help="PLINK prefix, .bed or .bgen; {chrom} stands for 1 to 22")
-    parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--split", default="test", help="persons of this split alone, or all (default: %(default)s)")
-    parser.add_argument("--covariates", help="CSV with IID and columns of numbers, such as sex and age")
-    parser.add_argument("--components", type=int, default=10, help="of the features (default: %(default)s)")
-    parser.add_argument("--genetic-components", type=int, default=0, help="of the genotypes, added as covariates")
-    parser.add_argument("--kinship", help="table of pairs (IID1, IID2, KINSHIP); default: estimated from the genotypes")
-    parser.add_argument("--p1", type=float, default=5e-8, help="of a region's leading variant (default: %(default)s)")
-    parser.add_argument("--p2", type=float, default=1e-7, help="of its members (default: %(default)s)")
-    parser.add_argument("--r2", type=float, default=0.1, help="linkage inside a region (default: %(default)s)")
-    parser.add_argument("--kb", type=float, default=150, help="reach of a region (default: %(default)s)")
-
-
 def _covariates(path: str | None) -> pd.DataFrame | None:
     if path is None:
         return None
     table = read_table(Path(path))
     if "IID" not in table.columns:
-        raise DataError(f"{path} has no column IID; it has {', '.join(table.columns)}.")
-    return table.set_index("IID").apply(pd.to_numeric, errors="coerce")
+        raise DataError(f"{path} has no column IID; it has {listing(table.columns)}.")
+    rows_by(Path(path), table, "IID")
+    numbers = table.drop_duplicates("IID").set_index("IID")
+    return numbers.apply(lambda column: read_numbers(Path(path), column, f"values of {column.name}"))
 
 
-def run(args: argparse.Namespace) -> None:
+def run(
+    features: str,
+    genotypes: str,
+    out: str,
+    split: str,
+    covariates: str | None,
+    components: int,
+    genetic_components: int,
+    kinship: str | None,
+    p1: float,
+    p2: float,
+    r2: float,
+    kb: float,
+) -> None:
     """Carry out ``medmim associate``: ``associations.csv``, ``regions.csv``, ``summary.json`` and two pictures.
+
+    Args:
+        features: Parquet file of ``medmim embed``.
+        genotypes: Where the genotypes are; see :func:`datamodules.genetics.genotypes.open_genotypes`.
+        out: Folder to write.
+        split: Persons of this split alone, or ``all``.
+        covariates: CSV with IID and columns of numbers.
+        components: Of the features.
+        genetic_components: Of the genotypes, added as covariates.
+        kinship: Table of pairs; None: estimated from the genotypes.
+        p1: Of a region's leading variant.
+        p2: Of its members.
+        r2: Linkage inside a region.
+        kb: Reach of a region.
 
     Raises:
         DataError: a file is missing or damaged, or persons do not join.
     """
-    path = Path(args.features)
+    path = Path(features)
     if not path.is_file():
         raise DataError(f"There are no features at {path}: write them with medmim embed.")
-    table = pd.read_parquet(path)
-    if args.split != "all":
-        table = table[table["split"] == args.split]
+    table = read_parquet(path, ["subject_id", "split", "feature"]).to_pandas()
+    if split != "all":
+        table = table[table["split"] == split]
     if table.empty:
-        raise DataError(f"{path} holds no features of the split {args.split}.")
-    genotypes = open_genotypes(args.genotypes)
+        raise DataError(f"{path} holds no features of the split {split}.")
     found = associate(
         np.stack(table["feature"].to_list()),
         table["subject_id"].astype(str).tolist(),
-        genotypes,
-        _covariates(args.covariates),
-        args.components,
-        args.genetic_components,
-        read_kinship(Path(args.kinship)) if args.kinship else None,
-        args.p1,
-        args.p2,
-        args.r2,
-        args.kb,
+        open_genotypes(genotypes),
+        _covariates(covariates),
+        components,
+        genetic_components,
+        read_kinship(Path(kinship)) if kinship else None,
+        p1,
+        p2,
+        r2,
+        kb,
     )
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    found.table.to_csv(out / "associations.csv", index=False)
+    folder = Path(out)
+    write_text(folder / "associations.csv", found.table.to_csv(index=False))
     leads = found.table.iloc[[entry.lead for entry in found.clumps]]
-    leads.assign(members=[len(entry.members) for entry in found.clumps]).to_csv(out / "regions.csv", index=False)
+    leads = leads.assign(members=[len(entry.members) for entry in found.clumps])
+    write_text(folder / "regions.csv", leads.to_csv(index=False))
     facts = {
         "persons": found.persons,
         "relatives_left_out": found.relatives,
         "variants": len(found.table),
         "regions": len(found.clumps),
         "inflation": found.inflation,
-        "p1": args.p1,
+        "p1": p1,
     }
-    (out / "summary.json").write_text(json.dumps(facts, indent=2))
-    manhattan_figure(found.table, found.clumps, args.p1).savefig(out / "manhattan.png", dpi=120)
-    qq_figure(found.table["p"].to_numpy(), found.inflation[0]).savefig(out / "qq.png", dpi=120)
+    write_text(folder / "summary.json", json.dumps(facts, indent=2))
+    figures = {
+        "manhattan.png": manhattan_figure(found.table, found.clumps, p1),
+        "qq.png": qq_figure(found.table["p"].to_numpy(), found.inflation[0]),
+    }
+    for name, figure in figures.items():
+        with whole_file(folder / name) as temporary:
+            figure.savefig(temporary, dpi=120)
     say(f"{found.persons} persons ({found.relatives} relatives left out), {len(found.table)} variants, "
         f"{len(found.clumps)} independent regions: {out}")  # fmt: skip

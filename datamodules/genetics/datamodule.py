@@ -11,21 +11,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.errors import DataError
-from common.faults import Fault, SampleFaultError, pseudonym
+from common.faults import Fault, SampleFaultError
+from common.pseudonyms import pseudonym, public_name
 from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.base import FaultTolerantDataset, collate_samples
+from datamodules.controls import read_control
+from datamodules.genetics.checks import examine
 from datamodules.genetics.genome import Genome, GenomeFiles, pair_persons, read_genome
 from datamodules.genetics.kinship import read_kinship
-from datamodules.genetics.layout import Picture, PictureLayout
+from datamodules.ids import join_ids, mending
 from datamodules.images.cache import BoxChoice, ImageCache, SourceImages
 from datamodules.images.crops import center_box, cut_box, random_box
 from datamodules.images.datamodule import ImageArchiveDataModule
-from datamodules.images.reading import CHANNELS, ImageError, per_channel
+from datamodules.images.pictures import Picture, pictures_of
+from datamodules.images.reading import CHANNELS, COLOUR, ImageReader, per_channel
+from datamodules.images.values import ImageError
 from datamodules.loading import Draw
-from datamodules.registry import PICTURE_LAYOUTS, recognise
-from datamodules.splits import SPLITS, assign_splits, relatives_together
+from datamodules.registry import Archive
+from datamodules.splits import SPLITS, SplitFile, assign_splits, relatives_together
 
 #: Mean and standard deviation of ImageNet's channels.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -96,7 +101,7 @@ class Lesions(NamedTuple):
 
     Attributes:
         files: The mask of an image, by the image's file.
-        reader: See :class:`datamodules.genetics.layout.PictureLayout`.
+        reader: See :class:`datamodules.registry.Facts`.
         shorter_side: Shorter side in pixels at which it reads.
     """
 
@@ -182,11 +187,6 @@ class ImageGenomeDataset(FaultTolerantDataset):
         """Return the sample's name."""
         return self.samples[index].case_id
 
-    def _parts(self, draw: Draw) -> tuple[Any, ...]:
-        """Return what the randomness of a draw hangs on."""
-        subject = self.subject(draw.index)
-        return ("train", self.seed, draw.epoch, subject, draw.draw) if self.train else ("val", subject, draw.draw)
-
     def read(self, draw: Draw) -> dict[str, Any]:
         """Return one sample; see :class:`common.types.ImageGenomeBatch`.
 
@@ -195,12 +195,12 @@ class ImageGenomeDataset(FaultTolerantDataset):
         """
         sample = self.samples[draw.index]
         faults: list[Fault] = []
-        image = self._image(sample, numpy_generator("crop", *self._parts(draw)), faults)
+        image = self._image(sample, numpy_generator("crop", *self.draw_key(draw, self.train)), faults)
         if image is None:
             raise SampleFaultError(faults)
         result: dict[str, Any] = {
             "image": image,
-            "key": torch.tensor(stable_hash("mask", *self._parts(draw))),
+            "key": torch.tensor(stable_hash("mask", *self.draw_key(draw, self.train))),
             "subject_id": pseudonym(sample.case_id) if self.anonymise else sample.case_id,
             "patient_id": pseudonym(sample.patient_id) if self.anonymise else sample.patient_id,
             "faults": faults,
@@ -244,16 +244,18 @@ class ImageGenomeDataset(FaultTolerantDataset):
         return None
 
     def _control(self, sample: Sample, draw: Draw) -> Tensor | None:
-        """Return the image of another person, the same one every time; None where none can be read."""
-        others = [other for other in self.controls if other.patient_id != sample.patient_id]
-        first = stable_hash("control", sample.case_id, draw.draw)
-        for attempt in range(min(len(others), 8)):
-            other = others[(first + attempt) % len(others)]
-            try:
-                return (cut_picture(self.store, other.images[0], self.image_size) - self.mean) / self.std
-            except SampleFaultError:
-                continue
-        return None
+        """Return the image of another person; None where none can be read."""
+
+        def read(other: Sample) -> Tensor:
+            return (cut_picture(self.store, other.images[0], self.image_size) - self.mean) / self.std
+
+        return read_control(sample, draw, self.controls, read)
+
+
+def _reader_of(archive: Archive) -> ImageReader:
+    """Return how an archive's files become pixels."""
+    reader: ImageReader = archive.facts.reader or COLOUR
+    return reader
 
 
 def collate_images(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -294,13 +296,16 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         draws_per_image: Times that an image is drawn in an epoch.
         num_workers: Loader processes per rank; also threads that build the cache.
         split_fractions: Shares of persons for train, val and test where neither file nor archive says.
-        split_file: CSV with ``split`` and ``case_id`` or ``patient_id``.
+        split_file: Table with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes, or that and
+            how its names join; see :class:`datamodules.splits.SplitFile`.
         kinship: Table of pairs of persons (ID1 or IID1, ID2 or IID2, KINSHIP): relatives of the third degree and closer
             are then in one split, whatever else says, test before val before train.
         max_fault_fraction: Share of faulty samples at which training stops.
         anonymise: Whether subjects get pseudonyms in logs, pictures and fault files.
         seed: Seed of order and crops; None takes ``seed_everything``'s.
         split_seed: Seed of the split and of the pairing alone.
+        **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of
+            :class:`datamodules.base.ArchiveDataModule`.
     """
 
     def __init__(
@@ -332,12 +337,13 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         draws_per_image: int = 1,
         num_workers: int = 0,
         split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        split_file: str | None = None,
+        split_file: str | SplitFile | None = None,
         kinship: str | None = None,
         max_fault_fraction: float = 0.01,
         anonymise: bool = False,
         seed: int | None = None,
         split_seed: int = 0,
+        **membership: Any,
     ) -> None:
         super().__init__(
             root,
@@ -349,6 +355,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
             max_fault_fraction=max_fault_fraction,
             anonymise=anonymise,
             seed=seed,
+            **membership,
         )
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
@@ -361,11 +368,15 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         self._step = genotype_step
         self._split = (split_fractions, split_seed, split_file)
         self._kinship = kinship
-        self._layout: PictureLayout | None = None
         self._lesions: Lesions | None = None
         self.genome: Genome | None = None
 
-    def index(self) -> PictureLayout:
+    @property
+    def needs(self) -> frozenset[str]:
+        """Images; genetics if the archive has them."""
+        return frozenset({"images"})
+
+    def index(self) -> Archive:
         """Recognise the layout, list and split the images, read the genetics and fit their statistics.
 
         Reads names and tables, and the genotypes; no image.
@@ -373,26 +384,29 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         Raises:
             DataError: unknown layout, a person in two splits, persons that do not join, and the like.
         """
-        if self._layout is None:
-            layout, pictures = recognise(self.root, self._layout_name, PICTURE_LAYOUTS)
+        if self.archive is None:
+            archive = self.open(self.root, self._layout_name)
+            facts, pictures = archive.facts, pictures_of(archive)
             parts = assign_splits(pictures, *self._split)
             if self._kinship is not None:
                 parts = self._without_relatives(pictures, parts)
+            seeded = self._split[2] is None and not any(picture.split for picture in pictures)
+            parts = self.place(pictures, parts, seeded, self._split)
             pictures = [picture for picture in pictures if picture.case_id in parts]
             split_of = {picture.patient_id: parts[picture.case_id] for picture in pictures}
-            persons = self._join(layout, split_of) if self.genetics else {}
+            persons = self._join(archive, split_of) if self.genetics else {}
             samples = self._samples(pictures, persons)
-            if layout.read_lesion is not None:
+            if facts.read_lesion is not None:
                 masks = {picture.image: picture.lesion for picture in pictures if picture.lesion is not None}
-                self._lesions = Lesions(masks, layout.read_lesion, self._cache_side)
+                self._lesions = Lesions(masks, facts.read_lesion, self._cache_side)
             self.splits = {
                 name: [sample for sample in samples if split_of[sample.patient_id] == name] for name in SPLITS
             }
             self._fit()
             self.ledger.num_samples = len(samples)
-            self.store = self.make_store(layout.reader)
-            self._layout = layout
-        return self._layout
+            self.store = self.make_store(_reader_of(archive))
+            self.archive = archive
+        return self.archive
 
     def _without_relatives(self, pictures: Sequence[Picture], parts: dict[str, str]) -> dict[str, str]:
         """Move persons until nobody has a relative in another split.
@@ -410,38 +424,45 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
             raise DataError("Everyone is related to someone who is held out, so nobody is left to train on.")
         return together
 
-    def _join(self, layout: PictureLayout, split_of: dict[str, str]) -> dict[str, str]:
+    def _join(self, archive: Archive, split_of: dict[str, str]) -> dict[str, str]:
         """Read the genetics, and return whose belong to each patient.
 
         Raises:
             DataError: no patient is a person of the genetics.
         """
-        root = Path(self.root).expanduser()
-        files = self._files if self._files.any else layout.files(root)
+        root, facts = archive.tree.root, archive.facts
+        files = self._files
+        if not files.any and facts.genome_files is not None:
+            files = facts.genome_files(archive.tree)
         if self._step is not None:
             files = GenomeFiles(**{**files.__dict__, "step": self._step})
-        kinds = layout.kinds(root) if layout.kinds is not None and not self._files.any else []
+        kinds = facts.genome_kinds(archive.tree) if facts.genome_kinds is not None and not self._files.any else []
         if not files.any and not kinds:
+            if self.pairing == "id":
+                raise DataError(f"data.pairing is 'id', but no genotypes, scores or burden table lie under {root}: "
+                                "looked for genetics/*_chr{1..22}* or *_c{1..22}_b0_v*, pgs/*.sscore and "
+                                "burden/combined_burdens.h5.")  # fmt: skip
+            say("genetics: none")
             return {}
         training = [patient for patient, split in split_of.items() if split == "train"]
         self.genome = read_genome(files, root, self._clip, training)
         self.genome.kinds += kinds
         known = self.genome.persons
-        synthetic = self.pairing == "synthetic" or (self.pairing == "auto" and not layout.named)
+        synthetic = self.pairing == "synthetic" or (self.pairing == "auto" and not facts.named)
         if synthetic:
-            say(f"note: {layout.name} and these genetics are of different people, so their pairing is synthetic")
+            name = archive.layout.name
+            say(f"note: {name} and these genetics are of different people, so their pairing is synthetic")
             return pair_persons(split_of, known, self._split[1])
-        joined = {patient: patient for patient in set(known) & split_of.keys()}
-        if not joined:
+        joined = join_ids(split_of, known)
+        if not joined.found:
+            one, other = public_name(next(iter(split_of))), public_name(known[0])
             raise DataError(
-                f"None of the {len(split_of)} persons with images (such as {next(iter(split_of))}) is among the "
-                f"{len(known)} with genetics (such as {known[0]}): check the identifiers, or set data.pairing to "
-                f"synthetic to pair strangers."
+                f"None of the {len(split_of)} persons with images (such as {one}) is among the {len(known)} with "
+                f"genetics (such as {other}): check the identifiers, or set data.pairing to "
+                f"synthetic to pair strangers{mending(joined)}."
             )
-        without = len(split_of) - len(joined)
-        if without:
-            say(f"genetics: {without} of {len(split_of)} persons with images have none")
-        return joined
+        say(joined.counts("genetics", "persons with images") + mending(joined))
+        return joined.found
 
     def _samples(self, pictures: Sequence[Picture], persons: dict[str, str]) -> list[Sample]:
         if not self._one_per_subject:
@@ -476,14 +497,13 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
     @property
     def input_spec(self) -> InputSpec:
         """Channels, image size, genetics and preprocessing of the batches."""
-        layout = self.index()
         preprocessing: dict[str, Any] = {
-            "layout": layout.name,
+            "layout": self.index().layout.name,
             "intensity": "colour in [0, 1], minus mean, over std",
             "mean": list(self.mean),
             "std": list(self.std),
             "resize": "bicubic, antialiased",
-            "field": layout.reader.name,
+            "field": _reader_of(self.index()).name,
         }
         if self.genome is not None:
             preprocessing["genome"] = self.genome.fingerprint()
@@ -507,6 +527,10 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
             raise DataError("The genetics of the training persons are not those that the checkpoint was trained with.")
         super().load_state_dict({name: value for name, value in state_dict.items() if not name.startswith("genome")})
 
+    def member_paths(self, case: Picture) -> Sequence[Path]:
+        """Return the one image of a picture."""
+        return (case.image,)
+
     def images_of(self, case: Sample) -> Sequence[Path]:
         """Return the images of a person."""
         return case.images
@@ -517,7 +541,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         Raises:
             DataError: no image can be used.
         """
-        layout, counts = self.index(), self.admit(stage)
+        layout, counts = self.index().layout, self.admit(stage)
         size = "x".join(map(str, self.image_size))
         say(f"data: {layout.name} at {self.root}, samples {counts}, images {size}, "
             + (f"genetics: {self.genome.describe()}" if self.genome else "no genetics"))  # fmt: skip
@@ -550,8 +574,11 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         """Return what makes a batch from samples."""
         return collate_images
 
-    def training_genomes(self) -> np.ndarray:
+    def training_genomes(self, max_persons: int | None = None) -> np.ndarray:
         """Return the standardised genetics of the training persons ``(P, F)``, each person once, for baselines.
+
+        Args:
+            max_persons: How many to return at most, drawn by a hash of their names; None returns all.
 
         Raises:
             DataError: there are none.
@@ -559,10 +586,12 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         if self.genome is None:
             raise DataError("These images have no genetics.")
         persons = sorted({sample.person for sample in self.splits["train"] if sample.person is not None})
+        if max_persons is not None and len(persons) > max_persons:
+            persons = sorted(sorted(persons, key=lambda name: stable_hash("genome floor", name))[:max_persons])
         return np.stack([self.genome.read(person)[0] for person in persons])
 
     def examine(self, deep: bool, workers: int) -> list[str]:
         """Print a report on the archive and return the reasons why training would refuse it."""
-        from datamodules.genetics.checks import examine
-
-        return examine(self, deep, workers)
+        layout = self.index().layout
+        terms = self.terms(self.paths_in_use(), self.draws_per_image)
+        return examine(layout.name, self.genome, terms, deep, workers)

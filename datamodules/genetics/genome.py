@@ -62,6 +62,8 @@ class Kind:
     def __post_init__(self) -> None:
         if len(set(self.ids)) != len(self.ids):
             raise DataError(f"The {self.name} features list a person twice.")
+        if self.values.dtype.kind == "f" and np.isinf(self.values).any():
+            raise DataError(f"The {self.name} features hold infinite values, of which there is no mean.")
         known = ~(self.values == MISSING).all(1) if self.values.dtype == np.int8 else ~np.isnan(self.values).all(1)
         self.rows = {person: row for row, person in enumerate(self.ids) if known[row]}
 

@@ -4,6 +4,8 @@ Letters: P persons, V variants.
 """
 
 import re
+import struct
+import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -14,8 +16,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from common.errors import DataError, UserError
+from common.errors import DataError
+from common.pseudonyms import public_name
 from common.runtime.reporting import contents
+from datamodules.files import optional_reader
+from datamodules.tables import read_positions, read_words
 
 #: Counts of an allele, 0 to 2, where it was not called.
 MISSING = -127
@@ -24,18 +29,6 @@ CHROMOSOMES = tuple(str(number) for number in range(1, 23))
 _CHUNK = 2048
 _BED_MAGIC = b"\x6c\x1b\x01"
 _VARIANT_COLUMNS = ["chrom", "id", "pos", "counted", "other"]
-
-
-def optional_reader(module: str, what: str) -> Any:
-    """Import an optional reader.
-
-    Raises:
-        UserError: it is not installed; names the extra.
-    """
-    try:
-        return __import__(module)
-    except ImportError as error:
-        raise UserError(f"Reading {what} needs {module}: install it with pip install 'medmim[genetics]'.") from error
 
 
 def plain_chromosome(name: str) -> str:
@@ -79,11 +72,11 @@ class BedFile(GenotypeFile):
         for path in (self.path, *tables.values()):
             if not path.is_file():
                 raise DataError(f"PLINK genotypes are three files, and {path} is missing.")
-        self.variants = _read_words(tables["bim"], ["chrom", "id", "cm", "pos", "counted", "other"], [0, 1, 2, 3, 4, 5])
-        self.variants["pos"] = pd.to_numeric(self.variants["pos"], errors="coerce").fillna(0).astype(np.int64)
+        self.variants = read_words(tables["bim"], ["chrom", "id", "cm", "pos", "counted", "other"])
+        self.variants["pos"] = read_positions(tables["bim"], self.variants["pos"])
         self.variants["chrom"] = self.variants["chrom"].map(plain_chromosome)
         self.variants = self.variants[_VARIANT_COLUMNS]
-        self.ids = _read_words(tables["fam"], ["family", "person"], [0, 1])["person"].tolist()
+        self.ids = read_words(tables["fam"], ["family", "person"])["person"].tolist()
         expected = 3 + len(self.variants) * -(-len(self.ids) // 4)
         with self.path.open("rb") as file:
             magic = file.read(3)
@@ -142,7 +135,7 @@ class BgenFile(GenotypeFile):
                     chromosome = plain_chromosome(variant.chrom) or _chromosome_of(path)
                     rows.append((chromosome, name, int(variant.pos), alternative, reference))
                     self._places.append(place)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError, IndexError, struct.error, zlib.error) as error:
             raise DataError(f"{path} cannot be read as BGEN: {str(error).splitlines()[0]}") from error
         self.variants = pd.DataFrame(rows, columns=_VARIANT_COLUMNS)
 
@@ -166,15 +159,6 @@ def _chromosome_of(path: Path) -> str:
     """Return the chromosome in a file's name, such as ``ukb_hap_chr7_v2``, whose variants name none."""
     match = re.search(r"(?:^|[_-])c(?:hr)?(\d{1,2})(?=[_-]|$)", path.stem)
     return plain_chromosome(match[1]) if match else ""
-
-
-def _read_words(path: Path, names: Sequence[str], columns: Sequence[int]) -> pd.DataFrame:
-    """Read columns of a table without a header, divided by blanks or tabs."""
-    try:
-        table = pd.read_csv(path, sep=r"\s+", header=None, usecols=list(columns), dtype=str, keep_default_na=False)
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    return table.set_axis(list(names), axis=1)
 
 
 def find_genotypes(pattern: str, root: Path | None = None) -> list[Path]:
@@ -223,7 +207,8 @@ class Genotypes:
                 raise DataError(f"{file.path} and {first.path} list other persons, or in another order.")
         twice = [name for name, count in Counter(first.ids).items() if count > 1 and not name.startswith("-")]
         if twice:
-            raise DataError(f"{first.path} lists {len(twice)} persons twice, first {twice[0]}: keep one row of each.")
+            raise DataError(f"{first.path} lists {len(twice)} persons twice, first {public_name(twice[0])}: keep one "
+                            f"row of each.")  # fmt: skip
         #: Persons who did not withdraw, and their rows.
         self.rows = np.array([row for row, name in enumerate(first.ids) if not name.startswith("-")], dtype=np.int64)
         self.ids = [first.ids[row] for row in self.rows]

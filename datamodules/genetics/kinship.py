@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from common.errors import DataError
+from datamodules.files import listing
+from datamodules.tables import read_numbers, read_words
 
 #: Relatives of the third degree and closer (Manichaikul et al. 2010).
 KINSHIP = 0.0884
@@ -59,11 +60,11 @@ def read_kinship(path: Path, threshold: float = KINSHIP) -> list[tuple[str, str]
     """
     if not path.is_file():
         raise DataError(f"The table of kinship {path} does not exist.")
-    table = pd.read_csv(path, sep=r"\s+", dtype=str)
-    table.columns = [name.lstrip("#").upper() for name in table.columns]
+    table = read_words(path)
+    table.columns = [name.upper() for name in table.columns]
     columns = [next((name for name in names if name in table.columns), None)
                for names in (("IID1", "ID1"), ("IID2", "ID2"), ("KINSHIP",))]  # fmt: skip
     if None in columns:
-        raise DataError(f"{path} needs the columns IID1, IID2 and KINSHIP; it has {', '.join(table.columns)}.")
-    close = table[pd.to_numeric(table[columns[2]], errors="coerce") > threshold]
+        raise DataError(f"{path} needs the columns IID1, IID2 and KINSHIP; it has {listing(table.columns)}.")
+    close = table[read_numbers(path, table[columns[2]], "values of kinship") > threshold]
     return list(zip(close[columns[0]], close[columns[1]], strict=True))

@@ -3,7 +3,6 @@
 Letters: P persons, V variants.
 """
 
-import gzip
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from common.errors import DataError
-from datamodules.genetics.genotypes import Genotypes, allele_frequencies, optional_reader, plain_chromosome
+from datamodules.files import listing, read_matrix, read_text
+from datamodules.genetics.genotypes import Genotypes, allele_frequencies, plain_chromosome
+from datamodules.tables import parse_table, read_numbers, read_positions, read_words
 
 _COMPLEMENT = str.maketrans("ACGT", "TGCA")
 _UNSUPPORTED = ("is_haplotype", "is_diplotype", "is_interaction")
@@ -74,50 +75,53 @@ def read_score(path: Path, build: str = "") -> Score:
     Raises:
         DataError: it is no scoring file, or a weight is no number.
     """
-    header: dict[str, str] = {}
-    try:
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8") as file:
-            skipped = 0
-            for line in file:
-                if not line.startswith("#"):
-                    break
-                skipped += 1
-                name, sign, value = line.lstrip("#").strip().partition("=")
-                if sign:
-                    header[name.strip()] = value.strip()
-        table = pd.read_csv(path, sep="\t", skiprows=skipped, dtype=str, keep_default_na=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} cannot be read as a scoring file: {str(error).splitlines()[0]}") from error
+    header, table = _header_and_table(path)
     if not {"effect_allele", "effect_weight"} <= set(table.columns):
         raise DataError(
             f"{path} is no scoring file of the PGS Catalog: it needs the columns effect_allele and effect_weight, and "
-            f"has {', '.join(table.columns[:8])}."
+            f"has {listing(table.columns)}."
         )
     given, harmonised = normal_build(header.get("genome_build", "")), normal_build(header.get("HmPOS_build", ""))
     moved = bool(build) and harmonised == build and {"hm_chr", "hm_pos"} <= set(table.columns)
     names = ("hm_chr", "hm_pos") if moved else ("chr_name", "chr_position")
     simple = ~_any_true(table, _UNSUPPORTED)
     left_out, table = int((~simple).sum()), table[simple]
-    weight = pd.to_numeric(table["effect_weight"], errors="coerce")
+    weight = read_numbers(path, table["effect_weight"], "weights")
     if weight.isna().any():
-        bad = table.loc[weight.isna(), "effect_weight"].iloc[0]
-        raise DataError(f"{path} has {int(weight.isna().sum())} weights that are no number, first {bad!r}.")
+        raise DataError(f"{path} has {int(weight.isna().sum())} rows without a weight: leave them out or correct them.")
     dominant, recessive = _any_true(table, ["is_dominant"]), _any_true(table, ["is_recessive"])
     other = next((name for name in ("other_allele", "hm_inferOtherAllele") if name in table.columns), None)
     variants = pd.DataFrame(
         {
             "id": _column(table, "rsID"),
             "chrom": _column(table, names[0]).map(plain_chromosome),
-            "pos": pd.to_numeric(_column(table, names[1]), errors="coerce").fillna(0).astype(np.int64),
+            "pos": read_positions(path, _column(table, names[1])),
             "effect": table["effect_allele"].str.upper(),
             "other": _column(table, other or "").str.upper(),
-            "weight": weight.astype(np.float64),
+            "weight": weight,
             "model": np.where(dominant, "dominant", np.where(recessive, "recessive", "additive")),
         }
     ).reset_index(drop=True)
     name = header.get("pgs_id") or header.get("pgs_name") or path.name.split(".")[0]
     return Score(name, build if moved else given, variants, left_out)
+
+
+def _header_and_table(path: Path) -> tuple[dict[str, str], pd.DataFrame]:
+    """Read what the lines before the table say, and the table.
+
+    Raises:
+        DataError: it is damaged, not UTF-8, or breaks a rule of tables.
+    """
+    text = read_text(path)
+    header: dict[str, str] = {}
+    start = skipped = 0
+    while text.startswith("#", start):
+        end = text.find("\n", start) + 1 or len(text)
+        name, sign, value = text[start:end].lstrip("#").partition("=")
+        if sign:
+            header[name.strip()] = value.strip()
+        start, skipped = end, skipped + 1
+    return header, parse_table(text[start:], str(path), "\t", quotes=False, skipped=skipped)
 
 
 def _column(table: pd.DataFrame, name: str) -> pd.Series:
@@ -265,17 +269,15 @@ def read_score_table(path: Path) -> tuple[list[str], NDArray[np.float32]]:
     Raises:
         DataError: it has no IID column or no score, or a person twice.
     """
-    text = path.read_text(encoding="utf-8-sig")
-    table = pd.DataFrame([line.split() for line in text.splitlines() if line.strip()])
-    table = table.set_axis([str(name).lstrip("#") for name in table.iloc[0]], axis=1).iloc[1:]
+    table = read_words(path)
     scores = [name for name in table.columns if not name.startswith(("NAMED", "ALLELE"))]
     value = next((name for end in ("_AVG", "_SUM") for name in scores if name.endswith(end)), None)
     if "IID" not in table.columns or value is None:
-        raise DataError(f"{path} is no score of plink2: it has {', '.join(map(str, table.columns))}.")
+        raise DataError(f"{path} is no score of plink2: it has {listing(table.columns)}.")
     ids = table["IID"].tolist()
     if len(set(ids)) != len(ids):
         raise DataError(f"{path} lists a person twice.")
-    return ids, pd.to_numeric(table[value], errors="coerce").to_numpy(dtype=np.float32)
+    return ids, read_numbers(path, table[value], "scores").to_numpy(dtype=np.float32)
 
 
 def join_scores(
@@ -305,23 +307,13 @@ def read_burden(path: Path, min_carriers: int = 1) -> tuple[list[str], list[str]
         DataError: a file is missing, or the names do not fit the matrix.
         UserError: h5py is not installed.
     """
-    h5py = optional_reader("h5py", "burden scores")
     names = {}
     for kind in ("iid", "colnames"):
         listed = path.with_name(f"{path.stem}_{kind}.txt")
         if not listed.is_file():
             raise DataError(f"{path} needs the names in {listed}, which is not there.")
-        names[kind] = listed.read_text().split()
-    try:
-        with h5py.File(path, "r") as file:
-            values = file["G"][()].astype(np.float32)
-    except (OSError, KeyError) as error:
-        raise DataError(f"{path} cannot be read as burden scores: {error}") from error
-    if values.shape != (len(names["iid"]), len(names["colnames"])):
-        raise DataError(
-            f"{path} holds {values.shape[0]} x {values.shape[1]} values, its names are {len(names['iid'])} persons and "
-            f"{len(names['colnames'])} genes."
-        )
+        names[kind] = read_text(listed).split()
+    values = read_matrix(path, "G", (len(names["iid"]), len(names["colnames"])), "burden scores")
     kept = (np.nan_to_num(values) != 0).sum(0) >= min_carriers
     return names["iid"], [gene for gene, keep in zip(names["colnames"], kept, strict=True) if keep], values[:, kept]
 

@@ -4,23 +4,27 @@ Two layouts of tables are read: ``all_dataset.csv`` and ``grade_data.csv`` of Pa
 ``tcga_gbmlgg_all_clean.csv`` (or its ``.zip``) of PORPOISE.
 """
 
-import io
-import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from common.errors import DataError
+from common.pseudonyms import public_name
+from datamodules.files import listing, short
 from datamodules.genetics.genome import Kind
-from datamodules.genetics.layout import Picture, PictureLayout
+from datamodules.ids import check_labels, join_ids
+from datamodules.images.pictures import Picture
 from datamodules.images.reading import COLOUR
 from datamodules.labelled.layout import LabelLayout, LabelledImage
+from datamodules.registry import Facts, Layout, marked
+from datamodules.tables import read_table
+from datamodules.tree import Tree
 
 #: A patient's name is this much of a file's.
 PATIENT_LENGTH = 12
 GRADES = ("II", "III", "IV")
+_GRADES = {text: grade for grade in (2, 3, 4) for text in (str(grade), f"{grade}.0")}
 _FOLDERS = ("**/all_st_patches_512", "**/all_st", "**/all_st_examples/imgs")
 _TABLES = (
     "**/all_dataset.csv",
@@ -34,29 +38,6 @@ _FACTS = (
     "", "unnamed: 0", "indexes", "tcga id", "case_id", "slide_id", "age", "site", "survival_months", "survival months",
     "censored", "censorship", "is_female", "oncotree_code", "train", "codeletion",
 )  # fmt: skip
-_LARGEST_TABLE = 2**30
-
-
-def _first(root: Path, patterns: Sequence[str]) -> Path | None:
-    return next((path for pattern in patterns for path in sorted(root.glob(pattern))), None)
-
-
-def _read(path: Path) -> pd.DataFrame:
-    """Read a table, or the one table of a zip.
-
-    Raises:
-        DataError: it cannot be read, or is larger than a table of this archive can be.
-    """
-    try:
-        if path.suffix != ".zip":
-            return pd.read_csv(path, dtype=str, keep_default_na=False)
-        with zipfile.ZipFile(path) as archive:
-            (member,) = [entry for entry in archive.infolist() if not entry.is_dir()]
-            if member.file_size > _LARGEST_TABLE:
-                raise DataError(f"{path} promises a table of {member.file_size} bytes, more than is opened here.")
-            return pd.read_csv(io.BytesIO(archive.read(member)), dtype=str, keep_default_na=False)
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read as a table: {str(error).splitlines()[0]}") from error
 
 
 def _patients(path: Path, table: pd.DataFrame) -> pd.Series:
@@ -71,7 +52,7 @@ def _patients(path: Path, table: pd.DataFrame) -> pd.Series:
     raise DataError(f"{path} has neither a column TCGA ID nor case_id.")
 
 
-def read_omics(root: Path, rnaseq: bool = False) -> Kind:
+def read_omics(root: Tree, rnaseq: bool = False) -> Kind:
     """Read the omics of patients: copy numbers and mutations, and with ``rnaseq`` the expression of genes.
 
     The first row of a patient counts.
@@ -79,10 +60,10 @@ def read_omics(root: Path, rnaseq: bool = False) -> Kind:
     Raises:
         DataError: there is no table, or no measurement in it.
     """
-    path = _first(root, _TABLES)
+    path = root.first(*_TABLES)
     if path is None:
         raise DataError(f"There are no omics under {root}: looked for {', '.join(name[3:] for name in _TABLES)}.")
-    table = _read(path)
+    table = read_table(path)
     patients = _patients(path, table)
     table, patients = table[~patients.duplicated()], patients[~patients.duplicated()]
     names = [name for name in table.columns if name.lower() not in _FACTS]
@@ -95,15 +76,15 @@ def read_omics(root: Path, rnaseq: bool = False) -> Kind:
     return Kind("omics", patients.tolist(), names, values, "z_score")
 
 
-def regions(root: Path) -> list[Path]:
+def regions(root: Tree) -> list[Path]:
     """List the regions of slides under a root, cut ones if there are any."""
-    folder = _first(root, _FOLDERS)
-    return sorted(folder.glob("*.png")) if folder is not None else []
+    folder = root.first(*_FOLDERS)
+    return [root / file.name for file in root.listed(folder) if file.suffix == ".png"] if folder is not None else []
 
 
-def find_tcga(root: Path) -> list[Picture]:
+def find_tcga(root: Tree) -> list[Picture]:
     """List the regions; empty where there is none, or no omics."""
-    if _first(root, _TABLES) is None:
+    if root.first(*_TABLES) is None:
         return []
     return [Picture(path.stem, path.name[:PATIENT_LENGTH].upper(), path) for path in regions(root)]
 
@@ -116,27 +97,31 @@ class TCGAGrade(LabelLayout):
     reader = COLOUR
     classes = GRADES
 
-    def find(self, root: Path) -> list[LabelledImage]:
+    def _find(self, root: Tree) -> list[LabelledImage]:
         """List the regions whose patient has a grade.
 
         Raises:
             DataError: the table is missing or damaged, a grade is none, or no region has one.
         """
-        path = _first(root, ("**/grade_data.csv",))
+        path = root.first("**/grade_data.csv")
         if path is None:
             raise DataError(f"There is no grade_data.csv under {root} ({self.tree}).")
-        table = _read(path)
+        table = read_table(path)
         if "Grade" not in table.columns:
-            raise DataError(f"{path} has no column Grade; it has {', '.join(table.columns)}.")
+            raise DataError(f"{path} has no column Grade; it has {listing(table.columns)}.")
         grades: dict[str, int] = {}
         for patient, text in zip(_patients(path, table), table["Grade"], strict=True):
-            value = pd.to_numeric(text, errors="coerce")
-            if text.strip() and value not in (2, 3, 4):
-                raise DataError(f"{path} gives {patient} the grade {text!r}; known are 2, 3 and 4, or nothing.")
-            if text.strip() and grades.setdefault(patient, int(value)) != int(value):
-                raise DataError(f"{path} gives {patient} two grades.")
+            if text and text not in _GRADES:
+                raise DataError(
+                    f"{path} gives {public_name(patient)} the grade {short(text)!r}; known are 2, 3 and 4, or nothing."
+                )
+            if text and grades.setdefault(patient, _GRADES[text]) != _GRADES[text]:
+                raise DataError(f"{path} gives {public_name(patient)} two grades.")
         found = []
-        for region in regions(root):
+        shown = regions(root)
+        if shown:
+            check_labels(path, join_ids([region.name[:PATIENT_LENGTH].upper() for region in shown], grades), "patients")
+        for region in shown:
             patient = region.name[:PATIENT_LENGTH].upper()
             if patient in grades:
                 targets = tuple(float(grades[patient] == grade) for grade in (2, 3, 4))
@@ -146,15 +131,15 @@ class TCGAGrade(LabelLayout):
         return found
 
 
-def _kinds(root: Path) -> list[Kind]:
+def _kinds(root: Tree) -> list[Kind]:
     return [read_omics(root)]
 
 
-TCGA = PictureLayout(
+TCGA = Layout(
     name="tcga_gbmlgg",
     tree="ROOT/**/{all_st,all_st_patches_512,all_st_examples/imgs}/{slide}_{n}.png and a table of omics",
     find=find_tcga,
-    reader=COLOUR,
-    named=True,
-    kinds=_kinds,
+    evidence=marked(_FOLDERS, _TABLES),
+    facts=Facts(reader=COLOUR, named=True, genome_kinds=_kinds),
+    tables=(*_TABLES, "**/grade_data.csv"),
 )

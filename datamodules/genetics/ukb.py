@@ -12,12 +12,17 @@ import numpy as np
 import pandas as pd
 
 from common.errors import DataError
+from common.pseudonyms import public_name
+from datamodules.files import listed_names, listing
 from datamodules.genetics.genome import GenomeFiles
-from datamodules.genetics.layout import Picture, PictureLayout
+from datamodules.ids import check_labels, join_ids
+from datamodules.images.pictures import Picture
 from datamodules.images.reading import FUNDUS
 from datamodules.labelled.layout import LabelLayout, LabelledImage, need_file
 from datamodules.labelled.tables import files_under
-from datamodules.reports.manifest import read_table
+from datamodules.registry import Evidence, Facts, Layout
+from datamodules.tables import read_numbers, read_table
+from datamodules.tree import Tree
 
 #: What is predicted from a photograph.
 RISKS = {"regression": ("age", "bmi", "sbp", "dbp"), "classification": ("sex", "smoking")}
@@ -36,31 +41,31 @@ def split_of_eids(eids: list[str], seed: int = 42) -> dict[str, str]:
     return {str(names[index]): str(part) for index, part in zip(order, parts, strict=True)}
 
 
-def _checked_names(root: Path) -> set[str] | None:
+def _checked_names(root: Tree) -> set[str] | None:
     """Return the names that passed the quality control; None where there was none."""
     lists = [path for side in ("left", "right") for path in root.glob(f"**/qc_paths_{side}.txt")]
     if not lists:
         return None
-    return {Path(line.strip()).name for path in lists for line in path.read_text().splitlines() if line.strip()}
+    return {Path(name).name for name in listed_names(lists)}
 
 
-def european(root: Path, threshold: float = 0.99) -> set[str] | None:
+def european(root: Tree, threshold: float = 0.99) -> set[str] | None:
     """Return the persons of ``ancestry.tsv`` whose probability ``EUR`` is high enough; None where there is no file.
 
     Raises:
         DataError: a column is missing.
     """
     path = root / "ancestry.tsv"
-    if not path.is_file():
+    if not root.is_file(path):
         return None
-    table = pd.read_csv(path, sep="\t", dtype=str)
+    table = read_table(path)
     if not {"IID", "EUR"} <= set(table.columns):
-        raise DataError(f"{path} needs the columns IID and EUR, it has {', '.join(table.columns)}.")
-    kept = pd.to_numeric(table["EUR"], errors="coerce") >= threshold
+        raise DataError(f"{path} needs the columns IID and EUR, it has {listing(table.columns)}.")
+    kept = read_numbers(path, table["EUR"], "probabilities") >= threshold
     return set(table.loc[kept, "IID"])
 
 
-def find_ukb(root: Path) -> list[Picture]:
+def find_ukb(root: Tree) -> list[Picture]:
     """List the photographs; empty where there is none. Of persons who withdrew (negative numbers) there is none.
 
     Raises:
@@ -68,7 +73,7 @@ def find_ukb(root: Path) -> list[Picture]:
     """
     checked, kept = _checked_names(root), european(root)
     found: dict[str, Path] = {}
-    for path in files_under([root], _SUFFIXES):
+    for path in files_under(root, [""], _SUFFIXES):
         match = _NAME.fullmatch(path.stem)
         if match is None or match[1].startswith("-") or (checked is not None and path.name not in checked):
             continue
@@ -78,19 +83,44 @@ def find_ukb(root: Path) -> list[Picture]:
     return [Picture(name, name.split("_")[0], path, parts[name.split("_")[0]]) for name, path in sorted(found.items())]
 
 
-def genetics_of(root: Path) -> GenomeFiles:
+#: Genotype files of one autosome: ``*_chr7*``, and ``ukb22418_c7_b0_v2`` as the platform names them.
+_CHROMOSOME = re.compile(r"_c(?:hr)?(\d{1,2}|X|Y|XY|MT)(?=[_.]|$)", re.IGNORECASE)
+
+
+def _genotype_pattern(root: Tree) -> str | None:
+    """Return the one family of genotype files in a folder, ``{chrom}`` for 1 to 22; None where there is none.
+
+    Raises:
+        DataError: there are several families, or only sex chromosomes.
+    """
+    families: dict[str, set[str]] = {}
+    folder = root / "genetics"
+    for path in (root / file.name for file in root.listed("genetics")):
+        match = _CHROMOSOME.search(path.stem)
+        if match is not None and path.suffix in (".bed", ".bgen"):
+            name = path.name[: match.start(1)] + "{chrom}" + path.name[match.end(1) :]
+            families.setdefault(name, set()).add(match[1])
+    autosomes = {name for name, found in families.items() if any(c.isdigit() and 1 <= int(c) <= 22 for c in found)}
+    if families and not autosomes:
+        others = ", ".join(sorted(set().union(*families.values())))
+        raise DataError(f"{folder} has genotypes of chromosome {others} alone; those of 1 to 22 are read.")
+    preferred = {name for name in autosomes if name.endswith(".bed")} or autosomes
+    if len(preferred) > 1:
+        raise DataError(f"{folder} has several families of genotypes ({', '.join(sorted(preferred))}): name one with "
+                        "data.genotypes.")  # fmt: skip
+    return str(folder / next(iter(preferred))) if preferred else None
+
+
+def genetics_of(root: Tree) -> GenomeFiles:
     """Return the genetics in ``genetics/``, ``pgs/`` and ``burden/`` under a root."""
-    found = sorted((root / "genetics").glob("*_chr*.bed")) or sorted((root / "genetics").glob("*_chr*.bgen"))
-    pattern = None
-    if found:
-        pattern = str(found[0].parent / re.sub(r"_chr\d+", "_chr{chrom}", found[0].name))
+    pattern = _genotype_pattern(root)
     tables = root / "pgs"
     burden = root / "burden" / "combined_burdens.h5"
     return GenomeFiles(
         genotypes=pattern,
         step=100,
-        score_tables=str(tables) if any(tables.glob("*.sscore")) else None,
-        burden=str(burden) if burden.is_file() else None,
+        score_tables=str(tables) if root.first("pgs/*.sscore") else None,
+        burden=str(burden) if root.is_file(burden) else None,
         build="GRCh37",
     )
 
@@ -108,12 +138,13 @@ def read_phenotypes(path: Path) -> pd.DataFrame:
     needed = ["eid", "31-0.0", "21022-0.0", "21001-0.0", "20116-0.0", "4080-0.0", "4079-0.0"]
     missing = [name for name in needed if name not in table.columns]
     if missing:
-        raise DataError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns[:12])}.")
+        raise DataError(f"{path} has no column {listing(missing)}; it has {listing(table.columns)}.")
     if table["eid"].duplicated().any():
-        raise DataError(f"{path} lists {table['eid'][table['eid'].duplicated()].iloc[0]} twice.")
+        twice = table["eid"][table["eid"].duplicated()].iloc[0]
+        raise DataError(f"{path} lists {public_name(twice)} twice.")
 
     def number(*names: str) -> pd.Series:
-        columns = [pd.to_numeric(table[name], errors="coerce") for name in names if name in table.columns]
+        columns = [read_numbers(path, table[name], f"values of {name}") for name in names if name in table.columns]
         return pd.concat(columns, axis=1).mean(axis=1)
 
     smoking = number("20116-0.0")
@@ -147,7 +178,7 @@ class UKBRisk(LabelLayout):
             raise ValueError(f"`task` must be one of {', '.join(RISKS)}, got {task!r}.")
         self.classes = RISKS[task]
 
-    def find(self, root: Path) -> list[LabelledImage]:
+    def _find(self, root: Tree) -> list[LabelledImage]:
         """List the photographs of persons with any of the measurements.
 
         Raises:
@@ -158,9 +189,13 @@ class UKBRisk(LabelLayout):
         table = table[table.notna().any(axis=1)]
         rows = zip(table.index, table.to_numpy(), strict=True)
         values = {str(eid): tuple(float(value) for value in row) for eid, row in rows}
+        pictures = find_ukb(root)
+        if pictures:
+            joined = join_ids([picture.patient_id for picture in pictures], values)
+            check_labels(path, joined, "persons with photographs")
         found = [
             LabelledImage(picture.case_id, picture.patient_id, picture.image, values[picture.patient_id], picture.split)
-            for picture in find_ukb(root)
+            for picture in pictures
             if picture.patient_id in values
         ]
         if not found:
@@ -168,11 +203,18 @@ class UKBRisk(LabelLayout):
         return found
 
 
-UKB = PictureLayout(
+def _recognise(tree: Tree) -> Evidence:
+    found = next((file for file in tree.under("", _SUFFIXES) if _NAME.fullmatch(file.stem)), None)
+    if found is None:
+        return Evidence(0, missing="{eid}_21015_{instance}_{array}.png")
+    return Evidence(3, f"names such as {found.name}")
+
+
+UKB = Layout(
     name="ukb",
     tree="ROOT/**/{eid}_{21015,21016}_{instance}_{array}.{png,jpg}, and genetics/, pgs/, burden/ if there are any",
     find=find_ukb,
-    reader=FUNDUS,
-    named=True,
-    files=genetics_of,
+    evidence=_recognise,
+    facts=Facts(reader=FUNDUS, named=True, genome_files=genetics_of),
+    tables=("ancestry.tsv", "**/qc_paths_*.txt"),
 )

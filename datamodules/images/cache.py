@@ -13,8 +13,6 @@ Several threads, processes and ranks may build at once: a rename is atomic, and 
 import json
 import math
 import os
-import time
-import uuid
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,22 +25,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from common.errors import StorageError
 from common.faults import Fault, SampleFaultError
+from common.files import (
+    make_folder,
+    move,
+    remove_file,
+    remove_leftovers,
+    storage_errors,
+    temporary_beside,
+    write_text,
+)
 from common.randomness import stable_hash
 from datamodules.images.crops import Box, cut_box
-from datamodules.images.reading import (
-    DECODERS,
-    GRAY,
-    MIN_SIDE,
-    ImageError,
-    ImageReader,
-    UnreachableImageError,
-    read_header,
-    read_reduced,
-    reduced_size,
-)
-from datamodules.volumes.cache import STALE_SECONDS, cache_root
-from datamodules.volumes.reading import fingerprint
+from datamodules.images.reading import DECODERS, GRAY, MIN_SIDE, ImageReader, read_header, read_reduced, reduced_size
+from datamodules.images.values import ImageError, UnreachableImageError
+from datamodules.storage import cache_root, file_is_good, fingerprint, save_array, sole_builder, source_facts
 
 VERSION = 1
 #: Headers that are read to estimate the size of a cache.
@@ -149,14 +147,13 @@ class SourceImages:
 
 
 def _append(manifest: Path, line: str) -> None:
-    with manifest.open("ab", buffering=0) as file:
+    with storage_errors(manifest), manifest.open("ab", buffering=0) as file:
         file.write(f"{line}\n".encode())
 
 
 def _source_facts(path: Path) -> dict[str, Any]:
     try:
-        stat = path.stat()
-        return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "xxh3": fingerprint(path)["xxh3"]}
+        return {**source_facts(path), "xxh3": fingerprint(path)["xxh3"]}
     except FileNotFoundError as error:
         raise UnreachableImageError("missing", "the file is not there") from error
     except OSError as error:
@@ -171,7 +168,7 @@ class ImageCache:
     Args:
         root: The archive.
         shorter_side: Shorter side in pixels to which images are reduced; smaller ones are kept as they are.
-        folder: Where caches live; None means :func:`datamodules.volumes.cache.cache_root`.
+        folder: Where caches live; None means :func:`datamodules.storage.cache_root`.
         name: Folder in it.
         reader: How files become pixels.
     """
@@ -219,7 +216,8 @@ class ImageCache:
             return {}
         content = manifest.read_bytes()
         if not content.endswith(b"\n"):
-            _append(manifest, "")  # or the next line would be lost with the torn one
+            with suppress(StorageError):  # then nothing will be appended either
+                _append(manifest, "")  # or the next line would be lost with the torn one
         entries = {}
         for line in content.splitlines():
             try:
@@ -238,15 +236,13 @@ class ImageCache:
             full: Whether to compare the check sum of the copy, not only its size.
         """
         try:
-            source = path.stat()
-            if (source.st_size, source.st_mtime_ns) != (entry.size, entry.mtime_ns):
+            if source_facts(path) != {"size": entry.size, "mtime_ns": entry.mtime_ns}:
                 return False
-            if entry.fault is not None:
-                return True
-            file = self._file(entry.path)
-            return file.stat().st_size == entry.file_size and (not full or fingerprint(file)["xxh3"] == entry.file_xxh3)
         except OSError:
             return False
+        if entry.fault is not None:
+            return True
+        return file_is_good(self._file(entry.path), entry.file_size, entry.file_xxh3, full)
 
     def build(self, path: Path) -> Fault | None:
         """Read one image and store it, or record and return what is wrong with it.
@@ -254,32 +250,33 @@ class ImageCache:
         A source that cannot be reached is not recorded: its copy, if there is one, is good when the source is back.
 
         Raises:
-            OSError: the cache cannot be written.
+            StorageError: the cache cannot be written.
         """
         relative = self._relative(path)
         file = self._file(relative)
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         try:
             entry = Entry(relative, **_source_facts(path))
             entry = entry._replace(**self._store(file, self.reader.read(path, self.shorter_side)))
         except UnreachableImageError as error:
             return _fault(path, error.kind, error.detail)
         except ImageError as error:
-            file.unlink(missing_ok=True)
+            remove_file(file, self.folder)
             entry = entry._replace(fault=(error.kind, error.detail))
         _append(file.parent / "manifest.jsonl", entry.line())
         return None if entry.fault is None else _fault(path, *entry.fault)
 
     def _store(self, file: Path, pixels: NDArray[np.uint8]) -> dict[str, Any]:
         """Write a copy, whole or not at all, and return what its entry says of it."""
-        temporary = self.folder / "tmp" / f"{uuid.uuid4().hex}.npy"
-        temporary.parent.mkdir(exist_ok=True)
+        temporary = temporary_beside(self.folder / "tmp" / "image.npy")
+        make_folder(temporary.parent)
         try:
-            np.save(temporary, pixels)
-            written = fingerprint(temporary)
-            os.replace(temporary, file)
+            with storage_errors(file):
+                save_array(temporary, pixels)
+                written = fingerprint(temporary)
+                move(temporary, file, self.folder)
         finally:
-            temporary.unlink(missing_ok=True)
+            remove_file(temporary, self.folder)
         name = file.relative_to(self.folder).as_posix()
         return {"file": name, "shape": pixels.shape[:2], "file_size": written["size"], "file_xxh3": written["xxh3"]}
 
@@ -297,9 +294,29 @@ class ImageCache:
         Returns:
             What is wrong with each image; None where nothing is.
         """
-        self._tidy()
+        unique = list(dict.fromkeys(paths))
+        found = self._verified(unique, workers, full)
+        missing = [path for path in unique if path not in found]
+        if missing:  # else a folder that cannot be written will do
+            with sole_builder(self.folder):
+                remove_leftovers(self.folder / "tmp")
+                write_text(self.folder / "key.json", self._key)
+                found |= self._verified(missing, workers, full)  # another process may have built some in the meantime
+                missing = [path for path in missing if path not in found]
+                built = _each(self.build, missing, workers)
+                bar = tqdm(built, "caching images", len(missing), unit="image", disable=not (progress and missing))
+                found.update(zip(missing, bar, strict=True))
+        for path, fault in found.items():
+            if fault is not None:
+                self._faults[self._relative(path)] = fault
+            elif self._faults:
+                self._faults.pop(self._relative(path), None)
+        return {path: found[path] for path in paths}
+
+    def _verified(self, paths: Iterable[Path], workers: int, full: bool) -> dict[Path, Fault | None]:
+        """Return those of some images whose entries are valid, and what is wrong with each of them."""
         shards: dict[Path, list[Path]] = defaultdict(list)
-        for path in dict.fromkeys(paths):
+        for path in paths:
             shards[self.image_file(path).parent].append(path)
 
         def verify(shard: Path) -> dict[Path, Fault | None]:
@@ -308,25 +325,7 @@ class ImageCache:
         found: dict[Path, Fault | None] = {}
         for part in _each(verify, shards, workers):
             found.update(part)
-        missing = [path for path in dict.fromkeys(paths) if path not in found]
-        built = _each(self.build, missing, workers)
-        bar = tqdm(built, "caching images", len(missing), unit="image", disable=not (progress and missing))
-        found.update(zip(missing, bar, strict=True))
-        for path, fault in found.items():
-            if fault is not None:
-                self._faults[self._relative(path)] = fault
-            elif self._faults:
-                self._faults.pop(self._relative(path), None)
-        return {path: found[path] for path in paths}
-
-    def _tidy(self) -> None:
-        """Make the folder, and delete what runs that are no longer alive left half written."""
-        (self.folder / "tmp").mkdir(parents=True, exist_ok=True)
-        for leftover in (self.folder / "tmp").iterdir():
-            with suppress(FileNotFoundError):  # a run that is alive has renamed it
-                if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
-                    leftover.unlink()
-        (self.folder / "key.json").write_text(self._key)
+        return found
 
     def _verify(self, shard: Path, paths: Iterable[Path], full: bool) -> dict[Path, Fault | None]:
         """Return the images whose entries are valid, and what is wrong with them."""
@@ -376,6 +375,14 @@ class ImageCache:
                 if entry.fault is not None:
                     known.setdefault(relative, _fault(self.root / relative, *entry.fault))
         return {self.root / relative: fault for relative, fault in sorted(known.items())}
+
+    def check_sums(self) -> dict[Path, str]:
+        """Return the check sums of the images on record."""
+        return {
+            self.root / relative: entry.xxh3
+            for manifest in self.folder.glob("*/manifest.jsonl")
+            for relative, entry in self.read_manifest(manifest.parent).items()
+        }
 
     def estimated_bytes(self, paths: Sequence[Path]) -> int:
         """Estimate the size of the finished cache from the headers of at most ``SAMPLED_HEADERS`` of its images."""

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from common.faults import Fault
 from datamodules.examination import Member
-from datamodules.images.reading import MIN_SIDE, ImageError, read_gray, read_header
-from datamodules.volumes.reading import fingerprint
+from datamodules.images.reading import MIN_SIDE, read_gray, read_header
+from datamodules.images.values import ImageError
+from datamodules.storage import fingerprint
 
 
 def check_image(path: Path, case_id: str, deep: bool) -> Fault | str:

@@ -12,6 +12,8 @@ from datamodules.base import ArchiveDataModule, FaultTolerantDataset
 from datamodules.images.cache import ImageCache, SourceImages
 from datamodules.images.reading import ImageReader
 from datamodules.loading import ResumableLoader
+from datamodules.members import check_content
+from datamodules.notes import say_notes
 from datamodules.splits import SPLITS
 
 
@@ -48,7 +50,6 @@ class ImageArchiveDataModule(ArchiveDataModule):
         super().__init__(**settings)
         self.root, self.image_size = root, tuple(image_size)
         self._cache, self._cache_side = cache, cache_side
-        self.splits: dict[str, list[Any]] = {}
 
     @abstractmethod
     def index(self) -> Any:
@@ -67,10 +68,29 @@ class ImageArchiveDataModule(ArchiveDataModule):
         return self._dataset(cases)
 
     def make_store(self, reader: ImageReader) -> ImageCache | SourceImages:
-        """Return what opens the archive's images."""
+        """Return what opens the archive's images, once they are listed and split.
+
+        Raises:
+            DataError: more than a few of them are links without content.
+        """
+        check_content(self.paths_in_use(), self.root)
         if self._cache == "none":
             return SourceImages(reader)
         return ImageCache(Path(self.root).expanduser(), self._cache_side, reader=reader)
+
+    def member_paths(self, case: Any) -> Sequence[Path]:
+        """Return the images of a case as the archive lists it, before cases are joined or paired."""
+        return self.images_of(case)
+
+    def sources(self, cases: Sequence[Any]) -> dict[str, tuple[str, ...]]:
+        """Return the check sums of the images of each case; without a cache none is known."""
+        if not isinstance(self.store, ImageCache):
+            return {}
+        known = self.store.check_sums()
+        return {
+            case.case_id: tuple(sorted(known[path] for path in self.member_paths(case) if path in known))
+            for case in cases
+        }
 
     def cases_in_use(self) -> list[Any]:
         """Return the cases of all splits."""
@@ -89,6 +109,7 @@ class ImageArchiveDataModule(ArchiveDataModule):
         """Build and verify the cache, once per machine (Lightning hook)."""
         self.index()
         self.store.ensure(self.paths_in_use(), max(self.num_workers, 1))
+        say_notes()
 
     def known_faults(self) -> list[Fault]:
         """Return what is known to be wrong with the cases in use, before any is read."""
@@ -99,6 +120,10 @@ class ImageArchiveDataModule(ArchiveDataModule):
             for path in self.images_of(case)
             if path in known
         ]
+
+    def used_files(self) -> Iterable[tuple[str, Path]]:
+        """Yield the images of all splits."""
+        return (("image", path) for path in self.paths_in_use())
 
     def admit(self, stage: str) -> str:
         """Put what is broken into the ledger, and return how many cases each split has.
@@ -113,6 +138,7 @@ class ImageArchiveDataModule(ArchiveDataModule):
                             f"{self.ledger.describe()}")  # fmt: skip
         if stage == "fit" and not self.splits["val"]:
             say("note: the val split is empty, so nothing will be measured and there will be no best checkpoint")
+        self.keep_account(stage)
         return ", ".join(f"{len(part)} {name}" for name, part in self.splits.items() if part)
 
     def _usable(self, cases: Iterable[Any]) -> list[Any]:

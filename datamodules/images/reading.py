@@ -1,22 +1,27 @@
 """Reading 2D medical images in 8 bits, gray or in colour, to their last byte: every way to be broken has a kind.
 
-An EXIF orientation is ignored, but for figures: radiographs carry none that means anything. Of several frames or pages
-the first is read. Pillow's ``LOAD_TRUNCATED_IMAGES`` must stay off, as it is by default.
+An EXIF orientation is ignored, but for figures: radiographs carry none that means anything. Several frames or pages
+are refused, as one of them would be used in silence. Pillow's ``LOAD_TRUNCATED_IMAGES`` must stay off, as by default.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import SimpleITK as sitk
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from common.errors import UserError
+from datamodules.images.dicom import is_dicom, read_picture, read_size
+from datamodules.images.values import ImageError, UnreachableImageError, check_size, high_byte, stretched
+from datamodules.limits import MAX_PIXELS, MAX_SQUARE_PIXELS
+from datamodules.members import REFUSED, is_pointer, why_missing
 
 #: What is opened; PostScript and the like, which run programs, are not.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
@@ -24,7 +29,7 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
 CHANNELS = ("red", "green", "blue")
 #: Images with a smaller side, in pixels, are refused.
 MIN_SIDE = 32
-DICOM_SUFFIXES = (".dcm", ".dicom")
+_PHOTOMETRIC = 262
 
 
 def per_channel(value: float | Sequence[float]) -> Tensor:
@@ -44,29 +49,13 @@ def _installed(package: str) -> str:
         return ""
 
 
-#: Goes into the cache key: another decoder may give other pixels.
+#: Goes into the cache key: another decoder, or another rule of ours, may give other pixels.
 DECODERS = {
+    "reader": "2",
     "Pillow": Image.__version__,
     "libjpeg_turbo": features.version("libjpeg_turbo") or "",
-    **{package: _installed(package) for package in ("pydicom", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg")},
+    **{package: _installed(package) for package in ("pydicom", "python-gdcm", "pylibjpeg-openjpeg")},
 }
-
-
-class ImageError(Exception):
-    """A file that cannot be used.
-
-    Args:
-        kind: unreadable, checksum, shape, nan, constant or missing.
-        detail: What was found.
-    """
-
-    def __init__(self, kind: str, detail: str) -> None:
-        self.kind, self.detail = kind, detail
-        super().__init__(detail)
-
-
-class UnreachableImageError(ImageError):
-    """A file that is not there or cannot be opened: a mount or a permission, which may come back by itself."""
 
 
 @contextmanager
@@ -74,15 +63,19 @@ def _reading(path: Path) -> Iterator[None]:
     """Turn whatever a decoder raises into an :class:`ImageError`."""
     try:
         if not path.is_file():
-            raise UnreachableImageError("missing", "the file is not there")
+            raise UnreachableImageError("missing", why_missing(path))
         if path.stat().st_size == 0:
             raise ImageError("unreadable", "the file is empty")
+        if path.name.lower().endswith(".dcm.gz"):
+            raise ImageError("unreadable", REFUSED[".dcm.gz"])
         yield
     except (ImageError, UserError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("shape", f"more pixels than are opened here ({error})") from error
     except UnidentifiedImageError as error:
+        if is_pointer(path):
+            raise UnreachableImageError("missing", "a Git LFS pointer without content: run git lfs pull") from error
         raise ImageError("unreadable", "not an image of a known format, or its header is damaged") from error
     except Exception as error:  # decoders raise many kinds for broken files; all mean the same to us
         if isinstance(error, OSError) and error.errno is not None:
@@ -92,23 +85,21 @@ def _reading(path: Path) -> Iterator[None]:
         raise ImageError("unreadable", f"not a readable image ({reason})") from error
 
 
-def _is_dicom(path: Path) -> bool:
-    return path.suffix.lower() in DICOM_SUFFIXES
-
-
 def read_header(path: Path) -> tuple[int, int]:
     """Read height and width without decoding pixels.
 
     Raises:
-        ImageError: missing, empty, or of no known format.
+        ImageError: missing, empty, of no known format, or with more pixels than are opened.
         UserError: a DICOM file, and pydicom is not installed.
     """
     with _reading(path):
-        if _is_dicom(path):
-            dataset = _pydicom().dcmread(path, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
-            return int(dataset.Rows), int(dataset.Columns)
-        with Image.open(path, formats=FORMATS) as image:
-            return image.height, image.width
+        if is_dicom(path):
+            height, width = read_size(path)
+        else:
+            with Image.open(path, formats=FORMATS) as image:
+                height, width = image.height, image.width
+        check_size(height, width, (1, MAX_PIXELS))
+        return height, width
 
 
 def reduced_size(height: int, width: int, shorter_side: int | None) -> tuple[int, int]:
@@ -120,16 +111,15 @@ def reduced_size(height: int, width: int, shorter_side: int | None) -> tuple[int
 
 
 def read_gray(
-    path: Path, shorter_side: int | None = None, min_side: int = MIN_SIDE, max_pixels: int = 200_000_000
+    path: Path, shorter_side: int | None = None, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS
 ) -> NDArray[np.uint8]:
     """Read an image as grayscale.
 
-    Colour becomes luma and alpha is dropped, whatever it hides. More than 8 bits are stretched from the image's own
-    minimum and maximum to 0 .. 255. DICOM: rescaled and cut to its first linear window where it has more than 8 bits,
-    and MONOCHROME1 is inverted.
+    Colour becomes luma and alpha is dropped, whatever it hides. Gray of more than 8 bits is stretched from its 0.5th to
+    its 99.5th percentile, colour of 16 bits is divided by 257. DICOM: see :mod:`datamodules.images.dicom`.
 
     Args:
-        path: The file; DICOM by its suffix, any of ``FORMATS`` by its content.
+        path: The file; DICOM by its suffix or content, any of ``FORMATS`` by its content.
         shorter_side: Shorter side in pixels of the result, the aspect kept; smaller images stay as they are. A JPEG is
             then decoded at the smallest of 1, 1/2, 1/4 and 1/8 that is no smaller than that.
         min_side: Images with a smaller side are refused.
@@ -147,9 +137,9 @@ def read_gray(
 
 
 def read_colour(
-    path: Path, shorter_side: int | None = None, min_side: int = MIN_SIDE, max_pixels: int = 200_000_000
+    path: Path, shorter_side: int | None = None, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS
 ) -> NDArray[np.uint8]:
-    """Read an image in colour: gray becomes three equal channels, alpha is dropped, more than 8 bits are stretched.
+    """Read an image in colour: gray becomes three equal channels, alpha is dropped; otherwise as :func:`read_gray`.
 
     Args:
         path: As in :func:`read_gray`.
@@ -234,6 +224,9 @@ def _field_of_view(
 def _squared(pixels: NDArray[np.uint8], shorter_side: int | None, resampling: Image.Resampling) -> NDArray[np.uint8]:
     """Pad ``(H, W)`` or ``(H, W, 3)`` with black to a square, and reduce that to a side."""
     side = max(pixels.shape[:2])
+    if side**2 > MAX_SQUARE_PIXELS:
+        raise ImageError("shape", f"{pixels.shape[0]} x {pixels.shape[1]} pixels are no photograph of an eye: padded "
+                                  f"to a square, more than are opened here")  # fmt: skip
     above, left = (side - pixels.shape[0]) // 2, (side - pixels.shape[1]) // 2
     square = np.zeros((side, side, *pixels.shape[2:]), dtype=np.uint8)
     square[above : above + pixels.shape[0], left : left + pixels.shape[1]] = pixels
@@ -243,7 +236,7 @@ def _squared(pixels: NDArray[np.uint8], shorter_side: int | None, resampling: Im
 
 
 def read_figure(
-    path: Path, shorter_side: int | None = None, min_side: int = MIN_SIDE, max_pixels: int = 200_000_000
+    path: Path, shorter_side: int | None = None, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS
 ) -> NDArray[np.uint8]:
     """Read a figure of a paper in colour: transparent parts on white, turned as EXIF says.
 
@@ -260,12 +253,14 @@ def read_figure(
         ImageError: as :func:`read_gray`.
         UserError: as :func:`read_gray`.
     """
-    if _is_dicom(path):
-        return read_colour(path, shorter_side, min_side, max_pixels)
+    with _reading(path):
+        if is_dicom(path):
+            return read_colour(path, shorter_side, min_side, max_pixels)
     with _reading(path), Image.open(path, formats=FORMATS) as image:
-        _check_size(image.height, image.width, (min_side, max_pixels))
+        check_size(image.height, image.width, (min_side, max_pixels))
         if image.format == "PNG":
             _check_png(path)
+        _check_kind(image)
         figure = ImageOps.exif_transpose(_on_white(image))
         height, width = reduced_size(figure.height, figure.width, shorter_side)
         if (figure.height, figure.width) != (height, width):
@@ -294,7 +289,7 @@ FUNDUS = ImageReader("field of view", 3, read_field_of_view)
 
 
 def read_reduced(
-    path: Path, shorter_side: int, min_side: int = MIN_SIDE, max_pixels: int = 200_000_000
+    path: Path, shorter_side: int, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS
 ) -> tuple[NDArray[np.uint8], float]:
     """Read an image as :func:`read_gray` does, but leave it at the scale at which it was decoded.
 
@@ -324,18 +319,10 @@ def _varied(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _decode(path: Path, shorter_side: int | None, limits: tuple[int, int], mode: str) -> "_Decoded":
     """Decode to ``L`` or ``RGB``."""
-    if not _is_dicom(path):
+    if not is_dicom(path):
         return _read_picture(path, shorter_side, limits, mode)
-    decoded = _read_dicom(path, limits)
-    return decoded._replace(image=decoded.image.convert(mode))
-
-
-def _check_size(height: int, width: int, limits: tuple[int, int]) -> None:
-    min_side, max_pixels = limits
-    if min(height, width) < min_side:
-        raise ImageError("shape", f"{height} x {width} pixels, a side of at least {min_side} is needed")
-    if height * width > max_pixels:
-        raise ImageError("shape", f"the header promises {height} x {width} pixels, more than is opened here")
+    pixels = read_picture(path, lambda height, width: check_size(height, width, limits))
+    return _Decoded(Image.fromarray(pixels).convert(mode), (pixels.shape[0], pixels.shape[1]))
 
 
 class _Decoded(NamedTuple):
@@ -349,11 +336,10 @@ class _Decoded(NamedTuple):
 def _read_picture(path: Path, shorter_side: int | None, limits: tuple[int, int], mode: str) -> _Decoded:
     with Image.open(path, formats=FORMATS) as image:
         full = (image.height, image.width)
-        _check_size(*full, limits)
+        check_size(*full, limits)
         if image.format == "PNG":
             _check_png(path)
-        if not image.mode.startswith("I") and any(";16" in str(tile.args) for tile in image.tile):
-            raise ImageError("unreadable", "16 bits are read in grayscale alone, not in colour")
+        _check_kind(image)
         drafted = None
         if shorter_side is not None and min(full) > shorter_side:
             drafted = image.draft(mode, (shorter_side, shorter_side))
@@ -372,92 +358,77 @@ def _check_png(path: Path) -> None:
         raise ImageError(kind, f"the file is damaged or ends early ({error})") from error
 
 
+def _check_kind(image: Image.Image) -> None:
+    """Refuse several pictures in one file, and colours whose meaning the file does not say."""
+    if _is_series(image):
+        frames = getattr(image, "n_frames", 1)
+        raise ImageError("shape", f"holds {frames} frames or pages, and one picture is needed: save the one you mean")
+    if image.mode == "CMYK" and (_is_deep(image) or (image.format == "JPEG" and "adobe" not in image.info)):
+        raise ImageError("dtype", "printer's colours (CMYK) that may or may not be inverted: save it as RGB")
+    if any("LA;16" in str(tile.args) for tile in getattr(image, "tile", ())):
+        raise ImageError("dtype", "gray of 16 bits beside transparency is not read: save it without transparency")
+
+
+def _is_series(image: Image.Image) -> bool:
+    """Whether there is a second picture; smaller copies of the first one in a TIFF are none."""
+    if getattr(image, "n_frames", 1) == 1 or image.format == "MPO":  # the second one of a camera is no picture
+        return False
+    if image.format != "TIFF":
+        return True
+    size = image.size
+    image.seek(1)
+    second = image.size
+    image.seek(0)
+    return second == size
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether Pillow would cut 16 bits of colour, or of gray beside transparency, to their high byte."""
+    tiles = getattr(image, "tile", ())
+    return not image.mode.startswith("I") and any(";16" in str(tile.args) for tile in tiles)
+
+
+def _shallow(image: Image.Image) -> Image.Image:
+    """Bring an image to 8 bits a channel."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        # Pillow inverts white-is-zero in TIFF for 8 bits alone.
+        white_is_zero = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0  # type: ignore[attr-defined]
+        gray = stretched(np.asarray(image))
+        return Image.fromarray(255 - gray if white_is_zero else gray)
+    if not _is_deep(image):
+        return image
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(image.filename)  # type: ignore[attr-defined]
+    reader.SetImageIO(f"{image.format}ImageIO")
+    try:
+        values = sitk.GetArrayFromImage(reader.Execute())
+    except RuntimeError as error:
+        raise ImageError("unreadable", str(error).strip().splitlines()[-1].strip()) from error
+    shallow = Image.fromarray(high_byte(values))
+    shallow.info["exif"] = image.info.get("exif", b"")
+    return shallow
+
+
 def _to_gray(image: Image.Image) -> Image.Image:
+    image = _shallow(image)
     if image.mode == "L":
         image.load()  # the file is about to be closed
         return image
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return Image.fromarray(_stretch(np.asarray(image)))
     return _to_colour(image).convert("L")
 
 
 def _to_colour(image: Image.Image) -> Image.Image:
-    if image.mode == "L" or image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _to_gray(image).convert("RGB")
+    image = _shallow(image)
     # Through RGBA, a palette keeps the colours of transparent entries; dropping alpha leaves what lies under it.
     return image.convert("RGBA" if image.mode in ("P", "PA") else "RGB").convert("RGB")
 
 
 def _on_white(image: Image.Image) -> Image.Image:
     """Convert to ``RGB``, what is transparent lying on white; EXIF stays."""
+    image = _shallow(image)
     if image.mode not in ("P", "PA", "LA", "RGBA") and "transparency" not in image.info:
         return _to_colour(image)
     layered = image.convert("RGBA")
     flat = Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered).convert("RGB")
     flat.info["exif"] = image.info.get("exif", b"")
     return flat
-
-
-def _stretch(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """Map minimum .. maximum to 0 .. 255."""
-    wide = values.astype(np.promote_types(values.dtype, np.float32))
-    if not np.isfinite(wide).all():
-        raise ImageError("nan", "there are pixels that are no number")
-    low, high = wide.min(), wide.max()
-    if low == high:
-        raise ImageError("constant", f"every pixel is {low:g}")
-    return np.rint((wide - low) * (255 / (high - low))).astype(np.uint8)
-
-
-def _pydicom() -> Any:
-    try:
-        import pydicom
-    except ImportError as error:
-        raise UserError("Reading DICOM images needs pydicom: install it with pip install 'medmim[dicom]'.") from error
-    return pydicom
-
-
-def _read_dicom(path: Path, limits: tuple[int, int]) -> _Decoded:
-    dataset = _pydicom().dcmread(path)
-    full = (int(dataset.Rows), int(dataset.Columns))
-    _check_size(*full, limits)
-    if int(dataset.get("NumberOfFrames") or 1) != 1:
-        raise ImageError("shape", f"expected one frame, found {dataset.NumberOfFrames}")
-    pixels = _dicom_pixels(dataset)
-    meaning = dataset.PhotometricInterpretation
-    if pixels.ndim == 3:
-        return _Decoded(_to_gray(Image.fromarray(pixels)), full)
-    if meaning not in ("MONOCHROME1", "MONOCHROME2"):
-        raise ImageError("unreadable", f"a DICOM image of {meaning} is not read here")
-    if int(dataset.BitsStored) > 8 or pixels.min() < 0 or pixels.max() > 255:
-        pixels = _stretch(_window(pixels, dataset))
-    gray = pixels.astype(np.uint8)
-    return _Decoded(Image.fromarray(255 - gray if meaning == "MONOCHROME1" else gray), full)
-
-
-def _dicom_pixels(dataset: Any) -> NDArray[Any]:
-    """Decode ``(H, W)``, or ``(H, W, 3)`` in RGB."""
-    from pydicom.pixels import get_decoder, pixel_array
-
-    syntax = dataset.file_meta.TransferSyntaxUID
-    if not get_decoder(syntax).is_available:
-        raise UserError(
-            f"Reading DICOM images of transfer syntax {syntax.name} needs further decoders: "
-            "install them with pip install 'medmim[dicom]'."
-        )
-    return pixel_array(dataset)
-
-
-def _window(pixels: NDArray[Any], dataset: Any) -> NDArray[np.float64]:
-    """Rescale, and clip to the first window where there is a linear one."""
-    values = pixels * float(dataset.get("RescaleSlope") or 1) + float(dataset.get("RescaleIntercept") or 0)
-    center, width = (_first(dataset.get(name)) for name in ("WindowCenter", "WindowWidth"))
-    if center is None or not width or dataset.get("VOILUTFunction", "LINEAR") == "SIGMOID":
-        return values
-    return np.clip(values, center - width / 2, center + width / 2)
-
-
-def _first(value: Any) -> float | None:
-    """Return a DICOM number, the first where there are several."""
-    several = value if isinstance(value, Sequence) else [value]
-    return None if not several or several[0] is None else float(several[0])

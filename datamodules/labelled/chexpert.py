@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from common.errors import DataError
-from datamodules.labelled.layout import UNKNOWN, LabelLayout, LabelledImage, need_columns, need_file
+from common.pseudonyms import public_name
+from datamodules.labelled.layout import UNKNOWN, LabelLayout, LabelledImage, labelled_set, need_columns, need_file
 from datamodules.labelled.tables import column_targets
-from datamodules.reports.manifest import read_table
+from datamodules.registry import marked
+from datamodules.tables import read_table
+from datamodules.tree import Tree
 
 Uncertain = Literal["mixed", "ones", "zeros", "ignore"]
 COMPETITION = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
@@ -39,14 +42,14 @@ class CheXpert(LabelLayout):
         self.uncertain, self.frontal_only = uncertain, frontal_only
         self.classes = tuple(classes)
 
-    def find(self, root: Path) -> list[LabelledImage]:
+    def _find(self, root: Tree) -> list[LabelledImage]:
         """List the images of both tables.
 
         Raises:
             DataError: a table or a column is missing, a path is none of CheXpert's, or a label is no 1, 0, -1 or blank.
         """
         train = need_file(root, [f"{folder}train.csv" for folder in _FOLDERS], self)
-        valid = need_file(train.parent, ["valid.csv"], self)
+        valid = need_file(root, [f"{root.name_of(train.parent)}/valid.csv".lstrip("/")], self)
         return self._read(train, "train") + self._read(valid, "test")
 
     def _meaning(self, column: str) -> dict[str, float]:
@@ -66,9 +69,18 @@ class CheXpert(LabelLayout):
         if len(odd):
             raise DataError(
                 f"{path} has {len(odd)} rows whose Path is not like "
-                f"CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg, first {odd.iloc[0]!r}."
+                f"CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg, first '{public_name(odd.iloc[0])}'."
             )
         images, patients = names[0].tolist(), names[1].tolist()
         columns = [column_targets(path, table, name, self._meaning(name), images) for name in self.classes]
         rows = zip(images, patients, zip(*columns, strict=True), strict=True)
         return [LabelledImage(name, patient, path.parent / name, targets, split) for name, patient, targets in rows]
+
+
+CHEXPERT = labelled_set(
+    "chexpert",
+    CheXpert(),
+    marked(tuple(f"{folder}train.csv" for folder in _FOLDERS), tuple(f"{folder}valid.csv" for folder in _FOLDERS),
+           ("train/patient*", "*/train/patient*")),
+    [f"{folder}{name}.csv" for folder in _FOLDERS for name in ("train", "valid")],
+)  # fmt: skip

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.errors import DataError
-from common.faults import SampleFaultError, pseudonym
+from common.faults import SampleFaultError
+from common.pseudonyms import pseudonym
 from common.randomness import numpy_generator
 from common.runtime.reporting import say
 from common.types import InputSpec
@@ -21,10 +22,12 @@ from datamodules.images.cache import BoxChoice, ImageCache, SourceImages
 from datamodules.images.crops import center_box, random_box
 from datamodules.images.datamodule import ImageArchiveDataModule
 from datamodules.images.reading import CHANNELS, GRAY, per_channel, plain_numbers
-from datamodules.labelled.layout import LabelLayout, LabelledImage
+from datamodules.labelled.checks import examine
+from datamodules.labelled.layout import LabelLayout, LabelledImage, as_archive
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.splits import (
     SPLITS,
+    SplitFile,
     assign_splits,
     check_unique,
     fold_of_each,
@@ -32,6 +35,7 @@ from datamodules.splits import (
     nested_fraction,
     seeded_split,
 )
+from datamodules.tree import Tree
 
 #: One value for every channel, or one each.
 Channelwise = float | tuple[float, float, float]
@@ -174,7 +178,8 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         split_fractions: Shares of patients for train, val and test where neither file nor archive says. An archive that
             names training images but no validation ones has the latter cut out of the former, in the ratio of the
             first two.
-        split_file: CSV with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes.
+        split_file: Table with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes, or that and
+            how its names join; see :class:`datamodules.splits.SplitFile`.
         fold: Number of the fold to test on, from 0: cross-validation instead of any other split. No patient and no
             group of the layout is in two folds; validation patients are cut out of the other folds.
         num_folds: How many folds there are.
@@ -184,6 +189,8 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         anonymise: Whether subjects get pseudonyms in logs, tables and fault files.
         seed: Seed of order and crops; None takes ``seed_everything``'s.
         split_seed: Seed of splits, folds and fractions alone.
+        **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of
+            :class:`datamodules.base.ArchiveDataModule`.
     """
 
     noun = "images"
@@ -204,7 +211,7 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         num_workers: int = 0,
         label_fraction: float = 1.0,
         split_fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
-        split_file: str | None = None,
+        split_file: str | SplitFile | None = None,
         fold: int | None = None,
         num_folds: int = 5,
         shuffle_targets: int | None = None,
@@ -213,6 +220,7 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         anonymise: bool = False,
         seed: int | None = None,
         split_seed: int = 0,
+        **membership: Any,
     ) -> None:
         super().__init__(
             root,
@@ -224,6 +232,7 @@ class LabelledImageDataModule(ImageArchiveDataModule):
             max_fault_fraction=max_fault_fraction,
             anonymise=anonymise,
             seed=seed,
+            **membership,
         )
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
@@ -247,9 +256,7 @@ class LabelledImageDataModule(ImageArchiveDataModule):
             DataError: not the layout, missing columns, a patient in two splits, and the like.
         """
         if not self.splits:
-            root = Path(self.root).expanduser()
-            if not root.is_dir():
-                raise DataError(f"The data root {root} is not a folder.")
+            root = Tree(self.root)
             images = self.labels.find(root)
             if not images:
                 raise DataError(f"{root} holds no labelled image of {self.labels.name} ({self.labels.tree}).")
@@ -258,7 +265,9 @@ class LabelledImageDataModule(ImageArchiveDataModule):
             if self.shuffle_targets is not None and self.shuffle_tested:
                 images = shuffled_targets(images, self.shuffle_targets)
             strata = strata_of(images)
-            parts = self._parts(images, strata)
+            seeded = self._split[2] is None and self.fold is None and not any(item.split for item in images)
+            setting = self._split if self.fold is None else (*self._split, self.fold, self.num_folds)
+            parts = self.place(images, self._parts(images, strata), seeded, setting)
             if self.shuffle_targets is not None and not self.shuffle_tested:
                 learned = [item for item in images if parts.get(item.case_id) in ("train", "val")]
                 given = {item.case_id: item for item in shuffled_targets(learned, self.shuffle_targets)}
@@ -266,8 +275,9 @@ class LabelledImageDataModule(ImageArchiveDataModule):
             splits = {name: [item for item in images if parts.get(item.case_id) == name] for name in SPLITS}
             splits["train"] = nested_fraction(splits["train"], self.label_fraction, split_seed, strata)
             self.ledger.num_samples = sum(map(len, splits.values()))
-            self.store = self.make_store(self.labels.reader)
             self.images, self.splits = images, splits
+            self.store = self.make_store(self.labels.reader)
+            self.archive = as_archive(self.labels, root, images)
         return self.labels
 
     def _parts(self, images: Sequence[LabelledImage], strata: Mapping[str, str]) -> dict[str, str]:
@@ -346,6 +356,5 @@ class LabelledImageDataModule(ImageArchiveDataModule):
 
     def examine(self, deep: bool, workers: int) -> list[str]:
         """Print a report on the archive and return the reasons why training would refuse it."""
-        from datamodules.labelled.checks import examine
-
-        return examine(self, deep, workers)
+        labels = self.index()
+        return examine(labels.name, labels.classes, self.terms(self.paths_in_use()), deep, workers)

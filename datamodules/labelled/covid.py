@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from common.errors import DataError
+from common.pseudonyms import public_name
+from datamodules.files import listing, short
+from datamodules.ids import check_subjects
 from datamodules.labelled.layout import LabelLayout, LabelledImage, need_columns, need_file
-from datamodules.reports.manifest import read_table
 from datamodules.splits import patients_of_files
+from datamodules.tables import read_table
+from datamodules.tree import Tree
 
 Task = Literal["covid", "viral"]
 _CLASSES = {"covid": ("COVID-19",), "viral": ("viral",)}
@@ -49,7 +53,7 @@ class CovidFindings(LabelLayout):
         self.task, self.views = task, tuple(views)
         self.classes = _CLASSES[task]
 
-    def find(self, root: Path) -> list[LabelledImage]:
+    def _find(self, root: Tree) -> list[LabelledImage]:
         """List the images that the task is about.
 
         Raises:
@@ -60,6 +64,7 @@ class CovidFindings(LabelLayout):
         table = read_table(path)
         table.columns = table.columns.str.lower().str.replace(" ", "_")
         need_columns(path, table, _COLUMNS)
+        check_subjects(path, table["patientid"])
         table = table[(table["filename"] != "") & (table["modality"].str.lower() == "x-ray")]
         if "folder" in table:  # the oldest tables have none
             table = table[table["folder"] == _IMAGES]
@@ -71,13 +76,14 @@ class CovidFindings(LabelLayout):
                 continue
             known = found.setdefault(image.case_id, image)
             if known.targets != image.targets:
-                raise DataError(f"{path} lists {image.case_id} with findings that disagree, such as {row['finding']}.")
+                raise DataError(f"{path} lists {public_name(image.case_id)} with findings that disagree, such as "
+                                f"{short(row['finding'])}.")  # fmt: skip
             found[image.case_id] = known._replace(group=known.group or image.group)
         if not found:
-            present = ", ".join(f"{view or 'blank'} ({count})" for view, count in table["view"].value_counts().items())
+            present = listing(f"{view or 'blank'} ({count})" for view, count in table["view"].value_counts().items())
             raise DataError(
                 f"{path} lists no X-ray of the views {', '.join(self.views)} with a finding of the task {self.task}; "
-                f"the views of its X-rays are {present or 'none'}."
+                f"the views of its X-rays are {present}."
             )
         return list(found.values())
 
@@ -92,7 +98,7 @@ class CovidFindings(LabelLayout):
             return None
         name = row["filename"]
         if Path(name).name != name:
-            raise DataError(f"{path} names the image {name!r}, which does not lie in {root / _IMAGES}.")
+            raise DataError(f"{path} names the image '{public_name(name)}', which does not lie in {root / _IMAGES}.")
         note = " ".join(row.get("clinical_notes", "").lower().split())
         return LabelledImage(name, row["patient"], root / _IMAGES / name, (target,), group=note)
 

@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import DataError
-from common.runtime.reporting import say
-from datamodules.genetics.layout import Picture, PictureLayout
+from common.pseudonyms import public_name
 from datamodules.images.reading import FUNDUS
-from datamodules.labelled.layout import LabelLayout, LabelledImage, need_columns, need_file
+from datamodules.labelled.layout import LabelLayout, LabelledImage, labelled_set, need_columns, need_file
 from datamodules.labelled.tables import column_names, column_targets, files_under
-from datamodules.reports.manifest import read_table
+from datamodules.members import PICTURES
+from datamodules.registry import marked
+from datamodules.tables import read_table
+from datamodules.tree import Tree
 
 GRADES = ("grade 0", "grade 1", "grade 2", "grade 3", "grade 4")
 _GRADE = {str(grade): float(grade) for grade in range(5)}
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
 
 def ordinal_targets(grade: float) -> tuple[float, ...]:
@@ -24,13 +25,13 @@ def ordinal_targets(grade: float) -> tuple[float, ...]:
     return tuple(float(index <= grade) for index in range(len(GRADES)))
 
 
-def _files(folder: Path) -> dict[str, Path]:
+def _files(tree: Tree, folder: Path) -> dict[str, Path]:
     """Return the images of a folder by their name without suffix."""
-    return {path.stem: path for path in files_under([folder], _SUFFIXES)}
+    return {path.stem: path for path in files_under(tree, [folder], PICTURES)}
 
 
 def _graded(
-    table_path: Path, columns: Sequence[str], folder: Path, split: str | None, prefix: str, layout: LabelLayout
+    tree: Tree, table_path: Path, columns: Sequence[str], folder: Path, split: str | None = None, prefix: str = ""
 ) -> list[LabelledImage]:
     """Read a table of names and grades; a listed image that is not there is missing, which reading it will show."""
     table = read_table(table_path)
@@ -38,9 +39,10 @@ def _graded(
     table = table[table[columns[0]] != ""]
     names = column_names(table_path, table, columns[0])
     if len(set(names)) != len(names):
-        raise DataError(f"{table_path} lists {next(name for name in names if names.count(name) > 1)} twice.")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{table_path} lists {public_name(twice)} twice.")
     grades = column_targets(table_path, table, columns[1], _GRADE, names)
-    files = _files(folder)
+    files = _files(tree, folder)
     return [
         LabelledImage(f"{prefix}{name}", f"{prefix}{name}", files.get(name, folder / f"{name}.png"),
                       ordinal_targets(grade), split)
@@ -56,7 +58,7 @@ class IDRiD(LabelLayout):
     reader = FUNDUS
     classes = GRADES
 
-    def find(self, root: Path) -> list[LabelledImage]:
+    def _find(self, root: Tree) -> list[LabelledImage]:
         """List the graded images.
 
         Raises:
@@ -66,7 +68,7 @@ class IDRiD(LabelLayout):
         for split, place, word in (("train", "a. Training Set", "Training"), ("test", "b. Testing Set", "Testing")):
             path = need_file(root, [f"**/2. Groundtruths/*{word} Labels.csv", f"**/*{word} Labels.csv"], self)
             folder = path.parent.parent / "1. Original Images" / place
-            found += _graded(path, ["Image name", "Retinopathy grade"], folder, split, f"{split}/", self)
+            found += _graded(root, path, ["Image name", "Retinopathy grade"], folder, split, f"{split}/")
         return found
 
 
@@ -78,7 +80,7 @@ class APTOS2019(LabelLayout):
     reader = FUNDUS
     classes = GRADES
 
-    def find(self, root: Path) -> list[LabelledImage]:
+    def _find(self, root: Tree) -> list[LabelledImage]:
         """List the graded images.
 
         Raises:
@@ -86,8 +88,8 @@ class APTOS2019(LabelLayout):
         """
         path = need_file(root, ["train.csv"], self)
         cropped = path.parent / "train_images_cropped"
-        folder = cropped if cropped.is_dir() else path.parent / "train_images"
-        return _graded(path, ["id_code", "diagnosis"], folder, None, "", self)
+        folder = cropped if root.is_dir(cropped) else path.parent / "train_images"
+        return _graded(root, path, ["id_code", "diagnosis"], folder)
 
 
 class EyePACS2015(LabelLayout):
@@ -98,14 +100,14 @@ class EyePACS2015(LabelLayout):
     reader = FUNDUS
     classes = GRADES
 
-    def find(self, root: Path) -> list[LabelledImage]:
+    def _find(self, root: Tree) -> list[LabelledImage]:
         """List the graded images.
 
         Raises:
             DataError: the table or a column is missing, or a grade is none.
         """
         path = need_file(root, ["trainLabels.csv"], self)
-        images = _graded(path, ["image", "level"], path.parent / "train", None, "", self)
+        images = _graded(root, path, ["image", "level"], path.parent / "train")
         return [item._replace(patient_id=item.case_id.rsplit("_", 1)[0]) for item in images]
 
 
@@ -125,7 +127,7 @@ class RFMiD(LabelLayout):
         self.leave_out, self.risk = tuple(leave_out), risk
         self.classes = ()
 
-    def find(self, root: Path) -> list[LabelledImage]:
+    def _find(self, root: Tree) -> list[LabelledImage]:
         """List the labelled images; a part without its table is left out.
 
         Raises:
@@ -136,14 +138,14 @@ class RFMiD(LabelLayout):
         self.classes = ()
         for split, word, folder in parts:
             pattern = f"**/*RFMiD_{word}_Labels.csv"
-            path = next(iter(sorted(root.glob(pattern))), None)
+            path = root.first(pattern)
             if path is None and split == "train":
                 path = need_file(root, [pattern], self)
             if path is not None:
-                found += self._part(path, split, folder)
+                found += self._part(root, path, split, folder)
         return found
 
-    def _part(self, path: Path, split: str, folder: str) -> list[LabelledImage]:
+    def _part(self, root: Tree, path: Path, split: str, folder: str) -> list[LabelledImage]:
         table = read_table(path)
         table.columns = [name.replace(" ", "_") for name in table.columns]
         need_columns(path, table, ["ID", "Disease_Risk"])
@@ -155,10 +157,12 @@ class RFMiD(LabelLayout):
         names = column_names(path, table, "ID")
         values = {"0": 0.0, "1": 1.0}
         columns = [column_targets(path, table, name, values, names) for name in self.classes]
-        places = [path.parent / folder, *path.parent.parent.glob(f"*Original Images/*{folder}*")]
+        above = root.name_of(path.parent.parent) if path.parent != root.root else None
+        originals = [] if above is None else root.glob(f"{above}/*Original Images/*{folder}*".lstrip("/"))
+        places = [path.parent / folder, *originals]
         files: dict[str, Path] = {}
         for place in places:
-            files = files or _files(place)
+            files = files or _files(root, place)
         return [
             LabelledImage(
                 f"{split}/{name}", f"{split}/{name}", files.get(name, places[0] / f"{name}.png"), targets, split
@@ -167,36 +171,9 @@ class RFMiD(LabelLayout):
         ]
 
 
-def pictures_of(layout: LabelLayout, marker: str, held_out: str = "val") -> PictureLayout:
-    """Make a layout for pre-training of a labelled one: its images, and none of its labels.
-
-    Images that are listed but not there are left out: an archive in part is enough to learn from.
-
-    Args:
-        layout: The labelled layout.
-        marker: Pattern of a file that only this layout has.
-        held_out: What its test images are for here; pre-training looks at its reconstructions of them alone.
-    """
-
-    def find(root: Path) -> list[Picture]:
-        if next(iter(root.glob(marker)), None) is None:
-            return []
-        listed = layout.find(root)
-        absent = [item for item in listed if not item.image.is_file()]
-        if absent:
-            say(f"note: {len(absent)} of {len(listed)} images that {layout.name} lists are not there, "
-                f"first {absent[0].image}")  # fmt: skip
-        return [
-            Picture(item.case_id, item.patient_id, item.image, held_out if item.split == "test" else item.split)
-            for item in listed
-            if item.image.is_file()
-        ]
-
-    name = layout.name.lower().replace(" ", "")
-    return PictureLayout(name=name, tree=layout.tree, find=find, reader=layout.reader)
-
-
-IDRID = pictures_of(IDRiD(), "**/*Disease Grading_Training Labels.csv")
-APTOS = pictures_of(APTOS2019(), "train_images")
-EYEPACS = pictures_of(EyePACS2015(), "trainLabels.csv")
-RFMID = pictures_of(RFMiD(), "**/*RFMiD_Training_Labels.csv")
+IDRID = labelled_set(
+    "idrid", IDRiD(), marked("**/*Disease Grading_Training Labels.csv"), ["**/*Disease Grading_*ing Labels.csv"]
+)
+APTOS = labelled_set("aptos2019", APTOS2019(), marked("train.csv", "train_images*"), ["train.csv"])
+EYEPACS = labelled_set("eyepacs2015", EyePACS2015(), marked("trainLabels.csv"), ["trainLabels.csv"])
+RFMID = labelled_set("rfmid", RFMiD(), marked("**/*RFMiD_Training_Labels.csv"), ["**/*RFMiD_*_Labels.csv"])

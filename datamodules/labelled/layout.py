@@ -1,16 +1,23 @@
 """Images with labels for a downstream task: what a labelled image is, and what a layout of such archives gives."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import pandas as pd
 
 from common.errors import DataError
-from common.runtime.reporting import contents
+from common.pseudonyms import public_name
+from common.runtime.reporting import contents, say
+from datamodules.files import listing, short
+from datamodules.ids import check_subjects
 from datamodules.images.reading import GRAY, ImageReader
-from datamodules.reports.manifest import read_table
+from datamodules.listed_files import path_under
+from datamodules.registry import Archive, Evidence, Facts, Layout, Listing, Record
+from datamodules.tables import read_table
+from datamodules.tree import Tree, as_tree
 
 #: A target that is not known, or that is to be left out of the loss and of the scores.
 UNKNOWN = float("nan")
@@ -37,6 +44,12 @@ class LabelledImage(NamedTuple):
     group: str = ""
     masks: tuple[str, ...] = ()
 
+    def record(self, classes: Sequence[str] = ()) -> Record:
+        """Return the image as every data module can read it; what is unknown has no text."""
+        named = zip(classes, self.targets, strict=False)
+        targets = {name: "" if math.isnan(target) else f"{target:g}" for name, target in named}
+        return Record(self.case_id, self.patient_id, images=((self.image, ""),), targets=targets, split=self.split)
+
 
 class LabelLayout(ABC):
     """A labelled archive in its official layout; its arguments are the choices that a task leaves open.
@@ -53,27 +66,70 @@ class LabelLayout(ABC):
     reader: ClassVar[ImageReader] = GRAY
     classes: tuple[str, ...]
 
-    @abstractmethod
-    def find(self, root: Path) -> list[LabelledImage]:
+    def find(self, root: str | Path | Tree) -> list[LabelledImage]:
         """List the labelled images under a root. Reads names and tables, no image.
 
         Raises:
             DataError: the root is not of this layout, a table is damaged or lacks a column, or a label is none.
         """
+        return self._find(as_tree(root))
+
+    @abstractmethod
+    def _find(self, root: Tree) -> list[LabelledImage]:
+        """List the labelled images of a tree."""
 
 
-def need_file(root: Path, patterns: Sequence[str], layout: LabelLayout) -> Path:
+def as_archive(labels: LabelLayout, tree: Tree, images: Sequence[LabelledImage]) -> Archive:
+    """Return the archive that images with labels were found in, for the account of its files."""
+    layout = Layout(labels.name, labels.tree, labels.find, lambda _: Evidence(0))
+    tables = [file.name for file in tree.files if file.kind == "table"]
+    return Archive(layout, tree, [item.record(labels.classes) for item in images], layout.facts, tables=tables)
+
+
+def labelled_set(
+    name: str,
+    labels: LabelLayout,
+    evidence: Callable[[Tree], Evidence],
+    tables: Sequence[str] = (),
+    held_out: str = "val",
+) -> Layout:
+    """Make a layout of a labelled set, for whoever wants its images and perhaps its targets.
+
+    Images that are listed but not there are left out: an archive in part is enough to learn from.
+
+    Args:
+        name: What ``LAYOUT=`` takes.
+        labels: The labelled layout.
+        evidence: Says how plainly a tree is of it.
+        tables: Patterns of the tables that it reads.
+        held_out: What its test images are for in pre-training, which looks at their reconstructions alone.
+    """
+
+    def find(tree: Tree) -> Listing:
+        listed = labels.find(tree)
+        there = [item for item in listed if tree.is_file(item.image)]
+        if len(there) < len(listed):
+            absent = next(item.image for item in listed if not tree.is_file(item.image))
+            say(f"note: {len(listed) - len(there)} of {len(listed)} images that {labels.name} lists are not there, "
+                f"first {absent}")  # fmt: skip
+        return Listing([item.record(labels.classes) for item in there])
+
+    facts = Facts(reader=labels.reader, held_out=held_out)
+    return Layout(name, labels.tree, find, evidence, facts, tables=tuple(tables))
+
+
+def need_file(root: Tree, patterns: Sequence[str], layout: LabelLayout) -> Path:
     """Return the first file under a root that fits one of the patterns.
 
     Raises:
         DataError: there is none.
     """
     for pattern in patterns:
-        found = sorted(root.glob(pattern))
+        found = root.glob(pattern)
         if found:
             return found[-1]
     raise DataError(
-        f"{root} holds no {patterns[0]}, so it is not {layout.name} ({layout.tree}); it holds {contents(root)}."
+        f"{root} holds no {patterns[0]}, so it is not {layout.name} ({layout.tree}); it holds {contents(root.root)}."
     )
 
 
@@ -85,7 +141,7 @@ def need_columns(path: Path, table: pd.DataFrame, columns: Sequence[str]) -> Non
     """
     missing = [column for column in columns if column not in table.columns]
     if missing:
-        raise DataError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns)}.")
+        raise DataError(f"{path} has no column {listing(missing)}; it has {listing(table.columns)}.")
 
 
 def label_value(text: str, allowed: Mapping[str, float], path: Path, case_id: str, column: str) -> float:
@@ -96,7 +152,7 @@ def label_value(text: str, allowed: Mapping[str, float], path: Path, case_id: st
     """
     if text not in allowed:
         known = ", ".join(repr(value) for value in allowed)
-        raise DataError(f"{path} gives {case_id} the {column} {text!r}; known are {known}.")
+        raise DataError(f"{path} gives {public_name(case_id)} the {short(column)} {short(text)!r}; known are {known}.")
     return allowed[text]
 
 
@@ -119,7 +175,7 @@ class LabelledTable(LabelLayout):
         self.file = file
         self.columns = {"image": "image", "subject": "subject", "split": "split", **(columns or {})}
 
-    def find(self, root: Path) -> list[LabelledImage]:
+    def _find(self, root: Tree) -> list[LabelledImage]:
         """List the rows of the table.
 
         Raises:
@@ -129,13 +185,13 @@ class LabelledTable(LabelLayout):
         table = read_table(path)
         names = self.columns
         need_columns(path, table, [names["image"], names["subject"], *self.classes])
+        check_subjects(path, table[names["subject"]])
         values = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "": UNKNOWN}
         found = []
         for row in table.to_dict("records"):
             name = row[names["image"]]
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise DataError(f"{path} names the image {name}, which does not lie under {root}.")
+            image = path_under(root, name, path)
             targets = tuple(label_value(row[column], values, path, name, column) for column in self.classes)
             split = row.get(names["split"], "").lower() or None
-            found.append(LabelledImage(name, row[names["subject"]] or name, root / name, targets, split))
+            found.append(LabelledImage(name, row[names["subject"]] or name, image, targets, split))
         return found

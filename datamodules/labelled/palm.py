@@ -10,10 +10,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from common.errors import DataError
-from datamodules.genetics.layout import Picture, PictureLayout
-from datamodules.images.reading import COLOUR, FORMATS, FUNDUS, ImageError, cut_to_field_of_view, read_header
+from common.pseudonyms import public_name
+from datamodules.images.pictures import Picture
+from datamodules.images.reading import COLOUR, FORMATS, FUNDUS, cut_to_field_of_view, read_header
+from datamodules.images.values import ImageError
 from datamodules.labelled.layout import LabelLayout, LabelledImage
 from datamodules.labelled.tables import files_under
+from datamodules.registry import Facts, Layout, marked
+from datamodules.tree import Tree
 
 #: What is segmented, in the order of the channels.
 STRUCTURES = ("disc", "atrophy")
@@ -23,20 +27,20 @@ _MASKS = {"disc": "**/Disc_Masks", "atrophy": "**/Lesion_Masks/Atrophy"}
 _TOLERANCE = 16
 
 
-def palm_images(root: Path) -> list[Path]:
+def palm_images(root: Tree) -> list[Path]:
     """List the photographs: names of one letter (H, N, P, V or T) and four digits."""
     found = []
-    for path in files_under([root], _SUFFIXES):
+    for path in files_under(root, [""], _SUFFIXES):
         stem = path.stem.upper()
         if len(stem) == 5 and stem[0] in "HNPVT" and stem[1:].isdigit() and "Masks" not in str(path.parent):
             found.append(path)
     return found
 
 
-def palm_masks(root: Path) -> dict[str, dict[str, Path]]:
+def palm_masks(root: Tree) -> dict[str, dict[str, Path]]:
     """Return the masks of each structure by the name of their image."""
     return {
-        name: {path.stem.upper(): path for folder in sorted(root.glob(pattern)) for path in sorted(folder.iterdir())}
+        name: {file.stem.upper(): root / file.name for folder in root.glob(pattern) for file in root.listed(folder)}
         for name, pattern in _MASKS.items()
     }
 
@@ -55,12 +59,12 @@ def read_structure(path: Path | None, shape: tuple[int, int]) -> NDArray[np.uint
         return np.zeros(shape, dtype=np.uint8)
     try:
         with Image.open(path, formats=FORMATS) as image:
+            if (image.height, image.width) != shape:
+                raise ImageError("grid", f"the mask {path.name} has {image.height} x {image.width} pixels, "
+                                         f"its image {shape[0]} x {shape[1]}")  # fmt: skip
             values = np.asarray(image.convert("L"))
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError("unreadable", f"the mask {path.name} cannot be read ({error})") from error
-    if values.shape != shape:
-        raise ImageError("grid", f"the mask {path.name} has {values.shape[0]} x {values.shape[1]} pixels, "
-                                 f"its image {shape[0]} x {shape[1]}")  # fmt: skip
     between = (values > _TOLERANCE) & (values < 255 - _TOLERANCE)
     if between.any():
         raise ImageError("label", f"the mask {path.name} holds {int(values[between][0])}, which is neither 0 nor 255")
@@ -79,7 +83,7 @@ class PALMStructures(LabelLayout):
     reader = COLOUR
     classes = STRUCTURES
 
-    def find(self, root: Path) -> list[LabelledImage]:
+    def _find(self, root: Tree) -> list[LabelledImage]:
         """List the photographs with a mask of the disc; each is a patient.
 
         Raises:
@@ -98,7 +102,7 @@ class PALMStructures(LabelLayout):
         return found
 
 
-def find_palm(root: Path) -> list[Picture]:
+def find_palm(root: Tree) -> list[Picture]:
     """List the photographs; empty where there are no masks of discs.
 
     Raises:
@@ -110,7 +114,8 @@ def find_palm(root: Path) -> list[Picture]:
     lesions = palm_masks(root)["atrophy"]
     names = [path.stem.upper() for path in images]
     if len(set(names)) != len(names):
-        raise DataError(f"{root} holds {next(name for name in names if names.count(name) > 1)} twice.")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{root} holds {public_name(twice)} twice.")
     parts = {"V": "val", "T": "test"}
     held_out = any(name[0] in parts for name in names)
     return [
@@ -128,10 +133,10 @@ def read_atrophy(mask: Path, image: Path, shorter_side: int) -> NDArray[np.uint8
     return cut_to_field_of_view(read_structure(mask, read_header(image)), image, shorter_side)
 
 
-PALM = PictureLayout(
+PALM = Layout(
     name="palm",
     tree=PALMStructures.tree,
     find=find_palm,
-    reader=FUNDUS,
-    read_lesion=read_atrophy,
+    evidence=marked("**/Disc_Masks"),
+    facts=Facts(reader=FUNDUS, read_lesion=read_atrophy),
 )

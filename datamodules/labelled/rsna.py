@@ -1,10 +1,10 @@
 """The RSNA Pneumonia Detection Challenge: chest radiographs with boxes around opacities."""
 
-from pathlib import Path
-
-from datamodules.labelled.layout import LabelLayout, LabelledImage, need_columns, need_file
+from datamodules.labelled.layout import LabelLayout, LabelledImage, labelled_set, need_columns, need_file
 from datamodules.labelled.tables import column_names, column_targets
-from datamodules.reports.manifest import read_table
+from datamodules.registry import marked
+from datamodules.tables import read_table
+from datamodules.tree import Tree
 
 TABLE = "stage_2_train_labels.csv"
 IMAGES = "stage_2_train_images"
@@ -20,7 +20,7 @@ class RSNAPneumonia(LabelLayout):
     tree = f"ROOT/{{{TABLE}, {IMAGES}/<patientId>.dcm}}"
     classes = ("Pneumonia",)
 
-    def find(self, root: Path) -> list[LabelledImage]:
+    def _find(self, root: Tree) -> list[LabelledImage]:
         """List the images of the table; each is a patient's only one.
 
         Raises:
@@ -35,3 +35,6 @@ class RSNAPneumonia(LabelLayout):
         for name, target in zip(names, targets, strict=True):
             highest[name] = max(highest.get(name, 0.0), target)
         return [LabelledImage(name, name, root / IMAGES / f"{name}.dcm", (target,)) for name, target in highest.items()]
+
+
+RSNA = labelled_set("rsna_pneumonia", RSNAPneumonia(), marked(TABLE, IMAGES), [TABLE])

@@ -16,11 +16,13 @@ from common.losses.focal_dice import IGNORED
 from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.images.crops import Box
-from datamodules.images.reading import ImageError, read_header
+from datamodules.images.reading import read_header
+from datamodules.images.values import ImageError
 from datamodules.labelled.classification import LabelledImageDataModule, LabelledImageDataset
 from datamodules.labelled.layout import LabelLayout, LabelledImage
 from datamodules.labelled.siim import decode_runs
 from datamodules.loading import Draw
+from datamodules.splits import SplitFile
 
 
 def fitted_size(shape: Sequence[int], size: Sequence[int]) -> tuple[int, int]:
@@ -106,11 +108,14 @@ class MaskedImageDataModule(LabelledImageDataModule):
         num_workers: Loader processes per rank; also threads that build the cache.
         label_fraction: Share of the training patients to use, with and without regions alike; shares are nested.
         split_fractions: Shares of patients for train, val and test where neither file nor archive says.
-        split_file: CSV with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes.
+        split_file: Table with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes, or that and
+            how its names join; see :class:`datamodules.splits.SplitFile`.
         max_fault_fraction: Share of faulty images at which training stops.
         anonymise: Whether subjects get pseudonyms in logs, tables and fault files.
         seed: Seed of order and flips; None takes ``seed_everything``'s.
         split_seed: Seed of splits and fractions alone.
+        **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of
+            :class:`datamodules.base.ArchiveDataModule`.
 
     Raises:
         ValueError: the layout has several classes, or cached copies would be smaller than the images.
@@ -130,11 +135,12 @@ class MaskedImageDataModule(LabelledImageDataModule):
         num_workers: int = 0,
         label_fraction: float = 1.0,
         split_fractions: tuple[float, float, float] = (0.7, 0.15, 0.15),
-        split_file: str | None = None,
+        split_file: str | SplitFile | None = None,
         max_fault_fraction: float = 0.01,
         anonymise: bool = False,
         seed: int | None = None,
         split_seed: int = 0,
+        **membership: Any,
     ) -> None:
         super().__init__(
             root,
@@ -154,6 +160,7 @@ class MaskedImageDataModule(LabelledImageDataModule):
             anonymise=anonymise,
             seed=seed,
             split_seed=split_seed,
+            **membership,
         )
         if len(labels.classes) != 1:
             raise ValueError(

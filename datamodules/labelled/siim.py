@@ -10,14 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import DataError
-from datamodules.images.reading import ImageError
-from datamodules.labelled.layout import LabelLayout, LabelledImage, need_columns, need_file
+from common.pseudonyms import public_name
+from datamodules.images.values import ImageError
+from datamodules.labelled.layout import LabelLayout, LabelledImage, labelled_set, need_columns, need_file
 from datamodules.labelled.tables import column_names, files_under
-from datamodules.reports.manifest import read_table
+from datamodules.registry import marked
+from datamodules.tables import read_table
+from datamodules.tree import Tree
 
 #: In place of a code: there is no region.
 NO_REGION = "-1"
 _TABLES = ("train-rle.csv", "stage_2_train.csv")
+#: Of a number that is looked at: more are beyond any image, and Python refuses to read thousands.
+_DIGITS = 20
 _DICOM, _FLAT = "dicom-images-train", "images"
 
 
@@ -31,7 +36,7 @@ class SIIMPneumothorax(LabelLayout):
     )
     classes = ("Pneumothorax",)
 
-    def find(self, root: Path) -> list[LabelledImage]:
+    def _find(self, root: Tree) -> list[LabelledImage]:
         """List the images of the table; a study is a patient, and so is an image that lies in none.
 
         Raises:
@@ -44,11 +49,12 @@ class SIIMPneumothorax(LabelLayout):
         codes: dict[str, list[str]] = {}
         for name, code in zip(names, table["EncodedPixels"].tolist(), strict=True):
             if not code:
-                raise DataError(f"{path} gives {name} an empty EncodedPixels; where there is no region it is -1.")
+                raise DataError(f"{path} gives {public_name(name)} an empty EncodedPixels; where there is no region it "
+                                f"is -1.")  # fmt: skip
             codes.setdefault(name, []).extend([] if code == NO_REGION else [code])
         tree = root / _DICOM
         places: dict[str, Path] = {}
-        for file in files_under([tree, root / _FLAT], [".dcm", ".png", ".jpg"]):
+        for file in files_under(root, [_DICOM, _FLAT], [".dcm", ".png", ".jpg"]):
             places.setdefault(file.stem, file)
         return [_image(name, places.get(name, tree / f"{name}.dcm"), tree, masks) for name, masks in codes.items()]
 
@@ -95,7 +101,7 @@ def _numbers(code: str, num_pixels: int) -> NDArray[np.int64]:
         raise ImageError("label", f"a run-length code holds {odd[:20]!r}, which is no whole number from 0 on")
     if not words or len(words) % 2:
         raise ImageError("label", f"a run-length code of {len(words)} numbers is no pairs of a gap and a run")
-    total = sum(map(int, words))
+    total = sum(int(word.lstrip("0")[:_DIGITS] or "0") for word in words)
     if total > num_pixels:
         raise ImageError("label", f"a run-length code covers {total} pixels of an image of {num_pixels}")
     return np.array(words).astype(np.int64)
@@ -110,3 +116,6 @@ def encode_runs(mask: NDArray) -> str:
     inside = np.concatenate([[False], mask.T.ravel() != 0, [False]])
     edges = np.flatnonzero(inside[1:] != inside[:-1])
     return " ".join(map(str, np.diff(edges, prepend=0).tolist())) or NO_REGION
+
+
+SIIM = labelled_set("siim_pneumothorax", SIIMPneumothorax(), marked(_TABLES, (_DICOM, _FLAT)), _TABLES)

@@ -9,7 +9,8 @@ import torch
 
 from common.faults import Fault, SampleFaultError
 from common.types import InputSpec
-from datamodules.images.reading import ImageError, read_header
+from datamodules.images.reading import read_header
+from datamodules.images.values import ImageError
 from datamodules.labelled.classification import LabelledImage, LabelledImageDataModule, LabelledImageDataset
 from datamodules.labelled.palm import read_structure
 from datamodules.labelled.segmentation import reduced_mask, whole_box

@@ -1,13 +1,14 @@
 """What the layouts of labelled images share: a column of labels, a column of file names, and where files lie."""
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from common.errors import DataError
+from common.pseudonyms import public_name
 from datamodules.labelled.layout import label_value
+from datamodules.tree import Tree
 
 _FILE_NAME = r"\w[\w.-]*"
 
@@ -43,14 +44,12 @@ def column_names(path: Path, table: pd.DataFrame, column: str) -> list[str]:
     """
     odd = table.loc[~table[column].str.fullmatch(_FILE_NAME), column]
     if len(odd):
-        raise DataError(f"{path} has {len(odd)} rows whose {column} is no name of a file, first {odd.iloc[0]!r}.")
+        raise DataError(f"{path} has {len(odd)} rows whose {column} is no name of a file, first "
+                        f"'{public_name(odd.iloc[0])}'.")  # fmt: skip
     return table[column].tolist()
 
 
-def files_under(folders: Iterable[Path], suffixes: Sequence[str]) -> Iterator[Path]:
-    """Yield the files of some suffixes under some folders, in one order; a folder may be absent."""
+def files_under(tree: Tree, folders: Iterable[str | Path], suffixes: Sequence[str]) -> Iterator[Path]:
+    """Yield the files of some suffixes under some folders of a tree, in one order; a folder may be absent."""
     for folder in folders:
-        for place, below, names in os.walk(folder):
-            below.sort()
-            parent = Path(place)
-            yield from (parent / name for name in sorted(names) if name.lower().endswith(tuple(suffixes)))
+        yield from (tree / file.name for file in tree.under(folder, suffixes))

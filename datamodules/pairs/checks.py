@@ -1,38 +1,47 @@
 """What ``medmim doctor`` looks at in an archive of images with a text each."""
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from common.faults import Fault
 from common.runtime.reporting import say
-from datamodules.examination import Member, judge, look_at_all
+from datamodules.examination import Member, Terms, judge, look_at_all
 from datamodules.images.checks import check_images
 
-if TYPE_CHECKING:
-    from datamodules.pairs.datamodule import Pair, PairDataModule
 
+def examine(
+    name: str, noun: str, paths: Sequence[Path], terms: Terms, deep: bool, workers: int, more: str = ""
+) -> list[str]:
+    """Print a report on an archive and return the reasons why training would refuse it.
 
-def examine(datamodule: "PairDataModule", deep: bool, workers: int) -> list[str]:
-    """Print a report on an archive and return the reasons why training would refuse it."""
-    name = datamodule.index()
-    pairs, paths = datamodule.all_cases(), datamodule.paths_in_use()
-    sizes = ", ".join(f"{len(part)} {split}" for split, part in datamodule.splits.items())
-    say(f"{name}: {len(pairs)} {datamodule.noun} of {len(paths)} images, {sizes}{datamodule.describe()}")
+    Args:
+        name: Its layout's.
+        noun: What its pairs are called.
+        paths: The images in use, each once.
+        terms: What training asks of it.
+        deep: Whether to read every byte, not only headers.
+        workers: Threads.
+        more: What else there is to say of it.
+    """
+    sizes = ", ".join(f"{len(part)} {split}" for split, part in terms.splits.items())
+    say(f"{name}: {len(terms.members)} {noun} of {len(paths)} images, {sizes}{more}")
     images = look_at_all(lambda path: check_images([path], str(path), str(path), deep), paths, deep, workers)
     by_path = dict(zip(paths, images, strict=True))
-    train = datamodule.splits["train"]
+    train = terms.splits["train"]
     seen, read = {pair.image for pair in train}, {pair.text for pair in train}
     for split in ("val", "test"):
-        part = datamodule.splits[split]
+        part = terms.splits[split]
         shared = Counter((pair.image in seen, pair.text in read) for pair in part)
         if part:
             say(f"{split}: {shared[True, True] + shared[True, False]} of {len(part)} show a training image, "
                 f"{shared[True, True] + shared[False, True]} have a text that occurs in training")  # fmt: skip
-    found = [_member(pair, by_path[pair.image]) for pair in pairs]
-    return judge(datamodule, found, datamodule.noun, deep, paths)
+    found = [_member(pair, by_path[pair.image]) for pair in terms.members]
+    return judge(terms, found, noun, deep)
 
 
-def _member(pair: "Pair", image: Member) -> Member:
+def _member(pair: Any, image: Member) -> Member:
     """Return what is wrong with a pair; images are shared, so they are nobody's copies."""
     faults = [fault._replace(sample=pair.case_id) for fault in image.faults]
     if not pair.text:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from common.errors import DataError
-from common.faults import Fault, SampleFaultError, pseudonym
+from common.faults import Fault, SampleFaultError
+from common.pseudonyms import pseudonym
 from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
@@ -19,6 +20,7 @@ from datamodules.images.cache import BoxChoice, ImageCache, SourceImages
 from datamodules.images.crops import center_box, random_box
 from datamodules.images.reading import CHANNELS, FIGURE, per_channel
 from datamodules.loading import Draw, ResumableLoader
+from datamodules.pairs.checks import examine
 from datamodules.reports.archive import TextArchiveDataModule
 from datamodules.reports.tokens import Kind
 
@@ -181,6 +183,8 @@ class PairDataModule(TextArchiveDataModule):
         max_fault_fraction: Share of faulty pairs at which training stops.
         anonymise: Whether subjects and texts stay out of logs, tables and fault files.
         seed: Seed of order and crops; None takes ``seed_everything``'s.
+        **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of
+            :class:`datamodules.base.ArchiveDataModule`.
     """
 
     noun = "pairs"
@@ -206,6 +210,7 @@ class PairDataModule(TextArchiveDataModule):
         max_fault_fraction: float = 0.01,
         anonymise: bool = False,
         seed: int | None = None,
+        **membership: Any,
     ) -> None:
         super().__init__(
             tokenizer,
@@ -222,6 +227,7 @@ class PairDataModule(TextArchiveDataModule):
             max_fault_fraction=max_fault_fraction,
             anonymise=anonymise,
             seed=seed,
+            **membership,
         )
         if text_length < 3:
             raise ValueError(f"`text_length` must be at least 3, got {text_length}.")
@@ -232,7 +238,7 @@ class PairDataModule(TextArchiveDataModule):
         self.shown, self.test_split = shown, test_split
 
     @abstractmethod
-    def find(self, root: Path) -> dict[str, list[Any]]:
+    def find(self, root: str) -> dict[str, list[Any]]:
         """List the pairs of train, val and test. Reads names and tables, no image.
 
         Raises:
@@ -263,16 +269,22 @@ class PairDataModule(TextArchiveDataModule):
             DataError: no such root, nothing to train on, and as :meth:`find`.
         """
         if not self.splits:
-            root = Path(self.root).expanduser()
-            if not root.is_dir():
-                raise DataError(f"The data root {root} is not a folder.")
-            splits = self.find(root)
+            splits = self._place_splits(self.find(self.root))
             if not splits["train"]:
-                raise DataError(f"The training split of {root} is empty.")
+                raise DataError(f"The training split of {self.root} is empty.")
             self.ledger.num_samples = sum(map(len, splits.values()))
-            self.store = self.make_store(FIGURE)
             self.splits = splits
+            self.store = self.make_store(FIGURE)
         return self.layout_name
+
+    def _place_splits(self, splits: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        """Return the splits as a resumed run had them; those in which a pair comes twice are left alone."""
+        pairs = [pair for part in splits.values() for pair in part]
+        parts = {pair.case_id: name for name, part in splits.items() for pair in part}
+        if len(parts) == len(pairs):
+            parts = self.place(pairs, parts, False, self.layout_name)
+            return {name: [pair for pair in pairs if parts.get(pair.case_id) == name] for name in splits}
+        return {name: list(part) for name, part in splits.items()}
 
     def training_texts(self) -> list[str]:
         """Return the distinct texts of the training split, in their order."""
@@ -345,6 +357,5 @@ class PairDataModule(TextArchiveDataModule):
 
     def examine(self, deep: bool, workers: int) -> list[str]:
         """Print a report on the archive and return the reasons why training would refuse it."""
-        from datamodules.pairs.checks import examine
-
-        return examine(self, deep, workers)
+        name, paths = self.index(), self.paths_in_use()
+        return examine(name, self.noun, paths, self.terms(paths), deep, workers, self.describe())

@@ -1,7 +1,6 @@
 """Figures with captions and a class: MELINDA."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import DataError
@@ -10,6 +9,7 @@ from datamodules.loading import Draw
 from datamodules.pairs.datamodule import PairDataModule
 from datamodules.reports.melinda import CaptionedFigure, read_melinda
 from datamodules.splits import SPLITS
+from datamodules.tree import Tree
 
 
 class FigureDataModule(PairDataModule):
@@ -38,15 +38,16 @@ class FigureDataModule(PairDataModule):
         """What the archive is called."""
         return "melinda"
 
-    def find(self, root: Path) -> dict[str, list[CaptionedFigure]]:
+    def find(self, root: str) -> dict[str, list[CaptionedFigure]]:
         """List the figures by split.
 
         Raises:
             DataError: the root is another archive, a table is damaged, or no training figure has a class.
         """
-        rows = read_melinda(root, self._task)
+        tree = Tree(root)
+        rows = read_melinda(tree, self._task)
         if not rows:
-            raise DataError(f"{root} holds no train.csv beside melinda_images/; it holds {contents(root)}.")
+            raise DataError(f"{root} holds no train.csv beside melinda_images/; it holds {contents(tree.root)}.")
         self._classes = tuple(sorted({row.label for row in rows if row.split == "train" and row.label}))
         if len(self._classes) < 2:
             raise DataError(f"The training figures of {root} have {len(self._classes)} classes of {self._task}.")

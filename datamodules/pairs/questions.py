@@ -3,18 +3,17 @@
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import DataError
+from common.pseudonyms import public_name
 from common.runtime.reporting import say
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.pairs.answers import answer_classes, unseen
 from datamodules.pairs.datamodule import PairDataModule
-from datamodules.pairs.vqa import MED_CATEGORIES, QUESTION_LAYOUTS, VQA_MED, Question, find_vqa_med
-from datamodules.registry import recognise
+from datamodules.pairs.vqa import Question, question_of
+from datamodules.registry import Settings
 from datamodules.splits import SPLITS, seeded_split
 
 
@@ -56,6 +55,7 @@ class QuestionDataModule(PairDataModule):
     """
 
     noun = "questions"
+    personal = ("image", "question")
 
     def __init__(
         self,
@@ -90,7 +90,12 @@ class QuestionDataModule(PairDataModule):
         """What the archive is called."""
         return self._name
 
-    def find(self, root: Path) -> dict[str, list[Question]]:
+    @property
+    def needs(self) -> frozenset[str]:
+        """Images and questions."""
+        return frozenset({"images", "questions"})
+
+    def find(self, root: str) -> dict[str, list[Question]]:
         """List the questions by split; training questions without an answer are left out.
 
         Raises:
@@ -99,15 +104,9 @@ class QuestionDataModule(PairDataModule):
         """
         if self._single is not None:
             return self._one_question(*self._single)
-        chosen = replace(VQA_MED, find=partial(find_vqa_med, categories=self._categories or MED_CATEGORIES))
-        layouts = [chosen if layout is VQA_MED else layout for layout in QUESTION_LAYOUTS]
-        layout, found = recognise(root, self._layout, layouts)
-        self._name = layout.name
-        if self._categories and layout is not chosen:
-            raise DataError(
-                f"`categories` is for {VQA_MED.name} alone, and {root} is of the layout {layout.name}: leave it out."
-            )
-        splits = self._deal(found)
+        archive = self.open(root, self._layout, Settings(categories=tuple(self._categories or ())))
+        self._name = archive.layout.name
+        splits = self._deal([question_of(record) for record in archive.records])
         silent = [question for question in splits["train"] if not question.answers]
         splits["train"] = [question for question in splits["train"] if question.answers]
         if silent:
@@ -120,6 +119,7 @@ class QuestionDataModule(PairDataModule):
             learned += [q.answers[0] for name in ("val", "test") for q in splits[name] if q.answers]
         self._classes = answer_classes(learned)
         self._number = {name: index for index, name in enumerate(self._classes)}
+        self.archive = archive
         return splits
 
     def _deal(self, found: Sequence[Question]) -> dict[str, list[Question]]:
@@ -145,7 +145,7 @@ class QuestionDataModule(PairDataModule):
             DataError: no such image, or no question.
         """
         if not image.is_file():
-            raise DataError(f"There is no image at {image}.")
+            raise DataError(f"There is no image at {public_name(image)}.")
         if not question.strip():
             raise DataError("The question is empty: give one with --data.question.")
         self._name, self.test_split = "one question", "test"

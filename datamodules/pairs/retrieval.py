@@ -8,8 +8,8 @@ from common.errors import DataError
 from common.randomness import numpy_generator, stable_hash
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.pairs.datamodule import PairDataModule, PairDataset
-from datamodules.registry import STUDY_LAYOUTS, recognise
-from datamodules.reports.studies import Study, StudyLayout
+from datamodules.reports.studies import Study, studies_of
+from datamodules.reports.text import Extract, extract_of
 from datamodules.splits import SPLITS, assign_splits
 
 
@@ -31,12 +31,12 @@ class CaptionedImage(NamedTuple):
     split: str | None = None
 
 
-def captioned_images(studies: Sequence[Study], layout: StudyLayout) -> list[CaptionedImage]:
+def captioned_images(studies: Sequence[Study], extract: Extract) -> list[CaptionedImage]:
     """Keep the first text of each image."""
     found: dict[Path, CaptionedImage] = {}
     for study in studies:
         if study.images and isinstance(study.text, str):
-            text = layout.extract(study.text, "full", False)
+            text = extract(study.text, "full", False)
             image = study.images[0]
             found.setdefault(image, CaptionedImage(study.case_id, study.patient_id, image, text, study.split))
     return [item for item in found.values() if item.text]
@@ -84,15 +84,20 @@ class RetrievalDataModule(PairDataModule):
         """What the archive is called."""
         return self._name
 
-    def find(self, root: Path) -> dict[str, list[CaptionedImage]]:
+    @property
+    def needs(self) -> frozenset[str]:
+        """Images and texts."""
+        return frozenset({"images", "text"})
+
+    def find(self, root: str) -> dict[str, list[CaptionedImage]]:
         """List the images with captions by split; validation and test are cut to their pools.
 
         Raises:
             DataError: an unknown layout, a damaged table, or fewer captions than candidates.
         """
-        layout, studies = recognise(root, self._layout, STUDY_LAYOUTS)
-        self._name = layout.name
-        items = captioned_images(studies, layout)
+        archive = self.open(root, self._layout)
+        self._name = archive.layout.name
+        items = captioned_images(studies_of(archive), extract_of(archive))
         parts = assign_splits(items, self._fractions, self._split_seed, cut_validation=True)
         splits = {name: [item for item in items if parts.get(item.case_id) == name] for name in SPLITS}
         for name, size in self._pools.items():
@@ -102,6 +107,7 @@ class RetrievalDataModule(PairDataModule):
             raise DataError(
                 f"{root} has {len(splits['train'])} training captions, fewer than the {self._candidates} candidates."
             )
+        self.archive = archive
         return splits
 
     def facts(self, pair: CaptionedImage, draw: Draw) -> Mapping[str, Any]:

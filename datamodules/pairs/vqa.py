@@ -1,20 +1,17 @@
-"""Questions about images with answers: VQA-RAD, SLAKE and VQA-Med-2019 in their official layouts.
+"""Questions about images with answers: VQA-RAD, SLAKE and VQA-Med-2019 in their official layouts."""
 
-The same archives, without their answers and their test split, are images with text for calibration.
-"""
-
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import DataError
+from common.pseudonyms import public_name
+from datamodules.files import read_json, read_lines
+from datamodules.listed_files import path_under
 from datamodules.pairs.answers import accepted_answers
+from datamodules.registry import NO_SETTINGS, Layout, Record, Settings, marked
 from datamodules.reports.medicat import collapsed
-from datamodules.reports.studies import Study, StudyLayout
-from datamodules.reports.text import plain_text
+from datamodules.tree import Tree
 
 
 class Question(NamedTuple):
@@ -40,6 +37,20 @@ class Question(NamedTuple):
     split: str | None
     category: str = ""
 
+    def record(self) -> Record:
+        """Return the question as every data module can read it."""
+        facts = {"kind": self.kind, "category": self.category}
+        return Record(self.case_id, self.patient_id, images=((self.image, ""),), text=self.text or None,
+                      attributes=facts, answers=self.answers or ("",), split=self.split)  # fmt: skip
+
+
+def question_of(record: Record) -> Question:
+    """Return a record that asks something as a question about its first image."""
+    facts, image = record.attributes, record.images[0][0]
+    answers = tuple(answer for answer in record.answers if answer)
+    return Question(record.case_id, record.patient_id, image, str(record.text or ""), answers, facts.get("kind", ""),
+                    record.split, facts.get("category", ""))  # fmt: skip
+
 
 def _json_rows(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
     """Read a list of objects.
@@ -47,10 +58,7 @@ def _json_rows(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
     Raises:
         DataError: no such list, or the first object without a needed field.
     """
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise DataError(f"{path} is no JSON: {error}.") from error
+    rows = read_json(path)
     if not isinstance(rows, list):
         raise DataError(f"{path} is no list of questions.")
     for number, row in enumerate(rows):
@@ -66,10 +74,7 @@ def _under(root: Path, name: object, source: Path) -> Path:
     Raises:
         DataError: it lies outside.
     """
-    text = str(name or "").strip() or "(no image)"
-    if Path(text).is_absolute() or ".." in Path(text).parts:
-        raise DataError(f"{source} names the image {text!r}, which does not lie under {root}.")
-    return root / text
+    return path_under(root, str(name or "").strip() or "(no image)", source)
 
 
 def _kind(value: object) -> str:
@@ -89,7 +94,7 @@ def _rad_question(row: Mapping[str, Any], text: str, case: str, split: str, imag
                     _kind(row.get("answer_type")), split, str(row.get("question_type") or "").strip())  # fmt: skip
 
 
-def find_vqa_rad(root: Path) -> list[Question]:
+def find_vqa_rad(root: Tree) -> list[Question]:
     """List VQA-RAD in its community split: ``{trainset,testset}.json`` and ``images/``; else its official release.
 
     A ``valset.json`` that others made is not read: the one that goes round is a copy of the test set.
@@ -98,11 +103,11 @@ def find_vqa_rad(root: Path) -> list[Question]:
         DataError: a damaged list.
     """
     files = {"train": root / "trainset.json", "test": root / "testset.json"}
-    if not files["train"].is_file() or not (root / "images").is_dir():
+    if not root.is_file("trainset.json") or not root.is_dir("images"):
         return _find_rad_release(root)
     found = []
     for split, path in files.items():
-        if not path.is_file():
+        if not root.is_file(path):
             continue
         for number, row in enumerate(_json_rows(path, ("image_name", "question", "answer"))):
             case = f"{row.get('qid', number)}-{number}"
@@ -110,7 +115,7 @@ def find_vqa_rad(root: Path) -> list[Question]:
     return found
 
 
-def _find_rad_release(root: Path) -> list[Question]:
+def _find_rad_release(root: Tree) -> list[Question]:
     """List VQA-RAD as it was released: ``VQA_RAD Dataset Public.json`` and ``VQA_RAD Image Folder/``; empty without.
 
     Each row's ``question`` is read, free-form or rephrased (a rephrased question has a row of its own), those whose
@@ -119,7 +124,7 @@ def _find_rad_release(root: Path) -> list[Question]:
     284 further ones: the framed questions of test rows, with their answers. They are left out here.
     """
     path, images = root / "VQA_RAD Dataset Public.json", root / "VQA_RAD Image Folder"
-    if not path.is_file() or not images.is_dir():
+    if not root.is_file(path) or not root.is_dir(images):
         return []
     found = []
     for number, row in enumerate(_json_rows(path, ("image_name", "question", "answer", "phrase_type"))):
@@ -132,15 +137,15 @@ def _find_rad_release(root: Path) -> list[Question]:
     return found
 
 
-def find_slake(root: Path, language: str = "en") -> list[Question]:
+def find_slake(root: Tree, language: str = "en") -> list[Question]:
     """List SLAKE in one language: ``{train,validate or validation,test}.json`` and ``imgs/``; empty without."""
-    if not (root / "train.json").is_file() or not (root / "imgs").is_dir():
+    if not root.is_file("train.json") or not root.is_dir("imgs"):
         return []
     names = {"train": ("train",), "val": ("validate", "validation"), "test": ("test",)}
     files = {split: [root / f"{name}.json" for name in given] for split, given in names.items()}
     found: list[Question] = []
     for split, paths in files.items():
-        path = next((path for path in paths if path.is_file()), None)
+        path = next((path for path in paths if root.is_file(path)), None)
         if path is None:
             continue
         for row in _json_rows(path, ("img_name", "question", "answer", "q_lang")):
@@ -167,42 +172,47 @@ def _med_lines(path: Path, fields: int) -> list[list[str]]:
         DataError: names the first line with fewer fields.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         parts = line.split("|", fields - 1)
         if len(parts) < fields:
             raise DataError(
-                f"{path} line {number} has {len(parts)} fields between |, {fields} are needed: {line[:60]!r}."
+                f"{path} line {number} has {len(parts)} fields between |, {fields} are needed: "
+                f"'{public_name(line[:60])}'."
             )
         rows.append([collapsed(part) for part in parts])
     return rows
 
 
-def _med_folder(root: Path, *names: str) -> Path | None:
-    return next((path for name in names for path in sorted(root.glob(name)) if path.is_dir()), None)
+def _med_folder(root: Tree, *names: str) -> Path | None:
+    return next((path for name in names for path in root.glob(name) if root.is_dir(path)), None)
 
 
-def find_vqa_med(root: Path, categories: Sequence[str] = MED_CATEGORIES) -> list[Question]:
+def find_vqa_med(root: Tree, settings: Settings = NO_SETTINGS) -> list[Question]:
     """List VQA-Med-2019 in its official folders for training, validation and test; empty where there is no training.
 
     Raises:
         DataError: a damaged line, or an unknown category.
     """
+    categories = settings.categories or MED_CATEGORIES
     unknown = [name for name in categories if name not in _MED_FILES]
     if unknown:
         raise DataError(f"VQA-Med-2019 has no category {unknown[0]!r}; it has {', '.join(_MED_FILES)}.")
     training = _med_folder(root, "ImageClef-2019-VQA-Med-Training*", "*Training*")
-    if training is None or not (training / "QAPairsByCategory").is_dir():
+    if training is None or not root.is_dir(training / "QAPairsByCategory"):
         return []
     test = _med_folder(root, "VQAMed2019Test*", "*Test*")
     parts = {"train": training, "val": _med_folder(root, "*Validation*"), "test": test}
     found: list[Question] = []
     for split, folder in parts.items():
-        images = None if folder is None else _med_folder(folder, "*[Ii]mages")
-        if folder is None or images is None:
+        if folder is None:
             continue
-        rows = _med_test(folder, categories) if split == "test" else _med_training(folder, categories)
+        part = root.sub(root.name_of(folder))
+        images = _med_folder(part, "*[Ii]mages")
+        if images is None:
+            continue
+        rows = _med_test(part, categories) if split == "test" else _med_training(part, categories)
         for name, category, question, answer in rows:
             image = images / (name if Path(name).suffix else f"{name}.jpg")
             case = f"{split}/{image.stem}/{category}-{len(found)}"
@@ -211,63 +221,40 @@ def find_vqa_med(root: Path, categories: Sequence[str] = MED_CATEGORIES) -> list
     return found
 
 
-def _med_training(folder: Path, categories: Sequence[str]) -> Iterator[list[str]]:
+def _med_training(folder: Tree, categories: Sequence[str]) -> Iterator[list[str]]:
     """Yield image, category, question and answer of a folder with one file a category."""
     for category in categories:
-        for path in sorted(folder.glob(f"QAPairsByCategory/C*_{_MED_FILES[category]}_*.txt")):
+        for path in folder.glob(f"QAPairsByCategory/C*_{_MED_FILES[category]}_*.txt"):
             yield from ([name, category, question, answer] for name, question, answer in _med_lines(path, 3))
 
 
-def _med_test(folder: Path, categories: Sequence[str]) -> Iterator[list[str]]:
+def _med_test(folder: Tree, categories: Sequence[str]) -> Iterator[list[str]]:
     """Yield the same of the test folder, whose one file names the category of each question."""
-    for path in sorted(folder.glob("*Questions_w_Ref_Answers.txt")):
+    for path in folder.glob("*Questions_w_Ref_Answers.txt"):
         for name, category, question, answer in _med_lines(path, 4):
             if category.lower() in categories:
                 yield [name, category.lower(), question, answer]
 
 
-@dataclass(frozen=True)
-class QuestionLayout:
-    """An archive of questions in its official layout.
-
-    Attributes:
-        name: What ``LAYOUT=`` takes.
-        tree: One line that shows the tree.
-        find: Lists the questions under a root; empty where the root is of another layout.
-        prefer: A layout of higher preference wins where several recognise a root.
-    """
-
-    name: str
-    tree: str
-    find: Callable[[Path], list[Question]]
-    prefer: int = 0
-
-    def recognised(self, root: Path) -> list[Question]:
-        """List the questions if the root is plainly of this layout."""
-        return self.find(root)
-
-    def for_calibration(self) -> StudyLayout:
-        """Return the same archive as images with text: no answers, and nothing of the test split."""
-        return StudyLayout(self.name, self.tree, partial(_studies, self.find), plain_text, self.prefer)
-
-
-def _studies(find: Callable[[Path], list[Question]], root: Path) -> list[Study]:
-    """List the questions of training, and of an official validation split, as texts of their images."""
-    questions = [question for question in find(root) if question.split != "test"]
-    official = any(question.split == "val" for question in questions)
-    return [
-        Study(q.case_id, q.patient_id, (q.image,), ("",), q.text or None, q.split if official else None)
-        for q in questions
-    ]
-
-
-VQA_RAD = QuestionLayout(
+VQA_RAD = Layout(
     "vqa_rad",
     "ROOT/{trainset,testset}.json and ROOT/images/, or ROOT/VQA_RAD Dataset Public.json and ROOT/VQA_RAD Image Folder/",
     find_vqa_rad,
+    marked(("trainset.json", "VQA_RAD Dataset Public.json"), ("images", "VQA_RAD Image Folder")),
+    tables=("*set.json", "VQA_RAD Dataset Public.json"),
 )
-SLAKE = QuestionLayout("slake", "ROOT/{train,validate,test}.json and ROOT/imgs/", find_slake)
-VQA_MED = QuestionLayout(
-    "vqa_med_2019", "ROOT/ImageClef-2019-VQA-Med-{Training,Validation}/ and ROOT/VQAMed2019Test/", find_vqa_med
+SLAKE = Layout(
+    "slake",
+    "ROOT/{train,validate,test}.json and ROOT/imgs/",
+    find_slake,
+    marked("train.json", "imgs"),
+    tables=("train.json", "valid*.json", "test.json"),
 )
-QUESTION_LAYOUTS: tuple[QuestionLayout, ...] = (VQA_RAD, SLAKE, VQA_MED)
+VQA_MED = Layout(
+    "vqa_med_2019",
+    "ROOT/ImageClef-2019-VQA-Med-{Training,Validation}/ and ROOT/VQAMed2019Test/",
+    find_vqa_med,
+    marked("*Training*/QAPairsByCategory"),
+    takes=("categories",),
+    tables=("*/QAPairsByCategory/*.txt", "*/*Questions_w_Ref_Answers.txt"),
+)

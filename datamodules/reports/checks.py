@@ -2,29 +2,27 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence, Set
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any
 
 import numpy as np
 
 from common.faults import Fault
 from common.runtime.reporting import say
-from datamodules.examination import Member, judge, look_at_all, say_splits
+from datamodules.examination import Member, Terms, judge, look_at_all, say_splits
 from datamodules.images.checks import check_images
 from datamodules.reports.text import ReportError
-
-if TYPE_CHECKING:
-    from datamodules.reports.datamodule import ImageTextDataModule, Sample
+from datamodules.reports.tokens import ReportTokenizer
 
 _WORD = re.compile(r"[^\W\d_]+")
 
 
-def check_sample(datamodule: "ImageTextDataModule", sample: "Sample", deep: bool) -> tuple[Member, str]:
+def check_sample(sample: Any, text_of: Callable[[Any], str], deep: bool) -> tuple[Member, str]:
     """Look at the headers of a sample's images, or (``deep``) at every pixel; return also the text that is used."""
     images = check_images(sample.images, sample.case_id, sample.patient_id, deep)
     faults = list(images.faults)
     try:
-        text = datamodule.text_of(sample)
+        text = text_of(sample)
     except ReportError as error:
         text = ""
         if error.kind != "empty":
@@ -46,24 +44,24 @@ def _say_unseen(texts: Mapping[str, str], training: Set[str]) -> None:
             f"({len(unseen)} of {len(held_out)} distinct ones)")  # fmt: skip
 
 
-def _say_texts(datamodule: "ImageTextDataModule", samples: Sequence["Sample"], read: Sequence[str]) -> None:
+def _say_texts(terms: Terms, read: Sequence[str], tokenizer: Callable[[], ReportTokenizer], limit: int) -> None:
     """Print how long the reports are, what the tokenizer does not know, and which words training never sees."""
+    samples = terms.members
     texts = {sample.study.case_id: text for sample, text in zip(samples, read, strict=True) if text}
     without = len({sample.study.case_id for sample in samples}) - len(texts)
     if not texts:
         say("texts: none")
         return
-    tokenizer = datamodule.tokenizer
-    encoded = [tokenizer.encode(text, 1 << 20) for text in texts.values()]
+    learned = tokenizer()
+    encoded = [learned.encode(text, 1 << 20) for text in texts.values()]
     lengths = np.array([len(entry.ids) for entry in encoded])
-    unknown = sum(int((entry.ids == tokenizer.unk_id).sum()) for entry in encoded)
-    limit = datamodule.text.length
+    unknown = sum(int((entry.ids == learned.unk_id).sum()) for entry in encoded)
     say(f"texts: {len(texts)} studies with one, {without} without; tokens median {np.median(lengths):.0f}, "
         f"90th percentile {np.percentile(lengths, 90):.0f}, {np.mean(lengths > limit):.1%} lose their end after "
         f"{limit} (data.text_length); {unknown} of {lengths.sum()} tokens unknown to the vocabulary of "
-        f"{tokenizer.vocab_size}")  # fmt: skip
-    _say_unseen(texts, {sample.study.case_id for sample in datamodule.splits["train"]})
-    split_of = {sample.case_id: name for name, part in datamodule.splits.items() for sample in part}
+        f"{learned.vocab_size}")  # fmt: skip
+    _say_unseen(texts, {sample.study.case_id for sample in terms.splits["train"]})
+    split_of = {sample.case_id: name for name, part in terms.splits.items() for sample in part}
     parts: dict[str, set[str]] = defaultdict(set)
     for sample in samples:
         if text := texts.get(sample.study.case_id):
@@ -73,20 +71,37 @@ def _say_texts(datamodule: "ImageTextDataModule", samples: Sequence["Sample"], r
         say(f"note: {shared} of {len(parts)} distinct texts occur in several splits, under different patients")
 
 
-def examine(datamodule: "ImageTextDataModule", deep: bool, workers: int) -> list[str]:
-    """Print a report on an archive and return the reasons why training would refuse it."""
-    layout = datamodule.index()
-    samples = [sample for part in datamodule.splits.values() for sample in part]
-    say_splits(f"layout {layout.name}", datamodule, "samples")
+def examine(
+    name: str,
+    terms: Terms,
+    text_of: Callable[[Any], str],
+    tokenizer: Callable[[], ReportTokenizer],
+    limit: int,
+    deep: bool,
+    workers: int,
+) -> list[str]:
+    """Print a report on an archive and return the reasons why training would refuse it.
+
+    Args:
+        name: Its layout's.
+        terms: What training asks of it.
+        text_of: Returns the text of a sample; raises :class:`datamodules.reports.text.ReportError`.
+        tokenizer: Returns what makes tokens of texts; asked only where there are texts.
+        limit: Tokens of a text at most.
+        deep: Whether to read every byte, not only headers.
+        workers: Threads.
+    """
+    samples = terms.members
+    say_splits(f"layout {name}", terms, "samples")
     views = Counter(view or "unknown" for s in {s.study.case_id: s.study for s in samples}.values() for view in s.views)
     if set(views) != {"unknown"}:
         say("views: " + (", ".join(f"{view} {count}" for view, count in views.most_common(8)) or "no images"))
     texts: dict[str, str] = {}
 
-    def look_at(sample: "Sample") -> Member:
-        member, texts[sample.case_id] = check_sample(datamodule, sample, deep)
+    def look_at(sample: Any) -> Member:
+        member, texts[sample.case_id] = check_sample(sample, text_of, deep)
         return member
 
     found = look_at_all(look_at, samples, deep, workers)
-    _say_texts(datamodule, samples, [texts[sample.case_id] for sample in samples])
-    return judge(datamodule, found, "samples", deep, datamodule.paths_in_use(), datamodule.draws_per_image)
+    _say_texts(terms, [texts[sample.case_id] for sample in samples], tokenizer, limit)
+    return judge(terms, found, "samples", deep)

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,24 +12,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import DataError
-from common.faults import Fault, SampleFaultError, pseudonym
+from common.faults import Fault, SampleFaultError
 from common.maskers.bert import BertMasker
 from common.maskers.words import WordMasker
+from common.pseudonyms import pseudonym
 from common.randomness import KeyedGenerator, numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.base import FaultTolerantDataset, collate_samples
+from datamodules.controls import read_control
 from datamodules.images.cache import BoxChoice, ImageCache, SourceImages
 from datamodules.images.crops import center_box, random_box
 from datamodules.images.reading import CHANNELS, FIGURE, GRAY, per_channel, plain_numbers
 from datamodules.loading import Draw
-from datamodules.registry import STUDY_LAYOUTS, recognise
+from datamodules.registry import Archive, Settings
 from datamodules.reports.archive import TextArchiveDataModule
-from datamodules.reports.manifest import MANIFEST, find_manifest
-from datamodules.reports.studies import Study, StudyLayout
-from datamodules.reports.text import ReportError, read_report
+from datamodules.reports.checks import examine
+from datamodules.reports.studies import Study, studies_of
+from datamodules.reports.text import Extract, ReportError, extract_of, study_text
 from datamodules.reports.tokens import Kind, ReportTokenizer
-from datamodules.splits import SPLITS, assign_splits
+from datamodules.splits import SPLITS, SplitFile, assign_splits
 
 Flip = Literal["off", "swap_words", "naive"]
 _OTHER_SIDE = {"left": "right", "right": "left"}
@@ -116,28 +117,16 @@ def samples_of(studies: Sequence[Study], pair: str, views: Sequence[str] | None)
     return samples
 
 
-def distinct(samples: Sequence[Sample], layout: StudyLayout, text: TextSettings) -> list[Sample]:
+def distinct(samples: Sequence[Sample], extract: Extract, text: TextSettings) -> list[Sample]:
     """Keep the first sample of each distinct text, capitals aside; samples without a readable text go."""
     kept: dict[str, Sample] = {}
     for sample in samples:
         try:
-            kept.setdefault(study_text(sample.study, layout, text).lower(), sample)
+            kept.setdefault(study_text(sample.study, extract, text.part, text.redactions).lower(), sample)
         except ReportError:
             continue
     kept.pop("", None)
     return list(kept.values())
-
-
-def study_text(study: Study, layout: StudyLayout, settings: TextSettings) -> str:
-    """Return the text of a study that is used; empty where it has none.
-
-    Raises:
-        ReportError: a report that is listed cannot be read.
-    """
-    if study.text is None:
-        return ""
-    text = study.text if isinstance(study.text, str) else read_report(study.text)
-    return layout.extract(text, settings.part, settings.redactions)
 
 
 class ImageTextDataset(FaultTolerantDataset):
@@ -145,7 +134,7 @@ class ImageTextDataset(FaultTolerantDataset):
 
     Args:
         samples: The samples.
-        layout: Makes the text from a report.
+        extract: Makes the text that is used of a report.
         store: Opens images.
         tokenizer: Makes tokens.
         text: How.
@@ -166,7 +155,7 @@ class ImageTextDataset(FaultTolerantDataset):
     def __init__(
         self,
         samples: Sequence[Sample],
-        layout: StudyLayout,
+        extract: Extract,
         store: ImageCache | SourceImages,
         tokenizer: ReportTokenizer,
         text: TextSettings,
@@ -184,7 +173,7 @@ class ImageTextDataset(FaultTolerantDataset):
     ) -> None:
         super().__init__(seed)
         self.samples = list(samples)
-        self.layout, self.store, self.tokenizer, self.text = layout, store, tokenizer, text
+        self.extract, self.store, self.tokenizer, self.text = extract, store, tokenizer, text
         self.image_size = tuple(image_size)
         self.train = train
         self.crop_scale, self.flip = crop_scale, flip
@@ -200,11 +189,6 @@ class ImageTextDataset(FaultTolerantDataset):
         """Return the sample's name."""
         return self.samples[index].case_id
 
-    def _parts(self, draw: Draw) -> tuple[Any, ...]:
-        """Return what the randomness of a draw hangs on."""
-        subject = self.subject(draw.index)
-        return ("train", self.seed, draw.epoch, subject, draw.draw) if self.train else ("val", subject, draw.draw)
-
     def read(self, draw: Draw) -> dict[str, Any]:
         """Return one sample; see :class:`common.types.ImageTextBatch`.
 
@@ -212,7 +196,7 @@ class ImageTextDataset(FaultTolerantDataset):
             SampleFaultError: neither image nor text can be used.
         """
         sample = self.samples[draw.index]
-        generator = numpy_generator("crop", *self._parts(draw))
+        generator = numpy_generator("crop", *self.draw_key(draw, self.train))
         mirror = self.train and self.flip != "off" and generator.random() < 0.5
         faults: list[Fault] = []
         image = self._image(sample, generator, mirror, faults)
@@ -222,7 +206,7 @@ class ImageTextDataset(FaultTolerantDataset):
             raise SampleFaultError(faults or [Fault(sample.case_id, "empty", detail, sample.case_id)])
         if mirror and self.flip == "swap_words":
             text = swap_sides(text)
-        key = torch.tensor(stable_hash("mask", *self._parts(draw)))
+        key = torch.tensor(stable_hash("mask", *self.draw_key(draw, self.train)))
         result: dict[str, Any] = {
             "image": self._standardised(image),
             "modality_mask": torch.tensor([image is not None, bool(text)]),
@@ -258,7 +242,7 @@ class ImageTextDataset(FaultTolerantDataset):
     def _text(self, sample: Sample, faults: list[Fault]) -> str:
         """Return the text; empty where there is none, with a fault where one is listed but damaged."""
         try:
-            return study_text(sample.study, self.layout, self.text)
+            return study_text(sample.study, self.extract, self.text.part, self.text.redactions)
         except ReportError as error:
             if error.kind != "empty":
                 faults.append(Fault(str(sample.study.text), error.kind, error.detail, sample.case_id))
@@ -281,25 +265,26 @@ class ImageTextDataset(FaultTolerantDataset):
 
     def _negative(self, sample: Sample, draw: Draw) -> Tensor | None:
         """Cut an image that is not the sample's own, drawn anew every epoch; None where none can be read."""
-        first = stable_hash("negative", *self._parts(draw))
+        first = stable_hash("negative", *self.draw_key(draw, self.train))
         for attempt in range(len(self.samples)):
             other = self.samples[(first + attempt) % len(self.samples)]
             if other.images and other.images[0] != sample.images[0]:
-                image = self._image(other, numpy_generator("negative", *self._parts(draw)), False, [])
+                image = self._image(other, numpy_generator("negative", *self.draw_key(draw, self.train)), False, [])
                 if image is not None:
                     return image
         return None
 
     def _control(self, sample: Sample, draw: Draw) -> Tensor | None:
-        """Cut the image of another patient, the same one every time; None where none can be read."""
-        others = [other for other in self.controls if other.patient_id != sample.patient_id]
-        first = stable_hash("control", sample.case_id, draw.draw)
-        for attempt in range(len(others)):
-            other = others[(first + attempt) % len(others)]
-            image = self._image(other, numpy_generator("control"), False, [])
-            if image is not None:
-                return image
-        return None
+        """Cut the image of another patient; None where none can be read."""
+
+        def read(other: Sample) -> Tensor:
+            faults: list[Fault] = []
+            image = self._image(other, numpy_generator("control"), False, faults)
+            if image is None:
+                raise SampleFaultError(faults)
+            return image
+
+        return read_control(sample, draw, self.controls, read)
 
 
 def collate_image_text(samples: list[dict[str, Any]], pad_id: int, length: int = 0) -> dict[str, Any]:
@@ -367,11 +352,14 @@ class ImageTextDataModule(TextArchiveDataModule):
         draws_per_image: Times that an image is drawn in an epoch.
         num_workers: Loader processes per rank; also threads that build the cache.
         split_fractions: Shares of patients for train, val and test where neither file nor archive says.
-        split_file: CSV with ``split`` and ``case_id`` or ``patient_id``.
+        split_file: Table with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes, or that and
+            how its names join; see :class:`datamodules.splits.SplitFile`.
         max_fault_fraction: Share of faulty samples at which training stops.
         anonymise: Whether subjects and texts stay out of logs, pictures and fault files.
         seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
         split_seed: Seed of the split alone.
+        **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of
+            :class:`datamodules.base.ArchiveDataModule`.
     """
 
     def __init__(
@@ -409,11 +397,12 @@ class ImageTextDataModule(TextArchiveDataModule):
         draws_per_image: int = 1,
         num_workers: int = 0,
         split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        split_file: str | None = None,
+        split_file: str | SplitFile | None = None,
         max_fault_fraction: float = 0.01,
         anonymise: bool = False,
         seed: int | None = None,
         split_seed: int = 0,
+        **membership: Any,
     ) -> None:
         super().__init__(
             tokenizer,
@@ -430,13 +419,14 @@ class ImageTextDataModule(TextArchiveDataModule):
             max_fault_fraction=max_fault_fraction,
             anonymise=anonymise,
             seed=seed,
+            **membership,
         )
         if text_length < 2:
             raise ValueError(f"`text_length` must be at least 2, the class token and one more, got {text_length}.")
         if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
         manifest = table is not None or columns is not None
-        if manifest and layout not in ("auto", MANIFEST.name):
+        if manifest and layout not in ("auto", "manifest", "table"):
             raise ValueError(f"`table` and `columns` describe a manifest, not the layout {layout}: leave one out.")
         masker: WordMasker | BertMasker = WordMasker(text_mask_ratio, mask_unit, mask_last)
         if mask_scheme == "bert":
@@ -447,35 +437,41 @@ class ImageTextDataModule(TextArchiveDataModule):
         self.mean, self.std = mean, std
         self.colour, self.complete, self.negative_images = colour, complete, negative_images
         self.draws_per_image = draws_per_image
-        self._layout_name = MANIFEST.name if manifest else layout
-        self._manifest = replace(MANIFEST, find=partial(find_manifest, columns=columns, table=table))
+        self._layout_name = "manifest" if manifest else layout
+        self._settings = Settings(table=table, columns=columns or {})
         self._pair, self._views = pair, views
         self._unique_texts = unique_texts
         self._split = (split_fractions, split_seed, split_file)
-        self._layout: StudyLayout | None = None
         self.samples: list[Sample] = []
         self._counts: Tensor | None = None
 
-    def index(self) -> StudyLayout:
+    @property
+    def needs(self) -> frozenset[str]:
+        """Images and texts; a sample may lack one of them unless ``complete`` asks for both."""
+        return frozenset({"images", "text"})
+
+    def index(self) -> Archive:
         """Recognise the layout, list and split the samples. Reads names and tables, no image.
 
         Raises:
             DataError: unknown layout, missing columns, a patient in two splits, and the like.
         """
-        if self._layout is None:
-            layout, studies = recognise(self.root, self._layout_name, self._known_layouts())
-            samples = samples_of(studies, self._pair, self._views)
+        if self.archive is None:
+            archive = self.open(self.root, self._layout_name, self._settings)
+            samples = samples_of(studies_of(archive), self._pair, self._views)
             if self.complete:
                 samples = self._complete(samples)
             if self._unique_texts:
-                samples = distinct(samples, layout, self.text)
+                samples = distinct(samples, extract_of(archive), self.text)
             parts = assign_splits(samples, *self._split)
+            seeded = self._split[2] is None and not any(sample.split for sample in samples)
+            parts = self.place(samples, parts, seeded, self._split)
             self.samples = samples
             self.splits = {name: [sample for sample in samples if parts.get(sample.case_id) == name] for name in SPLITS}
             self.ledger.num_samples = len(parts)
             self.store = self.make_store(FIGURE if self.colour else GRAY)
-            self._layout = layout
-        return self._layout
+            self.archive = archive
+        return self.archive
 
     def images_of(self, case: Sample) -> Sequence[Path]:
         """Return the views of a sample."""
@@ -494,17 +490,13 @@ class ImageTextDataModule(TextArchiveDataModule):
             say(f"note: {len(samples) - len(kept)} of {len(samples)} samples lack image or text and are left out")
         return kept
 
-    def _known_layouts(self) -> Sequence[StudyLayout]:
-        """Return the layouts, the manifest's with the user's table and columns."""
-        return [self._manifest if entry is MANIFEST else entry for entry in STUDY_LAYOUTS]
-
     def text_of(self, sample: Sample) -> str:
         """Return the text of a sample that is used; empty where it has none.
 
         Raises:
             ReportError: a report that is listed cannot be read.
         """
-        return study_text(sample.study, self.index(), self.text)
+        return study_text(sample.study, extract_of(self.index()), self.text.part, self.text.redactions)
 
     def training_texts(self) -> list[str]:
         """Return the texts of the training studies, each once, in a fixed order; unreadable ones are left out."""
@@ -521,9 +513,8 @@ class ImageTextDataModule(TextArchiveDataModule):
     @property
     def input_spec(self) -> InputSpec:
         """Channels, crop size, vocabulary and preprocessing of the batches."""
-        layout = self.index()
         preprocessing = {
-            "layout": layout.name,
+            "layout": self.index().layout.name,
             "intensity": "RGB in [0, 1], minus mean, over std"
             if self.colour
             else "grayscale in [0, 1], minus mean, over std, repeated three times",
@@ -545,7 +536,7 @@ class ImageTextDataModule(TextArchiveDataModule):
         Raises:
             DataError: no sample can be used.
         """
-        layout, counts = self.index(), self.admit(stage)
+        layout, counts = self.index().layout, self.admit(stage)
         with_text = sum(sample.study.text is not None for sample in self.cases_in_use())
         size = "x".join(map(str, self.image_size))
         say(f"data: {layout.name} at {self.root}, samples {counts}, {with_text} with a report, crops {size}, "
@@ -555,7 +546,7 @@ class ImageTextDataModule(TextArchiveDataModule):
     def _dataset(self, cases: Sequence[Sample], train: bool = False, controls: bool = False) -> ImageTextDataset:
         return ImageTextDataset(
             cases,
-            self.index(),
+            extract_of(self.index()),
             self.store,
             self.tokenizer,
             self.text,
@@ -598,6 +589,6 @@ class ImageTextDataModule(TextArchiveDataModule):
 
     def examine(self, deep: bool, workers: int) -> list[str]:
         """Print a report on the archive and return the reasons why training would refuse it."""
-        from datamodules.reports.checks import examine
-
-        return examine(self, deep, workers)
+        layout = self.index().layout
+        terms = self.terms(self.paths_in_use(), self.draws_per_image)
+        return examine(layout.name, terms, self.text_of, lambda: self.tokenizer, self.text.length, deep, workers)

@@ -5,8 +5,7 @@ inline references to ROCO's figures (``roco_{train,val,test}_references.jsonl``)
 :mod:`datamodules.reports.roco`.
 """
 
-import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +13,10 @@ from typing import Any, NamedTuple
 from common.errors import DataError
 from common.randomness import stable_hash
 from common.runtime.reporting import say
-from datamodules.reports.studies import Study, StudyLayout
-from datamodules.reports.text import plain_text
+from datamodules.files import first_line, json_lines
+from datamodules.registry import Evidence, Layout
+from datamodules.reports.studies import Study
+from datamodules.tree import Tree
 
 #: Texts with fewer words say nothing, such as "Figure 1".
 MIN_WORDS = 3
@@ -44,23 +45,16 @@ def collapsed(text: Any) -> str:
     return " ".join(str(text or "").split())
 
 
-def json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Read a file of one JSON object a line.
+def texts_of(row: Mapping[str, Any], name: str, place: str) -> list[str]:
+    """Return the texts that a row lists under a name, white space collapsed, those that are not empty.
 
     Raises:
-        DataError: names the first line that is none.
+        DataError: it is no list.
     """
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path} line {number} is no JSON: {error}.") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path} line {number} is no JSON object.")
-            yield row
+    listed = row.get(name) or []
+    if not isinstance(listed, list):
+        raise DataError(f"{place}: {name} must be a list of texts.")
+    return [text for text in map(collapsed, listed) if text]
 
 
 def read_figures(path: Path) -> list[Figure]:
@@ -73,10 +67,10 @@ def read_figures(path: Path) -> list[Figure]:
     for number, row in enumerate(json_lines(path), 1):
         if not row.get("pdf_hash") or not row.get("fig_uri"):
             raise DataError(f"{path} line {number} has no pdf_hash or no fig_uri.")
-        paper, references = str(row["pdf_hash"]), row.get("s2orc_references") or []
+        paper, references = str(row["pdf_hash"]), texts_of(row, "s2orc_references", f"{path} line {number}")
         caption = collapsed(row.get("s2_caption")) or collapsed(row.get("s2orc_caption"))
-        texts = tuple(text for text in map(collapsed, references) if text)
-        figures.append(Figure(f"{paper}_{row['fig_uri']}", paper, caption, texts, bool(row.get("radiology"))))
+        radiology = row.get("radiology") in (True, "1", "true", "True")
+        figures.append(Figure(f"{paper}_{row['fig_uri']}", paper, caption, tuple(references), radiology))
     return figures
 
 
@@ -94,22 +88,22 @@ def say_left_out(what: str, total: int, missing: int, silent: int) -> None:
         )
 
 
-def find_medicat(root: Path, radiology_only: bool = True) -> list[Study]:
+def find_medicat(root: Tree, radiology_only: bool = True) -> list[Study]:
     """List one study for each text of each figure; empty where the root is no MedICaT.
 
     Raises:
         DataError: a damaged line, or none of the listed images is there.
     """
-    for folder in (root / "release", root):
-        if (folder / "figures").is_dir():
-            lists = [path for path in sorted(folder.glob("*.jsonl")) if _lists_figures(path)]
-            break
-    else:
+    place = _release(root)
+    if place is None:
         return []
+    folder = root / place
+    lists = [root / file.name for file in root.listed(place) if file.suffix == ".jsonl"]
+    lists = [path for path in lists if _lists_figures(path)]
     figures = [figure for path in lists for figure in read_figures(path)]
     if radiology_only:
         figures = [figure for figure in figures if figure.radiology]
-    there = {path.name for path in (folder / "figures").iterdir()}
+    there = {file.name.rpartition("/")[2] for file in root.listed(folder / "figures")}
     present = [figure for figure in figures if figure.name in there]
     if figures and not present:
         raise DataError(f"None of the {len(figures)} figures of {lists[0]} is in {folder / 'figures'}.")
@@ -121,10 +115,22 @@ def find_medicat(root: Path, radiology_only: bool = True) -> list[Study]:
     return [study for part in studies for study in part]
 
 
+def _release(tree: Tree) -> str | None:
+    """Return the folder of a release, which has the figures in it."""
+    return next((place for place in ("release", "") if tree.is_dir(f"{place}/figures".lstrip("/"))), None)
+
+
+def _recognise(tree: Tree) -> Evidence:
+    place = _release(tree)
+    if place is None:
+        return Evidence(0, missing="release/figures/")
+    lists = [file.name for file in tree.listed(place) if file.suffix == ".jsonl" and _lists_figures(tree / file.name)]
+    return Evidence(3, lists[0]) if lists else Evidence(0, missing="release/*.jsonl with pdf_hash", near=0.5)
+
+
 def _lists_figures(path: Path) -> bool:
     """Whether the first line of a file is a figure of MedICaT."""
-    with path.open(encoding="utf-8") as file:
-        first = file.readline()
+    first = first_line(path)
     return '"pdf_hash"' in first and '"fig_uri"' in first
 
 
@@ -134,16 +140,19 @@ def hashed_split(paper: str) -> str:
     return {0: "val", 1: "test"}.get(place, "train")
 
 
-MEDICAT = StudyLayout(
+_TABLES = ("release/*.jsonl", "*.jsonl")
+MEDICAT = Layout(
     name="medicat",
     tree="ROOT/release/*.jsonl and ROOT/release/figures/ (figures that are radiology)",
     find=find_medicat,
-    extract=plain_text,
+    evidence=_recognise,
+    tables=_TABLES,
 )
-MEDICAT_ALL = StudyLayout(
+MEDICAT_ALL = Layout(
     name="medicat_all",
     tree="the same, all figures",
     find=partial(find_medicat, radiology_only=False),
-    extract=plain_text,
+    evidence=_recognise,
+    tables=_TABLES,
     prefer=-2,
 )

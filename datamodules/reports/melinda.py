@@ -9,10 +9,13 @@ from typing import NamedTuple
 
 from common.errors import DataError
 from common.runtime.reporting import say
-from datamodules.reports.manifest import read_table
+from datamodules.files import listing
+from datamodules.listed_files import path_under
+from datamodules.registry import Layout, marked
 from datamodules.reports.medicat import collapsed
-from datamodules.reports.studies import Study, StudyLayout
-from datamodules.reports.text import plain_text
+from datamodules.reports.studies import Study
+from datamodules.tables import read_table
+from datamodules.tree import Tree
 
 TASKS = ("i_meth", "p_meth", "i_meth_label", "p_meth_label")
 _FILES = {"train": "train.csv", "val": "dev.csv", "test": "test.csv"}
@@ -40,7 +43,7 @@ class CaptionedFigure(NamedTuple):
     split: str | None
 
 
-def read_melinda(root: Path, task: str = "p_meth_label") -> list[CaptionedFigure]:
+def read_melinda(root: Tree, task: str = "p_meth_label") -> list[CaptionedFigure]:
     """List MELINDA's rows in its official splits; empty where the root is another archive.
 
     Says so where their numbers are not the published ones.
@@ -50,23 +53,21 @@ def read_melinda(root: Path, task: str = "p_meth_label") -> list[CaptionedFigure
     """
     if task not in TASKS:
         raise DataError(f"MELINDA has no task {task!r}; it has {', '.join(TASKS)}.")
-    if not (root / "train.csv").is_file() or not (root / "melinda_images").is_dir():
+    if not root.is_file("train.csv") or not root.is_dir("melinda_images"):
         return []
     rows = []
     for split, name in _FILES.items():
         path = root / name
-        if not path.is_file():
+        if not root.is_file(name):
             continue
         table = read_table(path)
         missing = [column for column in ("figure_file", "caption", task) if column not in table.columns]
         if missing:
-            raise DataError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns)}.")
+            raise DataError(f"{path} has no column {', '.join(missing)}; it has {listing(table.columns)}.")
         for number, row in enumerate(table.to_dict("records")):
             figure = row["figure_file"]
-            if not figure or Path(figure).is_absolute() or ".." in Path(figure).parts:
-                raise DataError(f"{path} names the image {figure!r}, which does not lie under {root}.")
             text = "" if row["caption"].lower() == "nan" else collapsed(row["caption"])
-            image = root / "melinda_images" / figure
+            image = path_under(root / "melinda_images", figure or "(no image)", path)
             rows.append(CaptionedFigure(f"{split}/{number}-{figure}", figure, image, text, row[task], split))
     counts = Counter(row.split for row in rows)
     if any(counts[split] != number for split, number in _ROWS.items()):
@@ -75,7 +76,7 @@ def read_melinda(root: Path, task: str = "p_meth_label") -> list[CaptionedFigure
     return rows
 
 
-def _find(root: Path) -> list[Study]:
+def _find(root: Tree) -> list[Study]:
     """List training and validation rows as images with text, for calibration: no labels, nothing of the test split."""
     rows = [row for row in read_melinda(root) if row.split != "test"]
     held = {row.patient_id for row in rows if row.split == "val"}
@@ -86,6 +87,10 @@ def _find(root: Path) -> list[Study]:
     ]
 
 
-MELINDA = StudyLayout(
-    name="melinda", tree="ROOT/{train,dev,test}.csv and ROOT/melinda_images/", find=_find, extract=plain_text
+MELINDA = Layout(
+    name="melinda",
+    tree="ROOT/{train,dev,test}.csv and ROOT/melinda_images/",
+    find=_find,
+    evidence=marked("train.csv", "melinda_images"),
+    tables=tuple(_FILES.values()),
 )

@@ -6,10 +6,8 @@ The tables say which images there are: no image is touched here.
 """
 
 import gc
-import os
 import re
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -19,8 +17,13 @@ import numpy as np
 import pandas as pd
 
 from common.errors import DataError
-from datamodules.reports.studies import ReportFile, Study, StudyLayout
+from common.pseudonyms import public_name
+from datamodules.files import listing
+from datamodules.registry import Facts, Layout, marked
+from datamodules.reports.studies import ReportFile, Study
 from datamodules.reports.text import mimic_text
+from datamodules.tables import read_table
+from datamodules.tree import Tree
 
 REPORTS = "mimic-cxr-reports.zip"
 _MAX_DEPTH = 3
@@ -31,46 +34,39 @@ _IDENTIFIERS = {"dicom_id": "[0-9A-Za-z-]+", "subject_id": "[0-9]+", "study_id":
 _MEMBER = re.compile(r"(?:.*/)?files/(p\d+/p\d+/s\d+)\.txt")
 
 
-def _subfolders(folder: Path) -> list[Path]:
+def _subfolders(tree: Tree, folder: str) -> list[str]:
     """List the folders in which a product may lie."""
-    try:
-        with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    except PermissionError:
-        return []
-    return [folder / name for name in names if name != "files"] if len(names) <= _MAX_FOLDERS else []
+    names = tree.folders(folder)
+    return [f"{folder}/{name}".lstrip("/") for name in names if name != "files"] if len(names) <= _MAX_FOLDERS else []
 
 
-def _folders(root: Path) -> list[Path]:
+def _folders(tree: Tree) -> list[str]:
     """List the root and what lies under it, at most three folders down."""
-    found, level = [root], [root]
+    found, level = [""], [""]
     for _ in range(_MAX_DEPTH):
-        level = [below for folder in level for below in _subfolders(folder)]
+        level = [below for folder in level for below in _subfolders(tree, folder)]
         found += level
     return found
 
 
-def _table_path(folder: Path, name: str) -> Path | None:
+def _table_path(tree: Tree, folder: str, name: str) -> Path | None:
     """Return a product's table, of the newest version; None if there is none."""
-    paths = sorted(path for path in folder.glob(f"mimic-cxr-*-{name}.csv*") if path.suffix in (".csv", ".gz"))
-    return paths[-1] if paths else None
+    paths = tree.glob(f"{folder}/mimic-cxr-*-{name}.csv*".lstrip("/"))
+    tables = [path for path in paths if path.suffix in (".csv", ".gz")]
+    return tables[-1] if tables else None
 
 
-def _read_table(path: Path, needed: Sequence[str]) -> pd.DataFrame:
-    """Read a table as text, without white space around names and values and without repeated rows.
+def _needed_table(path: Path, needed: Sequence[str]) -> pd.DataFrame:
+    """Read a table as text, without repeated rows.
 
     Raises:
         DataError: the file is damaged, or a column is missing.
     """
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read as a table ({error}); fetch it again.") from error
-    table.columns = table.columns.str.strip()
+    table = read_table(path)
     missing = [column for column in needed if column not in table]
     if missing:
-        raise DataError(f"{path} needs the column {missing[0]}, it has {', '.join(table.columns)}.")
-    return table.fillna("").apply(lambda column: column.str.strip()).drop_duplicates()
+        raise DataError(f"{path} needs the column {missing[0]}, it has {listing(table.columns)}.")
+    return table.drop_duplicates()
 
 
 def _per_study(table: pd.DataFrame, path: Path, column: str) -> pd.Series:
@@ -83,7 +79,8 @@ def _per_study(table: pd.DataFrame, path: Path, column: str) -> pd.Series:
     twice = pairs.loc[pairs["study_id"].duplicated(), "study_id"]
     if len(twice):
         values = pairs.loc[pairs["study_id"] == twice.iloc[0], column]
-        raise DataError(f"{path} gives the study {twice.iloc[0]} more than one {column}: {', '.join(values)}.")
+        study, found = public_name(twice.iloc[0]), ", ".join(map(public_name, values))
+        raise DataError(f"{path} gives the study {study} more than one {column}: {found}.")
     return pairs.set_index("study_id")[column]
 
 
@@ -97,7 +94,7 @@ def _with_views(images: pd.DataFrame, path: Path, views: Sequence[str]) -> pd.Da
     kept = images[images["ViewPosition"].str.upper().isin(wanted)]
     if kept.empty:
         counts = images["ViewPosition"].value_counts()
-        present = ", ".join(f"{view or 'blank'} ({count})" for view, count in counts.items())
+        present = listing(f"{view or 'blank'} ({count})" for view, count in counts.items())
         raise DataError(f"{path} lists no image of the views {', '.join(views)}; it has {present}.")
     return kept
 
@@ -112,11 +109,13 @@ def _read_images(path: Path, views: Sequence[str] | None) -> pd.DataFrame:
         DataError: a damaged or empty table, an entry that is no identifier, a study of two patients, or no image of
             the views.
     """
-    images = _read_table(path, [*_IDENTIFIERS, "ViewPosition"]).drop_duplicates("dicom_id")
+    images = _needed_table(path, [*_IDENTIFIERS, "ViewPosition"]).drop_duplicates("dicom_id")
     for column, pattern in _IDENTIFIERS.items():
         odd = images.loc[~images[column].str.fullmatch(pattern), column]
         if len(odd):
-            raise DataError(f"{path} has {len(odd)} rows whose {column} is no identifier, first {odd.iloc[0]!r}.")
+            raise DataError(
+                f"{path} has {len(odd)} rows whose {column} is no identifier, first '{public_name(odd.iloc[0])}'."
+            )
     if images.empty:
         raise DataError(f"{path} lists no image.")
     _per_study(images, path, "subject_id")
@@ -137,38 +136,39 @@ def _zipped_reports(path: Path) -> dict[str, ReportFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             matches = [_MEMBER.fullmatch(name) for name in archive.namelist()]
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read as an archive ({error}); fetch it again.") from error
     return {match.group(1): ReportFile(path, match.group(0)) for match in matches if match}
 
 
-def _find_reports(folders: Sequence[Path], stems: Sequence[str]) -> Mapping[str, ReportFile]:
+def _find_reports(tree: Tree, folders: Sequence[str], stems: Sequence[str]) -> Mapping[str, ReportFile]:
     """Find the reports of some studies, in an archive or else unpacked; empty if there are none at all."""
     for folder in folders:
-        if (folder / REPORTS).is_file():
-            zipped = _zipped_reports(folder / REPORTS)
+        if tree.is_file(f"{folder}/{REPORTS}".lstrip("/")):
+            zipped = _zipped_reports(tree / f"{folder}/{REPORTS}".lstrip("/"))
             if not zipped.keys().isdisjoint(stems):
                 return zipped
     for folder in folders:
-        files = folder / "files"
-        if files.is_dir():
-            there = (stem for stem in stems if os.path.isfile(f"{files}/{stem}.txt"))
-            unpacked = {stem: ReportFile(files / f"{stem}.txt") for stem in there}
+        files = f"{folder}/files".lstrip("/")
+        if tree.is_dir(files):
+            there = (stem for stem in stems if tree.is_file(f"{files}/{stem}.txt"))
+            unpacked = {stem: ReportFile(tree / f"{files}/{stem}.txt") for stem in there}
             if unpacked:
                 return unpacked
     return {}
 
 
-def _read_findings(product: Path, studies: Sequence[str]) -> list[Mapping[str, str]]:
+def _read_findings(path: Path | None, studies: Sequence[str]) -> list[Mapping[str, str]]:
     """Read the findings of some studies, ``""`` where unknown; without the table there are none.
 
     Raises:
         DataError: a damaged table.
     """
-    path = _table_path(product, "chexpert")
-    table = None if path is None else _read_table(path, ["study_id"]).drop_duplicates("study_id").set_index("study_id")
-    names = [] if table is None else [name for name in table if name != "subject_id"]
-    if table is None or not names:
+    if path is None:
+        return [{} for _ in studies]
+    table = _needed_table(path, ["study_id"]).drop_duplicates("study_id").set_index("study_id")
+    names = [name for name in table if name != "subject_id"]
+    if not names:
         return [{} for _ in studies]
     # Few rows are distinct: studies that share one save most of the memory.
     groups = table[names].reindex(studies, fill_value="").groupby(names, sort=False)
@@ -182,7 +182,7 @@ def _read_splits(path: Path, studies: Sequence[str]) -> list[str]:
     Raises:
         DataError: a damaged table, or a study in two splits.
     """
-    table = _read_table(path, ["study_id", "split"])
+    table = _needed_table(path, ["study_id", "split"])
     return _per_study(table, path, "split").replace(_SPLITS).reindex(studies, fill_value="").tolist()
 
 
@@ -218,7 +218,7 @@ def _studies(
 
 
 @_collector_paused()
-def find_studies(root: Path, views: Sequence[str] | None = None) -> list[Study]:
+def find_studies(root: Tree, views: Sequence[str] | None = None) -> list[Study]:
     """List the studies of MIMIC-CXR-JPG that have an image, in the order of their ids.
 
     Of several versions of a product the newest is taken. Ids are those of the tables, without ``p`` and ``s``.
@@ -232,33 +232,39 @@ def find_studies(root: Path, views: Sequence[str] | None = None) -> list[Study]:
             splits or of two patients, or no image of the views.
     """
     folders = _folders(root)
-    tables = [(path.name, path) for folder in folders if (path := _table_path(folder, "metadata"))]
+    tables = [(path.name, path) for folder in folders if (path := _table_path(root, folder, "metadata"))]
     if not tables:
         return []
     _, metadata = max(tables)
-    product = metadata.parent
-    split_path = _table_path(product, "split")
+    product, place = metadata.parent, root.name_of(metadata.parent)
+    split_path = _table_path(root, place, "split")
     if split_path is None:
         raise DataError(f"{product} has no mimic-cxr-*-split.csv.gz beside {metadata.name}; fetch it too.")
     images = _read_images(metadata, views)
     studies = images.drop_duplicates("study_id")
     ids, stems = studies["study_id"].tolist(), studies["stem"].tolist()
-    reports = _find_reports(folders, stems)
+    reports = _find_reports(root, folders, stems)
     if not reports:
         raise DataError(
             f"MIMIC-CXR-JPG in {product} has no reports: fetch {REPORTS} of MIMIC-CXR and put it into {product}, "
             f"or anywhere under {root} at most three folders down."
         )
     splits = _read_splits(split_path, ids)
-    return _studies(images, product / "files", reports, splits, _read_findings(product, ids))
+    return _studies(
+        images, product / "files", reports, splits, _read_findings(_table_path(root, place, "chexpert"), ids)
+    )
 
 
-MIMIC_CXR = StudyLayout(
+MIMIC_CXR = Layout(
     name="mimic_cxr",
     tree=(
         "ROOT/mimic-cxr-jpg/VERSION/{files/pXX/pXXXXXXXX/sXXXXXXXX/<dicom_id>.jpg, mimic-cxr-*-{metadata,split"
         f"[,chexpert]}}.csv.gz}} and ROOT/mimic-cxr/VERSION/{REPORTS} (or files/pXX/pXXXXXXXX/sXXXXXXXX.txt)"
     ),
     find=find_studies,
-    extract=mimic_text,
+    evidence=marked(
+        tuple(f"{'*/' * depth}mimic-cxr-*-metadata.csv*" for depth in range(_MAX_DEPTH + 1)),
+    ),
+    facts=Facts(extract=mimic_text),
+    tables=tuple(f"{'*/' * depth}{name}" for depth in range(_MAX_DEPTH + 1) for name in ("mimic-cxr-*.csv*", REPORTS)),
 )

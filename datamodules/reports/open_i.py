@@ -4,22 +4,24 @@
 ``parentImage`` of its report and may lie anywhere under the root. A study's text is a JSON object of its sections.
 """
 
+import io
 import json
 import re
 import tarfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 
 from common.errors import DataError
-from datamodules.reports.studies import Study, StudyLayout
+from datamodules.files import parse_xml, read_bytes
+from datamodules.registry import Evidence, Facts, Layout
+from datamodules.reports.studies import Study
 from datamodules.reports.text import MAX_BYTES, check_part, clean, decode
+from datamodules.tree import Tree
 
 ARCHIVE = "NLMCXR_reports.tgz"
 _FOLDERS = (".", "ecgen-radiology", "*/ecgen-radiology")
 _NAME = re.compile(r"\d+\.xml")
-_DECLARATION = re.compile(r"<!(DOCTYPE|ENTITY)")
 _ROOT_TAG = b"<eCitation"
 
 
@@ -30,7 +32,7 @@ def _archived(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
         DataError: a member's name points out of the archive, or the archive is damaged.
     """
     try:
-        with tarfile.open(path, "r:gz") as archive:
+        with tarfile.open(fileobj=io.BytesIO(read_bytes(path)), mode="r:") as archive:
             for member in archive:
                 name = PurePosixPath(member.name)
                 if name.is_absolute() or ".." in name.parts:
@@ -38,11 +40,11 @@ def _archived(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
                 file = archive.extractfile(member) if member.isreg() and _NAME.fullmatch(name.name) else None
                 if file is not None:
                     yield name, file.read(MAX_BYTES + 1)
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    except tarfile.TarError as error:
         raise DataError(f"{path} cannot be read to its end ({error}); fetch it again.") from error
 
 
-def _unpacked(root: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
+def _unpacked(root: Tree) -> Iterator[tuple[PurePosixPath, bytes]]:
     """Yield name and content of the reports in the first folder that has any."""
     for pattern in _FOLDERS:
         paths = [path for path in root.glob(f"{pattern}/*.xml") if _NAME.fullmatch(path.name)]
@@ -61,13 +63,8 @@ def _parse(place: str, data: bytes) -> ElementTree.Element:
     """
     if len(data) > MAX_BYTES:
         raise DataError(f"{place} is longer than {MAX_BYTES} bytes, which no report is.")
-    text = decode(data)
-    if _DECLARATION.search(text):
-        raise DataError(f"{place} has a DOCTYPE or ENTITY declaration, which no report of Open-I has.")
-    try:
-        return ElementTree.fromstring(text)
-    except ElementTree.ParseError:
-        return ElementTree.Element("eCitation")
+    report = parse_xml(decode(data), place)
+    return ElementTree.Element("eCitation") if report is None else report
 
 
 def _sections(report: ElementTree.Element) -> dict[str, str]:
@@ -88,7 +85,7 @@ def _study(number: int, report: ElementTree.Element, images: Mapping[str, Path])
     return Study(f"CXR{number}", f"CXR{number}", found, ("",) * len(found), text)
 
 
-def find_studies(root: Path) -> list[Study]:
+def find_studies(root: Tree) -> list[Study]:
     """List the studies of Open-I in the order of their numbers.
 
     A report that is not well-formed is kept without text, so that it counts as a fault and not as absent.
@@ -97,10 +94,10 @@ def find_studies(root: Path) -> list[Study]:
         DataError: a damaged archive, a member that points out of it, or a report that is too long or declares entities.
     """
     archive = root / ARCHIVE
-    reports = dict(_archived(archive) if archive.is_file() else _unpacked(root))
+    reports = dict(_archived(archive) if root.is_file(ARCHIVE) else _unpacked(root))
     if not any(_ROOT_TAG in data for data in reports.values()):
         return []
-    images = {path.stem: path for path in sorted(root.rglob("*.png"), reverse=True)}
+    images = {path.stem: path for path in reversed(root.glob("**/*.png"))}
     numbered = sorted((int(name.stem), name) for name in reports)
     return [_study(number, _parse(str(name), reports[name]), images) for number, name in numbered]
 
@@ -122,9 +119,24 @@ def open_i_text(text: str, part: str, keep_redactions: bool = False) -> str:
     return clean(" ".join(found.get(name, "") for name in names), keep_redactions)
 
 
-OPEN_I = StudyLayout(
+def _recognise(tree: Tree) -> Evidence:
+    if tree.is_file(ARCHIVE):
+        return Evidence(3, ARCHIVE)
+    first = next((path for pattern in _FOLDERS for path in tree.glob(f"{pattern}/*.xml") if _NAME.fullmatch(path.name)),
+                 None)  # fmt: skip
+    if first is None:
+        return Evidence(0, missing=ARCHIVE)
+    with first.open("rb") as file:
+        if _ROOT_TAG in file.read(MAX_BYTES):
+            return Evidence(3, f"{tree.name_of(first)} is a report of Open-I")
+    return Evidence(0, missing="reports with eCitation", near=0.3)
+
+
+OPEN_I = Layout(
     name="open_i",
     tree=f"ROOT/{ARCHIVE} or ROOT/ecgen-radiology/<number>.xml [+ <parentImage id>.png anywhere under ROOT]",
     find=find_studies,
-    extract=open_i_text,
+    evidence=_recognise,
+    facts=Facts(extract=open_i_text),
+    tables=(ARCHIVE, *(f"{pattern}/*.xml" for pattern in _FOLDERS)),
 )

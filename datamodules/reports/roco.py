@@ -13,17 +13,12 @@ import pandas as pd
 
 from common.errors import DataError
 from common.runtime.reporting import say
-from datamodules.reports.manifest import read_table
-from datamodules.reports.medicat import (
-    collapsed,
-    find_medicat,
-    hashed_split,
-    json_lines,
-    say_left_out,
-    studies_of_texts,
-)
-from datamodules.reports.studies import Study, StudyLayout
-from datamodules.reports.text import plain_text
+from datamodules.files import json_lines, listing, read_lines
+from datamodules.registry import Layout, marked
+from datamodules.reports.medicat import collapsed, find_medicat, hashed_split, say_left_out, studies_of_texts, texts_of
+from datamodules.reports.studies import Study
+from datamodules.tables import read_table
+from datamodules.tree import Tree
 
 _FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 _SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -45,11 +40,6 @@ class Caption(NamedTuple):
     fetched: str = ""
 
 
-def _lines(path: Path) -> list[str]:
-    """Return the lines of a file; unlike ``splitlines``, separators that Unicode knows do not end a caption."""
-    return [line.rstrip("\r") for line in path.read_text(encoding="utf-8", errors="replace").split("\n")]
-
-
 def read_captions(path: Path) -> list[Caption]:
     """Read ``captions.txt``: number, tab, caption; a caption may hold further tabs. Every line counts.
 
@@ -57,7 +47,7 @@ def read_captions(path: Path) -> list[Caption]:
         DataError: a line has no number.
     """
     found = []
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         name, _, text = line.partition("\t")
@@ -72,7 +62,7 @@ def read_links(path: Path) -> dict[str, tuple[str, str]]:
     links: dict[str, tuple[str, str]] = {}
     if not path.is_file():
         return links
-    for line in _lines(path):
+    for line in read_lines(path):
         parts = line.split("\t")
         if len(parts) < 3:
             continue
@@ -100,25 +90,25 @@ def image_of(caption: Caption, folder: Path, there: set[str]) -> Path | None:
     return None if found is None else folder / found
 
 
-def _references(*roots: Path) -> dict[str, list[str]]:
+def _references(*roots: Tree) -> dict[str, list[str]]:
     """Return MedICaT's sentences about ROCO's figures, each once, by the name that the fetch script gives the image."""
     texts: dict[str, dict[str, None]] = {}
-    for path in (path for root in roots for path in sorted(root.rglob("roco_*_references.jsonl"))):
+    for path in (path for root in roots for path in root.glob("**/roco_*_references.jsonl")):
         for row in json_lines(path):
             if name := collapsed(row.get("roco_image_id")):
-                found = [text for text in map(collapsed, row.get("gorc_references") or []) if text]
+                found = texts_of(row, "gorc_references", str(path))
                 texts.setdefault(name, {}).update(dict.fromkeys(found))
     return {name: list(found) for name, found in texts.items()}
 
 
-def _part_folder(root: Path, split: str) -> Path | None:
+def _part_folder(root: Tree, split: str) -> Path | None:
     for name in _FOLDERS[split]:
-        if (root / name / "radiology" / "captions.txt").is_file():
-            return root / name / "radiology"
+        if root.is_file(f"{name}/radiology/captions.txt"):
+            return root / f"{name}/radiology"
     return None
 
 
-def find_roco(root: Path, medicat: Path | None = None) -> list[Study]:
+def find_roco(root: Tree, medicat: Tree | None = None) -> list[Study]:
     """List one study for each text of each figure that is there, official splits; empty where the root is no ROCO.
 
     Args:
@@ -136,7 +126,7 @@ def find_roco(root: Path, medicat: Path | None = None) -> list[Study]:
     total = missing = silent = joined = 0
     for split, folder in folders.items():
         images = folder / "images"
-        there = {path.name for path in images.iterdir()} if images.is_dir() else set()
+        there = {file.name.rpartition("/")[2] for file in root.listed(images)}
         for caption in read_part(folder):
             total += 1
             image = image_of(caption, images, there)
@@ -164,19 +154,19 @@ def find_roco(root: Path, medicat: Path | None = None) -> list[Study]:
     return studies
 
 
-def _find_v2(root: Path) -> list[Study]:
+def _find_v2(root: Tree) -> list[Study]:
     """List the figures of ROCOv2: ``{train,valid,test}_captions.csv`` with ID and Caption, a folder of images each."""
     studies: list[Study] = []
     total = missing = silent = 0
     for split in _FOLDERS:
-        tables = [path for name in _FOLDERS[split] for path in sorted(root.glob(f"{name}*_captions.csv"))]
+        tables = [path for name in _FOLDERS[split] for path in root.glob(f"{name}*_captions.csv")]
         if not tables:
             continue
         table: pd.DataFrame = read_table(tables[0])
         if not {"ID", "Caption"} <= set(table.columns):
-            raise DataError(f"{tables[0]} needs the columns ID and Caption, it has {', '.join(table.columns)}.")
-        folder = next((root / name for name in _FOLDERS[split] if (root / name).is_dir()), root / split)
-        there = {path.stem: path for path in folder.iterdir()} if folder.is_dir() else {}
+            raise DataError(f"{tables[0]} needs the columns ID and Caption, it has {listing(table.columns)}.")
+        folder = next((name for name in _FOLDERS[split] if root.is_dir(name)), split)
+        there = {file.stem: root / file.name for file in root.listed(folder)}
         for name, text in zip(table["ID"], table["Caption"], strict=True):
             total += 1
             missing += name not in there
@@ -188,27 +178,32 @@ def _find_v2(root: Path) -> list[Study]:
     return studies
 
 
-def find_medicat_roco(root: Path) -> list[Study]:
+def find_medicat_roco(root: Tree) -> list[Study]:
     """List MedICaT under ``root/medicat`` and ROCO under ``root/roco``, as UMD is pre-trained; empty without both.
 
     ROCO's figures have captions and the sentences about them that lie in MedICaT's release.
     """
-    if not (root / "medicat").is_dir() or not (root / "roco").is_dir():
+    if not root.is_dir("medicat") or not root.is_dir("roco"):
         return []
-    figures = [study._replace(split=hashed_split(study.patient_id)) for study in find_medicat(root / "medicat")]
-    captions = find_roco(root / "roco", root / "medicat")
+    medicat = root.sub("medicat")
+    figures = [study._replace(split=hashed_split(study.patient_id)) for study in find_medicat(medicat)]
+    captions = find_roco(root.sub("roco"), medicat)
     return [*figures, *captions] if figures and captions else []
 
 
-ROCO = StudyLayout(
+_TABLES = ("*/radiology/*.txt", "*_captions.csv", "**/roco_*_references.jsonl")
+ROCO = Layout(
     name="roco",
     tree="ROOT/{train,val,test}/radiology/{captions.txt,dlinks.txt,images/}, or ROCOv2",
     find=find_roco,
-    extract=plain_text,
+    evidence=marked(("*/radiology/captions.txt", "train*_captions.csv", "*_captions.csv")),
+    tables=_TABLES,
 )
-MEDICAT_ROCO = StudyLayout(
+MEDICAT_ROCO = Layout(
     name="medicat_roco",
     tree="ROOT/medicat and ROOT/roco, each as above",
     find=find_medicat_roco,
-    extract=plain_text,
+    evidence=marked("medicat", "roco"),
+    tables=(*(f"roco/{name}" for name in _TABLES), "medicat/release/*.jsonl", "medicat/*.jsonl"),
+    prefer=1,
 )

@@ -1,9 +1,10 @@
-"""Images with text: studies, where their reports lie, and what a layout of such archives is."""
+"""Images with text: studies, and where their reports lie."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
+
+from datamodules.registry import Archive, FileRef, Record
 
 
 class ReportFile(NamedTuple):
@@ -39,26 +40,31 @@ class Study(NamedTuple):
     split: str | None = None
     attributes: Mapping[str, str] = {}
 
+    def record(self) -> Record:
+        """Return the study as every data module can read it."""
+        views = self.views or ("",) * len(self.images)
+        text = FileRef(self.text.path, member=self.text.member) if isinstance(self.text, ReportFile) else self.text
+        images = tuple(zip(self.images, views, strict=True))
+        return Record(self.case_id, self.patient_id, images=images, text=text, attributes=self.attributes,
+                      split=self.split)  # fmt: skip
 
-@dataclass(frozen=True)
-class StudyLayout:
-    """A way in which images with text lie on disk.
 
-    Attributes:
-        name: What ``LAYOUT=`` takes.
-        tree: One line that shows the tree, for a person whose root was not recognised.
-        find: Lists the studies under a root; an empty list means the root is not of this layout.
-        extract: Makes the text that is used from a report as it stands; see :mod:`datamodules.reports.text`. Takes the
-            report, the part and whether redactions stay.
-        prefer: A layout of higher preference wins where several recognise a root.
+def study_of(record: Record) -> Study:
+    """Return the images and the text of a record as a study."""
+    text = ReportFile(record.text.path, record.text.member) if isinstance(record.text, FileRef) else record.text
+    images, views = tuple(path for path, _ in record.images), tuple(view for _, view in record.images)
+    return Study(record.case_id, record.patient_id, images, views, text, record.split, record.attributes)
+
+
+def studies_of(archive: Archive) -> list[Study]:
+    """Return the samples of an archive as studies.
+
+    Questions are texts of their images then: their answers stay out, and so do those of the test split, on which
+    whoever learns from these texts may be tested later. A question that an archive marks for validation stays there.
     """
-
-    name: str
-    tree: str
-    find: Callable[[Path], list[Study]]
-    extract: Callable[[str, str, bool], str]
-    prefer: int = 0
-
-    def recognised(self, root: Path) -> list[Study]:
-        """List the studies if the root is plainly of this layout."""
-        return self.find(root)
+    records = archive.records
+    if "questions" in archive.gives:
+        records = [record for record in records if record.split != "test"]
+        if not any(record.split == "val" for record in records):
+            records = [record._replace(split=None) for record in records]
+    return [study_of(record) for record in records]

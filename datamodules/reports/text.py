@@ -9,11 +9,13 @@ import re
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 
-from datamodules.reports.studies import ReportFile
+from datamodules.registry import Archive
+from datamodules.reports.studies import ReportFile, Study
 
 PARTS = ("full", "findings_impression")
 MAX_BYTES = 2**20
@@ -204,3 +206,33 @@ def read_report(source: ReportFile) -> str:
     if not text.strip():
         raise ReportError("empty", f"{place} holds no text")
     return text
+
+
+#: Makes the text that is used of a report; takes the report, the part and whether redactions stay.
+Extract = Callable[[str, str, bool], str]
+
+
+def extract_of(archive: Archive) -> Extract:
+    """Return what makes texts of an archive's reports; where its layout has nothing to say, they are used as they are.
+
+    See :func:`plain_text`.
+    """
+    return archive.facts.extract or plain_text
+
+
+def study_text(study: Study, extract: Extract, part: str, redactions: bool) -> str:
+    """Return the text of a study that is used; empty where it has none.
+
+    Args:
+        study: The study.
+        extract: Makes the text of a report.
+        part: See :func:`plain_text`.
+        redactions: Whether ``___`` stays.
+
+    Raises:
+        ReportError: a report that is listed cannot be read.
+    """
+    if study.text is None:
+        return ""
+    text = study.text if isinstance(study.text, str) else read_report(study.text)
+    return extract(text, part, redactions)

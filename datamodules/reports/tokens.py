@@ -3,9 +3,8 @@
 ``medmim tokenizer`` trains one from an archive and writes it as JSON for ``data.tokenizer``.
 """
 
-import argparse
-import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -15,10 +14,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 
 from common.errors import DataError, UserError
+from common.files import whole_file
 from common.randomness import stable_hash
-from common.runtime.data_config import add_data_arguments, make_datamodule
-from common.runtime.reporting import say
-from datamodules.volumes.cache import cache_root
+from datamodules.storage import cache_root
 
 Kind = Literal["wordpiece", "bpe"]
 #: The special tokens in the order of their ids, 0 to 3.
@@ -112,11 +110,9 @@ class ReportTokenizer:
         return self.backend.id_to_token(index) or SPECIAL[1]
 
     def save(self, path: Path) -> None:
-        """Write the tokenizer as JSON, under a temporary name first."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        self.backend.save(str(temporary))
-        os.replace(temporary, path)
+        """Write the tokenizer as JSON, whole or not at all."""
+        with whole_file(path) as temporary:
+            temporary.write_text(self.backend.to_str(pretty=True), encoding="utf-8")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: Kind = "wordpiece") -> ReportTokenizer:
@@ -148,8 +144,9 @@ def learned_tokenizer(texts: Sequence[str], vocab_size: int, kind: Kind = "wordp
     """
     digest = stable_hash(vocab_size, *sorted(texts))
     path = cache_root() / "tokenizers" / f"{kind}-{digest:016x}.json"
-    if not path.is_file():
-        train_tokenizer(texts, vocab_size, kind).save(path)
+    with suppress(DataError):  # not learned yet, or damaged since
+        return load_tokenizer(path)
+    train_tokenizer(texts, vocab_size, kind).save(path)
     return load_tokenizer(path)
 
 
@@ -218,25 +215,3 @@ def load_tokenizer(path: str | Path) -> ReportTokenizer:
         raise DataError(
             f"There is no tokenizer at {path} (a JSON file, a folder of transformers, or a name of its hub): {reason}"
         ) from error
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``medmim tokenizer``."""
-    add_data_arguments(parser)
-    parser.add_argument("--kind", choices=("wordpiece", "bpe"), help="default: the configuration's, else wordpiece")
-    parser.add_argument("--vocab-size", type=int, help="tokens at most (default: the configuration's)")
-    parser.add_argument("--out", required=True, help="JSON file to write, for data.tokenizer")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Carry out ``medmim tokenizer``.
-
-    Raises:
-        DataError: the archive has no text to train on.
-    """
-    datamodule = make_datamodule(args)
-    texts = datamodule.training_texts()
-    kind = args.kind or getattr(datamodule, "tokenizer_kind", "wordpiece")
-    tokenizer = train_tokenizer(texts, args.vocab_size or datamodule.vocab_size, kind)
-    tokenizer.save(Path(args.out))
-    say(f"tokenizer: {tokenizer.vocab_size} tokens ({kind}) from {len(texts)} training texts, at {args.out}")

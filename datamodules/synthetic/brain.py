@@ -1,6 +1,5 @@
 """Synthetic brains in the official layouts of BrainMVP's pre-training sources and downstream tasks."""
 
-import csv
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from common.randomness import numpy_generator
 from datamodules.synthetic.anatomy import BrainCase, make_brain
+from datamodules.synthetic.tables import write_table
 from datamodules.volumes.reading import to_lps, write_nifti
 
 T = TypeVar("T")
@@ -104,8 +104,7 @@ def write_tree(root: Path, num_cases: int, seed: int, layout: str, shape: Sequen
 
     rows = _in_threads(write, range(1, num_cases + 1))
     if tree.table is not None:
-        with (root / tree.table[0]).open("w", newline="") as file:
-            csv.writer(file).writerows([tree.table[1], *(row for row in rows if row is not None)])
+        write_table(root / tree.table[0], tree.table[1], [row for row in rows if row is not None])
 
 
 def write_brain_archive(

@@ -3,20 +3,19 @@
 They are read by the same code as real archives. Some members are missing on purpose, as in any real archive.
 """
 
-import argparse
-import csv
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from common.errors import UserError
+from common.files import make_folder, move, remove_tree, storage_errors
 from common.randomness import numpy_generator
-from common.runtime.data_config import data_options
+from common.runtime.data_config import Archive
 from common.runtime.reporting import say
 from datamodules.synthetic.anatomy import make_brain, make_lung, make_prostate
 from datamodules.synthetic.brain import BRAIN_WRITERS
@@ -31,19 +30,12 @@ from datamodules.synthetic.figures import (
 from datamodules.synthetic.fundus import write_aptos, write_idrid, write_palm, write_rfmid, write_tcga, write_ukb
 from datamodules.synthetic.labelled import write_chexpert, write_covid_cxr, write_nih, write_rsna, write_siim
 from datamodules.synthetic.reports import write_mimic_cxr
+from datamodules.synthetic.tables import write_table
 from datamodules.volumes.reading import to_lps, write_nifti
 
 NOTE = "SYNTHETIC.json"
 _MARKSHEET = ("patient_id", "study_id", "mri_date", "patient_age", "psa", "psad", "prostate_volume", "histopath_type",
               "lesion_PIRADS", "lesion_GS", "lesion_ISUP", "case_ISUP", "case_csPCa", "center")  # fmt: skip
-
-
-def _write_table(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
 
 
 def write_brats(
@@ -71,7 +63,7 @@ def write_brats(
         label = np.where(brain.label == 3, 4, brain.label).astype(np.uint8) if legacy else brain.label
         write_nifti(root / case / f"{case}{joint}seg.nii.gz", *to_lps(label))
         rows.append((case, int(brain.mutant)))
-    _write_table(root / "idh.csv", ("case_id", "idh"), rows)
+    write_table(root / "idh.csv", ("case_id", "idh"), rows)
 
 
 def _itk_image(data: NDArray, spacing: Sequence[float], origin: Sequence[float]) -> sitk.Image:
@@ -113,7 +105,7 @@ def write_pi_cai(root: Path, num_cases: int, seed: int, shape: Sequence[int] = (
         grade = 3 if case.significant else 1
         rows.append((patient, study, "2020-01-01", 65, 7.1, 0.14, 50, "MRBx", 4, "4+3" if case.significant else "3+3",
                      grade, grade, "YES" if case.significant else "NO", "SYN"))  # fmt: skip
-    _write_table(root / "labels/clinical_information/marksheet.csv", _MARKSHEET, rows)
+    write_table(root / "labels/clinical_information/marksheet.csv", _MARKSHEET, rows)
 
 
 def write_lung(root: Path, num_cases: int, seed: int, shape: Sequence[int] = (96, 96, 24)) -> None:
@@ -128,7 +120,7 @@ def write_lung(root: Path, num_cases: int, seed: int, shape: Sequence[int] = (96
         write_nifti(root / name / "cavity.nii.gz", case.cavity, affine)
         write_nifti(root / name / "vent.nii.gz", case.ventilated, affine)
         rows.append((name, name, int(case.disease)))
-    _write_table(root / "cases.csv", ("case_id", "patient_id", "disease"), rows)
+    write_table(root / "cases.csv", ("case_id", "patient_id", "disease"), rows)
 
 
 def write_brats_legacy(root: Path, num_cases: int, seed: int) -> None:
@@ -176,38 +168,34 @@ def synthesize(layout: str, root: Path, num_cases: int = 16, seed: int = 0) -> b
         return False
     if root.exists() and any(root.iterdir()) and not (root / NOTE).is_file():
         raise UserError(f"{root} holds other files; choose an empty folder for synthetic data.")
-    temporary = root.with_name(f".{root.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    WRITERS[layout](temporary, num_cases, seed)
-    (temporary / NOTE).write_text(json.dumps(facts))
-    shutil.rmtree(root, ignore_errors=True)
-    temporary.rename(root)
+    root = root.absolute()
+    make_folder(root.parent)
+    with storage_errors(root), TemporaryDirectory(prefix=".synthetic-", dir=root.parent) as folder:
+        written = Path(folder) / "tree"
+        WRITERS[layout](written, num_cases, seed)
+        (written / NOTE).write_text(json.dumps(facts))
+        remove_tree(root, root.parent)  # empty, or one of ours
+        move(written, root, root.parent)
     return True
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``medmim synthesize``."""
-    parser.add_argument("layout", nargs="?", help=f"one of {', '.join(WRITERS)}")
-    parser.add_argument(
-        "--config", action="append", help="instead: configurations whose data.root ends in the layout's name"
-    )
-    parser.add_argument("--out", help="folder to write (default: data/synthetic/LAYOUT, or the configuration's root)")
-    parser.add_argument("--cases", type=int, default=16, help="number of cases (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other cases (default: %(default)s)")
-
-
-def run(args: argparse.Namespace) -> None:
+def run(layout: str | None, config: Sequence[str] | None, out: str | None, cases: int, seed: int) -> None:
     """Carry out ``medmim synthesize``.
+
+    Args:
+        layout: Which official layout; None: the one that the configurations' ``data.root`` is named after.
+        config: Configurations, where no layout is given.
+        out: Folder to write; None: ``data/synthetic/LAYOUT``, or the configurations' root.
+        cases: How many.
+        seed: Another seed, other cases.
 
     Raises:
         UserError: neither a layout nor a configuration was given.
     """
-    if not args.layout and not args.config:
+    if not layout and not config:
         raise UserError(f"medmim synthesize needs a layout ({', '.join(WRITERS)}) or --config.")
-    root = Path(args.out or f"data/synthetic/{args.layout}")
-    if not args.layout:
-        root = Path(args.out or data_options(args.config)["root"])
-    layout = args.layout or root.name
-    written = synthesize(layout, root, args.cases, args.seed)
+    root = Path(out or (f"data/synthetic/{layout}" if layout else Archive(config or ()).section["init_args"]["root"]))
+    layout = layout or root.name
+    written = synthesize(layout, root, cases, seed)
     state = "written to" if written else "at"
-    say(f"synthetic {layout}: {args.cases} cases {state} {root} (DATA= takes your own archive)")
+    say(f"synthetic {layout}: {cases} cases {state} {root} (DATA= takes your own archive)")

@@ -4,7 +4,6 @@ A figure shows one shape, bright or dark, in one quarter of a noisy ground; capt
 says of a figure can only be known by looking at it.
 """
 
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from common.randomness import numpy_generator
+from datamodules.synthetic.tables import write_table
 
 SHAPES = ("disc", "square", "cross", "ring", "bar", "wedge")
 PLACES = ("upper left", "upper right", "lower left", "lower right")
@@ -246,7 +246,4 @@ def write_melinda(root: Path, num_cases: int, seed: int) -> None:
             text = f"({part}) {scene.plane} {scene.modality}, the {scene.place} quarter is stained {scene.tone}."
             rows[split].append((name, text, scene.plane, scene.shape, scene.plane, scene.shape))
     for split, table in rows.items():
-        with (root / f"{split}.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(header)
-            writer.writerows(table)
+        write_table(root / f"{split}.csv", header, table)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from common.randomness import numpy_generator
-from datamodules.genetics.genotypes import MISSING, optional_reader
+from datamodules.files import optional_reader
+from datamodules.genetics.genotypes import MISSING
 
 _SIZE = (192, 256)
 _VARIANTS, _CHROMOSOMES = 960, (1, 2, 22)

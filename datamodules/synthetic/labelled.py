@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
@@ -20,6 +19,7 @@ from datamodules.labelled.chexpert import MIXED
 from datamodules.labelled.siim import NO_REGION, encode_runs
 from datamodules.reports.text import mimic_text
 from datamodules.synthetic.radiographs import SIDED_FINDINGS, SIDES, draw_image, write_report
+from datamodules.synthetic.tables import write_table
 
 _SIZE = (320, 384)
 _VIEWS = ("PA", "AP")
@@ -66,11 +66,6 @@ _PNEUMONIAS: Sequence[tuple[str, Mapping[str, str]]] = (
     ("Varicella", {"nodule": "both"}),
     ("Pneumocystis", {"nodule": "one"}),
 )
-
-
-def _write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows, columns=list(columns), dtype=object).to_csv(path, index=False, lineterminator="\n")
 
 
 def _save(path: Path, image: NDArray[np.uint8], mode: str = "L") -> None:
@@ -205,7 +200,7 @@ def write_chexpert(root: Path, num_cases: int, seed: int, size: Sequence[int] = 
             shown = {"Frontal/Lateral": side, "AP/PA": view if side == "Frontal" else ""}
             rows[part].append({"Path": f"{folder.name}/{name}", **facts, **shown, **labels})
     for part, listed in rows.items():
-        _write_table(folder / f"{part}.csv", _CHEXPERT, listed)
+        write_table(folder / f"{part}.csv", _CHEXPERT, listed)
 
 
 def write_nih(root: Path, num_cases: int, seed: int, size: Sequence[int] = _SIZE) -> None:
@@ -233,7 +228,7 @@ def write_nih(root: Path, num_cases: int, seed: int, size: Sequence[int] = _SIZE
              "Patient ID": patient + 1, **facts, **taken}
         )  # fmt: skip
         lists["test_list.txt" if _set_aside(patient) else "train_val_list.txt"].append(name)
-    _write_table(root / "Data_Entry_2017_v2020.csv", _NIH, rows)
+    write_table(root / "Data_Entry_2017_v2020.csv", _NIH, rows)
     for file, names in lists.items():
         (root / file).write_text("\n".join(names))
 
@@ -260,8 +255,8 @@ def write_rsna(root: Path, num_cases: int, seed: int, size: Sequence[int] = _SIZ
         boxes += [{"patientId": name, **row} for row in rows]
         kinds += [{"patientId": name, "class": kind}] * len(rows)
     columns = ("patientId", "x", "y", "width", "height", "Target")
-    _write_table(root / "stage_2_train_labels.csv", columns, boxes)
-    _write_table(root / "stage_2_detailed_class_info.csv", ("patientId", "class"), kinds)
+    write_table(root / "stage_2_train_labels.csv", columns, boxes)
+    write_table(root / "stage_2_detailed_class_info.csv", ("patientId", "class"), kinds)
 
 
 def _box(region: NDArray[np.bool_]) -> dict[str, float]:
@@ -294,7 +289,7 @@ def write_covid_cxr(root: Path, num_cases: int, seed: int, size: Sequence[int] =
         rows += _covid_rows(root, (seed, num_cases + number), num_cases + number, person, finding, {}, size)
     rows.append({**rows[0], "patientid": num_cases + 2})
     rows.append({**rows[0], "view": "Axial", "modality": "CT", "folder": "volumes", "filename": "ct_001.nii.gz"})
-    _write_table(root / "metadata.csv", _COVID, rows)
+    write_table(root / "metadata.csv", _COVID, rows)
 
 
 def _covid_rows(
@@ -341,4 +336,4 @@ def write_siim(root: Path, num_cases: int, seed: int, size: Sequence[int] = _SIZ
         image = draw_image(numpy_generator(*key), findings, size)
         _write_dicom(root / f"dicom-images-train/{uids[0]}/{uids[1]}/{uids[2]}.dcm", image, "PA", uids)
         rows += [{"ImageId": uids[2], " EncodedPixels": f" {code}"} for code in codes]
-    _write_table(root / "train-rle.csv", ("ImageId", " EncodedPixels"), rows)
+    write_table(root / "train-rle.csv", ("ImageId", " EncodedPixels"), rows)

@@ -14,6 +14,23 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
+from datamodules.synthetic.phrases import (
+    ABSENT,
+    COLUMN_WORDS,
+    COMPARISONS,
+    EXAMINATIONS,
+    FILLER,
+    NORMAL_SUMMARY,
+    NOTICES,
+    POSSIBLE,
+    PRESENT,
+    QUESTIONS,
+    REMARKS,
+    SUMMARY,
+    SYMPTOMS,
+    TITLE,
+)
+
 Array = NDArray[np.floating]
 _T = TypeVar("_T")
 # Points, width, brightness.
@@ -26,218 +43,6 @@ CHEXPERT_COLUMNS = (
     "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Enlarged Cardiomediastinum", "Fracture", "Lung Lesion",
     "Lung Opacity", "No Finding", "Pleural Effusion", "Pleural Other", "Pneumonia", "Pneumothorax", "Support Devices",
 )  # fmt: skip
-
-# What is taken: how the examination is called, and how a report describes it.
-EXAMINATIONS = {
-    "PA": ("CHEST (PA)", "single upright frontal view of the chest"),
-    "AP": ("CHEST (PORTABLE AP)", "portable semi-erect frontal radiograph of the chest"),
-    "LATERAL": ("CHEST (LATERAL)", "lateral view of the chest"),
-    "PA AND LATERAL": ("CHEST (PA AND LAT)", "chest PA and lateral views were obtained"),
-    "AP AND LATERAL": ("CHEST (AP AND LAT)", "chest AP and lateral projections were acquired"),
-}
-
-# A sentence is about a column of CheXpert if one of these occurs in it.
-_COLUMN_WORDS: Mapping[str, Sequence[str]] = {
-    "Atelectasis": ("atelecta",),
-    "Cardiomegaly": ("heart", "cardiac", "cardiomegaly", "cardiomediastinal"),
-    "Consolidation": ("consolidat",),
-    "Edema": ("edema",),
-    "Enlarged Cardiomediastinum": ("mediastinal",),
-    "Fracture": ("fracture",),
-    "Lung Lesion": ("nodul", "lesion"),
-    "Lung Opacity": ("opacit",),
-    "Pleural Effusion": ("effusion", "pleural fluid"),
-    "Pneumonia": ("pneumonia",),
-    "Pneumothorax": ("pneumothora", "pleural air"),
-    "Support Devices": ("tube", "devices"),
-}
-
-# Filled from _slots: one set of sentences does for one side and for both.
-_PRESENT: Mapping[str, Sequence[str]] = {
-    "effusion": (
-        "there {is} {a}{side} pleural effusion{s}",
-        "{a}{side} pleural effusion{s} {is} present",
-        "{a}layering {side} pleural effusion{s} {is} seen",
-        "pleural fluid blunts {angles}",
-        "blunting of {angles} is consistent with {a}{side} pleural effusion{s}",
-        "pleural effusion {where} obscures the adjacent hemidiaphragm",
-        "increased density {bases} with a meniscus reflects pleural fluid",
-    ),
-    "pneumothorax": (
-        "there {is} {a}{side} apical pneumothora{x}",
-        "{a}{side} pneumothora{x} {is} identified",
-        "a visceral pleural line is visible {where}, in keeping with pneumothorax",
-        "lucency without vascular markings {apices} indicates {a}{side} pneumothora{x}",
-        "pneumothorax is demonstrated {where}, with partial collapse of the underlying lung",
-        "pleural air collects {apices}",
-    ),
-    "nodule": (
-        "{a}rounded pulmonary nodule{s} project{v} over {lungs}",
-        "there {is} {a}well circumscribed nodule{s} in {lungs}",
-        "{a}{side} pulmonary nodule{s} {is} noted",
-        "discrete nodular density is seen {where}",
-        "{a}solitary lesion{s} {is} seen in {lungs}",
-    ),
-    "consolidation": (
-        "there is consolidation in {lungs}",
-        "patchy airspace opacity is present {where}, compatible with consolidation",
-        "{a}focal {side} consolidation{s} {is} noted",
-        "a hazy confluent opacity in {lungs} represents consolidation",
-        "ill defined consolidation involves {lungs}",
-        "{side} parenchymal opacities have consolidated",
-    ),
-    "cardiomegaly": (
-        "the heart is enlarged",
-        "there is cardiomegaly",
-        "the cardiac silhouette is enlarged",
-        "moderate cardiomegaly is demonstrated",
-        "heart size is increased beyond the upper limits of normal",
-        "the transverse diameter of the heart exceeds half of the thorax",
-    ),
-    "devices": (
-        "an endotracheal tube terminates above the carina",
-        "the tip of the endotracheal tube is ___ cm above the carina",
-        "a nasogastric tube courses below the diaphragm, its tip out of view",
-        "endotracheal and enteric tubes are in standard position",
-        "monitoring and support devices are in appropriate position",
-        "an orogastric tube passes into the stomach",
-    ),
-}
-_POSSIBLE: Mapping[str, Sequence[str]] = {
-    "effusion": (
-        "blunting of {angles} may reflect {a}{side} pleural effusion{s}",
-        "possible {side} pleural effusion{s}",
-        "{a}{side} pleural effusion{s} cannot be excluded",
-    ),
-    "pneumothorax": (
-        "possible {side} apical pneumothora{x}",
-        "{a}{side} pneumothora{x} cannot be excluded",
-    ),
-    "nodule": (
-        "questionable nodule{s} in {lungs}",
-        "possible {side} pulmonary nodule{s}, versus superimposed vessels",
-    ),
-    "consolidation": (
-        "possible early {side} consolidation{s}",
-        "vague opacity {where} may represent consolidation",
-    ),
-    "cardiomegaly": (
-        "the heart may be enlarged, accentuated by technique",
-        "possible cardiomegaly",
-    ),
-}
-_SUMMARY: Mapping[str, Sequence[str]] = {
-    "effusion": (
-        "{side} pleural effusion{s}",
-        "{side} pleural effusion{s} with adjacent volume loss",
-        "pleural effusion{s} {where}",
-    ),
-    "pneumothorax": (
-        "{side} pneumothora{x}",
-        "pneumothorax {where} without tension",
-        "{side} apical pneumothora{x}, a critical result",
-    ),
-    "nodule": (
-        "{side} pulmonary nodule{s}",
-        "indeterminate nodule{s} in {lungs}",
-        "{side} lung nodule{s}, for which chest CT is advised",
-    ),
-    "consolidation": (
-        "{side} consolidation{s}",
-        "consolidation in {lungs}",
-        "{side} airspace consolidation{s}, follow up to resolution suggested",
-    ),
-    "cardiomegaly": ("cardiomegaly", "moderate cardiomegaly", "enlarged heart"),
-    "devices": (
-        "endotracheal tube in satisfactory position",
-        "tubes as described above",
-        "support devices are in place",
-    ),
-}
-_REMARKS: Mapping[str, Sequence[tuple[str, float]]] = {
-    "effusion": (
-        ("associated compressive atelectasis is present", 1.0),
-        ("some component of atelectasis is possible", -1.0),
-    ),
-    "consolidation": (
-        ("in the appropriate clinical setting this may represent pneumonia", -1.0),
-        ("findings are suspicious for pneumonia or aspiration", -1.0),
-    ),
-}
-# What is denied, and which of the findings must be absent for it.
-_ABSENT: Sequence[tuple[str, Sequence[str]]] = (
-    ("there is no pleural effusion", ("effusion",)),
-    ("no effusion is seen", ("effusion",)),
-    ("the costophrenic angles are sharp, without pleural effusion", ("effusion",)),
-    ("there is no pneumothorax", ("pneumothorax",)),
-    ("no evidence of pneumothorax", ("pneumothorax",)),
-    ("no pleural effusion or pneumothorax", ("effusion", "pneumothorax")),
-    ("neither pneumothorax nor pleural effusion is detected", ("effusion", "pneumothorax")),
-    ("there is no focal consolidation, effusion, or pneumothorax", ("effusion", "pneumothorax", "consolidation")),
-    ("no focal consolidation concerning for pneumonia", ("consolidation",)),
-    ("the lungs are clear of consolidation", ("consolidation", "nodule")),
-    ("lungs are clear without opacity", ("consolidation", "nodule")),
-    ("no suspicious pulmonary nodule", ("nodule",)),
-    ("no discrete lesion or nodule is identified", ("nodule",)),
-    ("heart size is normal", ("cardiomegaly",)),
-    ("the cardiac silhouette is not enlarged", ("cardiomegaly",)),
-    ("the cardiomediastinal silhouette is within normal limits", ("cardiomegaly",)),
-    ("no support devices are visible", ("devices",)),
-    ("no pulmonary edema", ()),
-    ("there is no evidence of interstitial edema", ()),
-    ("no acute displaced rib fracture", ()),
-    ("the mediastinal and hilar contours are unremarkable", ()),
-    ("normal hilar and mediastinal silhouettes", ()),
-)
-_FILLER = (
-    "the imaged upper abdomen is unremarkable",
-    "mild degenerative changes of the thoracic spine are noted",
-    "osseous structures are intact",
-    "the hila are symmetric",
-    "the trachea is midline",
-    "no free air below the diaphragm",
-    "the bones are diffusely demineralized",
-    "soft tissues are grossly normal",
-    "the remainder of the examination is otherwise unrevealing",
-    "the pulmonary vasculature is not engorged",
-    "surgical clips are absent from the field of view",
-    "inspiratory effort is adequate and penetration is satisfactory",
-    "evaluation is limited by body habitus and overlying leads",
-)
-_NORMAL_SUMMARY = (
-    "no acute cardiopulmonary process",
-    "no acute intrathoracic abnormality",
-    "normal chest radiograph",
-    "no radiographic evidence of acute disease",
-    "unremarkable examination of the chest",
-)
-_SYMPTOMS = (
-    "cough and fever", "shortness of breath", "chest pain", "dyspnea on exertion", "altered mental status",
-    "hypoxia", "syncope", "leukocytosis", "abdominal pain", "weakness and malaise", "recent fall",
-    "productive sputum", "tachycardia",
-)  # fmt: skip
-_QUESTIONS = (
-    "evaluate for pneumonia",
-    "assess for acute process",
-    "rule out infiltrate",
-    "please evaluate for fluid overload",
-    "interval change",
-    "eval for effusion or infection",
-    "question of cardiopulmonary disease",
-)
-_COMPARISONS = (
-    "None.",
-    "Chest radiograph from ___.",
-    "Multiple prior radiographs, most recently ___.",
-    "___ and CT of the chest dated ___.",
-    "No prior examinations are available for comparison.",
-)
-_TITLE = " " * 33 + "FINAL REPORT"
-_NOTICES = (
-    "The findings were discussed with Dr. ___ by telephone on ___ at ___, ___ minutes after discovery.",
-    "These results were communicated to the referring team by ___ via page at the time of dictation.",
-)
-
 
 # The patient's right is at the image's left.
 _SIGNS: Mapping[str, Sequence[int]] = {"": (), "left": (1,), "right": (-1,), "both": (-1, 1)}
@@ -598,7 +403,7 @@ def _slots(side: str) -> dict[str, str]:
 
 def _columns(text: str) -> set[str]:
     """Return the columns of CheXpert that a sentence is about."""
-    return {column for column, words in _COLUMN_WORDS.items() if any(word in text for word in words)}
+    return {column for column, words in COLUMN_WORDS.items() if any(word in text for word in words)}
 
 
 def _pick(rng: np.random.Generator, choices: Sequence[_T]) -> _T:
@@ -617,26 +422,26 @@ def _affirm(rng: np.random.Generator, findings: Mapping[str, str]) -> tuple[list
     full: list[_Statement] = []
     short: list[_Statement] = []
     for finding, side in findings.items():
-        doubt = finding in _POSSIBLE and rng.random() < 0.08
-        for statements, sure in ((full, _PRESENT), (short, _SUMMARY)):
-            text = _pick(rng, (_POSSIBLE if doubt else sure)[finding]).format(**_slots(side))
+        doubt = finding in POSSIBLE and rng.random() < 0.08
+        for statements, sure in ((full, PRESENT), (short, SUMMARY)):
+            text = _pick(rng, (POSSIBLE if doubt else sure)[finding]).format(**_slots(side))
             statements.append(_Statement(text, -1.0 if doubt else 1.0))
-        if finding in _REMARKS and rng.random() < 0.5:
-            full.append(_Statement(*_pick(rng, _REMARKS[finding])))
+        if finding in REMARKS and rng.random() < 0.5:
+            full.append(_Statement(*_pick(rng, REMARKS[finding])))
     if all(finding == "devices" for finding in findings):
-        short.insert(0, _Statement(_pick(rng, _NORMAL_SUMMARY), None))
+        short.insert(0, _Statement(_pick(rng, NORMAL_SUMMARY), None))
     return full, short
 
 
 def _deny(rng: np.random.Generator, findings: Mapping[str, str], said: set[str]) -> list[_Statement]:
     """Deny some of what is absent, each column once, and add what any report says."""
     statements = []
-    allowed = [text for text, absent in _ABSENT if not any(finding in findings for finding in absent)]
+    allowed = [text for text, absent in ABSENT if not any(finding in findings for finding in absent)]
     for text in rng.permutation(allowed)[: rng.integers(3, 8)].tolist():
         if not _columns(text) & said:
             said = said | _columns(text)
             statements.append(_Statement(text, 0.0))
-    statements += [_Statement(text, None) for text in rng.permutation(_FILLER)[: rng.integers(1, 4)].tolist()]
+    statements += [_Statement(text, None) for text in rng.permutation(FILLER)[: rng.integers(1, 4)].tolist()]
     return [statements[i] for i in rng.permutation(len(statements)).tolist()]
 
 
@@ -679,11 +484,11 @@ def write_report(
     examination, technique = EXAMINATIONS[view]
     technique = f"{technique[0].upper()}{technique[1:]}."
     person = _pick(rng, ("___ year old man", "___ year old woman", "___F", "___M", "Patient ___"))
-    reason = f"{person} with {_pick(rng, _SYMPTOMS)}, {_pick(rng, _QUESTIONS)}."
-    comparison = _pick(rng, _COMPARISONS)
+    reason = f"{person} with {_pick(rng, SYMPTOMS)}, {_pick(rng, QUESTIONS)}."
+    comparison = _pick(rng, COMPARISONS)
     if not sections:
         paragraphs = [f"{technique} {reason}", f"{_prose(full, gap)}{gap}{_prose(short, gap)}"]
-        return Report("\n \n".join([_TITLE, *map(_wrap, paragraphs)]) + "\n", _labels(full + short))
+        return Report("\n \n".join([TITLE, *map(_wrap, paragraphs)]) + "\n", _labels(full + short))
     numbered = len(short) > 1 and rng.random() < 0.5
     impression = [f"{i}. {_prose([s], gap)}" for i, s in enumerate(short, 1)] if numbered else [_prose(short, gap)]
     parts = [
@@ -695,8 +500,8 @@ def write_report(
         " IMPRESSION:\n" + "\n".join(map(_wrap, impression)),
     ]
     if rng.random() < 0.15:
-        parts.append(_wrap(f"NOTIFICATION:  {_pick(rng, _NOTICES)}"))
-    return Report("\n \n".join([_TITLE, *parts]) + "\n", _labels(full + short))
+        parts.append(_wrap(f"NOTIFICATION:  {_pick(rng, NOTICES)}"))
+    return Report("\n \n".join([TITLE, *parts]) + "\n", _labels(full + short))
 
 
 def make_radiograph(

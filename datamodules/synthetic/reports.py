@@ -1,17 +1,16 @@
 """A synthetic MIMIC-CXR: radiographs and tables of MIMIC-CXR-JPG 2.0.0, reports of MIMIC-CXR 2.0.0."""
 
-import csv
-import gzip
-import io
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
 from common.randomness import numpy_generator
-from datamodules.synthetic.radiographs import CHEXPERT_COLUMNS, EXAMINATIONS, draw_findings, draw_image, write_report
+from datamodules.synthetic.phrases import EXAMINATIONS
+from datamodules.synthetic.radiographs import CHEXPERT_COLUMNS, draw_findings, draw_image, write_report
+from datamodules.synthetic.tables import write_table
 
 _METADATA = (
     "dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows", "Columns",
@@ -46,15 +45,6 @@ class _Study(NamedTuple):
     def folder(self) -> str:
         """Where its images lie; its report has the same name."""
         return f"files/p{str(self.subject)[:2]}/p{self.subject}/s{self.name}"
-
-
-def _write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
 
 
 def _identifier(first_digit: int, number: int, seed: int) -> int:
@@ -127,17 +117,17 @@ def write_mimic_cxr(root: Path, num_cases: int, seed: int, size: Sequence[int] =
     studies.sort(key=lambda study: (study.subject, study.name))
     images = [(study, dicom) for study in studies for dicom in study.images]
 
-    _write_table(
+    write_table(
         jpg / "mimic-cxr-2.0.0-metadata.csv.gz",
         _METADATA,
         [row for study in studies for row in _metadata(study, size)],
     )
-    _write_table(
+    write_table(
         jpg / "mimic-cxr-2.0.0-split.csv.gz",
         ("dicom_id", "study_id", "subject_id", "split"),
         [(dicom, study.name, study.subject, splits[study.subject]) for study, dicom in images],
     )
-    _write_table(
+    write_table(
         jpg / "mimic-cxr-2.0.0-chexpert.csv.gz",
         ("subject_id", "study_id", *CHEXPERT_COLUMNS),
         [
@@ -146,12 +136,12 @@ def write_mimic_cxr(root: Path, num_cases: int, seed: int, size: Sequence[int] =
             if study.report is not None
         ],
     )
-    _write_table(
+    write_table(
         text / "cxr-record-list.csv.gz",
         ("subject_id", "study_id", "dicom_id", "path"),
         [(study.subject, study.name, dicom, f"{study.folder}/{dicom}.dcm") for study, dicom in images],
     )
-    _write_table(
+    write_table(
         text / "cxr-study-list.csv.gz",
         ("subject_id", "study_id", "path"),
         [(study.subject, study.name, f"{study.folder}.txt") for study in studies],

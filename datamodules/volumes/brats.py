@@ -1,77 +1,126 @@
-"""BraTS adult glioma: 2023 names and labels, and those of 2017 to 2021.
+"""BraTS: 2023 names and labels, and those of 2017 to 2021.
 
 ``BraTS-GLI-00000-000/BraTS-GLI-00000-000-t1c.nii.gz`` (2023; the middle number is the patient, the last the visit) or
-``BraTS20_Training_001/BraTS20_Training_001_t1ce.nii.gz`` (2017-2021; 2018 has HGG/ and LGG/ above). The enhancing
-tumour is 3 from 2023 on and 4 before; channels are always in the order t1c, t1n, t2f, t2w.
+``BraTS20_Training_001/BraTS20_Training_001_t1ce.nii.gz`` (2017-2021; 2018 has HGG/ and LGG/ above, which become the
+case's grade). The enhancing tumour is 3 from 2023 on and 4 before; channels are always in the order t1c, t1n, t2f, t2w.
 """
 
 import re
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from datamodules.volumes.cases import Case, Layout, Preprocessing, natural_files, stem_of
+from datamodules.registry import Evidence, Facts, Layout
+from datamodules.tree import Tree
+from datamodules.volumes.cases import Case, patient_of
+from datamodules.volumes.modalities import one_file_each
 
 MODALITIES = ("t1c", "t1n", "t2f", "t2w")
-_ALIASES = {"t1ce": "t1c", "t1gd": "t1c", "t1": "t1n", "flair": "t2f", "t2": "t2w"} | {
-    m: m for m in (*MODALITIES, "seg")
-}
+_NAMES = frozenset({*MODALITIES, "t1ce", "t1gd", "t1", "flair", "t2", "seg"})
 _NEW_NAME = re.compile(r"^(BraTS-[A-Z]+-\d+)-(\d{3})$", re.IGNORECASE)
+#: The mask of BraTS20_Training_355 as the official release has it.
+_MISNAMED = "W39_1998.09.19_Segm"
 _SUFFIXES = (".nii.gz", ".nii")
 _MAX_DEPTH = 3
 
 
-def _case(folder: Path) -> Case | None:
-    """Read a folder as a case: files are called after the folder and a modality."""
-    files: dict[str, Path] = {}
-    for path in natural_files(folder, _SUFFIXES):
-        stem = stem_of(path, _SUFFIXES)
-        if not stem.lower().startswith(folder.name.lower()):
-            continue
-        modality = _ALIASES.get(stem[len(folder.name) :].lstrip("-_").lower())
-        if modality is not None:
-            files.setdefault(modality, path)
-    labels = {"seg": files.pop("seg")} if "seg" in files else {}
-    if not files:
-        return None
-    match = _NEW_NAME.match(folder.name)
-    return Case(folder.name, match.group(1) if match else folder.name, files, labels)
+class _Found(NamedTuple):
+    """A folder that holds a case.
 
-
-def find_cases(root: Path, new_names: bool | None = None) -> list[Case]:
-    """List the BraTS cases under a root, at most three folders down.
-
-    Args:
-        root: The archive.
-        new_names: Whether to accept names of 2023 (True), of 2017-2021 (False), or both (None).
+    Attributes:
+        folder: The folder.
+        members: Modality, or ``seg``, as written, and file.
+        others: How many volumes are called otherwise.
     """
-    cases, folders = [], [root]
-    for _ in range(_MAX_DEPTH + 1):
-        below: list[Path] = []
-        for folder in folders:
-            case = _case(folder)
-            if case is not None:
-                cases.append(case)
-            else:
-                below += sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-        folders = below
-    if new_names is not None:
-        cases = [case for case in cases if bool(_NEW_NAME.match(case.case_id)) == new_names]
+
+    folder: str
+    members: list[tuple[str, Path]]
+    others: int
+
+
+def _read_folder(tree: Tree, folder: str) -> _Found:
+    """Return the files of a folder that are called after it and a modality."""
+    name = _name(tree, folder)
+    found = _Found(folder, [], 0)
+    for file in tree.listed(folder):
+        if file.suffix not in _SUFFIXES or file.hidden:
+            continue
+        after = file.stem[len(name) :].lstrip("-_") if file.stem.lower().startswith(name.lower()) else ""
+        modality = "seg" if file.stem == _MISNAMED else after
+        if modality.lower() in _NAMES:
+            found.members.append((modality, tree / file.name))
+        else:
+            found = found._replace(others=found.others + 1)
+    return found
+
+
+def _name(tree: Tree, folder: str) -> str:
+    return folder.rpartition("/")[2] or tree.root.name
+
+
+def _case_folders(tree: Tree, folder: str = "", depth: int = 0) -> Iterator[_Found]:
+    """Yield the folders that hold a case, at most three down."""
+    found = _read_folder(tree, folder)
+    if any(name.lower() != "seg" for name, _ in found.members):
+        yield found
+    elif depth < _MAX_DEPTH:
+        for name in tree.folders(folder):
+            yield from _case_folders(tree, f"{folder}/{name}" if folder else name, depth + 1)
+
+
+def find_cases(tree: Tree) -> list[Case]:
+    """List the BraTS cases of a tree, at most three folders down, whatever year their names are of."""
+    cases = []
+    # One depth after the other: the order of cases decides what a seed draws, and recorded results hang on it.
+    for found in sorted(_case_folders(tree), key=lambda entry: entry.folder.count("/") if entry.folder else -1):
+        name = _name(tree, found.folder)
+        masks = [path for modality, path in found.members if modality.lower() == "seg"]
+        images, surplus = one_file_each(member for member in found.members if member[0].lower() != "seg")
+        grade = next((grade for grade in ("HGG", "LGG") if grade in found.folder.upper().split("/")), None)
+        facts = {"grade": grade} if grade else {}
+        labels = {"seg": masks[-1]} if masks else {}
+        cases.append(Case(name, patient_of(name), images, labels, attributes=facts, surplus=surplus))
     return cases
 
 
-def _layout(name: str, tree: str, enhancing: int, new_names: bool) -> Layout:
-    return Layout(
-        name=name,
-        tree=tree,
-        find=partial(find_cases, new_names=None),
+def _recognise_new(tree: Tree) -> Evidence:
+    folders = [found.folder for found in _case_folders(tree)]
+    new = sum(bool(_NEW_NAME.match(_name(tree, folder))) for folder in folders)
+    missing = "folders called BraTS-GLI-00000-000"
+    if not new:
+        return Evidence(0, missing=missing, near=0.3 if folders else 0.0)
+    return Evidence(3, f"{new} case folders called BraTS-...-00000-000")
+
+
+def _recognise_old(tree: Tree) -> Evidence:
+    """Ask every volume of every case folder for one of the names: other trees are called so in part."""
+    found = [entry for entry in _case_folders(tree) if not _NEW_NAME.match(_name(tree, entry.folder))]
+    strange = sum(entry.others for entry in found)
+    if found and not strange:
+        return Evidence(2, f"every volume of {len(found)} case folders is called CASE_flair, _t1, _t1ce, _t2 or _seg")
+    near = 0.5 if found else 0.0
+    return Evidence(0, missing=f"{strange} volumes have other names" if found else "CASE/CASE_flair.nii.gz", near=near)
+
+
+BRATS2023 = Layout(
+    name="brats2023",
+    tree="ROOT/BraTS-{GLI,MEN,SSA,MET,PED}-00000-000/...-{t1c,t1n,t2f,t2w[,seg]}.nii.gz",
+    find=find_cases,
+    evidence=_recognise_new,
+    facts=Facts(
         modalities=MODALITIES,
-        regions={"WT": (1, 2, enhancing), "TC": (1, enhancing), "ET": (enhancing,)},
-        label_values=frozenset({0, 1, 2, enhancing}),
-        preprocessing=Preprocessing(intensity=dict.fromkeys(MODALITIES, "percentile"), crop_foreground=True),
-        crop_size=(128, 128, 128),
-        recognise=partial(find_cases, new_names=new_names),
-    )
-
-
-BRATS2023 = _layout("brats2023", "ROOT/BraTS-GLI-00000-000/BraTS-GLI-00000-000-{t1c,t1n,t2f,t2w[,seg]}.nii.gz", 3, True)
-BRATS2021 = _layout("brats2021", "ROOT/[HGG/]CASE/CASE_{t1ce,t1,flair,t2[,seg]}.nii.gz (2017-2021, ET = 4)", 4, False)
+        regions={"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)},
+        label_values=frozenset({0, 1, 2, 3}),
+    ),
+)
+BRATS2021 = Layout(
+    name="brats2021",
+    tree="ROOT/[HGG/,LGG/]CASE/CASE_{t1ce,t1,flair,t2[,seg]}.nii.gz (2017-2021, ET = 4)",
+    find=find_cases,
+    evidence=_recognise_old,
+    facts=Facts(
+        modalities=MODALITIES,
+        regions={"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)},
+        label_values=frozenset({0, 1, 2, 4}),
+    ),
+)

@@ -1,18 +1,19 @@
 """A cache of prepared cases: memory-mapped float16, made once, resumable, check-summed.
 
-One folder per case under ``<cache>/volumes/<key>/``: ``image.npy`` (or ``image.b2nd``), ``label.npy``, and
+One folder per case under ``<cache>/volumes/<key>/cases/``: ``image.npy`` (or ``image.b2nd``), ``label.npy``, and
 ``record.json``, which is written last and names every file with size and xxh3. A case without a valid record does not
 exist; one whose files differ from the record is rebuilt. Folders are written under a temporary name and renamed, so an
 interrupted run leaves nothing half made.
 """
 
+import errno
 import json
+import math
 import os
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Sequence
+import uuid
+from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,30 +24,22 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from common.faults import Fault, SampleFaultError
+from common.files import make_folder, move, remove_leftovers, remove_tree, storage_errors, temporary_beside, write_text
+from common.names import safe_name
 from common.randomness import stable_hash
-from common.runtime.reporting import say
+from datamodules.storage import cache_root, file_is_good, fingerprint, save_array, sole_builder, source_facts
 from datamodules.volumes.cases import Case, Layout
+from datamodules.volumes.headers import VolumeError
+from datamodules.volumes.itk_streams import source_files
 from datamodules.volumes.prepare import PreparedCase, prepare_case
-from datamodules.volumes.reading import DECODERS, fingerprint
+from datamodules.volumes.reading import DECODERS, read_header
 
 CacheFormat = Literal["npy", "b2nd"]
-VERSION = 3
+VERSION = 5
+#: What a rename says where something lies already: a folder that is not empty, or a file.
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 #: Labelled voxels kept per region value, for crops that must contain some.
 MAX_LABEL_VOXELS = 2048
-#: A half-written case this old belongs to no run that is still alive.
-STALE_SECONDS = 24 * 3600
-
-
-def cache_root() -> Path:
-    """Return the cache folder: ``MEDMIM_CACHE``, else ``~/.cache/medmim``."""
-    return Path(os.environ.get("MEDMIM_CACHE") or "~/.cache/medmim").expanduser()
-
-
-def say_cache(size: int, folder: Path) -> None:
-    """Print how large a finished cache would be at most, in bytes ``size``, and how much room there is."""
-    existing = next(path for path in (cache_root(), *cache_root().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    say(f"cache: at most {size / 2**30:.2f} GiB at {folder} ({free / 2**30:.0f} GiB free)")
 
 
 @dataclass
@@ -69,6 +62,7 @@ class Record:
         files: Name to size and check sum of each cache file.
         label_values: Labelled voxels by value.
         modalities: Names of the image's modalities, in order.
+        members: Modality or label to the file it was read from, with its place in a 4-D one.
     """
 
     case_id: str
@@ -86,6 +80,19 @@ class Record:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     label_values: dict[str, int] = field(default_factory=dict)
     modalities: list[str] = field(default_factory=list)
+    members: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def spacing(self) -> list[float]:
+        """Sides of a stored voxel in mm."""
+        return _sides(self.affine)
+
+    @property
+    def source_diagonal(self) -> float:
+        """Diagonal of the reference volume, as its file has it, in mm."""
+        return math.hypot(
+            *(side * size for side, size in zip(_sides(self.source_affine), self.source_shape, strict=True))
+        )
 
     def image_faults(self) -> list[Fault]:
         """Return the faults of the image members."""
@@ -94,6 +101,15 @@ class Record:
     def all_faults(self) -> list[Fault]:
         """Return the faults of image and label."""
         return [Fault(*fault, self.case_id) for fault in [*self.faults, *self.label_faults]]
+
+
+def _sides(affine: Sequence[Sequence[float]]) -> list[float]:
+    """Return the sides of a voxel in mm."""
+    return np.linalg.norm(np.asarray(affine)[:3, :3], axis=0).tolist()
+
+
+def _written(file: dict[str, Any]) -> tuple[int, str]:
+    return file["size"], file["xxh3"]
 
 
 def _plain(faults: Iterable[Fault]) -> list[tuple[str, str, str]]:
@@ -182,15 +198,22 @@ class VolumeCache:
         layout: Its layout, with settled modalities.
         format: ``"npy"`` is fast; ``"b2nd"`` (blosc2) is a fraction of the size and slower to cut crops from.
         folder: Where caches live; None means :func:`cache_root`.
+        twins: Cases whose names differ in nothing but case; see :func:`common.names.case_twins`.
     """
 
     def __init__(
-        self, root: str | Path, layout: Layout, format: CacheFormat = "npy", folder: Path | None = None
+        self,
+        root: str | Path,
+        layout: Layout,
+        format: CacheFormat = "npy",
+        folder: Path | None = None,
+        twins: Container[str] = (),
     ) -> None:
         if format not in ("npy", "b2nd"):
             raise ValueError(f"The cache format must be 'npy' or 'b2nd', got {format!r}.")
         self.layout = layout
         self.format = format
+        self.twins = twins
         key = {
             "version": VERSION,
             "root": str(Path(root).expanduser().resolve()),
@@ -207,14 +230,15 @@ class VolumeCache:
 
     def case_folder(self, case_id: str) -> Path:
         """Return where a case's files lie."""
-        return self.folder / case_id
+        return self.folder / "cases" / safe_name(case_id, self.twins)
 
     def read_record(self, case_id: str) -> Record | None:
         """Return the record of a case, or None where there is none."""
         try:
-            return Record(**json.loads((self.case_folder(case_id) / "record.json").read_text()))
+            record = Record(**json.loads((self.case_folder(case_id) / "record.json").read_text()))
         except (OSError, ValueError, TypeError):
             return None
+        return record if record.case_id == case_id else None
 
     def is_valid(self, case: Case, record: Record, full: bool = True) -> bool:
         """Whether a record still fits its sources and its files.
@@ -226,74 +250,105 @@ class VolumeCache:
         """
         if any("cannot be opened" in detail for _, _, detail in (*record.faults, *record.label_faults)):
             return False  # a mount or a permission, which may have come back without a trace in the file
-        current = {str(path) for path in (*self._image_paths(case), *case.labels.values())}
-        if current != set(record.sources):
+        if self._members(case) != record.members or {str(path) for path in self._sources(case)} != set(record.sources):
             return False
         for path, source in record.sources.items():
-            stat = os.stat(path) if os.path.isfile(path) else None
-            if stat is None or (stat.st_size, stat.st_mtime_ns) != (source.get("size"), source.get("mtime_ns")):
+            known = {name: source.get(name) for name in ("size", "mtime_ns")}
+            if not os.path.isfile(path) or source_facts(Path(path)) != known:
                 return False
-        return all(self._file_matches(record, name, expected, full) for name, expected in record.files.items())
+        folder = self.case_folder(record.case_id)
+        return all(file_is_good(folder / name, *_written(file), full) for name, file in record.files.items())
+
+    def _members(self, case: Case) -> dict[str, str]:
+        """Return what a case is read from; two files that changed their roles make another case."""
+        images = {name: path for name, path in case.images.items() if name in self.layout.modalities}
+        files = {name: f"{path}[{case.places[name]}]" if name in case.places else str(path)
+                 for name, path in images.items()}  # fmt: skip
+        return files | {f"label {name}": str(path) for name, path in case.labels.items()}
 
     def _image_paths(self, case: Case) -> list[Path]:
         return [path for name, path in case.images.items() if name in self.layout.modalities]
 
-    def _file_matches(self, record: Record, name: str, expected: dict[str, Any], full: bool) -> bool:
-        path = self.case_folder(record.case_id) / name
-        if not path.is_file() or path.stat().st_size != expected["size"]:
-            return False
-        return not full or fingerprint(path)["xxh3"] == expected["xxh3"]
+    def _sources(self, case: Case) -> list[Path]:
+        members = (*self._image_paths(case), *case.labels.values())
+        return [path for member in members for path in source_files(member)]
 
     def build(self, case: Case) -> Record:
-        """Prepare one case and store it, whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{case.case_id}-", dir=self.folder))
-        try:
-            record = self._write_case(case, temporary)
-            (temporary / "record.json").write_text(json.dumps(asdict(record), indent=1))
-            final = self.case_folder(case.case_id)
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(temporary, final)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        return record
+        """Prepare one case and store it, whole or not at all.
 
-    def _write_case(self, case: Case, folder: Path) -> Record:
+        Where another process was faster, and what it stored is good, that is kept.
+
+        Raises:
+            StorageError: the cache cannot be written.
+        """
+        final = self.case_folder(case.case_id)
+        prepared, record = self._prepare(case)
+        temporary = temporary_beside(self.folder / "tmp" / "case")
+        make_folder(final.parent)
+        make_folder(temporary)
+        with storage_errors(final):
+            try:
+                if prepared is not None:
+                    self._write_arrays(prepared, case, temporary)
+                    record.files = {path.name: fingerprint(path) for path in sorted(temporary.iterdir())}
+                (temporary / "record.json").write_text(json.dumps(asdict(record), indent=1))
+                return self._publish(temporary, final, case, record)
+            finally:
+                remove_tree(temporary, self.folder)
+
+    def _publish(self, temporary: Path, final: Path, case: Case, record: Record) -> Record:
+        """Rename a finished case into its place, unless a good one is there."""
+        while True:
+            try:
+                move(temporary, final, self.folder)
+                return record
+            except OSError as error:
+                if error.errno not in _TAKEN:
+                    raise
+            found = self.read_record(case.case_id)
+            if found is not None and self.is_valid(case, found):
+                return found
+            aside = self.folder / "tmp" / uuid.uuid4().hex
+            with suppress(FileNotFoundError):  # another process moves it too
+                move(final, aside, self.folder)
+            remove_tree(aside, self.folder)
+
+    def _write_arrays(self, prepared: PreparedCase, case: Case, folder: Path) -> None:
+        self._write_array(folder / f"image.{self.format}", prepared.image.astype(np.float16))
+        if prepared.label is not None:
+            self._write_array(folder / f"label.{self.format}", prepared.label)
+            save_array(folder / "label_voxels.npy", _label_voxels(prepared.label, case.case_id))
+
+    def _prepare(self, case: Case) -> tuple[PreparedCase | None, Record]:
+        """Prepare a case, None where nothing of it can be used, and describe it but for its cache files."""
+        prepared = None
         try:
             prepared = prepare_case(case, self.layout, self.layout.modalities)
+            record = record_of(prepared, case)
         except SampleFaultError as error:
             record = Record(case.case_id, usable=False, faults=_plain(error.faults))
-        else:
-            record = record_of(prepared, case)
-            self._write_array(folder / f"image.{self.format}", prepared.image.astype(np.float16))
-            if prepared.label is not None:
-                self._write_array(folder / f"label.{self.format}", prepared.label)
-                np.save(folder / "label_voxels.npy", _label_voxels(prepared.label, case.case_id))
-            record.files = {path.name: fingerprint(path) for path in sorted(folder.iterdir())}
-        for path in (*self._image_paths(case), *case.labels.values()):
+        record.members = self._members(case)
+        for path in self._sources(case):
             source = record.sources.setdefault(str(path), {})
             if path.is_file():
-                stat = path.stat()
-                source.update(size=stat.st_size, mtime_ns=stat.st_mtime_ns)
-        return record
+                source.update(source_facts(path))
+        return prepared, record
 
     def _write_array(self, path: Path, array: NDArray) -> None:
         if self.format == "npy":
-            np.save(path, array)
+            save_array(path, array)
             return
         edge = (1,) if array.ndim == 4 else ()
         chunks = (*edge, *(min(64, size) for size in array.shape[-3:]))
         blocks = (*edge, *(min(32, size) for size in array.shape[-3:]))
-        blosc2.asarray(
+        packed = blosc2.asarray(
             np.ascontiguousarray(array),
-            urlpath=str(path),
-            mode="w",
             chunks=chunks,
             blocks=blocks,
             # Inflates three times as fast as Zstandard and is a fifth larger.
             cparams={"codec": blosc2.Codec.LZ4HC, "clevel": 9},
         )
+        path.write_bytes(packed.to_cframe())  # blosc2's own writing does not say that a disk is full
 
     def open_array(self, case_id: str, name: str) -> Any:
         """Open ``image`` or ``label`` for slicing: a slice reads its own voxels only.
@@ -339,22 +394,28 @@ class VolumeCache:
             workers: Threads; reading and inflating release the interpreter lock.
             progress: Whether to show a bar while cases are built.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".*-*"):
-            if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(leftover, ignore_errors=True)
-        (self.folder / "key.json").write_text(self._key)
+        records = self._verified(cases, workers)
+        missing = [case for case in cases if case.case_id not in records]
+        if not missing:
+            return records  # and a folder that cannot be written will do
+        with sole_builder(self.folder):
+            remove_leftovers(self.folder / "tmp")
+            write_text(self.folder / "key.json", self._key)
+            records |= self._verified(missing, workers)  # another process may have built some in the meantime
+            missing = [case for case in missing if case.case_id not in records]
+            title = f"caching {self.layout.name}" if progress and missing else None
+            built = self._map(self.build, missing, workers, title)
+        return records | {record.case_id: record for record in built if record is not None}
+
+    def _verified(self, cases: Sequence[Case], workers: int) -> dict[str, Record]:
+        """Return the valid records of some cases."""
 
         def verify(case: Case) -> Record | None:
             record = self.read_record(case.case_id)
             return record if record is not None and self.is_valid(case, record) else None
 
         records = self._map(verify, cases, workers, None)
-        missing = [case for case, record in zip(cases, records, strict=True) if record is None]
-        title = f"caching {self.layout.name}" if progress else None
-        built = self._map(self.build, missing, workers, title if missing else None)
-        result = {case.case_id: record for case, record in zip(cases, records, strict=True) if record is not None}
-        return result | {record.case_id: record for record in built if record is not None}
+        return {record.case_id: record for record in records if record is not None}
 
     @staticmethod
     def _map(
@@ -366,13 +427,12 @@ class VolumeCache:
 
     def estimated_bytes(self, cases: Sequence[Case]) -> int:
         """Estimate the size of the finished cache from the sources' headers: 2 bytes a voxel, b2nd a third of it."""
-        from datamodules.volumes.reading import VolumeError, read_header
-
-        total = 0
+        total, voxels = 0, self.layout.preprocessing.voxels
         for case in cases:
+            first = next(iter(case.places.values()), None)
             for path in self._image_paths(case)[:1]:
                 try:
-                    shape = self.layout.preprocessing.size or read_header(path).shape
+                    shape = self.layout.preprocessing.size or read_header(path, voxels, first).shape
                 except VolumeError:
                     continue
                 ragged = self.layout.preprocessing.ragged

@@ -1,9 +1,15 @@
-"""What an archive of volumes consists of: cases, layouts, and how a tree is recognised."""
+"""What an archive of volumes consists of: cases, and the form that they are brought to."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from common.errors import DataError
+from datamodules.registry import FileRef, Record
+from datamodules.volumes.intensity import RULES
+from datamodules.volumes.voxels import STRICT, VoxelConfig
 
 
 class Case(NamedTuple):
@@ -12,10 +18,13 @@ class Case(NamedTuple):
     Attributes:
         case_id: Unique name.
         patient_id: Splits are by this.
-        images: Modality to file; a missing modality has no entry.
+        images: Modality to file; a missing modality has no entry. Layouts name modalities as the archive does, data
+            modules canonically (:mod:`common.modalities`).
         labels: Label name to file.
         split: ``train``, ``val`` or ``test`` where the archive says so.
         attributes: Further facts by name, such as a diagnosis; empty text = unknown.
+        surplus: Files of a modality that has a file already, which data modules refuse.
+        places: Modality to which volume of its file it is, where that is 4-D.
     """
 
     case_id: str
@@ -24,6 +33,46 @@ class Case(NamedTuple):
     labels: Mapping[str, Path] = {}
     split: str | None = None
     attributes: Mapping[str, str] = {}
+    surplus: Sequence[Path] = ()
+    places: Mapping[str, int] = {}
+
+    def files(self) -> list[Path]:
+        """Return the files of images and labels."""
+        return [*self.images.values(), *self.labels.values()]
+
+    def record(self) -> Record:
+        """Return the case as every data module can read it."""
+        volumes = {name: FileRef(path, self.places.get(name)) for name, path in self.images.items()}
+        masks = {name: FileRef(path) for name, path in self.labels.items()}
+        return Record(self.case_id, self.patient_id, volumes=volumes, masks=masks, attributes=self.attributes,
+                      split=self.split, surplus=tuple(self.surplus))  # fmt: skip
+
+
+def case_of(record: Record) -> Case:
+    """Return the volumes of a record as a case."""
+    return Case(
+        record.case_id,
+        record.patient_id,
+        {name: ref.path for name, ref in record.volumes.items()},
+        {name: ref.path for name, ref in record.masks.items()},
+        record.split,
+        {**record.attributes, **record.targets},
+        record.surplus,
+        {name: ref.volume for name, ref in record.volumes.items() if ref.volume is not None},
+    )
+
+
+_PATIENT = re.compile(
+    r"(BraTS-[A-Z]+-\d+(?=-\d{3}$)|UCSF-PDGM-\d+(?=(_FU\d+d)?(_nifti)?$)|UPENN-GBM-\d+(?=_\d+$)"
+    r"|IXI\d+(?=-(Guys|HH|IOP)-\d+$)|sub-strokecase\d+(?=_ses-\d+$))",
+    re.IGNORECASE,
+)
+
+
+def patient_of(study: str) -> str:
+    """Return the patient that a study's name says, as public archives write it; the study where it says none."""
+    match = _PATIENT.match(study)
+    return match.group(1) if match else study
 
 
 @dataclass(frozen=True)
@@ -36,6 +85,7 @@ class Preprocessing:
         spacing: Voxel size in mm along R, A, S; None keeps the reference's.
         size: Voxels to crop or pad to around the centre; None keeps all.
         resize: Voxels to interpolate to, whatever the voxel size becomes; None keeps it.
+        voxels: How odd files are read.
         crop_foreground: Whether to cut away the border where every modality is 0.
         centered: Whether that cut is symmetric about the volume's centre, which then stays the atlas's. Intensities are
             those of the cut volume, and it is cut again where they become 0.
@@ -52,6 +102,7 @@ class Preprocessing:
     atlas: tuple[int, int, int] | None = None
     ragged: bool = False
     resize: tuple[int, int, int] | None = None
+    voxels: VoxelConfig = STRICT
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain values, for cache keys and cards."""
@@ -65,41 +116,38 @@ class Preprocessing:
             "atlas": None if self.atlas is None else list(self.atlas),
             "ragged": self.ragged,
             "resize": None if self.resize is None else list(self.resize),
+            "voxels": self.voxels.as_dict(),
             "orientation": "RAS",
         }
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A way in which archives lie on disk, with the conventions that come with it.
+    """An archive of volumes as training uses it: what its files are, and the form that they are brought to.
 
     Attributes:
-        name: What ``LAYOUT=`` takes.
-        tree: One line that shows the tree, for a person whose root was not recognised.
-        find: Lists the cases under a root; an empty list means the root is not of this layout.
+        name: Name of the archive's layout.
+        tree: One line that shows the tree.
         modalities: Channels in order; empty = whatever the tree holds.
         regions: Region to the label values that make it up.
         label_values: Every value a label may hold; empty = not checked.
         preprocessing: See :class:`Preprocessing`.
         crop_size: Default crop for pre-training.
-        prefer: A layout of higher preference wins where several recognise a root.
-        recognise: Stricter form of ``find`` for finding out the layout; None uses ``find``.
+        names: What the archive calls the modalities, by canonical name; known once its cases are listed.
     """
 
     name: str
     tree: str
-    find: Callable[[Path], list[Case]]
     modalities: tuple[str, ...]
     regions: Mapping[str, tuple[int, ...]]
     label_values: frozenset[int]
     preprocessing: Preprocessing
     crop_size: tuple[int, int, int]
-    prefer: int = 0
-    recognise: Callable[[Path], list[Case]] | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
 
-    def recognised(self, root: Path) -> list[Case]:
-        """List the cases if the root is plainly of this layout."""
-        return (self.recognise or self.find)(root)
+    def shown(self, modality: str) -> str:
+        """Return what the archive calls a modality."""
+        return self.names.get(modality, modality)
 
     def with_intensity(self, rule: str | None) -> "Layout":
         """Return the layout with one intensity rule for all modalities; None changes nothing."""
@@ -108,15 +156,16 @@ class Layout:
         intensity = dict.fromkeys(self.preprocessing.intensity or self.modalities, rule)
         return replace(self, preprocessing=replace(self.preprocessing, intensity=intensity))
 
+    def with_voxels(self, voxels: VoxelConfig) -> "Layout":
+        """Return the layout with a way to read odd files, and with the intensity rules that come with it.
 
-def natural_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """List the files of a folder with one of the suffixes, sorted by name."""
-    return sorted(path for path in folder.iterdir() if path.name.endswith(tuple(suffixes)) and path.is_file())
-
-
-def stem_of(path: Path, suffixes: Sequence[str]) -> str:
-    """Return a file's name without its (possibly double) suffix."""
-    for suffix in sorted(suffixes, key=len, reverse=True):
-        if path.name.endswith(suffix):
-            return path.name[: -len(suffix)]
-    return path.name
+        Raises:
+            DataError: there is no such rule or modality.
+        """
+        for name, rule in voxels.intensity.items():
+            if name not in self.modalities:
+                raise DataError(f"voxels.intensity names {name}; the modalities are {', '.join(self.modalities)}.")
+            if rule not in RULES:
+                raise DataError(f"voxels.intensity has the rule {rule} for {name}; known are {', '.join(RULES)}.")
+        intensity = {**self.preprocessing.intensity, **voxels.intensity}
+        return replace(self, preprocessing=replace(self.preprocessing, intensity=intensity, voxels=voxels))

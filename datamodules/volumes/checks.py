@@ -1,29 +1,24 @@
-"""``medmim doctor``: what is wrong with an archive, before a week of training finds out."""
+"""What ``medmim doctor`` looks at in an archive of volumes."""
 
-import argparse
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.errors import DataError
 from common.faults import Fault, SampleFaultError
-from common.runtime.data_config import add_data_arguments, make_datamodule
 from common.runtime.reporting import say
-from datamodules.examination import Member, judge, look_at_all, say_splits
+from datamodules.examination import Member, Terms, judge, look_at_all, say_splits
 from datamodules.volumes.cases import Case, Layout
+from datamodules.volumes.headers import VolumeError
 from datamodules.volumes.prepare import native_space, prepare_case
-from datamodules.volumes.reading import Header, VolumeError, read_header
-
-if TYPE_CHECKING:
-    from datamodules.volumes.datamodule import VolumeDataModule
+from datamodules.volumes.reading import Header, read_header
+from datamodules.volumes.voxels import VoxelConfig
 
 
-def _headers(case: Case, paths: dict[str, str]) -> Iterator[tuple[str, Header | Fault]]:
+def _headers(case: Case, paths: dict[str, str], voxels: VoxelConfig) -> Iterator[tuple[str, Header | Fault]]:
     for name, path in paths.items():
         try:
-            yield name, read_header(case.images.get(name) or case.labels[name])
+            yield name, read_header(case.images.get(name) or case.labels[name], voxels, case.places.get(name))
         except VolumeError as error:
             yield name, Fault(path, error.kind, error.detail, case.case_id)
 
@@ -32,7 +27,7 @@ def check_headers(case: Case, layout: Layout, labels: bool) -> Member:
     """Look at the headers of a case: readable, three axes, on one grid where the layout needs one."""
     paths = {name: str(path) for name, path in case.images.items() if name in layout.modalities}
     paths |= {name: str(path) for name, path in case.labels.items() if labels}
-    found = dict(_headers(case, paths))
+    found = dict(_headers(case, paths, layout.preprocessing.voxels))
     faults = [entry for entry in found.values() if isinstance(entry, Fault)]
     headers = {name: entry for name, entry in found.items() if isinstance(entry, Header)}
     if layout.preprocessing.reference is None and headers:
@@ -52,7 +47,7 @@ def check_headers(case: Case, layout: Layout, labels: bool) -> Member:
         return Member(case.case_id, case.patient_id, [*faults, native], usable=False)
     reference = layout.preprocessing.reference
     if reference is not None and reference not in case.images:
-        faults.append(Fault(case.case_id, "missing", f"the case has no {reference}", case.case_id))
+        faults.append(Fault(case.case_id, "missing", f"the case has no {layout.shown(reference)}", case.case_id))
     readable = [name for name in headers if name in case.images]
     usable = reference in readable if reference is not None else bool(readable)
     usable = usable and not (labels and any(name not in headers for name in case.labels))
@@ -71,33 +66,21 @@ def check_bytes(case: Case, layout: Layout, labels: bool) -> Member:
     return Member(case.case_id, case.patient_id, [*prepared.faults, *label_faults], sums, not label_faults)
 
 
-def examine(datamodule: "VolumeDataModule", deep: bool, workers: int) -> list[str]:
-    """Print a report on an archive and return the reasons why training would refuse it."""
-    layout = datamodule.index()
-    cases = datamodule.cases_in_use()
-    say_splits(f"layout {layout.name}", datamodule, "cases")
+def examine(layout: Layout, terms: Terms, labels: bool, deep: bool, workers: int) -> list[str]:
+    """Print a report on an archive and return the reasons why training would refuse it.
+
+    Args:
+        layout: Its layout, with settled modalities.
+        terms: What training asks of it.
+        labels: Whether training needs labels.
+        deep: Whether to read every byte, not only headers.
+        workers: Threads.
+    """
+    cases = terms.members
+    say_splits(f"layout {layout.name}", terms, "cases")
     counts = {name: sum(name in case.images for case in cases) for name in layout.modalities}
-    say("modalities: " + ", ".join(f"{name} in {count}" for name, count in counts.items())
+    say("modalities: " + ", ".join(f"{layout.shown(name)} in {count}" for name, count in counts.items())
         + f"; labels in {sum(bool(case.labels) for case in cases)}")  # fmt: skip
     check = check_bytes if deep else check_headers
-    found = look_at_all(lambda case: check(case, layout, datamodule.labels), cases, deep, workers, "voxel")
-    return judge(datamodule, found, "cases", deep, cases, datamodule.crops_per_case, "voxel")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``medmim doctor``."""
-    add_data_arguments(parser)
-    parser.add_argument("--deep", action="store_true", help="read every byte, check every check sum and voxel")
-    parser.add_argument("--workers", type=int, default=4, help="threads (default: %(default)s)")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Carry out ``medmim doctor``.
-
-    Raises:
-        DataError: training would refuse this archive.
-    """
-    reasons = make_datamodule(args).examine(args.deep, args.workers)
-    if reasons:
-        raise DataError(f"Training would refuse this archive: {'; '.join(reasons)}.")
-    say("training would accept this archive")
+    found = look_at_all(lambda case: check(case, layout, labels), cases, deep, workers, "voxel")
+    return judge(terms, found, "cases", deep, "voxel")

@@ -81,6 +81,22 @@ def to_tensor(array: NDArray[Any]) -> Tensor:
     return torch.from_numpy(array).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
+def arranged(channels: Tensor, order: Sequence[int] | None) -> Tensor:
+    """Bring what is listed by channel, ``(C, ...)``, into another order; None leaves it as it is.
+
+    Args:
+        channels: ``(C, ...)``.
+        order: Place of each wanted channel among the C; negative = it is absent, and 0.
+    """
+    if order is None:
+        return channels
+    result = channels.new_zeros(len(order), *channels.shape[1:])
+    for index, place in enumerate(order):
+        if place >= 0:
+            result[index] = channels[place]
+    return result
+
+
 def flip(array: NDArray[Any], axes: Sequence[int]) -> NDArray[Any]:
     """Mirror the given ones of the last three axes (0, 1, 2)."""
     return np.flip(array, tuple(axis - 3 for axis in axes)) if axes else array

@@ -1,6 +1,5 @@
 """Multi-modal volumes for pre-training, segmentation and probes: one data module for every layout."""
 
-import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,17 +8,29 @@ import numpy as np
 import torch
 
 from common.errors import DataError
-from common.faults import Fault, SampleFaultError, pseudonym
+from common.faults import Fault, SampleFaultError
+from common.names import case_twins
+from common.pseudonyms import pseudonym, public_name
 from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.base import ArchiveDataModule, FaultTolerantDataset
+from datamodules.controls import read_control
+from datamodules.ids import check_labels, join_ids, rows_by
 from datamodules.loading import Draw, ResumableLoader
-from datamodules.registry import VOLUME_LAYOUTS, recognise, with_modalities
-from datamodules.splits import assign_splits, nested_fraction
+from datamodules.members import check_content
+from datamodules.membership import MASK
+from datamodules.notes import say_notes
+from datamodules.registry import Archive, Settings
+from datamodules.splits import SplitFile, assign_splits, nested_fraction
+from datamodules.tables import read_table
 from datamodules.volumes.cache import CacheFormat, OpenCase, Record, SourceVolumes, VolumeCache
-from datamodules.volumes.cases import Case, Layout
-from datamodules.volumes.crops import center_start, cut, flip, random_start, start_around, to_tensor
+from datamodules.volumes.cases import Case, Layout, case_of
+from datamodules.volumes.checks import examine
+from datamodules.volumes.crops import arranged, center_start, cut, flip, random_start, start_around, to_tensor
+from datamodules.volumes.modalities import under_canonical_names, with_modalities
+from datamodules.volumes.profiles import prepared
+from datamodules.volumes.voxels import STRICT, VoxelConfig
 
 Domain = Literal["train", "val", "center", "full"]
 
@@ -41,6 +52,7 @@ class VolumeDataset(FaultTolerantDataset):
         controls: Other patients' cases, for the control of the collapse diagnostics; None leaves it out.
         targets: Class index by case id.
         anonymise: Whether subjects get pseudonyms.
+        order: Place of each channel of a sample among the stored ones, negative = absent; None takes them as stored.
     """
 
     def __init__(
@@ -57,6 +69,7 @@ class VolumeDataset(FaultTolerantDataset):
         controls: Sequence[Case] | None = None,
         targets: Mapping[str, int] | None = None,
         anonymise: bool = False,
+        order: Sequence[int] | None = None,
     ) -> None:
         super().__init__(seed)
         self.cases = list(cases)
@@ -70,6 +83,7 @@ class VolumeDataset(FaultTolerantDataset):
         self.controls = controls
         self.targets = targets
         self.anonymise = anonymise
+        self.order = order
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -77,13 +91,6 @@ class VolumeDataset(FaultTolerantDataset):
     def subject(self, index: int) -> str:
         """Return the case id."""
         return self.cases[index].case_id
-
-    def _parts(self, draw: Draw) -> tuple[Any, ...]:
-        """Return what the randomness of a draw hangs on."""
-        subject = self.subject(draw.index)
-        if self.domain == "train":
-            return ("train", self.seed, draw.epoch, subject, draw.draw)
-        return ("val", subject, draw.draw)
 
     def read(self, draw: Draw) -> dict[str, Any]:
         """Return one sample; see :class:`common.types.VolumeBatch`.
@@ -95,15 +102,16 @@ class VolumeDataset(FaultTolerantDataset):
         opened = self.store.open(case)
         if self.regions is not None and opened.label is None:
             raise SampleFaultError(self._label_faults(case, opened.record))
-        generator = numpy_generator("crop", *self._parts(draw))
+        generator = numpy_generator("crop", *self.draw_key(draw, self.domain == "train"))
         start, size = self._place(opened, generator)
         axes = [axis for axis in self.flip_axes if self.domain == "train" and generator.random() < 0.5]
         image = flip(cut(opened.image, start, size), axes)
+        hide = pseudonym if self.anonymise else str
         sample: dict[str, Any] = {
-            "image": to_tensor(image),
-            "modality_mask": torch.tensor(opened.record.modality_mask),
-            "key": torch.tensor(stable_hash("mask", *self._parts(draw))),
-            "subject_id": pseudonym(case.case_id) if self.anonymise else case.case_id,
+            "image": arranged(to_tensor(image), self.order),
+            "modality_mask": arranged(torch.tensor(opened.record.modality_mask), self.order),
+            "key": torch.tensor(stable_hash("mask", *self.draw_key(draw, self.domain == "train"))),
+            "subject_id": hide(case.case_id),
             "place": (*start, *opened.image.shape[-3:]),
             "faults": opened.record.image_faults(),
         }
@@ -114,7 +122,7 @@ class VolumeDataset(FaultTolerantDataset):
         if self.domain == "full":
             sample["record"] = opened.record
         if self.targets is not None:
-            sample |= {"target": self.targets[case.case_id], "patient_id": case.patient_id}
+            sample |= {"target": self.targets[case.case_id], "patient_id": hide(case.patient_id)}
         if self.controls is not None:
             sample |= self._control(draw)
         return sample
@@ -140,21 +148,14 @@ class VolumeDataset(FaultTolerantDataset):
         return random_start(shape, self.crop_size, generator, self.overhang), self.crop_size
 
     def _control(self, draw: Draw) -> dict[str, Any]:
-        """Cut a crop out of another patient, the same one every time."""
-        case = self.cases[draw.index]
-        others = [other for other in self.controls or [] if other.patient_id != case.patient_id]
-        first = stable_hash("control", case.case_id, draw.draw)
-        for attempt in range(len(others)):
-            other = others[(first + attempt) % len(others)]
-            try:
-                opened = self.store.open(other)
-            except SampleFaultError:
-                continue
-            generator = numpy_generator("crop", "val", other.case_id, draw.draw)
-            start, size = self._place(opened, generator)
-            piece = cut(opened.image, start, size)
-            return {"control_image": to_tensor(piece)}
-        return {}
+        """Cut a crop out of another patient."""
+
+        def read(other: Case) -> dict[str, Any]:
+            opened = self.store.open(other)
+            start, size = self._place(opened, numpy_generator("crop", "val", other.case_id, draw.draw))
+            return {"control_image": arranged(to_tensor(cut(opened.image, start, size)), self.order)}
+
+        return read_control(self.cases[draw.index], draw, self.controls or (), read) or {}
 
 
 class NamesDataset(FaultTolerantDataset):
@@ -188,18 +189,21 @@ class VolumeDataModule(ArchiveDataModule):
     Args:
         root: The archive.
         layout: Name of its layout; ``"auto"`` recognises it from the tree.
-        modalities: Channels in order; None takes the layout's.
+        profile: How volumes are prepared (:mod:`datamodules.volumes.profiles`); None takes what suits the layout.
+        modalities: Channels in order, in any usual spelling; None takes the layout's.
         crop_size: Voxels along R, A, S; None takes the layout's.
         batch_size: Crops per device.
         crops_per_case: Training crops per case and epoch.
         val_crops_per_case: Fixed validation crops per case.
         num_workers: Loader processes per rank; also threads that build the cache.
         split_fractions: Shares of patients for train, val and test where neither file nor archive says.
-        split_file: CSV with ``split`` and ``case_id`` or ``patient_id``.
+        split_file: Table with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes, or that and
+            how its names join; see :class:`datamodules.splits.SplitFile`.
         flip_axes: Axes (0 R, 1 A, 2 S) that training crops are mirrored along with probability one half.
         overhang: Share of a crop that may reach beyond the foreground, in each direction. Official volumes are about
             three quarters air; at 0 a crop of half the head's size would hardly ever see the brain's surface.
         intensity: One rule for all modalities (see :mod:`datamodules.volumes.intensity`); None takes the layout's.
+        voxels: What is done about volumes that are a fault as they are.
         cache: ``"npy"``, ``"b2nd"``, or ``"none"`` to read the sources at every access.
         labels: Whether samples need labels; validation and test then give whole volumes.
         label_crop_probability: Share of the labelled training crops that must contain a labelled voxel.
@@ -212,12 +216,14 @@ class VolumeDataModule(ArchiveDataModule):
         anonymise: Whether subject ids are replaced by pseudonyms in logs, pictures and fault files.
         seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
         split_seed: Seed of the split alone, so that runs of several seeds share their test patients.
+        **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of :class:`ArchiveDataModule`.
     """
 
     def __init__(
         self,
         root: str,
         layout: str = "auto",
+        profile: str | None = None,
         modalities: list[str] | None = None,
         crop_size: tuple[int, int, int] | None = None,
         batch_size: int = 4,
@@ -225,10 +231,11 @@ class VolumeDataModule(ArchiveDataModule):
         val_crops_per_case: int = 4,
         num_workers: int = 0,
         split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        split_file: str | None = None,
+        split_file: str | SplitFile | None = None,
         flip_axes: tuple[int, ...] = (0, 1, 2),
         overhang: float = 0.25,
         intensity: str | None = None,
+        voxels: VoxelConfig = STRICT,
         cache: CacheFormat | Literal["none"] = "npy",
         labels: bool = False,
         label_crop_probability: float = 0.5,
@@ -240,23 +247,43 @@ class VolumeDataModule(ArchiveDataModule):
         anonymise: bool = False,
         seed: int | None = None,
         split_seed: int = 0,
+        **membership: Any,
     ) -> None:
-        super().__init__(batch_size, num_workers, max_fault_fraction, anonymise, seed)
+        super().__init__(batch_size, num_workers, max_fault_fraction, anonymise, seed, **membership)
         self.root = root
         self.crops_per_case, self.val_crops_per_case = crops_per_case, val_crops_per_case
         self.flip_axes, self.overhang = flip_axes, overhang
         self.labels, self.label_crop_probability, self.label_fraction = labels, label_crop_probability, label_fraction
         self.target, self.target_file = target, target_file
         self._layout_name, self._modalities, self._crop_size = layout, modalities, crop_size
-        self._regions, self._intensity, self._cache = regions, intensity, cache
+        self._profile = profile or self.default_profile
+        self._regions, self._intensity, self._voxels, self._cache = regions, intensity, voxels, cache
         self._split = (split_fractions, split_seed, split_file)
         self._layout: Layout | None = None
         self.cases: list[Case] = []
-        self.splits: dict[str, list[Case]] = {}
         self.targets: dict[str, int] | None = None
+        self.twins: frozenset[str] = frozenset()
+        self._delivered: tuple[str, ...] | None = None
 
-    #: What a root may be; subclasses that understand others name them here.
-    known_layouts: Sequence[Layout] = VOLUME_LAYOUTS
+    #: Profile where none is named; None takes the one that suits the layout.
+    default_profile: str | None = None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Volumes, with masks or targets where the task is about them."""
+        wanted = {"volumes"} | ({"masks"} if self.labels else set())
+        return frozenset(wanted | ({"targets"} if self.target and not self.target_file else set()))
+
+    def used_files(self) -> Iterable[tuple[str, Path]]:
+        """Yield the volumes of the channels, and the labels where they are needed."""
+        layout = self.index()
+        for case in self.cases_in_use():
+            yield from (("volume", path) for name, path in case.images.items() if name in layout.modalities)
+            yield from (("mask", path) for path in case.labels.values() if self.labels)
+
+    def prepare_layout(self, archive: Archive) -> Layout:
+        """Return what the archive's files are, and how they are prepared."""
+        return prepared(archive, self._profile)
 
     def settle(self, layout: Layout) -> Layout:
         """Settle channels and preparation of a recognised layout, once the cases are listed."""
@@ -269,10 +296,18 @@ class VolumeDataModule(ArchiveDataModule):
             DataError: unknown layout, missing split file, a patient in two splits, no labelled case, and the like.
         """
         if self._layout is None:
-            layout, self.cases = recognise(self.root, self._layout_name, self.known_layouts)
-            layout = self.settle(layout).with_intensity(self._intensity)
+            named = {name: name for name in self._modalities or ()}
+            archive = self.open(self.root, self._layout_name, Settings(modalities=named))
+            self.archive = archive
+            cases = [case_of(record) for record in archive.records]
+            layout, self.cases = under_canonical_names(self.prepare_layout(archive), cases)
+            layout = self.settle(layout).with_intensity(self._intensity).with_voxels(self._voxels)
+            check_content((path for case in self.cases for path in case.files()), self.root)
             fractions, split_seed, split_file = self._split
-            parts = assign_splits(self.cases, fractions, split_seed, split_file)
+            cut = archive.facts.cut_validation
+            parts = assign_splits(self.cases, fractions, split_seed, split_file, cut_validation=cut)
+            seeded = split_file is None and not any(case.split for case in self.cases)
+            parts = self.place(self.cases, parts, seeded, self._split)
             self.targets = self._read_targets()
             usable = [case for case in self.cases if self._is_wanted(case)]
             self.splits = {
@@ -282,7 +317,12 @@ class VolumeDataModule(ArchiveDataModule):
             self._check_regions(layout)
             self.ledger.num_samples = len(parts)
             self._layout = layout
-            self.store = SourceVolumes(layout) if self._cache == "none" else VolumeCache(self.root, layout, self._cache)
+            self.twins = case_twins(case.case_id for case in self.cases)
+            self.store = (
+                SourceVolumes(layout)
+                if self._cache == "none"
+                else VolumeCache(self.root, layout, self._cache, twins=self.twins)
+            )
         return self._layout
 
     def _is_wanted(self, case: Case) -> bool:
@@ -308,16 +348,18 @@ class VolumeDataModule(ArchiveDataModule):
             path = Path(self.target_file)
             if not path.is_file():
                 raise DataError(f"The target file {path} does not exist.")
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                rows = list(csv.DictReader(file))
-            if not rows or not {"case_id", self.target} <= rows[0].keys():
+            table = read_table(path)
+            if not {"case_id", self.target} <= set(table.columns):
                 raise DataError(f"{path} needs the columns case_id and {self.target}.")
-            facts = {row["case_id"]: row for row in rows}
+            facts = rows_by(path, table, "case_id")
+            check_labels(path, join_ids([case.case_id for case in self.cases], facts), "cases")
         texts = {name: facts.get(name, {}).get(self.target, "").strip() for name in (c.case_id for c in self.cases)}
         wrong = {name: text for name, text in texts.items() if text not in ("", "0", "1")}
         if wrong:
             name, text = next(iter(wrong.items()))
-            raise DataError(f"The target {self.target} of {name} is {text!r}; it must be 0, 1 or empty (unknown).")
+            raise DataError(
+                f"The target {self.target} of {public_name(name)} is {text!r}; it must be 0, 1 or empty (unknown)."
+            )
         targets = {name: int(text) for name, text in texts.items() if text}
         if len(set(targets.values())) < 2:
             raise DataError(
@@ -343,17 +385,59 @@ class VolumeDataModule(ArchiveDataModule):
         """Channels, crop size, regions and preprocessing of the batches."""
         layout = self.index()
         preprocessing = {"layout": layout.name, **layout.preprocessing.as_dict()}
-        return InputSpec(layout.modalities, self.crop_size, self.regions, preprocessing)
+        channels = self._delivered or layout.modalities
+        present = {name for case in self.cases for name in case.images}
+        return InputSpec(
+            channels,
+            self.crop_size,
+            self.regions,
+            preprocessing,
+            names=tuple(layout.shown(name) for name in channels),
+            absent=tuple(name for name in channels if name not in present),
+            chosen=bool(self._modalities),
+        )
+
+    def deliver(self, channels: Sequence[str]) -> None:
+        """Give batches these channels in this order; those that the archive lacks are fed as absent.
+
+        Raises:
+            DataError: a channel of the data is not among them.
+        """
+        layout = self.index()
+        if left_out := [layout.shown(name) for name in layout.modalities if name not in channels]:
+            raise DataError(f"{', '.join(left_out)} of {self.root} would be left out: set data.modalities.")
+        self._delivered = tuple(channels)
+
+    def _order(self) -> list[int] | None:
+        """Return where each channel of the batches is among the stored ones, -1 = nowhere; None = they are the same."""
+        stored = self.index().modalities
+        if self._delivered in (None, stored):
+            return None
+        return [stored.index(name) if name in stored else -1 for name in self._delivered or ()]
 
     def prepare_data(self) -> None:
         """Build and verify the cache, once per machine (Lightning hook)."""
         self.index()
         self.store.ensure(self.cases_in_use(), max(self.num_workers, 1))
+        say_notes()
 
     def all_cases(self) -> list[Case]:
         """Return every case of the archive, whether or not it is used."""
         self.index()
         return self.cases
+
+    def sources(self, cases: Sequence[Case]) -> dict[str, tuple[str, ...]]:
+        """Return the check sums of the files of each case; without a cache none is known."""
+        found: dict[str, tuple[str, ...]] = {}
+        if not isinstance(self.store, VolumeCache):
+            return found
+        for case in cases:
+            if (record := self.store.read_record(case.case_id)) is not None:
+                sums = {path: source["xxh3"] for path, source in record.sources.items() if "xxh3" in source}
+                images = [sums[path] for path in map(str, case.images.values()) if path in sums]
+                masks = [MASK + sums[path] for path in map(str, case.labels.values()) if path in sums]
+                found[case.case_id] = (*sorted(images), *sorted(masks))
+        return found
 
     def cases_in_use(self) -> list[Case]:
         """Return the cases of all splits."""
@@ -375,8 +459,10 @@ class VolumeDataModule(ArchiveDataModule):
             raise DataError(f"None of the {len(self.cases_in_use())} cases under {self.root} can be used. "
                             f"{self.ledger.describe()}")  # fmt: skip
         counts = ", ".join(f"{len(part)} {name}" for name, part in self.splits.items() if part)
-        say(f"data: {layout.name} at {self.root}, cases {counts}, modalities {', '.join(layout.modalities)}, "
+        modalities = ", ".join(layout.shown(name) for name in layout.modalities)
+        say(f"data: {layout.name} at {self.root}, cases {counts}, modalities {modalities}, "
             f"crops {'x'.join(map(str, self.crop_size))}")  # fmt: skip
+        self.keep_account(stage)
         if stage == "fit" and not self.splits["val"]:
             say("note: the val split is empty, so nothing will be measured and there will be no best checkpoint")
 
@@ -391,6 +477,7 @@ class VolumeDataModule(ArchiveDataModule):
             targets=self.targets,
             overhang=self.overhang,
             anonymise=self.ledger.anonymise,
+            order=self._order(),
             **options,
         )
 
@@ -452,8 +539,8 @@ class VolumeDataModule(ArchiveDataModule):
         return self.evaluation_loader(self._unlabelled(cases), batch_size=1)
 
     def _unlabelled(self, cases: Sequence[Case]) -> VolumeDataset:
-        anonymise = self.ledger.anonymise
-        return VolumeDataset(cases, self.store, self.crop_size, "full", self.seed, anonymise=anonymise)
+        anonymise, order = self.ledger.anonymise, self._order()
+        return VolumeDataset(cases, self.store, self.crop_size, "full", self.seed, anonymise=anonymise, order=order)
 
     def reference_samples(self, count: int) -> Iterable[Any]:
         """Yield batches with at least ``count`` training crops, cut as validation crops are and never mirrored."""
@@ -464,9 +551,9 @@ class VolumeDataModule(ArchiveDataModule):
 
     def examine(self, deep: bool, workers: int) -> list[str]:
         """Print a report on the archive and return the reasons why training would refuse it."""
-        from datamodules.volumes.checks import examine
-
-        return examine(self, deep, workers)
+        layout = self.index()
+        terms = self.terms(self.cases_in_use(), self.crops_per_case)
+        return examine(layout, terms, self.labels, deep, workers)
 
     def central_samples(self, splits: Sequence[str] = ("train", "val", "test")) -> Iterable[Any]:
         """Yield batches with the central crop of every case of some splits, for probes and embeddings."""
@@ -479,6 +566,7 @@ class VolumeDataModule(ArchiveDataModule):
             self.seed,
             targets=self.targets,
             anonymise=self.ledger.anonymise,
+            order=self._order(),
         )
         for batch in self.evaluation_loader(dataset, all_ranks=False):
             yield self.on_before_batch_transfer(batch, 0)

@@ -1,4 +1,7 @@
-"""Intensity rules. Always in float32: upstream of E-MIM divides integer arrays in place, which leaves zeros."""
+"""Intensity rules. Always in float32: upstream of E-MIM divides integer arrays in place, which leaves zeros.
+
+A rule takes a volume and where its background lies; None where the volume has none that is one value.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,20 +10,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
+Mask = NDArray[np.bool_] | None
+
+#: Rules that clip at 0: a volume that is negative for a good part is not for them.
+CLIPPED_AT_0 = ("percentile", "max")
 
 
-def _percentile(x: Array) -> Array:
+def _percentile(x: Array, background: Mask) -> Array:
     """Clip at the 99.5th percentile of the foreground and divide by it: [0, 1], background stays 0."""
-    top = np.percentile(x[x > 0], 99.5) if (x > 0).any() else x.max()
+    foreground = x > 0 if background is None else (x > 0) & ~background
+    top = np.percentile(x[foreground], 99.5) if foreground.any() else x.max()
     return np.clip(x / top, 0, 1)
 
 
-def _maximum(x: Array) -> Array:
+def _maximum(x: Array, background: Mask) -> Array:
     """Divide by the maximum (the scaling behind E-MIM's Fig. 2)."""
     return np.clip(x / x.max(), 0, 1)
 
 
-def _minmax(x: Array) -> Array:
+def _minmax(x: Array, background: Mask) -> Array:
     """Clip to the 0.5th and 99.5th percentiles and stretch to [0, 1]."""
     low, high = np.percentile(x, [0.5, 99.5])
     if high <= low:
@@ -28,25 +36,41 @@ def _minmax(x: Array) -> Array:
     return np.clip((x - low) / (high - low), 0, 1)
 
 
-def _stretch(low: float, high: float, x: Array) -> Array:
+def _stretch(low: float, high: float, x: Array, background: Mask) -> Array:
     """Stretch between two percentiles of the whole volume, air included, to [0, 1], and clip (BrainMVP)."""
     bottom, top = np.percentile(x, [low, high])
     return np.clip((x - bottom) / (top - bottom), 0, 1)
 
 
-def _adc(x: Array) -> Array:
+def _adc(x: Array, background: Mask) -> Array:
     """Divide by 3000: apparent diffusion coefficients are quantitative (10^-6 mm^2/s)."""
     return np.clip(x / 3000, 0, 1)
 
 
-def _zscore(x: Array) -> Array:
+def _zscore(x: Array, background: Mask) -> Array:
     """Standardise over the foreground; background stays 0."""
-    foreground = x != 0
+    foreground = x != 0 if background is None else ~background
     mean, std = x[foreground].mean(), x[foreground].std()
     return np.where(foreground, (x - mean) / max(std, 1e-6), 0)
 
 
-RULES: dict[str, Callable[[Array], Array]] = {
+def _standardised(x: Array, background: Mask) -> Array:
+    """Map the 0.5th to 99.5th percentile of the foreground to [0.01, 1], and the background to 0.
+
+    For volumes that have a mean of 0 already: no voxel of theirs becomes background because it is below it.
+    """
+    foreground = np.ones(x.shape, dtype=bool) if background is None else ~background
+    low, high = np.percentile(x[foreground], [0.5, 99.5])
+    scaled = np.clip((x - low) / (high - low), 0, 1)
+    return np.where(foreground, 0.01 + 0.99 * scaled, 0).astype(np.float32)
+
+
+def _ct(x: Array, background: Mask) -> Array:
+    """Clip Hounsfield units to -1000 .. 1000 and stretch these to [0, 1]."""
+    return (np.clip(x, -1000, 1000) + 1000) / 2000
+
+
+RULES: dict[str, Callable[[Array, Mask], Array]] = {
     "percentile": _percentile,
     "max": _maximum,
     "minmax": _minmax,
@@ -54,18 +78,21 @@ RULES: dict[str, Callable[[Array], Array]] = {
     "percentile_1_99": partial(_stretch, 1, 99),
     "adc": _adc,
     "zscore": _zscore,
+    "standardised": _standardised,
+    "ct": _ct,
 }
 
 
-def rescale(data: NDArray, rule: str) -> Array:
+def rescale(data: NDArray, rule: str, background: Mask = None) -> Array:
     """Apply a rule to a volume of any dtype.
 
     Args:
         data: Finite, not constant.
         rule: A name in ``RULES``.
+        background: True where the background lies; None where no one value is it.
 
     Returns:
         float32, same shape.
     """
     x = np.asarray(data, dtype=np.float32)
-    return np.asarray(RULES[rule](x), dtype=np.float32)
+    return np.asarray(RULES[rule](x, background), dtype=np.float32)

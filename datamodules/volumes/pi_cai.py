@@ -5,22 +5,26 @@ by people. The marksheet decides about clinically significant cancer; early vers
 derived from the Gleason scores. An absent mask is not a negative study.
 """
 
-import csv
 import re
 from pathlib import Path
 
 from common.errors import DataError
-from datamodules.volumes.cases import Case, Layout, Preprocessing
+from datamodules.files import listing, short
+from datamodules.ids import check_subjects
+from datamodules.registry import Evidence, Facts, Layout
+from datamodules.tables import read_table
+from datamodules.tree import Tree
+from datamodules.volumes.cases import Case
 
 MODALITIES = ("t2w", "adc", "hbv")
-_FILE = re.compile(r"^(?P<study>(?P<patient>.+?)_(?P<visit>[^_]+))_(?P<modality>t2w|adc|hbv)\.mha$")
-_LABEL_ROOTS = ("labels", "picai_labels", ".")
+_FILE = re.compile(r"^(?P<study>(?P<patient>.+?)_(?P<visit>[^_]+))_(?P<modality>t2w|adc|hbv)\.mha$", re.IGNORECASE)
+_LABEL_ROOTS = ("labels", "picai_labels")
 _ZONES = ("HeviAI23", "Yuan23")
 _MARKSHEETS = ("clinical_information/marksheet.csv", "marksheet.csv")
 
 
-def _first(root: Path, candidates: list[str]) -> Path | None:
-    return next((root / name for name in candidates if (root / name).exists()), None)
+def _first(tree: Tree, candidates: list[str]) -> str | None:
+    return next((name for name in candidates if tree.is_file(name) or tree.is_dir(name)), None)
 
 
 def gleason_to_isup(text: str) -> int | None:
@@ -46,61 +50,73 @@ def read_marksheet(path: Path) -> dict[str, dict[str, str]]:
     Raises:
         DataError: a needed column is absent.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        if not {"patient_id", "study_id"} <= set(columns) or not {"case_csPCa", "lesion_GS"} & set(columns):
-            raise DataError(
-                f"{path} is no PI-CAI marksheet: it needs patient_id, study_id and case_csPCa or lesion_GS, "
-                f"and has {', '.join(columns)}."
-            )
-        rows = {}
-        for row in reader:
-            facts = {name: (value or "").strip() for name, value in row.items() if name}
-            if facts.get("case_csPCa"):
-                facts["csPCa"] = str(int(facts["case_csPCa"].upper() == "YES"))
-            else:
-                facts["csPCa"] = str(int((gleason_to_isup(facts.get("lesion_GS", "")) or 0) >= 2))
-            rows[f"{facts['patient_id']}_{facts['study_id']}"] = facts
+    table = read_table(path)
+    columns = table.columns
+    if not {"patient_id", "study_id"} <= set(columns) or not {"case_csPCa", "lesion_GS"} & set(columns):
+        raise DataError(
+            f"{path} is no PI-CAI marksheet: it needs patient_id, study_id and case_csPCa or lesion_GS, "
+            f"and has {listing(columns)}."
+        )
+    check_subjects(path, table["patient_id"])
+    rows: dict[str, dict[str, str]] = {}
+    for facts in table.to_dict("records"):
+        if facts.get("case_csPCa"):
+            facts["csPCa"] = str(int(facts["case_csPCa"].upper() == "YES"))
+        else:
+            facts["csPCa"] = str(int((gleason_to_isup(facts.get("lesion_GS", "")) or 0) >= 2))
+        study = f"{facts['patient_id']}_{facts['study_id']}"
+        if rows.setdefault(study, facts) != facts:
+            raise DataError(f"{path} lists the study {short(study)} twice, with different values; keep one row of it.")
     return rows
 
 
-def find_cases(root: Path) -> list[Case]:
-    """List the PI-CAI studies under a root; ``root/images`` or the folder of patients itself."""
-    images = root / "images" if (root / "images").is_dir() else root
-    studies: dict[str, dict[str, Path]] = {}
-    patients: dict[str, str] = {}
-    for path in sorted(images.glob("*/*.mha")):
-        match = _FILE.match(path.name)
-        if match and match["patient"] == path.parent.name:
-            studies.setdefault(match["study"], {})[match["modality"]] = path
-            patients[match["study"]] = match["patient"]
+def _images(tree: Tree) -> dict[str, tuple[str, dict[str, Path]]]:
+    """Return the volumes of each study, with its patient."""
+    images = "images" if tree.is_dir("images") else ""
+    studies: dict[str, tuple[str, dict[str, Path]]] = {}
+    for patient in tree.folders(images):
+        for file in tree.listed(f"{images}/{patient}" if images else patient):
+            match = _FILE.match(file.name.rpartition("/")[2])
+            if match and match["patient"] == patient:
+                studies.setdefault(match["study"], (patient, {}))[1][match["modality"].lower()] = tree / file.name
+    return studies
+
+
+def find_cases(tree: Tree) -> list[Case]:
+    """List the PI-CAI studies of a tree; their patients' folders lie in ``images`` or in the root itself."""
+    studies = _images(tree)
     if not studies:
         return []
-    label_root = _first(root, [name for name in _LABEL_ROOTS if name != "."]) or root
-    marksheet = _first(label_root, list(_MARKSHEETS)) or _first(root, list(_MARKSHEETS))
-    facts = read_marksheet(marksheet) if marksheet else {}
-    zones = _first(label_root, [f"anatomical_delineations/zonal_pz_tz/AI/{name}" for name in _ZONES])
+    labels = _first(tree, list(_LABEL_ROOTS)) or ""
+    places = [f"{labels}/", ""] if labels else [""]
+    marksheet = _first(tree, [place + name for place in places for name in _MARKSHEETS])
+    facts = read_marksheet(tree / marksheet) if marksheet else {}
+    zones = _first(tree, [f"{places[0]}anatomical_delineations/zonal_pz_tz/AI/{name}" for name in _ZONES])
     cases = []
-    for study, files in sorted(studies.items()):
-        zone = zones / f"{study}.nii.gz" if zones else None
-        labels = {"zones": zone} if zone is not None and zone.is_file() else {}
-        cases.append(Case(study, patients[study], files, labels, attributes=facts.get(study, {})))
+    for study, (patient, files) in sorted(studies.items()):
+        zone = f"{zones}/{study}.nii.gz"
+        masks = {"zones": tree / zone} if zones and tree.is_file(zone) else {}
+        cases.append(Case(study, patient, files, masks, attributes=facts.get(study, {})))
     return cases
+
+
+def _recognise(tree: Tree) -> Evidence:
+    studies = _images(tree)
+    if not studies:
+        return Evidence(0, missing="PATIENT/PATIENT_STUDY_t2w.mha", near=0.3 if tree.first("**/*_t2w.*") else 0.0)
+    return Evidence(3, f"{len(studies)} studies called PATIENT_STUDY_{{t2w,adc,hbv}}.mha")
 
 
 PI_CAI = Layout(
     name="pi_cai",
     tree="ROOT/[images/]PATIENT/PATIENT_STUDY_{t2w,adc,hbv}.mha + ROOT/labels/ (marksheet, zonal masks)",
     find=find_cases,
-    modalities=MODALITIES,
-    regions={"TZ": (2,), "PZ": (1,)},
-    label_values=frozenset({0, 1, 2}),
-    preprocessing=Preprocessing(
-        intensity={"t2w": "minmax", "adc": "adc", "hbv": "minmax"},
-        reference="t2w",
-        spacing=(0.5, 0.5, 3.0),
-        size=(160, 160, 20),
+    evidence=_recognise,
+    facts=Facts(
+        modalities=MODALITIES,
+        regions={"TZ": (2,), "PZ": (1,)},
+        label_values=frozenset({0, 1, 2}),
+        profile="pi_cai",
     ),
-    crop_size=(160, 160, 32),
+    tables=tuple(f"{place}{name}" for place in ("labels/", "picai_labels/", "") for name in _MARKSHEETS),
 )

@@ -1,5 +1,6 @@
 """Predicted label volumes on the grid of the file they belong to."""
 
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,10 @@ import nibabel as nib
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
-from monai.data import MetaTensor
-from monai.transforms import ResampleToMatch
 from numpy.typing import NDArray
 
 from common.distributed import gather_objects
+from common.names import safe_name
 from common.runtime.reporting import say
 from datamodules.volumes.cache import Record
 from datamodules.volumes.reading import write_nifti
@@ -35,6 +35,9 @@ def to_source_grid(label: NDArray[np.uint8], record: Record) -> tuple[NDArray[np
         full = np.zeros(record.source_shape, dtype=np.uint8)
         full[tuple(slice(o, o + n) for o, n in zip(record.offset, label.shape, strict=True))] = label
     else:
+        from monai.data import MetaTensor
+        from monai.transforms import ResampleToMatch
+
         image = MetaTensor(torch.as_tensor(label, dtype=torch.float32)[None], affine=torch.tensor(record.affine))
         target = MetaTensor(torch.zeros(1, *record.source_shape), affine=torch.as_tensor(affine))
         resampled = ResampleToMatch(mode="nearest", padding_mode="zeros")(image, target)
@@ -45,16 +48,21 @@ def to_source_grid(label: NDArray[np.uint8], record: Record) -> tuple[NDArray[np
 
 
 class SegmentationWriter(BasePredictionWriter):
-    """Writes each prediction as ``predictions/<subject>.nii.gz`` in the run folder, on the source grid and affine."""
+    """Writes each prediction as ``predictions/<subject>.nii.gz`` in the run folder, on the source grid and affine.
+
+    A subject whose name can be no file's is written under that of :func:`common.names.safe_name`.
+    """
 
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
         self._count = 0
         self._folder = Path("predictions")
+        self._twins: Container[str] = ()
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Agree on one folder: ranks that a scheduler started read the time for themselves (Lightning hook)."""
         self._folder = Path(trainer.strategy.broadcast(trainer.default_root_dir)) / "predictions"
+        self._twins = getattr(trainer.datamodule, "twins", ())  # type: ignore[attr-defined]
 
     def write_on_batch_end(
         self,
@@ -69,7 +77,7 @@ class SegmentationWriter(BasePredictionWriter):
         """Write the cases of one batch (Lightning hook)."""
         for entry in prediction:
             label, affine = to_source_grid(entry["label"].numpy(), entry["record"])
-            write_nifti(self._folder / f"{entry['subject_id']}.nii.gz", label, affine)
+            write_nifti(self._folder / f"{safe_name(entry['subject_id'], self._twins)}.nii.gz", label, affine)
             self._count += 1
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -4,19 +4,24 @@ MONAI resamples; the rules of what may be used, and what is refused, are ours.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
-from monai.transforms import ResampleToMatch, Resize, ResizeWithPadOrCrop, Spacing
 from numpy.typing import NDArray
 
 from common.faults import Fault, SampleFaultError
+from datamodules.notes import note
 from datamodules.volumes.cases import Case, Layout
-from datamodules.volumes.intensity import rescale
-from datamodules.volumes.reading import Volume, VolumeError, read_volume
+from datamodules.volumes.headers import VolumeError, check_room
+from datamodules.volumes.intensity import CLIPPED_AT_0, rescale
+from datamodules.volumes.reading import Volume, read_volume
+from datamodules.volumes.voxels import FACES, STRICT, VoxelConfig, background_of, negative_share
+
+if TYPE_CHECKING:  # a quarter of a run's imports, and needed only where something is resampled
+    from monai.data import MetaTensor
 
 
 class PreparedCase(NamedTuple):
@@ -51,48 +56,79 @@ class PreparedCase(NamedTuple):
     sources: dict[str, dict[str, Any]]
 
 
-def read_image(path: Path) -> Volume:
+def read_image(path: Path, voxels: VoxelConfig = STRICT, place: int | None = None) -> Volume:
     """Read a volume that shows something.
+
+    Args:
+        path: The file.
+        voxels: What is done about odd ones.
+        place: Which volume of a 4-D file; None = the file is one.
 
     Raises:
         VolumeError: as :func:`datamodules.volumes.reading.read_volume`; or voxels are not finite, or all the same.
     """
-    volume = read_volume(path)
+    volume = read_volume(path, voxels, place)
     data = volume.data
     if data.dtype.kind == "f" and not np.isfinite(data).all():
-        raise VolumeError("nan", f"{int((~np.isfinite(data)).sum())} voxels are not finite")
+        data = _without_nan(data, voxels)
     if data.min() == data.max():
         raise VolumeError("constant", f"every voxel is {data.flat[0]:g}")
-    return volume
+    return volume._replace(data=data)
 
 
-def _rescaled(data: NDArray, rule: str) -> NDArray[np.float32]:
+def _without_nan(data: NDArray, voxels: VoxelConfig) -> NDArray:
+    missing = np.isnan(data)
+    if voxels.nan == "zero" and not np.isinf(data).any():
+        return np.where(missing, data.dtype.type(0), data)
+    detail = f"{int((~np.isfinite(data)).sum())} voxels are not finite"
+    if missing.any() and any(missing[face].any() for face in FACES):
+        detail += "; NaN reaches the border, so it lies outside the body: set voxels.nan: zero"
+    raise VolumeError("nan", detail)
+
+
+def _rescaled(data: NDArray, rule: str, background: NDArray[np.bool_] | None) -> NDArray[np.float32]:
     """Scale what lies on the final grid; it may be another part of the file than the one that was checked."""
     if data.min() == data.max():
         raise VolumeError("grid", "no part of it lies on the grid that the case is brought to")
     with np.errstate(invalid="ignore", divide="ignore"):
-        scaled = rescale(data, rule)
+        scaled = rescale(data, rule, background)
     if not np.isfinite(scaled).all() or scaled.min() == scaled.max():
         raise VolumeError("constant", f"nothing is left of it on the intensity scale {rule!r}")
     return scaled
+
+
+def _check_sign(name: str, path: Path, data: NDArray, rule: str, background: float | None) -> None:
+    """Refuse a volume of which a rule that clips at 0 would cut a good part away; say so where it is a small one."""
+    share = negative_share(data, background)
+    if share > _MAX_NEGATIVE and rule in CLIPPED_AT_0:
+        hint = "it is CT: set voxels.intensity: {%s: ct}" if data.min() <= _AIR else (
+            "it has been standardised already: set voxels.intensity: {%s: standardised}")  # fmt: skip
+        raise VolumeError("intensity", f"{share:.0%} of {name}'s foreground is negative, {hint % name}")
+    if share > _NOTED_NEGATIVE:
+        note(f"more than {_NOTED_NEGATIVE:.0%} of the foreground of {name} is negative", path)
 
 
 def _same_grid(a: Volume, b: Volume) -> bool:
     return a.data.shape == b.data.shape and np.allclose(a.affine, b.affine, atol=1e-2)
 
 
-def _read_members(case: Case, modalities: tuple[str, ...]) -> tuple[dict[str, Volume], list[Fault], dict[str, Any]]:
+def _read_members(
+    case: Case, layout: Layout, modalities: tuple[str, ...]
+) -> tuple[dict[str, Volume], list[Fault], dict[str, Any]]:
+    settings = layout.preprocessing
     volumes: dict[str, Volume] = {}
     faults, sources = [], {}
     for modality in modalities:
         if (path := case.images.get(modality)) is None:
             continue
         try:
-            volume = read_image(path)
+            volume = read_image(path, settings.voxels, case.places.get(modality))
+            background = background_of(volume.data)
+            _check_sign(modality, path, volume.data, settings.intensity[modality], background)
         except VolumeError as error:
             faults.append(Fault(str(path), error.kind, error.detail, case.case_id))
         else:
-            volumes[modality], sources[str(path)] = volume, volume.source
+            volumes[modality], sources[str(path)] = volume._replace(background=background), volume.source
     return volumes, faults, sources
 
 
@@ -120,29 +156,46 @@ def _drop_other_grids(case: Case, volumes: dict[str, Volume]) -> tuple[dict[str,
     return kept, faults
 
 
-def _meta(data: NDArray, affine: NDArray) -> MetaTensor:
-    return MetaTensor(
-        torch.as_tensor(np.ascontiguousarray(data, dtype=np.float32))[None], affine=torch.as_tensor(affine)
-    )
+def _meta(data: NDArray, affine: NDArray, background: float | None = None) -> "MetaTensor":
+    """Make a tensor whose background is 0, so that what lies beyond the volume is background too."""
+    from monai.data import MetaTensor
+
+    shifted = np.ascontiguousarray(data, dtype=np.float32) - np.float32(background or 0)
+    return MetaTensor(torch.as_tensor(shifted)[None], affine=torch.as_tensor(affine))
 
 
-def _on_reference_grid(volumes: dict[str, Volume], layout: Layout) -> tuple[dict[str, MetaTensor], Volume]:
-    """Resample every modality to the reference's grid, then to the layout's spacing and size."""
+def _on_reference_grid(
+    case: Case, volumes: dict[str, Volume], layout: Layout
+) -> tuple[dict[str, "MetaTensor"], Volume]:
+    """Resample every modality to the reference's grid, then to the layout's spacing and size; background becomes 0.
+
+    Raises:
+        SampleFaultError: a header's voxels are so large that too many would be made of them.
+    """
+    from monai.transforms import ResampleToMatch
+
     settings = layout.preprocessing
     reference = volumes[settings.reference or next(iter(volumes))]
     target = _meta(reference.data, reference.affine)
     images = {}
     for name, volume in volumes.items():
-        image: Any = _meta(volume.data, volume.affine)
+        image: Any = _meta(volume.data, volume.affine, volume.background)
         if not _same_grid(volume, reference):
             image = ResampleToMatch(mode="bilinear", padding_mode="zeros")(image, target)
-        images[name] = _to_final_grid(image, layout, "bilinear")
+        try:
+            images[name] = _to_final_grid(image, layout, "bilinear")
+        except VolumeError as error:
+            raise SampleFaultError([Fault(str(case.images[name]), error.kind, error.detail, case.case_id)]) from error
     return images, reference
 
 
-def _to_final_grid(image: Any, layout: Layout, mode: str) -> MetaTensor:
+def _to_final_grid(image: Any, layout: Layout, mode: str) -> "MetaTensor":
+    from monai.transforms import Resize, ResizeWithPadOrCrop, Spacing
+
     settings = layout.preprocessing
     if settings.spacing is not None:
+        edges = np.linalg.norm(np.asarray(image.affine)[:3, :3], axis=0)
+        check_room(np.asarray(image.shape[1:]) * edges / np.asarray(settings.spacing))
         padding = "border" if mode == "bilinear" else "zeros"
         image = Spacing(pixdim=settings.spacing, mode=mode, padding_mode=padding)(image)
     if settings.size is not None:
@@ -156,7 +209,7 @@ def _label_volume(case: Case, layout: Layout, reference: Volume, sources: dict[s
     """Read the label; several binary masks become the bits of one integer."""
     merged: NDArray | None = None
     for bit, path in enumerate(case.labels.values()):
-        volume = read_volume(path)
+        volume = read_volume(path, VoxelConfig(header=layout.preprocessing.voxels.header))
         sources[str(path)] = volume.source
         rounded = np.rint(volume.data)
         if volume.data.dtype.kind == "f" and not (np.abs(volume.data - rounded) <= 1e-3).all():
@@ -176,6 +229,8 @@ def _label_volume(case: Case, layout: Layout, reference: Volume, sources: dict[s
             + (": is this another release of the data? LAYOUT= chooses one" if layout.name.startswith("brats") else "")
             + ("" if layout.regions else ": data.regions must name every value"),
         )
+    if min(found) < 0 or max(found) > np.iinfo(np.uint8).max:
+        raise VolumeError("label", f"holds the values {min(found)} to {max(found)}; labels are 0 to 255")
     return merged.astype(np.uint8)
 
 
@@ -195,6 +250,10 @@ def centered_slice(size: int, low: int, high: int) -> slice:
     return slice(margin, size - margin)
 
 
+#: Share of the foreground below 0 that is said, and above which a volume does not fit a rule that clips at 0.
+_NOTED_NEGATIVE, _MAX_NEGATIVE = 0.01, 0.05
+#: Hounsfield units that only a CT's air has.
+_AIR = -500
 #: Share of voxels that are exactly 0 in every sequence, below which a volume has its skull and air still on.
 _MIN_AIR = 0.15
 #: Longest edge in mm, ratio of the edges, and degrees between an axis and the atlas's of what may be in atlas space.
@@ -231,19 +290,20 @@ def prepare_case(case: Case, layout: Layout, modalities: tuple[str, ...]) -> Pre
     settings = layout.preprocessing
     if settings.ragged:
         modalities = tuple(name for name in modalities if name in case.images)
-    volumes, faults, sources = _read_members(case, modalities)
+    volumes, faults, sources = _read_members(case, layout, modalities)
     try:
         if volumes and settings.reference is None:
             volumes, grid_faults = _drop_other_grids(case, volumes)
             faults += grid_faults
         if not volumes or (settings.reference is not None and settings.reference not in volumes):
             raise SampleFaultError([] if faults else [_nothing_left(case, layout)])
-        images, reference = _on_reference_grid(volumes, layout)
+        images, reference = _on_reference_grid(case, volumes, layout)
         if settings.atlas is not None:
             _check_space(case, images, reference, settings.atlas)
     except SampleFaultError as error:
         raise SampleFaultError([*faults, *error.faults]) from error
-    stack, there, constant = _rescaled_stack(case, layout, modalities, images)
+    levels = {name: volume.background for name, volume in volumes.items()}
+    stack, there, constant = _rescaled_stack(case, layout, modalities, images, levels)
     faults += constant
     if not any(there):
         raise SampleFaultError(faults)
@@ -278,15 +338,23 @@ def prepare_case(case: Case, layout: Layout, modalities: tuple[str, ...]) -> Pre
 
 
 def _rescaled_stack(
-    case: Case, layout: Layout, modalities: tuple[str, ...], images: dict[str, Any]
+    case: Case, layout: Layout, modalities: tuple[str, ...], images: dict[str, Any], levels: Mapping[str, float | None]
 ) -> tuple[NDArray[np.float32], list[bool], list[Fault]]:
-    """Scale the intensities of all modalities; where the cut is centred, of what lies inside it alone."""
+    """Scale the intensities of all modalities; where the cut is centred, of what lies inside it alone.
+
+    Args:
+        case: The case.
+        layout: Its layout.
+        modalities: Channels in order.
+        images: Volumes on the final grid, their background at 0.
+        levels: What was subtracted of each; None where it has no background of one value.
+    """
     settings = layout.preprocessing
     arrays = {name: image[0].numpy() for name, image in images.items()}
     shape = next(iter(arrays.values())).shape
     box: tuple[slice, ...] = (slice(None),) * 3
     if settings.centered:
-        box = _foreground_box(np.logical_or.reduce([array > 0 for array in arrays.values()]), centered=True)
+        box = _foreground_box(np.logical_or.reduce([array != 0 for array in arrays.values()]), centered=True)
     stack = np.zeros((len(modalities), *shape), dtype=np.float32)
     there = [False] * len(modalities)
     faults = []
@@ -294,19 +362,29 @@ def _rescaled_stack(
         if name not in arrays:
             continue
         try:
-            stack[index][box] = _rescaled(arrays[name][box], settings.intensity[name])
+            stack[index][box] = _scale_member(arrays[name][box], settings.intensity[name], levels[name])
             there[index] = True
         except VolumeError as error:
             faults.append(Fault(str(case.images[name]), error.kind, error.detail, case.case_id))
     return stack, there, faults
 
 
+def _scale_member(shifted: NDArray, rule: str, level: float | None) -> NDArray[np.float32]:
+    """Scale a volume from which its background was subtracted; the background becomes 0 by any rule."""
+    if level is None:
+        return _rescaled(shifted, rule, None)
+    background = shifted == 0
+    scaled = _rescaled(shifted + np.float32(level), rule, background)
+    return scaled if level == 0 else np.where(background, np.float32(0), scaled)
+
+
 def _nothing_left(case: Case, layout: Layout) -> Fault:
-    known, found = ", ".join(layout.modalities), [*case.images, *filter(None, [case.attributes.get("unknown")])]
+    known = ", ".join(layout.modalities)
+    found = [*map(layout.shown, case.images), *filter(None, [case.attributes.get("unknown")])]
     if layout.preprocessing.reference is not None:
-        detail = f"the case has no {layout.preprocessing.reference}"
+        detail = f"the case has no {layout.shown(layout.preprocessing.reference)}"
     elif case.images:
-        detail = f"the case has none of {known}; it has {', '.join(found)}"
+        detail = f"the case has none of {', '.join(map(layout.shown, layout.modalities))}; it has {', '.join(found)}"
     else:
         detail = (
             f"the case has no sequence of a known name; it has {', '.join(found) or 'no image'}, and known are {known}"

@@ -12,29 +12,44 @@ import SimpleITK as sitk
 import xxhash
 from numpy.typing import NDArray
 
-SUFFIXES = (".nii.gz", ".nii", ".mha")
+from common.files import whole_file
+from datamodules.limits import MAX_FOOTER_BYTES
+from datamodules.members import refusal_of, suffix_of, why_missing
+from datamodules.storage import fingerprint
+from datamodules.volumes.headers import (
+    VolumeError,
+    check_affine,
+    check_dtype,
+    check_end,
+    check_shape,
+    inflate,
+    mgh_header,
+    nifti_header,
+    squeezed,
+)
+from datamodules.volumes.itk_streams import check_stream, find_stream
+from datamodules.volumes.voxels import STRICT, VoxelConfig
 
-#: A header may promise any size; this many voxels (a 2048-cube holds more) is no volume of ours.
-MAX_VOXELS = 2**31
+#: Goes into the cache key: another decoder, or another rule of ours, may give other voxels.
+DECODERS = {"reader": "2", "nibabel": nib.__version__, "SimpleITK": sitk.Version.VersionString()}
 
-#: Volume of a voxel in units of its edges, which is 1 where they are at right angles; nearer to 0 it is flat.
-_MIN_VOLUME = 1e-3
-
-#: Goes into the cache key: another decoder may give other voxels.
-DECODERS = {"nibabel": nib.__version__, "SimpleITK": sitk.Version.VersionString()}
-
-
-class VolumeError(Exception):
-    """A file that cannot be used.
-
-    Args:
-        kind: unreadable, checksum, shape, nan, constant or missing.
-        detail: What was found.
-    """
-
-    def __init__(self, kind: str, detail: str) -> None:
-        self.kind, self.detail = kind, detail
-        super().__init__(detail)
+#: Bytes at the start of a file that hold the header of NIfTI or MGH.
+_START = 1024
+_READERS = {".mha": "MetaImageIO", ".mhd": "MetaImageIO", ".nrrd": "NrrdImageIO"}
+_DTYPES = {
+    sitk.sitkUInt8: np.uint8,
+    sitk.sitkInt8: np.int8,
+    sitk.sitkUInt16: np.uint16,
+    sitk.sitkInt16: np.int16,
+    sitk.sitkUInt32: np.uint32,
+    sitk.sitkInt32: np.int32,
+    sitk.sitkUInt64: np.uint64,
+    sitk.sitkInt64: np.int64,
+    sitk.sitkFloat32: np.float32,
+    sitk.sitkFloat64: np.float64,
+    sitk.sitkComplexFloat32: np.complex64,
+    sitk.sitkComplexFloat64: np.complex128,
+}
 
 
 class Volume(NamedTuple):
@@ -45,82 +60,51 @@ class Volume(NamedTuple):
         affine: ``(4, 4)`` voxel to world (RAS, mm).
         source: Size in bytes and xxh3 of the file.
         file_affine: The affine before the axes were turned to RAS.
+        background: The value of what lies around the body; None where it is not one value, or nobody has looked.
     """
 
     data: NDArray[Any]
     affine: NDArray[np.float64]
     source: dict[str, Any]
     file_affine: NDArray[np.float64]
+    background: float | None = None
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Return size and xxh3-128 of a file, read in pieces."""
-    digest, size = xxhash.xxh3_128(), 0
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-            size += len(piece)
-    return {"size": size, "xxh3": digest.hexdigest()}
-
-
-def _decompress(content: bytes) -> bytes:
-    """Inflate a gzip file and check its CRC, which readers that stop at the last voxel never look at."""
+def _nibabel_header(path: Path, voxels: VoxelConfig, place: int | None) -> tuple[Any, NDArray[np.float64]]:
+    """Read header and affine of a NIfTI or MGH file, and nothing behind them."""
     try:
-        return gzip.decompress(content)
-    except EOFError as error:
-        raise VolumeError("unreadable", "the file ends early (truncated)") from error
-    except (gzip.BadGzipFile, zlib.error) as error:
-        kind = "unreadable" if "Not a gzipped" in str(error) else "checksum"
-        raise VolumeError(kind, f"the compressed data are damaged ({error})") from error
+        with path.open("rb") if suffix_of(path) == ".nii" else gzip.open(path) as file:
+            start = file.read(_START)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise VolumeError("unreadable", f"the compressed data are damaged ({error})") from error
+    return mgh_header(start) if suffix_of(path) == ".mgz" else nifti_header(start, path, voxels, place)
 
 
-def _check_header(shape: tuple[int, ...]) -> None:
-    if len(shape) != 3 or min(shape) < 1:
-        raise VolumeError("shape", f"expected a volume of three axes, found shape {shape}")
-    if int(np.prod(shape, dtype=np.int64)) > MAX_VOXELS:
-        raise VolumeError("shape", f"the header promises {shape} voxels, more than is opened here")
-
-
-def _check_affine(affine: NDArray[np.float64]) -> None:
-    """Refuse an affine that is not finite or has no inverse: its voxels lie nowhere."""
-    edges = np.linalg.norm(affine[:3, :3], axis=0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        volume = abs(np.linalg.det(affine[:3, :3] / edges)) if np.isfinite(affine).all() and edges.all() else 0.0
-    if volume < _MIN_VOLUME:
-        rows = "; ".join(" ".join(f"{value:g}" for value in row) for row in affine[:3])
-        raise VolumeError("unreadable", f"the header places its voxels nowhere: its affine is ({rows}), which has no "
-                                        f"inverse; write a valid sform or qform")  # fmt: skip
-
-
-def _squeeze(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[:3] if len(shape) > 3 and set(shape[3:]) == {1} else shape
-
-
-def _read_nifti(path: Path) -> Volume:
+def _read_nibabel(path: Path, voxels: VoxelConfig, place: int | None) -> Volume:
+    header, affine = _nibabel_header(path, voxels, place)
+    shape = header.get_data_shape()
+    promised = header.get_data_offset() + int(np.prod(shape)) * header.get_data_dtype().itemsize
+    limit = promised + (MAX_FOOTER_BYTES if suffix_of(path) == ".mgz" else 0)
+    compressed = suffix_of(path) != ".nii"
+    if not compressed:
+        check_end(promised, path.stat().st_size)
     content = path.read_bytes()
+    raw = inflate(content, limit) if compressed else content
+    check_end(promised, len(raw), exact=False)
+    check_end(limit, max(len(raw), limit))
     source = {"size": len(content), "xxh3": xxhash.xxh3_128_hexdigest(content)}
-    try:
-        raw = _decompress(content) if path.name.endswith(".gz") else content
-        image = nib.Nifti1Image.from_bytes(raw)
-        _check_header(_squeeze(image.shape))
-        data = np.asanyarray(image.dataobj).reshape(_squeeze(image.shape))
-    except VolumeError:
-        raise
-    except Exception as error:  # nibabel raises many kinds for broken headers; all mean the same to us
-        raise VolumeError("unreadable", f"not a readable NIfTI file ({error})") from error
-    return _canonical(data, image.affine, source)
+    proxy = nib.arrayproxy.ArrayProxy(io.BytesIO(raw), header)
+    data = np.asanyarray(proxy if place is None else proxy[..., place]).reshape(squeezed(shape, place))
+    return _canonical(data, affine, source)
 
 
 def _canonical(data: NDArray[Any], affine: NDArray[np.float64], source: dict[str, Any]) -> Volume:
     """Turn the axes to RAS, without resampling."""
-    _check_affine(affine)
-    image = nib.as_closest_canonical(nib.Nifti1Image(_plain(data), affine))
-    return Volume(np.asanyarray(image.dataobj), image.affine, source, affine)
-
-
-def _plain(data: NDArray[Any]) -> NDArray[Any]:
-    """Return booleans and long integers in a dtype NIfTI knows."""
-    return data.astype({"b": np.uint8}.get(data.dtype.kind, np.int32)) if data.dtype in (bool, np.int64) else data
+    check_affine(affine)
+    data = np.abs(data) if data.dtype.kind == "c" else data
+    turn = nib.orientations.io_orientation(affine)
+    turned = affine @ nib.orientations.inv_ornt_aff(turn, data.shape)
+    return Volume(nib.orientations.apply_orientation(data, turn), turned, source, affine)
 
 
 def _itk_affine(reader: Any) -> NDArray[np.float64]:
@@ -132,38 +116,73 @@ def _itk_affine(reader: Any) -> NDArray[np.float64]:
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
 
 
-def _read_itk(path: Path) -> Volume:
-    source = fingerprint(path)
-    try:
-        reader = _itk_reader(path)
-        reader.ReadImageInformation()
-        _check_header(tuple(reader.GetSize()))
-        image = reader.Execute()
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise VolumeError("unreadable", f"not a readable MetaImage file ({reason})") from error
-    return _canonical(sitk.GetArrayFromImage(image).transpose(2, 1, 0), _itk_affine(image), source)
-
-
-def _itk_reader(path: Path) -> Any:
+def _itk_reader(path: Path, voxels: VoxelConfig) -> Any:
+    """Read the header of a MetaImage or NRRD file."""
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
-    reader.SetImageIO("MetaImageIO")
+    reader.SetImageIO(_READERS[suffix_of(path)])
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise _unreadable(error) from error
+    check_dtype(_itk_dtype(reader), voxels)
+    check_shape(reader.GetSize(), _itk_dtype(reader).itemsize)
+    if suffix_of(path) == ".nrrd" and not reader.HasMetaDataKey("NRRD_space"):
+        raise VolumeError("header", "the NRRD header names no space, so its orientation is unknown: save it with one")
     return reader
 
 
-def read_volume(path: Path) -> Volume:
-    """Read a ``.nii``, ``.nii.gz`` or ``.mha`` to its end.
+def _itk_dtype(reader: Any) -> np.dtype[Any]:
+    dtype = _DTYPES.get(reader.GetPixelID())
+    if dtype is None:
+        raise VolumeError(
+            "dtype", f"its voxels are {sitk.GetPixelIDValueAsString(reader.GetPixelID())}, not one number each"
+        )
+    return np.dtype(dtype)
+
+
+def _unreadable(error: RuntimeError) -> VolumeError:
+    reason = str(error).strip().splitlines()[-1].strip()
+    return VolumeError("unreadable", f"not a readable MetaImage or NRRD file ({reason})")
+
+
+def _read_itk(path: Path, voxels: VoxelConfig) -> Volume:
+    reader = _itk_reader(path, voxels)
+    stream = find_stream(path)
+    check_stream(stream, int(np.prod(reader.GetSize())) * _itk_dtype(reader).itemsize)
+    source = fingerprint(stream.path)  # headers alone may be equal in all patients
+    try:
+        image = reader.Execute()
+    except RuntimeError as error:
+        raise _unreadable(error) from error
+    return _canonical(sitk.GetArrayFromImage(image).transpose(2, 1, 0), _itk_affine(image), source)
+
+
+def read_volume(path: Path, voxels: VoxelConfig = STRICT, place: int | None = None) -> Volume:
+    """Read a volume of one of :data:`datamodules.members.VOLUMES` to its end.
+
+    Args:
+        path: The file.
+        voxels: What is done about odd ones. NaN stays as it is.
+        place: Which volume of a 4-D NIfTI file, from 0; None = the file is one.
 
     Raises:
-        VolumeError: missing, truncated, failing its check sum, or not a volume of three axes.
+        VolumeError: missing, truncated, failing its check sum, not a volume of three axes of real numbers,
+            contradicting itself, or other than its header promises.
     """
-    if not path.is_file():
-        raise VolumeError("missing", "the file is not there")
+    _check_file(path)
     try:
-        return _read_itk(path) if path.suffix == ".mha" else _read_nifti(path)
+        return _read_itk(path, voxels) if suffix_of(path) in _READERS else _read_nibabel(path, voxels, place)
     except OSError as error:
         raise VolumeError("unreadable", f"the file cannot be opened ({error.strerror or error})") from error
+
+
+def _check_file(path: Path) -> None:
+    """Refuse what is not there, or of no format that is read."""
+    if not path.is_file():
+        raise VolumeError("missing", why_missing(path))
+    if refusal := refusal_of(path):
+        raise VolumeError("unreadable", refusal)
 
 
 class Header(NamedTuple):
@@ -173,26 +192,28 @@ class Header(NamedTuple):
     affine: NDArray[np.float64]
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, voxels: VoxelConfig = STRICT, place: int | None = None) -> Header:
     """Read the header alone.
+
+    Args:
+        path: The file.
+        voxels: As in :func:`read_volume`.
+        place: Which volume of a 4-D NIfTI file, from 0; None = the file is one.
 
     Raises:
         VolumeError: the header is missing, broken, or not of a volume of three axes.
     """
+    _check_file(path)
     try:
-        if path.suffix == ".mha":
-            reader = _itk_reader(path)
-            reader.ReadImageInformation()
+        if suffix_of(path) in _READERS:
+            reader = _itk_reader(path, voxels)
             shape, affine = tuple(reader.GetSize()), _itk_affine(reader)
         else:
-            image = nib.Nifti1Image.from_filename(path)
-            shape, affine = _squeeze(image.shape), image.affine
-    except FileNotFoundError as error:
-        raise VolumeError("missing", "the file is not there") from error
-    except Exception as error:  # as in _read_nifti: every kind means a broken header
-        raise VolumeError("unreadable", f"the header cannot be read ({str(error).splitlines()[0]})") from error
-    _check_header(shape)
-    _check_affine(affine)
+            header, affine = _nibabel_header(path, voxels, place)
+            shape = squeezed(header.get_data_shape(), place)
+    except OSError as error:
+        raise VolumeError("unreadable", f"the file cannot be opened ({error.strerror or error})") from error
+    check_affine(affine)
     turn = nib.orientations.io_orientation(affine)
     ras_shape = tuple(int(shape[list(turn[:, 0]).index(axis)]) for axis in range(3))
     return Header(ras_shape, affine @ nib.orientations.inv_ornt_aff(turn, shape))
@@ -207,12 +228,10 @@ def to_lps(array: NDArray) -> tuple[NDArray, NDArray[np.float64]]:
 
 def write_nifti(path: Path, data: NDArray[Any], affine: NDArray[np.float64]) -> None:
     """Write a NIfTI file under a temporary name and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     image = nib.Nifti1Image(data, affine)
     buffer = io.BytesIO(image.to_bytes())
     content = buffer.getvalue()
     if path.name.endswith(".gz"):
         content = gzip.compress(content, compresslevel=4, mtime=0)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)

@@ -14,20 +14,19 @@ from common.blocks.depthwise import DepthwiseConv3d
 from common.blocks.template_bank import TemplateBank
 from common.blocks.uniformer import UniFormer3D
 from common.cli import supports_bfloat16
+from common.modalities import TEMPLATES
 from common.sweeps.bench import Row, in_turn, one_thread, seconds, speedup, training_step
+from common.types import InputSpec
 from experiments.brainmvp.module import BrainMVPPretrain
 
-_CHANNELS = ["flair", "t1", "t1c", "t2", "mra", "pd", "dwi", "adc"]
 _ATLAS = (240, 240, 155)
 #: What the full-size step may need at the paper's batch of one device.
 _GIB = 24
 
 
 def _module(size: int, **encoder: Any) -> BrainMVPPretrain:
-    module = BrainMVPPretrain(
-        encoder=partial(UniFormer3D, **encoder), template_shape=_ATLAS, channels=_CHANNELS, image_size=[size] * 3
-    )
-    module.configure_model()
+    module = BrainMVPPretrain(encoder=partial(UniFormer3D, **encoder), template_shape=_ATLAS)
+    module.build(InputSpec(TEMPLATES, (size,) * 3))
     return module
 
 

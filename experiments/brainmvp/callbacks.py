@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.distributed import gather_objects
 from common.losses.contrastive import retrieval_accuracy
-from common.module import SSLModule
+from common.module import BuiltFromData, SSLModule
 from common.panels import axial
 from common.runtime.reporting import log_figure, log_scalars
 
@@ -41,12 +41,12 @@ class TemplatePictures(pl.Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw what crops have looked at so far (Lightning hook)."""
         bank = getattr(getattr(pl_module, "network", None), "templates", None)
-        if bank is None:
+        if bank is None or not isinstance(pl_module, BuiltFromData):
             return
         self._validations += 1
         ranges = bank.range()
         scalars = {}
-        for index, name in enumerate(pl_module.hparams["channels"]):
+        for index, name in enumerate(pl_module.spec.channels):
             if ranges[index] == 0:
                 continue  # no sample of this sequence was trained on
             view = (bank.weight[index] - bank.extremes[index, 0]) / ranges[index].clamp(min=bank.MIN_RANGE)

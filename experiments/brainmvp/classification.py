@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
@@ -17,8 +16,9 @@ from common.distributed import all_reduce_sum
 from common.downstream.base import ScoredTask
 from common.downstream.classification import macro_auroc
 from common.downstream.encoder import EncoderFactory, mean_features
-from common.optim import Schedule
+from common.optim import OptimizerConfig
 from common.types import InputSpec
+from common.weights.channels import NewChannels
 from experiments.brainmvp.segmentation import augmented
 
 
@@ -68,17 +68,13 @@ class BrainClassification(ScoredTask):
         encoder: Makes the encoder from (channels, image size) where nothing is pre-trained.
         hidden: Width of the head's hidden layer; 0 = a linear head.
         augment: Whether to mirror crops and change their intensities.
-        layer_decay: Factor of the learning rate per encoder layer towards the input.
-        optimizer: Makes the optimiser.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
-        channels: Names of the sequences; None = as the data say.
-        image_size: Size of a crop; None = as the data say.
-        classes: Names of the classes; None = as the data say.
-        encoder_record: Architecture of the encoder; filled in for checkpoints.
+        optimization: How the weights are updated.
+        new_channels: What channels start as that the pre-trained encoder does not know: ``"mean"`` of those it knows,
+            or ``"fresh"``, at random.
     """
 
     monitor = ("val/auroc", "max")
+    remembered = ("channels", "image_size", "classes")
 
     def __init__(
         self,
@@ -86,23 +82,14 @@ class BrainClassification(ScoredTask):
         encoder: EncoderFactory = UniFormer3D,
         hidden: int = 0,
         augment: bool = True,
-        layer_decay: float = 1.0,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
-        channels: list[str] | None = None,
-        image_size: list[int] | None = None,
-        classes: list[str] | None = None,
-        encoder_record: dict[str, Any] | None = None,
+        optimization: OptimizerConfig = OptimizerConfig(),
+        new_channels: NewChannels = "mean",
     ) -> None:
         super().__init__(
             pretrained,
             encoder,
-            optimizer=optimizer,
-            schedule=schedule,
-            layer_decay=layer_decay,
-            compile_network=compile_network,
-            encoder_record=encoder_record,
+            optimization=optimization,
+            new_channels=new_channels,
         )
         self.save_hyperparameters()
         self.hidden, self.augment = hidden, augment
@@ -155,7 +142,7 @@ class BrainClassification(ScoredTask):
 
     def line(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Return names, true class and the probability of each class."""
-        names = list(self.hparams["classes"])
+        names = list(self.spec.classes)
         shares = torch.tensor(row["logits"]).softmax(0).tolist()
         line = {"subject_id": row["subject_id"], "patient_id": row["patient_id"]}
         return line | {"target": names[row["target"]]} | dict(zip(names, shares, strict=True))

@@ -10,6 +10,7 @@ from common.blocks.residual_unet import ResidualUNetEncoder
 from common.blocks.uniformer import UniFormer3D
 from common.checkpoint import StoredEncoder, read_checkpoint
 from common.errors import CheckpointError
+from common.modalities import TEMPLATES
 from common.runtime.reporting import say
 from common.weights.uniformer_keys import from_released
 
@@ -17,7 +18,6 @@ from common.weights.uniformer_keys import from_released
 FORMAT = "released"
 #: Share of the encoder's tensors that a file must hold.
 MIN_SHARE = 0.9
-_CHANNELS = ["flair", "t1", "t1c", "t2", "mra", "pd", "dwi", "adc"]
 _SIZE = [96, 96, 96]
 
 
@@ -77,4 +77,4 @@ def read_weights(path: Path, min_share: float = MIN_SHARE) -> StoredEncoder:
     whole = wanted | {name: given[name] for name in found}
     rest = {name: value for name, value in state.items() if not name.startswith("encoder.")}
     preprocessing = {"source": path.name}
-    return StoredEncoder(class_path(cls), arguments, whole, _CHANNELS, preprocessing, rest)
+    return StoredEncoder(class_path(cls), arguments, whole, list(TEMPLATES), preprocessing, rest)

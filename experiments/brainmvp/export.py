@@ -10,6 +10,7 @@ from torch import Tensor
 from common.blocks.registry import build_encoder
 from common.blocks.template_bank import TemplateBank
 from common.checkpoint import StoredEncoder, stored_encoder
+from common.files import whole_file
 from common.weights.export import Exported, Writer
 from common.weights.files import read_tensors
 from common.weights.uniformer_keys import from_released, to_released
@@ -48,7 +49,8 @@ def to_program(stored: StoredEncoder) -> Exported:
     program = torch.export.export(encoder.eval(), (volume,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
     def save(folder: Path) -> None:
-        torch.export.save(program, folder / "model.pt2")
+        with whole_file(folder / "model.pt2") as temporary:
+            torch.export.save(program, temporary)
 
     return Exported(stored.state, stored.init_args, _PROGRAM, save)
 

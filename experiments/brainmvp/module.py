@@ -4,11 +4,10 @@ Letters: B batch, S sequence types, V voxels of a crop.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from common.blocks.uniformer import UniFormer3D, UpsamplingDecoder
@@ -17,11 +16,11 @@ from common.losses.contrastive import retrieval_accuracy, symmetric_info_nce
 from common.losses.reconstruction import masked_mse
 from common.maskers.random import RandomMasker
 from common.maskers.voxel_blocks import block_grid, blocks_to_voxels, replace_blocks
-from common.module import SSLModule, StepOutput
-from common.optim import Schedule
+from common.module import SSLModule, StepOutput, Term
+from common.optim import OptimizerConfig
 from common.panels import filled_panel
 from common.randomness import KeyedGenerator
-from common.types import InputSpec, Panel, Reconstruction, TokenFeatures
+from common.types import ImageKey, InputSpec, Panel, Reconstruction, SequencePairBatch, TokenFeatures
 from experiments.brainmvp.model import BrainMVP, Views
 
 EncoderFactory = Callable[[int, Sequence[int]], nn.Module]
@@ -38,7 +37,7 @@ class _Inputs(NamedTuple):
     scored: Tensor
 
 
-class BrainMVPPretrain(SSLModule):
+class BrainMVPPretrain(SSLModule[SequencePairBatch]):
     """Reconstructs one sequence of a study from an eighth of its blocks and what fills the rest.
 
     The cross view's holes hold another sequence of the study, the template view's the learnable template of the same
@@ -59,11 +58,7 @@ class BrainMVPPretrain(SSLModule):
         contrastive_start: Share of the epochs before the contrast begins.
         template_warmup: Share of the epochs in which the templates fill both views.
         template_lr_scale: Learning rate of the templates over the network's.
-        optimizer: Makes the optimiser.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
-        channels: Names of the sequence types, in the order of the templates; None = as the data say.
-        image_size: Size of a crop; None = as the data say.
+        optimization: How the weights are updated.
 
     Raises:
         ValueError: a share is outside [0, 1], or the temperature is not positive.
@@ -83,14 +78,9 @@ class BrainMVPPretrain(SSLModule):
         contrastive_start: float = 2 / 3,
         template_warmup: float = 0.0,
         template_lr_scale: float = 1.0,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
-        channels: list[str] | None = None,
-        image_size: list[int] | None = None,
+        optimization: OptimizerConfig = OptimizerConfig(),
     ) -> None:
-        weights = {"cross_modal": 1.0, "template": template_weight, "contrastive": contrastive_weight}
-        super().__init__(weights, optimizer, schedule)
+        super().__init__(optimization)
         for name, share in (("contrastive_start", contrastive_start), ("template_warmup", template_warmup)):
             if not 0 <= share <= 1:
                 raise ValueError(f"`{name}` is a share of the epochs in [0, 1], got {share}.")
@@ -100,10 +90,10 @@ class BrainMVPPretrain(SSLModule):
         self.masker = RandomMasker(mask_ratio)
         self.block_size, self.template_shape = block_size, template_shape
         self.fill: Fill = fill
+        self.template_weight, self.contrastive_weight = template_weight, contrastive_weight
         self.temperature = temperature
         self.contrastive_start, self.template_warmup = contrastive_start, template_warmup
         self.template_lr_scale = template_lr_scale
-        self.compile_network = compile_network
         self._make_encoder, self._make_decoder = encoder, decoder
         self._views: tuple[Tensor, Tensor] | None = None
 
@@ -142,17 +132,19 @@ class BrainMVPPretrain(SSLModule):
             return self.current_epoch / self.trainer.max_epochs
         return self.global_step / max(self.trainer.max_steps, 1)
 
-    def _hidden_blocks(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def _hidden_blocks(self, batch: SequencePairBatch) -> tuple[Tensor, Tensor]:
         """Draw the masks of the two views, each bool ``(B, N)``: functions of the samples' keys."""
         generator = KeyedGenerator(batch["key"])
         count = math.prod(block_grid(batch["image"].shape[2:], self.block_size))
         cross = self.masker(len(batch["key"]), count, generator=generator).mask
         return cross, self.masker(len(batch["key"]), count, generator=generator).mask
 
-    def _inputs(self, batch: Mapping[str, Any], image: str = "image", track: bool = False) -> _Inputs:
+    def _inputs(self, batch: SequencePairBatch, image: ImageKey = "image", track: bool = False) -> _Inputs:
         """Fill the holes of ``batch[image]``, with its partner for the cross view."""
-        target, partner = batch[image], batch[image.replace("image", "partner")]
-        paired = batch[image.replace("image", "paired")][:, None, None, None, None]
+        target = batch[image]
+        own = image == "image"
+        partner, paired = batch["partner" if own else "control_partner"], batch["paired" if own else "control_paired"]
+        paired = paired[:, None, None, None, None]
         template = self.network.templates.view(batch["place"], target.shape[2:], track).to(target)
         cross_blocks, template_blocks = self._hidden_blocks(batch)
         warm = track and self.progress < self.template_warmup
@@ -172,7 +164,7 @@ class BrainMVPPretrain(SSLModule):
             scored,
         )
 
-    def step(self, batch: Any, sync: bool) -> StepOutput:
+    def step(self, batch: SequencePairBatch, sync: bool) -> StepOutput:
         """Compute the three losses of one batch.
 
         In training the contrast begins, and a warm-up ends, when its share of the epochs is behind; validation always
@@ -182,43 +174,43 @@ class BrainMVPPretrain(SSLModule):
         views: Views = self.network(inputs.cross, inputs.template)
         target = batch["image"].flatten(1)
         every = torch.ones_like(inputs.scored)
-        losses = {
-            "cross_modal": masked_mse(views.cross_pred.flatten(1), target, inputs.scored, sync),
-            "template": masked_mse(views.template_pred.flatten(1), target, every, sync),
+        samples = float(len(target))
+        cross = masked_mse(views.cross_pred.flatten(1), target, inputs.scored, sync)
+        distilled = masked_mse(views.template_pred.flatten(1), target, every, sync)
+        terms = {
+            "cross_modal": Term(cross, inputs.scored.sum(), 1.0),
+            "template": Term(distilled, samples, self.template_weight),
         }
-        samples = torch.tensor(float(len(target)))
-        weights = {"cross_modal": inputs.scored.sum().float(), "template": samples}
-        extras: dict[str, Tensor] = {}
         if not self.training or self.progress >= self.contrastive_start:
             pair = views.cross_features, views.template_features
-            losses["contrastive"] = symmetric_info_nce(*pair, self.temperature, sync)
-            extras["view_retrieval"] = retrieval_accuracy(*pair)
+            contrast = symmetric_info_nce(*pair, self.temperature, sync)
+            terms["contrastive"] = Term(contrast, samples, self.contrastive_weight)
+            terms["view_retrieval"] = Term(retrieval_accuracy(*pair), samples)
         if self.training:
-            extras["paired_fraction"] = batch["paired"].float().mean()
-            extras["template_range"] = self.network.templates.range().max()
-            return StepOutput(losses, weights, self._bare(views, batch, inputs), extras)
+            terms["paired_fraction"] = Term(batch["paired"].float().mean())
+            terms["template_range"] = Term(self.network.templates.range().max())
+            return StepOutput(terms, self._bare(views, batch, inputs))
         self._views = views.cross_features.detach().float(), views.template_features.detach().float()
-        weights |= {"contrastive": samples, "view_retrieval": samples}
-        return StepOutput(losses, weights, self._by_sequence(views.cross_pred, batch, inputs), extras)
+        return StepOutput(terms, self._by_sequence(views.cross_pred, batch, inputs))
 
-    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+    def validation_step(self, batch: SequencePairBatch, batch_idx: int) -> dict[str, Any]:
         """Hand the features of both views to the callbacks as well (Lightning hook)."""
         output = super().validation_step(batch, batch_idx)
         return output | {"views": self._views}
 
     @staticmethod
-    def _bare(views: Views, batch: Mapping[str, Any], inputs: _Inputs) -> Reconstruction:
+    def _bare(views: Views, batch: SequencePairBatch, inputs: _Inputs) -> Reconstruction:
         """Return the cross view's reconstruction as it is, for training, where nobody looks at it."""
         return Reconstruction(views.cross_pred.float(), batch["image"], inputs.hidden, {})
 
-    def _spread(self, volume: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    def _spread(self, volume: Tensor, batch: SequencePairBatch) -> Tensor:
         """Put volumes ``(B, 1, H, W, D)`` in the place of their sequence, ``(B, S, V)``; the others are 0."""
         flat = volume.flatten(1)
-        result = flat.new_zeros(len(flat), len(self.hparams["channels"]), flat.shape[1])
+        result = flat.new_zeros(len(flat), len(self.spec.channels), flat.shape[1])
         result[torch.arange(len(flat), device=flat.device), batch["modality"]] = flat
         return result
 
-    def _by_sequence(self, pred: Tensor, batch: Mapping[str, Any], inputs: _Inputs) -> Reconstruction:
+    def _by_sequence(self, pred: Tensor, batch: SequencePairBatch, inputs: _Inputs) -> Reconstruction:
         """Return the cross view's reconstruction, an element being a voxel of a sequence: ``(B, S, V, 1)``."""
         scored = inputs.hidden & inputs.scored[:, None, None, None, None]
         groups = {"foreground": scored & (batch["image"] > 0)}
@@ -232,38 +224,38 @@ class BrainMVPPretrain(SSLModule):
             self._spread(inputs.cross.float(), batch)[..., None],
         )
 
-    def reconstruct(self, batch: Any, image: str = "image") -> Reconstruction:
+    def reconstruct(self, batch: SequencePairBatch, image: ImageKey = "image") -> Reconstruction:
         """Reconstruct a batch from what is visible of ``batch[image]`` and of its partner."""
         inputs = self._inputs(batch, image)
         pred = self.network.decoder(self.network.encoder(inputs.cross))
         return self._by_sequence(pred, batch, inputs)
 
-    def reconstruction_target(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def reconstruction_target(self, batch: SequencePairBatch) -> tuple[Tensor, Tensor]:
         """Return the voxels ``(B, S, V, 1)`` of whole studies and which of them there are, bool ``(B, S, V)``."""
         target = batch["image"].flatten(2)
         return target[..., None], batch["modality_mask"][..., None].expand(target.shape)
 
-    def reconstruction_groups(self, batch: Any) -> dict[str, Tensor]:
+    def reconstruction_groups(self, batch: SequencePairBatch) -> dict[str, Tensor]:
         """Return which voxels ``(B, S, V)`` are brain: air would draw the constant down."""
         return {"foreground": batch["image"].flatten(2) > 0}
 
-    def token_features(self, batch: Any) -> TokenFeatures:
+    def token_features(self, batch: SequencePairBatch) -> TokenFeatures:
         """Encode unmasked crops; tokens of air alone are left out."""
         features = self.network.encoder(batch["image"])
         present = nn.functional.adaptive_max_pool3d((batch["image"] > 0).float(), features.shape[2:]) > 0
         return TokenFeatures({"final": features.flatten(2).transpose(1, 2)}, present.flatten(1))
 
-    def panels(self, batch: Any, output: Reconstruction, index: int) -> dict[str, Panel]:
+    def panels(self, batch: SequencePairBatch, output: Reconstruction, index: int) -> dict[str, Panel]:
         """Draw an axial slice of sample ``index``: target, what filled the holes, prediction where there were holes."""
         sequence = int(batch["modality"][index])
-        name = self.hparams["channels"][sequence]
+        name = self.shown_channels()[sequence]
         size = batch["image"].shape[2:]
         target = batch["image"][index]
         hidden = output.mask[index, sequence].reshape(1, *size)
         filled = self._inputs(batch).cross[index]
         pred = torch.where(hidden, output.pred[index, sequence, :, 0].reshape(1, *size), target)
         partner = int(batch["partner_modality"][index])
-        other = self.hparams["channels"][partner] if bool(batch["paired"][index]) else "its template"
+        other = self.shown_channels()[partner] if bool(batch["paired"][index]) else "its template"
         subject = f"{batch['subject_id'][index]}, {name} filled with {other if self.fill == 'cross' else self.fill}"
         return {name: filled_panel(subject, target, hidden, filled, pred)}
 
@@ -271,5 +263,5 @@ class BrainMVPPretrain(SSLModule):
         """Update the templates behind the network, where crops looked at them (Lightning hook)."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         rate = optimizer.param_groups[0]["lr"] * self.template_lr_scale
-        size = [int(n) for n in self.hparams["image_size"]]
+        size = [int(n) for n in self.spec.image_size]
         self.finite.also(self.network.templates.step(rate, size, self.finite.flag))

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from common.blocks.registry import fits
@@ -22,10 +21,11 @@ from common.downstream.segmentation import SegmentationModule, WindowMode
 from common.errors import CheckpointError
 from common.losses.region import BatchDiceBCE
 from common.metrics import region_dice
-from common.optim import Schedule
+from common.optim import OptimizerConfig
 from common.randomness import KeyedGenerator
 from common.runtime.reporting import say, write_rows
 from common.types import InputSpec
+from common.weights.channels import NewChannels
 from experiments.brainmvp.export import normalized_templates
 from experiments.brainmvp.segmentation_networks import segmenter
 
@@ -58,6 +58,7 @@ def augmented(
 
     Args:
         keys: ``(B,)`` int64, one per sample.
+        channels: C.
         images: Versions of the batch, each ``(B, C, H, W, D)``.
         label: ``(B, R, H, W, D)``.
         shift: Largest shift.
@@ -110,13 +111,9 @@ class BrainSegmentation(SegmentationModule):
         overlap: Overlap of neighbouring windows.
         window_batch: Windows computed at once.
         window_mode: How overlapping windows are averaged: all voxels alike, or those in the middle of a window more.
-        optimizer: Makes the optimiser.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
-        channels: Names of the sequences; None = as the data say.
-        image_size: Size of a crop; None = as the data say.
-        regions: Region to label values; None = as the data say.
-        encoder_record: Architecture of the encoder; filled in for checkpoints.
+        optimization: How the weights are updated.
+        new_channels: What channels start as that the pre-trained encoder does not know: ``"mean"`` of those it knows,
+            or ``"fresh"``, at random.
     """
 
     def __init__(
@@ -132,13 +129,8 @@ class BrainSegmentation(SegmentationModule):
         overlap: float = 0.5,
         window_batch: int = 2,
         window_mode: WindowMode = "constant",
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
-        channels: list[str] | None = None,
-        image_size: list[int] | None = None,
-        regions: dict[str, list[int]] | None = None,
-        encoder_record: dict[str, Any] | None = None,
+        optimization: OptimizerConfig = OptimizerConfig(),
+        new_channels: NewChannels = "mean",
     ) -> None:
         super().__init__(
             pretrained,
@@ -148,13 +140,8 @@ class BrainSegmentation(SegmentationModule):
             overlap=overlap,
             window_batch=window_batch,
             window_mode=window_mode,
-            optimizer=optimizer,
-            schedule=schedule,
-            compile_network=compile_network,
-            channels=channels,
-            image_size=image_size,
-            regions=regions,
-            encoder_record=encoder_record,
+            optimization=optimization,
+            new_channels=new_channels,
         )
         self.save_hyperparameters()
         self.replace, self.consistency_weight = replace, consistency_weight
@@ -162,20 +149,21 @@ class BrainSegmentation(SegmentationModule):
 
     def build_network(self, spec: InputSpec) -> nn.Module:
         """Make the network, and carry decoder and templates over."""
+        resumed = self.state.encoder
         network: Any = super().build_network(spec)
-        shape = None if self._record is None else self._record.get("templates")
+        shape = None if resumed is None else resumed.get("templates")
         if not fits(shape, Sequence[int] | None) or (shape and (len(shape) != 3 or max(shape) > _LONGEST)):
-            raise CheckpointError(f"The checkpoint's `encoder_record` says that templates are {shape!r:.60}: it was "
+            raise CheckpointError(f"The checkpoint's encoder record says that templates are {shape!r:.60}: it was "
                                   "not written by this project, or changed since.")  # fmt: skip
         # One voxel of 0 stands for no templates: beyond a template a view is 0.
         content = torch.zeros(len(spec.channels), *(shape or (1, 1, 1)))
-        if self._pretrained and self._record is None:
+        if self._pretrained and resumed is None:
             stored = read_encoder(self._pretrained)
             taken, found = network.take(stored.rest), templates_of(stored, spec.channels)
             say(f"decoder from pre-training: {len(taken)} tensors; templates: {'no' if found is None else 'yes'}")
             if found is not None:
                 content, shape = found, list(found.shape[1:])
-        self.hparams["encoder_record"] = {**self.hparams["encoder_record"], "templates": shape}
+        self.state = self.state._replace(encoder={**(self.state.encoder or {}), "templates": shape})
         network.templates = nn.Parameter(content, requires_grad=False)
         return network
 
@@ -194,7 +182,7 @@ class BrainSegmentation(SegmentationModule):
         """
         image, there = batch["image"], batch["modality_mask"]
         if present is not None:
-            wanted = [name in present for name in self.hparams["channels"]]
+            wanted = [name in present for name in self.spec.channels]
             there = there & torch.tensor(wanted, device=there.device)
         views = self.templates(batch["place"], image.shape[2:]).to(image)
         return torch.where(there[..., None, None, None], image, views)
@@ -229,7 +217,7 @@ class BrainSegmentation(SegmentationModule):
         super().test_step(batch, batch_idx)
         if not self.score_missing:
             return
-        for names in subsets(self.hparams["channels"]):
+        for names in subsets(self.spec.channels):
             dice = region_dice(self.logits(self.inputs(batch, names)) > 0, batch["label"] > 0.5)
             for row, values in zip(self.rows[first:], dice.tolist(), strict=True):
                 scores = dict(zip(self.regions, values, strict=True))
@@ -239,7 +227,7 @@ class BrainSegmentation(SegmentationModule):
         """Return Dice by number of absent sequences, and write the table of all sets."""
         if not self.score_missing or not rows:
             return {}
-        channels = list(self.hparams["channels"])
+        channels = list(self.spec.channels)
         table = []
         for names in subsets(channels):
             means = {region: sum(row[f"with_{'+'.join(names)}_{region}"] for row in rows) / len(rows)

@@ -7,10 +7,11 @@ import torch
 from common.blocks.attention import SelfAttention
 from common.cli import supports_bfloat16
 from common.sweeps.bench import Row, in_turn, speedup, training_rows, training_step
+from common.types import InputSpec
 from experiments.e_mim.model import EMIM
 from experiments.e_mim.module import EMIMPretrain
 
-_CHANNELS = ["t1c", "t1n", "t2f", "t2w"]
+_CHANNELS = ("t1c", "t1", "flair", "t2")
 
 
 class _TwoPasses(EMIM):
@@ -22,8 +23,8 @@ class _TwoPasses(EMIM):
 
 def _training_step(batch_size: int, two_passes: bool = False) -> Callable[..., None]:
     """Return a whole training step: forward, backward, clipping, AdamW."""
-    module = EMIMPretrain(channels=_CHANNELS, image_size=[96, 96, 96])
-    module.configure_model()
+    module = EMIMPretrain()
+    module.build(InputSpec(_CHANNELS, (96, 96, 96)))
     if two_passes:
         module.network.__class__ = _TwoPasses
     generator = torch.Generator().manual_seed(0)

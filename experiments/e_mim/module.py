@@ -1,30 +1,27 @@
 """E-MIM pre-training (paper sections III-A to III-C)."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from common.blocks.decoder import LinearDecoder
 from common.blocks.vit import VisionTransformer
-from common.losses.barlow_twins import cross_correlation, sample_barlow_twins, token_barlow_twins
-from common.losses.reconstruction import masked_mse
 from common.maskers.hybrid import HybridMasker
 from common.module import SSLModule, StepOutput
-from common.optim import Schedule
+from common.optim import OptimizerConfig
 from common.panels import volume_panels
 from common.randomness import KeyedGenerator
-from common.runtime.precision import at_least_float32
-from common.types import InputSpec, MaskOutput, Panel, Reconstruction, TokenFeatures
-from experiments.e_mim.model import EMIM, CleanBranch, EMIMOutput, MaskFill
+from common.types import ImageKey, InputSpec, MaskOutput, Panel, Reconstruction, TokenFeatures, VolumeBatch
+from experiments.e_mim.model import EMIM, CleanBranch, MaskFill
+from experiments.e_mim.objective import Correlation, Objective, foreground, scored_reconstruction
 
 EncoderFactory = Callable[[int, Sequence[int]], VisionTransformer]
 DecoderFactory = Callable[[int, Sequence[int], int], nn.Module]
 
 
-class EMIMPretrain(SSLModule):
+class EMIMPretrain(SSLModule[VolumeBatch]):
     """Masked reconstruction under the hybrid mask pattern, with pyramid Barlow Twins.
 
     Args:
@@ -42,11 +39,7 @@ class EMIMPretrain(SSLModule):
         reduction: ``"sum"`` is Eq. 8; ``"mean"`` does not grow with the number of tokens.
         off_diagonal_weight: Factor of Eq. 8's second sum.
         detach_clean: Whether the full volume's branch gets no gradient.
-        optimizer: Makes the optimiser.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
-        channels: Names of the modalities; None = as the data say.
-        image_size: Size of a crop; None = as the data say.
+        optimization: How the weights are updated.
 
     Raises:
         ValueError: an option is unknown, or a combination has no effect or no meaning.
@@ -68,13 +61,9 @@ class EMIMPretrain(SSLModule):
         reduction: Literal["mean", "sum"] = "mean",
         off_diagonal_weight: float = 1.0,
         detach_clean: bool = False,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
-        channels: list[str] | None = None,
-        image_size: list[int] | None = None,
+        optimization: OptimizerConfig = OptimizerConfig(),
     ) -> None:
-        super().__init__({"reconstruction": 1.0, "barlow_twins": barlow_twins_weight}, optimizer, schedule)
+        super().__init__(optimization)
         if correlation_sum == "sample" and (correlation_axis != "position" or correlation_center):
             raise ValueError("correlation_sum='sample' belongs to the uncentred position form alone.")
         if mask_fill == "drop" and barlow_twins_weight > 0:
@@ -85,11 +74,10 @@ class EMIMPretrain(SSLModule):
         self.val_masker = val_masker or self.masker
         self.taps = tuple(taps)
         self.mask_fill: MaskFill = mask_fill
-        self.loss_on = loss_on
-        self.compile_network = compile_network
         self.clean_branch: CleanBranch = "off" if barlow_twins_weight == 0 else ("detach" if detach_clean else "train")
         self._make_encoder, self._make_decoder = encoder, decoder
-        self._correlation = (correlation_axis, correlation_sum, correlation_center, reduction, off_diagonal_weight)
+        correlation = Correlation(correlation_axis, correlation_sum, correlation_center, reduction, off_diagonal_weight)
+        self.objective = Objective(loss_on, self.taps, barlow_twins_weight, correlation)
 
     def build_network(self, spec: InputSpec) -> EMIM:
         """Make encoder and decoder for inputs of ``spec``.
@@ -103,99 +91,49 @@ class EMIMPretrain(SSLModule):
         decoder = self._make_decoder(encoder.embed_dim, encoder.grid_size, encoder.patch_embed.proj.in_features)
         return EMIM(encoder, decoder, self.taps, self.mask_fill)
 
-    def draw_mask(self, batch: Mapping[str, Any], masker: HybridMasker) -> MaskOutput:
+    def draw_mask(self, batch: VolumeBatch) -> MaskOutput:
         """Draw the masks that belong to the batch's samples."""
-        grid = self.network.encoder.grid_size
+        masker = self.masker if self.training else self.val_masker
         batch_size, modalities = batch["modality_mask"].shape
-        generator = KeyedGenerator(batch["key"])
+        grid, generator = self.network.encoder.grid_size, KeyedGenerator(batch["key"])
         return masker(batch_size, grid, modalities, batch["modality_mask"], generator)
 
-    def _run(
-        self, batch: Mapping[str, Any], clean: CleanBranch, image: str = "image"
-    ) -> tuple[EMIMOutput, Reconstruction]:
-        mask = self.draw_mask(batch, self.masker if self.training else self.val_masker)
-        output = self.network(batch[image], mask, clean, batch["image"])
-        scored = mask.mask & batch["modality_mask"][:, :, None]
-        groups = {} if self.training else self._groups(mask, scored, output.target)
-        return output, Reconstruction(at_least_float32(output.pred), output.target, scored, groups)
-
-    @classmethod
-    def _groups(cls, mask: MaskOutput, scored: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Return the parts of the hidden entries that are scored apart."""
-        nothing_visible = mask.mask.all(1, keepdim=True)
-        return {
-            "fully_hidden": scored & nothing_visible,
-            "partly_visible": scored & ~nothing_visible,
-            "foreground": scored & cls._foreground(target),
-        }
-
-    @staticmethod
-    def _foreground(target: Tensor) -> Tensor:
-        """Return which positions ``(B, 1, N)`` of patches ``(B, C, N, P)`` are not air in every modality."""
-        return (target != 0).any(3).any(1, keepdim=True)
-
-    def step(self, batch: Any, sync: bool) -> StepOutput:
+    def step(self, batch: VolumeBatch, sync: bool) -> StepOutput:
         """Compute reconstruction error and pyramid of one batch."""
-        output, reconstruction = self._run(batch, self.clean_branch)
-        scored = reconstruction.mask
-        if self.loss_on == "all":
-            scored = batch["modality_mask"][:, :, None].expand_as(scored)
-        losses = {"reconstruction": masked_mse(reconstruction.pred, reconstruction.target, scored, sync)}
-        samples = torch.tensor(float(len(scored)))
-        weights = {"reconstruction": scored.sum().float(), "barlow_twins": samples}
-        extras = {}
-        if output.clean:
-            pairs = zip(self.taps, output.clean, output.masked, strict=True)
-            extras = {f"loss_barlow_twins_tap{tap}": self._tap_loss(a, b, sync) for tap, a, b in pairs}
-            losses["barlow_twins"] = torch.stack(list(extras.values())).sum()
-            if not sync:
-                extras |= self._diagonals(output)
-        weights |= {name.removeprefix("loss_"): samples for name in extras}
-        return StepOutput(losses, weights, reconstruction, extras)
+        mask, acquired = self.draw_mask(batch), batch["modality_mask"]
+        output = self.network(batch["image"], mask, self.clean_branch)
+        reconstruction = scored_reconstruction(output, mask, acquired, grouped=not self.training)
+        return StepOutput(self.objective.terms(output, reconstruction, acquired, sync), reconstruction)
 
-    def _tap_loss(self, clean: Tensor, masked: Tensor, sync: bool) -> Tensor:
-        """Return Eq. 8 at one level."""
-        axis, summed, center, reduction, weight = self._correlation
-        if summed == "sample":
-            return sample_barlow_twins(clean, masked, reduction, weight, sync)
-        return token_barlow_twins(clean, masked, axis, reduction, weight, center, sync)
-
-    def _diagonals(self, output: EMIMOutput) -> dict[str, Tensor]:
-        """Return the mean diagonal and mean absolute off-diagonal of the last level's matrix."""
-        axis, _, center, _, _ = self._correlation
-        matrix = cross_correlation(output.clean[-1], output.masked[-1], axis, center, sync=False)
-        diagonal, n = matrix.diagonal(), len(matrix)
-        off = (matrix.abs().sum() - diagonal.abs().sum()) / max(n * (n - 1), 1)
-        return {"correlation_diagonal": diagonal.mean(), "correlation_off_diagonal": off}
-
-    def reconstruct(self, batch: Any, image: str = "image") -> Reconstruction:
+    def reconstruct(self, batch: VolumeBatch, image: ImageKey = "image") -> Reconstruction:
         """Reconstruct a batch from what is visible of ``batch[image]``."""
-        return self._run(batch, "off", image)[1]
+        mask = self.draw_mask(batch)
+        output = self.network(batch[image], mask, "off", batch["image"])
+        return scored_reconstruction(output, mask, batch["modality_mask"], grouped=not self.training)
 
-    def reconstruction_target(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def reconstruction_target(self, batch: VolumeBatch) -> tuple[Tensor, Tensor]:
         """Return the patches ``(B, C, N, P)`` and which of them were acquired ``(B, C, N)``."""
         target = self.network.patches(batch["image"])
         return target, batch["modality_mask"][:, :, None].expand(target.shape[:3])
 
-    def reconstruction_groups(self, batch: Any) -> dict[str, Tensor]:
+    def reconstruction_groups(self, batch: VolumeBatch) -> dict[str, Tensor]:
         """Return which patches ``(B, C, N)`` lie at positions of tissue: air would draw the constant down."""
         target = self.network.patches(batch["image"])
-        return {"foreground": self._foreground(target).expand(target.shape[:3])}
+        return {"foreground": foreground(target)[:, None].expand(target.shape[:3])}
 
-    def token_features(self, batch: Any) -> TokenFeatures:
+    def token_features(self, batch: VolumeBatch) -> TokenFeatures:
         """Encode unmasked volumes; tokens of air alone are left out."""
         network: EMIM = self.network
         taps = tuple(tap for tap in self.taps if tap != len(network.encoder.blocks))
         output = network.encoder.encode_image(batch["image"], taps)
         features = {"final": output.tokens} | {f"tap{t}": h for t, h in zip(taps, output.hidden, strict=True)}
-        return TokenFeatures(features, (network.patches(batch["image"]) != 0).any(3).any(1))
+        return TokenFeatures(features, foreground(network.patches(batch["image"])))
 
-    def panels(self, batch: Any, output: Reconstruction, index: int) -> dict[str, Panel]:
+    def panels(self, batch: VolumeBatch, output: Reconstruction, index: int) -> dict[str, Panel]:
         """Draw the middle axial slice of sample ``index``, one panel a modality."""
         network: EMIM = self.network
         hidden = output.mask[index][..., None].expand_as(output.target[index])
         filled = torch.where(hidden, output.pred[index], output.target[index])
         volumes = [network.volume(x[None].float())[0] for x in (output.target[index], hidden, filled)]
-        names = self.hparams["channels"]
         acquired = batch["modality_mask"][index]
-        return volume_panels(batch["subject_id"][index], names, acquired, *volumes)
+        return volume_panels(batch["subject_id"][index], self.shown_channels(), acquired, *volumes)

@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from common.blocks.registry import registered
 from common.blocks.vit import VisionTransformer, init_xavier_weights
 from common.errors import UserError
 from common.losses.contrastive import retrieval_accuracy, symmetric_info_nce
-from common.module import SSLModule, StepOutput
-from common.optim import Schedule
-from common.types import InputSpec, Panel, Reconstruction, TokenFeatures
+from common.module import SSLModule, StepOutput, Term
+from common.optim import OptimizerConfig
+from common.types import ImageGenomeBatch, ImageKey, InputSpec, Panel, Reconstruction, TokenFeatures
 from experiments.mrm_genetics.model import GenomeEncoder
 from experiments.mrm_genetics.module import EncoderFactory, GenomeFactory
 
@@ -55,7 +54,7 @@ class ContrastiveNetwork(nn.Module):
         return self.from_image(tokens.mean(1)), [project(part.mean(1)) for project, part in named]
 
 
-class ContIGPretrain(SSLModule):
+class ContIGPretrain(SSLModule[ImageGenomeBatch]):
     """Contrast between an image and the genetics of its person (Taleb et al. 2022), with the encoders of this method.
 
     The loss is the mean over kinds of genetics of the symmetric InfoNCE; every sample needs all kinds
@@ -66,13 +65,10 @@ class ContIGPretrain(SSLModule):
         genome_encoder: Makes the genome encoder from (features by kind, width, heads).
         temperature: Of the contrast.
         projection: Width of the space in which image and genetics are compared.
-        optimizer: Makes the optimiser.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
-        channels: Names of the channels; None = as the data say.
-        image_size: Size of the image; None = as the data say.
-        genome: Features of each kind of genetics; None = as the data say.
+        optimization: How the weights are updated.
     """
+
+    remembered = ("channels", "image_size", "genome")
 
     def __init__(
         self,
@@ -80,17 +76,11 @@ class ContIGPretrain(SSLModule):
         genome_encoder: GenomeFactory = GenomeEncoder,
         temperature: float = 0.1,
         projection: int = 128,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
-        channels: list[str] | None = None,
-        image_size: list[int] | None = None,
-        genome: dict[str, int] | None = None,
+        optimization: OptimizerConfig = OptimizerConfig(),
     ) -> None:
-        super().__init__({"contrast": 1.0}, optimizer, schedule)
+        super().__init__(optimization)
         self.save_hyperparameters()
         self.temperature, self.projection = temperature, projection
-        self.compile_network = compile_network
         self._factories = (encoder, genome_encoder)
 
     def build_network(self, spec: InputSpec) -> ContrastiveNetwork:
@@ -106,7 +96,7 @@ class ContIGPretrain(SSLModule):
         genome = make_genome(spec.genome, encoder.embed_dim, encoder.config["num_heads"])
         return ContrastiveNetwork(encoder, genome, self.projection)
 
-    def step(self, batch: Any, sync: bool) -> StepOutput:
+    def step(self, batch: ImageGenomeBatch, sync: bool) -> StepOutput:
         """Compute the loss of one batch.
 
         Raises:
@@ -116,34 +106,35 @@ class ContIGPretrain(SSLModule):
             raise UserError("ContIG needs every kind of genetics of every person: set data.complete_only to true.")
         image, kinds = self.network(batch["image"], batch["genome"])
         losses = [symmetric_info_nce(image, kind, self.temperature, sync) for kind in kinds]
-        count = torch.tensor(float(len(image)))
+        samples = float(len(image))
         accuracy = torch.stack([retrieval_accuracy(image.detach(), kind.detach()) for kind in kinds]).mean()
-        weights = {"contrast": count, "retrieval_accuracy": count}
-        return StepOutput(
-            {"contrast": torch.stack(losses).mean()}, weights, self.reconstruct(batch), {"retrieval_accuracy": accuracy}
-        )
+        terms = {
+            "contrast": Term(torch.stack(losses).mean(), samples, 1.0),
+            "retrieval_accuracy": Term(accuracy, samples),
+        }
+        return StepOutput(terms, self.reconstruct(batch))
 
-    def reconstruct(self, batch: Any, image: str = "image") -> Reconstruction:
+    def reconstruct(self, batch: ImageGenomeBatch, image: ImageKey = "image") -> Reconstruction:
         """Return nothing that could be scored."""
         target, valid = self.reconstruction_target(batch)
         return Reconstruction(torch.zeros_like(target), target, torch.zeros_like(valid), {})
 
-    def reconstruction_target(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def reconstruction_target(self, batch: ImageGenomeBatch) -> tuple[Tensor, Tensor]:
         """Return the image's patches; none of them is a target."""
         patches = self.network.encoder.patch_embed.patchify(batch["image"]).float()
         return patches, torch.zeros_like(patches[..., 0], dtype=torch.bool)
 
-    def token_features(self, batch: Any) -> TokenFeatures:
+    def token_features(self, batch: ImageGenomeBatch) -> TokenFeatures:
         """Encode whole images."""
         encoder = self.network.encoder
         patches = encoder.forward_features(batch["image"])[:, encoder.num_prefix_tokens :]
         return TokenFeatures({"final": patches}, torch.ones_like(patches[..., 0], dtype=torch.bool))
 
-    def pooled(self, batch: Any) -> dict[str, Tensor]:
+    def pooled(self, batch: ImageGenomeBatch) -> dict[str, Tensor]:
         """Return the vectors ``(B, E)`` of images, before projection: the mean over their patches."""
         return {"image": self.token_features(batch).features["final"].mean(1)}
 
-    def panels(self, batch: Any, output: Reconstruction, index: int) -> dict[str, Panel]:
+    def panels(self, batch: ImageGenomeBatch, output: Reconstruction, index: int) -> dict[str, Panel]:
         """Draw nothing."""
         return {}
 

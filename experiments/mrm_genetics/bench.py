@@ -9,6 +9,7 @@ from torch import Tensor
 from common.blocks.attention import relation_masked_attention
 from common.blocks.vit import VisionTransformer
 from common.sweeps.bench import Row, in_turn, speedup, training_rows, training_step
+from common.types import InputSpec
 from experiments.mrm_genetics.module import RelationPretrain
 
 _BATCH = 4
@@ -38,13 +39,11 @@ def configured_step() -> list[Row]:
     """Hold the step against matrix products and bfloat16: ViT-B, 224 pixels, 144 genome tokens."""
     module = RelationPretrain(
         encoder=partial(VisionTransformer, qkv_bias=True, pos_embed="sincos", class_token=True, norm_eps=1e-6),
-        channels=["red", "green", "blue"],
-        image_size=[224, 224],
-        genome={"snp": 7854, "pgs": 481, "burden": 18574},
     )
-    module.configure_model()
+    genome = {"snp": 7854, "pgs": 481, "burden": 18574}
+    module.build(InputSpec(("red", "green", "blue"), (224, 224), genome=genome))
     generator = torch.Generator().manual_seed(0)
-    features = sum(module.hparams["genome"].values())
+    features = sum(genome.values())
     batch = {
         "image": torch.rand(_BATCH, 3, 224, 224, generator=generator),
         "genome": torch.randn(_BATCH, features, generator=generator),

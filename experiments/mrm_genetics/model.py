@@ -6,6 +6,8 @@ of a genome, M kinds of genetics, E width, D width of a decoder, H heads.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -314,6 +316,52 @@ class Tokens(NamedTuple):
     genome: Tensor | None
 
 
+class Stream(NamedTuple):
+    """Tokens of both passes; None for one that is not run."""
+
+    intact: Tokens | None
+    masked: Tokens | None
+
+    def joined(self) -> Tokens:
+        """Return both passes as one batch, the intact one first: larger matrix products, the same result."""
+        assert self.intact is not None
+        assert self.masked is not None
+        genome = None
+        if self.intact.genome is not None and self.masked.genome is not None:
+            genome = torch.cat([self.intact.genome, self.masked.genome])
+        return Tokens(torch.cat([self.intact.image, self.masked.image]), genome)
+
+    @classmethod
+    def parted(cls, tokens: Tokens) -> "Stream":
+        """Undo :meth:`joined`."""
+        image, genome = tokens.image.chunk(2), (None, None) if tokens.genome is None else tokens.genome.chunk(2)
+        return cls(Tokens(image[0], genome[0]), Tokens(image[1], genome[1]))
+
+
+class BlockPair(NamedTuple):
+    """Blocks that are run one after the other, one a modality; None where a modality has none left."""
+
+    image: TransformerBlock | None
+    genome: TransformerBlock | None
+
+
+class GenomeKeys(NamedTuple):
+    """Which tokens of a genome can be attended to, bool ``(B, G)``; None = all.
+
+    Attributes:
+        real: those that are there.
+        safe: the same, but True throughout for a sample that has none: it would have no key at all, and what becomes
+            of its genome goes nowhere.
+    """
+
+    real: Tensor | None = None
+    safe: Tensor | None = None
+
+    def twice(self) -> "GenomeKeys":
+        """Return the keys of two passes in one batch."""
+        return GenomeKeys(*(None if part is None else torch.cat([part, part]) for part in self))
+
+
 class RelationOutput(NamedTuple):
     """What the network returns.
 
@@ -326,6 +374,24 @@ class RelationOutput(NamedTuple):
     image: Tensor | None
     genome: Tensor | None
     pooled: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True)
+class RelationConfig:
+    """How relations are masked.
+
+    Args:
+        cross_params: ``"shared"`` has no weights for relations between modalities; ``"dedicated"`` puts a block of its
+            own for each modality between the first and the second, in the masked pass alone.
+        tie_rule: ``"threshold"`` (Eq. 4) or ``"rank"``; see :func:`common.maskers.relation.mask_top_relations`.
+        masked_residual: Whether the masked attention is added to the stream, as anywhere else, or replaces it.
+        renormalize: Whether rows are scaled to sum to 1 after masking.
+    """
+
+    cross_params: CrossParameters = "shared"
+    tie_rule: TieRule = "threshold"
+    masked_residual: bool = True
+    renormalize: bool = False
 
 
 class RelationNetwork(nn.Module):
@@ -342,11 +408,7 @@ class RelationNetwork(nn.Module):
         genome_decoder: Of the genome; None likewise.
         tau_image: Share of relations removed from the image's rows, both its own and those to the genome.
         tau_genome: The same for the genome's rows.
-        cross_params: ``"shared"`` has no weights for relations between modalities; ``"dedicated"`` puts a block of its
-            own for each modality between the first and the second, in the masked pass alone.
-        tie_rule: See :func:`common.maskers.relation.mask_top_relations`.
-        masked_residual: Whether the masked attention is added to the stream, as anywhere else, or replaces it.
-        renormalize: Whether rows are scaled to sum to 1 after masking.
+        relations: How relations are masked.
         pool: How tokens become the vector that samples are compared by.
 
     Raises:
@@ -361,10 +423,7 @@ class RelationNetwork(nn.Module):
         genome_decoder: FusedDecoder | None,
         tau_image: float = 0.75,
         tau_genome: float = 0.5,
-        cross_params: CrossParameters = "shared",
-        tie_rule: TieRule = "threshold",
-        masked_residual: bool = True,
-        renormalize: bool = False,
+        relations: RelationConfig = RelationConfig(),
         pool: Pool = "mean",
     ) -> None:
         super().__init__()
@@ -375,8 +434,9 @@ class RelationNetwork(nn.Module):
             raise ValueError("match_pool cls needs an encoder with a class token.")
         self.encoder, self.genome = encoder, genome
         self.decoder, self.genome_decoder = decoder, genome_decoder
-        self.tau_image, self.tau_genome, self.tie_rule = tau_image, tau_genome, tie_rule
-        self.masked_residual, self.renormalize, self.pool = masked_residual, renormalize, pool
+        self.tau_image, self.tau_genome, self.tie_rule = tau_image, tau_genome, relations.tie_rule
+        self.masked_residual, self.renormalize = relations.masked_residual, relations.renormalize
+        self.pool = pool
         encoder.apply(init_xavier_weights)
         width = encoder.embed_dim
         patch_values = math.prod(encoder.patch_embed.patch_size) * encoder.patch_embed.in_channels
@@ -387,7 +447,7 @@ class RelationNetwork(nn.Module):
         if genome is not None and genome_decoder is not None:
             self.to_genome = GenomeHeads(genome.tokens.cuts, genome_decoder.dim)
         self.cross: nn.ModuleDict | None = None
-        if genome is not None and cross_params == "dedicated":
+        if genome is not None and relations.cross_params == "dedicated":
             config: dict[str, Any] = encoder.config
             names = ("num_heads", "mlp_ratio", "norm_eps")
             blocks = {
@@ -416,7 +476,7 @@ class RelationNetwork(nn.Module):
             masked: Whether the masked pass is needed.
             record: Takes the masked relations by name, for diagnostics.
         """
-        encoder, real, safe = self.encoder, None, None
+        encoder, keys = self.encoder, GenomeKeys()
         patches = encoder.patch_embed.patchify(image)
         tokens = Tokens(encoder.embed(patches, mask.ids_keep if mask is not None else None), None)
         if genetics is not None:
@@ -424,19 +484,24 @@ class RelationNetwork(nn.Module):
             tokens = tokens._replace(genome=self.genome.tokens(genetics.values))
             if genetics.present is not None:
                 real = self.genome.tokens.real_tokens(genetics.present)
-                # A sample without any genetics would have no key at all; its genome goes nowhere, so any keys will do.
-                safe = real | ~real.any(1, keepdim=True)
+                keys = GenomeKeys(real, real | ~real.any(1, keepdim=True))
         intact = intact or (genetics is not None and self.decoder is not None)
-        first, second = self.passes(tokens, real, safe, intact, masked, record)
-        pooled = (*self._pooled(first, safe), *self._pooled(second, safe))
-        if self.decoder is None or second is None:
-            return RelationOutput(None, None, pooled)
+        stream = self.passes(tokens, keys, intact, masked, record)
+        pooled = (*self._pooled(stream.intact, keys.safe), *self._pooled(stream.masked, keys.safe))
+        return RelationOutput(*self._decoded(stream, keys.real, mask), pooled)
+
+    def _decoded(
+        self, stream: Stream, real: Tensor | None, mask: MaskOutput | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Reconstruct each modality from its masked tokens and the intact ones of the other (Eq. 7)."""
+        whole, hidden = stream
+        if self.decoder is None or hidden is None:
+            return None, None
         assert self.to_pixels is not None
-        pred = self.to_pixels(self.decoder(second.image, first.genome if first else None, real, mask))
-        values = None
-        if self.to_genome is not None and self.genome_decoder is not None and first is not None:
-            values = self.to_genome(self.genome_decoder(first.image, second.genome, real, mask))
-        return RelationOutput(pred, values, pooled)
+        pred = self.to_pixels(self.decoder(hidden.image, whole.genome if whole else None, real, mask))
+        if self.to_genome is None or self.genome_decoder is None or whole is None:
+            return pred, None
+        return pred, self.to_genome(self.genome_decoder(whole.image, hidden.genome, real, mask))
 
     def _pooled(self, tokens: Tokens | None, real: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Return the vectors of image and genome, float32 or float64."""
@@ -453,110 +518,121 @@ class RelationNetwork(nn.Module):
         weight = real[..., None].to(genome.dtype)
         return image, (genome * weight).sum(1) / weight.sum(1)
 
-    def _finish(self, block: TransformerBlock, x: Tensor, attended: Tensor) -> Tensor:
-        return block.finish(x if self.masked_residual else torch.zeros_like(x), attended)
-
-    def _masked(self, name: str, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, record: Any) -> Tensor:
-        """Attend with relations masked; rows are those of the modality that the name begins with."""
-        ratio = self.tau_image if name.startswith("image") else self.tau_genome
-        relations = relations_of(q, k, ratio, real, self.tie_rule)
-        if record is not None:
-            record[name] = relations
-        return relations.apply(v, self.renormalize)
-
-    def _self_block(
-        self, name: str, block: TransformerBlock, x: Tensor, real: Tensor | None, intact: bool, record: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Run a block intact and masked on the same tokens; both share queries, keys, values and the softmax."""
-        q, k, v = block.attn.heads(block.norm1(x))
-        ratio = self.tau_image if name.startswith("image") else self.tau_genome
-        relations = relations_of(q, k, ratio, real, self.tie_rule)
-        if record is not None:
-            record[name] = relations
-        masked = self._finish(block, x, relations.apply(v, self.renormalize))
-        return (block.finish(x, relations.weights.to(v.dtype) @ v) if intact else x), masked
-
-    def _cross_block(
-        self, block: TransformerBlock, other: TransformerBlock, x: Tokens, real: Tensor | None, safe: Any, record: Any
-    ) -> Tokens:
-        """Run a block of each modality on the other's keys and values, both from the same tokens (Eq. 6)."""
-        assert x.genome is not None
-        q, k, v = block.attn.heads(block.norm1(x.image))
-        q_genome, k_genome, v_genome = other.attn.heads(other.norm1(x.genome))
-        image = self._masked("image_cross", q, k_genome, v_genome, safe, record)
-        if real is not None:
-            # Without any genetics an image has relations to itself alone, as in the mode for images.
-            alone = self._masked("image_alone", q, k, v, None, None)
-            image = torch.where(real.any(1)[:, None, None, None], image, alone)
-        genome = self._masked("genome_cross", q_genome, k, v, None, record)
-        return Tokens(self._finish(block, x.image, image), self._finish(other, x.genome, genome))
+    def block_pairs(self) -> list[BlockPair]:
+        """Return the blocks of both encoders in the order in which they are run."""
+        blocks = cast(list[TransformerBlock], list(self.encoder.blocks))
+        others = cast(list[TransformerBlock], list(self.genome.blocks) if self.genome is not None else [])
+        return [BlockPair(*pair) for pair in zip_longest(blocks, others)]
 
     def passes(
         self,
         tokens: Tokens,
-        real: Tensor | None,
-        safe: Tensor | None,
+        keys: GenomeKeys,
         intact: bool,
         masked: bool,
         record: dict[str, Relations] | None = None,
-    ) -> tuple[Tokens | None, Tokens | None]:
+    ) -> Stream:
         """Run embedded tokens through the encoders, intact and masked, and normalise them.
 
         Args:
             tokens: Embedded tokens.
-            real: bool ``(B, G)``, which of the genome's tokens are there; None = all.
-            safe: The same, but True throughout for samples that have none.
+            keys: Which of the genome's tokens are there.
             intact: Whether the intact pass is run.
             masked: Whether the masked pass is run.
             record: Takes the masked relations by name.
         """
-        first, *blocks = cast(list[TransformerBlock], list(self.encoder.blocks))
-        other_blocks: list[Any] = list(self.genome.blocks) if self.genome is not None else [None]
-        first_other, *others = other_blocks
+        first, *rest = self.block_pairs()
         if not masked:
-            return self._rest(tokens, [first, *blocks], [first_other, *others], safe), None
-        image, image_masked = self._self_block("image_self", first, tokens.image, None, intact, record)
-        whole, hidden = Tokens(image, None), Tokens(image_masked, None)
-        if tokens.genome is not None:
-            pair = self._self_block("genome_self", first_other, tokens.genome, safe, intact, record)
-            whole, hidden = Tokens(image, pair[0]), Tokens(image_masked, pair[1])
+            return Stream(self._finished([first, *rest], tokens, keys), None)
+        stream = self._within(first, tokens, keys, intact, record)
+        assert stream.masked is not None
         if self.cross is not None:
-            own, other = (cast(TransformerBlock, self.cross[name]) for name in ("image", "genome"))
-            hidden = self._cross_block(own, other, hidden, real, safe, record)
+            second = BlockPair(*(cast(TransformerBlock, self.cross[name]) for name in ("image", "genome")))
+            whole = stream.intact
         else:
-            block = blocks.pop(0)
-            if tokens.genome is not None:
-                other = others.pop(0)
-                hidden = self._cross_block(block, other, hidden, real, safe, record)
-                if intact:
-                    assert whole.genome is not None
-                    whole = Tokens(block(whole.image), other.transform(whole.genome, safe))
-            else:
-                hidden = Tokens(self._second_self(block, hidden.image, record), None)
-                whole = Tokens(block(whole.image), None) if intact else whole
-        if not intact:
-            return None, self._rest(hidden, blocks, others, safe)
-        both = None if safe is None else torch.cat([safe, safe])
-        joined = Tokens(
-            torch.cat([whole.image, hidden.image]),
-            None if whole.genome is None else torch.cat([whole.genome, hidden.genome]),  # type: ignore[list-item]
-        )
-        done = self._rest(joined, blocks, others, both)
-        halves = [(None, None) if x is None else x.chunk(2) for x in done]
-        return Tokens(halves[0][0], halves[1][0]), Tokens(halves[0][1], halves[1][1])  # type: ignore[arg-type]
+            second, *rest = rest
+            whole = None if stream.intact is None else self._ordinary([second], stream.intact, keys)
+        stream = Stream(whole, self._across(second, stream.masked, keys, record))
+        if stream.intact is None:
+            assert stream.masked is not None
+            return Stream(None, self._finished(rest, stream.masked, keys))
+        return Stream.parted(self._finished(rest, stream.joined(), keys.twice()))
 
-    def _second_self(self, block: TransformerBlock, x: Tensor, record: Any) -> Tensor:
+    def _within(
+        self, pair: BlockPair, tokens: Tokens, keys: GenomeKeys, intact: bool, record: dict[str, Relations] | None
+    ) -> Stream:
+        """Run a block of each modality intact and with the relations within it masked (Eq. 5)."""
+        assert pair.image is not None
+        image, image_masked = self._self_block("image_self", pair.image, tokens.image, None, intact, record)
+        genome, genome_masked = None, None
+        if tokens.genome is not None:
+            assert pair.genome is not None
+            own = self._self_block("genome_self", pair.genome, tokens.genome, keys.safe, intact, record)
+            genome, genome_masked = own
+        return Stream(Tokens(image, genome) if intact else None, Tokens(image_masked, genome_masked))
+
+    def _self_block(
+        self,
+        name: str,
+        block: TransformerBlock,
+        x: Tensor,
+        real: Tensor | None,
+        intact: bool,
+        record: dict[str, Relations] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run a block intact and masked on the same tokens; both share queries, keys, values and the softmax."""
         q, k, v = block.attn.heads(block.norm1(x))
-        return self._finish(block, x, self._masked("image_self_second", q, k, v, None, record))
+        relations = self._relations(name, q, k, real, record)
+        masked = self._finish(block, x, relations.apply(v, self.renormalize))
+        return (block.finish(x, relations.weights.to(v.dtype) @ v) if intact else x), masked
 
-    def _rest(self, x: Tokens, blocks: Sequence[Any], others: Sequence[Any], real: Tensor | None) -> Tokens:
-        """Run ordinary blocks and the final norms."""
+    def _across(self, pair: BlockPair, x: Tokens, keys: GenomeKeys, record: dict[str, Relations] | None) -> Tokens:
+        """Run a block of each modality on the other's keys and values, both from the same tokens (Eq. 6).
+
+        Without genetics the image's relations to itself are masked once more (section 4.6).
+        """
+        assert pair.image is not None
+        q, k, v = pair.image.attn.heads(pair.image.norm1(x.image))
+        if x.genome is None:
+            again = self._relations("image_self_second", q, k, None, record).apply(v, self.renormalize)
+            return Tokens(self._finish(pair.image, x.image, again), None)
+        assert pair.genome is not None
+        q_genome, k_genome, v_genome = pair.genome.attn.heads(pair.genome.norm1(x.genome))
+        image = self._relations("image_cross", q, k_genome, keys.safe, record).apply(v_genome, self.renormalize)
+        if keys.real is not None:
+            # Without any genetics an image has relations to itself alone, as in the mode for images.
+            alone = self._relations("image_alone", q, k, None, None).apply(v, self.renormalize)
+            image = torch.where(keys.real.any(1)[:, None, None, None], image, alone)
+        genome = self._relations("genome_cross", q_genome, k, None, record).apply(v, self.renormalize)
+        return Tokens(self._finish(pair.image, x.image, image), self._finish(pair.genome, x.genome, genome))
+
+    def _relations(
+        self, name: str, q: Tensor, k: Tensor, real: Tensor | None, record: dict[str, Relations] | None
+    ) -> Relations:
+        """Return masked relations; rows are those of the modality that the name begins with."""
+        ratio = self.tau_image if name.startswith("image") else self.tau_genome
+        relations = relations_of(q, k, ratio, real, self.tie_rule)
+        if record is not None:
+            record[name] = relations
+        return relations
+
+    def _finish(self, block: TransformerBlock, x: Tensor, attended: Tensor) -> Tensor:
+        return block.finish(x if self.masked_residual else torch.zeros_like(x), attended)
+
+    def _ordinary(self, pairs: Sequence[BlockPair], x: Tokens, keys: GenomeKeys) -> Tokens:
+        """Run blocks as they are."""
         image, genome = x
-        for block in blocks:
-            image = self.encoder.run_block(block, image)
+        for pair in pairs:
+            if pair.image is not None:
+                image = self.encoder.run_block(pair.image, image)
+            if pair.genome is not None and genome is not None:
+                genome = pair.genome.transform(genome, keys.safe)
+        return Tokens(image, genome)
+
+    def _finished(self, pairs: Sequence[BlockPair], x: Tokens, keys: GenomeKeys) -> Tokens:
+        """Run the last blocks and the final norms."""
+        image, genome = self._ordinary(pairs, x, keys)
         if genome is not None:
             assert self.genome is not None
-            for other in others:
-                genome = other.transform(genome, real)
             genome = self.genome.norm(genome)
         return Tokens(self.encoder.norm(image), genome)

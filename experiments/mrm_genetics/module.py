@@ -1,10 +1,10 @@
 """Pre-training by masked relation modeling (paper section 3)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from common.blocks.attention import Relations
@@ -14,19 +14,18 @@ from common.checkpoint import init_encoder
 from common.losses.reconstruction import masked_mse
 from common.losses.relation import relation_matching
 from common.maskers.random import RandomMasker
-from common.maskers.relation import TieRule
-from common.module import SSLModule, StepOutput
-from common.optim import Schedule
+from common.module import SSLModule, StepOutput, Term
+from common.optim import OptimizerConfig
 from common.panels import colour_panel
 from common.randomness import KeyedGenerator
 from common.runtime.reporting import say
-from common.types import InputSpec, MaskOutput, Panel, Reconstruction, TokenFeatures
+from common.types import ImageGenomeBatch, ImageKey, InputSpec, MaskOutput, Panel, Reconstruction, TokenFeatures
 from experiments.mrm_genetics.model import (
-    CrossParameters,
     FusedDecoder,
     Genetics,
     GenomeEncoder,
     Pool,
+    RelationConfig,
     RelationNetwork,
     RelationOutput,
     at_least_single,
@@ -41,7 +40,22 @@ def _decoder_sizes(encoder: VisionTransformer) -> tuple[int, Sequence[int], int]
     return encoder.embed_dim, encoder.grid_size, encoder.num_prefix_tokens
 
 
-class RelationPretrain(SSLModule):
+@dataclass(frozen=True)
+class MatchingConfig:
+    """How relations between samples are compared (section 3.4).
+
+    Args:
+        pool: ``"mean"`` over an image's patches, or its ``"cls"`` token; a genome's tokens are always averaged.
+        center: Whether vectors lose their batch mean before they are compared.
+        stop_gradient: Whether the intact pass gets no gradient from the comparison.
+    """
+
+    pool: Pool = "mean"
+    center: bool = False
+    stop_gradient: bool = False
+
+
+class RelationPretrain(SSLModule[ImageGenomeBatch]):
     """Reconstruction from masked relations, and relations between samples that masking must not change (Eq. 14).
 
     Images come with genetics or alone, as the data have it (section 4.6).
@@ -54,27 +68,19 @@ class RelationPretrain(SSLModule):
         tau_image: Share of relations removed from the image's rows, to itself and to the genome.
         tau_genome: The same for the genome's rows. Both 0: the control, an autoencoder without masking.
         match_weight: Lambda of Eq. 14; 0 is the ablation without relation matching.
-        cross_params: ``"shared"`` or ``"dedicated"``; see :class:`experiments.mrm_genetics.model.RelationNetwork`.
-        tie_rule: ``"threshold"`` (Eq. 4) or ``"rank"``.
-        masked_residual: Whether masked attention is added to the stream.
-        renormalize: Whether rows are scaled to sum to 1 after masking.
-        match_pool: ``"mean"`` over an image's patches, or its ``"cls"`` token; a genome's tokens are always averaged.
-        match_center: Whether vectors lose their batch mean before they are compared.
-        match_stop_grad_intact: Whether the intact pass gets no gradient from the comparison.
+        relations: How relations are masked.
+        matching: How relations between samples are compared.
         norm_pix_loss: Whether each patch is standardised by itself before it is compared.
         masker: Hides patches at the input, which are then all that is scored: masked autoencoding, the baseline. Images
             alone.
         init_from: File of MAE, timm or published weights to start the encoder from; None starts from scratch.
-        optimizer: Makes the optimiser.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
-        channels: Names of the channels; None = as the data say.
-        image_size: Size of the image; None = as the data say.
-        genome: Features of each kind of genetics; None = as the data say.
+        optimization: How the weights are updated.
 
     Raises:
         ValueError: a share is outside [0, 1).
     """
+
+    remembered = ("channels", "image_size", "genome")
 
     def __init__(
         self,
@@ -85,45 +91,24 @@ class RelationPretrain(SSLModule):
         tau_image: float = 0.75,
         tau_genome: float = 0.5,
         match_weight: float = 1.0,
-        cross_params: CrossParameters = "shared",
-        tie_rule: TieRule = "threshold",
-        masked_residual: bool = True,
-        renormalize: bool = False,
-        match_pool: Pool = "mean",
-        match_center: bool = False,
-        match_stop_grad_intact: bool = False,
+        relations: RelationConfig = RelationConfig(),
+        matching: MatchingConfig = MatchingConfig(),
         norm_pix_loss: bool = False,
         masker: RandomMasker | None = None,
         init_from: str | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
-        channels: list[str] | None = None,
-        image_size: list[int] | None = None,
-        genome: dict[str, int] | None = None,
+        optimization: OptimizerConfig = OptimizerConfig(),
     ) -> None:
         for name, value in (("tau_image", tau_image), ("tau_genome", tau_genome)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name} is the share of relations to remove, in [0, 1), got {value}.")
-        weights = {"image": 1.0, "genome": 1.0, "self": match_weight, "cross": match_weight}
-        super().__init__(weights, optimizer, schedule)
+        super().__init__(optimization)
         self.save_hyperparameters()
         self.masker = masker
         self.match_weight = match_weight
         self.norm_pix_loss = norm_pix_loss
         self.init_from = init_from
-        self.compile_network = compile_network
         self._factories = (encoder, genome_encoder, decoder, genome_decoder)
-        self._match: dict[str, Any] = {"center": match_center, "stop_gradient": match_stop_grad_intact}
-        self._options: dict[str, Any] = {
-            "tau_image": tau_image,
-            "tau_genome": tau_genome,
-            "cross_params": cross_params,
-            "tie_rule": tie_rule,
-            "masked_residual": masked_residual,
-            "renormalize": renormalize,
-            "pool": match_pool,
-        }
+        self._taus, self._relations, self._matching = (tau_image, tau_genome), relations, matching
 
     def build_network(self, spec: InputSpec) -> RelationNetwork:
         """Make the networks for inputs of ``spec``.
@@ -145,21 +130,23 @@ class RelationPretrain(SSLModule):
         decoder = make_decoder(*_decoder_sizes(encoder), tokens, "image", self.masker is not None)
         if self.masker is not None:
             self.masker(1, encoder.patch_embed.num_patches, generator=torch.Generator())
-        return RelationNetwork(encoder, genome, decoder, genome_decoder, **self._options)
+        return RelationNetwork(
+            encoder, genome, decoder, genome_decoder, *self._taus, self._relations, self._matching.pool
+        )
 
     def on_fit_start(self) -> None:
         """Take the encoder's first weights from a file, unless a checkpoint brings all (Lightning hook)."""
         if self.trainer.ckpt_path is None and self.init_from:
             say(f"encoder from {self.init_from}: {init_encoder(self.network.encoder, self.init_from)}")
 
-    def draw_mask(self, batch: Any) -> MaskOutput | None:
+    def draw_mask(self, batch: ImageGenomeBatch) -> MaskOutput | None:
         """Draw the hidden patches that belong to the batch's samples; None where nothing is hidden at the input."""
         if self.masker is None:
             return None
         patches = self.network.encoder.patch_embed.num_patches
         return self.masker(len(batch["key"]), patches, generator=KeyedGenerator(batch["key"]))
 
-    def genetics(self, batch: Any) -> Genetics | None:
+    def genetics(self, batch: ImageGenomeBatch) -> Genetics | None:
         """Return the genetics of a batch; None where the network has none."""
         if self.network.genome is None:
             return None
@@ -170,68 +157,68 @@ class RelationPretrain(SSLModule):
         patches = at_least_single(self.network.encoder.patch_embed.patchify(image))
         return normalise_patches(patches) if self.norm_pix_loss else patches
 
-    def matching(self, output: RelationOutput, batch: Any, sync: bool) -> dict[str, Tensor]:
+    def matching(self, output: RelationOutput, batch: ImageGenomeBatch, sync: bool) -> dict[str, Tensor]:
         """Compare the relations between samples of both passes."""
         image, genome, image_masked, genome_masked = output.pooled
         assert image is not None
         assert image_masked is not None
         # Given on every rank whoever is complete there: all must take part in the same exchange.
         present = None if genome is None else batch["modality_mask"][:, 1:].any(1)
-        return relation_matching(image, genome, image_masked, genome_masked, present, sync=sync, **self._match)
+        center, stop_gradient = self._matching.center, self._matching.stop_gradient
+        return relation_matching(image, genome, image_masked, genome_masked, present, center, stop_gradient, sync)
 
-    def step(self, batch: Any, sync: bool) -> StepOutput:
+    def step(self, batch: ImageGenomeBatch, sync: bool) -> StepOutput:
         """Compute the losses of one batch."""
         genetics, mask = self.genetics(batch), self.draw_mask(batch)
         matched = self.match_weight > 0
         output = self.network(batch["image"], genetics, mask, intact=matched)
         recon = self._reconstruction(output.image, batch, mask)
-        losses = {"image": masked_mse(recon.pred, recon.target, recon.mask, sync)}
-        weights = {"image": recon.mask.sum()}
+        terms = {"image": Term(masked_mse(recon.pred, recon.target, recon.mask, sync), recon.mask.sum(), 1.0)}
         if genetics is not None:
             observed = batch["genome_observed"]
-            losses["genome"] = masked_mse(output.genome[..., None], genetics.values[..., None], observed, sync)
-            weights["genome"] = observed.sum()
+            error = masked_mse(output.genome[..., None], genetics.values[..., None], observed, sync)
+            terms["genome"] = Term(error, observed.sum(), 1.0)
         if matched:
-            losses |= self.matching(output, batch, sync)
-            weights |= dict.fromkeys(("self", "cross"), torch.tensor(float(len(batch["image"]))))
-            if genetics is None:
-                del losses["cross"], weights["cross"]
-        return StepOutput(losses, weights, recon, {})
+            relations = self.matching(output, batch, sync)
+            wanted = ("self",) if genetics is None else ("self", "cross")
+            samples = float(len(batch["image"]))
+            terms |= {name: Term(relations[name], samples, self.match_weight) for name in wanted}
+        return StepOutput(terms, recon)
 
-    def _reconstruction(self, pred: Tensor, batch: Any, mask: MaskOutput | None) -> Reconstruction:
+    def _reconstruction(self, pred: Tensor, batch: ImageGenomeBatch, mask: MaskOutput | None) -> Reconstruction:
         target = self.target(batch["image"])
         scored = torch.ones_like(target[..., 0], dtype=torch.bool) if mask is None else mask.mask
         return Reconstruction(at_least_single(pred), target, scored, {})
 
-    def reconstruct(self, batch: Any, image: str = "image") -> Reconstruction:
+    def reconstruct(self, batch: ImageGenomeBatch, image: ImageKey = "image") -> Reconstruction:
         """Reconstruct a batch from ``batch[image]`` with its relations masked, and its own genetics."""
         mask = self.draw_mask(batch)
         output = self.network(batch[image], self.genetics(batch), mask, intact=False)
         return self._reconstruction(output.image, batch, mask)
 
-    def reconstruct_genome(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def reconstruct_genome(self, batch: ImageGenomeBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return predicted and true features ``(B, F)``, and which were observed, bool ``(B, F)``."""
         output = self.network(batch["image"], self.genetics(batch), self.draw_mask(batch), intact=False)
         return output.genome.float(), batch["genome"].float(), batch["genome_observed"]
 
-    def relations(self, batch: Any) -> dict[str, Relations]:
+    def relations(self, batch: ImageGenomeBatch) -> dict[str, Relations]:
         """Return the masked relations of a batch by name: ``image_self``, ``genome_cross`` and so on."""
         record: dict[str, Relations] = {}
         self.network(batch["image"], self.genetics(batch), self.draw_mask(batch), intact=False, record=record)
         return record
 
-    def pooled(self, batch: Any) -> dict[str, Tensor]:
+    def pooled(self, batch: ImageGenomeBatch) -> dict[str, Tensor]:
         """Return the vectors ``(B, E)`` that samples are compared by, of both passes, by name."""
         output = self.network(batch["image"], self.genetics(batch), self.draw_mask(batch), intact=True)
         names = ("image", "genome", "image_masked", "genome_masked")
         return {name: x for name, x in zip(names, output.pooled, strict=True) if x is not None}
 
-    def reconstruction_target(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def reconstruction_target(self, batch: ImageGenomeBatch) -> tuple[Tensor, Tensor]:
         """Return the target patches ``(B, N, P)``, and that all of them exist."""
         target = self.target(batch["image"])
         return target, torch.ones_like(target[..., 0], dtype=torch.bool)
 
-    def token_features(self, batch: Any) -> TokenFeatures:
+    def token_features(self, batch: ImageGenomeBatch) -> TokenFeatures:
         """Encode whole images, nothing masked."""
         encoder = self.network.encoder
         patches = encoder.forward_features(batch["image"])[:, encoder.num_prefix_tokens :]
@@ -253,12 +240,12 @@ class RelationPretrain(SSLModule):
     def unit(self, image: Tensor) -> Tensor:
         """Undo the standardisation of ``(B, C, H, W)``, to [0, 1]."""
         mean, std = (
-            torch.tensor(self.preprocessing.get(name, default), device=image.device).view(1, -1, 1, 1)
+            torch.tensor(self.spec.preprocessing.get(name, default), device=image.device).view(1, -1, 1, 1)
             for name, default in (("mean", [0.0]), ("std", [1.0]))
         )
         return (image.float() * std + mean).clamp(0, 1)
 
-    def panels(self, batch: Any, output: Reconstruction, index: int) -> dict[str, Panel]:
+    def panels(self, batch: ImageGenomeBatch, output: Reconstruction, index: int) -> dict[str, Panel]:
         """Draw sample ``index``."""
         one = slice(index, index + 1)
         image = batch["image"][one].float()

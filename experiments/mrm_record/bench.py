@@ -8,6 +8,7 @@ import torch
 from common.blocks.decoder import MAEDecoder
 from common.blocks.vit import VisionTransformer
 from common.sweeps.bench import Row, training_rows, training_step
+from common.types import InputSpec
 from experiments.mrm_record.module import MRMPretrain
 
 #: 256 radiographs of 448 pixels in total, as configured, on eight devices.
@@ -19,11 +20,9 @@ def configured_step() -> list[Row]:
     module = MRMPretrain(
         encoder=partial(VisionTransformer, qkv_bias=True, pos_embed="sincos", class_token=True, norm_eps=1e-6),
         decoder=partial(MAEDecoder, decoder_dim=768, depth=4, num_heads=6, num_prefix_tokens=1, norm_eps=1e-6),
-        channels=["red", "green", "blue"],
-        image_size=[448, 448],
-        vocabulary={"size": _VOCABULARY, "length": _TOKENS},
     )
-    module.configure_model()
+    vocabulary = {"size": _VOCABULARY, "length": _TOKENS}
+    module.build(InputSpec(("red", "green", "blue"), (448, 448), vocabulary=vocabulary))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(4, _VOCABULARY, (_BATCH, _TOKENS), generator=generator)
     hidden = torch.rand(ids.shape, generator=generator) < 0.5

@@ -12,27 +12,13 @@ from torch import Tensor
 
 from common.callbacks.validation import ValidationCallback
 from common.distributed import gather_objects
+from common.metrics import bootstrap_ratio
 from common.module import SSLModule
-from common.randomness import numpy_generator
 from common.runtime.reporting import log_scalars
 from common.types import Reconstruction
 
 #: What the report decoder is given in place of the sample's own image.
 _IMAGES = {"right_image": "image", "other_image": "control_image", "no_image": "none"}
-
-
-def bootstrap_interval(totals: np.ndarray, counts: np.ndarray, draws: int = 1000) -> tuple[float, float]:
-    """Return the central 95 % of a ratio of sums under resampling of persons.
-
-    Args:
-        totals: Sum of each person, ``(P,)``.
-        counts: Terms in each sum, ``(P,)``.
-        draws: Resamplings.
-    """
-    chosen = numpy_generator("bootstrap", len(totals)).integers(0, len(totals), (draws, len(totals)))
-    ratios = totals[chosen].sum(1) / np.maximum(counts[chosen].sum(1), 1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return float(low), float(high)
 
 
 class ImageReportGap(ValidationCallback):
@@ -89,6 +75,6 @@ class ImageReportGap(ValidationCallback):
         scalars = {f"loss_{name}": loss for name, loss in zip(_IMAGES, losses, strict=True)}
         for column, name in ((1, "other_image"), (2, "no_image")):
             gaps = table[:, column] - table[:, 0]
-            low, high = bootstrap_interval(gaps, counts)
+            low, high = bootstrap_ratio(gaps, counts)
             scalars |= {f"gap_{name}": gaps.sum() / counts.sum(), f"gap_{name}_low": low, f"gap_{name}_high": high}
         log_scalars(pl_module, {f"{self.name}/{name}": float(value) for name, value in scalars.items()})

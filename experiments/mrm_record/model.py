@@ -16,7 +16,7 @@ from common.blocks.decoder import MAEDecoder
 from common.blocks.patch_embed import PATCH_EPS, normalise_patches, patchify_channels_last, unpatchify
 from common.blocks.pos_embed import sincos_position_embedding
 from common.blocks.vit import VisionTransformer, init_xavier_weights
-from common.types import MaskOutput
+from common.types import ImageTextBatch, MaskOutput
 
 TargetNorm = Literal["patch", "unit", "dataset"]
 Pool = Literal["gap", "gmp"]
@@ -220,7 +220,7 @@ class MRM(nn.Module):
         pooled = patches.mean(1) if self.pool == "gap" else patches.amax(1)
         return self.to_report(pooled) * present[:, None]
 
-    def report_logits(self, batch: dict[str, Tensor], vector: Tensor, embedded: Tensor | None = None) -> Tensor:
+    def report_logits(self, batch: ImageTextBatch, vector: Tensor, embedded: Tensor | None = None) -> Tensor:
         """Predict the hidden tokens of a batch, given the image's vector ``(B, R)``; ``(S, V)``."""
         embedded = self.report.embed(batch["input_ids"]) if embedded is None else embedded
         hybrid = self.report.hybrid(embedded, vector, batch["attention_mask"], batch["labels"] != -100)
@@ -240,7 +240,7 @@ class MRM(nn.Module):
             tokens = torch.cat([prefix, patches + self.to_image(words)[:, None]], dim=1)
         return self.decoder(tokens, mask.ids_restore, index)
 
-    def forward(self, batch: dict[str, Tensor], mask: MaskOutput, index: Tensor | None = None) -> MRMOutput:
+    def forward(self, batch: ImageTextBatch, mask: MaskOutput, index: Tensor | None = None) -> MRMOutput:
         """Reconstruct patches and words.
 
         Args:
@@ -283,7 +283,7 @@ class MRM(nn.Module):
         return unpatchify(grey, self.encoder.grid_size, self.target_patch)
 
     @staticmethod
-    def visible_words(batch: dict[str, Tensor], embedded: Tensor) -> Tensor:
+    def visible_words(batch: ImageTextBatch, embedded: Tensor) -> Tensor:
         """Return the mean embedding ``(B, R)`` of the words that are not hidden."""
         visible = (batch["attention_mask"].bool() & (batch["labels"] == -100)).to(embedded.dtype)[..., None]
         return (embedded * visible).sum(1) / visible.sum(1).clamp(min=1)

@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from common.blocks.decoder import MAEDecoder
@@ -15,12 +14,21 @@ from common.errors import UserError
 from common.losses.reconstruction import masked_mse
 from common.losses.text import masked_cross_entropy
 from common.maskers.random import RandomMasker
-from common.module import SSLModule, StepOutput
-from common.optim import Schedule
+from common.module import SSLModule, StepOutput, Term
+from common.optim import OptimizerConfig
 from common.panels import image_panel
 from common.randomness import KeyedGenerator
 from common.runtime.reporting import say
-from common.types import HiddenTokens, InputSpec, MaskOutput, Panel, Reconstruction, TokenFeatures
+from common.types import (
+    HiddenTokens,
+    ImageKey,
+    ImageTextBatch,
+    InputSpec,
+    MaskOutput,
+    Panel,
+    Reconstruction,
+    TokenFeatures,
+)
 from experiments.mrm_record.model import MRM, Pool, ReportDecoder, TargetNorm
 
 EncoderFactory = Callable[[int, Sequence[int]], VisionTransformer]
@@ -28,7 +36,7 @@ DecoderFactory = Callable[[int, Sequence[int], int], MAEDecoder]
 ReportFactory = Callable[[int, int], ReportDecoder]
 
 
-class MRMPretrain(SSLModule):
+class MRMPretrain(SSLModule[ImageTextBatch]):
     """Hidden patches at twice the resolution, and hidden words given the visible ones and the image (Eq. 3).
 
     Args:
@@ -46,16 +54,13 @@ class MRMPretrain(SSLModule):
         text_to_image: Whether the visible words are fed to the image decoder.
         antialias: Whether the low-resolution copy is low-pass filtered.
         init_from: File of MAE, timm or published weights to start the encoder from; None starts from scratch.
-        optimizer: Makes the optimiser.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
-        channels: Names of the channels; None = as the data say.
-        image_size: Size of the target; None = as the data say.
-        vocabulary: Size, length and fingerprint of the tokens; None = as the data say.
+        optimization: How the weights are updated.
 
     Raises:
         ValueError: both weights are 0, or an option is unknown.
     """
+
+    remembered = ("channels", "image_size", "vocabulary")
 
     def __init__(
         self,
@@ -72,21 +77,16 @@ class MRMPretrain(SSLModule):
         text_to_image: bool = False,
         antialias: bool = True,
         init_from: str | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
-        channels: list[str] | None = None,
-        image_size: list[int] | None = None,
-        vocabulary: dict[str, Any] | None = None,
+        optimization: OptimizerConfig = OptimizerConfig(),
     ) -> None:
         if mlm_weight == mim_weight == 0:
             raise ValueError("mlm_weight and mim_weight are both 0: there is nothing to train on.")
-        super().__init__({"reconstruction": mim_weight, "report": mlm_weight}, optimizer, schedule)
+        super().__init__(optimization)
         self.save_hyperparameters()
         self.masker = masker or RandomMasker(0.75)
+        self.mim_weight, self.mlm_weight = mim_weight, mlm_weight
         self.mlm_scope = mlm_scope
         self.init_from = init_from
-        self.compile_network = compile_network
         self._factories = (encoder, decoder, report)
         self._options: dict[str, Any] = {
             "sr_factor": sr_factor,
@@ -129,19 +129,12 @@ class MRMPretrain(SSLModule):
             say("note: the encoder starts from scratch; the published runs started from MAE's ImageNet weights "
                 "(model.init_from)")  # fmt: skip
 
-    def draw_mask(self, batch: Any) -> MaskOutput:
+    def draw_mask(self, batch: ImageTextBatch) -> MaskOutput:
         """Draw the masks that belong to the batch's samples."""
         patches = self.network.encoder.patch_embed.num_patches
         return self.masker(len(batch["key"]), patches, generator=KeyedGenerator(batch["key"]))
 
-    def _hidden(self, mask: MaskOutput) -> Tensor | None:
-        """Return the hidden patches ``(B, S)``; None, which means all, where nothing is hidden."""
-        assert mask.ids_keep is not None
-        assert mask.ids_restore is not None
-        visible, total = mask.ids_keep.shape[1], mask.ids_restore.shape[1]
-        return None if visible == total else torch.argsort(mask.ids_restore, dim=1)[:, visible:]
-
-    def _scored_text(self, batch: Any) -> Any:
+    def _scored_text(self, batch: ImageTextBatch) -> ImageTextBatch:
         """Return the batch with the positions that the report's loss is taken over.
 
         Raises:
@@ -160,34 +153,34 @@ class MRMPretrain(SSLModule):
                     f"batch are padded to {width}: set data.pad_to_length to true."
                 )
             index = torch.arange(len(truth), device=truth.device)
-        return batch | {"hidden_index": index, "hidden_ids": truth[index]}
+        return {**batch, "hidden_index": index, "hidden_ids": truth[index]}
 
-    def step(self, batch: Any, sync: bool) -> StepOutput:
+    def step(self, batch: ImageTextBatch, sync: bool) -> StepOutput:
         """Compute both losses of one batch."""
         mask = self.draw_mask(batch)
-        index = self._hidden(mask) if self.training else None
+        index = mask.hidden_index() if self.training else None
         scored = self._scored_text(batch)
         output = self.network(scored, mask, index)
         reconstruction = self._reconstruction(output.pred, output.target, mask, batch, index)
-        losses = {
-            "reconstruction": masked_mse(reconstruction.pred, reconstruction.target, reconstruction.mask, sync),
-            "report": masked_cross_entropy(output.logits, scored["hidden_ids"], sync),
+        pred, target, hidden = reconstruction[:3]
+        words = masked_cross_entropy(output.logits, scored["hidden_ids"], sync)
+        terms = {
+            "reconstruction": Term(masked_mse(pred, target, hidden, sync), hidden.sum(), self.mim_weight),
+            "report": Term(words, float(len(scored["hidden_ids"])), self.mlm_weight),
         }
-        words = torch.tensor(float(len(scored["hidden_ids"])))
-        weights = {"reconstruction": reconstruction.mask.sum().float(), "report": words}
-        return StepOutput(losses, weights, reconstruction, {})
+        return StepOutput(terms, reconstruction)
 
     @staticmethod
     def _reconstruction(
-        pred: Tensor, target: Tensor, mask: MaskOutput, batch: Any, index: Tensor | None
+        pred: Tensor, target: Tensor, mask: MaskOutput, batch: ImageTextBatch, index: Tensor | None
     ) -> Reconstruction:
         """Pair predictions with what is scored: the hidden patches of images that are there; all if none is hidden."""
         present = batch["modality_mask"][:, :1]
-        everything = index is not None or (mask.ids_keep is not None and mask.ids_keep.shape[1] == mask.mask.shape[1])
+        everything = index is not None or mask.hides_nothing
         scored = present.expand(pred.shape[:2]) if everything else mask.mask & present
         return Reconstruction(pred, target, scored, {})
 
-    def reconstruct(self, batch: Any, image: str = "image") -> Reconstruction:
+    def reconstruct(self, batch: ImageTextBatch, image: ImageKey = "image") -> Reconstruction:
         """Reconstruct a batch from what is visible of ``batch[image]``."""
         network: MRM = self.network
         mask = self.draw_mask(batch)
@@ -197,12 +190,12 @@ class MRMPretrain(SSLModule):
         pred = network.decode(network.encode(batch[image], mask), mask, words, None)
         return self._reconstruction(pred.float(), network.target(batch["image"]), mask, batch, None)
 
-    def reconstruction_target(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def reconstruction_target(self, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
         """Return the target patches ``(B, N, P)`` and which of them are of an image that is there ``(B, N)``."""
         target = self.network.target(batch["image"])
         return target, batch["modality_mask"][:, :1].expand(target.shape[:2])
 
-    def hidden_tokens(self, batch: Any, image: str = "image") -> HiddenTokens:
+    def hidden_tokens(self, batch: ImageTextBatch, image: ImageKey | Literal["none"] = "image") -> HiddenTokens:
         """Predict the hidden words, given ``batch[image]``; ``image="none"`` gives the report decoder a zero vector."""
         network: MRM = self.network
         present = batch["modality_mask"][:, 0]
@@ -213,7 +206,7 @@ class MRMPretrain(SSLModule):
         sample = batch["hidden_index"] // batch["input_ids"].shape[1]
         return HiddenTokens(network.report_logits(batch, vector), batch["hidden_ids"], sample)
 
-    def token_features(self, batch: Any) -> TokenFeatures:
+    def token_features(self, batch: ImageTextBatch) -> TokenFeatures:
         """Encode whole images."""
         encoder = self.network.encoder
         tokens = encoder.forward_features(self.network.low_resolution(batch["image"]))
@@ -221,7 +214,7 @@ class MRMPretrain(SSLModule):
         keep = batch["modality_mask"][:, :1].expand(patches.shape[:2])
         return TokenFeatures({"final": patches}, keep)
 
-    def panels(self, batch: Any, output: Reconstruction, index: int) -> dict[str, Panel]:
+    def panels(self, batch: ImageTextBatch, output: Reconstruction, index: int) -> dict[str, Panel]:
         """Draw sample ``index`` at the resolution of the target and at that of the input."""
         network: MRM = self.network
         if not bool(batch["modality_mask"][index, 0]):

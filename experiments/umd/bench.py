@@ -11,22 +11,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.blocks.co_attention import PostNormAttention
 from common.blocks.decoder import MAEDecoder
 from common.sweeps.bench import Row, in_turn, speedup, training_rows, training_step
+from common.types import InputSpec
 from experiments.umd.encoder import UMDEncoder
-from experiments.umd.module import UMDPretrain, whole_text
+from experiments.umd.module import UMDPretrain
+from experiments.umd.pretrain_network import whole_text
+from experiments.umd.towers import TowerConfig
 
 _TOKENS, _VOCABULARY, _HIDDEN = 64, 50265, 10
-_SMALLER = {"vision_width": 384, "vision_heads": 6, "text_width": 384, "text_heads": 6, "dim": 384, "fusion_heads": 6}
+_SMALLER = {"vision": TowerConfig(384, 11, 6), "text": TowerConfig(384, 12, 6), "dim": 384, "fusion_heads": 6}
 
 
 def _module(side: int, **sizes: Any) -> UMDPretrain:
     module = UMDPretrain(
         encoder=partial(UMDEncoder, **sizes),
         decoder=partial(MAEDecoder, decoder_dim=384, depth=4, num_heads=6, num_prefix_tokens=1, quick_gelu=True),
-        channels=["red", "green", "blue"],
-        image_size=[side, side],
-        vocabulary={"size": _VOCABULARY, "length": _TOKENS, "pad_id": 1},
     )
-    module.configure_model()
+    vocabulary = {"size": _VOCABULARY, "length": _TOKENS, "pad_id": 1}
+    module.build(InputSpec(("red", "green", "blue"), (side, side), vocabulary=vocabulary))
     return module
 
 
@@ -74,7 +75,7 @@ def cost_by_part() -> list[Row]:
     def masked() -> None:
         mask = module.draw_mask(batch)
         fused = network.student(batch, mask)
-        decoded = network.decoder.proj(network.decode(fused, mask, module._hidden(mask)))
+        decoded = network.decoder.proj(network.decode(fused, mask, mask.hidden_index()))
         (decoded.square().mean() + network.words(fused, batch["hidden_index"]).square().mean()).backward()
 
     def teacher() -> None:

@@ -57,7 +57,7 @@ class TeacherWatch(pl.Callback):
         if min(values.values()) < self.floor and not self._said:
             self._said = True
             say(f"warning: the teacher's projected features have a spread of {min(values.values()):.1e}: they have "
-                f"collapsed, and the losses of features mean nothing (model.feature_target)")  # fmt: skip
+                f"collapsed, and the losses of features mean nothing (model.features.target)")  # fmt: skip
 
 
 class AttentionOverlay(pl.Callback):
@@ -115,7 +115,7 @@ class AttentionOverlay(pl.Callback):
             extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
             shown = axes.imshow(seen, cmap="autumn", vmin=0, vmax=top, alpha=(seen / top).numpy() * 0.7, extent=extent,
                                 interpolation="bilinear")  # fmt: skip
-            axes.set_title("\n".join(fill(line, 40) for line in title.split("\n")), fontsize=7)
+            axes.set_title("\n".join(fill(line, 40) for line in title.split("\n")), fontsize=7, parse_math=False)
             axes.set_axis_off()
         figure.colorbar(shown, ax=panels, label="attention, 1 = the same everywhere", fraction=0.02)
         log_figure(trainer, "attention/question_to_image", figure)

@@ -5,6 +5,7 @@ F width of the image decoder, V tokens of the vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from common.blocks.co_attention import CoAttentionFusion
 from common.blocks.registry import registered
 from common.errors import UserError
-from experiments.umd.towers import POSITIONS, TextTower, VisionTower, resized_positions
+from experiments.umd.towers import POSITIONS, TextTower, TowerConfig, VisionTower, resized_positions
 
 Pool = Literal["masked_mean", "mean", "cls"]
 
@@ -60,12 +61,8 @@ class UMDEncoder(nn.Module):
         pad_id: The padding token.
         in_channels: 3; gray images are repeated.
         patch_size: Side of a patch.
-        vision_width: Width of the vision tower.
-        vision_depth: Its layers; published runs drop the last of CLIP's twelve.
-        vision_heads: Its attention heads.
-        text_width: Width of the text tower.
-        text_depth: Its layers.
-        text_heads: Its attention heads.
+        vision: Size of the vision tower; published runs drop the last of CLIP's twelve layers.
+        text: Size of the text tower.
         max_positions: Rows of its table of positions.
         dim: E.
         fusion_depth: Layers of the fusion.
@@ -87,12 +84,8 @@ class UMDEncoder(nn.Module):
         pad_id: int = 1,
         in_channels: int = 3,
         patch_size: int = 16,
-        vision_width: int = 768,
-        vision_depth: int = 11,
-        vision_heads: int = 12,
-        text_width: int = 768,
-        text_depth: int = 12,
-        text_heads: int = 12,
+        vision: TowerConfig = TowerConfig(depth=11),
+        text: TowerConfig = TowerConfig(),
         max_positions: int = 514,
         dim: int = 768,
         fusion_depth: int = 6,
@@ -106,12 +99,13 @@ class UMDEncoder(nn.Module):
         if pool not in ("masked_mean", "mean", "cls"):
             raise ValueError(f"`pool` must be 'masked_mean', 'mean' or 'cls', got {pool!r}.")
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        self.config: dict[str, Any] = arguments | {"image_size": list(image_size)}
+        plain = {"image_size": list(image_size), "vision": asdict(vision), "text": asdict(text)}
+        self.config: dict[str, Any] = arguments | plain
         self.pool_kind = pool
-        self.num_features = vision_width
-        self.vision = VisionTower(image_size, patch_size, vision_width, vision_depth, vision_heads)
-        self.text = TextTower(vocab_size, pad_id, text_width, text_depth, text_heads, max_positions, dropout)
-        self.vision_proj, self.text_proj = nn.Linear(vision_width, dim), nn.Linear(text_width, dim)
+        self.num_features = vision.width
+        self.vision = VisionTower(image_size, patch_size, vision.width, vision.depth, vision.heads)
+        self.text = TextTower(vocab_size, pad_id, text.width, text.depth, text.heads, max_positions, dropout)
+        self.vision_proj, self.text_proj = nn.Linear(vision.width, dim), nn.Linear(text.width, dim)
         self.type_embedding = nn.Embedding(2, dim)  # 0 text, 1 image
         self.fusion = CoAttentionFusion(dim, fusion_depth, fusion_heads, dropout=dropout)
         self.text_pooler, self.image_pooler = nn.Linear(dim, dim), nn.Linear(dim, dim)

@@ -10,7 +10,7 @@ from common.blocks.registry import build_recorded
 from common.checkpoint import load_encoder, read_checkpoint
 from common.errors import CheckpointError, UserError
 from common.runtime.reporting import say
-from common.types import InputSpec
+from common.types import InputSpec, TaskState
 from experiments.umd.encoder import UMDEncoder
 
 EncoderFactory = Callable[[Sequence[int], int, int], UMDEncoder]
@@ -21,15 +21,11 @@ _HEADS = ("decoder.", "mlm_head.", "itm_head.", "project_")
 _FIXED = "decoder.pos_embed"
 
 
-def tower_scale(rest: float, head: float | None = None) -> Callable[[str], float]:
+def tower_scale(name: str, rest: float, head: float | None = None) -> float:
     """Return a learning rate's factor by a parameter's name: 1 in towers, ``head`` in a task's head, else ``rest``."""
-
-    def scale(name: str) -> float:
-        if name.startswith(("network.encoder.vision.", "network.encoder.text.")):
-            return 1.0
-        return head if head is not None and name.startswith("network.head.") else rest
-
-    return scale
+    if name.startswith(("network.encoder.vision.", "network.encoder.text.")):
+        return 1.0
+    return head if head is not None and name.startswith("network.head.") else rest
 
 
 def check_vocabulary(stored: Mapping[str, Any], spec: InputSpec, source: str) -> None:
@@ -69,7 +65,8 @@ def make_umd_encoder(
     if record is not None:
         encoder = build_recorded(record)
     elif pretrained:
-        stored = read_checkpoint(pretrained).get("hyper_parameters", {}).get("vocabulary") or {}
+        known = TaskState.read(read_checkpoint(pretrained)).spec
+        stored = {} if known is None else known.vocabulary
         check_vocabulary(stored, spec, pretrained)
         with torch.device("meta"):
             wanted = _from_scratch(factory, spec).config
@@ -103,7 +100,7 @@ def load_heads(network: nn.Module, source: str) -> None:
         if value.shape != wanted[key].shape:
             raise CheckpointError(
                 f"{source} has {key} of {tuple(value.shape)}, this configuration {tuple(wanted[key].shape)}: use the "
-                f"settings of model.decoder and model.feature_dim that it was trained with."
+                f"settings of model.decoder and model.features that it was trained with."
             )
     network.load_state_dict(heads, strict=False)
     parts = sorted({key.split(".")[0] for key in heads})

@@ -5,7 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from common.distributed import all_gather_rows, rank
+from common.errors import UserError
 from common.randomness import KeyedGenerator
+from common.types import ImageTextBatch
 
 
 class Pairs(NamedTuple):
@@ -51,3 +54,26 @@ def matching_pairs(keys: Tensor, images: Tensor) -> Pairs:
     image = index.index_copy(0, others[:count], candidates.gather(1, first)[:, 0])
     valid = torch.ones_like(keys, dtype=torch.bool).index_copy(0, others[:count], allowed.any(1))
     return Pairs(image, label, valid)
+
+
+def shown_pairs(batch: ImageTextBatch, loaded: bool, sync: bool) -> tuple[Pairs, Tensor]:
+    """Return who is shown what, and the images ``(B, C, H, W)`` that are shown.
+
+    Args:
+        batch: A batch.
+        loaded: Whether the images that are not a text's own were loaded for it, else they are others of the batch.
+        sync: Whether they come from the batches of all ranks.
+
+    Raises:
+        UserError: images are wanted that the data do not load.
+    """
+    if loaded and "negative_image" not in batch:
+        raise UserError("model.itm_negatives is 'dataset', but the data load none: set data.negative_images=true.")
+    keys, images = (all_gather_rows(x) if sync else x for x in (batch["key"], batch["image_key"]))
+    pairs = matching_pairs(keys, torch.arange(len(keys), device=keys.device) if loaded else images)
+    begin = rank() * len(batch["key"]) if sync else 0
+    pairs = Pairs(*(part[begin : begin + len(batch["key"])] for part in pairs))
+    if loaded:
+        own = pairs.label.bool()[:, None, None, None]
+        return pairs, torch.where(own, batch["image"], batch["negative_image"])
+    return pairs, (all_gather_rows(batch["image"]) if sync else batch["image"])[pairs.image]

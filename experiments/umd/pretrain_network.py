@@ -4,7 +4,8 @@ Letters: B batch, N patches, K visible patches, S predicted patches or hidden to
 patch, D width of projected features.
 """
 
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from common.blocks.decoder import MAEDecoder
 from common.blocks.patch_embed import normalise_patches, patchify_channels_last
 from common.ema import EMATeacher
-from common.types import MaskOutput
+from common.runtime.precision import at_least_float32
+from common.types import ImageKey, ImageTextBatch, MaskOutput, Reconstruction
 from experiments.umd.encoder import Fused, TextHead, UMDEncoder, init_normal_weights
 
 Positions = Literal["visible", "masked_decoder", "upstream"]
@@ -33,6 +35,73 @@ class Features(NamedTuple):
     mask: Tensor
 
 
+@dataclass(frozen=True)
+class FeatureConfig:
+    """How the features of student and teacher are compared (section III-C).
+
+    Args:
+        dim: Width of projected image features.
+        text_dim: Width of projected text features.
+        positions: Which image tokens are compared. ``"visible"``: the class token and the kept patches; ``"upstream"``:
+            the removed ones, where the student has nothing but its mask token, so that its encoder gets no gradient;
+            ``"masked_decoder"``: the removed ones after the image decoder.
+        target: ``"ema_ln"``: the teacher projects with averaged projections, and targets are standardised and get no
+            gradient; ``"paper"``: one projection for both, trained through both; ``"stopgrad"``: one projection, the
+            target gets no gradient.
+        text_padding: Whether padding counts among the text tokens that are compared (published code).
+        teacher_decay: Lambda of Eq. 5, per optimiser step.
+
+    Raises:
+        ValueError: an option is unknown.
+    """
+
+    dim: int = 384
+    text_dim: int = 384
+    positions: Positions = "visible"
+    target: Target = "ema_ln"
+    text_padding: bool = False
+    teacher_decay: float = 0.995
+
+    def __post_init__(self) -> None:
+        if self.positions not in get_args(Positions):
+            raise ValueError(f"`positions` must be one of {', '.join(get_args(Positions))}, got {self.positions!r}.")
+        if self.target not in get_args(Target):
+            raise ValueError(f"`target` must be one of {', '.join(get_args(Target))}, got {self.target!r}.")
+
+
+class UMDOutput(NamedTuple):
+    """What the network makes of a batch; None where it was not asked for.
+
+    Attributes:
+        reconstruction: hidden patches.
+        words: logits ``(S, V)`` at the hidden positions.
+        image_features: of student and teacher.
+        text_features: likewise.
+        spread: standard deviation of the teacher's projected features, ``"img"`` and ``"txt"``; empty without one.
+        matches: logits ``(B, 2)`` of whether texts and the images they were shown belong together.
+    """
+
+    reconstruction: Reconstruction
+    words: Tensor | None
+    image_features: Features | None
+    text_features: Features | None
+    spread: dict[str, Tensor]
+    matches: Tensor | None
+
+
+def whole_text(batch: ImageTextBatch) -> Tensor:
+    """Return the tokens ``(B, T)`` as they were before any was hidden."""
+    return torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"])
+
+
+def spread_of(features: Tensor, mask: Tensor) -> Tensor:
+    """Return the standard deviation over tokens, mean over features: ``(B, n, D)`` where ``mask`` ``(B, n)``."""
+    weight = mask[..., None].to(features.dtype)
+    count = weight.sum().clamp(min=1)
+    mean = (features * weight).sum((0, 1)) / count
+    return ((features - mean).square() * weight).sum((0, 1)).div(count).sqrt().mean()
+
+
 class UMDNetwork(nn.Module):
     """Encoder with its heads, and a teacher of encoder and projections.
 
@@ -40,20 +109,12 @@ class UMDNetwork(nn.Module):
         encoder: E.
         decoder: Rebuilds patches; keeps one prefix token.
         vocab_size: Tokens that the text head tells apart.
-        teacher_decay: Share of the teacher's old weights that is kept in a step; None makes no teacher.
-        feature_dim: Width of projected image features.
-        text_feature_dim: Width of projected text features.
-        positions: Which image tokens are compared. ``"visible"``: the class token and the kept patches; ``"upstream"``:
-            the removed ones, where the student has nothing but its mask token, so that its encoder gets no gradient;
-            ``"masked_decoder"``: the removed ones after the image decoder.
-        target: ``"ema_ln"``: the teacher projects with averaged projections, and targets are standardised and get no
-            gradient; ``"paper"``: one projection for both, trained through both; ``"stopgrad"``: one projection, the
-            target gets no gradient.
+        features: How features are compared.
+        teacher: Whether there is a teacher to compare them with.
         mim_layer: Fusion layer before which patches are decoded; -1 decodes the output.
-        text_padding: Whether padding counts among the text tokens that are compared (published code).
 
     Raises:
-        ValueError: an option is unknown, or there is no such layer.
+        ValueError: there is no such layer.
     """
 
     def __init__(
@@ -61,37 +122,30 @@ class UMDNetwork(nn.Module):
         encoder: UMDEncoder,
         decoder: MAEDecoder,
         vocab_size: int,
-        teacher_decay: float | None = 0.995,
-        feature_dim: int = 384,
-        text_feature_dim: int = 384,
-        positions: Positions = "visible",
-        target: Target = "ema_ln",
+        features: FeatureConfig = FeatureConfig(),
+        teacher: bool = True,
         mim_layer: int = -1,
-        text_padding: bool = False,
     ) -> None:
         super().__init__()
-        if positions not in ("visible", "masked_decoder", "upstream"):
-            raise ValueError(f"`positions` must be 'visible', 'masked_decoder' or 'upstream', got {positions!r}.")
-        if target not in ("ema_ln", "paper", "stopgrad"):
-            raise ValueError(f"`target` must be 'ema_ln', 'paper' or 'stopgrad', got {target!r}.")
         depth = len(encoder.fusion.text_layers)
         if not -1 <= mim_layer < depth:
             raise ValueError(f"`mim_layer` must be -1 or one of the fusion's layers 0 to {depth - 1}, got {mim_layer}.")
         self.encoder, self.decoder = encoder, decoder
         self.mlm_head = TextHead(encoder.dim, vocab_size)
         self.itm_head = nn.Linear(2 * encoder.dim, 2)
-        shared = positions == "upstream"
-        self.project_image = decoder.embed if shared else nn.Linear(encoder.dim, feature_dim)
-        self.project_text = nn.Linear(encoder.dim, text_feature_dim)
+        shared = features.positions == "upstream"
+        self.project_image = decoder.embed if shared else nn.Linear(encoder.dim, features.dim)
+        self.project_text = nn.Linear(encoder.dim, features.text_dim)
         # What the decoder makes of the removed patches has a width of its own.
         self.project_decoded = (
-            nn.Linear(decoder.proj.in_features, feature_dim) if positions == "masked_decoder" else None
+            nn.Linear(decoder.proj.in_features, features.dim) if features.positions == "masked_decoder" else None
         )
         for head in (self.itm_head, decoder, self.project_image, self.project_text, self.project_decoded):
             if head is not None:
                 head.apply(init_normal_weights)
-        self.positions, self.target, self.mim_layer, self.text_padding = positions, target, mim_layer, text_padding
-        self.teacher = None if teacher_decay is None else EMATeacher(self.averaged(), teacher_decay)
+        self.positions, self.target, self.text_padding = features.positions, features.target, features.text_padding
+        self.mim_layer = mim_layer
+        self.teacher = EMATeacher(self.averaged(), features.teacher_decay) if teacher else None
 
     def averaged(self) -> nn.ModuleDict:
         """Return what the teacher is an average of."""
@@ -108,6 +162,41 @@ class UMDNetwork(nn.Module):
         if self.teacher is not None:
             self.teacher.update(self.averaged())
 
+    def forward(
+        self, batch: ImageTextBatch, mask: MaskOutput, index: Tensor | None, words: bool, shown: Tensor | None
+    ) -> UMDOutput:
+        """Run one masked pass, the teacher's whole one, and one of whole pairs for matching.
+
+        Args:
+            batch: Images and texts with hidden words.
+            mask: Hidden patches.
+            index: long ``(B, S)``, the patches to predict; None predicts all.
+            words: Whether hidden words are predicted.
+            shown: The images ``(B, C, H, W)`` that texts are shown for matching; None leaves it out.
+        """
+        fused = self.student(batch, mask)
+        decoded = self.decode(fused, mask, index)
+        pred = at_least_float32(self.decoder.proj(decoded))
+        reconstruction = self.reconstruction(pred, batch, mask, index)
+        logits = self.words(fused, batch["hidden_index"]) if words else None
+        image_features, text_features, spread = None, None, {}
+        if self.teacher is not None:
+            image, text = self.teacher_features(batch, whole_text(batch))
+            image_features = self.image_features(fused, mask, image, decoded, index)
+            text_features = self.text_features(fused, text, batch["attention_mask"])
+            everywhere = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
+            spread = {
+                "img": spread_of(image.detach().float(), everywhere),
+                "txt": spread_of(text.detach().float(), batch["attention_mask"]),
+            }
+        matches = None if shown is None else self.match(shown, whole_text(batch), batch["attention_mask"])
+        return UMDOutput(reconstruction, logits, image_features, text_features, spread, matches)
+
+    def reconstruct(self, batch: ImageTextBatch, mask: MaskOutput, image: ImageKey = "image") -> Reconstruction:
+        """Reconstruct all patches from what is visible of ``batch[image]`` and the text."""
+        pred = self.decoder.proj(self.decode(self.student(batch, mask, image), mask)).float()
+        return self.reconstruction(pred, batch, mask, None)
+
     def patch_target(self, image: Tensor, index: Tensor | None = None) -> Tensor:
         """Return the standardised patches ``(B, S, P)`` of ``(B, 1 or 3, H, W)``; ``index`` ``(B, S)``, None = all."""
         size = self.encoder.vision.patch_size
@@ -116,7 +205,7 @@ class UMDNetwork(nn.Module):
             patches = patches.gather(1, index[..., None].expand(-1, -1, patches.shape[2]))
         return normalise_patches(patches)
 
-    def student(self, batch: dict[str, Tensor], mask: MaskOutput, image: str = "image") -> Fused:
+    def student(self, batch: ImageTextBatch, mask: MaskOutput, image: ImageKey = "image") -> Fused:
         """Encode the visible patches of ``batch[image]`` and the text with its hidden words."""
         return self.encoder(batch[image], batch["input_ids"], batch["attention_mask"], mask.ids_keep)
 
@@ -124,11 +213,20 @@ class UMDNetwork(nn.Module):
         """Return what patches are predicted from, ``(B, S, F)``; ``index`` ``(B, S)``, None = all."""
         return self.decoder.features(fused.image_at(self.mim_layer), mask.ids_restore, index)
 
+    def reconstruction(
+        self, pred: Tensor, batch: ImageTextBatch, mask: MaskOutput, index: Tensor | None
+    ) -> Reconstruction:
+        """Pair predictions ``(B, S, P)`` with the hidden patches of the batch's images; with all if none is hidden."""
+        target = self.patch_target(batch["image"].to(pred.dtype), index)
+        everything = index is not None or mask.hides_nothing
+        scored = torch.ones(pred.shape[:2], dtype=torch.bool, device=pred.device) if everything else mask.mask
+        return Reconstruction(pred, target, scored & batch["modality_mask"][:, :1], {})
+
     def words(self, fused: Fused, hidden_index: Tensor) -> Tensor:
         """Return logits ``(S, V)`` at the hidden positions, counted through the flattened ``(B, T)``."""
         return self.mlm_head(fused.text.flatten(0, 1)[hidden_index])
 
-    def teacher_features(self, batch: dict[str, Tensor], input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def teacher_features(self, batch: ImageTextBatch, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the teacher's projected features of the whole pair: image ``(B, 1 + N, D)``, text ``(B, T, D)``.
 
         Args:

@@ -8,11 +8,10 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_recall, multiclass_specificity
 
@@ -22,8 +21,9 @@ from common.downstream.base import ScoredTask
 from common.downstream.classification import macro_auroc
 from common.downstream.encoder import encoder_architecture
 from common.errors import UserError
+from common.files import write_text
 from common.metrics import bootstrap_mean
-from common.optim import Schedule, WarmupCosine, param_groups
+from common.optim import OptimizerConfig, Schedule, WarmupCosine
 from common.runtime.precision import at_least_float32
 from common.runtime.reporting import is_dry_run, say
 from common.types import InputSpec
@@ -91,14 +91,7 @@ class PairTask(ScoredTask):
         split_head: How a modality's contribution is measured; see :func:`split_logits`.
         fusion_lr_scale: Learning rate of all but towers and head over the towers'.
         head_lr_scale: Learning rate of the head over the towers'.
-        optimizer: Makes the optimiser; its rate is the towers'.
-        schedule: Attaches the learning-rate schedule.
-        compile_network: Whether to compile the network.
-        channels: Names of the channels; None = as the data say.
-        image_size: Size of the images; None = as the data say.
-        vocabulary: Size, length and fingerprint of the tokens; None = as the data say.
-        classes: Names of the classes; None = as the data say.
-        encoder_record: Architecture of the encoder; filled in for checkpoints.
+        optimization: How the weights are updated; the learning rate is the towers'.
 
     Raises:
         ValueError: ``split_head`` is unknown.
@@ -106,6 +99,7 @@ class PairTask(ScoredTask):
 
     #: What ``best.ckpt`` watches.
     monitor = ("val/accuracy", "max")
+    remembered = ("channels", "image_size", "vocabulary", "classes")
 
     def __init__(
         self,
@@ -114,23 +108,13 @@ class PairTask(ScoredTask):
         split_head: SplitHead = "zero_other",
         fusion_lr_scale: float = 5.0,
         head_lr_scale: float = 50.0,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
-        compile_network: bool = False,
-        channels: list[str] | None = None,
-        image_size: list[int] | None = None,
-        vocabulary: dict[str, Any] | None = None,
-        classes: list[str] | None = None,
-        encoder_record: dict[str, Any] | None = None,
+        optimization: OptimizerConfig = OptimizerConfig(),
     ) -> None:
         if split_head not in ("zero_other", "linear_split", "upstream"):
             raise ValueError(f"`split_head` must be 'zero_other', 'linear_split' or 'upstream', got {split_head!r}.")
         super().__init__(
             pretrained,
-            optimizer=optimizer,
-            schedule=schedule or WarmupCosine(0.1),
-            compile_network=compile_network,
-            encoder_record=encoder_record,
+            optimization=optimization,
         )
         self.save_hyperparameters()
         self.split_head = split_head
@@ -141,7 +125,7 @@ class PairTask(ScoredTask):
     @property
     def classes(self) -> list[str]:
         """Names of the classes, in the order of the logits."""
-        return list(self.hparams["classes"] or [])
+        return list(self.spec.classes)
 
     @abstractmethod
     def make_head(self, encoder: UMDEncoder, classes: Sequence[str]) -> nn.Module:
@@ -153,8 +137,8 @@ class PairTask(ScoredTask):
 
     def build_network(self, spec: InputSpec) -> PairNetwork:
         """Make encoder and head."""
-        encoder = make_umd_encoder(spec, self._pretrained, self._make_pair_encoder, self._record)
-        self.hparams["encoder_record"] = encoder_architecture(encoder)
+        encoder = make_umd_encoder(spec, self._pretrained, self._make_pair_encoder, self.state.encoder)
+        self.state = self.state._replace(encoder=encoder_architecture(encoder))
         return PairNetwork(encoder, self.make_head(encoder, spec.classes))
 
     def modality_parameters(self) -> dict[str, list[nn.Parameter]]:
@@ -176,11 +160,13 @@ class PairTask(ScoredTask):
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
         return loss
 
-    def configure_optimizers(self) -> Any:
-        """Make the optimiser and its schedule (Lightning hook)."""
-        optimizer = self._make_optimizer(param_groups(self, lr_scale=tower_scale(*self._scales)))
-        schedule = self._make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def lr_scale(self, name: str) -> float:
+        """Return the factor of the learning rate of a parameter."""
+        return tower_scale(name, *self._scales)
+
+    def default_schedule(self) -> Schedule:
+        """Return the schedule where the configuration has none."""
+        return WarmupCosine(0.1)
 
 
 class AnswerTask(PairTask):
@@ -300,8 +286,7 @@ class AnswerTask(PairTask):
                 say(f"{entry['score']:.3f}  {entry['answer']}")
         if not is_dry_run(self.trainer):
             path = Path(self.trainer.default_root_dir) / "predictions.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+            write_text(path, json.dumps(rows, indent=1, ensure_ascii=False))
             say(f"answered {len(rows)} questions: {path}")
 
 
@@ -372,19 +357,27 @@ class RetrievalTask(PairTask):
 
     _pool: list[dict[str, Any]]
 
-    def make_head(self, encoder: UMDEncoder, classes: Sequence[str]) -> nn.Module:
-        """Make the head: that of "belongs together" of pre-training where there is one."""
-        self._pool = []
+    def make_head(self, encoder: UMDEncoder, classes: Sequence[str]) -> nn.Linear:
+        """Make the head: one score for a pair."""
         head = nn.Linear(2 * encoder.dim, 1)
         head.apply(init_normal_weights)
-        if self._pretrained and self._record is None:
-            state = read_checkpoint(self._pretrained)["state_dict"]
-            if "network.itm_head.weight" in state:
-                with torch.no_grad():
-                    head.weight.copy_(state["network.itm_head.weight"][1:])
-                    head.bias.copy_(state["network.itm_head.bias"][1:])
-                say("the retrieval head starts from image-text matching")
         return head
+
+    def build_network(self, spec: InputSpec) -> PairNetwork:
+        """Make encoder and head; the head begins as that of pre-training's matching, where there is one."""
+        self._pool = []
+        resumed = self.state.encoder is not None
+        network = super().build_network(spec)
+        if not self._pretrained or resumed:
+            return network
+        state = read_checkpoint(self._pretrained)["state_dict"]
+        if "network.itm_head.weight" in state:
+            head = cast(nn.Linear, network.head)
+            with torch.no_grad():
+                head.weight.copy_(state["network.itm_head.weight"][1:])
+                head.bias.copy_(state["network.itm_head.bias"][1:])
+            say("the retrieval head starts from image-text matching")
+        return network
 
     def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return the sum of cross-entropies of the true caption, the first candidate, and the number of images."""

@@ -5,6 +5,7 @@ Letters: B batch, N patches, K visible patches, T tokens, W width of a tower.
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,21 @@ def _side(image_size: Any, patch_size: int) -> int:
             f"image_size {height} is no multiple of patch_size {patch_size}: use {below} or {below + patch_size}."
         )
     return int(height)
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """The size of a tower.
+
+    Args:
+        width: W.
+        depth: Its layers.
+        heads: Its attention heads.
+    """
+
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
 
 
 class VisionTower(nn.Module):
@@ -201,14 +217,14 @@ def load_vision(tower: VisionTower, source: str) -> None:
     found = getattr(found, "vision_model", found)
     ours = tower.clip.config
     names = {
-        "hidden_size": "model.encoder.vision_width",
+        "hidden_size": "model.encoder.vision.width",
         "patch_size": "model.encoder.patch_size",
-        "num_attention_heads": "model.encoder.vision_heads",
-        "intermediate_size": "model.encoder.vision_width",
+        "num_attention_heads": "model.encoder.vision.heads",
+        "intermediate_size": "model.encoder.vision.width",
     }
     _need_same(source, found.config, ours, names)
     if found.config.num_hidden_layers < ours.num_hidden_layers:
-        raise UserError(f"{source} has {found.config.num_hidden_layers} layers, fewer than model.encoder.vision_depth "
+        raise UserError(f"{source} has {found.config.num_hidden_layers} layers, fewer than model.encoder.vision.depth "
                         f"{ours.num_hidden_layers}.")  # fmt: skip
     wanted = tower.clip.state_dict()
     state = {key: value for key, value in found.state_dict().items() if key in wanted}
@@ -234,8 +250,8 @@ def load_text(tower: TextTower, source: str) -> None:
             f"The text encoder {source} has {found.config.vocab_size} tokens, {found.config.pad_token_id} as padding; "
             f"the tokenizer {ours.vocab_size}, {ours.pad_token_id} for padding: set data.tokenizer to its own."
         )
-    names = {"hidden_size": "model.encoder.text_width", "num_hidden_layers": "model.encoder.text_depth",
-             "num_attention_heads": "model.encoder.text_heads", "intermediate_size": "model.encoder.text_width",
+    names = {"hidden_size": "model.encoder.text.width", "num_hidden_layers": "model.encoder.text.depth",
+             "num_attention_heads": "model.encoder.text.heads", "intermediate_size": "model.encoder.text.width",
              "max_position_embeddings": "model.encoder.max_positions"}  # fmt: skip
     _need_same(source, found.config, ours, names)
     kinds = "embeddings.token_type_embeddings.weight"  # there is one kind of text here

@@ -7,27 +7,28 @@ import torch
 from common.blocks.vit import VisionTransformer
 from common.checkpoint import (
     check_shapes,
-    encoder_record,
     load_encoder,
     read_checkpoint,
     resolve_checkpoint,
 )
-from common.checkpoint_io import AtomicCheckpointIO, atomic_save, remove_temporaries
-from common.errors import CheckpointError, UserError
+from common.checkpoint_io import AtomicCheckpointIO, atomic_save
+from common.commands import main
+from common.errors import CheckpointError, StorageError
+from common.types import InputSpec
 from common.weights.export import export
 from experiments.e_mim.module import EMIMPretrain
 
-CHANNELS = ["t1c", "t1n", "t2f"]
+CHANNELS = ("t1c", "t1n", "t2f")
 
 
 @pytest.fixture
 def run_folder(tmp_path):
     """A run folder with the checkpoint of an untrained network."""
     encoder = partial(VisionTransformer, embed_dim=24, depth=2, num_heads=2)
-    module = EMIMPretrain(encoder=encoder, taps=(1, 2), channels=CHANNELS, image_size=[32, 32, 32])
-    module.configure_model()
-    module.preprocessing = {"orientation": "RAS"}
-    content = {"state_dict": module.state_dict(), "encoder": encoder_record(module), "global_step": 3}
+    module = EMIMPretrain(encoder=encoder, taps=(1, 2))
+    module.build(InputSpec(CHANNELS, (32, 32, 32), preprocessing={"orientation": "RAS"}))
+    content: dict = {"state_dict": module.state_dict(), "global_step": 3}
+    module.on_save_checkpoint(content)
     for name in ("best", "last"):
         atomic_save(content, tmp_path / "run/checkpoints" / f"{name}.ckpt")
     return tmp_path / "run", module
@@ -68,12 +69,16 @@ def test_another_size_resamples_positions_alone(run_folder):
 def test_channels_are_matched_by_name(run_folder):
     folder, module = run_folder
     old = module.network.encoder.patch_embed.proj.weight.reshape(24, 3, -1)
-    encoder = load_encoder(folder, channels=["t2f", "adc", "t1c"])
+    with pytest.raises(CheckpointError, match=r"no kernel for adc \(it has t1c, t1n, t2f\)"):
+        load_encoder(folder, channels=["t2f", "adc", "t1c"])
+    encoder = load_encoder(folder, channels=["FLAIR", "adc", "T1ce"], new_channels="mean")
     new = encoder.patch_embed.proj.weight.reshape(24, 3, -1)
     assert torch.equal(new[:, 0], old[:, 2])
     assert torch.equal(new[:, 2], old[:, 0])
-    assert not torch.equal(new[:, 1], old[:, 1])
-    assert "channels ['t1c', 't1n', 't2f'] to ['t2f', 'adc', 't1c']" in str(encoder.load_report)
+    assert torch.equal(new[:, 1], old[:, [0, 2]].mean(1))
+    assert "2 of 3 matched (t1c, flair = t2f); adc start as the mean" in str(encoder.load_report)
+    report = encoder.load_report.channels
+    assert (report.permuted, report.new, report.dropped) == (["t1c", "flair"], ["adc"], ["t1"])
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -187,15 +192,27 @@ def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", fail)
-        with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); what was saved before is"):
-            plugin.save_checkpoint({"step": 2}, path)
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(StorageError, match=r"last\.ckpt cannot be written: the disk or the quota is full"):
+        plugin.save_checkpoint({"step": 2}, path)
     assert plugin.load_checkpoint(path) == {"step": 1}
     assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        plugin.save_checkpoint({"step": 2}, tmp_path / "file/last.ckpt")
+
+
+@pytest.mark.parametrize("name", ["../victim/best.ckpt", "../victim", "checkpoints", "best.txt"])
+def test_a_checkpoint_cannot_have_anything_but_a_checkpoint_removed(tmp_path, name):
+    """Lightning removes recursively what a resumed checkpoint calls the best one so far."""
+    folder = tmp_path / "checkpoints"
+    for path in (tmp_path / "victim/best.ckpt", folder / "best.ckpt", folder / "checkpoints/file", folder / "best.txt"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(StorageError, match="is no checkpoint of this run"):
+        AtomicCheckpointIO().remove_checkpoint(str(folder / name))
+    assert sorted(tmp_path.rglob("*")) == before
+    AtomicCheckpointIO().remove_checkpoint(folder / "best.ckpt")
+    AtomicCheckpointIO().remove_checkpoint(folder / "best.ckpt")
+    assert not (folder / "best.ckpt").exists()
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -240,9 +257,24 @@ def test_a_damaged_checkpoint_is_named_and_the_other_offered(tmp_path):
         read_checkpoint(last)
 
 
-def test_what_a_killed_save_has_left_is_removed(tmp_path):
-    atomic_save({"global_step": 1}, tmp_path / "last.ckpt")
-    for name in (".last.ckpt.17.tmp", ".previous.ckpt.17.tmp", ".best.ckpt.4.tmp"):
-        (tmp_path / name).write_bytes(b"half")
-    remove_temporaries(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+def test_a_full_disk_leaves_the_last_checkpoint(run_folder, small_disk):
+    folder, module = run_folder
+    path = folder / "checkpoints/last.ckpt"
+    before = path.read_bytes()
+    with small_disk(len(before) // 2), pytest.raises(StorageError, match="the disk or the quota is full"):
+        atomic_save({"state_dict": module.state_dict()}, path)
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in path.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+def test_a_full_disk_leaves_the_export_that_was_there(run_folder, small_disk):
+    folder, _ = run_folder
+    out = folder / "encoder"
+    main(["export", "--exp", "e_mim", "--ckpt", str(folder), "--format", "monai", "--out", str(out)])
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with small_disk(4000), pytest.raises(StorageError, match="the disk or the quota is full"):
+        export("e_mim", folder, "monai", out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "encoder"]
+    export("e_mim", folder, "monai", out)
+    assert load_encoder(out).num_features == 24

@@ -1,22 +1,16 @@
+import errno
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
-from common.cli import execute, main, resolve_config_arguments, run_name
+from common.cli import execute, main, run_name
+from common.commands import main as medmim
 from common.errors import UserError
 
 CONFIG = "experiments/e_mim/configs/pretrain.yaml"
-
-
-def test_configurations_are_found_from_any_folder():
-    resolved = resolve_config_arguments(["fit", "--config", CONFIG, f"--config={CONFIG}", "--config", "mine.yaml"])
-    assert Path(resolved[2]).is_file()
-    assert Path(resolved[3].removeprefix("--config=")).is_file()
-    assert resolved[-1] == "mine.yaml"
 
 
 @pytest.mark.parametrize(
@@ -110,6 +104,16 @@ def test_two_runs_of_one_second(monkeypatch, pretrain_arguments):
     assert [execute(arguments).name for _ in range(2)] == ["now", "now_2"]
 
 
+def test_no_name_of_a_run_leads_out_of_the_folder_of_runs(monkeypatch, pretrain_arguments):
+    monkeypatch.setattr("common.cli.launched_rank", lambda: 1)  # else the time of the environment is not taken
+    monkeypatch.setenv("MEDMIM_RUN_TIME", "../../../victim")
+    with pytest.raises(UserError):
+        execute(pretrain_arguments("--trainer.precision=16-mixed", "--trainer.accelerator=cpu"))
+    assert os.environ["MEDMIM_RUN_TIME"].startswith("_.._.._victim~")
+    assert run_name(["fit", "--config", "configs/.yaml"], "a")[1].startswith("_~")
+    assert run_name(["fit"], "experiments.a/b.Model")[0].startswith("a_b~")
+
+
 def test_a_cpu_without_bfloat16_trains_in_float32(monkeypatch, pretrain_arguments, capsys):
     monkeypatch.setattr("common.cli.supports_bfloat16", lambda device: False)
     arguments = [a for a in pretrain_arguments("--trainer.accelerator=cpu") if "precision" not in a]
@@ -132,15 +136,22 @@ def test_a_missing_checkpoint_is_one_line(refusal, pretrain_arguments):
     assert "no/such/run" in refusal(pretrain_arguments("--ckpt_path=no/such/run"))
 
 
-@pytest.mark.parametrize("wrong", ["--model.tapz=[1]", "--trainer.precision=fast", "--config=missing.yaml"])
+@pytest.mark.parametrize("wrong", ["--model.tapz=[1]", "--trainer.precision=fast"])
 def test_wrong_usage_exits_with_2_and_names_what_is_wrong(capsys, pretrain_arguments, wrong):
     with pytest.raises(SystemExit) as stop:
         main(pretrain_arguments(wrong))
     assert stop.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert any(word in line for word in ("tapz", "precision", "missing.yaml"))
+    assert any(word in line for word in ("tapz", "precision"))
     assert "--help" in line
     assert "Union" not in line
+
+
+def test_a_missing_configuration_is_one_line_and_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config=missing.yaml"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: The configuration missing.yaml does not exist.\n"
 
 
 @pytest.mark.parametrize(
@@ -156,8 +167,31 @@ def test_values_that_cannot_work_are_one_line(refusal, pretrain_arguments, setti
     assert words in refusal(pretrain_arguments(*settings))
 
 
-def test_help_costs_no_torch():
-    """The small command must answer at once."""
-    code = "import sys; from common.commands import build_parser; build_parser(None); print('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "False"
+@pytest.mark.slow
+def test_a_disk_that_fills_up_costs_no_earlier_checkpoint(pretrain_arguments, refusal, small_disk):
+    folder = execute(pretrain_arguments("--trainer.max_epochs=1"))
+    before = (folder / "checkpoints/last.ckpt").read_bytes()
+    with small_disk(len(before) // 2):
+        line = refusal(pretrain_arguments(f"--ckpt_path={folder}"))
+    assert "cannot be written: the disk or the quota is full. Free some space and start the command again" in line
+    assert (folder / "checkpoints/last.ckpt").read_bytes() == before
+    assert not [path for path in folder.rglob(".*") if path.is_file()]
+    assert execute(pretrain_arguments(f"--ckpt_path={folder}")) == folder
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(OSError(errno.ENOSPC, "No space left on device", "a.csv"), "a.csv cannot be written or read: the disk"),
+     (PermissionError(errno.EACCES, "Permission denied", "/a"), "/a cannot be written or read: permission denied")],
+)  # fmt: skip
+def test_what_a_library_meets_on_the_disk_is_one_line(refusal, pretrain_arguments, monkeypatch, error, words):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("common.cli.execute", fail)
+    assert words in refusal(pretrain_arguments())
+    monkeypatch.setattr("common.commands.execute", fail)
+    with pytest.raises(SystemExit):
+        medmim(["doctor"])
+    with pytest.raises(OSError, match=error.strerror):
+        medmim(["--debug", "doctor"])

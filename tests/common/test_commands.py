@@ -1,6 +1,12 @@
-import platform
+import argparse
+import importlib
+import inspect
+import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,32 +21,59 @@ def test_every_command_explains_itself(capsys, command):
     assert COMMANDS[command][1].split("(")[0][:30] in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_declared_is_what_the_function_takes(command):
+    module, _, function = COMMANDS[command].function.rpartition(".")
+    taken = inspect.signature(getattr(importlib.import_module(module), function)).parameters
+    parser = argparse.ArgumentParser()
+    COMMANDS[command].declare(parser)
+    declared = {action.dest for action in parser._actions} - {"help"}
+    if parser.get_default("takes_archive"):
+        declared = declared - {"config", "root", "layout", "set"} | {"archive"}
+    assert declared == set(taken)
+    assert all(parameter.annotation is not parameter.empty for parameter in taken.values())
+
+
 def test_unknown_commands_exit_with_2():
     with pytest.raises(SystemExit) as stop:
         main(["dance"])
     assert stop.value.code == 2
 
 
-def test_a_refusal_is_one_line_and_exits_with_1(capsys):
+def test_a_missing_configuration_is_one_line_and_exits_with_2(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["doctor", "--config", "nowhere.yaml"])
-    assert stop.value.code == 1
+    assert stop.value.code == 2
     assert capsys.readouterr().err == "error: The configuration nowhere.yaml does not exist.\n"
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked")
-def test_freed_memory_is_kept():
-    """Large blocks cost no new pages once they were there."""
+def test_a_manifest_cannot_have_folders_removed_nor_break_the_report(brain_root, tmp_path, capsys):
+    """Each of these names removed a folder, or ended in a traceback."""
+    root = shutil.copytree(brain_root / "brats", os.path.join(tmp_path, os.fsdecode(b"caf\xe9")))
+    images = [str(path.relative_to(root)) for path in sorted(Path(root).rglob("*_t1.nii.gz"))]
+    victims = [tmp_path / "victim/file", tmp_path / "cache/victim/file"]
+    for victim in victims:
+        victim.parent.mkdir(parents=True)
+        victim.write_text("mine")
+    names = ["./../../../victim", "../../../../victim", "sub-01/ses-1", "n" * 250]
+    studies = [{"study": name, "image": {"t1": image}} for name, image in zip(names, images, strict=False)]
+    (Path(root) / "datalist.json").write_text(json.dumps({"training": studies[1:], "validation": studies[:1]}))
+    main(["prepare", "--config", "experiments/brainmvp/configs/pretrain.yaml", "--root", str(root),
+          "--set", "atlas=[40,44,36]"])  # fmt: skip
+    assert [victim.read_text() for victim in victims] == ["mine", "mine"]
+    assert capsys.readouterr().out.splitlines()[-1] == "faults: none"
+    assert len(list((tmp_path / "cache").glob("volumes/*/cases/*/image.npy"))) == len(studies)
+
+
+def test_help_costs_no_torch():
+    """The small command must answer at once."""
     code = """
-from common.commands import prepare_memory
-prepare_memory()
-import resource
-block = b"medmim"
-def touched():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    block * 2 * 10**7
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-first, again = touched(), touched()
-assert again < first / 10, (first, again)
+import contextlib, sys
+from common.commands import main
+for arguments in (["--help"], ["doctor", "--help"], ["dance"], ["doctor", "--config", "nowhere.yaml"]):
+    with contextlib.suppress(SystemExit):
+        main(arguments)
+print({"torch", "numpy", "lightning"} & set(sys.modules))
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "set()"

@@ -1,9 +1,11 @@
 import csv
+import re
 
 import pytest
 
 from common.errors import TooManyFaultsError
 from common.faults import Fault, FaultLedger, SampleFaultError
+from common.pseudonyms import pseudonym
 
 
 def fault(number, kind="nan"):
@@ -43,17 +45,22 @@ def test_the_table_of_faults(tmp_path):
                      "rank": "0", "worker": "1"}]  # fmt: skip
 
 
-def test_pseudonyms_name_no_one_and_stay_the_same(tmp_path):
+def test_pseudonyms_name_no_one(tmp_path):
+    """Two suffixes were kept: of scan.SMITH-JANE-19610203.png the name."""
+    names = ["scan.SMITH-JANE-19610203.png", "SMITH-JANE-19610203", "a.SMITH.nii.gz", "b.tar.SMITH"]
     ledger = FaultLedger(anonymise=True)
-    ledger.add([fault(1), fault(2)])
+    ledger.add(
+        Fault(f"/SMITH/{name}", "unreadable", f"{name} cannot be opened", "SMITH-JANE-19610203") for name in names
+    )
     ledger.write(tmp_path / "data_faults.csv")
-    text = (tmp_path / "data_faults.csv").read_text()
-    assert "case" not in text
-    assert "archive" not in text
-    paths = [line.split(",")[0] for line in text.splitlines()[1:]]
-    assert paths[0] != paths[1]
-    assert all(path.endswith(".nii.gz") for path in paths)
-    assert "case" not in ledger.describe().split("First")[1].replace("is not finite", "").split("(")[0]
+    rows = list(csv.DictReader((tmp_path / "data_faults.csv").open()))
+    subjects, files = zip(*(row["path"].split("/") for row in rows), strict=True)
+    assert set(subjects) == {pseudonym("SMITH-JANE-19610203")}
+    assert len(set(files)) == 4
+    assert [name.partition(".")[2] for name in files] == ["png", "", "nii.gz", ""]
+    for text in ((tmp_path / "data_faults.csv").read_text(), ledger.describe()):
+        assert not re.search("SMITH|JANE|1961|opened", text)
+    assert "unreadable 4" in ledger.describe()
 
 
 def test_the_exception_says_all_of_it():

@@ -1,7 +1,7 @@
 import pytest
 from torch.utils.data import Dataset
 
-from common.errors import DataError
+from common.errors import DataError, StorageError
 from datamodules.loading import Draw, EvaluationBatches, ResumableLoader, TrainBatches
 
 
@@ -94,3 +94,20 @@ def test_waiting_is_measured():
     loader = ResumableLoader(Echo(), TrainBatches(4, 1, 2, 0, 1, seed=0), list)
     list(loader)
     assert loader.wait_seconds > 0
+
+
+class Refused(Dataset):
+    def __getitem__(self, draw):
+        try:
+            raise OSError("nested")
+        except OSError as error:
+            raise StorageError("The cache cannot be written: no space.") from error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_refusal_of_a_worker_is_the_sentence_alone(workers):
+    loader = ResumableLoader(Refused(), EvaluationBatches(2, 1, 1, 0, 1), list, workers)
+    with pytest.raises(StorageError) as error:
+        next(iter(loader))
+    assert str(error.value) == "The cache cannot be written: no space."
+    loader.close()

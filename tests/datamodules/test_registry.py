@@ -3,20 +3,20 @@ import shutil
 import pytest
 
 from common.errors import DataError
-from datamodules.registry import recognise, with_modalities
 from datamodules.synthetic.command import synthesize, write_brats
+from datamodules.volumes.modalities import under_canonical_names, with_modalities
 from datamodules.volumes.pi_cai import gleason_to_isup, read_marksheet
 
 
 @pytest.mark.parametrize("name", ["brats", "pi_cai", "lung"])
-def test_trees_are_recognised(name, request):
-    layout, cases = recognise(request.getfixturevalue(f"{name}_root"))
+def test_trees_are_recognised(name, request, volumes_of):
+    layout, cases = volumes_of(request.getfixturevalue(f"{name}_root"))
     assert layout.name.startswith(name)
     assert len(cases) == 8
 
 
-def test_brats_2023(brats_root):
-    layout, cases = recognise(brats_root)
+def test_brats_2023(brats_root, volumes_of):
+    layout, cases = volumes_of(brats_root)
     assert layout.modalities == ("t1c", "t1n", "t2f", "t2w")
     assert layout.regions == {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
     visits = [case for case in cases if case.patient_id == "BraTS-GLI-00006"]
@@ -25,26 +25,26 @@ def test_brats_2023(brats_root):
     assert list(cases[0].labels) == ["seg"]
 
 
-def test_brats_of_2017_to_2021(tmp_path):
+def test_brats_of_2017_to_2021(tmp_path, volumes_of):
     write_brats(tmp_path / "flat", 2, 0, shape=(40, 44, 36), legacy=True)
     (tmp_path / "graded").mkdir()
     shutil.copytree(tmp_path / "flat", tmp_path / "graded/HGG")
     for root in (tmp_path / "flat", tmp_path / "graded"):
-        layout, cases = recognise(root)
+        layout, cases = volumes_of(root)
         assert layout.name == "brats2021"
         assert layout.label_values == {0, 1, 2, 4}
-        assert set(cases[0].images) == {"t1c", "t1n", "t2f", "t2w"}
-    forced, _ = recognise(tmp_path / "flat", "brats2023")
+        assert set(cases[0].images) == {"t1ce", "t1", "flair", "t2"}
+    forced, _ = volumes_of(tmp_path / "flat", "brats2023")
     assert forced.regions["ET"] == (3,)
 
 
-def test_pi_cai(pi_cai_root):
-    layout, cases = recognise(pi_cai_root)
+def test_pi_cai(pi_cai_root, volumes_of):
+    layout, cases = volumes_of(pi_cai_root)
     assert layout.crop_size == (160, 160, 32)
     assert cases[-1].patient_id == cases[-2].patient_id
     assert {case.attributes["csPCa"] for case in cases} == {"0", "1"}
     assert [bool(case.labels) for case in cases] == [True] * 6 + [False, True]
-    images, again = recognise(pi_cai_root / "images")
+    images, again = volumes_of(pi_cai_root / "images")
     assert images.name == "pi_cai"
     assert len(again) == 8
 
@@ -81,13 +81,13 @@ def test_marksheets_old_and_new(tmp_path):
         read_marksheet(tmp_path / "bad.csv")
 
 
-def test_lung(lung_root):
-    layout, cases = recognise(lung_root)
+def test_lung(lung_root, volumes_of):
+    layout, cases = volumes_of(lung_root)
     assert layout.regions == {"TC": (1, 3), "VD": (1,)}
     assert {case.attributes["disease"] for case in cases} == {"0", "1"}
 
 
-def test_a_generic_folder(tmp_path, brats_root):
+def test_a_generic_folder(tmp_path, brats_root, volumes_of):
     for index in range(2):
         folder = tmp_path / f"case{index}"
         folder.mkdir()
@@ -95,33 +95,32 @@ def test_a_generic_folder(tmp_path, brats_root):
             source = next((brats_root / "BraTS-GLI-00000-000").glob(f"*-{name}.nii.gz"))
             shutil.copy(source, folder / f"{name}.nii.gz")
     (tmp_path / "cases.csv").write_text("case_id,patient_id,split\ncase0,p,train\ncase1,q,test\n")
-    layout, cases = recognise(tmp_path)
+    layout, cases = volumes_of(tmp_path)
     assert layout.name == "folder"
-    assert with_modalities(layout, cases, None).modalities == ("t1c", "t2w")
-    assert with_modalities(layout, cases, ["t2w"]).modalities == ("t2w",)
+    layout, cases = under_canonical_names(layout, cases)
+    assert with_modalities(layout, cases, None).modalities == ("t1c", "t2")
+    assert with_modalities(layout, cases, ["t2w"]).modalities == ("t2",)
     assert [case.split for case in cases] == ["train", "test"]
     with pytest.raises(DataError, match="No case has the modalities adc; present are t1c, t2w"):
         with_modalities(layout, cases, ["adc"])
     (tmp_path / "cases.csv").write_text("case_id\ncase0\ncase1\ncase9\n")
     with pytest.raises(DataError, match=r"without a folder .* first case9"):
-        recognise(tmp_path)
+        volumes_of(tmp_path)
     (tmp_path / "cases.csv").write_text("case_id\ncase0\ncase0\n")
     with pytest.raises(DataError, match="lists the case case0 twice"):
-        recognise(tmp_path)
+        volumes_of(tmp_path)
 
 
-def test_roots_that_are_nothing_we_know(tmp_path):
+def test_roots_that_are_nothing_we_know(tmp_path, volumes_of):
     with pytest.raises(DataError, match="is not a folder"):
-        recognise(tmp_path / "nowhere")
+        volumes_of(tmp_path / "nowhere")
     (tmp_path / "holiday.jpg").write_text("x")
-    with pytest.raises(
-        DataError, match=r"of no known layout. It holds holiday.jpg. Known layouts: brats2023: ROOT/BraTS"
-    ):
-        recognise(tmp_path)
+    with pytest.raises(DataError, match=r"of no known layout \(it holds holiday.jpg\): medmim init DIR shows"):
+        volumes_of(tmp_path)
     with pytest.raises(DataError, match=r"is not of the layout pi_cai .* it holds holiday.jpg"):
-        recognise(tmp_path, "pi_cai")
-    with pytest.raises(DataError, match="There is no layout 'brats'; known are brats2023, brats2021"):
-        recognise(tmp_path, "brats")
+        volumes_of(tmp_path, "pi_cai")
+    with pytest.raises(DataError, match="There is no layout 'brats'; nearest are brats20"):
+        volumes_of(tmp_path, "brats")
 
 
 def test_synthetic_trees_are_written_once(tmp_path):
@@ -137,11 +136,11 @@ def test_synthetic_trees_are_written_once(tmp_path):
         synthesize("knee", tmp_path / "knee", 2)
 
 
-def test_a_chest_with_one_mask_of_two_is_not_labelled(tmp_path, lung_root):
+def test_a_chest_with_one_mask_of_two_is_not_labelled(tmp_path, lung_root, volumes_of):
     """A mask's bit is its place: alone, ventilation would be read as a defect."""
     root = shutil.copytree(lung_root, tmp_path / "lung")
     (root / "lung001/cavity.nii.gz").unlink()
     (root / "lung002/vent.nii.gz").unlink()
-    _, cases = recognise(root)
+    _, cases = volumes_of(root)
     assert [bool(case.labels) for case in cases[:4]] == [True, False, False, True]
     assert all(set(case.images) == {"1h", "xe"} for case in cases)

@@ -43,7 +43,7 @@ def test_what_is_not_registered_is_never_built(path):
 
 
 def test_an_encoder_that_has_moved_is_found_under_its_old_name():
-    assert find_encoder("experiments.umd.model.UMDEncoder").__name__ == "UMDEncoder"
+    assert find_encoder("experiments.umd.encoder.UMDEncoder").__name__ == "UMDEncoder"
 
 
 def test_an_encoder_of_ones_own_is_built_once_it_is_registered():

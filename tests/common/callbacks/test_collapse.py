@@ -8,7 +8,8 @@ from torch.utils.data import DataLoader
 from common.callbacks.effective_rank import EffectiveRank, spectrum_figure
 from common.callbacks.floor_ratio import FloorRatio
 from common.callbacks.prediction_diversity import PredictionDiversity
-from common.module import SSLModule, StepOutput
+from common.module import SSLModule, StepOutput, Term
+from common.optim import OptimizerConfig
 from common.types import Reconstruction, TokenFeatures
 
 N, P = 6, 4
@@ -18,7 +19,7 @@ class Stub(SSLModule):
     """Answers with whatever ``predict`` says of the target; positions 0 to 2 are hidden."""
 
     def __init__(self, predict, features=None):
-        super().__init__({"reconstruction": 1.0}, torch.optim.SGD, None)
+        super().__init__(OptimizerConfig(torch.optim.SGD))
         self.predict = predict
         self.features = features
         self.network = torch.nn.Linear(1, 1)
@@ -41,7 +42,7 @@ class Stub(SSLModule):
     def step(self, batch, sync):
         output = self.reconstruct(batch)
         loss = (output.pred - output.target).square().mean()
-        return StepOutput({"reconstruction": loss}, {"reconstruction": torch.tensor(1.0)}, output, {})
+        return StepOutput({"reconstruction": Term(loss, 1, 1.0)}, output)
 
     def token_features(self, batch):
         keep = torch.ones(len(batch["image"]), N, dtype=torch.bool)

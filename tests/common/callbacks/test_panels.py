@@ -44,6 +44,13 @@ def test_a_mosaic_has_a_row_per_sample_and_names_its_columns():
     figure.canvas.draw()
 
 
+def test_no_name_of_a_subject_is_a_formula_or_breaks_a_line():
+    picture = np.random.default_rng(0).random((32, 32))
+    figure = panel_figure("$t_1\\frac$", [Panel("a$\\frac{$\n\udcff", picture, picture > 0.5, picture)])
+    figure.canvas.draw()
+    assert any(text.get_text().startswith("a$\\frac{$\\n\\udcff; grey") for text in figure.axes[0].texts)
+
+
 def test_nothing_hidden_is_said():
     picture = np.full((32, 32, 3), 0.5)
     figure = panel_figure("image", [Panel("eye", picture, np.zeros((32, 32), dtype=bool), picture)])

@@ -18,9 +18,10 @@ from common.downstream.grading import (
 )
 from common.downstream.regression import ImageRegression, squared_errors
 from common.errors import UserError
+from common.types import InputSpec, TaskState
 
 GRADES = [f"grade {i}" for i in range(5)]
-SETTINGS = {"channels": ["a"], "image_size": [16, 16]}
+SIZE = (("a",), (16, 16))
 
 
 def test_kappa_by_hand():
@@ -53,7 +54,8 @@ def test_thresholds_give_training_images_their_own_distribution():
 
 
 def classifier(targets, classes):
-    module = GradeClassifier(targets=targets, classes=classes, **SETTINGS)
+    module = GradeClassifier(targets=targets)
+    module.state = TaskState(InputSpec(*SIZE, classes=tuple(classes)))
     module._trainer = SimpleNamespace(testing=True, datamodule=None)
     return module
 
@@ -67,7 +69,7 @@ def test_scores_of_grades():
     assert scores["accuracy"] == 1
     assert scores["kappa_low"] == scores["kappa_high"] == pytest.approx(1)
     assert module.monitor == ("val/kappa", "max")
-    assert {"targets", "decision", "classes", "pretrained", "drop_path"} <= set(module.hparams)
+    assert {"targets", "decision", "pretrained", "drop_path"} <= set(module.hparams)
 
 
 def test_images_without_a_grade_are_left_out():
@@ -116,7 +118,7 @@ def test_a_ridge_head_is_that_of_scikit_learn():
 
 
 def test_a_ridge_head_is_not_trained():
-    module = GradeClassifier(ridge=True, classes=GRADES, **SETTINGS)
+    module = GradeClassifier(ridge=True)
     with pytest.raises(UserError, match="leave fit out"):
         module.on_fit_start()
 
@@ -145,8 +147,8 @@ def test_squared_errors_by_hand():
 
 
 def test_predicting_the_mean_scores_as_many_as_there_are_measurements():
-    module = ImageRegression(classes=["age", "bmi"], **SETTINGS)
-    module.configure_model()
+    module = ImageRegression()
+    module.build(InputSpec(*SIZE, classes=("age", "bmi")))
     values = torch.tensor([[50.0, 20], [60, 30], [70, float("nan")]])
     splits = {"train": [SimpleNamespace(targets=tuple(row)) for row in values.tolist()]}
     module._trainer = SimpleNamespace(ckpt_path=None, datamodule=SimpleNamespace(splits=splits))

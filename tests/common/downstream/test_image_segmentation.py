@@ -16,7 +16,7 @@ from common.downstream.image_segmentation import ImageSegmentation, dice_scores,
 from common.errors import UserError
 from common.losses.focal_dice import IGNORED, FocalDice
 from common.metrics import region_dice
-from common.optim import WarmupLinear
+from common.optim import OptimizerConfig, WarmupLinear
 from common.types import InputSpec
 from datamodules.labelled.segmentation import fitted_size, reduced_mask
 from datamodules.labelled.siim import SIIMPneumothorax, decode_runs
@@ -148,7 +148,7 @@ def test_stochastic_depth_reaches_the_encoder():
 
 
 def test_the_encoder_learns_more_slowly_towards_the_input():
-    ours = module(optimizer=partial(torch.optim.AdamW, lr=1.0), schedule=WarmupLinear(0))
+    ours = module(optimization=OptimizerConfig(partial(torch.optim.AdamW, lr=1.0), WarmupLinear(0), layer_decay=0.65))
     ours.network = ours.build_network(SPEC)
     ours._trainer = SimpleNamespace(estimated_stepping_batches=10)
     rates = {group["lr"] for group in ours.configure_optimizers()["optimizer"].param_groups}
@@ -225,7 +225,7 @@ def test_it_starts_from_a_pretrained_encoder_at_another_size(siim_root):
     run = execute(command("fit", siim_root, *short))
     again = execute(
         command("fit", siim_root, *short, f"--model.pretrained={run}", "--data.image_size=[48,48]",
-                "--model.optimizer.lr=0")
+                "--model.optimization.optimizer.lr=0")
     )  # fmt: skip
     old, new = (torch.load(f / "checkpoints/best.ckpt", weights_only=True)["state_dict"] for f in (run, again))
     shared = [name for name in new if name.startswith("network.encoder.blocks")]

@@ -1,7 +1,12 @@
+import math
+
+import numpy as np
 import pytest
 import torch
 
 from common.downstream.segmentation import SegmentationModule, merge_regions, summarise
+from common.types import InputSpec, TaskState
+from datamodules.volumes.cache import Record
 
 BRATS = {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}
 
@@ -56,10 +61,34 @@ def test_the_flip_ensemble_is_symmetric():
         def forward(self, x):
             return x[:, :1] * torch.linspace(-1, 2, x.shape[2])[:, None, None] + 0.1
 
-    module = SegmentationModule(flip_ensemble=True, channels=["a"], image_size=[8, 8, 8], regions={"R": [1]})
+    module = SegmentationModule(flip_ensemble=True)
+    module.state = TaskState(InputSpec(("a",), (8, 8, 8), regions={"R": (1,)}))
     module.network = Lopsided()
     image = torch.randn(1, 1, 12, 8, 10, generator=torch.Generator().manual_seed(0))
     for axis in (2, 3, 4):
         assert torch.equal(module.segment(image.flip(axis)), module.segment(image).flip(axis))
     module._flip_ensemble = False
     assert not torch.equal(module.segment(image.flip(2)), module.segment(image).flip(2))
+
+
+def test_hd95_of_a_resampled_set_has_one_unit(monkeypatch):
+    """Files of 0.5 x 0.5 x 3 mm brought to 1 mm: distances and the penalty of an empty region are both in mm."""
+    record = Record(
+        "a",
+        usable=True,
+        affine=np.diag([1.0, -1.0, 2.0, 1.0]).tolist(),
+        source_shape=[40, 40, 10],
+        source_affine=np.diag([0.5, 0.5, 3.0, 1.0]).tolist(),
+    )
+    assert record.spacing == [1, 1, 2]
+    assert record.source_diagonal == pytest.approx(math.hypot(20, 20, 30))
+    module = SegmentationModule()
+    module.state = TaskState(InputSpec(("a",), (8, 8, 8), {"near": (1,), "lost": (2,)}))
+    label = torch.zeros(1, 2, 12, 12, 12)
+    label[0, 0, 3, 3, 3] = label[0, 1, 5, 5, 5] = 1
+    logits = torch.full_like(label, -9.0)
+    logits[0, 0, 3, 3, 6] = 9  # three voxels of 2 mm away
+    monkeypatch.setattr(module, "logits", lambda image: logits)
+    module._score({"image": label, "label": label, "subject_id": ["a"], "record": [record]}, distance=True)
+    assert module.rows[0]["hd95_near"] == pytest.approx(6)
+    assert module.rows[0]["hd95_lost"] == pytest.approx(math.hypot(20, 20, 30))

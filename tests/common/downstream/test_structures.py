@@ -3,7 +3,7 @@ import torch
 
 from common.distributed import loss_and_gradient
 from common.downstream.structures import StructureSegmentation, dice_and_cross_entropy
-from common.types import InputSpec
+from common.types import InputSpec, TaskState
 
 
 def test_loss_by_hand():
@@ -17,7 +17,8 @@ def test_loss_by_hand():
 
 
 def test_structures_are_scored_on_the_grid_of_the_file():
-    module = StructureSegmentation(channels=["a"], image_size=[8, 8], regions={"disc": [1], "atrophy": [1]})
+    module = StructureSegmentation()
+    module.state = TaskState(InputSpec(("a",), (8, 8), regions={"disc": (1,), "atrophy": (1,)}))
     logits = torch.full((1, 2, 8, 8), -5.0)
     logits[0, 0, :4] = 5
     module.network = lambda image: logits

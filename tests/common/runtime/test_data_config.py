@@ -1,50 +1,38 @@
-from argparse import Namespace
-
 import pytest
 
 from common.errors import UserError
-from common.runtime.data_config import data_section, make_datamodule, merge, read_data_section
+from common.runtime.data_config import Archive
 from datamodules.volumes.datamodule import VolumeDataModule
 
 CONFIGS = "experiments/e_mim/configs"
 
 
-def test_merge_keeps_what_the_overlay_does_not_name():
-    assert merge({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 9}, "d": {"e": 4}}) == {
-        "a": {"b": 9, "c": 2},
-        "d": {"e": 4},
-    }
-
-
 def test_later_configurations_win():
-    section = read_data_section([f"{CONFIGS}/pretrain.yaml", f"{CONFIGS}/small.yaml"])
+    section = Archive([f"{CONFIGS}/pretrain.yaml", f"{CONFIGS}/small.yaml"]).section
     assert section["class_path"] == "datamodules.volumes.datamodule.VolumeDataModule"
     assert section["init_args"]["crop_size"] == [64, 64, 64]
 
 
 def test_switches_win_over_configurations():
-    args = Namespace(
-        config=[f"{CONFIGS}/pretrain.yaml"], root="/archive", layout=None, set=["cache=b2nd", "data.seed=3"]
-    )
-    options = data_section(args)["init_args"]
+    archive = Archive([f"{CONFIGS}/pretrain.yaml"], "/archive", settings=["cache=b2nd", "data.seed=3"])
+    options = archive.section["init_args"]
     assert (options["root"], options["cache"], options["seed"]) == ("/archive", "b2nd", 3)
-    assert isinstance(make_datamodule(args), VolumeDataModule)
+    assert isinstance(archive.datamodule(), VolumeDataModule)
 
 
 def test_what_is_wrong_is_named(tmp_path):
     with pytest.raises(UserError, match=r"gone\.yaml does not exist"):
-        read_data_section(["gone.yaml"])
+        Archive(["gone.yaml"])
     (tmp_path / "model_only.yaml").write_text("model: {}\n")
     with pytest.raises(UserError, match="no data module"):
-        read_data_section([str(tmp_path / "model_only.yaml")])
+        Archive([str(tmp_path / "model_only.yaml")])
     with pytest.raises(UserError, match="NAME=VALUE"):
-        data_section(Namespace(config=[f"{CONFIGS}/pretrain.yaml"], root=None, layout=None, set=["cache"]))
+        Archive([f"{CONFIGS}/pretrain.yaml"], settings=["cache"])
 
 
 @pytest.mark.parametrize("setting", ["cash=b2nd", "batch_size=many", "batch_size=0"])
 def test_settings_that_cannot_be_are_one_line(setting):
-    args = Namespace(config=[f"{CONFIGS}/pretrain.yaml"], root=None, layout=None, set=[setting])
     with pytest.raises(UserError) as error:
-        make_datamodule(args)
+        Archive([f"{CONFIGS}/pretrain.yaml"], settings=[setting]).datamodule()
     assert setting.split("=")[0] in str(error.value)
     assert "\n" not in str(error.value)

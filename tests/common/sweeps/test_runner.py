@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 import common.cli
+from common.commands import execute
 from common.errors import UserError
 from common.sweeps import results, runner
 
@@ -50,9 +51,7 @@ def experiment(tmp_path, monkeypatch):
 
 
 def run_study(path, *more):
-    parser = runner.argparse.ArgumentParser()
-    runner.add_arguments(parser)
-    runner.run(parser.parse_args([str(path), "--data", "/archive", *more]))
+    execute(["study", str(path), "--data", "/archive", *more])
 
 
 def test_arms_run_once_per_seed_and_share_their_arguments(experiment, tmp_path):

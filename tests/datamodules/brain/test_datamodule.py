@@ -1,25 +1,28 @@
 import json
 import shutil
 from collections import Counter
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-import yaml
 
 from common.errors import DataError
+from common.modalities import TEMPLATES, canonical_name
+from common.runtime.configs import find_config, read_config
 from datamodules.brain.datamodule import BrainDataModule, PairDataset
-from datamodules.brain.layouts import BRAIN_LAYOUTS
-from datamodules.brain.sequences import CANONICAL
 from datamodules.brain.tasks import BrainTaskDataModule
 from datamodules.loading import Draw
-from datamodules.registry import recognise
+from datamodules.registry import open_archive
+from datamodules.volumes.cases import case_of
 from datamodules.volumes.prepare import native_space
 from datamodules.volumes.reading import write_nifti
-from experiments import brainmvp
 
 SHAPE = (40, 44, 36)
+
+
+def studied(root):
+    archive = open_archive(root, needs={"volumes"})
+    return archive.layout, [case_of(record) for record in archive.records]
 
 
 def module(root, **options):
@@ -64,7 +67,7 @@ def entries(root):
 
 def test_sources_are_recognised_and_go_under_canonical_names(data):
     assert Counter(case.attributes["source"] for case in data.cases) == {"brats2021": 4, "ucsf_pdgm": 4, "ixi": 4}
-    assert data.input_spec.channels == CANONICAL
+    assert data.input_spec.channels == TEMPLATES
     sets = {frozenset(case.images) for case in data.cases}
     assert frozenset({"flair", "t1", "t1c", "t2", "dwi", "adc"}) in sets
     assert frozenset({"t1"}) in sets
@@ -84,12 +87,12 @@ def test_pairs_are_two_sequences_of_one_study_at_one_place(data):
         shape = opened.image.shape[1:]
         local = [s - (a - n) // 2 for s, a, n in zip(start, SHAPE, shape, strict=True)]
         box = tuple(slice(s, s + 16) for s in local)
-        expected = opened.image[names.index(CANONICAL[m])][box]
+        expected = opened.image[names.index(TEMPLATES[m])][box]
         assert np.array_equal(sample["image"][0].numpy(), expected.astype(np.float32))
         assert bool(sample["paired"]) == (len(names) > 1)
         if sample["paired"]:
-            other = CANONICAL[sample["partner_modality"]]
-            assert other != CANONICAL[m]
+            other = TEMPLATES[sample["partner_modality"]]
+            assert other != TEMPLATES[m]
             assert np.array_equal(
                 sample["partner"][0].numpy(), opened.image[names.index(other)][box].astype(np.float32)
             )
@@ -129,14 +132,14 @@ def test_pre_training_on_some_of_the_sequences(brain_root, data, capsys):
     assert "5 of 12 studies have none of t1c, dwi, adc and are left out" in capsys.readouterr().out
     assert len(some.cases_in_use()) == 7
     assert {name for case in some.cases for name in case.images} == {"t1c", "dwi", "adc"}
-    assert some.input_spec.channels == CANONICAL
+    assert some.input_spec.channels == TEMPLATES
     drawn = {int(index) for _ in range(4) for batch in some.train_dataloader() for index in batch["modality"]}
-    assert drawn <= {CANONICAL.index(name) for name in ("t1c", "dwi", "adc")}
+    assert drawn <= {TEMPLATES.index(name) for name in ("t1c", "dwi", "adc")}
     assert some.store.folder.name != data.store.folder.name  # its cache is another one
-    with pytest.raises(DataError, match="modalities names T1ce, swi; pre-training knows flair, t1, t1c"):
+    with pytest.raises(DataError, match="modalities names swi; pre-training knows flair, t1, t1c"):
         module(brain_root, modalities=["t1", "T1ce", "swi"]).index()
     root = brain_root / "brats"
-    with pytest.raises(DataError, match=r"has one of pd, .* asks for; present are flair, t1, t1c, t2"):
+    with pytest.raises(DataError, match=r"has one of pd, .* asks for; present are flair, t1, t1ce, t2"):
         module(root, modalities=["pd"]).index()
 
 
@@ -149,7 +152,7 @@ def test_controls_and_reference(brain_root):
     references = list(data.reference_samples(3))
     masks = np.concatenate([part["modality_mask"].numpy() for part in references])
     present = {name for case in data.splits["train"] for name in case.images}
-    assert masks.sum(0)[[CANONICAL.index(name) for name in present]].min() >= 3
+    assert masks.sum(0)[[TEMPLATES.index(name) for name in present]].min() >= 3
 
 
 def test_a_manifest_in_monais_form(brain_root, tmp_path, capsys):
@@ -227,7 +230,7 @@ def test_a_study_without_a_known_sequence_among_good_ones(brain_root, tmp_path):
     data = ready(listed(root, {"training": studies[:3], "validation": studies[3:]}))
     (fault,) = data.ledger.faults
     assert fault.detail == (
-        f"the case has no sequence of a known name; it has swi, and known are {', '.join(CANONICAL)}"
+        f"the case has no sequence of a known name; it has swi, and known are {', '.join(TEMPLATES)}"
     )
     assert len(data._usable(data.splits["train"])) == 2
 
@@ -315,14 +318,17 @@ def touch(root, pattern):
 
 
 def sequences(cases):
-    return {case.case_id: " ".join([*sorted(case.images), *(["+seg"] if case.labels else [])]) for case in cases}
+    return {
+        case.case_id: " ".join([*sorted(map(canonical_name, case.images)), *(["+seg"] if case.labels else [])])
+        for case in cases
+    }
 
 
 @pytest.mark.parametrize("name", TREES)
 def test_official_layouts(tmp_path, name):
     for pattern in TREES[name]:
         touch(tmp_path, pattern)
-    layout, cases = recognise(tmp_path, known=BRAIN_LAYOUTS)
+    layout, cases = studied(tmp_path)
     assert layout.name == name
     assert sequences(cases) == FOUND[name]
     if name == "ucsf_pdgm":
@@ -337,7 +343,7 @@ def test_official_layouts_in_any_case(tmp_path, name, change):
     for pattern in TREES[name]:
         stem, suffix = pattern.partition(".nii")[::2]
         touch(tmp_path, f"{change(stem)}.nii{suffix}")
-    layout, cases = recognise(tmp_path, known=BRAIN_LAYOUTS)
+    layout, cases = studied(tmp_path)
     assert layout.name == name
     assert {case.lower(): found for case, found in sequences(cases).items()} == {
         case.lower(): found for case, found in FOUND[name].items()
@@ -346,39 +352,39 @@ def test_official_layouts_in_any_case(tmp_path, name, change):
 
 @pytest.mark.parametrize("more", ["pd", "ADC"])
 def test_a_generic_folder_is_no_brats(tmp_path, more):
-    touch(tmp_path, "P0/P0_{t1,t2,swi,seg}.nii.gz")
-    assert recognise(tmp_path, known=BRAIN_LAYOUTS)[0].name == "brats2021"
+    touch(tmp_path, "P0/P0_{t1,t2,seg}.nii.gz")
+    assert studied(tmp_path)[0].name == "brats2021"
+    touch(tmp_path, "P0/P0_{swi}.nii.gz")
     touch(tmp_path, f"P1/P1_{{t1,{more}}}.nii.gz")
-    layout, cases = recognise(tmp_path, known=BRAIN_LAYOUTS)
+    layout, cases = studied(tmp_path)
     assert layout.name == "folder"
-    assert sequences(cases) == {"P0": "t1 t2 +seg", "P1": " ".join(sorted(["t1", more.lower()]))}
-    assert cases[0].attributes == {"unknown": "swi"}
+    assert sequences(cases) == {"P0": "swi t1 t2 +seg", "P1": " ".join(sorted(["t1", more.lower()]))}
 
 
 def test_sources_of_no_official_layout(tmp_path):
     touch(tmp_path, "a/BraTS-GLI-00001-000/BraTS-GLI-00001-000-{t1n,t1c}.nii.gz")
     touch(tmp_path, "b/P0/P0_{t1,pd}.nii.gz")
-    layout, cases = recognise(tmp_path, known=BRAIN_LAYOUTS)
+    layout, cases = studied(tmp_path)
     assert layout.name == "sources"
     assert sequences(cases) == {"BraTS-GLI-00001-000": "t1 t1c", "P0": "pd t1"}
     touch(tmp_path, "c/{x_t1,x_t2}.nii.gz")
     listed(tmp_path / "c", {"training": [{"study": "x", "source": "own", "image": {"t1": "x_t1.nii.gz"}}],
                             "validation": [{"study": "y", "image": {"t2": "x_t2.nii.gz"}}]})  # fmt: skip
-    _, cases = recognise(tmp_path, known=BRAIN_LAYOUTS)
+    _, cases = studied(tmp_path)
     assert {case.case_id: (case.attributes["source"], case.split) for case in cases} == {
         "BraTS-GLI-00001-000": ("brats2023", "train"), "P0": ("folder", "train"), "x": ("own", "train"),
         "y": ("datalist", "val"),
     }  # fmt: skip
     touch(tmp_path, "d/{more,scans}.nii.gz")
     with pytest.raises(DataError, match=r"archives .* and d, which has volumes but is of no known layout"):
-        recognise(tmp_path, known=BRAIN_LAYOUTS)
+        studied(tmp_path)
     listed(tmp_path, {"training": [{"study": "x", "image": {"t1": "c/x_t1.nii.gz"}}]})
-    assert recognise(tmp_path, known=BRAIN_LAYOUTS)[0].name == "brain_manifest"
+    assert studied(tmp_path)[0].name == "brain_manifest"
 
 
 @pytest.mark.parametrize("task", ["ped", "met"])
 def test_a_task_of_one_cohort(task, tmp_path):
-    settings = yaml.safe_load((Path(brainmvp.__file__).parent / f"configs/finetune_brats_{task}_seg.yaml").read_text())
+    settings = read_config(find_config(f"experiments/brainmvp/configs/finetune_brats_{task}_seg.yaml"))
     for cohort in ("GLI", "PED", "MET"):
         touch(tmp_path, f"BraTS-{cohort}-00001-000/BraTS-{cohort}-00001-000-{{t1n,t1c,t2w,t2f,seg}}.nii.gz")
     options = settings["data"]["init_args"] | {"root": str(tmp_path), "split_fractions": (1, 0, 0)}
@@ -430,9 +436,10 @@ def test_what_lies_on_an_atlas_s_grid():
     assert "its axes are tilted by 11 degrees" in native_space(turned)
 
 
-def test_regions_by_release():
+def test_regions_by_release(brats_root):
     """R5: with the enhancing label of another release a region is silently empty, so the values are checked."""
-    by_name = {layout.name: layout for layout in BRAIN_LAYOUTS}
+    data = BrainTaskDataModule(str(brats_root))
+    by_name = {name: data.prepare_layout(open_archive(brats_root, name)) for name in ("brats2023", "brats2021")}
     labels = np.arange(5)
     for name, expected in (
         ("brats2023", {"TC": [0, 1, 0, 1, 0], "WT": [0, 1, 1, 1, 0], "ET": [0, 0, 0, 1, 0]}),

@@ -11,7 +11,6 @@ from datamodules.brain.datamodule import BrainDataModule
 from datamodules.brain.labels import LabelSource
 from datamodules.brain.tasks import BrainClassDataModule, BrainTaskDataModule
 from datamodules.synthetic.brain import write_tree
-from datamodules.volumes.checks import examine
 from datamodules.volumes.reading import write_nifti
 
 SETTINGS = {"atlas": (40, 44, 36), "crop_size": (16, 16, 16), "batch_size": 2, "seed": 1}
@@ -90,7 +89,7 @@ def test_files_that_show_nothing_are_no_copies(root, cache, content):
     replaced(root, content)
     data = ready(pre_training(root, cache=cache, max_fault_fraction=0.5))
     assert len(data.cases_in_use()) == 6
-    assert not any("several patients" in reason for reason in examine(data, True, 1))
+    assert not any("several patients" in reason for reason in data.examine(True, 1))
 
 
 def test_a_sequence_that_the_intensity_scale_leaves_nothing_of_is_no_copy(root):

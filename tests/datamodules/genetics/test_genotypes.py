@@ -37,7 +37,7 @@ def test_bytes_by_hand(triple):
         (lambda p: p.with_suffix(".bed").write_bytes(bytes.fromhex("6c1b0138")), "has 4 bytes"),
         (lambda p: p.with_suffix(".fam").unlink(), "three.fam is missing"),
         (lambda p: p.with_suffix(".fam").write_text("a a\nb b\na a\n"), "1 persons twice, first a"),
-        (lambda p: p.with_suffix(".bim").write_text("1 rs1\n"), "cannot be read"),
+        (lambda p: p.with_suffix(".bim").write_text("1 rs1\n"), "line 1 has 2 words, and 6 are needed"),
     ],
 )
 def test_damaged_files_are_refused_in_a_sentence(triple, damage, words):

@@ -133,7 +133,7 @@ def test_burden(tmp_path):
     ids, genes, values = read_burden(path)
     assert (ids, genes, values.tolist()) == (["a", "b"], ["G2"], [[1.0], [0.0]])
     (tmp_path / "combined_burdens_iid.txt").write_text("a\n")
-    with pytest.raises(DataError, match="1 persons"):
+    with pytest.raises(DataError, match="holds 2 x 3 values, its names are 1 x 3"):
         read_burden(path)
 
 

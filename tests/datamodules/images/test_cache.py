@@ -1,7 +1,9 @@
+import errno
 import json
+import multiprocessing
 import os
 import pickle
-import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from common.errors import StorageError
 from common.faults import SampleFaultError
+from common.files import temporary_beside
 from datamodules.images import cache as cache_module
 from datamodules.images.cache import ImageCache, SourceImages
 from datamodules.images.crops import cut_box
@@ -105,13 +109,62 @@ def test_an_interrupted_image_leaves_nothing(root, paths, monkeypatch):
 def test_what_a_dead_run_left_is_deleted_and_what_a_living_one_writes_is_not(root, paths):
     cache = ImageCache(root, 40)
     cache.ensure(paths[:1], progress=False)
-    old, new = cache.folder / "tmp" / "old.npy", cache.folder / "tmp" / "new.npy"
+    old, new = (temporary_beside(cache.folder / "tmp" / "image.npy") for _ in range(2))
+    old = old.with_name(old.name.replace(f"-{os.getpid()}-", "-4194305-"))  # above the largest process id
     old.touch()
     new.touch()
-    os.utime(old, (1, time.time() - cache_module.STALE_SECONDS - 9))
-    cache.ensure(paths[:1], progress=False)
+    cache.ensure(paths, progress=False)
     assert not old.exists()
     assert new.exists()
+
+
+def _fill(root, paths, queue):
+    try:
+        queue.put([fault for fault in ImageCache(root, 40).ensure(paths, 2, progress=False).values() if fault])
+    except Exception as error:  # the parent says which
+        queue.put(repr(error))
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_processes_that_fill_a_cache_at_once(root, paths, monkeypatch, locks):
+    if not locks:
+        monkeypatch.setattr("datamodules.images.cache.sole_builder", nullcontext)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    processes = [context.Process(target=_fill, args=(root, paths, queue)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    assert [queue.get(timeout=120) for _ in processes] == [[]] * 3
+    for process in processes:
+        process.join()
+    cache = ImageCache(root, 40)
+    assert set(cache.ensure(paths, progress=False, full=True).values()) == {None}
+    assert list((cache.folder / "tmp").iterdir()) == []
+    assert locks <= (len(manifest_lines(cache)) == len(paths))
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(root, paths, small_disk, built):
+    cache = ImageCache(root, 40)
+    cache.ensure(paths[:2], progress=False)
+    with small_disk(1000), pytest.raises(StorageError, match="the disk or the quota is full"):
+        cache.ensure(paths, progress=False)
+    assert list((cache.folder / "tmp").iterdir()) == []
+    built.clear()
+    cache.ensure(paths, progress=False)
+    assert len(built) == len(paths) - 2
+    assert set(cache.ensure(paths, progress=False, full=True).values()) == {None}
+
+
+def test_a_whole_cache_needs_no_permission(root, paths, monkeypatch):
+    cache = ImageCache(root, 40)
+    cache.ensure(paths, progress=False)
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    for name in ("mkdir", "write_text", "unlink", "replace"):
+        monkeypatch.setattr(Path, name, refuse)
+    assert set(ImageCache(root, 40).ensure(paths, progress=False).values()) == {None}
 
 
 def test_a_torn_last_line_costs_one_image(root, paths, built):

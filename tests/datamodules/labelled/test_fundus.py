@@ -8,15 +8,23 @@ from common.errors import DataError
 from datamodules.genetics.datamodule import ImageGenomeDataModule
 from datamodules.genetics.tcga import TCGAGrade, read_omics
 from datamodules.genetics.ukb import UKBRisk, find_ukb, read_phenotypes, split_of_eids
-from datamodules.images.reading import ImageError, read_field_of_view
+from datamodules.images.pictures import pictures_of
+from datamodules.images.reading import read_field_of_view
+from datamodules.images.values import ImageError
 from datamodules.labelled.fundus import APTOS2019, EyePACS2015, IDRiD, RFMiD, ordinal_targets
 from datamodules.labelled.palm import PALM, find_palm, palm_masks, read_structure
 from datamodules.loading import Draw
-from datamodules.registry import PICTURE_LAYOUTS, recognise
+from datamodules.registry import open_archive
 from datamodules.synthetic.command import synthesize
 from datamodules.synthetic.fundus import write_aptos, write_idrid, write_palm, write_rfmid, write_tcga, write_ukb
+from datamodules.tree import Tree
 
 SIZE = {"size": (40, 52)}
+
+
+def shown(root):
+    archive = open_archive(root, needs={"images"})
+    return archive.layout, pictures_of(archive)
 
 
 def write_table(path, *rows):
@@ -31,7 +39,7 @@ def write_table(path, *rows):
 )  # fmt: skip
 def test_every_tree_is_recognised(write, layout, tmp_path):
     write(tmp_path, 2, 0, **({} if layout == "tcga_gbmlgg" else SIZE))
-    found, pictures = recognise(tmp_path, "auto", PICTURE_LAYOUTS)
+    found, pictures = shown(tmp_path)
     assert found.name == layout
     assert pictures
     assert all(picture.image.is_file() for picture in pictures)
@@ -82,7 +90,7 @@ def test_conditions_of_rfmid(tmp_path):
 
 def test_structures_of_palm(tmp_path):
     write_palm(tmp_path, 3, 0, **SIZE)
-    masks = palm_masks(tmp_path)
+    masks = palm_masks(Tree(tmp_path))
     assert len(masks["disc"]) == 6
     assert sorted(masks["atrophy"]) == ["P0002", "P0004", "P0006"]
     disc = read_structure(masks["disc"]["P0002"], (40, 52))
@@ -93,23 +101,23 @@ def test_structures_of_palm(tmp_path):
     Image.fromarray(np.full((40, 52), 120, dtype=np.uint8)).save(tmp_path / "odd.bmp")
     with pytest.raises(ImageError, match="holds 120"):
         read_structure(tmp_path / "odd.bmp", (40, 52))
-    assert [picture.split for picture in find_palm(tmp_path)] == [None] * 6
+    assert [picture.split for picture in find_palm(Tree(tmp_path))] == [None] * 6
 
 
 def test_photographs_of_ukb(tmp_path):
     write_ukb(tmp_path, 2, 0, **SIZE)
-    pictures = find_ukb(tmp_path)
+    pictures = find_ukb(Tree(tmp_path))
     assert len(pictures) == 15
     (tmp_path / "fundus" / "-1_21015_0_0.png").write_bytes(b"x")
     (tmp_path / "fundus" / "notes_21015.png").write_bytes(b"x")
-    assert find_ukb(tmp_path) == pictures
+    assert find_ukb(Tree(tmp_path)) == pictures
     (tmp_path / "ancestry.tsv").write_text(
         f"IID\tEUR\n{pictures[0].patient_id}\t0.995\n{pictures[-1].patient_id}\t0.5\n"
     )
-    assert {picture.patient_id for picture in find_ukb(tmp_path)} == {pictures[0].patient_id}
+    assert {picture.patient_id for picture in find_ukb(Tree(tmp_path))} == {pictures[0].patient_id}
     (tmp_path / "left").mkdir()
     (tmp_path / "left" / "qc_paths_left.txt").write_text(f"{pictures[0].image.name}\n")
-    assert [picture.case_id for picture in find_ukb(tmp_path)] == [pictures[0].case_id]
+    assert [picture.case_id for picture in find_ukb(Tree(tmp_path))] == [pictures[0].case_id]
     assert split_of_eids([str(i) for i in range(100)]) == split_of_eids([str(i) for i in reversed(range(100))])
     assert sorted(split_of_eids([str(i) for i in range(100)]).values()).count("val") == 10
 
@@ -133,7 +141,7 @@ def test_phenotypes(tmp_path):
 
 def test_gliomas(tmp_path):
     write_tcga(tmp_path, 3, 0)
-    omics = read_omics(tmp_path)
+    omics = read_omics(Tree(tmp_path))
     assert len(omics.features) == 80
     assert "codeletion" not in omics.features
     images = TCGAGrade().find(tmp_path)
@@ -173,7 +181,7 @@ def test_real_archives(real_data):
     assert len(layout.classes) == 45
     assert len(labelled) == 1920
     assert sum(item.image.is_file() for item in labelled) == 3
-    assert len(recognise(real_data("rfmid"), "auto", PICTURE_LAYOUTS)[1]) == 3
+    assert len(shown(real_data("rfmid"))[1]) == 3
 
 
 def test_a_lesion_is_cut_as_its_image(tmp_path):
@@ -193,9 +201,9 @@ def test_a_lesion_is_cut_as_its_image(tmp_path):
     assert batch["lesion"].shape == (len(ill), 40, 40)
     assert batch["lesion"].any((1, 2)).tolist() == ill
     assert any(ill)
-    picture = next(picture for picture in find_palm(tmp_path) if picture.lesion)
-    image = PALM.reader.read(picture.image, 48)
-    mask = PALM.read_lesion(picture.lesion, picture.image, 48)
+    picture = next(picture for picture in find_palm(Tree(tmp_path)) if picture.lesion)
+    image = PALM.facts.reader.read(picture.image, 48)
+    mask = PALM.facts.read_lesion(picture.lesion, picture.image, 48)
     assert mask.shape == image.shape[:2]
     # Atrophy is drawn pale.
     gray = image.mean(-1)

@@ -4,7 +4,8 @@ import pytest
 
 from common.errors import DataError
 from datamodules.labelled.layout import LabelledTable, need_columns, need_file
-from datamodules.reports.manifest import read_table
+from datamodules.tables import read_table
+from datamodules.tree import Tree
 
 TABLE = """image,subject, Split ,fluid,air
 a/1.png,ann, Train,1,0.0
@@ -41,8 +42,8 @@ def test_other_names_of_columns_and_no_split(root):
         ("subject", "person", "labels.csv has no column subject; it has image, person, Split, fluid, air"),
         ("fluid", "water", "has no column fluid"),
         ("ann,train,0", "ann,train,2", "gives a/2.png the fluid '2'; known are '0', '1', '0.0', '1.0', ''"),
-        ("b.png", "../b.png", r"names the image \.\./b.png, which does not lie under"),
-        ("b.png", "/b.png", "names the image /b.png, which does not lie under"),
+        ("b.png", "../b.png", r"names the file '\.\./b.png', which does not lie under"),
+        ("b.png", "/b.png", "names the file '/b.png', which does not lie under"),
     ],
 )
 def test_bad_tables(root, old, new, message):
@@ -60,8 +61,8 @@ def test_the_first_pattern_wins_and_of_its_files_the_last(tmp_path):
     for name in ("v1.csv", "v2.csv", "old.csv"):
         (tmp_path / name).touch()
     layout = LabelledTable([])
-    assert need_file(tmp_path, ["v*.csv", "old.csv"], layout).name == "v2.csv"
-    assert need_file(tmp_path, ["new.csv", "old.csv"], layout).name == "old.csv"
+    assert need_file(Tree(tmp_path), ["v*.csv", "old.csv"], layout).name == "v2.csv"
+    assert need_file(Tree(tmp_path), ["new.csv", "old.csv"], layout).name == "old.csv"
 
 
 def test_all_missing_columns_are_named(root):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from common.errors import DataError
-from datamodules.images.reading import ImageError
+from datamodules.images.values import ImageError
 from datamodules.labelled.siim import SIIMPneumothorax, decode_runs, encode_runs
 
 TABLE = "ImageId, EncodedPixels\n1.2.1, -1\n1.2.2, 5 2 2 3\n1.2.3,0 1\n1.2.2,0 1\n1.2.4,-1\n"

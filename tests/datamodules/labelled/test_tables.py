@@ -3,6 +3,7 @@ import pytest
 
 from common.errors import DataError
 from datamodules.labelled.tables import column_names, column_targets, files_under
+from datamodules.tree import Tree
 
 
 def test_the_first_case_with_an_odd_label_is_named(tmp_path):
@@ -24,5 +25,5 @@ def test_files_are_found_in_one_order(tmp_path):
     for name in ("b/2.png", "b/1.PNG", "a/z/3.png", "a/4.txt", "c/5.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    found = files_under([tmp_path / "b", tmp_path / "absent", tmp_path / "a"], [".png"])
+    found = files_under(Tree(tmp_path), [tmp_path / "b", tmp_path / "absent", tmp_path / "a"], [".png"])
     assert [str(path.relative_to(tmp_path)) for path in found] == ["b/1.PNG", "b/2.png", "a/z/3.png"]

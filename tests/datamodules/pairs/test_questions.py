@@ -11,12 +11,19 @@ from common.errors import DataError
 from datamodules.pairs.answers import accepted_answers, normalised_answer
 from datamodules.pairs.datamodule import other_images
 from datamodules.pairs.questions import QuestionDataModule, ambiguous
-from datamodules.pairs.vqa import QUESTION_LAYOUTS, find_slake, find_vqa_med, find_vqa_rad
-from datamodules.registry import recognise
+from datamodules.pairs.vqa import find_slake, find_vqa_med, find_vqa_rad, question_of
+from datamodules.registry import Settings, open_archive
 from datamodules.reports.datamodule import ImageTextDataModule
+from datamodules.reports.studies import studies_of
 from datamodules.synthetic.figures import write_slake, write_vqa_med_2019, write_vqa_rad
+from datamodules.tree import Tree
 
 SMALL = {"image_size": (32, 32), "cache_side": 48, "vocab_size": 300, "text_length": 16, "batch_size": 4}
+
+
+def questions_of(root):
+    archive = open_archive(root, needs={"images", "questions"})
+    return archive, [question_of(record) for record in archive.records]
 
 
 @pytest.fixture(scope="module")
@@ -53,23 +60,23 @@ def test_three_layouts(tmp_path):
         ("vqa_med_2019", write_vqa_med_2019, find_vqa_med),
     ):
         write(tmp_path / name, 2, 0)
-        layout, questions = recognise(tmp_path / name, "auto", QUESTION_LAYOUTS)
-        assert layout.name == name
-        assert questions == find(tmp_path / name)
+        archive, questions = questions_of(tmp_path / name)
+        assert archive.layout.name == name
+        assert questions == find(Tree(tmp_path / name))
         assert {q.split for q in questions} >= {"train", "test"}
         assert all(q.image.is_file() for q in questions)
         assert len({q.case_id for q in questions}) == len(questions)
-        studies = layout.for_calibration().find(tmp_path / name)
+        studies = studies_of(archive)
         assert 0 < len(studies) < len(questions), "calibration never sees the test split"
-    slake = find_slake(tmp_path / "slake")
+    slake = find_slake(Tree(tmp_path / "slake"))
     assert all(q.text.isascii() for q in slake)
     assert sum(not q.answers for q in slake) == 1
-    med = find_vqa_med(tmp_path / "vqa_med_2019")
+    med = find_vqa_med(Tree(tmp_path / "vqa_med_2019"))
     assert {q.category for q in med} == {"modality", "plane", "organ"}
     assert all("\t" not in q.text for q in med)
-    assert len(find_vqa_med(tmp_path / "vqa_med_2019", ("abnormality",))) == 16
+    assert len(find_vqa_med(Tree(tmp_path / "vqa_med_2019"), Settings(categories=("abnormality",)))) == 16
     (tmp_path / "slake/validate.json").rename(tmp_path / "slake/validation.json")
-    assert find_slake(tmp_path / "slake") == slake
+    assert find_slake(Tree(tmp_path / "slake")) == slake
 
 
 def test_categories_of_vqa_med(tmp_path, rad_root):
@@ -81,7 +88,7 @@ def test_categories_of_vqa_med(tmp_path, rad_root):
     assert {q.category for q in chosen.splits["train"]} == {"plane", "abnormality"}
     with pytest.raises(DataError, match="has no category 'colour'; it has modality, plane, organ, abnormality"):
         module(tmp_path, categories=["colour"])
-    with pytest.raises(DataError, match=r"is for vqa_med_2019 alone, and .* is of the layout vqa_rad"):
+    with pytest.raises(DataError, match="is of the layout vqa_rad, which has no setting categories"):
         module(rad_root, categories=["plane"])
     with pytest.raises(ValueError, match="empty list"):
         QuestionDataModule(str(tmp_path), categories=[])
@@ -125,9 +132,9 @@ def test_a_copy_of_the_test_set_as_validation_is_not_read(tmp_path):
     for name in ("train", "val"):
         assert data.splits[name]
         assert asked.isdisjoint(q.text for q in data.splits[name])
-    layout, questions = recognise(tmp_path, "auto", QUESTION_LAYOUTS)
+    archive, questions = questions_of(tmp_path)
     assert {q.split for q in questions} == {"train", "test"}
-    studies = layout.for_calibration().find(tmp_path)
+    studies = studies_of(archive)
     assert len(studies) == len(questions) - len(rows)
     assert asked.isdisjoint(study.text for study in studies)
     assert {study.split for study in studies} == {None}, "no official validation split"
@@ -146,8 +153,8 @@ def test_vqa_rad_as_it_was_released(tmp_path):
     (tmp_path / "images").rename(tmp_path / "VQA_RAD Image Folder")
     for split in ("train", "test"):
         (tmp_path / f"{split}set.json").unlink()
-    layout, questions = recognise(tmp_path, "auto", QUESTION_LAYOUTS)
-    assert layout.name == "vqa_rad"
+    archive, questions = questions_of(tmp_path)
+    assert archive.layout.name == "vqa_rad"
     parts = {split: [q for q in questions if q.split == split] for split in ("train", "test")}
     assert (len(parts["train"]), len(parts["test"])) == (len(train) + 1, len(test))
     assert [q.text for q in parts["train"][:3]] == [
@@ -158,11 +165,11 @@ def test_vqa_rad_as_it_was_released(tmp_path):
     assert not any("tested" in q.text or q.text == "NULL" for q in questions), "a test question in other words"
     assert all(q.image.is_file() for q in questions)
     assert len({q.case_id for q in questions}) == len(questions)
-    assert len(layout.for_calibration().find(tmp_path)) == len(parts["train"])
+    assert len(studies_of(archive)) == len(parts["train"])
     del rows[3]["phrase_type"]
     (tmp_path / "VQA_RAD Dataset Public.json").write_text(json.dumps(rows))
     with pytest.raises(DataError, match="question 3 has no phrase_type"):
-        find_vqa_rad(tmp_path)
+        find_vqa_rad(Tree(tmp_path))
 
 
 def test_questions_stay_out_of_tables_when_anonymised(rad_root):
@@ -233,14 +240,14 @@ def test_bad_rows(tmp_path, capsys):
     rows[1]["image_name"] = "../secret.jpg"
     path.write_text(json.dumps(rows))
     with pytest.raises(DataError, match="does not lie under"):
-        find_vqa_rad(tmp_path)
+        find_vqa_rad(Tree(tmp_path))
     del rows[1]["image_name"]
     path.write_text(json.dumps(rows))
     with pytest.raises(DataError, match="question 1 has no image_name"):
-        find_vqa_rad(tmp_path)
+        find_vqa_rad(Tree(tmp_path))
     path.write_text("[{")
-    with pytest.raises(DataError, match="no JSON"):
-        find_vqa_rad(tmp_path)
+    with pytest.raises(DataError, match="cannot be read as JSON"):
+        find_vqa_rad(Tree(tmp_path))
 
 
 def test_one_question(tmp_path, rad_root):
@@ -269,7 +276,7 @@ def test_one_question(tmp_path, rad_root):
 @pytest.mark.real_data
 def test_real_vqa_rad(real_data):
     """Counts of the specification; its 597 ambiguous questions are 595 once "two" and "2" are one answer."""
-    questions = find_vqa_rad(real_data("vqa_rad"))
+    questions = find_vqa_rad(Tree(real_data("vqa_rad")))
     train, test = ([q for q in questions if q.split == split] for split in ("train", "test"))
     assert (len(train), len(test)) == (3064, 451)
     assert [sum(q.kind == kind for q in test) for kind in ("open", "closed")] == [179, 272]

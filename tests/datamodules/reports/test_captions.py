@@ -7,11 +7,18 @@ import pytest
 from PIL import Image
 
 from common.errors import DataError
-from datamodules.registry import STUDY_LAYOUTS, recognise
+from datamodules.registry import open_archive
 from datamodules.reports.medicat import find_medicat, read_figures
 from datamodules.reports.melinda import read_melinda
 from datamodules.reports.roco import find_roco, read_captions, read_part
+from datamodules.reports.studies import studies_of
 from datamodules.synthetic.figures import write_medicat, write_melinda, write_roco
+from datamodules.tree import Tree
+
+
+def told(root):
+    archive = open_archive(root, needs={"images", "text"})
+    return archive.layout, studies_of(archive)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +36,7 @@ def roco_root(tmp_path_factory):
 
 
 def test_medicat_has_a_study_for_each_text(medicat_root):
-    layout, studies = recognise(medicat_root, "auto", STUDY_LAYOUTS)
+    layout, studies = told(medicat_root)
     assert layout.name == "medicat"
     (path,) = (medicat_root / "release").glob("*.jsonl")
     figures = read_figures(path)
@@ -39,7 +46,7 @@ def test_medicat_has_a_study_for_each_text(medicat_root):
     assert len({study.images[0] for study in studies}) == 15
     assert len(studies) == 15 + sum(bool(figure.references) for figure in figures if figure.radiology)
     assert all(study.images[0].is_file() and study.patient_id in study.case_id for study in studies)
-    assert len({study.images[0] for study in find_medicat(medicat_root, radiology_only=False)}) == 16
+    assert len({study.images[0] for study in find_medicat(Tree(medicat_root), radiology_only=False)}) == 16
 
 
 def test_medicat_with_damage(tmp_path):
@@ -50,14 +57,14 @@ def test_medicat_with_damage(tmp_path):
     (tmp_path / "release/figures" / f"{figure['pdf_hash']}_{figure['fig_uri']}").unlink()
     silent = json.loads(rest[1]) | {"s2_caption": "Figure 1", "s2orc_caption": None, "s2orc_references": None}
     path.write_text("\n".join([first, rest[0], json.dumps(silent), *rest[2:]]))
-    assert len({study.images[0] for study in find_medicat(tmp_path)}) == 5
+    assert len({study.images[0] for study in find_medicat(Tree(tmp_path))}) == 5
     path.write_text(first + "\n{broken")
-    with pytest.raises(DataError, match="line 2 is no JSON"):
-        find_medicat(tmp_path)
+    with pytest.raises(DataError, match="line 2 cannot be read as JSON"):
+        find_medicat(Tree(tmp_path))
 
 
 def test_roco_under_both_names(roco_root):
-    layout, studies = recognise(roco_root, "auto", STUDY_LAYOUTS)
+    layout, studies = told(roco_root)
     assert layout.name == "roco"
     assert {study.split for study in studies} == {"train", "val", "test"}
     names = {study.split: study.images[0].name for study in studies}
@@ -76,7 +83,7 @@ def test_roco_with_images_gone(tmp_path):
     lines[1] = lines[1].split("\t")[0] + "\t "
     lines[2] = lines[2].replace("\t", "\t one\ttab and ")
     captions.write_text("\n".join(lines))
-    studies = find_roco(tmp_path)
+    studies = find_roco(Tree(tmp_path))
     assert len(studies) == 14
     assert any("one tab and" in study.text for study in studies)
     for image in images[1:]:
@@ -85,7 +92,7 @@ def test_roco_with_images_gone(tmp_path):
         for image in (tmp_path / split / "radiology/images").iterdir():
             image.unlink()
     with pytest.raises(DataError, match="none of their images"):
-        find_roco(tmp_path)
+        find_roco(Tree(tmp_path))
 
 
 def test_references_join_rocos_captions(tmp_path):
@@ -93,7 +100,7 @@ def test_references_join_rocos_captions(tmp_path):
     fetched = next((tmp_path / "test/radiology/images").iterdir()).name
     row = {"roco_image_id": fetched, "gorc_references": ["A sentence about the figure.", "short"]}
     (tmp_path / "roco_test_references.jsonl").write_text(json.dumps(row))
-    texts = [study.text for study in find_roco(tmp_path) if study.images[0].name == fetched]
+    texts = [study.text for study in find_roco(Tree(tmp_path)) if study.images[0].name == fetched]
     assert len(texts) == 2
     assert texts[1] == "A sentence about the figure."
 
@@ -102,7 +109,7 @@ def test_references_to_roco_lie_in_the_release_of_medicat(tmp_path, capsys):
     """As MedICaT's archive unpacks: ``net/nfs2.corp/...`` beside ``release``."""
     write_medicat(tmp_path / "medicat", 2, 0)
     write_roco(tmp_path / "roco", 2, 0)
-    _, without = recognise(tmp_path, "auto", STUDY_LAYOUTS)
+    _, without = told(tmp_path)
     assert "no sentence about a ROCO figure" in capsys.readouterr().out
     folder = tmp_path / "medicat/net/nfs2.corp/allennlp/sanjays/roco_files"
     folder.mkdir(parents=True)
@@ -117,7 +124,7 @@ def test_references_to_roco_lie_in_the_release_of_medicat(tmp_path, capsys):
     ]
     (folder / "roco_train_references.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "roco/roco_train_references.jsonl").write_text(json.dumps(rows[0]))
-    layout, studies = recognise(tmp_path, "auto", STUDY_LAYOUTS)
+    layout, studies = told(tmp_path)
     assert layout.name == "medicat_roco"
     assert "2 of 3 sentences" in capsys.readouterr().out
     added = [study for study in studies if study not in without]
@@ -133,32 +140,32 @@ def test_second_roco(tmp_path):
             {"ID": [f"ROCOv2_{split}_1", "gone"], "Caption": ["A chest radiograph in one plane.", "b"]}
         )
         table.to_csv(tmp_path / f"{split}_captions.csv", index=False)
-    assert {study.split for study in find_roco(tmp_path)} == {"train", "val", "test"}
+    assert {study.split for study in find_roco(Tree(tmp_path))} == {"train", "val", "test"}
 
 
 def test_medicat_and_roco_together(tmp_path):
     write_medicat(tmp_path / "medicat", 2, 0)
     write_roco(tmp_path / "roco", 2, 0)
-    layout, studies = recognise(tmp_path, "auto", STUDY_LAYOUTS)
+    layout, studies = told(tmp_path)
     assert layout.name == "medicat_roco"
     assert all(study.split for study in studies)
 
 
 def test_melinda(tmp_path):
     write_melinda(tmp_path, 2, 0)
-    rows = read_melinda(tmp_path)
+    rows = read_melinda(Tree(tmp_path))
     assert len(rows) == 32
     assert {row.split for row in rows} == {"train", "val", "test"}
     assert len({row.patient_id for row in rows}) == 16
-    layout, studies = recognise(tmp_path, "auto", STUDY_LAYOUTS)
+    layout, studies = told(tmp_path)
     assert layout.name == "melinda"
     assert {study.split for study in studies} == {"train", "val"}, "calibration never sees the test split"
     with pytest.raises(DataError, match="no task"):
-        read_melinda(tmp_path, "colour")
+        read_melinda(Tree(tmp_path), "colour")
     table = pd.read_csv(tmp_path / "train.csv").drop(columns="caption")
     table.to_csv(tmp_path / "train.csv", index=False)
     with pytest.raises(DataError, match="no column caption"):
-        read_melinda(tmp_path)
+        read_melinda(Tree(tmp_path))
 
 
 def test_melinda_with_other_numbers_than_published(tmp_path, capsys):
@@ -166,10 +173,10 @@ def test_melinda_with_other_numbers_than_published(tmp_path, capsys):
     table = pd.DataFrame({"figure_file": ["a.png"], "caption": ["A caption."], "p_meth_label": ["x"]})
     for name, number in (("train", 4344), ("dev", 449), ("test", 578)):
         table.loc[[0] * number].to_csv(tmp_path / f"{name}.csv", index=False)
-    assert len(read_melinda(tmp_path)) == 5371
+    assert len(read_melinda(Tree(tmp_path))) == 5371
     assert not capsys.readouterr().out
     (tmp_path / "test.csv").unlink()
-    assert len(read_melinda(tmp_path)) == 4793
+    assert len(read_melinda(Tree(tmp_path))) == 4793
     said = capsys.readouterr().out
     assert "(4344 train, 449 val, 0 test) than MELINDA as published (4344 train, 449 val, 578 test)" in said
 
@@ -183,7 +190,7 @@ def test_real_records_parse_without_loss(real_data):
     assert [figure.radiology for figure in figures].count(False) == 4
     assert all(figure.caption for figure in figures)
     assert sum(len(figure.references) for figure in figures) == 10
-    studies = find_medicat(real_data("medicat_sample"), radiology_only=False)
+    studies = find_medicat(Tree(real_data("medicat_sample")), radiology_only=False)
     assert len({study.images[0] for study in studies}) == 10
     folder = real_data("roco") / "test/radiology"
     captions = read_part(folder)

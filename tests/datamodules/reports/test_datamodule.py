@@ -171,7 +171,7 @@ def test_a_table_of_another_name_by_its_columns(tmp_path):
     write_covid_cxr(tmp_path / "covid", 8, seed=0, size=(48, 64))
     data = module(tmp_path / "covid", table="metadata.csv", columns=COVID_COLUMNS)
     known = module(tmp_path / "covid")
-    assert (data.index().name, known.index().name) == ("manifest", "covid_cxr")
+    assert (data.index().layout.name, known.index().layout.name) == ("manifest", "covid_cxr")
     named, recognised = ([s.study._replace(attributes={}) for s in each.samples] for each in (data, known))
     assert named[:-1] == recognised
     assert named[-1].case_id == "volumes/ct_001.nii.gz"  # the layout of the collection keeps radiographs alone

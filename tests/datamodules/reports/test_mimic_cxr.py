@@ -6,6 +6,7 @@ import pytest
 from common.errors import DataError
 from datamodules.reports.mimic_cxr import find_studies
 from datamodules.reports.text import mimic_text, read_report
+from datamodules.tree import Tree
 
 # s50000001 has two images, s50000002 no report, s50000003 no image, s50000004 is not in the table of findings.
 METADATA = """dicom_id,subject_id,study_id, ViewPosition ,Rows
@@ -55,7 +56,7 @@ def rewrite(product, name, text):
 
 
 def test_both_products(root, product):
-    first, second, last = find_studies(root)
+    first, second, last = find_studies(Tree(root))
     folder = product / "files/p10/p10000001/s50000001"
     assert first[:4] == ("50000001", "10000001", (folder / "b-1.jpg", folder / "a-1.jpg"), ("PA", "LATERAL"))
     assert mimic_text(read_report(first.text), "findings_impression") == STEMS[0]
@@ -77,23 +78,23 @@ def test_reports_that_are_unpacked_and_plain_tables(product):
         path = product / f"mimic-cxr-reports/files/{stem}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(stem)
-    studies = find_studies(product)
+    studies = find_studies(Tree(product))
     assert [study.text and read_report(study.text) for study in studies] == [STEMS[0], None, STEMS[2]]
     assert studies[0].attributes == {}
 
 
 def test_views(root):
-    studies = find_studies(root, ["ap", "PA"])
+    studies = find_studies(Tree(root), ["ap", "PA"])
     assert [(study.case_id, study.views) for study in studies] == [("50000001", ("PA",)), ("50000004", ("AP",))]
     with pytest.raises(DataError, match=r"no image of the views LL; it has .*PA \(1\).*blank \(1\)"):
-        find_studies(root, ["LL"])
+        find_studies(Tree(root), ["LL"])
 
 
 def test_the_newest_version_is_taken(root, product):
     old = root / "mimic-cxr-jpg/2.0.0"
     old.mkdir()
     (old / "mimic-cxr-2.0.0-metadata.csv").write_text("no table of ours\n")
-    assert len(find_studies(root)) == 3
+    assert len(find_studies(Tree(root))) == 3
 
 
 def test_other_roots_are_not_searched_to_their_ends(tmp_path, product):
@@ -102,12 +103,12 @@ def test_other_roots_are_not_searched_to_their_ends(tmp_path, product):
     for place in ("a/b/c/product", "files/product", "patients/product"):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         product = product.rename(tmp_path / place)
-        assert find_studies(tmp_path) == []
+        assert find_studies(Tree(tmp_path)) == []
 
 
 def test_images_without_the_product_that_has_reports(product, tmp_path):
     with pytest.raises(DataError, match=r"has no reports: fetch mimic-cxr-reports.zip of MIMIC-CXR and put it into"):
-        find_studies(tmp_path)
+        find_studies(Tree(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -125,19 +126,19 @@ def test_images_without_the_product_that_has_reports(product, tmp_path):
 def test_bad_tables(root, product, name, text, message):
     rewrite(product, name, text)
     with pytest.raises(DataError, match=message):
-        find_studies(root)
+        find_studies(Tree(root))
 
 
 def test_damaged_and_missing_files(root, product):
     table = product / "mimic-cxr-2.0.0-split.csv.gz"
     table.write_bytes(table.read_bytes()[:-12])
-    with pytest.raises(DataError, match=r"split.csv.gz cannot be read as a table .*; fetch it again"):
-        find_studies(root)
+    with pytest.raises(DataError, match=r"split.csv.gz is damaged .*: fetch it again"):
+        find_studies(Tree(root))
     table.unlink()
     with pytest.raises(DataError, match=r"has no mimic-cxr-\*-split.csv.gz beside mimic-cxr-2.0.0-metadata.csv.gz"):
-        find_studies(root)
+        find_studies(Tree(root))
     reports = root / "mimic-cxr/2.1.0/mimic-cxr-reports.zip"
     reports.write_bytes(reports.read_bytes()[:-30])
     table.write_bytes(gzip.compress(SPLIT.encode()))
     with pytest.raises(DataError, match="cannot be read as an archive"):
-        find_studies(root)
+        find_studies(Tree(root))

@@ -8,6 +8,7 @@ import pytest
 from common.errors import DataError
 from datamodules.reports.open_i import find_studies, open_i_text
 from datamodules.reports.text import MAX_BYTES
+from datamodules.tree import Tree
 
 
 def report(images=(), **texts):
@@ -47,7 +48,7 @@ def test_archive_and_folder(tmp_path, write):
     write(tmp_path, {f"ecgen-radiology/{name}": text for name, text in REPORTS.items()})
     (tmp_path / "images").mkdir()
     (tmp_path / "images/CXR9_2.png").touch()
-    studies = find_studies(tmp_path)
+    studies = find_studies(Tree(tmp_path))
     assert [study.case_id for study in studies] == ["CXR9", "CXR10", "CXR11"]
     assert [study.patient_id for study in studies] == ["CXR9", "CXR10", "CXR11"]
     assert studies[0].images == (tmp_path / "images/CXR9_2.png",)
@@ -64,7 +65,7 @@ def test_archive_and_folder(tmp_path, write):
 
 def test_other_roots(tmp_path):
     write_folder(tmp_path, {"1.xml": "<!DOCTYPE a><annotation/>", "2.xml": "<annotation/>"})
-    assert find_studies(tmp_path) == []
+    assert find_studies(Tree(tmp_path)) == []
 
 
 @pytest.mark.parametrize(
@@ -78,19 +79,19 @@ def test_other_roots(tmp_path):
 )
 def test_archives_that_are_refused(tmp_path, members, message):
     with pytest.raises(DataError, match=message):
-        find_studies(write_archive(tmp_path, members))
+        find_studies(Tree(write_archive(tmp_path, members)))
 
 
 def test_a_truncated_archive(tmp_path):
     path = write_archive(tmp_path, {"a/1.xml": report(findings="a")}) / "NLMCXR_reports.tgz"
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(DataError, match=r"cannot be read to its end .* fetch it again"):
-        find_studies(tmp_path)
+    with pytest.raises(DataError, match=r"is damaged .*: fetch it again"):
+        find_studies(Tree(tmp_path))
 
 
 @pytest.mark.real_data
 def test_the_real_archive(real_data):
-    studies = find_studies(real_data("openi_reports"))
+    studies = find_studies(Tree(real_data("openi_reports")))
     assert len(studies) == 3955
     assert studies[-1].case_id == "CXR3999"
     found = [json.loads(study.text) for study in studies]

@@ -12,10 +12,11 @@ from datamodules.labelled.covid import CovidFindings
 from datamodules.labelled.nih_cxr import NIHChestXray14
 from datamodules.labelled.rsna import RSNAPneumonia
 from datamodules.labelled.siim import SIIMPneumothorax, decode_runs
-from datamodules.reports.manifest import find_covid
+from datamodules.reports.covid_cxr import find_covid
 from datamodules.splits import check_patients
 from datamodules.synthetic.command import WRITERS, synthesize
 from datamodules.synthetic.labelled import write_chexpert, write_covid_cxr, write_nih, write_rsna, write_siim
+from datamodules.tree import Tree
 
 SIZE = (64, 80)
 LAYOUTS = {
@@ -137,7 +138,7 @@ def test_covid_has_the_defects_of_the_real_one(roots):
 
 
 def test_covid_has_notes(roots):
-    studies = find_covid(roots / "covid_cxr")
+    studies = find_covid(Tree(roots / "covid_cxr"))
     assert all(study.text for study in studies)
     assert len({study.text for study in studies}) == 15
 

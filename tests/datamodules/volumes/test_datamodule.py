@@ -34,7 +34,8 @@ def test_batches(brats_root):
     assert batch["modality_mask"].dtype == torch.bool
     assert batch["key"].dtype == torch.int64
     assert len(batch["subject_id"]) == 2
-    assert datamodule.input_spec.channels == ("t1c", "t1n", "t2f", "t2w")
+    assert datamodule.input_spec.channels == ("t1c", "t1", "flair", "t2")
+    assert datamodule.input_spec.names == ("t1c", "t1n", "t2f", "t2w")
     assert datamodule.input_spec.image_size == (32, 32, 32)
 
 
@@ -118,10 +119,12 @@ def test_targets(brats_root, pi_cai_root):
         ("case_id,grade\nx,1\n", "needs the columns case_id and idh"),
         ("case_id,idh\nBraTS-GLI-00000-000,2\n", "of BraTS-GLI-00000-000 is '2'; it must be 0, 1 or empty"),
         ("case_id,idh\nBraTS-GLI-00000-000,1\n", "known for 1 of 8 cases and has one class"),
+        ("case_id,idh\nx,1\n", "8 of 8 cases are not in idh.csv, such as BraTS-GLI-00000-000; it lists x"),
     ],
 )
 def test_bad_targets(brats_root, tmp_path, content, message):
-    (tmp_path / "idh.csv").write_text(content)
+    others = "".join(f"BraTS-GLI-0000{number}-000,\n" for number in range(1, 8) if "BraTS" in content)
+    (tmp_path / "idh.csv").write_text(content + others)
     with pytest.raises(DataError, match=message):
         make(brats_root, target="idh", target_file=str(tmp_path / "idh.csv"))
     with pytest.raises(DataError, match="does not exist"):

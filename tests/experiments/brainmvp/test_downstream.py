@@ -17,6 +17,7 @@ from common.cli import execute
 from common.distributed import loss_and_gradient
 from common.losses.region import BatchDiceBCE
 from common.metrics import region_dice
+from common.types import InputSpec
 from datamodules.synthetic.brain import write_tree
 from experiments.brainmvp.classification import weighted_cross_entropy
 from experiments.brainmvp.segmentation import BrainSegmentation, augmented, replaced_channels, subsets
@@ -101,9 +102,8 @@ def test_networks_have_heads_at_three_resolutions(encoder):
 
 
 def module(**settings):
-    made = BrainSegmentation(encoder=partial(UniFormer3D, **TINY), channels=CHANNELS, image_size=[16, 16, 16],
-                             regions={"WT": [1, 2, 3], "ET": [3]}, **settings)  # fmt: skip
-    made.configure_model()
+    made = BrainSegmentation(encoder=partial(UniFormer3D, **TINY), **settings)
+    made.build(InputSpec(CHANNELS, (16, 16, 16), regions={"WT": (1, 2, 3), "ET": (3,)}))
     with torch.no_grad():
         made.network.templates = torch.nn.Parameter(torch.rand(4, 24, 24, 24), requires_grad=False)
     return made
@@ -183,10 +183,12 @@ SEG = ["--data.crop_size=[16,16,16]", "--data.atlas=[40,44,36]", SPLIT]
 @pytest.mark.slow
 def test_segmentation_from_a_pretrained_encoder_to_the_table_of_missing_sequences(brain_arguments, brats_root, capsys):
     pretrained = execute(brain_arguments("--trainer.max_epochs=1"))
-    start = task("brats_seg", brats_root, *SEG, *EPOCH, f"--model.pretrained={pretrained}", "--model.optimizer.lr=0")
+    start = task(
+        "brats_seg", brats_root, *SEG, *EPOCH, f"--model.pretrained={pretrained}", "--model.optimization.optimizer.lr=0"
+    )
     folder = execute(start)
     report = capsys.readouterr().out
-    assert "1 channels shared out among 4" in report
+    assert "one stored kernel shared out among 4" in report
     assert "decoder from pre-training: 4 tensors; templates: yes" in report
     state = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
     before = load_encoder(pretrained, channels=CHANNELS).state_dict()

@@ -1,15 +1,15 @@
 import math
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from common.blocks.template_bank import TemplateBank
 from common.blocks.uniformer import UniFormer3D
 from common.maskers.voxel_blocks import blocks_to_voxels
-from common.runtime.data_config import package_file
+from common.module import StepOutput, Term
+from common.runtime.configs import find_config, read_config
+from common.types import InputSpec
 from experiments.brainmvp.model import Views
 from experiments.brainmvp.module import BrainMVPPretrain
 
@@ -17,15 +17,18 @@ CHANNELS = ["flair", "t1", "t1c", "t2"]
 TINY = partial(UniFormer3D, embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), head_dim=8)
 
 
+def losses_of(step):
+    return {name: term.value for name, term in step.terms.items() if term.weight is not None}
+
+
 def make(**settings):
     settings = {
         "encoder": TINY,
         "template_shape": (24, 24, 24),
-        "channels": CHANNELS,
-        "image_size": [16, 16, 16],
     } | settings
+    spec = {name: settings.pop(name) for name in InputSpec._fields if name in settings}
     module = BrainMVPPretrain(**settings)
-    module.configure_model()
+    module.build(InputSpec(**{"channels": CHANNELS, "image_size": (16, 16, 16)} | spec))
     return module
 
 
@@ -64,11 +67,14 @@ def test_the_specifications_assembly(weights, expected):
     module.network = Fixed(torch.tensor([0.0, 2, 2, 4]), torch.tensor([1.0, 1, 3, 6]))
     image = torch.tensor([1.0, 2, 3, 4]).reshape(1, 1, 4, 1, 1)
     batch = batch_of(1) | {"image": image, "partner": image}
-    losses = module.step(batch, sync=True).losses
+    step = module.step(batch, sync=True)
+    losses = losses_of(step)
     assert losses["template"].item() == pytest.approx(1.25)
     assert losses["cross_modal"].item() == pytest.approx(0.5)
     assert losses["contrastive"].item() == 0.0
-    assert module.total(losses | {"contrastive": torch.tensor(0.5)}).item() == pytest.approx(expected)
+    assert StepOutput(
+        step.terms | {"contrastive": Term(torch.tensor(0.5), 1, 1.0)}, None
+    ).loss().item() == pytest.approx(expected)
 
 
 def test_views_hold_what_they_should():
@@ -88,18 +94,19 @@ def test_views_hold_what_they_should():
 
 def test_a_study_with_one_sequence_trains_what_it_can():
     module = make()
-    whole, part = module.step(batch_of(), True).losses, module.step(batch_of(unpaired=[0, 1, 2]), True).losses
+    step = module.step(batch_of(unpaired=[0, 1, 2]), True)
+    whole, part = losses_of(module.step(batch_of(), True)), losses_of(step)
     assert part["cross_modal"].item() == 0
     assert part["template"].item() == pytest.approx(whole["template"].item(), rel=0.5)
     assert part["contrastive"].item() > 0
-    module.total(part).backward()
+    step.loss().backward()
     assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)
 
 
 def test_gradients_reach_the_templates_that_were_looked_at_alone():
     module, batch = make(), batch_of(2)
     module.train()
-    module.total(module.step(batch, sync=True).losses).backward()
+    module.step(batch, sync=True).loss().backward()
     bank = module.network.templates
     assert [entry.place for entry in bank._seen] == batch["place"]
     bank.step(1e-3, [16, 16, 16])
@@ -120,16 +127,16 @@ def test_phases(monkeypatch, progress, terms, same_fill):
     module, batch = make(template_warmup=0.2), batch_of()
     monkeypatch.setattr(BrainMVPPretrain, "progress", progress)
     module.train()
-    assert module.step(batch, sync=True).losses.keys() == terms
+    assert losses_of(module.step(batch, sync=True)).keys() == terms
     inputs = module._inputs(batch, track=True)
     hidden = inputs.hidden
     assert torch.equal(inputs.cross[hidden], torch.zeros_like(inputs.cross[hidden])) == same_fill
     module.eval()
-    assert "contrastive" in module.step(batch, sync=False).losses
+    assert "contrastive" in module.step(batch, sync=False).terms
 
 
 def test_the_warm_up_of_the_public_code_ends_with_epoch_300():
-    overlay = yaml.safe_load(Path(package_file("experiments/brainmvp/configs/upstream.yaml")).read_text())
+    overlay = read_config(find_config("experiments/brainmvp/configs/upstream.yaml"))
     share = overlay["model"]["init_args"]["template_warmup"]
     assert [epoch for epoch in range(1500) if epoch / 1500 < share] == list(range(301))
 
@@ -182,7 +189,7 @@ def test_a_batch_can_be_overfitted():
     optimizer = torch.optim.AdamW((p for p in module.parameters() if p.requires_grad), lr=3e-3)
     losses = []
     for _ in range(40):
-        loss = module.total(module.step(batch, sync=True).losses)
+        loss = module.step(batch, sync=True).loss()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -84,8 +84,8 @@ def test_resumed_equals_uninterrupted(brain_arguments, monkeypatch, more, step):
 def test_two_ranks_equal_one(brain_arguments):
     """Negatives of all ranks, batch norm over all ranks, templates from all crops; studies without a partner."""
     shared = ["--trainer.max_epochs=1", "--trainer.precision=64-true", "--model.contrastive_start=0",
-              "--data.crops_per_case=3", "--trainer.limit_train_batches=5", "--model.optimizer.lr=0.01",
-              "--model.optimizer.fused=false"]  # fmt: skip
+              "--data.crops_per_case=3", "--trainer.limit_train_batches=5", "--model.optimization.optimizer.lr=0.01",
+              "--model.optimization.optimizer.fused=false"]  # fmt: skip
     alone = execute(brain_arguments(*shared, "--data.batch_size=4"))
     command = [sys.executable, "-m", "common.cli", *brain_arguments(*shared, "--data.batch_size=2"),
                "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]  # fmt: skip

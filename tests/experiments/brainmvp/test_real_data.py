@@ -30,7 +30,7 @@ def test_brats_2023_trains_and_the_loss_falls(real_data, brain_arguments):
     medmim(["doctor", "--config", "experiments/brainmvp/configs/pretrain.yaml", "--root", str(root)])
     settings = ["--data.atlas=[160,208,112]", "--data.crop_size=[32,32,32]", "--data.crops_per_case=8",
                 "--data.split_fractions=[0.84,0.16,0.0]", "--trainer.max_epochs=2", "--data.val_crops_per_case=8",
-                "--model.optimizer.lr=1e-3"]  # fmt: skip
+                "--model.optimization.optimizer.lr=1e-3"]  # fmt: skip
     folder = execute(brain_arguments(*settings, root=root))
     scalars = json.loads((folder / "summary.json").read_text())["scalars"]
     assert list(csv.DictReader((folder / "data_faults.csv").open())) == []

@@ -9,8 +9,9 @@ import torch
 from common import commands
 from common.blocks.residual_unet import ResidualUNetDecoder, ResidualUNetEncoder
 from common.blocks.uniformer import UniFormer3D, UpsamplingDecoder
-from common.checkpoint import encoder_record, load_encoder, read_encoder
+from common.checkpoint import load_encoder, read_encoder
 from common.checkpoint_io import atomic_save
+from common.types import InputSpec
 from common.weights.uniformer_keys import from_released, to_released
 from experiments.brainmvp.module import BrainMVPPretrain
 
@@ -21,14 +22,15 @@ CHANNELS = ["flair", "t1", "t1c", "t2", "mra", "pd", "dwi", "adc"]
 @pytest.fixture
 def run(tmp_path):
     """The checkpoint of an untrained network."""
-    module = BrainMVPPretrain(encoder=partial(UniFormer3D, **TINY), template_shape=(20, 20, 20), channels=CHANNELS,
-                              image_size=[16, 16, 16])  # fmt: skip
-    module.configure_model()
+    module = BrainMVPPretrain(encoder=partial(UniFormer3D, **TINY), template_shape=(20, 20, 20))
+    module.build(InputSpec(CHANNELS, (16, 16, 16)))
     with torch.no_grad():
         module.network.templates.weight.uniform_(-3, 5)
         for index, template in enumerate(module.network.templates.weight):
             module.network.templates.extremes[index] = torch.stack(template.aminmax())
-    atomic_save({"state_dict": module.state_dict(), "encoder": encoder_record(module)}, tmp_path / "run/last.ckpt")
+    content = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(content)
+    atomic_save(content, tmp_path / "run/last.ckpt")
     return tmp_path / "run", module.eval()
 
 
@@ -65,7 +67,7 @@ def test_one_channel_is_shared_out_among_many(run):
     x = torch.rand(2, 1, 16, 16, 16)
     with torch.no_grad():
         assert torch.allclose(encoder(x.expand(-1, 4, -1, -1, -1)), module.network.encoder(x), atol=1e-5)
-    assert "1 channels shared out among 4" in str(encoder.load_report)
+    assert "one stored kernel shared out among 4 (t1c, t1, flair, t2)" in str(encoder.load_report)
     assert load_encoder(folder, in_channels=1, image_size=(32, 32, 32)).load_report.adapted == {}
 
 

@@ -40,7 +40,8 @@ def test_a_root_that_is_not_brats(refusal, pretrain_arguments, tmp_path):
     (tmp_path / "holiday/photo.jpg").write_bytes(b"x")
     line = refusal(pretrain_arguments(root=tmp_path / "holiday"))
     assert "holiday" in line
-    assert "brats2023" in line
+    assert "is of no known layout" in line
+    assert "medmim init DIR" in line
 
 
 def truncate(path):

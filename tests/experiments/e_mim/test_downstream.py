@@ -47,7 +47,7 @@ def pretrained(pretrain_arguments):
 def test_segmentation_from_a_pretrained_encoder(pretrained, brats_root, capsys):
     weights = load_encoder(pretrained).state_dict()
     arguments = segmentation("brats_seg", brats_root, "[32,32,32]", SPLIT, *EPOCH, f"--model.pretrained={pretrained}")
-    folder = execute([*arguments, "--model.optimizer.lr=0"])
+    folder = execute([*arguments, "--model.optimization.optimizer.lr=0"])
     assert "missing: none, unexpected: none" in capsys.readouterr().out
     state = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
     for name, value in weights.items():

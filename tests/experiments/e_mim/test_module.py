@@ -1,22 +1,29 @@
 from functools import partial
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
 from common.blocks.vit import VisionTransformer
 from common.distributed import loss_and_gradient
+from common.errors import CheckpointError
 from common.losses.barlow_twins import token_barlow_twins
 from common.losses.reconstruction import masked_mse
 from common.maskers.hybrid import HybridMasker
+from common.types import InputSpec
 from experiments.e_mim.module import EMIMPretrain
 
-CHANNELS = ["t1c", "t1n", "t2f"]
+CHANNELS = ("t1c", "t1n", "t2f")
+
+
+def losses_of(step):
+    return {name: term.value for name, term in step.terms.items() if term.weight is not None}
 
 
 def make(**settings):
     encoder = partial(VisionTransformer, embed_dim=24, depth=2, num_heads=2)
-    module = EMIMPretrain(encoder=encoder, taps=(1, 2), channels=CHANNELS, image_size=[32, 32, 32], **settings)
-    module.configure_model()
+    module = EMIMPretrain(encoder=encoder, taps=(1, 2), **settings)
+    module.build(InputSpec(CHANNELS, (32, 32, 32)))
     return module
 
 
@@ -33,8 +40,8 @@ def batch_of(size=4, missing=False):
 def test_loss_is_the_papers():
     """Recompute Eqs. 1, 4, 8 and the weighted sum from the network's own tokens."""
     module, batch = make(barlow_twins_weight=0.3, reduction="sum"), batch_of()
-    losses = module.step(batch, sync=True).losses
-    mask = module.draw_mask(batch, module.masker)
+    step = module.step(batch, sync=True)
+    losses, mask = losses_of(step), module.draw_mask(batch)
     output = module.network(batch["image"], mask)
     error = (output.pred - module.network.patches(batch["image"])).square().mean(-1)
     assert losses["reconstruction"].item() == pytest.approx(error[mask.mask].mean().item(), rel=1e-5)
@@ -43,15 +50,15 @@ def test_loss_is_the_papers():
     )
     assert losses["barlow_twins"].item() == pytest.approx(pyramid, rel=1e-5)
     total = losses["reconstruction"].item() + 0.3 * losses["barlow_twins"].item()
-    assert module.total(losses).item() == pytest.approx(total, rel=1e-5)
+    assert step.loss().item() == pytest.approx(total, rel=1e-5)
 
 
 def test_absent_modalities_are_neither_target_nor_input():
     module, batch = make(), batch_of(missing=True)
-    expected = module.step(batch, sync=True).losses["reconstruction"]
+    expected = module.step(batch, sync=True).terms["reconstruction"].value
     changed = dict(batch, image=batch["image"] + 9 * ~batch["modality_mask"][:, :, None, None, None])
-    assert torch.equal(module.step(changed, sync=True).losses["reconstruction"], expected) or torch.allclose(
-        module.step(changed, sync=True).losses["reconstruction"], expected
+    assert torch.equal(module.step(changed, sync=True).terms["reconstruction"].value, expected) or torch.allclose(
+        module.step(changed, sync=True).terms["reconstruction"].value, expected
     )
     scored = module.step(batch, sync=True).reconstruction.mask
     assert not scored[~batch["modality_mask"]].any()
@@ -63,7 +70,9 @@ def test_loss_on_all():
     output = module.reconstruct(batch)
     expected = masked_mse(output.pred, output.target, scored)
     module.train()
-    assert module.step(batch, sync=True).losses["reconstruction"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert module.step(batch, sync=True).terms["reconstruction"].value.item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )
 
 
 def test_without_a_pyramid_the_full_volume_is_never_encoded(monkeypatch):
@@ -73,7 +82,7 @@ def test_without_a_pyramid_the_full_volume_is_never_encoded(monkeypatch):
     monkeypatch.setattr(
         VisionTransformer, "encode", lambda self, x, taps=(): calls.append(len(x)) or encode(self, x, taps)
     )
-    losses = module.step(batch, sync=True).losses
+    losses = losses_of(module.step(batch, sync=True))
     assert calls == [4]
     assert "barlow_twins" not in losses
 
@@ -83,7 +92,7 @@ def test_detached_branch_gets_no_gradient():
     gradients = {}
     for detach in (False, True):
         module = make(detach_clean=detach)
-        module.step(batch_of(), sync=True).losses["barlow_twins"].backward()
+        module.step(batch_of(), sync=True).terms["barlow_twins"].value.backward()
         gradients[detach] = module.network.encoder.blocks[0].mlp.fc1.weight.grad.clone()
     assert gradients[True].abs().sum() > 0
     assert not torch.allclose(gradients[True], gradients[False])
@@ -94,7 +103,7 @@ def test_a_batch_can_be_overfitted():
     optimizer = torch.optim.AdamW(module.parameters(), lr=2e-3)
     losses = []
     for _ in range(60):
-        loss = module.total(module.step(batch, sync=True).losses)
+        loss = module.step(batch, sync=True).loss()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -110,9 +119,9 @@ def test_the_same_seed_gives_the_same_network():
 
 def test_masks_follow_keys_whatever_the_batch():
     module, batch = make(), batch_of()
-    whole = module.draw_mask(batch, module.masker).mask
+    whole = module.draw_mask(batch).mask
     part = {name: value[2:] for name, value in batch.items()}
-    assert torch.equal(whole[2:], module.draw_mask(part, module.masker).mask)
+    assert torch.equal(whole[2:], module.draw_mask(part).mask)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +137,7 @@ def test_masks_follow_keys_whatever_the_batch():
 )
 def test_variants_train(settings):
     module = make(**settings)
-    loss = module.total(module.step(batch_of(missing=True), sync=True).losses)
+    loss = module.step(batch_of(missing=True), sync=True).loss()
     loss.backward()
     assert torch.isfinite(loss)
     assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)
@@ -166,7 +175,7 @@ def test_the_foreground_is_every_position_with_tissue_in_some_modality():
 def test_panels_show_truth_where_it_was_visible():
     module, batch = make(), batch_of(2)
     panels = module.panels(batch, module.reconstruct(batch), 0)
-    assert list(panels) == CHANNELS
+    assert tuple(panels) == CHANNELS
     panel = panels["t1c"]
     assert panel.input.shape == (32, 32)
     assert (panel.prediction[~panel.hidden] == panel.input[~panel.hidden]).all()
@@ -174,7 +183,12 @@ def test_panels_show_truth_where_it_was_visible():
 
 def test_sizes_are_needed_without_data():
     module = EMIMPretrain()
-    with pytest.raises(ValueError, match="attach a data module"):
+    module.configure_model()  # as `load_from_checkpoint` does, whose checkpoint brings them later
+    assert module.network is None
+    with pytest.raises(CheckpointError, match="attach a data module"):
+        _ = module.spec
+    module.trainer = pl.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)
+    with pytest.raises(CheckpointError, match="attach a data module"):
         module.configure_model()
 
 

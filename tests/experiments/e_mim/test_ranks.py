@@ -41,7 +41,8 @@ def run_two_ranks(arguments):
 def test_two_ranks_equal_one(pretrain_arguments, optimizer, precision):
     """The third case lacks a modality, so the ranks hide different numbers of entries."""
     shared = ["--trainer.max_epochs=1", f"--trainer.precision={precision}", "--data.crops_per_case=4",
-              "--data.split_fractions=[0.6,0.4,0.0]", f"--model.optimizer={optimizer}", "--model.optimizer.lr=0.01",
+              "--data.split_fractions=[0.6,0.4,0.0]", f"--model.optimization.optimizer={optimizer}",
+              "--model.optimization.optimizer.lr=0.01",
               "--trainer.limit_train_batches=5", "--model.barlow_twins_weight=1.0"]  # fmt: skip
     alone = execute(pretrain_arguments(*shared, "--data.batch_size=4"))
     together = run_two_ranks(pretrain_arguments(*shared, "--data.batch_size=2"))

@@ -11,7 +11,6 @@ import pytest
 
 from common.cli import execute, main
 from common.errors import DataError
-from datamodules.registry import recognise
 from datamodules.volumes.datamodule import VolumeDataModule
 from datamodules.volumes.pi_cai import read_marksheet
 from datamodules.volumes.prepare import prepare_case
@@ -19,9 +18,9 @@ from datamodules.volumes.prepare import prepare_case
 pytestmark = pytest.mark.real_data
 
 
-def test_brats_2023_is_read_voxel_by_voxel(real_data):
+def test_brats_2023_is_read_voxel_by_voxel(real_data, volumes_of):
     root = real_data("brats2023")
-    layout, cases = recognise(root)
+    layout, cases = volumes_of(root)
     assert layout.name == "brats2023"
     assert len(cases) == 6
     assert {len(case.images) for case in cases} == {4}
@@ -37,7 +36,7 @@ def test_brats_2023_is_read_voxel_by_voxel(real_data):
 
 def test_brats_2023_trains_and_the_loss_falls(real_data, pretrain_arguments):
     folder = execute(pretrain_arguments("--data.crops_per_case=8", "--data.split_fractions=[0.84,0.16,0.0]",
-                                        "--trainer.max_epochs=5", "--model.optimizer.lr=1e-3",
+                                        "--trainer.max_epochs=5", "--model.optimization.optimizer.lr=1e-3",
                                         root=real_data("brats2023")))  # fmt: skip
     summary = json.loads((folder / "summary.json").read_text())
     assert list(csv.DictReader((folder / "data_faults.csv").open())) == []
@@ -45,9 +44,9 @@ def test_brats_2023_trains_and_the_loss_falls(real_data, pretrain_arguments):
     assert ratio["final"] < 0.7 * ratio["first"]
 
 
-def test_prostates_come_to_the_t2_grid_and_train(real_data, pretrain_arguments):
+def test_prostates_come_to_the_t2_grid_and_train(real_data, pretrain_arguments, volumes_of):
     root = real_data("prostatex_mha")
-    layout, cases = recognise(root)
+    layout, cases = volumes_of(root)
     assert layout.name == "pi_cai"
     assert len(cases) == 3
     prepared = prepare_case(cases[0], layout, layout.modalities)

@@ -14,6 +14,8 @@ from experiments.mrm_genetics.model import (
     Genetics,
     GenomeEncoder,
     GenomeHeads,
+    GenomeKeys,
+    RelationConfig,
     RelationNetwork,
     SegmentTokenizer,
     Tokens,
@@ -142,7 +144,7 @@ def test_passes_equal_the_equations_and_the_plain_encoder():
         network.encoder.embed(network.encoder.patch_embed.patchify(image)),
         network.genome.tokens(genetics.values),
     )
-    intact, masked = network.passes(Tokens(*tokens), None, None, True, True)
+    intact, masked = network.passes(Tokens(*tokens), GenomeKeys(), True, True)
     assert torch.allclose(intact.image, network.encoder.forward_features(image), atol=1e-5)
     genes = tokens[1]
     for block in network.genome.blocks:
@@ -150,7 +152,7 @@ def test_passes_equal_the_equations_and_the_plain_encoder():
     assert torch.allclose(intact.genome, network.genome.norm(genes), atol=1e-5)
     for ours, slow in zip(masked, slow_masked(network, image, genetics), strict=True):
         assert torch.allclose(ours, slow, atol=1e-5)
-    alone = network.passes(Tokens(*tokens), None, None, False, True)
+    alone = network.passes(Tokens(*tokens), GenomeKeys(), False, True)
     assert alone[0] is None
     assert torch.allclose(alone[1].image, masked.image, atol=1e-5)
 
@@ -197,7 +199,7 @@ def test_absent_genetics_have_no_part_in_anything():
     assert torch.allclose(one.image[:1], whole.image, atol=1e-5)
     assert torch.allclose(one.genome[:1], whole.genome, atol=1e-5)
     tokens = Tokens(network.encoder.embed(network.encoder.patch_embed.patchify(image[2:])), None)
-    masked = alone.passes(tokens, None, None, False, True)[1].image
+    masked = alone.passes(tokens, GenomeKeys(), False, True).masked.image
     pooled = network(image[2:], Genetics(genetics.values[2:], present[2:])).pooled[2]
     assert torch.allclose(masked[:, 1:].mean(1), pooled, atol=1e-5)
 
@@ -206,7 +208,7 @@ def test_absent_genetics_have_no_part_in_anything():
 @pytest.mark.parametrize("cross_params", ["shared", "dedicated"])
 @pytest.mark.parametrize("pool", ["mean", "cls"])
 def test_every_parameter_is_used(genome, cross_params, pool):
-    network, (image, genetics) = make(genome, cross_params=cross_params, pool=pool), inputs()
+    network, (image, genetics) = make(genome, relations=RelationConfig(cross_params), pool=pool), inputs()
     output = network(image, genetics if genome else None)
     total = output.image.square().mean() + sum(x.sin().mean() for x in output.pooled if x is not None)
     total = total + (output.genome.square().mean() if genome else 0)
@@ -221,7 +223,7 @@ def test_without_the_residual_pixels_reach_no_prediction():
     image, genetics = inputs()
     other, differences = torch.randn_like(image), []
     for residual in (True, False):
-        network = make(masked_residual=residual, tau_image=0.0, tau_genome=0.0).eval()
+        network = make(relations=RelationConfig(masked_residual=residual), tau_image=0.0, tau_genome=0.0).eval()
         differences.append((network(image, genetics).image - network(other, genetics).image).abs().mean())
     assert differences[1] < 0.5 * differences[0]
 

@@ -7,13 +7,18 @@ from common.blocks.vit import VisionTransformer
 from common.errors import UserError
 from common.losses.relation import sample_relations
 from common.maskers.random import RandomMasker
-from experiments.mrm_genetics.callbacks import attention_figure, principal_components, relations_figure
-from experiments.mrm_genetics.model import FusedDecoder, GenomeEncoder, RelationOutput
-from experiments.mrm_genetics.module import RelationPretrain
+from common.types import InputSpec
+from experiments.mrm_genetics.callbacks import attention_figure, relations_figure
+from experiments.mrm_genetics.model import FusedDecoder, GenomeEncoder, RelationConfig, RelationOutput
+from experiments.mrm_genetics.module import MatchingConfig, RelationPretrain
 
 GENOME = {"snp": 23, "pgs": 5}
 VIT = {"patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "qkv_bias": True, "pos_embed": "sincos",
        "class_token": True, "norm_eps": 1e-6}  # fmt: skip
+
+
+def losses_of(step):
+    return {name: term.value for name, term in step.terms.items() if term.weight is not None}
 
 
 def make(genome=GENOME, **settings):
@@ -25,13 +30,10 @@ def make(genome=GENOME, **settings):
             "genome_encoder": partial(GenomeEncoder, segments={"snp": 4, "pgs": 2}, depth=2, dropout=0.0),
             "decoder": partial(FusedDecoder, **small),
             "genome_decoder": partial(FusedDecoder, **small),
-            "channels": ["red", "green", "blue"],
-            "image_size": [32, 32],
-            "genome": genome or None,
         }
         | settings
     )
-    module.configure_model()
+    module.build(InputSpec(("red", "green", "blue"), (32, 32), genome=genome or {}))
     return module
 
 
@@ -66,12 +68,12 @@ def test_total_loss_by_hand(monkeypatch):
         "genome_observed": torch.tensor([[True, True, True], [True, True, False]]),
     }
     step = module.step(batch, sync=True)
-    assert {name: loss.item() for name, loss in step.losses.items()} == pytest.approx(
+    assert {name: loss.item() for name, loss in losses_of(step).items()} == pytest.approx(
         {"image": 2.0, "genome": 2.0, "self": 0.125, "cross": 0.3940202025}
     )
-    assert module.total(step.losses).item() == pytest.approx(4.5190202025)
+    assert step.loss().item() == pytest.approx(4.5190202025)
     whole = batch | {"genome_observed": torch.ones(2, 3, dtype=torch.bool)}
-    assert module.total(module.step(whole, sync=True).losses).item() == pytest.approx(4.1856868692)
+    assert module.step(whole, sync=True).loss().item() == pytest.approx(4.1856868692)
 
 
 def test_loss_is_the_papers():
@@ -80,35 +82,35 @@ def test_loss_is_the_papers():
     step = module.step(batch, sync=True)
     output = module.network(batch["image"], module.genetics(batch))
     image = (output.image - module.network.encoder.patch_embed.patchify(batch["image"])).square().mean()
-    assert step.losses["image"].item() == pytest.approx(image.item(), rel=1e-5)
+    assert step.terms["image"].value.item() == pytest.approx(image.item(), rel=1e-5)
     seen = batch["genome_observed"]
     genome = (output.genome - batch["genome"])[seen].square().mean()
-    assert step.losses["genome"].item() == pytest.approx(genome.item(), rel=1e-5)
+    assert step.terms["genome"].value.item() == pytest.approx(genome.item(), rel=1e-5)
     z, g, zm, gm = output.pooled
     own = sum((sample_relations(a, a) - sample_relations(b, b)).square().sum() for a, b in ((z, zm), (g, gm))) / 32
     cross = (sample_relations(z, g) - sample_relations(zm, gm)).square().sum() / 16
-    assert step.losses["self"].item() == pytest.approx(own.item(), rel=1e-4)
-    assert step.losses["cross"].item() == pytest.approx(cross.item(), rel=1e-4)
+    assert step.terms["self"].value.item() == pytest.approx(own.item(), rel=1e-4)
+    assert step.terms["cross"].value.item() == pytest.approx(cross.item(), rel=1e-4)
     total = image + genome + 3 * (own + cross)
-    assert module.total(step.losses).item() == pytest.approx(total.item(), rel=1e-5)
-    assert float(step.weights["image"]) == 64
-    assert float(step.weights["genome"]) == seen.sum()
+    assert step.loss().item() == pytest.approx(total.item(), rel=1e-5)
+    assert float(step.terms["image"].count) == 64
+    assert float(step.terms["genome"].count) == seen.sum()
 
 
 def test_images_alone():
     module, batch = make(genome=None), batch_of(genome=None)
     step = module.step(batch, sync=True)
-    assert step.losses.keys() == {"image", "self"}
+    assert step.terms.keys() == {"image", "self"}
     z, _, zm, _ = module.network(batch["image"]).pooled
     own = (sample_relations(z, z) - sample_relations(zm, zm)).square().mean()
-    assert step.losses["self"].item() == pytest.approx(own.item(), rel=1e-5)
+    assert step.terms["self"].value.item() == pytest.approx(own.item(), rel=1e-5)
     without = make(genome=None, match_weight=0.0).step(batch, sync=True)
-    assert without.losses.keys() == {"image"}
+    assert without.terms.keys() == {"image"}
 
 
 def gradients(module, batch):
     module.zero_grad()
-    module.total(module.step(batch, sync=True).losses).backward()
+    module.step(batch, sync=True).loss().backward()
     return {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
 
 
@@ -117,9 +119,16 @@ def gradients(module, batch):
     [
         (GENOME, {}),
         (GENOME, {"match_weight": 0.0}),
-        (GENOME, {"tau_image": 0.0, "tau_genome": 0.0, "cross_params": "dedicated"}),
-        (GENOME, {"tie_rule": "rank", "renormalize": True, "match_center": True, "norm_pix_loss": True}),
-        (GENOME, {"match_stop_grad_intact": True, "match_pool": "cls"}),
+        (GENOME, {"tau_image": 0.0, "tau_genome": 0.0, "relations": RelationConfig("dedicated")}),
+        (
+            GENOME,
+            {
+                "relations": RelationConfig(tie_rule="rank", renormalize=True),
+                "matching": MatchingConfig(center=True),
+                "norm_pix_loss": True,
+            },
+        ),
+        (GENOME, {"matching": MatchingConfig("cls", stop_gradient=True)}),
         (None, {}),
         (None, {"match_weight": 0.0}),
         (None, {"match_weight": 0.0, "tau_image": 0.0, "masker": RandomMasker(0.75)}),
@@ -141,7 +150,7 @@ def test_absent_genetics_change_nothing_by_their_values():
     module, batch = make(), batch_of(absent=[(1, 0), (2, 0), (2, 1)])
     changed = {**batch, "genome": torch.where(batch["modality_mask"][:, 1:].repeat_interleave(
         torch.tensor([23, 5]), dim=1), batch["genome"], torch.full((4, 28), 9.0))}  # fmt: skip
-    one, two = module.step(batch, sync=True).losses, module.step(changed, sync=True).losses
+    one, two = (losses_of(module.step(each, sync=True)) for each in (batch, changed))
     for name, loss in one.items():
         assert loss.item() == pytest.approx(two[name].item(), rel=1e-5), name
     first, second = gradients(module, batch), gradients(module, changed)
@@ -150,8 +159,8 @@ def test_absent_genetics_change_nothing_by_their_values():
 
 def test_masking_is_active_in_validation_and_off_in_features():
     module, batch = make(genome=None), batch_of(genome=None)
-    assert module.train().step(batch, True).losses["image"].item() == pytest.approx(
-        module.eval().step(batch, False).losses["image"].item(), rel=1e-6
+    assert module.train().step(batch, True).terms["image"].value.item() == pytest.approx(
+        module.eval().step(batch, False).terms["image"].value.item(), rel=1e-6
     )
     features = module.token_features(batch).features["final"]
     assert torch.allclose(features, module.network.encoder.forward_features(batch["image"])[:, 1:])
@@ -162,9 +171,10 @@ def test_a_batch_can_be_overfitted():
     optimizer = torch.optim.AdamW(module.parameters(), lr=5e-3)
     history = []
     for _ in range(60):
-        losses = module.step(batch, sync=True).losses
+        step = module.step(batch, sync=True)
+        losses = losses_of(step)
         optimizer.zero_grad()
-        module.total(losses).backward()
+        step.loss().backward()
         optimizer.step()
         history.append({name: loss.item() for name, loss in losses.items()})
     assert history[-1]["image"] < 0.8 * history[0]["image"]
@@ -200,10 +210,6 @@ def test_figures_draw():
     assert len(relations_figure(vectors).axes) == 12
     rows = [("a", torch.rand(8, 8, 3), torch.rand(2, 2), torch.rand(2, 2))] * 2
     assert len(attention_figure(rows).axes) == 6
-    values = torch.randn(9, 30).double().numpy()
-    _, axes = principal_components(values, 2)
-    assert axes.shape == (2, 30)
-    assert abs(axes @ axes.T - torch.eye(2).numpy()).max() < 1e-8
 
 
 def test_settings_without_a_meaning():
@@ -216,9 +222,10 @@ def test_settings_without_a_meaning():
 def loss_and_gradient(state, batch, settings):
     module = make(**settings).double()
     module.load_state_dict(state)
-    losses = module.step(batch, sync=True).losses
+    step = module.step(batch, sync=True)
+    losses = losses_of(step)
     assert {loss.dtype for loss in losses.values()} == {torch.float64}  # so that ranks can be held to 1e-9
-    module.total(losses).backward()
+    step.loss().backward()
     parts = [p.grad.flatten() for p in module.parameters() if p.requires_grad]
     return {name: loss.item() for name, loss in losses.items()}, torch.cat(parts)
 

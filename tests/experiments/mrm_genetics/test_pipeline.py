@@ -134,7 +134,8 @@ def test_resumed_equals_uninterrupted(arguments, monkeypatch, more):
 
 @pytest.mark.ddp
 def test_two_ranks_equal_one(arguments):
-    shared = ["--trainer.max_epochs=1", "--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.01",
+    shared = ["--trainer.max_epochs=1", "--model.optimization.optimizer=torch.optim.SGD",
+              "--model.optimization.optimizer.lr=0.01",
               "--model.genome_encoder.dropout=0", "--trainer.limit_train_batches=3", "--data.genotype_step=8",
               "--model.match_weight=10"]  # fmt: skip
     alone = execute(arguments(*shared, "--data.batch_size=4"))
@@ -260,7 +261,7 @@ def test_real_regions_join_their_omics(real_data, capsys):
     data = ImageGenomeDataModule(str(real_data("tcga_gbmlgg")), split_fractions=(1.0, 0.0, 0.0), image_size=(64, 64))
     data.prepare_data()
     data.setup("fit")
-    assert data.index().name == "tcga_gbmlgg"
+    assert data.index().layout.name == "tcga_gbmlgg"
     assert data.genome.sizes["omics"] > 20
     assert [all(data.genome.has(sample.person)) for sample in data.splits["train"]] == [True] * 3
     assert "omics" in capsys.readouterr().out

@@ -2,7 +2,6 @@ from functools import partial
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -10,8 +9,8 @@ from torch.utils.data import DataLoader
 from common.blocks.decoder import MAEDecoder
 from common.blocks.vit import VisionTransformer
 from common.module import SSLModule
-from common.types import HiddenTokens
-from experiments.mrm_record.callbacks import ImageReportGap, bootstrap_interval
+from common.types import HiddenTokens, InputSpec
+from experiments.mrm_record.callbacks import ImageReportGap
 from experiments.mrm_record.model import ReportDecoder
 from experiments.mrm_record.module import MRMPretrain
 
@@ -116,11 +115,8 @@ def test_a_decoder_that_is_given_no_image_has_no_gap():
         encoder=partial(VisionTransformer, **encoder),
         decoder=partial(MAEDecoder, decoder_dim=16, depth=1, num_heads=2, num_prefix_tokens=1),
         report=partial(ReportDecoder, dim=16, depth=1, num_heads=2, mlp_dim=32),
-        channels=["red", "green", "blue"],
-        image_size=[32, 32],
-        vocabulary={"size": 40, "length": 8},
     )
-    module.configure_model()
+    module.build(InputSpec(("red", "green", "blue"), (32, 32), vocabulary={"size": 40, "length": 8}))
     batches = [radiographs(), radiographs()]
     gaps = {name: value for name, value in validate(module, ImageReportGap(), batches).items() if "gap" in name}
     assert all(value != 0 for value in gaps.values())
@@ -130,22 +126,3 @@ def test_a_decoder_that_is_given_no_image_has_no_gap():
     scalars = validate(module, ImageReportGap(), batches)
     assert {scalars[name] for name in gaps} == {0.0}
     assert scalars["report/loss_right_image"] == pytest.approx(scalars["val/loss_report"], rel=1e-5)
-
-
-def test_the_interval_holds_the_mean_and_is_the_same_every_time():
-    rng = np.random.default_rng(0)
-    counts = rng.integers(1, 9, 400).astype(float)
-    totals = counts * rng.normal(0.3, 1.0, 400)
-    low, high = bootstrap_interval(totals, counts)
-    mean = totals.sum() / counts.sum()
-    assert low < mean < high
-    assert (low, high) == bootstrap_interval(totals, counts)
-    # The linearised standard error of a ratio of sums.
-    error = np.sqrt(((totals - mean * counts) ** 2).sum()) / counts.sum()
-    assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.1)
-
-
-def test_the_interval_weighs_persons_by_their_words():
-    counts = np.array([1.0, 5, 20, 3])
-    assert bootstrap_interval(0.7 * counts, counts) == pytest.approx((0.7, 0.7))
-    assert bootstrap_interval(np.array([3.0]), np.array([2.0])) == (1.5, 1.5)

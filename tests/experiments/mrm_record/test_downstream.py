@@ -12,7 +12,7 @@ from common.downstream.classification import ImageClassifier
 from common.errors import PreemptedError
 from datamodules.labelled.classification import LabelledImageDataModule
 from datamodules.labelled.covid import CovidFindings
-from datamodules.reports.manifest import COVID_CXR
+from datamodules.reports.covid_cxr import COVID_CXR
 from datamodules.synthetic.command import WRITERS
 
 CONFIGS = "experiments/mrm_record/configs"
@@ -59,7 +59,7 @@ def test_a_pre_trained_encoder_is_carried_over(trees, tmp_path_factory):
                           f"--data.root={archive}", "--trainer.enable_progress_bar=false", *tiny])  # fmt: skip
     weights = torch.load(pretrained / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
     for task in ("covid", "siim_seg"):
-        still = ["--model.optimizer.lr=0.0"]
+        still = ["--model.optimization.optimizer.lr=0.0"]
         run = execute(line("fit", task, trees / TREES[task], *SHORT, *still,
                            f"--model.pretrained={pretrained}/checkpoints/last.ckpt"))  # fmt: skip
         carried = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]

@@ -11,6 +11,7 @@ from common.blocks.patch_embed import normalise_patches, patchify_channels_last
 from common.blocks.vit import VisionTransformer
 from common.losses.reconstruction import masked_mse
 from common.maskers.random import RandomMasker
+from common.runtime.configs import read_config
 from common.types import InputSpec, MaskOutput
 from experiments import mrm_record
 from experiments.mrm_record.model import MRM, ReportDecoder
@@ -292,7 +293,7 @@ def test_an_encoder_without_class_token_is_refused():
 def test_the_published_size(tie, low, high):
     """Section 4 of the specification; the published code's further 0.15 M are a pooler that nothing uses."""
     path = Path(mrm_record.__file__).parent / "configs/pretrain.yaml"
-    settings = yaml.safe_load(path.read_text())["model"]["init_args"]
+    settings = read_config(path)["model"]["init_args"]
     arguments = {name: settings[name]["init_args"] for name in ("encoder", "decoder", "report")}
     module = MRMPretrain(
         encoder=partial(VisionTransformer, **arguments["encoder"]),

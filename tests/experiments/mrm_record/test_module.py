@@ -11,28 +11,32 @@ from common.blocks.vit import VisionTransformer
 from common.errors import UserError
 from common.maskers.random import RandomMasker
 from common.optim import WarmupCosine
+from common.types import InputSpec
 from experiments.mrm_record.model import ReportDecoder
 from experiments.mrm_record.module import MRMPretrain
 
 VOCABULARY = {"size": 40, "length": 12, "fingerprint": "x"}
 
 
+def losses_of(step):
+    return {name: term.value for name, term in step.terms.items() if term.weight is not None}
+
+
 def make(report=None, **settings):
     """A network of 4 x 4 patches without dropout, for images of 32 x 32."""
     encoder = {"patch_size": 8 // settings.get("sr_factor", 2), "embed_dim": 16, "depth": 1, "num_heads": 2}
     words = {"dim": 16, "depth": 1, "num_heads": 2, "mlp_dim": 32, "dropout": 0.0}
+    spec = {name: settings.pop(name) for name in InputSpec._fields if name in settings}
     module = MRMPretrain(
         **{
             "encoder": partial(VisionTransformer, **encoder, qkv_bias=True, pos_embed="sincos", class_token=True),
             "decoder": partial(MAEDecoder, decoder_dim=16, depth=1, num_heads=2, num_prefix_tokens=1),
             "report": partial(ReportDecoder, **words | (report or {})),
-            "channels": ["red", "green", "blue"],
-            "image_size": [32, 32],
-            "vocabulary": VOCABULARY,
         }
         | settings
     )
-    module.configure_model()
+    size = {"channels": ("red", "green", "blue"), "image_size": (32, 32), "vocabulary": VOCABULARY}
+    module.build(InputSpec(**size | spec))
     return module
 
 
@@ -83,7 +87,7 @@ def without_words(batch):
 
 def gradient(module, batch):
     module.zero_grad()
-    module.total(module.step(batch, sync=True).losses).backward()
+    module.step(batch, sync=True).loss().backward()
     return torch.cat([p.grad.flatten() for p in module.parameters() if p.requires_grad])
 
 
@@ -102,10 +106,13 @@ def test_loss_is_the_papers():
                 likelihoods.append(-network.logits[position].log_softmax(0)[batch["labels"][b, t]])
                 position += 1
     image, report = torch.stack(errors).mean().item(), torch.stack(likelihoods).mean().item()
-    assert output.losses["reconstruction"].item() == pytest.approx(image, rel=1e-5)
-    assert output.losses["report"].item() == pytest.approx(report, rel=1e-5)
-    assert module.total(output.losses).item() == pytest.approx(3 * image + 0.5 * report, rel=1e-5)
-    assert {name: float(value) for name, value in output.weights.items()} == {"reconstruction": 36, "report": position}
+    assert output.terms["reconstruction"].value.item() == pytest.approx(image, rel=1e-5)
+    assert output.terms["report"].value.item() == pytest.approx(report, rel=1e-5)
+    assert output.loss().item() == pytest.approx(3 * image + 0.5 * report, rel=1e-5)
+    assert {name: float(term.count) for name, term in output.terms.items()} == {
+        "reconstruction": 36,
+        "report": position,
+    }
 
 
 @pytest.mark.parametrize(("scope", "expected"), [("masked", 0.581575), ("real", 0.849815), ("all", 0.983935)])
@@ -122,8 +129,8 @@ def test_scopes_by_hand(scope, expected, monkeypatch):
         "hidden_ids": torch.tensor([0, 2]),
     }
     output = module.step(batch, sync=True)
-    assert output.losses["report"].item() == pytest.approx(expected, abs=1e-6)
-    assert output.weights["report"].item() == {"masked": 2, "real": 3, "all": 4}[scope]
+    assert output.terms["report"].value.item() == pytest.approx(expected, abs=1e-6)
+    assert output.terms["report"].count == {"masked": 2, "real": 3, "all": 4}[scope]
 
 
 def test_the_ablation_without_super_resolution():
@@ -159,9 +166,9 @@ def test_training_predicts_hidden_patches_only_and_loses_the_same():
     validation = module.step(batch, sync=False)
     assert training.reconstruction.pred.shape[1] == 12
     assert validation.reconstruction.pred.shape[1] == 16
-    for name, loss in training.losses.items():
-        assert validation.losses[name].item() == pytest.approx(loss.item(), rel=1e-5), name
-        assert float(validation.weights[name]) == float(training.weights[name])
+    for name, loss in losses_of(training).items():
+        assert validation.terms[name].value.item() == pytest.approx(loss.item(), rel=1e-5), name
+        assert float(validation.terms[name].count) == float(training.terms[name].count)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -170,8 +177,8 @@ def test_all_patches_are_scored_where_none_is_hidden(training):
     output = module.network(batch, module.draw_mask(batch))
     step = module.step(batch, sync=False)
     expected = (output.pred - output.target).square().mean()
-    assert step.losses["reconstruction"].item() == pytest.approx(expected.item(), rel=1e-5)
-    assert step.weights["reconstruction"].item() == 48
+    assert step.terms["reconstruction"].value.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert step.terms["reconstruction"].count.item() == 48
 
 
 @pytest.mark.parametrize(("ratio", "said"), [(0.0, True), (0.75, False)])
@@ -189,10 +196,10 @@ def test_an_absent_image_has_no_part_in_anything(masker, text_to_image):
     module, batch = make(masker=masker, text_to_image=text_to_image), batch_of()
     batch["modality_mask"][1, 0] = False
     changed = batch | {"image": batch["image"] + 9 * ~batch["modality_mask"][:, :1, None, None]}
-    losses, others = module.step(batch, sync=True).losses, module.step(changed, sync=True).losses
+    losses, others = (losses_of(module.step(each, sync=True)) for each in (batch, changed))
     assert losses == others
     assert torch.equal(gradient(module, batch), gradient(module, changed))
-    rest = module.step(part_of(batch, slice(0, 3, 2)), sync=True).losses["reconstruction"]
+    rest = module.step(part_of(batch, slice(0, 3, 2)), sync=True).terms["reconstruction"].value
     assert losses["reconstruction"].item() == pytest.approx(rest.item(), rel=1e-5)
     assert not module.reconstruct(batch).mask[1].any()
     assert not module.reconstruction_target(batch)[1][1].any()
@@ -222,7 +229,7 @@ def test_every_parameter_is_used(settings):
     blind = batch | {"modality_mask": torch.zeros(3, 2, dtype=torch.bool)}
     for each in (batch, blind, without_words(batch)):
         module.zero_grad()
-        loss = module.total(module.step(each, sync=True).losses)
+        loss = module.step(each, sync=True).loss()
         loss.backward()
         assert torch.isfinite(loss)
         for name, parameter in module.named_parameters():
@@ -243,9 +250,10 @@ def test_a_batch_can_be_overfitted():
     optimizer = torch.optim.AdamW(module.parameters(), lr=5e-3)
     history = []
     for _ in range(40):
-        losses = module.step(batch, sync=True).losses
+        step = module.step(batch, sync=True)
+        losses = losses_of(step)
         optimizer.zero_grad()
-        module.total(losses).backward()
+        step.loss().backward()
         optimizer.step()
         history.append({name: loss.item() for name, loss in losses.items()})
     assert history[-1]["report"] < 0.2 * history[0]["report"]
@@ -260,7 +268,7 @@ def test_hidden_words_know_their_samples_and_their_image():
     assert torch.equal(own.sample, rows)
     assert torch.equal(own.targets, batch["labels"][rows, columns])
     loss = F.cross_entropy(own.logits, own.targets)
-    assert loss.item() == pytest.approx(module.step(batch, sync=False).losses["report"].item(), rel=1e-5)
+    assert loss.item() == pytest.approx(module.step(batch, sync=False).terms["report"].value.item(), rel=1e-5)
     swapped = module.hidden_tokens(batch | {"image": batch["control_image"]})
     assert torch.equal(swapped.logits, other.logits)
     assert not torch.allclose(own.logits, other.logits)
@@ -293,15 +301,16 @@ def test_scoring_padding_needs_all_of_it():
     module, batch = make(mlm_scope="all"), batch_of()
     with pytest.raises(UserError, match=r"all 12 positions of a text, but .* to 9: set data\.pad_to_length"):
         module.step(batch, sync=True)
-    assert module.step(padded(batch), sync=True).weights["report"].item() == 36
+    assert module.step(padded(batch), sync=True).terms["report"].count == 36
 
 
 def loss_and_gradient(state, batch, scope="masked"):
     module = make(mlm_scope=scope).double()
     module.load_state_dict(state)
-    losses = module.step(batch, sync=True).losses
+    step = module.step(batch, sync=True)
+    losses = losses_of(step)
     assert {loss.dtype for loss in losses.values()} == {torch.float64}  # so that ranks can be held to 1e-10
-    module.total(losses).backward()
+    step.loss().backward()
     parts = [p.grad.flatten() for p in module.parameters() if p.requires_grad]
     return {name: loss.item() for name, loss in losses.items()}, torch.cat(parts)
 

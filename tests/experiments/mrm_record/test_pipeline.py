@@ -114,7 +114,8 @@ def test_resumed_equals_uninterrupted(arguments, monkeypatch, more):
 
 @pytest.mark.ddp
 def test_two_ranks_equal_one(arguments):
-    shared = ["--trainer.max_epochs=1", "--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.01",
+    shared = ["--trainer.max_epochs=1", "--model.optimization.optimizer=torch.optim.SGD",
+              "--model.optimization.optimizer.lr=0.01",
               "--model.report.dropout=0", "--trainer.limit_train_batches=5",
               "--data.split_fractions=[0.6,0.4,0.0]", "--data.draws_per_image=2"]  # fmt: skip
     alone = execute(arguments(*shared, "--data.batch_size=4"))

@@ -12,34 +12,41 @@ from common.errors import CheckpointError, UserError
 from common.losses.reconstruction import masked_mse
 from common.losses.text import masked_cross_entropy
 from common.maskers.random import RandomMasker
+from common.module import StepOutput, Term
 from common.randomness import KeyedGenerator
+from common.types import InputSpec
 from experiments.umd.encoder import UMDEncoder
-from experiments.umd.module import UMDPretrain, total_weights
-from experiments.umd.pairs import matching_pairs
-from experiments.umd.towers import TextTower, VisionTower, load_text, load_vision, resized_positions
+from experiments.umd.module import UMDPretrain
+from experiments.umd.objective import total_weights
+from experiments.umd.pairs import matching_pairs, shown_pairs
+from experiments.umd.pretrain_network import FeatureConfig
+from experiments.umd.towers import TextTower, TowerConfig, VisionTower, load_text, load_vision, resized_positions
 
+FEATURES = ("positions", "target", "text_padding", "teacher_decay")
 VOCABULARY = {"size": 40, "length": 12, "fingerprint": "x", "pad_id": 0}
 TINY = {
-    "patch_size": 8, "vision_width": 16, "vision_depth": 1, "vision_heads": 2, "text_width": 16, "text_depth": 1,
-    "text_heads": 2, "max_positions": 20, "dim": 16, "fusion_depth": 2, "fusion_heads": 2, "dropout": 0.0,
+    "patch_size": 8, "vision": TowerConfig(16, 1, 2), "text": TowerConfig(16, 1, 2),
+    "max_positions": 20, "dim": 16, "fusion_depth": 2, "fusion_heads": 2, "dropout": 0.0,
 }  # fmt: skip
+
+
+def losses_of(step):
+    return {name: term.value for name, term in step.terms.items() if term.weight is not None}
 
 
 def make(encoder=None, **settings):
     """4 x 4 patches of 8 pixels, no dropout."""
+    spec = {name: settings.pop(name) for name in InputSpec._fields if name in settings}
     module = UMDPretrain(
         **{
             "encoder": partial(UMDEncoder, **TINY | (encoder or {})),
             "decoder": partial(MAEDecoder, decoder_dim=12, depth=1, num_heads=2, num_prefix_tokens=1, quick_gelu=True),
-            "feature_dim": 8,
-            "text_feature_dim": 8,
-            "channels": ["red", "green", "blue"],
-            "image_size": [32, 32],
-            "vocabulary": VOCABULARY,
+            "features": FeatureConfig(8, 8, **{name: settings.pop(name) for name in FEATURES if name in settings}),
         }
         | settings
     )
-    module.configure_model()
+    size = {"channels": ("red", "green", "blue"), "image_size": (32, 32), "vocabulary": VOCABULARY}
+    module.build(InputSpec(**size | spec))
     return module
 
 
@@ -110,9 +117,10 @@ def test_words_of_the_specification():
 @pytest.mark.parametrize(("alpha", "total"), [(0.5, 2.40), (0.2, 3.06)])
 def test_total_of_the_specification(alpha, total):
     """R5."""
-    module = make(alpha=alpha)
+    weights = total_weights(alpha, None)
     values = {"mim": 0.8, "mlm": 2.0, "feature_image": 0.2, "feature_text": 0.4, "itm": 0.7}
-    assert module.total({k: torch.tensor(v) for k, v in values.items()}).item() == pytest.approx(total)
+    terms = {name: Term(torch.tensor(value), 1, weights[name]) for name, value in values.items()}
+    assert StepOutput(terms, None).loss().item() == pytest.approx(total)
     assert total_weights(0.5, {"itm": 0})["itm"] == 0
     with pytest.raises(ValueError, match="alpha"):
         total_weights(2.0, None)
@@ -147,9 +155,9 @@ def test_step_is_the_papers():
         target = network.patch_target(batch["image"][b : b + 1])[0]
         patches += [(pred[i] - target[i]).square().mean() for i in range(16) if mask.mask[b, i]]
     for name, terms in (("feature_image", image), ("feature_text", text), ("mim", patches)):
-        assert output.losses[name].item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-4), name
-    assert float(output.weights["feature_image"]) == 4 * 5
-    assert float(output.weights["mim"]) == 4 * 12
+        assert output.terms[name].value.item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-4), name
+    assert float(output.terms["feature_image"].count) == 4 * 5
+    assert float(output.terms["mim"].count) == 4 * 12
 
 
 @pytest.mark.parametrize(
@@ -158,8 +166,8 @@ def test_step_is_the_papers():
 )
 def test_feature_losses_reach_the_student(positions, target, learns):
     """7-C1: in the published form the student's vision encoder gets no gradient at all."""
-    module, batch = make(feature_positions=positions, feature_target=target), batch_of()
-    losses = module.step(batch, sync=False).losses
+    module, batch = make(positions=positions, target=target), batch_of()
+    losses = losses_of(module.step(batch, sync=False))
     gradient = gradient_of(module, losses["feature_image"], "network.encoder.vision.")
     assert (gradient > 1e-6) == learns
     assert gradient == 0 or learns
@@ -179,8 +187,8 @@ def test_visible_gather_of_the_specification():
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"feature_positions": "masked_decoder"}, {"feature_positions": "upstream", "feature_target": "paper"},
-    {"feature_target": "stopgrad", "mim_layer": 1, "feature_text_padding": True}, {"weights": {"itm": 0}},
+    {}, {"positions": "masked_decoder"}, {"positions": "upstream", "target": "paper"},
+    {"target": "stopgrad", "mim_layer": 1, "text_padding": True}, {"weights": {"itm": 0}},
     {"alpha": 0.0}, {"encoder": {"pool": "cls"}}, {"weights": {"mlm": 0, "mim": 0}},
 ])  # fmt: skip
 def test_every_trained_parameter_is_used(settings):
@@ -188,7 +196,7 @@ def test_every_trained_parameter_is_used(settings):
     module, batch = make(**settings), batch_of()
     for each in (batch, with_positions(batch | {"labels": torch.full_like(batch["labels"], -100)})):
         module.zero_grad()
-        loss = module.total(module.step(each, sync=False).losses)
+        loss = module.step(each, sync=False).loss()
         loss.backward()
         assert torch.isfinite(loss)
         idle = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
@@ -246,7 +254,7 @@ def test_loaded_negatives_are_shown():
     with pytest.raises(UserError, match="negative_images"):
         module.step(batch, sync=False)
     batch["negative_image"] = batch["image"] + 100
-    pairs, shown = module._pairs(batch, sync=False)
+    pairs, shown = shown_pairs(batch, loaded=True, sync=False)
     assert torch.equal(shown[pairs.label == 1], batch["image"][pairs.label == 1])
     assert torch.equal(shown[pairs.label == 0], batch["negative_image"][pairs.label == 0])
 
@@ -256,9 +264,10 @@ def test_a_batch_can_be_overfitted():
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=5e-3)
     history = []
     for _ in range(40):
-        losses = module.step(batch, sync=False).losses
+        step = module.step(batch, sync=False)
+        losses = losses_of(step)
         optimizer.zero_grad()
-        module.total(losses).backward()
+        step.loss().backward()
         optimizer.step()
         module.network.update_teacher()
         history.append({name: loss.item() for name, loss in losses.items()})
@@ -356,9 +365,10 @@ def test_modalities_share_nothing_and_leave_out_what_belongs_to_neither():
 def loss_and_gradient(state, batch):
     module = make().double()
     module.load_state_dict(state)
-    losses = module.step(batch, sync=True).losses
+    step = module.step(batch, sync=True)
+    losses = losses_of(step)
     assert {loss.dtype for loss in losses.values()} == {torch.float64}  # so that ranks can be held to 1e-10
-    module.total(losses).backward()
+    step.loss().backward()
     parts = [p.grad.flatten() for p in module.parameters() if p.requires_grad]
     return {name: loss.item() for name, loss in losses.items()}, torch.cat(parts)
 
@@ -386,5 +396,5 @@ def test_two_ranks_equal_one(rank_pool, case):
 def test_feature_weights_of_zero_leave_the_teacher_out():
     module = make(alpha=0.0)
     assert module.network.teacher is None
-    assert "feature_image" not in module.step(batch_of(), sync=False).losses
-    assert math.isfinite(module.step(batch_of(), sync=False).losses["itm"].item())
+    assert "feature_image" not in module.step(batch_of(), sync=False).terms
+    assert math.isfinite(module.step(batch_of(), sync=False).terms["itm"].value.item())

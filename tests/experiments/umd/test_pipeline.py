@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 CONFIGS = "experiments/umd/configs"
 ENCODER = [f"--model.encoder.{name}" for name in (
-    "vision_width=16", "vision_depth=1", "vision_heads=2", "text_width=16", "text_depth=1", "text_heads=2", "dim=16",
+    "vision.width=16", "vision.depth=1", "vision.heads=2", "text.width=16", "text.depth=1", "text.heads=2", "dim=16",
     "fusion_depth=2", "fusion_heads=2", "patch_size=16")]  # fmt: skip
 SHORT = ["--data.image_size=[32,32]", "--data.cache_side=32", "--data.vocab_size=300", "--data.num_workers=0",
          "--trainer.enable_progress_bar=false", "--trainer.precision=32-true",
@@ -138,7 +138,7 @@ def test_teacher_is_the_average_of_the_steps(trees, monkeypatch):
 
     monkeypatch.setattr(UMDPretrain, "optimizer_step", noted)
     line = pretrain_line(trees / "medicat", "--trainer.accumulate_grad_batches=4", "--trainer.max_steps=10",
-                         "--data.draws_per_image=4", "--model.teacher_decay=0.9")  # fmt: skip
+                         "--data.draws_per_image=4", "--model.features.teacher_decay=0.9")  # fmt: skip
     begin = []
 
     def started(self):
@@ -299,7 +299,11 @@ def _on_two_ranks(lines):
 @pytest.mark.ddp
 def test_two_ranks_equal_one_and_each_other(trees):
     """Pre-training, and tuning with coordinated gradients: two steps, of one and of two micro-batches."""
-    sgd = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.01", "--model.encoder.dropout=0"]
+    sgd = [
+        "--model.optimization.optimizer=torch.optim.SGD",
+        "--model.optimization.optimizer.lr=0.01",
+        "--model.encoder.dropout=0",
+    ]
     quick = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.num_sanity_val_steps=0"]
     lines = [
         pretrain_line(trees / "medicat", *sgd, *quick, "--trainer.val_check_interval=2"),

@@ -6,12 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.types import InputSpec
 from experiments.umd.encoder import UMDEncoder
 from experiments.umd.tasks import AnswerTask, FigureTask, RetrievalTask, answer_head, best_ranks, split_logits
+from experiments.umd.towers import TowerConfig
 
 TINY = {
-    "patch_size": 8, "vision_width": 16, "vision_depth": 1, "vision_heads": 2, "text_width": 16, "text_depth": 1,
-    "text_heads": 2, "max_positions": 20, "dim": 16, "fusion_depth": 2, "fusion_heads": 2, "dropout": 0.0,
+    "patch_size": 8, "vision": TowerConfig(16, 1, 2), "text": TowerConfig(16, 1, 2),
+    "max_positions": 20, "dim": 16, "fusion_depth": 2, "fusion_heads": 2, "dropout": 0.0,
 }  # fmt: skip
 VOCABULARY = {"size": 40, "length": 12, "fingerprint": "x", "pad_id": 0}
 
@@ -25,13 +27,10 @@ class Stub:
 def make(kind, classes=("a", "no", "yes"), **settings):
     task = kind(
         encoder=partial(UMDEncoder, **TINY),
-        channels=["red", "green", "blue"],
-        image_size=[32, 32],
-        vocabulary=VOCABULARY,
-        classes=list(classes),
         **settings,
     )
-    task.configure_model()
+    size = {"channels": ("red", "green", "blue"), "image_size": (32, 32), "vocabulary": VOCABULARY}
+    task.build(InputSpec(**size, classes=tuple(classes)))
     return task
 
 

@@ -1,0 +1,117 @@
+"""Stand-ins for the names of persons: a keyed hash, whose key lies with the user and never with a run.
+
+Ids are short and their forms are known, so whoever sees a plain hash of one finds it by trying all; without the key
+there is nothing to try. The key is made once, in the user's configuration folder, and read from there by all runs: the
+same person has the same pseudonym in all of them. Without it no pseudonym leads back to a name, not even for its owner.
+"""
+
+import hashlib
+import os
+import secrets
+from functools import lru_cache
+from pathlib import Path
+
+from common.distributed import gather_objects, world_size
+from common.errors import StorageError
+from common.files import make_folder, remove_file, storage_errors, temporary_beside
+from common.names import printable
+
+_KEY_BYTES = 32
+#: Tell child processes whether names are hidden, and with which key where that is not their own machine's.
+_SWITCH, _SHARED_KEY = "MEDMIM_ANONYMISE", "MEDMIM_ANONYMISE_KEY"
+
+
+def hide_names(hidden: bool) -> None:
+    """Say whether names are hidden in whatever this process and its children print and write from now on."""
+    if hidden:
+        os.environ[_SWITCH] = "1"
+    else:
+        os.environ.pop(_SWITCH, None)
+
+
+def names_are_hidden() -> bool:
+    """Whether names are hidden; see :func:`hide_names`."""
+    return os.environ.get(_SWITCH) == "1"
+
+
+def pseudonym(name: str) -> str:
+    """Return the stand-in for a person's, a study's or a file's name: the same for the same name and key.
+
+    Raises:
+        StorageError: the key can be neither read nor made.
+    """
+    text = name.encode("utf-8", "surrogatepass")
+    return f"subject-{hashlib.blake2b(text, key=_key(), digest_size=8, person=b'medmim').hexdigest()}"
+
+
+#: Letters of a name that a message quotes.
+_SHOWN = 100
+
+
+def public_name(name: object) -> str:
+    """Return a name from an archive as a message quotes it: cut, on one line, its pseudonym where names are hidden."""
+    if names_are_hidden():
+        return pseudonym(str(name))
+    shown = printable(name)
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+
+
+def key_file() -> Path:
+    """Return where the key lies: ``medmim/anonymise.key`` in ``XDG_CONFIG_HOME``, else in ``~/.config``."""
+    folder = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(folder).expanduser() / "medmim" / "anonymise.key"
+
+
+def share_key() -> None:
+    """Give all ranks the key of the first, which machines with home folders of their own would not have."""
+    if world_size() > 1:
+        os.environ[_SHARED_KEY] = gather_objects(_key().hex())[0]
+
+
+def _key() -> bytes:
+    shared = os.environ.get(_SHARED_KEY)
+    return bytes.fromhex(shared) if shared else _stored_key(key_file())
+
+
+@lru_cache(maxsize=4)
+def _stored_key(path: Path) -> bytes:
+    """Read the key, or make it where there is none; of several processes that try, one makes it.
+
+    Raises:
+        StorageError: it cannot be read or made, is damaged, or others may read it.
+    """
+    if not path.exists():
+        _make_key(path)
+    with storage_errors(path, "read"):
+        if path.stat().st_mode & 0o077:
+            raise StorageError(f"Others may read {path}, the key of all pseudonyms: take that from them with "
+                               f"`chmod 600`, or delete it for a new key and new pseudonyms.")  # fmt: skip
+        text = path.read_text(encoding="ascii", errors="replace").strip()
+    try:
+        key = bytes.fromhex(text)
+    except ValueError:
+        key = b""
+    if len(key) != _KEY_BYTES:
+        raise StorageError(f"{path} is damaged: the key of all pseudonyms is {_KEY_BYTES} bytes in hexadecimal. "
+                           f"Restore it, or delete it for a new key and new pseudonyms.")  # fmt: skip
+    return key
+
+
+def _make_key(path: Path) -> None:
+    """Write a new key under a temporary name and link it into its place, which fails where another process was faster.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    make_folder(path.parent)
+    temporary = temporary_beside(path)
+    with storage_errors(path):
+        try:
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "w", encoding="ascii") as file:
+                file.write(secrets.token_hex(_KEY_BYTES) + "\n")
+            os.link(temporary, path)
+        except FileExistsError:
+            return
+        finally:
+            remove_file(temporary, path.parent)

@@ -1,0 +1,22 @@
+"""``medmim doctor``: what is wrong with an archive, before a week of training finds out."""
+
+from common.errors import DataError
+from common.runtime.data_config import Archive
+from common.runtime.reporting import say
+
+
+def run(archive: Archive, deep: bool, workers: int) -> None:
+    """Carry out ``medmim doctor``.
+
+    Args:
+        archive: The archive, with all settings that training would have.
+        deep: Read every byte, not headers alone.
+        workers: Threads.
+
+    Raises:
+        DataError: training would refuse this archive.
+    """
+    reasons = archive.datamodule().examine(deep, workers)
+    if reasons:
+        raise DataError(f"Training would refuse this archive: {'; '.join(reasons)}.")
+    say("training would accept this archive")

@@ -1,0 +1,29 @@
+"""``medmim tokenizer``: a vocabulary from the training texts of an archive, as JSON for ``data.tokenizer``."""
+
+from pathlib import Path
+from typing import Literal
+
+from common.runtime.data_config import Archive
+from common.runtime.reporting import say
+
+
+def run(archive: Archive, kind: Literal["wordpiece", "bpe"] | None, vocab_size: int | None, out: str) -> None:
+    """Carry out ``medmim tokenizer``.
+
+    Args:
+        archive: The archive, with all settings that training would have.
+        kind: ``wordpiece`` or ``bpe``; None: the configuration's, else wordpiece.
+        vocab_size: Tokens at most; None: the configuration's.
+        out: JSON file to write.
+
+    Raises:
+        DataError: the archive has no text to train on.
+    """
+    datamodule = archive.datamodule()
+    from datamodules.reports.tokens import train_tokenizer
+
+    texts = datamodule.training_texts()
+    chosen = kind or getattr(datamodule, "tokenizer_kind", "wordpiece")
+    tokenizer = train_tokenizer(texts, vocab_size or datamodule.vocab_size, chosen)
+    tokenizer.save(Path(out))
+    say(f"tokenizer: {tokenizer.vocab_size} tokens ({chosen}) from {len(texts)} training texts, at {out}")

@@ -1,0 +1,171 @@
+"""From a stack of DICOM slices to one NIfTI volume, by dcm2niix, kept in the cache.
+
+dcm2niix is the one converter that told two echoes, mosaics and uneven slices right on our samples. What it writes
+counts, not its exit code, which is 0 with warnings. Its sidecars name hospital, station and serial number even when
+asked to be anonymous, so only parameters of the sequence are kept.
+"""
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from common.errors import UserError
+from common.files import make_folder, move
+from datamodules.dicom.index import Stack
+from datamodules.volumes.headers import VolumeError
+
+#: Seconds for one series.
+TIMEOUT = 600
+
+_OPTIONS = ("-g", "i", "-ba", "y", "-b", "y", "-p", "n", "-z", "n", "-w", "0", "-f", "s%s_e%e")
+
+#: What a sidecar may keep.
+SIDECAR = (
+    "EchoTime", "RepetitionTime", "InversionTime", "FlipAngle", "MagneticFieldStrength", "MRAcquisitionType",
+    "ScanningSequence", "SequenceVariant", "SliceThickness", "SpacingBetweenSlices", "EchoTrainLength",
+)  # fmt: skip
+
+#: Slice distances that differ by more than this share of their median are uneven.
+_UNEVEN = 0.05
+
+#: Free text in a NIfTI-1 header: db_name, descrip (it holds the time of the scan), aux_file, intent_name.
+_FREE_TEXT = ((14, 18), (148, 80), (228, 24), (328, 16))
+
+
+def check_geometry(stack: Stack, uneven: str = "refuse") -> None:
+    """Judge the slices' places before anything is converted.
+
+    Args:
+        stack: The slices.
+        uneven: ``"interpolate"`` allows slices at uneven distances; ``"refuse"`` does not.
+
+    Raises:
+        VolumeError: colour, several slices at one place, or uneven distances.
+    """
+    if stack.first.samples != 1:
+        raise VolumeError("dtype", f"{stack.first.samples} samples per pixel: a colour picture, not a measurement")
+    if stack.repeats > 1:
+        raise VolumeError("shape", f"up to {stack.repeats} slices lie at one place: a series over time or direction")
+    if uneven != "interpolate" and is_uneven(stack):
+        low, high = stack.slice_distances().min(), stack.slice_distances().max()
+        raise VolumeError("geometry", f"slice distances vary from {low:.2f} to {high:.2f} mm, a slice may be missing; "
+                                      "uneven: interpolate resamples them")  # fmt: skip
+
+
+def is_uneven(stack: Stack) -> bool:
+    """Whether the distances between neighbouring slices differ."""
+    distances = sorted(stack.slice_distances())
+    return len(distances) > 1 and distances[-1] - distances[0] > _UNEVEN * distances[len(distances) // 2]
+
+
+def converter() -> tuple[str, str]:
+    """Return the program and its version.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import dcm2niix
+    except ImportError as error:
+        raise UserError("DICOM volumes need dcm2niix: pip install medmim[dicom].") from error
+    return dcm2niix.bin, dcm2niix.__version__
+
+
+def conversion_key(stack: Stack, uneven: str) -> str:
+    """Return the name of the folder that holds a stack's conversion: its instances, the converter, the options."""
+    parts = [*sorted(i.sop_uid for i in stack.instances), converter()[1], *_OPTIONS, uneven]
+    return xxhash.xxh3_128_hexdigest("\x1f".join(parts).encode())
+
+
+def convert(stack: Stack, folder: Path, uneven: str = "refuse") -> Path:
+    """Return the NIfTI volume of a stack, converted on first use.
+
+    Args:
+        stack: The slices of one series, echo and orientation.
+        folder: Where conversions are kept.
+        uneven: See :func:`check_geometry`.
+
+    Returns:
+        ``volume.nii``; ``volume.json`` beside it has the parameters of the sequence and what was corrected.
+
+    Raises:
+        VolumeError: the slices make no volume, or the converter wrote none.
+        UserError: dcm2niix is not installed.
+    """
+    check_geometry(stack, uneven)
+    target = folder / conversion_key(stack, uneven)
+    if (target / "volume.json").is_file():
+        return target / "volume.nii"
+    make_folder(folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".converting-") as name:
+        work = Path(name)
+        for part in ("in", "out", "done"):
+            (work / part).mkdir()
+        for number, instance in enumerate(stack.instances):
+            (work / "in" / f"{number:06}.dcm").symlink_to(Path(instance.path).resolve())
+        said = _run(work)
+        image, facts = _chosen(sorted((work / "out").glob("*.nii")), said, uneven)
+        if is_uneven(stack) and not facts["slices_interpolated"]:
+            raise VolumeError("geometry", "dcm2niix evens out no slices of this pixel type: leave the series out")
+        _clear_text(image)
+        _clean_sidecar(image, work / "out", work / "done" / "volume.json", facts)
+        move(image, work / "done" / "volume.nii", work)
+        try:
+            move(work / "done", target, folder)
+        except OSError:
+            # Another process was first; its conversion is the same.
+            if not (target / "volume.json").is_file():
+                raise
+    return target / "volume.nii"
+
+
+def _run(work: Path) -> str:
+    command = [converter()[0], *_OPTIONS, "-o", str(work / "out"), str(work / "in")]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise VolumeError("unreadable", f"dcm2niix did not finish within {TIMEOUT} s") from error
+    return done.stdout + done.stderr
+
+
+def _chosen(images: Sequence[Path], said: str, uneven: str) -> tuple[Path, dict[str, Any]]:
+    """Pick the volume among what the converter wrote: corrected for tilt, evened out only where that was asked for."""
+    real = [p for p in images if not p.stem.endswith(("_ph", "_real", "_imaginary", "_imaginarya", "_reala"))]
+    tilted = [p for p in real if "_Tilt" in p.stem]
+    evened = [p for p in real if "_Eq" in p.stem]
+    raw = [p for p in real if p not in tilted and p not in evened]
+    if len(raw) > 1:
+        raise VolumeError("shape", f"the series holds {len(raw)} volumes: {', '.join(p.stem for p in raw[:4])}")
+    if not raw:
+        warning = next((line for line in said.splitlines() if line.startswith(("Error", "Warning"))), "it wrote none")
+        raise VolumeError("unreadable", f"dcm2niix made no volume of it ({warning.strip()[:160]})")
+    if evened and uneven != "interpolate":
+        raise VolumeError(
+            "geometry", "slice distances vary, a slice may be missing; uneven: interpolate resamples them"
+        )
+    corrected = evened or tilted or raw
+    return corrected[0], {"tilt_corrected": bool(tilted), "slices_interpolated": bool(evened)}
+
+
+def _clean_sidecar(image: Path, out: Path, target: Path, facts: dict[str, Any]) -> None:
+    sidecar = next(iter(sorted(out.glob("*.json"))), None)
+    content = json.loads(sidecar.read_text(errors="replace")) if sidecar is not None else {}
+    target.write_text(json.dumps({name: content[name] for name in SIDECAR if name in content} | facts, indent=1))
+
+
+def _clear_text(image: Path) -> None:
+    """Blank the free text of a NIfTI-1 header."""
+    with image.open("r+b") as file:
+        for start, length in _FREE_TEXT:
+            file.seek(start)
+            file.write(bytes(length))
+
+
+def conversion_facts(volume: Path) -> dict[str, Any]:
+    """Return what is kept beside a converted volume."""
+    return json.loads(volume.with_name("volume.json").read_text())
