@@ -6,7 +6,9 @@ import_torchmetrics()  # before anything imports Lightning
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from importlib.resources import files
 from itertools import count, pairwise
@@ -22,14 +24,15 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from common.callbacks.fault_report import FaultReport
-from common.callbacks.last_checkpoint import LastCheckpoint
+from common.callbacks.finite_check import FiniteCheck
+from common.callbacks.last_checkpoint import Cadence, LastCheckpoint, Safety
 from common.callbacks.membership import MembershipRecord
 from common.callbacks.preemption import Preemption, slurm_job
 from common.callbacks.run_record import RunRecord, personal_settings
 from common.checkpoint import read_checkpoint, resolve_checkpoint, run_tokenizer, stored_membership
 from common.checkpoint_io import AtomicCheckpointIO
 from common.distributed import launched_rank
-from common.errors import PreemptedError, UsageError, UserError
+from common.errors import InterruptedRun, PreemptedError, UsageError, UserError
 from common.files import is_about_storage, remove_empty_folders, storage_sentence, whole_file
 from common.module import BuiltFromData
 from common.names import printable, safe_name
@@ -42,7 +45,7 @@ from common.runtime.process import silence_advice
 from common.runtime.reporting import is_dry_run, say
 from common.types import TaskState
 
-PREEMPTED = 143
+INTERRUPTED = 130
 
 
 def run_name(arguments: list[str], class_path: str) -> tuple[str, str]:
@@ -124,6 +127,11 @@ class MedmimCLI(LightningCLI):
             if self._made is not None:
                 remove_empty_folders(self._made, Path())
             raise
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Declare when checkpoints are written and what a run forgives (CLI hook)."""
+        parser.add_class_arguments(Cadence, "checkpoint")
+        parser.add_class_arguments(Safety, "safety")
 
     def _parse_ckpt_path(self) -> None:
         """Let a run folder stand for its checkpoint, and take what the network was built for from it.
@@ -254,8 +262,11 @@ class MedmimCLI(LightningCLI):
         ):
             # Every refresh reads values off the device, so not at every step.
             callbacks.append(TQDMProgressBar(refresh_rate=10))
-        if self.subcommand == "fit" and config["enable_checkpointing"] is not False:
-            callbacks += self._checkpoint_callbacks(folder)
+        if self.subcommand == "fit":
+            safety = self._get(self.config_init, "safety")
+            callbacks.append(FiniteCheck(safety.agree_every, safety.max_skipped_steps))
+            if config["enable_checkpointing"] is not False:
+                callbacks += self._checkpoint_callbacks(folder, safety)
         self.trainer_defaults = {"callbacks": callbacks}
         trainer = self._instantiate_trainer({**config, **kwargs}, [])
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
@@ -265,8 +276,9 @@ class MedmimCLI(LightningCLI):
             )
         return trainer
 
-    def _checkpoint_callbacks(self, folder: Path) -> list[Any]:
-        last = LastCheckpoint(folder / "checkpoints")
+    def _checkpoint_callbacks(self, folder: Path, safety: Safety) -> list[Any]:
+        every = safety.agree_every
+        last = LastCheckpoint(folder / "checkpoints", self._get(self.config_init, "checkpoint"), every)
         monitor, mode = getattr(self.model, "monitor", ("val/loss", "min"))
         best = ModelCheckpoint(
             dirpath=folder / "checkpoints",
@@ -277,7 +289,7 @@ class MedmimCLI(LightningCLI):
             enable_version_counter=False,
             auto_insert_metric_name=False,
         )
-        return [best, last, Preemption(last)]
+        return [best, last, Preemption(last, every)]
 
 
 def _fail(error: Exception) -> NoReturn:
@@ -298,17 +310,27 @@ def execute(arguments: list[str]) -> Path:
     return Path(MedmimCLI(arguments).trainer.default_root_dir)
 
 
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    raise InterruptedRun
+
+
 def main(args: list[str] | None = None) -> None:
     """Run ``lightning {fit,validate,test,predict}``.
 
-    Exit codes: 0 done, 1 refused or failed with one line, 2 wrong usage, 143 pre-empted. ``--debug`` shows tracebacks.
+    Exit codes: 0 done, 1 refused or failed with one line, 2 wrong usage, 130 after Ctrl-C, 143
+    pre-empted. ``--debug`` shows tracebacks.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in arguments
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         execute([argument for argument in arguments if argument != "--debug"])
-    except PreemptedError:
-        sys.exit(PREEMPTED)
+    except PreemptedError as stop:
+        sys.exit(stop.code)
+    except InterruptedRun:
+        print("stopped by Ctrl-C outside training: nothing new was saved", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
     except (UserError, MisconfigurationException) as error:
         if debug:
             raise

@@ -85,13 +85,18 @@ def control_group() -> Any:
     return _control[default]
 
 
+def highest(value: int) -> int:
+    """Return the highest of all ranks' values."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor(value)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=control_group())
+    return int(tensor.item())
+
+
 def agree(flag: bool) -> bool:
     """Return whether any rank raised its flag."""
-    if world_size() == 1:
-        return flag
-    value = torch.tensor(int(flag))
-    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=control_group())
-    return bool(value.item())
+    return bool(highest(int(flag)))
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -30,4 +30,17 @@ class NonFiniteError(UserError):
 
 
 class PreemptedError(Exception):
-    """The run was asked to stop (SIGTERM, SIGUSR1); its state is saved."""
+    """The run was asked to stop (SIGTERM, SIGUSR1, Ctrl-C); its state is saved.
+
+    Args:
+        message: What was said.
+        code: Exit code of the command: 143, or 130 after Ctrl-C.
+    """
+
+    def __init__(self, message: str, code: int = 143) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class InterruptedRun(BaseException):
+    """Ctrl-C where there is nothing to save; no ``except Exception`` on the way out catches it."""

@@ -88,9 +88,10 @@ class BuiltFromData(pl.LightningModule):
         super().__init__()
         self.network = None
         self.optimization = optimization
-        self.finite = FiniteSteps()
         #: What a checkpoint remembers beside the weights.
         self.state = TaskState()
+        #: Keeps steps that are not finite away from the weights.
+        self.finite = FiniteSteps()
 
     @property
     def spec(self) -> InputSpec:
@@ -181,14 +182,14 @@ class BuiltFromData(pl.LightningModule):
         """Record the state, and how to rebuild the encoder alone (Lightning hook).
 
         Raises:
-            NonFiniteError: the weights are not finite; such are never saved.
+            NonFiniteError: weights or the optimiser's state are not finite; such are never saved.
         """
         refuse_to_save(checkpoint, self.global_step)
         checkpoint["state"] = self.state.plain()
         checkpoint["encoder"] = encoder_record(self, self.spec)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build the network where no data module did; refuse weights of another shape (Lightning hook)."""
+        """Build the network where no data module did; refuse weights of another shape or NaN (Lightning hook)."""
         stored = TaskState.read(checkpoint)
         if self.network is None:
             self.state = stored

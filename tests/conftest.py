@@ -141,7 +141,8 @@ TINY = {
     "data": ["--data.crops.size=[32,32,32]", "--data.batch_size=2", "--data.loader.draws=2", "--data.num_workers=0",
              "--data.loader.val_draws=2"],
     "trainer": ["--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=1", "--trainer.enable_progress_bar=false",
-                "--trainer.precision=32-true", "--trainer.log_every_n_steps=1"],
+                "--trainer.precision=32-true", "--trainer.log_every_n_steps=1",
+                "--checkpoint.at_epoch_end=always"],
 }  # fmt: skip
 
 

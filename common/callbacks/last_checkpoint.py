@@ -1,45 +1,111 @@
 """The checkpoint to resume from, written at step boundaries inside training."""
 
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
+from common.distributed import agree, world_size
 from common.runtime.reporting import is_dry_run
 
 
+@dataclass(frozen=True)
+class Cadence:
+    """When ``last.ckpt`` is written.
+
+    Args:
+        every_minutes: Minutes between checkpoints.
+        every_n_steps: Optimiser steps between checkpoints, instead of minutes; None = by time.
+        at_epoch_end: ``"always"``, or ``"auto"``: if the last one is older than ``every_minutes`` or training ends.
+    """
+
+    every_minutes: float = 10.0
+    every_n_steps: int | None = None
+    at_epoch_end: Literal["auto", "always"] = "auto"
+
+
+@dataclass(frozen=True)
+class Safety:
+    """When ranks agree, and what a run forgives.
+
+    Args:
+        agree_every: Optimiser steps between agreements of several ranks to stop, and between looks for steps that were
+            not finite.
+        max_skipped_steps: How many steps whose loss or gradient is not finite a run forgives.
+    """
+
+    agree_every: int = 10
+    max_skipped_steps: int = 0
+
+
+def training_ends(trainer: pl.Trainer) -> bool:
+    """Return whether the epoch that ends is the last one."""
+    by_epochs = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
+    by_steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+    return bool(by_epochs or by_steps or trainer.should_stop)
+
+
 class LastCheckpoint(Checkpoint):
-    """Writes ``checkpoints/last.ckpt`` every n optimiser steps and at the end of every epoch.
+    """Writes ``checkpoints/last.ckpt`` by time or by steps, and where training ends; never twice at one step.
 
     It is written only during training: a checkpoint written after ``fit`` has lost the loader's position. At the end of
     an epoch it is written after validation.
 
     Args:
         folder: Where to write.
-        every_n_train_steps: Optimiser steps between checkpoints; 0 = at the end of epochs alone.
+        cadence: When.
+        agree_every: Optimiser steps between agreements of several ranks on the time.
+        clock: Seconds; the first rank's decides.
     """
 
-    def __init__(self, folder: Path, every_n_train_steps: int = 200) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        cadence: Cadence | None = None,
+        agree_every: int = 10,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.path = Path(folder) / "last.ckpt"
-        self.every_n_train_steps = every_n_train_steps
+        self.cadence = cadence or Cadence()
+        self.agree_every = agree_every
+        self._clock = clock
+        self._saved_at = clock()
         self._saved_step = -1
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Write the checkpoint; all ranks must call it."""
-        if not is_dry_run(trainer):
-            trainer.save_checkpoint(self.path, weights_only=False)
+        """Write the checkpoint, unless this step's is written; all ranks must call it."""
+        if is_dry_run(trainer) or trainer.global_step == self._saved_step:
+            return
+        trainer.save_checkpoint(self.path, weights_only=False)
+        self._saved_step, self._saved_at = trainer.global_step, self._clock()
+
+    def _is_old(self, trainer: pl.Trainer) -> bool:
+        """Return whether the last checkpoint is older than it may be, by the first rank's clock."""
+        return agree(trainer.is_global_zero and self._clock() - self._saved_at >= 60 * self.cadence.every_minutes)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock (Lightning hook)."""
+        self._saved_at = self._clock()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save at every n-th optimiser step (Lightning hook)."""
-        step = trainer.global_step
-        due = self.every_n_train_steps and step % self.every_n_train_steps == 0 and step != self._saved_step
-        if due and not trainer.fit_loop._should_accumulate():
-            self._saved_step = step
+        """Save when it is time (Lightning hook)."""
+        step, every = trainer.global_step, self.cadence.every_n_steps
+        if trainer.fit_loop._should_accumulate() or step == self._saved_step:
+            return
+        if every:
+            due = step % every == 0
+        else:
+            due = (world_size() == 1 or step % self.agree_every == 0) and self._is_old(trainer)
+        if due:
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save at the end of an epoch (Lightning hook)."""
-        self.save(trainer)
+        """Save at the end of an epoch, if it is time or the last (Lightning hook)."""
+        if self.cadence.at_epoch_end == "always" or training_ends(trainer) or self._is_old(trainer):
+            self.save(trainer)

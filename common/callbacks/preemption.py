@@ -11,11 +11,12 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
 from common.callbacks.last_checkpoint import LastCheckpoint
-from common.distributed import agree
+from common.distributed import highest, world_size
 from common.errors import PreemptedError
 from common.runtime.reporting import say
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+#: What asks a run to stop, and the exit code of the command that follows.
+SIGNALS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
 
 
 def slurm_job() -> str | None:
@@ -25,27 +26,34 @@ def slurm_job() -> str | None:
 
 
 class Preemption(Checkpoint):
-    """On SIGTERM or SIGUSR1, finishes the step, saves ``last.ckpt``, asks SLURM to requeue, and stops with 143.
+    """On SIGTERM, SIGUSR1 or Ctrl-C, finishes the step, saves ``last.ckpt`` and stops with 143, or 130 after Ctrl-C.
 
-    A requeued job continues from its checkpoint: the command looks for the run of its own job.
+    SLURM is asked to requeue, but not after Ctrl-C. A requeued job goes on from what it saved: the command looks for
+    the run of its own job.
 
-    The handler only sets a flag. All ranks agree on it at the next step boundary (over a CPU group, so that the
-    accelerator is never waited for), or between validation batches. Lightning's own handling is replaced: it saves
-    inside the handler and can hang. A second signal, or one during a save, changes nothing.
+    The handler only sets a flag. Several ranks agree on it every few steps (over a CPU group, so that the accelerator
+    is never waited for), or between validation batches. Lightning's own handling is replaced: it saves inside the
+    handler and can hang. A second signal, or one during a save, changes nothing; a second Ctrl-C quits at once.
 
     A subclass of ``Checkpoint`` so that Lightning calls it after all other callbacks.
 
     Args:
         checkpoint: Writes the checkpoint.
+        agree_every: Optimiser steps between agreements of several ranks.
     """
 
-    def __init__(self, checkpoint: LastCheckpoint) -> None:
-        self.checkpoint = checkpoint
-        self.requested = False
+    def __init__(self, checkpoint: LastCheckpoint, agree_every: int = 10) -> None:
+        self.checkpoint, self.agree_every = checkpoint, agree_every
+        self.requested = 0
         self._original: dict[int, Any] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        if number == signal.SIGINT and self.requested == SIGNALS[signal.SIGINT]:
+            os._exit(self.requested)  # what is half written is removed by the next process that writes there
+        self.requested = self.requested or SIGNALS[signal.Signals(number)]
+        if number == signal.SIGINT:
+            # Nothing but a plain write is safe here: the signal may have come inside a print.
+            os.write(2, b"\nstopping: the step is finished and saved first; Ctrl-C again quits at once\n")
 
     def _install(self, trainer: pl.Trainer) -> None:
         """Install our signal handlers; Lightning has just installed its own."""
@@ -71,9 +79,17 @@ class Preemption(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop at a step boundary if any rank was asked to (Lightning hook)."""
-        if not trainer.fit_loop._should_accumulate() and agree(self.requested):
+        if trainer.fit_loop._should_accumulate() or (world_size() > 1 and trainer.global_step % self.agree_every):
+            return
+        if code := highest(self.requested):
             self.checkpoint.save(trainer)
-            self._stop(trainer)
+            self._stop(trainer, code)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop at the end of an epoch (Lightning hook)."""
+        if code := highest(self.requested):
+            self.checkpoint.save(trainer)
+            self._stop(trainer, code)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -81,21 +97,21 @@ class Preemption(Checkpoint):
         """Stop inside validation: the step before it is complete (Lightning hook)."""
         loader = trainer.val_dataloaders
         shared = getattr(getattr(loader, "sampler", None), "common_length", 0)
-        if (trainer.world_size == 1 or batch_idx < shared) and agree(self.requested):
+        if (trainer.world_size == 1 or batch_idx < shared) and (code := highest(self.requested)):
             if not trainer.sanity_checking and trainer.state.fn == "fit" and not trainer.fit_loop._should_accumulate():
                 self.checkpoint.save(trainer)
-            self._stop(trainer)
+            self._stop(trainer, code)
 
-    def _stop(self, trainer: pl.Trainer) -> None:
+    def _stop(self, trainer: pl.Trainer, code: int) -> None:
         message = f"stopped on request at step {trainer.global_step}; "
         saved = self.checkpoint.path.is_file()
         message += f"resume with RESUME={self.checkpoint.path.parent.parent}" if saved else "nothing was trained yet"
         job = slurm_job()
-        if trainer.is_global_zero and job is not None and shutil.which("scontrol"):
+        if trainer.is_global_zero and code == SIGNALS[signal.SIGTERM] and job is not None and shutil.which("scontrol"):
             done = subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0
             message += f"; SLURM job {job} {'is requeued' if done else 'could not be requeued'}"
         say(message)
-        raise PreemptedError(message)
+        raise PreemptedError(message, code)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restore the previous signal handlers (Lightning hook)."""

@@ -16,7 +16,9 @@ from common.checkpoint_io import AtomicCheckpointIO, atomic_save
 from common.errors import CheckpointError, NonFiniteError
 from common.finite import check_finite, not_finite
 from common.module import BuiltFromData
+from common.optim import OptimizerConfig
 from common.runtime.loggers import SummaryLogger
+from common.types import InputSpec, TaskState
 from common.weights.export import export
 from tests.common.test_checkpoint import run_folder  # noqa: F401
 
@@ -25,10 +27,11 @@ class Toy(BuiltFromData):
     """Two losses of a batch ``(x, poison)``; the poison makes one of them, or a gradient, NaN."""
 
     def __init__(self, optimizer, kind="loss"):
-        super().__init__()
+        super().__init__(OptimizerConfig(optimizer))
+        self.state = TaskState(InputSpec(("a",), (1,)))
         torch.manual_seed(0)
         self.network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
-        self.make, self.kind = optimizer, kind
+        self.kind = kind
 
     def build_network(self, spec):
         raise AssertionError
@@ -48,7 +51,7 @@ class Toy(BuiltFromData):
         return loss
 
     def configure_optimizers(self):
-        return self.make(self.network.parameters())
+        return self.optimization.optimizer(self.network.parameters())
 
 
 def loader(count, bad=(), leave_out=()):

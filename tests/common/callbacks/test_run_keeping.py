@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common.callbacks.fault_report import FaultReport
-from common.callbacks.last_checkpoint import LastCheckpoint
+from common.callbacks.last_checkpoint import Cadence, LastCheckpoint
 from common.callbacks.throughput import Throughput
 from common.cli import execute
 from common.errors import TooManyFaultsError
@@ -42,16 +42,42 @@ def test_batch_size_is_the_first_tensors(batch):
     assert Throughput._batch_size(batch) == 3
 
 
-def test_a_checkpoint_every_so_many_steps(tmp_path):
+def saving(tmp_path, cadence, now):
     saved = []
-    trainer = SimpleNamespace(global_step=0, fast_dev_run=False, save_checkpoint=lambda *a, **k: saved.append(a))
+    trainer = SimpleNamespace(global_step=0, fast_dev_run=False, is_global_zero=True, max_epochs=-1, max_steps=-1,
+                              current_epoch=0, should_stop=False)  # fmt: skip
+    trainer.save_checkpoint = lambda path, **more: saved.append((path.name, trainer.global_step))
     trainer.fit_loop = SimpleNamespace(_should_accumulate=lambda: False)
-    callback = LastCheckpoint(tmp_path, every_n_train_steps=3)
+    callback = LastCheckpoint(tmp_path, cadence, clock=lambda: now[0])
+    callback.on_train_start(trainer, None)
+    return callback, trainer, saved
+
+
+def test_a_checkpoint_every_so_many_steps_and_never_twice_at_one(tmp_path):
+    callback, trainer, saved = saving(tmp_path, Cadence(every_n_steps=3, at_epoch_end="always"), [0.0])
     for step in range(1, 8):
         trainer.global_step = step
         callback.on_train_batch_end(trainer, None, None, None, step)
-    assert len(saved) == 2
-    assert saved[0][0] == tmp_path / "last.ckpt"
+        if step in (3, 5):
+            callback.on_train_epoch_end(trainer, None)
+    assert saved == [("last.ckpt", 3), ("last.ckpt", 5), ("last.ckpt", 6)]
+
+
+def test_a_checkpoint_every_so_many_minutes(tmp_path):
+    now = [0.0]
+    callback, trainer, saved = saving(tmp_path, Cadence(every_minutes=10), now)
+    for step in range(1, 31):
+        trainer.global_step, now[0] = step, 60.0 * step
+        callback.on_train_batch_end(trainer, None, None, None, step)
+        if step in (5, 12):
+            callback.on_train_epoch_end(trainer, None)
+    assert [step for _, step in saved] == [10, 20, 30]
+    trainer.global_step = 31
+    callback.on_train_epoch_end(trainer, None)
+    assert len(saved) == 3
+    trainer.max_steps = 31
+    callback.on_train_epoch_end(trainer, None)
+    assert saved[-1] == ("last.ckpt", 31)
 
 
 def test_faults_met_while_training_are_written_and_counted(tmp_path):
