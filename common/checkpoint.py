@@ -30,7 +30,7 @@ def resolve_checkpoint(path: str | Path, prefer: str = "best") -> Path:
         prefer: Which file of a folder: ``"best"`` to evaluate or transfer, ``"last"`` to resume.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no checkpoint.
     """
     path = Path(path)
     if path.is_file():
@@ -112,7 +112,7 @@ def encoder_record(module: nn.Module, spec: InputSpec) -> dict[str, Any]:
 class StoredEncoder(NamedTuple):
     """An encoder as a file holds it: how to build it, its weights, what its input was, and the weights beside it.
 
-    ``channels`` are canonical names, ``names`` what the archive it was trained on calls them; empty = the same.
+    ``channels`` are canonical names, ``names`` what the archive it was trained on calls them; empty: the same.
     """
 
     class_path: str
@@ -192,11 +192,12 @@ def stored_encoder(
                  if (value := declared_default(path, name)) is not None}  # fmt: skip
     arguments |= check_arguments(path, part(record, "init_args", Mapping, source))
     channels, preprocessing = part(about, "channels", list[str], source), part(about, "preprocessing", Mapping, source)
-    if channels and len(channels) != arguments["in_channels"]:
+    # One kernel that was trained on several channels in turn is shared by all of them.
+    if channels and arguments["in_channels"] not in (1, len(channels)):
         raise CheckpointError(f"{source} names {len(channels)} channels of an encoder of {arguments['in_channels']}: "
                               f"export the encoder again, or start from the run it came from.")  # fmt: skip
-    check_finite(state, str(source))
     names = part(about, "names", list[str], source) if "names" in about else []
+    check_finite(state, str(source))
     return StoredEncoder(path, arguments, state, channels, dict(preprocessing), dict(rest or {}), names)
 
 

@@ -64,12 +64,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint that a better one has replaced: a file, never a folder.
 
-        Lightning names it as a checkpoint says that was resumed from, which may say anything.
+        Lightning takes the name from the checkpoint that was resumed from, which may hold anything.
 
         Raises:
             StorageError: it is no checkpoint of the run's.
         """
         path = Path(path)
         if path.suffix != ".ckpt" or ".." in path.parts:
-            raise StorageError(f"{printable(path)} is no checkpoint of this run, so it was not removed.")
+            raise StorageError(f"{printable(path)} is not a checkpoint of this run, so it was not removed.")
         remove_file(path, path.parent)

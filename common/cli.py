@@ -86,7 +86,7 @@ class RunConfig(SaveConfigCallback):
         config = self.config.clone()
         options = (config.get("data") or {}).get("init_args") or {}
         for name in personal_settings(trainer):
-            if options.get(name):
+            if options.get(name):  # jsonargparse's namespaces take dotted names
                 options[name] = public_name(options[name])
         with whole_file(Path(trainer.default_root_dir) / "config.yaml") as temporary:
             self.parser.save(config, str(temporary), skip_unset=False, skip_validation=True, overwrite=True)
@@ -156,14 +156,14 @@ class MedmimCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Give the data the tokenizer of the run that weights are from, unless one is asked for (CLI hook)."""
         config = self.config[self.config["subcommand"]]
-        options = (config.get("data") or {}).get("init_args")
-        if options is None or "tokenizer" not in options or options["tokenizer"]:
+        text = ((config.get("data") or {}).get("init_args") or {}).get("text")
+        if text is None or "tokenizer" not in text or text["tokenizer"]:
             return
         source = config["model"].get("init_args", {}).get("pretrained")
         if self.config["subcommand"] != "fit" and config.get("ckpt_path"):
             source = config["ckpt_path"]
         if source and (found := run_tokenizer(Path(source))) is not None:
-            options["tokenizer"] = str(found)
+            text["tokenizer"] = str(found)
 
     def _requeued_run(self, class_path: str) -> str | None:
         """Return the folder of this SLURM job's run before it was requeued, if that run saved anything."""

@@ -1,4 +1,4 @@
-"""The ``medmim`` command: everything around training. What a subcommand does lives where its subject does."""
+"""The ``medmim`` command: everything around training. Each subcommand is implemented in the package it belongs to."""
 
 import argparse
 import importlib
@@ -11,6 +11,7 @@ from typing import NamedTuple, NoReturn
 from common.errors import UsageError, UserError
 from common.files import is_about_storage, storage_sentence
 from common.names import printable
+from common.runtime.lean_imports import import_torchmetrics
 from common.runtime.process import prepare_memory
 
 
@@ -23,7 +24,7 @@ class Command(NamedTuple):
 
     Attributes:
         function: Dotted path of the function; it takes what is declared, by name.
-        summary: What it does.
+        summary: One line for ``--help``.
         declare: Declares its arguments.
     """
 
@@ -36,30 +37,28 @@ def _archive(parser: ArgumentParser) -> None:
     """Declare what becomes the argument ``archive``, a :class:`common.runtime.data_config.Archive`."""
     parser.set_defaults(takes_archive=True)
     parser.add_argument(
-        "--config", action="append", required=True, help="configuration with a data section; repeat to overlay"
+        "--config", action="append", required=True, help="configuration with a data section; repeat to add overlays"
     )
-    parser.add_argument("--root", help="the archive (default: the configuration's)")
-    parser.add_argument("--layout", help="force a layout instead of recognising it")
+    parser.add_argument("--root", help="folder of the archive (default: data.root of the configuration)")
+    parser.add_argument("--layout", help="use this layout instead of recognising it")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="another data setting, such as cache=b2nd"
     )
 
 
 def _synthesize(parser: ArgumentParser) -> None:
+    parser.add_argument("layout", nargs="?", help="layout to write, such as brats2023; an unknown name lists all")
     parser.add_argument(
-        "layout", nargs="?", help="such as brats2023; an unknown one is answered with all that are known"
-    )
-    parser.add_argument(
-        "--config", action="append", help="instead: configurations whose data.root ends in the layout's name"
+        "--config", action="append", help="instead of a layout: configurations whose data.root ends in its name"
     )
     parser.add_argument("--out", help="folder to write (default: data/synthetic/LAYOUT, or the configuration's root)")
     parser.add_argument("--cases", type=int, default=16, help="number of cases (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other cases (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the cases (default: %(default)s)")
 
 
 def _doctor(parser: ArgumentParser) -> None:
     _archive(parser)
-    parser.add_argument("--deep", action="store_true", help="read every byte, check every check sum and voxel")
+    parser.add_argument("--deep", action="store_true", help="read every byte; verify every check sum and voxel")
     parser.add_argument("--workers", type=int, default=4, help="threads (default: %(default)s)")
 
 
@@ -71,15 +70,21 @@ def _prepare(parser: ArgumentParser) -> None:
 def _split(parser: ArgumentParser) -> None:
     _archive(parser)
     parser.add_argument("--out", required=True, help="CSV to write, for data.split_file")
-    parser.add_argument("--by", choices=("case", "patient"), default="case", help="a line is (default: %(default)s)")
-    parser.add_argument("--lists", nargs=3, metavar=("TRAIN", "VAL", "TEST"), help="text files, a case first on a line")
-    parser.add_argument("--repair", action="store_true", help="leave out of a list whoever is in a later one")
+    parser.add_argument(
+        "--by", choices=("case", "patient"), default="case", help="what each line names (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--lists", nargs=3, metavar=("TRAIN", "VAL", "TEST"), help="text files whose lines begin with a case"
+    )
+    parser.add_argument("--repair", action="store_true", help="drop patients from a list who are also in a later one")
 
 
 def _tokenizer(parser: ArgumentParser) -> None:
     _archive(parser)
-    parser.add_argument("--kind", choices=("wordpiece", "bpe"), help="default: the configuration's, else wordpiece")
-    parser.add_argument("--vocab-size", type=int, help="tokens at most (default: the configuration's)")
+    parser.add_argument(
+        "--kind", choices=("wordpiece", "bpe"), help="kind of tokenizer (default: the configuration's, else wordpiece)"
+    )
+    parser.add_argument("--vocab-size", type=int, help="maximum number of tokens (default: the configuration's)")
     parser.add_argument("--out", required=True, help="JSON file to write, for data.tokenizer")
 
 
@@ -91,9 +96,13 @@ def _export(parser: ArgumentParser) -> None:
 
 
 def _convert(parser: ArgumentParser) -> None:
-    parser.add_argument("--exp", required=True, help="experiment whose fine-tuning will take it, such as mrm_record")
-    parser.add_argument("--weights", required=True, help="file with a ViT: .safetensors, or of torch.save")
-    parser.add_argument("--out", required=True, help="folder to write, for CKPT=")
+    parser.add_argument(
+        "--exp", required=True, help="experiment whose fine-tuning will use the encoder, such as mrm_record"
+    )
+    parser.add_argument(
+        "--weights", required=True, help="file with the weights: .safetensors, or written by torch.save"
+    )
+    parser.add_argument("--out", required=True, help="folder to write, to be used as CKPT=")
     parser.add_argument("--num-heads", type=int, help="attention heads (default: width / 64)")
 
 
@@ -107,34 +116,52 @@ def _associate(parser: ArgumentParser) -> None:
     parser.add_argument("--features", required=True, help="Parquet file of medmim embed: subject_id, split, feature")
     parser.add_argument("--genotypes", required=True, help="PLINK prefix, .bed or .bgen; {chrom} stands for 1 to 22")
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--split", default="test", help="persons of this split alone, or all (default: %(default)s)")
-    parser.add_argument("--covariates", help="CSV with IID and columns of numbers, such as sex and age")
-    parser.add_argument("--components", type=int, default=10, help="of the features (default: %(default)s)")
-    parser.add_argument("--genetic-components", type=int, default=0, help="of the genotypes, added as covariates")
+    parser.add_argument("--split", default="test", help="only people of this split, or all (default: %(default)s)")
+    parser.add_argument("--covariates", help="CSV with IID and numeric columns, such as sex and age")
+    parser.add_argument(
+        "--components", type=int, default=10, help="principal components of the features (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--genetic-components",
+        type=int,
+        default=0,
+        help="principal components of the genotypes to add as covariates (default: 0)",
+    )
     parser.add_argument("--kinship", help="table of pairs (IID1, IID2, KINSHIP); default: estimated from the genotypes")
-    parser.add_argument("--p1", type=float, default=5e-8, help="of a region's leading variant (default: %(default)s)")
-    parser.add_argument("--p2", type=float, default=1e-7, help="of its members (default: %(default)s)")
-    parser.add_argument("--r2", type=float, default=0.1, help="linkage inside a region (default: %(default)s)")
-    parser.add_argument("--kb", type=float, default=150, help="reach of a region (default: %(default)s)")
+    parser.add_argument(
+        "--p1", type=float, default=5e-8, help="largest P of a region's leading variant (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--p2", type=float, default=1e-7, help="largest P of a region's other members (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--r2", type=float, default=0.1, help="smallest squared correlation within a region (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--kb",
+        type=float,
+        default=150,
+        help="largest distance from the leading variant, in kilobases (default: %(default)s)",
+    )
 
 
 def _study(parser: ArgumentParser) -> None:
     parser.add_argument("study", nargs="?", help="YAML file, such as experiments/e_mim/configs/studies/collapse.yaml")
-    parser.add_argument("--data", help="the archive")
+    parser.add_argument("--data", help="folder of the archive")
     parser.add_argument("--out", help="JSON file to write (default: into the experiment's results folder)")
     parser.add_argument("--arms", nargs="+", help="only these arms")
     parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
     parser.add_argument(
-        "--merge", dest="parts", nargs="+", metavar="FILE", help="run nothing: make one result of parts"
+        "--merge", dest="parts", nargs="+", metavar="FILE", help="run nothing; merge partial results into one"
     )
     parser.add_argument(
-        "--readme", dest="readmes", nargs="+", metavar="FILE", help="make the tables of these READMEs anew and stop"
+        "--readme", dest="readmes", nargs="+", metavar="FILE", help="only regenerate the tables of these READMEs"
     )
 
 
 def _bench(parser: ArgumentParser) -> None:
     parser.add_argument("--exp", help="one experiment only (default: all)")
-    parser.add_argument("--out", help="JSON file to write as well")
+    parser.add_argument("--out", help="JSON file to write in addition")
 
 
 COMMANDS = {
@@ -160,13 +187,15 @@ COMMANDS = {
     "embed": Command("common.embed.run", "write the features of every case to Parquet", _embed),
     "associate": Command(
         "datamodules.genetics.association.run",
-        "test variants against image features, and count regions",
+        "test variants for association with image features",
         _associate,
     ),
     "study": Command(
         "common.sweeps.runner.run", "run the arms of a comparison over seeds and write its results", _study
     ),
-    "bench": Command("common.sweeps.bench.run", "time our own pairs side by side and print the ratios", _bench),
+    "bench": Command(
+        "common.sweeps.bench.run", "time pairs of our own variants side by side and print the ratios", _bench
+    ),
 }
 
 
@@ -193,6 +222,7 @@ def execute(arguments: list[str]) -> None:
         from common.runtime.data_config import Archive
 
         options["archive"] = Archive(*(options.pop(name) for name in ("config", "root", "layout", "set")))
+        import_torchmetrics()  # before the function's module imports Lightning
     getattr(importlib.import_module(module), function)(**options)
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 
@@ -29,6 +28,8 @@ def rank() -> int:
 
 def launched_rank() -> int:
     """Return the rank this process was launched as, known before there is a process group."""
+    from lightning.pytorch.utilities import rank_zero_only  # reads it off the environment; encoders load without it
+
     return int(getattr(rank_zero_only, "rank", 0))
 
 
@@ -138,7 +139,7 @@ def loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Run a loss and its backward pass on this rank's part of a batch: what a two-rank test compares.
 
-    A linear layer stands in for the network.
+    A linear layer takes the place of the network.
 
     Args:
         loss: Called with the tensors and settings by name; returns a scalar.

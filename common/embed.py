@@ -19,7 +19,7 @@ from common.weights.channels import ChannelReport
 def run(archive: Archive, ckpt: str, out: str) -> None:
     """Carry out ``medmim embed``: mean over the tokens of the central crop, one row per case.
 
-    How channels were matched is said, and kept in the file's metadata under ``channels``, as JSON.
+    How channels were matched is logged, and kept in the file's metadata under ``channels``, as JSON.
 
     Args:
         archive: The archive, with all settings that training would have.

@@ -1,4 +1,4 @@
-"""Errors that are a user's to mend: one sentence that says what was wrong, where, and what to do."""
+"""Errors that the user can fix: one sentence that says what is wrong, where, and what to do."""
 
 
 class UserError(ValueError):
@@ -18,7 +18,7 @@ class CheckpointError(UserError):
 
 
 class StorageError(UserError):
-    """Something cannot be written: the disk is full, the folder read-only, or the path is not ours to touch."""
+    """Something cannot be written: the disk is full, the folder read-only, or the path must not be changed by us."""
 
 
 class TooManyFaultsError(DataError):

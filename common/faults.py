@@ -11,7 +11,7 @@ from common.errors import TooManyFaultsError
 from common.files import whole_file
 from common.pseudonyms import pseudonym
 
-#: What pseudonyms keep of a file's name: what kind of file it is, by a name for it that everybody has.
+#: The part of a file's name that a pseudonym keeps: its type, under a name that identifies nobody.
 _SUFFIX = re.compile(r"\.(nii|mha|mhd|dcm|png|jpe?g|tiff?|bmp|txt|xml|json|csv|npy)(\.gz)?$", re.IGNORECASE)
 FIELDS = ("path", "kind", "detail", "rank", "worker")
 
@@ -24,8 +24,8 @@ class Fault(NamedTuple):
         kind: unreadable, checksum, shape, grid, nan, constant, label, missing, empty or space.
         detail: What was found, in words.
         sample: The subject it belongs to.
-        rank: Rank that met it.
-        worker: Loader worker that met it; -1 in the main process.
+        rank: Rank that found it.
+        worker: Loader worker that found it; -1 in the main process.
     """
 
     path: str
@@ -53,7 +53,7 @@ class FaultLedger:
 
     Args:
         max_fraction: Share of the samples that may be faulty; never fewer than 5.
-        anonymise: Whether files leave only a pseudonym in what is written.
+        anonymise: Whether only pseudonyms of files are written.
     """
 
     def __init__(self, max_fraction: float = 0.01, anonymise: bool = False) -> None:
@@ -71,7 +71,7 @@ class FaultLedger:
                 self._news.append(fault)
 
     def take_news(self) -> list[Fault]:
-        """Return the faults that came since the last call."""
+        """Return the faults added since the last call."""
         news, self._news = self._news, []
         return news
 
@@ -82,7 +82,7 @@ class FaultLedger:
 
     @property
     def faults(self) -> list[Fault]:
-        """All faults, in the order they came."""
+        """All faults, in the order in which they were found."""
         return list(self._faults.values())
 
     @property
@@ -92,11 +92,11 @@ class FaultLedger:
 
     @property
     def limit(self) -> float:
-        """Number of faulty samples that is still tolerated."""
+        """Largest number of faulty samples that is tolerated."""
         return max(5, self.max_fraction * self.num_samples)
 
     def check(self) -> None:
-        """Stop where too many samples are faulty.
+        """Raise an error if too many samples are faulty.
 
         Raises:
             TooManyFaultsError: with the table of kinds and the first three examples.
@@ -109,7 +109,7 @@ class FaultLedger:
         )
 
     def describe(self) -> str:
-        """Say what is wrong: counts by kind, and the first three examples."""
+        """Summarise the faults: counts by kind, and the first three examples."""
         kinds = ", ".join(f"{kind} {count}" for kind, count in Counter(f.kind for f in self.faults).most_common())
         examples = "; ".join(f"{self.shown_path(f)} ({self._found(f)})" for f in self.faults[:3])
         return f"By kind: {kinds}. First: {examples}."

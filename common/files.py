@@ -33,7 +33,7 @@ def owned(path: Path, owner: Path) -> Path:
         owner: The run, cache or output folder.
 
     Raises:
-        StorageError: it lies elsewhere, or is the folder itself.
+        StorageError: it is elsewhere, or is the folder itself.
     """
     simple = path.name not in ("", ".", "..") and "\0" not in str(path)
     try:
@@ -108,7 +108,7 @@ def storage_errors(path: Path, done: str = "written") -> Iterator[None]:
 
 
 def is_about_storage(error: OSError) -> bool:
-    """Whether an error says that a disk is full or that something must not be written or read."""
+    """Whether an error means that a disk is full, or that writing or reading is not permitted."""
     return _is_full(error) or error.errno in _FORBIDDEN
 
 
@@ -117,7 +117,7 @@ def _is_full(error: OSError) -> bool:
 
 
 def storage_sentence(path: Path, error: OSError, done: str = "written") -> str:
-    """Say what a file system refused, and what to do."""
+    """Describe what a file system refused, and what to do."""
     if _is_full(error):
         reason, advice = "the disk or the quota is full", "Free some space"
     elif error.errno in _FORBIDDEN:
@@ -146,14 +146,14 @@ def whole_file(path: Path, owner: Path | None = None, durable: bool = False) -> 
 
     Args:
         path: The file; its folder is made.
-        owner: The folder that is ours; None = the one that the file lies in.
+        owner: The folder that is ours; None: the one that the file lies in.
         durable: Whether it must survive a power cut: contents and name reach the disk before the block is left.
 
     Yields:
         The temporary name, with the suffixes of ``path``.
 
     Raises:
-        StorageError: it cannot be written; whatever was there before is still there.
+        StorageError: it cannot be written; the previous content is kept.
     """
     owned(path, owner or path.parent)
     make_folder(path.parent)
@@ -176,7 +176,7 @@ def whole_file(path: Path, owner: Path | None = None, durable: bool = False) -> 
 def whole_folder(path: Path, last: str) -> Iterator[Path]:
     """Write files that belong together: into a folder beside, from which they are moved when the block ends well.
 
-    Files of ``path`` that are not written anew stay.
+    Files of ``path`` that are not rewritten stay.
 
     Args:
         path: The folder.

@@ -99,7 +99,7 @@ def region_hd95(pred: Tensor, target: Tensor, diagonal: float, spacing: Sequence
 
 
 def resampled_counts(units: Sequence[Hashable], draws: int = 2000, key: str = "bootstrap mean") -> NDArray[np.int64]:
-    """Return how often each case is drawn when units, such as persons, are resampled with all their cases.
+    """Return how often each case is drawn when units, such as people, are resampled with all their cases.
 
     Args:
         units: What each of S cases belongs to.
@@ -173,7 +173,7 @@ def central_interval(values: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def bootstrap_mean(values: Sequence[float], units: Sequence[Hashable], draws: int = 2000) -> tuple[float, float]:
-    """Return the central 95 % of a mean under resampling of units, such as persons, with all their values.
+    """Return the central 95 % of a mean under resampling of units, such as people, with all their values.
 
     Args:
         values: One per case.
@@ -186,7 +186,7 @@ def bootstrap_mean(values: Sequence[float], units: Sequence[Hashable], draws: in
 def bootstrap_auroc(
     scores: ArrayLike, target: ArrayLike, units: Sequence[Hashable], draws: int = 2000
 ) -> tuple[float, float]:
-    """Return the central 95 % of the AUROC under resampling of units, such as persons; draws of one class do not count.
+    """Return the central 95 % of the AUROC under resampling of units, such as people; draws of one class do not count.
 
     Args:
         scores: One per case.
@@ -198,7 +198,7 @@ def bootstrap_auroc(
 
 
 def bootstrap_ratio(totals: NDArray[Any], counts: NDArray[Any], draws: int = 1000) -> tuple[float, float]:
-    """Return the central 95 % of a ratio of sums under resampling of persons.
+    """Return the central 95 % of a ratio of sums under resampling of people.
 
     Args:
         totals: Sum of each person, ``(P,)``.

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-#: The order of channels where nothing else says.
+#: The default order of channels.
 CANONICAL = (
     "flair", "t1", "t1c", "t2", "mra", "pd", "dwi", "adc", "t2star", "swi", "hbv", "unit1", "t1ir", "ct", "pet", "mri",
     "1h", "xe",

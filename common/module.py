@@ -30,11 +30,11 @@ class Term(NamedTuple):
     Attributes:
         value: a mean.
         count: what it is the mean of: hidden entries, or samples. Validation weighs batches by it.
-        weight: its factor in the loss that is trained on; None = logged alone.
+        weight: its factor in the loss that is trained on; None: logged alone.
     """
 
     value: Tensor
-    count: Tensor | float = 1.0
+    count: Tensor | float = 1.0  # type: ignore[assignment]  # tuple has a method of this name
     weight: float | None = None
 
 
@@ -81,7 +81,7 @@ class BuiltFromData(pl.LightningModule):
     network: Any
     #: Fields of the input's spec that the network is built for.
     remembered: tuple[str, ...] = ("channels", "image_size")
-    #: How the channels of stored weights met those of the data; None where there are no such weights.
+    #: How the channels of stored weights were matched with those of the data; None without such weights.
     channel_report: ChannelReport | None = None
 
     def __init__(self, optimization: OptimizerConfig) -> None:
@@ -164,13 +164,8 @@ class BuiltFromData(pl.LightningModule):
         self.note_channels(report, spec)
         return spec
 
-    def configure_callbacks(self) -> list[pl.Callback]:
-        """Look after steps that are not finite in every trainer (Lightning hook)."""
-        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        return [] if any(isinstance(callback, FiniteCheck) for callback in callbacks) else [FiniteCheck()]
-
     def note_channels(self, report: ChannelReport, spec: InputSpec) -> None:
-        """Say how the channels of stored weights met those of the data, and keep it for the summary."""
+        """Log how the channels of stored weights were matched with those of the data, and keep it for the summary."""
         self.channel_report = report
         say(report.line(spec.shown))
 
@@ -178,11 +173,16 @@ class BuiltFromData(pl.LightningModule):
         """Return what pictures and logs call the channels."""
         return self.spec.names or self.spec.channels
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Look after steps that are not finite in every trainer (Lightning hook)."""
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [] if any(isinstance(callback, FiniteCheck) for callback in callbacks) else [FiniteCheck()]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record the state, and how to rebuild the encoder alone; nothing that is not finite (Lightning hook).
+        """Record the state, and how to rebuild the encoder alone (Lightning hook).
 
         Raises:
-            NonFiniteError: weights or the optimiser's state hold NaN or infinity.
+            NonFiniteError: the weights are not finite; such are never saved.
         """
         refuse_to_save(checkpoint, self.global_step)
         checkpoint["state"] = self.state.plain()
@@ -215,6 +215,7 @@ class BuiltFromData(pl.LightningModule):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute gradients; all are NaN, on every rank, where the loss is not finite (Lightning hook)."""
+        self.finite.note("train/loss", loss)
         try:
             super().backward(self.finite.poisoned(loss), *args, **kwargs)
         except RuntimeError as error:
@@ -278,7 +279,7 @@ class SSLModule(BuiltFromData, ABC, Generic[BatchT]):
         optimization: How its weights are updated.
     """
 
-    #: What ``best.ckpt`` watches.
+    #: The metric that selects ``best.ckpt``.
     monitor = ("val/loss", "min")
 
     def __init__(self, optimization: OptimizerConfig) -> None:

@@ -1,4 +1,4 @@
-"""Images, and slices of volumes, turned as a radiologist looks at them."""
+"""Images and slices of volumes, oriented as a radiologist views them."""
 
 from collections.abc import Sequence
 
@@ -29,7 +29,7 @@ def image_panel(subject: str, target: Tensor, hidden: Tensor, prediction: Tensor
     """Show an image as it is stored: for a frontal radiograph, the patient's right on the left.
 
     Args:
-        subject: Name for the title.
+        subject: Name shown in the title.
         target: ``(H, W)``.
         hidden: bool ``(H, W)``.
         prediction: ``(H, W)``, true values where visible.
@@ -44,11 +44,11 @@ def colour_panel(
     """Show a colour image; where nothing was hidden, all of it is compared.
 
     Args:
-        subject: Name for the title.
+        subject: Name shown in the title.
         target: ``(3, H, W)`` in [0, 1].
         prediction: ``(3, H, W)`` in [0, 1].
-        hidden: bool ``(H, W)``; None = nothing was hidden.
-        lesion: bool ``(H, W)``, to be outlined; None = nothing.
+        hidden: bool ``(H, W)``; None: nothing was hidden.
+        lesion: bool ``(H, W)``, to be outlined; None: nothing.
     """
     truth, guess = (x.detach().float().cpu().permute(1, 2, 0).numpy() for x in (target, prediction))
     outlined = None if lesion is None else lesion.detach().cpu().numpy().astype(bool)
@@ -64,7 +64,7 @@ def volume_panels(
     """Cut one axial slice out of each modality.
 
     Args:
-        subject: Name for the title.
+        subject: Name shown in the title.
         names: Modalities.
         acquired: bool ``(C,)``; a modality that was not acquired gets no panel.
         target: ``(C, X, Y, Z)``, RAS.
@@ -89,7 +89,7 @@ def filled_panel(subject: str, target: Tensor, hidden: Tensor, filled: Tensor, p
     """Cut one axial slice out of a sequence whose hidden parts were replaced by something else.
 
     Args:
-        subject: Name for the title.
+        subject: Name shown in the title.
         target: ``(1, X, Y, Z)``, RAS.
         hidden: bool ``(1, X, Y, Z)``.
         filled: ``(1, X, Y, Z)``, what the encoder saw.

@@ -1,7 +1,7 @@
-"""Stand-ins for the names of persons: a keyed hash, whose key lies with the user and never with a run.
+"""Pseudonyms for people: a keyed hash, whose key stays with the user and is never stored in a run.
 
-Ids are short and their forms are known, so whoever sees a plain hash of one finds it by trying all; without the key
-there is nothing to try. The key is made once, in the user's configuration folder, and read from there by all runs: the
+Ids are short and their forms are known, so anyone who sees a plain hash of one can find it by trying all; without the
+key there is nothing to try. It is made once, in the user's configuration folder, and read from there by all runs: the
 same person has the same pseudonym in all of them. Without it no pseudonym leads back to a name, not even for its owner.
 """
 
@@ -11,7 +11,6 @@ import secrets
 from functools import lru_cache
 from pathlib import Path
 
-from common.distributed import gather_objects, world_size
 from common.errors import StorageError
 from common.files import make_folder, remove_file, storage_errors, temporary_beside
 from common.names import printable
@@ -22,7 +21,7 @@ _SWITCH, _SHARED_KEY = "MEDMIM_ANONYMISE", "MEDMIM_ANONYMISE_KEY"
 
 
 def hide_names(hidden: bool) -> None:
-    """Say whether names are hidden in whatever this process and its children print and write from now on."""
+    """Set whether names are hidden in everything that this process and its children print and write from now on."""
     if hidden:
         os.environ[_SWITCH] = "1"
     else:
@@ -57,13 +56,15 @@ def public_name(name: object) -> str:
 
 
 def key_file() -> Path:
-    """Return where the key lies: ``medmim/anonymise.key`` in ``XDG_CONFIG_HOME``, else in ``~/.config``."""
+    """Return the path of the key: ``medmim/anonymise.key`` in ``XDG_CONFIG_HOME``, else in ``~/.config``."""
     folder = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
     return Path(folder).expanduser() / "medmim" / "anonymise.key"
 
 
 def share_key() -> None:
-    """Give all ranks the key of the first, which machines with home folders of their own would not have."""
+    """Send the first rank's key to all ranks, since machines may have separate home folders."""
+    from common.distributed import gather_objects, world_size  # torch: whoever prints a line imports this module
+
     if world_size() > 1:
         os.environ[_SHARED_KEY] = gather_objects(_key().hex())[0]
 

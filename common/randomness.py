@@ -1,4 +1,4 @@
-"""Randomness as a pure function of what it is for, never of what was drawn before.
+"""Randomness as a pure function of its purpose, never of earlier draws.
 
 Sampling order depends on (seed, epoch); crops, flips and masks on (seed, epoch, subject, draw number); dropout on
 (seed, global step, micro-batch, rank). Nothing depends on a generator's history, so a resumed run continues exactly
@@ -65,9 +65,9 @@ class KeyedGenerator:
 
     Args:
         keys: ``(B,)`` int64, one key per sample, on the device where the numbers are wanted.
-        purpose: What they are for. Generators of the same keys and purpose draw the same numbers, those of different
-            purposes independent ones: where a sample's patches are masked and something else is drawn with its key,
-            one of them must say so.
+        purpose: Use of the numbers. Generators with the same keys and purpose draw the same numbers, those of
+            different purposes independent ones: if a sample's patches are masked and something else is drawn with its
+            key, one of the two must name its purpose.
     """
 
     def __init__(self, keys: Tensor, purpose: str = "") -> None:

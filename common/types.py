@@ -59,7 +59,7 @@ class VolumeBatch(TypedDict, total=False):
     Attributes:
         image: float ``(B, M, H, W, D)``, RAS, absent modalities are 0.
         modality_mask: bool ``(B, M)``, True = acquired.
-        key: int64 ``(B,)``, what the randomness of each sample hangs on.
+        key: int64 ``(B,)``, the seed of each sample's random draws.
         subject_id: one name per sample.
         place: six integers per sample: the first voxel of the crop, and the voxels of the whole case.
         label: ``(B, R, H, W, D)`` float, one channel a region.
@@ -89,7 +89,7 @@ class SequencePairBatch(TypedDict, total=False):
         modality: long ``(B,)``, index of the target sequence among the data's channels.
         partner_modality: long ``(B,)``, of the partner; that of the target where there is none.
         place: one ``(modality, x, y, z)`` of integers per sample: where the crop begins in the atlas.
-        key: int64 ``(B,)``, what the randomness of each sample hangs on.
+        key: int64 ``(B,)``, the seed of each sample's random draws.
         subject_id: one name per sample.
         lesion: bool ``(B, 1, H, W, D)``, voxels of a lesion, where it was asked for.
         control_image: a crop of the target sequence of another patient, ``control_partner`` and ``control_paired`` its
@@ -117,7 +117,7 @@ class ImageTextBatch(TypedDict, total=False):
     Attributes:
         image: float ``(B, 1, H, W)``, standardised, 0 where there is none.
         modality_mask: bool ``(B, 2)``, whether image and text are there.
-        key: int64 ``(B,)``, what the randomness of each sample hangs on.
+        key: int64 ``(B,)``, the seed of each sample's random draws.
         image_key: int64 ``(B,)``, equal where two samples have the same image.
         subject_id: one name per sample.
         patient_id: one name per sample.
@@ -154,7 +154,7 @@ class ImageGenomeBatch(TypedDict, total=False):
         genome_observed: bool ``(B, F)``, features that were measured.
         modality_mask: bool ``(B, 1 + M)``, whether image and each kind of genetics are there.
         complete: Whether every sample has every kind, known before the batch reaches the device.
-        key: int64 ``(B,)``, what the randomness of each sample hangs on.
+        key: int64 ``(B,)``, the seed of each sample's random draws.
         subject_id: one name per sample.
         patient_id: one name per sample.
         control_image: float ``(B, 3, H, W)``, the image of another person.
@@ -203,7 +203,7 @@ class ImageTextTaskBatch(TypedDict, total=False):
         candidate_mask: long ``(B, C, T)``.
         label: long ``(B,)``, the class; -1 = none of them.
         answers: what counts as right, one list per sample.
-        kind: ``"open"`` or ``"closed"``, one per sample; empty = unknown.
+        kind: ``"open"`` or ``"closed"``, one per sample; empty: unknown.
         text: the text, one per sample.
         subject_id: one name per sample.
         patient_id: one name per sample.
@@ -278,8 +278,8 @@ class Panel(NamedTuple):
         prediction: the reconstruction, true values where they were visible.
         sides: what lies at the left and the right edge, such as the patient's right and left.
         filled: what the encoder saw, where hidden parts were replaced by something; None where they were left out.
-        scored: bool ``(H, W)``, where prediction and input are compared; None = where hidden.
-        lesion: bool ``(H, W)``, what is outlined; None = nothing.
+        scored: bool ``(H, W)``, where prediction and input are compared; None: where hidden.
+        lesion: bool ``(H, W)``, what is outlined; None: nothing.
     """
 
     title: str
@@ -325,7 +325,7 @@ class _Rule(NamedTuple):
     advice: str = "choose matching data, or start from its encoder with a fine-tuning configuration."
 
 
-_OTHER_WORDS = "set data.tokenizer to the tokenizer.json of the checkpoint's run, and text_length to its length."
+_OTHER_WORDS = "set data.text.tokenizer to the tokenizer.json of the checkpoint's run, and data.text.length to its own."
 
 #: A field that is not named here is the data's own affair. An archive without labels can be predicted: the checkpoint
 #: knows what it was trained to find.
@@ -350,7 +350,7 @@ class InputSpec(NamedTuple):
         vocabulary: size, length and fingerprint of the text's tokens; empty without text.
         classes: names of the classes that images are labelled with; empty without such labels.
         genome: features of each kind of genetics, by name and in order; empty without genetics.
-        names: what the archive calls the channels, for pictures and logs; empty = as ``channels``.
+        names: what the archive calls the channels, for pictures and logs; empty: as ``channels``.
         absent: channels that no case has, which are fed as absent.
         chosen: whether the configuration names the channels, so that none is added.
     """

@@ -68,7 +68,7 @@ class Row(NamedTuple):
 
     use: str
     reason: str
-    count: int
+    count: int  # type: ignore[assignment]  # tuple has a method of this name
     examples: tuple[str, ...]
 
 

@@ -19,6 +19,7 @@ from common.randomness import run_seed, stable_hash
 from common.runtime.reporting import is_dry_run, say
 from common.types import InputSpec
 from datamodules.account import Account
+from datamodules.configs import LoaderConfig
 from datamodules.examination import Terms
 from datamodules.loading import Draw, EvaluationBatches, ResumableLoader, TrainBatches
 from datamodules.membership import (
@@ -125,10 +126,10 @@ class ArchiveDataModule(pl.LightningDataModule):
     Args:
         batch_size: Samples per device.
         num_workers: Loader processes per rank.
-        max_fault_fraction: Share of faulty samples at which training stops (never fewer than 5 samples).
         anonymise: Whether persons, studies and files have pseudonyms in all that is printed, logged, drawn or written
             outside the cache; see :mod:`common.pseudonyms`.
         seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
+        loader: How samples are drawn, and how many may be broken.
         seen_patients: What becomes of validation and test patients that the pre-training of the encoder has certainly
             seen: they are counted (``report``), left out (``drop``), or a reason to ``refuse``.
         changed_archive: Whether a run whose archive has lost or changed members since it began is ``refuse``d when it
@@ -138,16 +139,17 @@ class ArchiveDataModule(pl.LightningDataModule):
 
     #: The archive.
     root: str
-    #: Settings that say something about one person; where names are hidden, no file of a run keeps their values.
+    #: Settings, by dotted name, that say something about one person; where names are hidden, no file of a run keeps
+    #: their values.
     personal: tuple[str, ...] = ()
 
     def __init__(
         self,
         batch_size: int = 4,
         num_workers: int = 0,
-        max_fault_fraction: float = 0.01,
         anonymise: bool = False,
         seed: int | None = None,
+        loader: LoaderConfig = LoaderConfig(),
         seen_patients: SeenPatients = "report",
         changed_archive: ChangedArchive = "refuse",
         split_from: str | None = None,
@@ -160,7 +162,7 @@ class ArchiveDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.seed = run_seed() if seed is None else seed
         hide_names(anonymise)
-        self.ledger = FaultLedger(max_fault_fraction, anonymise)
+        self.ledger = FaultLedger(loader.max_fault_fraction, anonymise)
         self.splits: dict[str, list[Any]] = {}
         self.store: Any = None
         self.archive: Archive | None = None
@@ -303,6 +305,8 @@ class ArchiveDataModule(pl.LightningDataModule):
         """
         archive = open_archive(root, layout, self.needs, self.purpose, settings)
         Account(archive).check()
+        for note in archive.notes:
+            say(f"note: {note}")
         return archive
 
     def keep_account(self, stage: str) -> None:

@@ -240,7 +240,8 @@ def seen_patients(earlier: Membership, rows: Sequence[Row], root: str) -> Seen:
         rows: Of one split, with plain names.
         root: The archive that they are of.
     """
-    certain, possible = set(), set()
+    certain: set[str] = set()
+    possible: set[str] = set()
     for run in earlier.chain():
         trained = [row for row in run.rows if row.split == "train"]
         contents = {source for row in trained for source in row.sources if not source.startswith(MASK)}

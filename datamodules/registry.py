@@ -81,6 +81,7 @@ class Record(NamedTuple):
         """Yield every file of the sample with what it is: volume, image, text or mask."""
         yield from (("volume", ref.path) for ref in self.volumes.values())
         yield from (("image", path) for path, _ in self.images)
+        yield from (("volume", path) for path in self.surplus)
         yield from (("mask", ref.path) for ref in self.masks.values())
         if isinstance(self.text, FileRef):
             yield "text", self.text.path
@@ -198,6 +199,7 @@ class Archive:
         facts: What is known of the whole.
         reasons: Files that the layout leaves aside, by reason (see :mod:`datamodules.account`).
         tables: Tables and lists that it read.
+        notes: What a person should know of it.
     """
 
     layout: "Layout"
@@ -206,6 +208,7 @@ class Archive:
     facts: Facts
     reasons: Mapping[str, Sequence[str]] = field(default_factory=dict)
     tables: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     @cached_property
     def gives(self) -> frozenset[str]:
@@ -234,12 +237,14 @@ class Listing(NamedTuple):
         facts: What this archive says of itself; None = as the layout.
         reasons: Files left aside, by reason.
         tables: Tables that were read.
+        notes: What a person should know.
     """
 
     samples: Sequence[Sample]
     facts: Facts | None = None
     reasons: Mapping[str, Sequence[str]] = {}
     tables: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -284,11 +289,12 @@ class Layout:
         if strange:
             takes = f"it has {', '.join(self.takes)}" if self.takes else "it has none"
             raise DataError(f"{tree} is of the layout {self.name}, which has no setting {strange[0]}: {takes}.")
-        found = self.find(tree, settings) if self.takes else self.find(tree)
+        found: Any = self.find(tree, settings) if self.takes else self.find(tree)
         listing = found if isinstance(found, Listing) else Listing(found)
         records = [sample.record() for sample in listing.samples]
         tables = [tree.name_of(path) for pattern in self.tables for path in tree.glob(pattern)]
-        return Archive(self, tree, records, listing.facts or self.facts, listing.reasons, [*tables, *listing.tables])
+        facts, tables = listing.facts or self.facts, [*tables, *listing.tables]
+        return Archive(self, tree, records, facts, listing.reasons, tables, listing.notes)
 
 
 def marked(*marks: str | tuple[str, ...], score: int = 3) -> Callable[[Tree], Evidence]:
@@ -339,10 +345,7 @@ class Entry(NamedTuple):
 
 
 def _entry(name: str, at: str, gives: str, labels: str = "", title: str = "") -> Entry:
-    module = at.partition(":")[0]
-    return Entry(
-        name, f"datamodules.{at}", frozenset(gives.split()), labels and f"datamodules.{module}:{labels}", title
-    )
+    return Entry(name, f"datamodules.{at}", frozenset(gives.split()), labels and f"datamodules.{labels}", title)
 
 
 #: Every layout, and the only list of them.
@@ -352,6 +355,9 @@ LAYOUTS: tuple[Entry, ...] = (
     _entry("pi_cai", "volumes.pi_cai:PI_CAI", "volumes masks targets", title="PI-CAI"),
     _entry("lung", "volumes.folder:LUNG", "volumes masks targets"),
     _entry("folder", "volumes.folder:FOLDER", "volumes masks targets sessions"),
+    _entry("bids", "volumes.bids:BIDS", "volumes images masks targets sessions", title="BIDS"),
+    _entry("msd", "volumes.decathlon:MSD", "volumes masks", title="Medical Decathlon"),
+    _entry("nnunet", "volumes.decathlon:NNUNET", "volumes images masks", title="nnU-Net"),
     _entry("ucsf_pdgm", "brain.layouts:UCSF_PDGM", "volumes masks", title="UCSF-PDGM"),
     _entry("upenn_gbm", "brain.layouts:UPENN_GBM", "volumes masks", title="UPENN-GBM"),
     _entry("ixi", "brain.layouts:IXI", "volumes", title="IXI"),
@@ -362,11 +368,14 @@ LAYOUTS: tuple[Entry, ...] = (
     _entry("indi", "brain.layouts:INDI", "volumes", title="INDI"),
     _entry("sources", "brain.layouts:SOURCES", "volumes masks"),
     _entry("brain_manifest", "brain.layouts:MANIFEST", "volumes masks"),
+    _entry("images", "images.plain:IMAGES", "images views sessions", title="plain image"),
+    _entry("class_folders", "images.plain:CLASS_FOLDERS", "images targets views sessions", title="class folder"),
     _entry("mimic_cxr", "reports.mimic_cxr:MIMIC_CXR", "images text views targets", title="MIMIC-CXR"),
     _entry("open_i", "reports.open_i:OPEN_I", "images text", title="Open-I"),
-    _entry("covid_cxr", "reports.covid_cxr:COVID_CXR", "images text views", title="COVID-19 image collection"),
+    _entry("covid_cxr", "reports.covid_cxr:COVID_CXR", "images text views",
+           "labelled.covid:CovidFindings", "COVID-19 image collection"),
     _entry("manifest", "images.table:MANIFEST", "images text views targets masks sessions"),
-    _entry("table", "images.table:TABLE", "images text views targets masks sessions"),
+    _entry("table", "images.table:TABLE", "images text views targets masks sessions", "labelled.layout:LabelledTable"),
     _entry("medicat", "reports.medicat:MEDICAT", "images text", title="MedICaT"),
     _entry("medicat_all", "reports.medicat:MEDICAT_ALL", "images text", title="MedICaT"),
     _entry("roco", "reports.roco:ROCO", "images text", title="ROCO"),
@@ -375,17 +384,19 @@ LAYOUTS: tuple[Entry, ...] = (
     _entry("vqa_rad", "pairs.vqa:VQA_RAD", "images text questions", title="VQA-RAD"),
     _entry("slake", "pairs.vqa:SLAKE", "images text questions", title="SLAKE"),
     _entry("vqa_med_2019", "pairs.vqa:VQA_MED", "images text questions", title="VQA-Med-2019"),
-    _entry("ukb", "genetics.ukb:UKB", "images genetics targets", "UKBRisk", "UK Biobank"),
-    _entry("tcga_gbmlgg", "genetics.tcga:TCGA", "images genetics targets", "TCGAGrade", "TCGA GBM-LGG"),
-    _entry("idrid", "labelled.fundus:IDRID", "images targets", "IDRiD", "IDRiD"),
-    _entry("aptos2019", "labelled.fundus:APTOS", "images targets", "APTOS2019", "APTOS 2019"),
-    _entry("eyepacs2015", "labelled.fundus:EYEPACS", "images targets", "EyePACS2015", "EyePACS 2015"),
-    _entry("rfmid", "labelled.fundus:RFMID", "images targets", "RFMiD", "RFMiD"),
-    _entry("palm", "labelled.palm:PALM", "images masks", "PALMStructures", "PALM"),
-    _entry("chexpert", "labelled.chexpert:CHEXPERT", "images targets views", "CheXpert", "CheXpert"),
-    _entry("nih_cxr14", "labelled.nih_cxr:NIH_CXR14", "images targets", "NIHChestXray14", "NIH ChestX-ray14"),
-    _entry("rsna_pneumonia", "labelled.rsna:RSNA", "images targets", "RSNAPneumonia", "RSNA Pneumonia"),
-    _entry("siim_pneumothorax", "labelled.siim:SIIM", "images targets masks", "SIIMPneumothorax", "SIIM-ACR"),
+    _entry("ukb", "genetics.ukb:UKB", "images genetics targets", "genetics.ukb:UKBRisk", "UK Biobank"),
+    _entry("tcga_gbmlgg", "genetics.tcga:TCGA", "images genetics targets", "genetics.tcga:TCGAGrade", "TCGA GBM-LGG"),
+    _entry("idrid", "labelled.fundus:IDRID", "images targets", "labelled.fundus:IDRiD", "IDRiD"),
+    _entry("aptos2019", "labelled.fundus:APTOS", "images targets", "labelled.fundus:APTOS2019", "APTOS 2019"),
+    _entry("eyepacs2015", "labelled.fundus:EYEPACS", "images targets", "labelled.fundus:EyePACS2015", "EyePACS 2015"),
+    _entry("rfmid", "labelled.fundus:RFMID", "images targets", "labelled.fundus:RFMiD", "RFMiD"),
+    _entry("palm", "labelled.palm:PALM", "images masks", "labelled.palm:PALMStructures", "PALM"),
+    _entry("chexpert", "labelled.chexpert:CHEXPERT", "images targets views", "labelled.chexpert:CheXpert", "CheXpert"),
+    _entry("nih_cxr14", "labelled.nih_cxr:NIH_CXR14", "images targets",
+           "labelled.nih_cxr:NIHChestXray14", "NIH ChestX-ray14"),
+    _entry("rsna_pneumonia", "labelled.rsna:RSNA", "images targets", "labelled.rsna:RSNAPneumonia", "RSNA Pneumonia"),
+    _entry("siim_pneumothorax", "labelled.siim:SIIM", "images targets masks",
+           "labelled.siim:SIIMPneumothorax", "SIIM-ACR"),
 )  # fmt: skip
 
 
@@ -410,14 +421,14 @@ def in_words(names: Iterable[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def unsuited(entry: Entry, gives: Iterable[str], needs: frozenset[str], purpose: str) -> DataError:
+def unsuited(entry: Entry, gives: Iterable[str], needs: frozenset[str], purpose: str, root: object) -> DataError:
     """Return the refusal of an archive that lacks what is needed."""
     missing = needs - set(gives)
     verb = "is" if missing == {"text"} else "are"
     title = entry.title or entry.name
     article = "An" if title[0].lower() in "aeiou" or title[:2] in ("MS", "NI", "RF", "RS") else "A"
     return DataError(f"{article} {title} archive gives {in_words(gives)}; {purpose} needs {in_words(needs)}, so "
-                     f"{in_words(missing)} {verb} lacking.")  # fmt: skip
+                     f"{in_words(missing)} {verb} lacking in {shortened(str(root), 80)}.")  # fmt: skip
 
 
 class _Match(NamedTuple):
@@ -469,11 +480,19 @@ def recognise(tree: Tree, needs: frozenset[str], purpose: str = "this") -> tuple
         others = _matches(tree, [entry for entry in LAYOUTS if entry not in suited])
         other = _best(tree, others)
         if other is not None and (best is None or other.evidence.score > 1):
-            raise unsuited(other.entry, other.entry.gives, needs, purpose)
+            raise unsuited(other.entry, _given(other, tree), needs, purpose, tree)
         matches += others
     if best is None:
         raise DataError(_unknown(tree, matches))
     return best.layout, best.evidence
+
+
+def _given(match: _Match, tree: Tree) -> frozenset[str]:
+    """Return what an archive gives; what its layout can, where it cannot be read without further settings."""
+    try:
+        return match.layout.read(tree).gives
+    except DataError:
+        return match.entry.gives
 
 
 def _unknown(tree: Tree, matches: Sequence[_Match]) -> str:
@@ -518,7 +537,7 @@ def open_archive(
     if layout != "auto":
         entry = entry_of(layout)
         if not wanted <= entry.gives:
-            raise unsuited(entry, entry.gives, wanted, purpose)
+            raise unsuited(entry, entry.gives, wanted, purpose, root)
     tree = root if isinstance(root, Tree) else Tree(root)
     if settings.ignore:
         tree = tree.without(settings.ignore)
@@ -530,7 +549,7 @@ def open_archive(
         held = f"({shortened(chosen.tree, 110)}); it holds {shortened(contents(tree.root), 50)}"
         raise DataError(f"{shortened(str(tree), 80)} is not of the layout {chosen.name} {held}.")
     if missing := wanted - archive.gives - {"genetics", "masks", "targets"}:
-        raise unsuited(entry_of(chosen.name), archive.gives - missing, wanted, purpose)
+        raise unsuited(entry_of(chosen.name), archive.gives - missing, wanted, purpose, tree)
     return archive
 
 

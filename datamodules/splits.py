@@ -67,6 +67,27 @@ class SplitFile:
     ids: IdRule = "exact"
     unlisted: Literal["refuse", "ignore"] = "refuse"
 
+    @classmethod
+    def of(cls, given: "str | Path | Mapping[str, str] | SplitFile") -> "SplitFile":
+        """Return what a configuration gives: a path, or a mapping with these attributes.
+
+        As a type of an argument this class would have the command line read the file that a path names.
+
+        Raises:
+            DataError: the mapping has no file, an unknown key, or a value that is none of the allowed ones.
+        """
+        if isinstance(given, SplitFile):
+            return given
+        if not isinstance(given, Mapping):
+            return cls(str(given))
+        allowed = {"ids": ("exact", "pad"), "unlisted": ("refuse", "ignore")}
+        wrong = [f"{key}: {value}" for key, value in given.items() if value not in allowed.get(key, (value,))]
+        wrong += [key for key in given if key not in ("file", *allowed)]
+        if wrong or "file" not in given:
+            raise DataError(f"data.split.file takes file, ids (exact or pad) and unlisted (refuse or ignore); "
+                            f"{'wrong is ' + wrong[0] if wrong else 'file is missing'}.")  # fmt: skip
+        return cls(**given)  # type: ignore[arg-type]
+
 
 def hash_order(names: Iterable[str], seed: int) -> list[str]:
     """Return distinct names in the order of xxh3(seed, name), which no other name has a part in."""
@@ -218,7 +239,7 @@ def assign_splits(
     cases: Sequence[Member],
     fractions: Sequence[float],
     seed: int,
-    split_file: str | Path | SplitFile | None = None,
+    split_file: str | Path | Mapping[str, str] | SplitFile | None = None,
     strata: Mapping[str, str] | None = None,
     cut_validation: bool = False,
 ) -> dict[str, str]:
@@ -239,7 +260,7 @@ def assign_splits(
     """
     check_unique(cases)
     if split_file is not None:
-        parts = _split_by_file(cases, split_file if isinstance(split_file, SplitFile) else SplitFile(str(split_file)))
+        parts = _split_by_file(cases, SplitFile.of(split_file))
     elif any(case.split for case in cases):
         parts = {case.case_id: _SYNONYMS.get(case.split, case.split) for case in cases if case.split}
         unknown = sorted(set(parts.values()) - set(SPLITS))

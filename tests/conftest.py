@@ -138,8 +138,8 @@ def small_disk():
 TINY = {
     "encoder": ["--model.encoder.embed_dim=32", "--model.encoder.depth=2", "--model.encoder.num_heads=2"],
     "taps": ["--model.taps=[1,2]"],
-    "data": ["--data.crop_size=[32,32,32]", "--data.batch_size=2", "--data.crops_per_case=2", "--data.num_workers=0",
-             "--data.val_crops_per_case=2"],
+    "data": ["--data.crops.size=[32,32,32]", "--data.batch_size=2", "--data.loader.draws=2", "--data.num_workers=0",
+             "--data.loader.val_draws=2"],
     "trainer": ["--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=1", "--trainer.enable_progress_bar=false",
                 "--trainer.precision=32-true", "--trainer.log_every_n_steps=1",
                 "--checkpoint.at_epoch_end=always"],
@@ -159,9 +159,9 @@ def pretrain_arguments(brats_root):
 
 
 BRAIN = ["--model.encoder.embed_dims=[8,8,16,16]", "--model.encoder.depths=[1,1,1,1]", "--model.encoder.head_dim=8",
-         "--model.encoder.recompute_stages=0", "--data.atlas=[40,44,36]", "--data.crop_size=[16,16,16]",
-         "--data.batch_size=2", "--data.crops_per_case=1", "--data.val_crops_per_case=2", "--data.num_workers=0",
-         "--data.split_fractions=[0.7,0.3,0.0]"]  # fmt: skip
+         "--model.encoder.recompute_stages=0", "--data.atlas=[40,44,36]", "--data.crops.size=[16,16,16]",
+         "--data.batch_size=2", "--data.loader.draws=1", "--data.loader.val_draws=2", "--data.num_workers=0",
+         "--data.split.fractions=[0.7,0.3,0.0]"]  # fmt: skip
 
 
 @pytest.fixture

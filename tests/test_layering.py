@@ -94,8 +94,8 @@ FLOORS = (
     {"brain", "labelled", "reports", "pairs", "genetics", "synthetic"},
     {"volumes", "images", "dicom"},
     {"base", "examination", "controls"},
-    {"account", "archive_file", "loading", "registry", "splits"},
-    {"files", "ids", "limits", "notes", "storage", "subjects", "tables", "tree"},
+    {"account", "archive_file", "loading", "membership", "registry", "splits"},
+    {"files", "ids", "limits", "listed_files", "members", "notes", "storage", "subjects", "tables", "tree", "voxels"},
 )
 
 

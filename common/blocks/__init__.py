@@ -1,1 +1,1 @@
-"""Network parts without a paper's wiring."""
+"""Network parts that belong to no single paper."""

@@ -1,4 +1,4 @@
-"""Self-attention through fused kernels, attention without its strongest relations, and the pre-norm block.
+"""Self-attention with fused kernels, attention without its strongest relations, and the pre-norm block.
 
 Letters: B batch, N tokens, E width, H heads, d width of a head, Q queries, K keys.
 """
@@ -28,7 +28,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -
         q: ``(B, H, N, d)``.
         k: ``(B, H, N, d)``.
         v: ``(B, H, N, d)``.
-        key_mask: bool ``(B, K)``, True = real key, of which each sample needs one; None = all are real.
+        key_mask: bool ``(B, K)``, True = real key, of which each sample needs one; None: all are real.
 
     Returns:
         ``(B, H, N, d)``.
@@ -74,7 +74,7 @@ def relations_of(
         q: ``(B, H, Q, d)``.
         k: ``(B, H, K, d)``.
         ratio: Share of a row to remove, in [0, 1).
-        key_mask: bool ``(B, K)``, True = real key; None = all are real.
+        key_mask: bool ``(B, K)``, True = real key; None: all are real.
         tie_rule: See :func:`common.maskers.relation.mask_top_relations`.
     """
     with torch.autocast(q.device.type, enabled=False):
@@ -101,7 +101,7 @@ def relation_masked_attention(
         k: ``(B, H, K, d)``.
         v: ``(B, H, K, d)``.
         ratio: Share of a row to remove, in [0, 1).
-        key_mask: bool ``(B, K)``, True = real key; None = all are real.
+        key_mask: bool ``(B, K)``, True = real key; None: all are real.
         tie_rule: See :func:`common.maskers.relation.mask_top_relations`.
         renormalize: Whether what is kept of a row is scaled to sum to 1; the equations do not.
 
@@ -112,7 +112,7 @@ def relation_masked_attention(
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention; parameters are called as in timm (``qkv``, ``proj``).
+    """Multi-head self-attention; parameters are named as in timm (``qkv``, ``proj``).
 
     Args:
         dim: E.
@@ -177,7 +177,7 @@ class TransformerBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Add what attention gave ``(B, H, N, d)`` to the stream ``(B, N, E)``, and run the MLP."""
+        """Add the output of attention ``(B, H, N, d)`` to the stream ``(B, N, E)``, and run the MLP."""
         x = x + self.drop_path(self.attn.merge(attended))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -186,12 +186,12 @@ class TransformerBlock(nn.Module):
         return self.transform(x)
 
     def transform(self, x: Tensor, key_mask: Tensor | None = None, queries: slice | None = None) -> Tensor:
-        """Transform ``(B, N, E)``, some of its tokens being no keys, or some alone being wanted.
+        """Transform ``(B, N, E)`` when some tokens are not keys, or when only some are needed.
 
         Args:
             x: The tokens.
-            key_mask: bool ``(B, N)``, True = real token; None = all are real.
-            queries: The tokens whose result is wanted; the others serve as keys alone. None = all.
+            key_mask: bool ``(B, N)``, True = real token; None: all are real.
+            queries: The tokens whose result is needed; the others only serve as keys. None: all.
         """
         q, k, v = self.attn.heads(self.norm1(x))
         if queries is not None:

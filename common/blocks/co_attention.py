@@ -25,7 +25,7 @@ class PostNormAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, dropout: float = 0.1, norm_eps: float = 1e-12) -> None:
         if dim % num_heads:
-            raise ValueError(f"The width {dim} is no multiple of {num_heads} attention heads.")
+            raise ValueError(f"The width {dim} is not a multiple of {num_heads} attention heads.")
         super().__init__()
         self.num_heads, self.dropout = num_heads, dropout
         self.query, self.key, self.value = (nn.Linear(dim, dim) for _ in range(3))

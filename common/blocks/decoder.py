@@ -16,7 +16,7 @@ class LinearDecoder(nn.Module):
 
     Args:
         embed_dim: E.
-        grid_size: Positions along each axis; unused, every decoder takes it.
+        grid_size: Positions along each axis; unused here, but every decoder accepts it.
         out_features: Values per token.
     """
 
@@ -110,7 +110,7 @@ class MAEDecoder(nn.Module):
         return prefix, x
 
     def features(self, tokens: Tensor, ids_restore: Tensor | None = None, predict: Tensor | None = None) -> Tensor:
-        """Return what is projected to predictions, normalised, ``(B, N, F)`` or ``(B, S, F)``."""
+        """Return the normalised features that are projected to predictions, ``(B, N, F)`` or ``(B, S, F)``."""
         prefix, x = self.restore(tokens, ids_restore)
         x = torch.cat([prefix, x + self.pos_embed], dim=1) if self.num_prefix_tokens else x + self.pos_embed
         for block in self.blocks:

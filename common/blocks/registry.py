@@ -1,8 +1,8 @@
-"""Encoders that a file may ask for: which classes, and which arguments.
+"""The encoders that a file may request, and the arguments they accept.
 
 A checkpoint or an export names its encoder's class and arguments. A name is looked up among the classes that carry
-:func:`registered`; nothing is imported because a file says so, and no argument of another kind than the class declares
-is handed on. Whoever writes an encoder of their own puts the decorator on it and imports its module.
+:func:`registered`; a file never causes an import, and arguments whose kind differs from the class's declaration are
+refused. To use an encoder of your own, decorate its class and import its module.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ HOMES = (
     "experiments.mrm_record.baselines",
     "experiments.mrm_genetics.baselines",
 )
-#: Encoders that have moved since files were written: what those say, and what it is called now.
+#: Encoders that have moved since some files were written: the recorded name and the current one.
 _MOVED = {"experiments.umd.encoder.UMDEncoder": "experiments.umd.encoder.UMDEncoder"}
-#: Beyond any size or count of an encoder.
+#: An upper bound on any size or count of an encoder.
 _LARGEST = 2**24
 
 _ENCODERS: dict[str, type[nn.Module]] = {}
@@ -36,12 +36,12 @@ Encoder = TypeVar("Encoder", bound=nn.Module)
 
 
 def class_path(cls: type) -> str:
-    """Return the name that files know a class by."""
+    """Return the name by which files refer to a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def registered(cls: type[Encoder]) -> type[Encoder]:
-    """Let files ask for an encoder (class decorator)."""
+    """Allow files to request an encoder (class decorator)."""
     _ENCODERS[class_path(cls)] = cls
     return cls
 
@@ -54,8 +54,8 @@ def fits(value: Any, kind: Any) -> bool:
     if origin is Literal:
         return any(type(value) is type(part) and value == part for part in parts)
     if dataclasses.is_dataclass(kind):
-        parts = get_type_hints(kind)
-        return isinstance(value, dict) and all(name in parts and fits(v, parts[name]) for name, v in value.items())
+        hints = get_type_hints(kind)
+        return isinstance(value, dict) and all(name in hints and fits(v, hints[name]) for name, v in value.items())
     if origin is not None and issubclass(origin, Mapping):
         return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
     if origin is not None and issubclass(origin, Sequence):
@@ -71,14 +71,14 @@ def find_encoder(path: str) -> type[nn.Module]:
     """Return the registered class of that name.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: no such class is registered.
     """
     path = _MOVED.get(path, path)
     if path.rpartition(".")[0] in HOMES:
         importlib.import_module(path.rpartition(".")[0])
     if path not in _ENCODERS:
         raise CheckpointError(
-            f"The file asks for the class {path[:100]!r}, which is no encoder of this project: nothing was run. An "
+            f"The file asks for the class {path[:100]!r}, which is not an encoder of this project: nothing was run. An "
             f"encoder of your own needs `common.blocks.registry.registered` on its class, and its module imported."
         )
     return _ENCODERS[path]
@@ -99,7 +99,7 @@ def check_arguments(path: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     cls = find_encoder(path)
     declared = inspect.signature(cls).parameters
     kinds = get_type_hints(cls.__init__)
-    wrong = [f"{name!r:.60} is none of its arguments" for name in arguments if name not in declared]
+    wrong = [f"{name!r:.60} is not one of its arguments" for name in arguments if name not in declared]
     wrong += [f"`{name}` is {value!r:.60}" for name, value in arguments.items()
               if name in declared and not fits(value, kinds.get(name))]  # fmt: skip
     wrong += [f"`{name}` is missing" for name, argument in declared.items()

@@ -46,10 +46,10 @@ class ResidualUNetEncoder(nn.Module):
         patch_size: Side of the patches that the stem embeds; 1, the paper's, convolves at full resolution.
 
     Raises:
-        ValueError: a side of the crop is no multiple of the coarsest level's step.
+        ValueError: a side of the crop is not a multiple of the coarsest level's step.
     """
 
-    #: The weight that sees the input's channels.
+    #: The weight that is applied to the input's channels.
     input_kernel = "stem.weight"
 
     def __init__(
@@ -104,7 +104,7 @@ class ResidualUNetDecoder(nn.Module):
     """Per level: a convolution of one voxel, doubling by nearest neighbours, a residual block; then a head.
 
     Args:
-        encoder: The encoder; its levels' widths are climbed.
+        encoder: The encoder whose levels are mirrored.
         out_channels: Channels of the result.
     """
 

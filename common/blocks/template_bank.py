@@ -18,7 +18,7 @@ Box = tuple[slice, slice, slice]
 
 
 class _Seen(NamedTuple):
-    """A crop that was looked at: where it lies, and the leaf that its gradient arrives at."""
+    """A crop that was viewed: its place, and the leaf tensor that receives its gradient."""
 
     place: Place
     leaf: Tensor
@@ -61,7 +61,7 @@ def crop_of(volume: Tensor, start: Sequence[int], size: Sequence[int]) -> Tensor
 
 
 class TemplateBank(nn.Module):
-    """Templates, and Adam for them that touches nothing but what crops looked at.
+    """Templates, with an Adam that updates only the voxels that crops have viewed.
 
     Templates start at exactly 0 and stay in float32. A view is ``(T - min T) / max(max T - min T, 1e-3)``: the extremes
     are those of the whole template and carry no gradient, and the floor keeps the gradient finite while a template is
@@ -136,12 +136,12 @@ class TemplateBank(nn.Module):
         return (self.weight - low) / self.range().clamp(min=self.MIN_RANGE)[:, None, None, None]
 
     def forget(self) -> None:
-        """Drop the crops that were looked at since the last step."""
+        """Discard the crops viewed since the last step."""
         self._seen = []
 
     @torch.no_grad()
     def step(self, lr: float, size: Sequence[int], hold: Tensor | None = None) -> Tensor:
-        """Update what was looked at since the last step; all ranks call it with equally many crops.
+        """Update the voxels viewed since the last step; all ranks must call it with the same number of crops.
 
         The gradient is the mean over ranks, as DDP takes it for all other weights. A crop's gradient that is not finite
         keeps the whole of the template that it looked at as it is.

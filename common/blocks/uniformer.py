@@ -25,7 +25,7 @@ class PatchEmbed3D(nn.Module):
         in_channels: C.
         embed_dim: E.
         kernel_size: Side of the kernel.
-        stride: Step of the kernel; None = its side, so that patches do not overlap.
+        stride: Step of the kernel; None: its side, so that patches do not overlap.
         padding: Voxels added on every side.
     """
 
@@ -133,12 +133,12 @@ class UniFormer3D(nn.Module):
         channels_last: Whether kernels and activations lie channels-last, which a CPU needs for depth-wise convolutions.
 
     Raises:
-        ValueError: a side of the crop is no multiple of 16, or heads do not divide a width.
+        ValueError: a side of the crop is not a multiple of 16, or heads do not divide a width.
     """
 
     #: Step of the coarsest stage.
     STRIDE = 16
-    #: The weight that sees the input's channels.
+    #: The weight that is applied to the input's channels.
     input_kernel = "patch_embed1.proj.weight"
 
     def __init__(
@@ -222,7 +222,7 @@ class UpsamplingDecoder(nn.Module):
     """BrainMVP's pre-training decoder: transposed convolutions without skips, norms or activations, and a head.
 
     Args:
-        encoder: A UniFormer; its stages' widths are climbed.
+        encoder: A UniFormer whose stages are mirrored.
         out_channels: Channels of the result.
     """
 

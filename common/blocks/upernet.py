@@ -28,7 +28,7 @@ class SingleValueBatchNorm(nn.BatchNorm2d):
 
 
 class FeaturePyramid(nn.Module):
-    """Makes a pyramid of four maps that are all of one size, at 4, 2, 1 and 1/2 times that size.
+    """Turns four maps of one size into a pyramid at 4, 2, 1 and 1/2 times that size.
 
     Learned up-sampling and a maximum, as mmsegmentation's ``Feature2Pyramid`` for plain vision transformers.
 
@@ -59,14 +59,14 @@ class FeaturePyramid(nn.Module):
 class UPerNet(nn.Module):
     """Transformers' UPerNet heads on four feature maps of an encoder, and an auxiliary head for training.
 
-    The encoder's own final norm is left out, its positions are trained.
+    The encoder's final norm is removed; its position embeddings are trained.
 
     Args:
         encoder: An image encoder.
         num_regions: R; the background is a class of its own.
         hidden_size: F.
         auxiliary_channels: Width of the auxiliary head, which reads the third map.
-        dropout: Rate, per channel, before both classifiers.
+        dropout: Dropout rate per channel before both classifiers.
 
     Raises:
         ValueError: the encoder has fewer than two patches along an axis.

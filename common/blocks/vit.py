@@ -27,7 +27,7 @@ def init_transformer_weights(module: nn.Module) -> None:
 
 
 def init_xavier_weights(module: nn.Module) -> None:
-    """Initialise Linear layers with Xavier's uniform distribution and zero bias, as the code of MAE does."""
+    """Initialise Linear layers with Xavier's uniform distribution and zero bias, as MAE's code does."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -161,7 +161,7 @@ class VisionTransformer(nn.Module):
         return self.pos_drop(x)
 
     def run_block(self, block: nn.Module, x: Tensor) -> Tensor:
-        """Run one of the blocks on ``(B, N, E)``; its activations are recomputed where that was asked for."""
+        """Run one of the blocks on ``(B, N, E)``; its activations are recomputed if ``grad_checkpointing`` is set."""
         recompute = self.grad_checkpointing and self.training and torch.is_grad_enabled()
         return checkpoint(block, x, use_reentrant=False) if recompute else block(x)
 

@@ -1,1 +1,1 @@
-"""Lightning callbacks, one class a file."""
+"""Lightning callbacks, one class per file."""

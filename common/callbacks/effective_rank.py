@@ -1,4 +1,4 @@
-"""Whether features fill their space or a corner of it (Roy and Vetterli 2007; Jing et al. 2022)."""
+"""Whether features fill their space or only a corner of it (Roy and Vetterli 2007; Jing et al. 2022)."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from common.types import Reconstruction
 
 
 def spectrum_figure(spectra: dict[str, Tensor], initial: dict[str, Tensor], step: int) -> Figure:
-    """Draw log10 of the sorted singular values, now and before training, one line a tap."""
+    """Draw log10 of the sorted singular values, now and before training, one line per tap."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     for index, (name, values) in enumerate(spectra.items()):
@@ -34,7 +34,7 @@ def spectrum_figure(spectra: dict[str, Tensor], initial: dict[str, Tensor], step
 class EffectiveRank(ValidationCallback):
     """Logs ``collapse/effective_rank`` of the encoder's output, one more per tap, and the spectrum as a picture.
 
-    Features are those of unmasked validation inputs, tokens that hold anything, always the same ones. The value before
+    The features come from a fixed set of unmasked validation inputs; empty tokens are left out. The value before
     training is logged at step 0 and kept as the dotted line of the pictures.
 
     Args:
@@ -48,7 +48,7 @@ class EffectiveRank(ValidationCallback):
         self._count = 0
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget the last validation (Lightning hook)."""
+        """Reset for a new validation (Lightning hook)."""
         self._features, self._count = {}, 0
 
     def observe(self, trainer: pl.Trainer, module: SSLModule, output: Reconstruction, batch: Any) -> None:

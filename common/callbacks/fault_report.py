@@ -1,4 +1,4 @@
-"""Broken samples in the run folder, in the log, and as a reason to stop."""
+"""Broken samples: listed in the run folder, logged, and a reason to stop."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from common.runtime.reporting import is_dry_run, say
 class FaultReport(pl.Callback):
     """Keeps ``data_faults.csv`` up to date, logs ``data/faulty_samples``, and stops a run with too many.
 
-    Ranks tell each other what they met only where one of them met something new.
+    Ranks exchange faults only when one of them has found a new one.
 
     Args:
         folder: The run folder.
@@ -28,7 +28,7 @@ class FaultReport(pl.Callback):
         return getattr(trainer.datamodule, "ledger", None)  # type: ignore[attr-defined]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write down what indexing and caching met (Lightning hook)."""
+        """Record the faults found while indexing and caching (Lightning hook)."""
         ledger = self._ledger(trainer)
         if ledger is not None and ledger.anonymise:
             share_key()
@@ -58,10 +58,10 @@ class FaultReport(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Share news at the step boundary (Lightning hook)."""
+        """Exchange new faults at the step boundary (Lightning hook)."""
         self._share(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Share news after validation (Lightning hook)."""
+        """Exchange new faults after validation (Lightning hook)."""
         if not trainer.sanity_checking:
             self._share(trainer, pl_module)

@@ -52,8 +52,8 @@ def training_ends(trainer: pl.Trainer) -> bool:
 class LastCheckpoint(Checkpoint):
     """Writes ``checkpoints/last.ckpt`` by time or by steps, and where training ends; never twice at one step.
 
-    It is written inside training and nowhere else: a checkpoint written after ``fit`` has lost the loader's position.
-    At the end of an epoch that is behind its validation.
+    It is written only during training: a checkpoint written after ``fit`` has lost the loader's position. At the end of
+    an epoch it is written after validation.
 
     Args:
         folder: Where to write.

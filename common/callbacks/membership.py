@@ -54,6 +54,6 @@ class MembershipRecord(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Put the members into the checkpoint (Lightning hook)."""
+        """Store the members in the checkpoint (Lightning hook)."""
         if self._membership is not None:
             checkpoint["membership"] = self._membership.plain()

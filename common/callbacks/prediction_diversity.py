@@ -1,4 +1,4 @@
-"""Do predictions differ between subjects, or is the answer always the same?"""
+"""Whether predictions differ between subjects, or the answer is always the same."""
 
 from typing import Any
 
@@ -49,8 +49,8 @@ class PredictionDiversity(ValidationCallback):
     """Logs ``collapse/prediction_diversity``: variance of predictions across samples over that of their targets.
 
     All samples get one and the same mask (but for what a sample lacks), and only hidden entries count. Near 0 the model
-    answers with a constant: it finds complete collapse without knowing the floor. A good model stays below 1: it cannot
-    know all of the variance.
+    answers with a constant, so complete collapse shows without knowing the floor. A good model stays below 1: it cannot
+    explain all of the variance.
 
     Args:
         max_samples: Validation samples to use, over all ranks.
@@ -67,7 +67,7 @@ class PredictionDiversity(ValidationCallback):
         self._pred, self._target, self._seen = _Moments(), _Moments(), 0
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget the last validation (Lightning hook)."""
+        """Reset for a new validation (Lightning hook)."""
         self._reset()
 
     def observe(self, trainer: pl.Trainer, module: SSLModule, output: Reconstruction, batch: Any) -> None:

@@ -1,4 +1,4 @@
-"""Stopping when the cluster says so, without losing a step."""
+"""Stopping at the cluster's request without losing a step."""
 
 import os
 import shutil
@@ -56,7 +56,7 @@ class Preemption(Checkpoint):
             os.write(2, b"\nstopping: the step is finished and saved first; Ctrl-C again quits at once\n")
 
     def _install(self, trainer: pl.Trainer) -> None:
-        """Take over the signals; Lightning has installed its own handlers just before."""
+        """Install our signal handlers; Lightning has just installed its own."""
         for number in SIGNALS:
             signal.signal(number, self._handle)
         # Lightning broadcasts its own flag from the device at every step of a distributed run: a host sync for a flag
@@ -64,15 +64,15 @@ class Preemption(Checkpoint):
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Remember the handlers of before this run (Lightning hook)."""
+        """Remember the handlers that were in place before this run (Lightning hook)."""
         self._original = {number: signal.getsignal(number) for number in SIGNALS}
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take over the signals (Lightning hook)."""
+        """Install our signal handlers (Lightning hook)."""
         self._install(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take over the signals (Lightning hook)."""
+        """Install our signal handlers (Lightning hook)."""
         self._install(trainer)
 
     def on_train_batch_end(
@@ -114,11 +114,11 @@ class Preemption(Checkpoint):
         raise PreemptedError(message, code)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the signals back (Lightning hook)."""
+        """Restore the previous signal handlers (Lightning hook)."""
         for number, handler in self._original.items():
             signal.signal(number, handler)
         self._original = {}
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the signals back when a run dies (Lightning hook)."""
+        """Restore the previous signal handlers when a run fails (Lightning hook)."""
         self.teardown(trainer, pl_module, "fit")

@@ -1,4 +1,4 @@
-"""Pictures of reconstructions, one row a case: input, what was hidden, prediction, difference."""
+"""Pictures of reconstructions, one row per case: input, what was hidden, prediction, difference."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -124,7 +124,7 @@ class ReconstructionPanels(ValidationCallback):
         self._panels: dict[str, list[Panel]] = {}
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget the last validation (Lightning hook)."""
+        """Reset for a new validation (Lightning hook)."""
         self._panels = {}
 
     def observe(self, trainer: pl.Trainer, module: SSLModule, output: Reconstruction, batch: Any) -> None:
@@ -140,7 +140,7 @@ class ReconstructionPanels(ValidationCallback):
         return max((len(rows) for rows in self._panels.values()), default=0)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the pictures to the loggers (Lightning hook)."""
+        """Send the pictures to the loggers (Lightning hook)."""
         self._validations += 1
         for name, rows in self._panels.items():
             log_figure(trainer, f"reconstruction/{name}", panel_figure(name, rows))

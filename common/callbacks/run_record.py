@@ -1,4 +1,4 @@
-"""What a run leaves behind for whoever asks later how it was made."""
+"""The record a run leaves behind, so that others can see how it was made."""
 
 import json
 import re
@@ -31,8 +31,8 @@ def personal_settings(trainer: pl.Trainer) -> tuple[str, ...]:
 
 def _command(trainer: pl.Trainer) -> list[str]:
     """Return the command line, without the values of personal settings."""
-    names = "|".join(personal_settings(trainer)) or "(?!)"
-    option = re.compile(rf"--data\.(?:init_args\.)?(?:{names})")
+    personal = {name for setting in personal_settings(trainer) for name in (setting, setting.partition(".")[0])}
+    option = re.compile(rf"--data\.(?:init_args\.)?(?:{'|'.join(map(re.escape, personal)) or '(?!)'})")
     words: list[str] = []
     for word in sys.argv[1:]:
         given, sign, value = word.partition("=")
@@ -45,7 +45,7 @@ def _command(trainer: pl.Trainer) -> list[str]:
 
 
 class RunRecord(pl.Callback):
-    """Writes ``environment.json``, gives the summary what only callbacks know, and names the run folder.
+    """Writes ``environment.json``, adds to the summary what only callbacks know, and names the run folder.
 
     Args:
         folder: The run folder.
@@ -70,7 +70,7 @@ class RunRecord(pl.Callback):
         say(f"run folder: {self.folder}")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say how large the model is, and note how channels were matched (Lightning hook)."""
+        """Log how large the model is, and note how channels were matched (Lightning hook)."""
         self._note_channels(trainer, pl_module)
         counts = [sum(p.numel() for p in m.parameters()) for m in (pl_module, _encoder(pl_module)) if m is not None]
         names = [f"{count / 1e6:.1f} M parameters" for count in counts]

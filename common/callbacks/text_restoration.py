@@ -1,4 +1,4 @@
-"""Reports as the model fills them in, to read."""
+"""Reports as the model fills them in, as readable text."""
 
 from collections.abc import Collection, Iterator
 from html import escape
@@ -16,7 +16,7 @@ _RIGHT, _WRONG = "\N{LARGE GREEN SQUARE}", "\N{LARGE RED SQUARE}"
 
 
 def _plain(token: str) -> str:
-    """Return a token as it may stand in a cell of a Markdown table."""
+    """Return a token escaped for a cell of a Markdown table."""
     return escape(token.removeprefix("##")).replace("|", "&#124;")
 
 
@@ -67,7 +67,7 @@ def restored_row(tokens: list[str], truth: dict[int, str], predicted: dict[int, 
 class TextRestoration(ValidationCallback):
     """Logs ``reconstruction/report`` as text at every validation, always the same samples.
 
-    Nothing is logged where the data module anonymises: reports are about persons.
+    Nothing is logged if the data module anonymises: reports are about people.
 
     Args:
         num_samples: Reports.
@@ -78,7 +78,7 @@ class TextRestoration(ValidationCallback):
         self._rows: list[tuple[str, str, str]] = []
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget the last validation (Lightning hook)."""
+        """Reset for a new validation (Lightning hook)."""
         self._rows = []
 
     def observe(self, trainer: pl.Trainer, module: SSLModule, output: Reconstruction, batch: Any) -> None:
@@ -99,7 +99,7 @@ class TextRestoration(ValidationCallback):
                 self._rows.append((batch["subject_id"][row], *restored_row(tokens, truth, guess)))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the texts to the loggers (Lightning hook)."""
+        """Send the texts to the loggers (Lightning hook)."""
         if self._rows:
             lines = ["| sample | report, hidden words bold | prediction, truth in italics |", "|---|---|---|"]
             rows = [(_plain(printable(name)), text, filled) for name, text, filled in self._rows]

@@ -1,4 +1,4 @@
-"""How fast training goes, and how long it waits for data."""
+"""How fast training runs, and how long it waits for data."""
 
 import time
 from typing import Any
@@ -31,7 +31,7 @@ class Throughput(pl.Callback):
         self._window = (0, 0.0, 0.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run adds to (Lightning hook)."""
+        """Return the totals that a resumed run continues from (Lightning hook)."""
         return {"samples": self.samples, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -47,7 +47,7 @@ class Throughput(pl.Callback):
         return float(getattr(trainer.train_dataloader, "wait_seconds", 0.0))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say what one optimiser step consists of (Lightning hook)."""
+        """Log what one optimiser step consists of (Lightning hook)."""
         size = getattr(trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
         if size is not None:
             total = size * trainer.world_size * trainer.accumulate_grad_batches
@@ -90,7 +90,7 @@ class Throughput(pl.Callback):
         self._log_window(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave no counter behind (Lightning hook)."""
+        """Remove the operation counter (Lightning hook)."""
         if self._counter is not None:
             self._counter.__exit__(None, None, None)
             self._counter = None

@@ -1,4 +1,4 @@
-"""What callbacks that look at every validation batch have in common."""
+"""The base class of callbacks that look at every validation batch."""
 
 from abc import abstractmethod
 from typing import Any
@@ -14,7 +14,7 @@ class ValidationCallback(pl.Callback):
 
     @abstractmethod
     def observe(self, trainer: pl.Trainer, module: SSLModule, output: Reconstruction, batch: Any) -> None:
-        """Take in one batch and what the module made of it."""
+        """Process one batch and the module's output for it."""
 
     def on_validation_batch_end(
         self,

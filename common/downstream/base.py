@@ -1,4 +1,4 @@
-"""What every fine-tuned module shares: its encoder, its optimiser, and one row a case, gathered over ranks."""
+"""What every fine-tuned module shares: its encoder, its optimiser, and one row per case, gathered over ranks."""
 
 import json
 import math
@@ -24,7 +24,7 @@ class FineTuning(BuiltFromData):
     """A downstream task on a pre-trained encoder.
 
     Subclasses call ``save_hyperparameters()``, make their network from :meth:`build_encoder` in ``build_network``, add
-    one row a case to ``self.rows`` while they validate or test, and read them back with :meth:`take_rows`. Most are
+    one row per case to ``self.rows`` while they validate or test, and read them back with :meth:`take_rows`. Most are
     :class:`ScoredTask`, which does the latter.
 
     Args:
@@ -91,11 +91,11 @@ class ScoredTask(FineTuning):
     #: What the best checkpoint is chosen by, and whether its ``"max"`` or ``"min"`` is best.
     monitor: tuple[str, str]
     #: What the cases are called.
-    noun = "cases"
+    item_name = "cases"
 
     @abstractmethod
     def score(self, batch: Any) -> list[dict[str, Any]]:
-        """Return one row a case, with ``subject_id`` and ``patient_id``."""
+        """Return one row per case, with ``subject_id`` and ``patient_id``."""
 
     @abstractmethod
     def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -136,5 +136,5 @@ class ScoredTask(FineTuning):
         if self.trainer.is_global_zero:
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
             self.write_scores([self.line(row) for row in rows], {"n": len(rows), **finite})
-            say(f"test: {len(rows)} {self.noun}, {self.verdict(metrics)}")
+            say(f"test: {len(rows)} {self.item_name}, {self.verdict(metrics)}")
         log_scalars(self, {f"test/{name}": value for name, value in metrics.items()})

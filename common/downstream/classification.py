@@ -27,7 +27,7 @@ from common.types import InputSpec
 class ClassifierNetwork(nn.Module):
     """An encoder, the mean over its patch tokens, a fresh LayerNorm and a linear layer (MRM, fine-tuning recipe).
 
-    The encoder's own final norm is left out, its positions are trained.
+    The encoder's final norm is removed; its position embeddings are trained.
 
     Args:
         encoder: With ``num_features`` and ``forward_features``.
@@ -113,7 +113,7 @@ class ImageClassifier(ScoredTask):
 
     monitor = ("val/auroc", "max")
     remembered = ("channels", "image_size", "classes")
-    noun = "images"
+    item_name = "images"
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class ImageClassifier(ScoredTask):
             UserError: the data have no classes.
         """
         if not spec.classes:
-            raise UserError("The data name no classes to tell apart; classification needs labelled images.")
+            raise UserError("The dataset defines no classes; classification needs labelled images.")
         encoder = self.build_encoder(spec)
         if isinstance(encoder, VisionTransformer):
             encoder.set_drop_path(self._drop_path)
@@ -190,7 +190,7 @@ class ImageClassifier(ScoredTask):
         )
 
     def line(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return one line of the table: names, then score and target (empty = unknown) of each class."""
+        """Return one line of the table: names, then score and target (empty: unknown) of each class."""
         line = {"subject_id": row["subject_id"], "patient_id": row["patient_id"]}
         scores = torch.tensor(row["logits"]).sigmoid().tolist()
         for name, score, target in zip(self.classes, scores, row["target"], strict=True):

@@ -112,7 +112,7 @@ class RidgeNetwork(nn.Module):
 
 
 class GradeClassifier(ImageClassifier):
-    """Fine-tunes all weights on graded images; see :class:`ImageClassifier` for what is logged besides.
+    """Fine-tunes all weights on graded images; see :class:`ImageClassifier` for what else is logged.
 
     Ordinal targets (the first c + 1 of K outputs are 1 at grade c) are trained with binary cross-entropy and scored by
     quadratic kappa, ``val/kappa``; exclusive ones with cross-entropy, their probabilities averaged over a patient's

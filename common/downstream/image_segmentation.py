@@ -78,7 +78,7 @@ class ImageSegmentation(ScoredTask):
 
     monitor = ("val/dice", "max")
     remembered = ("channels", "image_size", "regions")
-    noun = "images"
+    item_name = "images"
 
     def __init__(
         self,

@@ -85,7 +85,7 @@ class ImageRegression(ImageClassifier):
         return f"sum of squared errors {metrics['mse']:.3f}; predicting the mean would score {len(self.classes)}"
 
     def line(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return one line of the table: names, then prediction and target (empty = unknown) of each measurement."""
+        """Return one line of the table: names, then prediction and target (empty: unknown) of each measurement."""
         line = {"subject_id": row["subject_id"], "patient_id": row["patient_id"]}
         mean, std = self.network.target_mean.cpu(), self.network.target_std.cpu()
         values = (torch.tensor(row["logits"]) * std + mean).tolist()

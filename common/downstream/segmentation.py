@@ -56,8 +56,8 @@ class SegmentationModule(FineTuning):
         window_mode: How overlapping windows are averaged: all voxels alike, or those in the middle of a window more.
         flip_ensemble: Whether to average over all mirrorings at test time.
         optimization: How the weights are updated.
-        new_channels: What channels start as that the pre-trained encoder does not know: ``"mean"`` of those it knows,
-            or ``"fresh"``, at random.
+        new_channels: How channels that the pre-trained encoder lacks are initialised: ``"mean"`` of those it has, or
+            ``"fresh"``, at random.
     """
 
     monitor = ("val/dice", "max")

@@ -66,7 +66,7 @@ class StructureSegmentation(ScoredTask):
 
     monitor = ("val/dice", "max")
     remembered = ("channels", "image_size", "regions")
-    noun = "images"
+    item_name = "images"
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class StructureSegmentation(ScoredTask):
             UserError: the data have no structures.
         """
         if not spec.regions:
-            raise UserError("The data name no structures to segment; segmentation needs images with masks.")
+            raise UserError("The dataset defines no structures; segmentation needs images with masks.")
         encoder = cast(VisionTransformer, self.build_encoder(spec))
         encoder.set_drop_path(self._drop_path)
         return self._make_network(encoder, len(spec.regions))

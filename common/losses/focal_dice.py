@@ -1,4 +1,4 @@
-"""Segmentation loss over exclusive classes, with pixels that count nowhere.
+"""Segmentation loss over exclusive classes, with pixels that can be ignored.
 
 Letters: B batch, K classes (0 is the background).
 """
@@ -12,12 +12,12 @@ from torchvision.ops import sigmoid_focal_loss
 from common.distributed import all_reduce_sum
 from common.runtime.precision import at_least_float32
 
-#: Label of the pixels that count nowhere.
+#: Label of ignored pixels.
 IGNORED = 255
 
 
 class FocalDice(nn.Module):
-    """Focal loss (Lin et al. 2017) plus soft Dice, as masked record modeling has it for pneumothorax.
+    """Focal loss (Lin et al. 2017) plus soft Dice, as used by masked record modeling for pneumothorax.
 
     The focal term takes a sigmoid per class, with alpha for the class that is true and 1 - alpha for the others, and
     the mean over pixels and classes. The Dice term of a class is ``1 - (2 sum p t + 1) / (sum p^2 + sum t^2 + 1)`` with

@@ -49,7 +49,7 @@ def relation_matching(
         image_masked: ``(b, d)``, of the masked pass.
         genome_masked: ``(b, d)``, or None.
         present: bool ``(b,)``, whether a sample has genetics; one without is left out of every relation of the genome.
-            None = all have.
+            None: all have.
         center: Whether each kind of vector loses its batch mean first, an ablation.
         stop_gradient: Whether the relations of the intact pass carry no gradient, an ablation.
         sync: Whether samples of all ranks are related.

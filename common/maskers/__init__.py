@@ -1,1 +1,1 @@
-"""What an encoder may not see: maskers take sizes, draw on the right device and never synchronise with the host."""
+"""Maskers decide what an encoder may not see. They draw on the right device and never synchronise with the host."""

@@ -23,7 +23,7 @@ class BertMasker:
         replaced: Share of the hidden tokens that become the mask token, and share that become a random one.
 
     Raises:
-        ValueError: ``ratio`` is outside [0, 1], ``unit`` is unknown, or ``replaced`` are no shares.
+        ValueError: ``ratio`` is outside [0, 1], ``unit`` is unknown, or ``replaced`` are not valid shares.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class BertMasker:
         self.ratio, self.unit, self.replaced = ratio, unit, tuple(replaced)
 
     def __call__(self, starts: Tensor, maskable: Tensor, generator: RandomSource = None) -> Tensor:
-        """Draw what is hidden.
+        """Draw a mask.
 
         Args:
             starts: bool ``(B, T)``, True where a token begins a word.

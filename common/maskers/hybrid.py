@@ -23,7 +23,7 @@ class HybridMasker:
 
     1. modal: one of the available modalities is hidden everywhere;
     2. position: ``round(r n)`` positions are hidden in every modality;
-    3. patch: at every other position ``k`` of the remaining modalities are hidden, dealt round robin over shuffled
+    3. patch: at every other position ``k`` of the remaining modalities are hidden, assigned round robin over shuffled
        positions, so each loses an equal share (+-1) and every such position keeps a visible modality.
 
     The paper gives no ratios. By default 75 % of the available entries are hidden whatever the number of modalities:

@@ -45,22 +45,22 @@ def _ranks(scores: Tensor) -> Tensor:
 def mask_top_relations(
     scores: Tensor, ratio: float, key_mask: Tensor | None = None, tie_rule: TieRule = "threshold"
 ) -> Tensor:
-    """Tell which relations are kept when the strongest share of each row is removed (Eqs. 4 and 6).
+    """Return which relations are kept when the strongest share of each row is removed (Eqs. 4 and 6).
 
     k is the floor of ``ratio`` times the sample's real keys, and at most one less than these.
 
     Args:
         scores: ``(B, H, Q, K)``, logits, or anything that grows with them.
         ratio: Share of a row to remove, in [0, 1); 0 removes nothing.
-        key_mask: bool ``(B, K)``, True = real key; padded keys do not count and are never kept. None = all are real.
-        tie_rule: ``"threshold"`` removes whatever is as large as the k-th largest, ties with it included, as the
+        key_mask: bool ``(B, K)``, True = real key; padded keys do not count and are never kept. None: all are real.
+        tie_rule: ``"threshold"`` removes every entry as large as the k-th largest, ties included, as the
             equations say; ``"rank"`` removes exactly k, of equal ones the lower column first.
 
     Returns:
         bool ``(B, H, Q, K)``, True = kept. No gradient passes.
 
     Raises:
-        ValueError: ``ratio`` is outside [0, 1), or there is no such tie rule.
+        ValueError: ``ratio`` is outside [0, 1), or the tie rule is unknown.
     """
     if not 0 <= ratio < 1:
         raise ValueError(f"`ratio` must lie in [0, 1), got {ratio}.")

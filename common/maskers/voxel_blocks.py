@@ -14,7 +14,7 @@ def block_grid(image_size: Sequence[int], block_size: int) -> tuple[int, ...]:
     """Return the number of cubes along each axis.
 
     Raises:
-        ValueError: an axis is no multiple of the cube's side, so that cubes would straddle its end.
+        ValueError: an axis is not a multiple of the cube's side, so that cubes would straddle its end.
     """
     if block_size < 1 or any(size % block_size for size in image_size):
         raise ValueError(f"Every side of the crop must be a multiple of the block size {block_size}, "
@@ -45,7 +45,7 @@ def blocks_to_voxels(mask: Tensor, grid: Sequence[int], block_size: int) -> Tens
 
 
 def replace_blocks(image: Tensor, fill: Tensor, mask: Tensor, block_size: int) -> Tensor:
-    """Put ``fill`` where cubes are hidden and leave the rest as it is (E-PHI): same places, nothing blended.
+    """Put ``fill`` where cubes are hidden and leave the rest unchanged (E-PHI): same places, nothing blended.
 
     The gradient of a hidden voxel goes to ``fill``, that of a visible one to ``image``.
 
@@ -56,7 +56,7 @@ def replace_blocks(image: Tensor, fill: Tensor, mask: Tensor, block_size: int) -
         block_size: K.
 
     Raises:
-        ValueError: shapes differ, or a side is no multiple of K.
+        ValueError: shapes differ, or a side is not a multiple of K.
     """
     if image.shape != fill.shape:
         raise ValueError(f"`image` and `fill` must have one shape, got {tuple(image.shape)} and {tuple(fill.shape)}.")

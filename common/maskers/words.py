@@ -34,7 +34,7 @@ class WordMasker:
     def __call__(
         self, starts: Tensor, maskable: Tensor, generator: RandomSource = None, draws: Tensor | None = None
     ) -> Tensor:
-        """Draw what is hidden.
+        """Draw a mask.
 
         Args:
             starts: bool ``(B, T)``, True where a token begins a word.

@@ -64,7 +64,11 @@ class Archive:
             name, sign, value = setting.partition("=")
             if not sign:
                 raise UserError(f"--set takes NAME=VALUE, got {setting!r}.")
-            options[name.removeprefix("data.")] = yaml.safe_load(value)
+            *above, last = name.removeprefix("data.").split(".")
+            nested: dict[str, Any] = {last: yaml.safe_load(value)}
+            for part in reversed(above):
+                nested = {part: nested}
+            options = merge(options, nested)
         object.__setattr__(self, "section", section | {"init_args": options})
 
     def datamodule(self) -> Any:

@@ -35,9 +35,9 @@ class Row:
 
     Attributes:
         name: What is compared.
-        value: The ratio, or the amount where ``unit`` says so; None = not applicable on this machine.
-        target: What the value should at least be; None = for information.
-        detail: How it came about, or why it is not applicable.
+        value: The ratio, or the amount where ``unit`` says so; None: not applicable on this machine.
+        target: The smallest acceptable value; None: for information only.
+        detail: How it was measured, or why it is not applicable.
         unit: Empty for ratios.
     """
 
@@ -153,7 +153,7 @@ def training_rows(step: Callable[..., None], what: str, calls: int = 3) -> list[
     """Compare a training step with the matrix products of the same minutes and with bfloat16; report its memory.
 
     Products stand on both sides of the steps that are held against them, and each precision runs for several steps on
-    end, as a training has it: a shared machine's clock drifts by a fifth within a minute.
+    end, as in training: a shared machine's clock drifts by a fifth within a minute.
 
     Args:
         step: Takes ``bfloat16=True`` for mixed precision.
@@ -173,7 +173,7 @@ def training_rows(step: Callable[..., None], what: str, calls: int = 3) -> list[
     per_product = operations / product_operations
     share = speedup(around, single) * per_product
     rate, best = (product_operations / seconds / 1e9 for seconds in (statistics.median(around), min(around)))
-    detail = f"{what}: {operations / 1e9:.0f} GFLOP a step, torch.mm {rate:.0f} GFLOP/s, at best {best:.0f}"
+    detail = f"{what}: {operations / 1e9:.0f} GFLOP per step, torch.mm {rate:.0f} GFLOP/s, at best {best:.0f}"
     size = f"{before / 2**20:.2f} GiB before it"
     return [
         Row("training step, share of the fp32 torch.mm peak", share, 0.75, detail, ""),

@@ -1,6 +1,6 @@
-"""What scored runs add up to: means over seeds, comparisons case by case, and the tables of a README.
+"""Summaries of scored runs: means over seeds, comparisons case by case, and the tables of a README.
 
-A result is a JSON file that ``medmim study`` writes: a row for each arm, seed and score, and what follows from them.
+A result is a JSON file that ``medmim study`` writes: a row per arm, seed and score, and their summaries.
 """
 
 import json
@@ -26,7 +26,7 @@ from common.sweeps import bench
 
 @dataclass
 class Pool:
-    """How the scores of all folds become one figure.
+    """How the scores of all folds are pooled into one figure.
 
     Attributes:
         score: Column of ``per_case.csv`` with the score.
@@ -37,7 +37,7 @@ class Pool:
     target: str
 
     def metrics(self, folders: Sequence[Path]) -> dict[str, float]:
-        """Return the AUROC over the cases of all folds with the bounds of its 95 % interval, persons resampled.
+        """Return the AUROC over the cases of all folds with the bounds of its 95 % interval, people resampled.
 
         Scores of different folds come from different models, so each is replaced by its rank within its fold.
         """
@@ -86,7 +86,7 @@ class Comparison:
 
     Attributes:
         title: Over the table.
-        unit: Column of ``per_case.csv`` with the units, such as persons or images, that are resampled with their cases.
+        unit: Column of ``per_case.csv`` with the units, such as people or images, that are resampled with their cases.
         reference: Arm that all others are compared with; empty compares none.
         score: Score of that arm.
         metric: ``mean`` of a column, or ``quadratic_kappa`` between two.
@@ -187,8 +187,8 @@ class Breakdown:
 def compare(rows: Sequence[Mapping[str, Any]], comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
     """Return each arm's mean over seeds, and how much the reference is above it, with 95 % intervals.
 
-    Cases are matched by ``subject_id`` and resampled alike for all arms and seeds, so an interval says what other cases
-    would change, not what other seeds would.
+    Cases are matched by ``subject_id`` and resampled alike for all arms and seeds, so an interval shows how much
+    other cases would change the result, not how much other seeds would.
 
     Args:
         rows: With ``arm``, ``score``, ``seed`` and ``folder``.
@@ -268,7 +268,7 @@ def _interval_lines(entries: Sequence[Mapping[str, Any]], first: str, value: str
 
 
 def update_readme(readme: Path) -> str:
-    """Return a README with every table between its markers made anew from the results.
+    """Return a README with every table between its markers regenerated from the results.
 
     A marker is ``<!-- results: FILE -->`` ... ``<!-- end -->``, where FILE is relative to the README.
     """
@@ -284,7 +284,7 @@ def update_readme(readme: Path) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Round floats for the file, and refuse what JSON cannot say."""
+    """Round floats for the file, and refuse values that JSON cannot represent."""
     if isinstance(value, dict):
         return {name: _plain(entry) for name, entry in value.items()}
     if isinstance(value, list):
@@ -295,7 +295,7 @@ def _plain(value: Any) -> Any:
 
 
 def further_tables(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what a study wants beside the means of its metrics, from the files of the scored runs."""
+    """Return the further tables that a study requests, read from the files of its scored runs."""
     tables: dict[str, Any] = {}
     if "paired" in study:
         comparison = Comparison(**study["paired"])
@@ -342,7 +342,7 @@ def _read_result(path: Path) -> dict[str, Any]:
     """Read the result of a study.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no result.
     """
     if not path.is_file():
         raise UserError(f"There is no result at {path}.")

@@ -1,9 +1,9 @@
 """``medmim study``: comparisons over arms and seeds, from one file, into one result.
 
 A study is a YAML file: arms, each a list of steps (``fit``, ``validate``, ``test``), run once per seed, and the
-configurations and arguments that all steps share. Arms see equal samples because they share these; what each cost
-stands beside what it reached. Results are JSON rows; the tables of an experiment's README are made from these and from
-nothing else. Jobs that run an arm or a seed each (``--arms``, ``--seeds``, ``--out``) are put together by ``--merge``.
+configurations and arguments that all steps share. All arms see the same samples because they share these; the cost of
+each arm stands beside its score. Results are JSON rows, and the tables of an experiment's README are generated from
+them alone. ``--merge`` combines jobs that each ran one arm or seed (``--arms``, ``--seeds``, ``--out``).
 """
 
 import itertools
@@ -38,7 +38,7 @@ class Step:
             ``{seed}`` for the seed, ``{fold}`` for the fold, ``{folder}`` for a folder of the study's own.
         name: How later steps refer to this one.
         score: Name under which its metrics are reported; None reports nothing.
-        beside: Metrics of this step that stand beside every later score of its arm.
+        beside: Metrics of this step that are reported beside every later score of its arm.
     """
 
     run: str
@@ -103,7 +103,7 @@ def run_arm(
     Args:
         steps: The steps.
         configs: Folder of the configurations.
-        places: What stands for names in arguments.
+        places: Values of the names in arguments.
         columns: Metrics that are wanted.
         done: Commands that were run before, with their run folders: a command under the same seed gives the same, so
             arms that begin alike share their beginning. New ones are added.
@@ -166,7 +166,7 @@ def _rows(
     places: Mapping[str, str],
     done: dict[tuple[str, ...], Path],
 ) -> list[dict[str, Any]]:
-    """Run one arm, on every fold where there are folds, and return its rows with their run folders."""
+    """Run one arm, on every fold if there are folds, and return its rows with their run folders."""
     steps = study["arms"][arm]
     if "folds" in study:
         return run_folds(steps, configs, places, study["folds"], Pool(**study["pool"]))
@@ -191,7 +191,7 @@ def run(
         arms: Only these; None: all of the study.
         seeds: Only these; None: those of the study.
         parts: Results to put together instead of running anything.
-        readmes: READMEs whose tables are made anew instead.
+        readmes: READMEs whose tables are regenerated instead.
 
     Raises:
         UserError: the study, its data or an arm is missing, a result would be lost, or parts do not fit together.
@@ -242,7 +242,7 @@ def _update_readmes(readmes: Sequence[str]) -> None:
 
 
 def _command(experiment: str, name: str, arms: Sequence[str] | None, seeds: Sequence[int] | None) -> str:
-    """Return the command that does the same again, for whoever has the archive."""
+    """Return the command that reproduces the result, given the archive."""
     words = ["medmim", "study", f"experiments/{experiment}/configs/studies/{name}", "--data", "DATA"]
     for option, values in (("--arms", arms), ("--seeds", seeds)):
         if values:

@@ -12,20 +12,20 @@ from torch import Tensor
 from common.errors import CheckpointError
 from common.types import InputSpec
 
-#: What becomes of channels that stored weights do not know: they are refused, start as the mean of those that match, or
+#: What happens to channels that the stored weights lack: they are refused, start as the mean of those that match, or
 #: start at random. Only a network that is trained may start at random.
 NewChannels = Literal["refuse", "mean", "fresh"]
 Rule = Literal["name", "position", "shared"]
 
 
 class ChannelReport(NamedTuple):
-    """How the channels of stored weights met those of the data.
+    """How the channels of stored weights were matched with those of the data.
 
     Attributes:
         matched: Channel to the name that the weights' archive has for it.
-        permuted: Matched channels that stand at another place than in the stored weights.
+        permuted: Matched channels whose position differs from that in the stored weights.
         new: Channels without a stored kernel.
-        dropped: Stored channels without a place.
+        dropped: Stored channels that are not used.
         absent: Matched channels that no case of the data has; they are fed as absent.
         rule: Matched by ``"name"``, by ``"position"``, or one stored kernel ``"shared"`` by all.
         start: What new channels may start as.
@@ -40,7 +40,7 @@ class ChannelReport(NamedTuple):
     start: NewChannels = "refuse"
 
     def line(self, shown: Mapping[str, str] | None = None) -> str:
-        """Say in one line what was matched.
+        """Describe in one line what was matched.
 
         Args:
             shown: What the data's archive calls each channel.
@@ -61,7 +61,7 @@ class ChannelReport(NamedTuple):
         return f"channels: {'; '.join(parts)}"
 
     def without(self, absent: Sequence[str]) -> "ChannelReport":
-        """Return the report with those matched channels named that no case has."""
+        """Return the report with the matched channels that no case has."""
         return self._replace(absent=[name for name in absent if name in self.matched])
 
     def facts(self) -> dict[str, Any]:
@@ -77,8 +77,8 @@ def match_channels(
     Args:
         stored: Of the weights, in order.
         wanted: Of the data, in order.
-        names: What the weights' archive calls its channels; empty = as ``stored``.
-        start: What channels that are not stored start as.
+        names: What the weights' archive calls its channels; empty: as ``stored``.
+        start: How channels without a stored kernel are initialised.
 
     Raises:
         CheckpointError: a channel is not stored and must be, or none matches and kernels may not be random.
@@ -122,9 +122,9 @@ class Channels(NamedTuple):
     """The channels of a first kernel.
 
     Attributes:
-        number: How many.
-        names: Their canonical names, in order; None = unknown.
-        shown: What their archive calls them; empty = the same.
+        number: Number of channels.
+        names: Their canonical names, in order; None: unknown.
+        shown: What their archive calls them; empty: the same.
     """
 
     number: int
@@ -156,10 +156,10 @@ def fit_kernel(
         fresh: The same of the new network, as it was initialised.
         stored: Channels of the weights.
         wanted: Channels of the new network; without names, the first ones are those of the weights.
-        start: What channels that are not stored start as.
+        start: How channels without a stored kernel are initialised.
 
     Returns:
-        The kernel in the shape of ``fresh``, and how channels met.
+        The kernel in the shape of ``fresh``, and how the channels were matched.
 
     Raises:
         CheckpointError: a channel is not stored and must be, none matches and kernels may not be random, or the
@@ -194,12 +194,12 @@ def deliver_channels(
     Args:
         datamodule: With ``input_spec`` and ``deliver``.
         stored: Canonical names of the weights' channels, in order.
-        names: What the weights' archive calls them; empty = the same.
+        names: What the weights' archive calls them; empty: the same.
         add: None keeps exactly the weights' channels in their order; else the data's come first, those that the weights
             lack start as it says, and those that only the weights have follow.
 
     Returns:
-        What the batches hold then, and how channels met.
+        What the batches hold then, and how the channels were matched.
 
     Raises:
         CheckpointError: the data have a channel that the weights lack and must not, or none of theirs.

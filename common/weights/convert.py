@@ -1,6 +1,6 @@
 """``medmim convert``: weights of MAE, of timm or of published code as an encoder that fine-tuning can start from.
 
-An experiment whose published weights are no ViT brings ``convert.py`` with ``read_weights(path)``, which returns a
+An experiment whose published weights are not a ViT provides ``convert.py`` with ``read_weights(path)``, which returns a
 :class:`common.checkpoint.StoredEncoder`, and ``FORMAT``, the format it is kept in.
 """
 
@@ -24,11 +24,11 @@ _CHANNELS = ["red", "green", "blue"]
 
 
 def architecture(state: dict[str, Tensor], num_heads: int | None = None) -> dict[str, Any]:
-    """Read a ViT's arguments off its weights.
+    """Infer a ViT's arguments from its weights.
 
     Args:
         state: Weights under our names.
-        num_heads: Attention heads, which no shape shows; None = heads of 64.
+        num_heads: Attention heads, which no shape shows; None: heads of 64.
 
     Raises:
         CheckpointError: the patches are not those of a square image of three channels, or the heads do not divide.
@@ -56,7 +56,7 @@ def architecture(state: dict[str, Tensor], num_heads: int | None = None) -> dict
 
 
 def run(exp: str, weights: str, out: str, num_heads: int | None) -> None:
-    """Carry out ``medmim convert``, saying which keys found no place.
+    """Carry out ``medmim convert`` and report the keys that were not used.
 
     Args:
         exp: Experiment whose fine-tuning will take the encoder.

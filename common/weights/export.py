@@ -49,7 +49,7 @@ class Part(NamedTuple):
 
 
 class Exported(NamedTuple):
-    """What a format's writer makes of an encoder.
+    """The result of a format's writer.
 
     Attributes:
         tensors: Weights under the target library's names.
@@ -73,7 +73,7 @@ def formats_of(experiment: str) -> dict[str, Writer]:
     """Return the formats that an experiment can be exported to.
 
     Raises:
-        UserError: there is no such experiment, or it has none.
+        UserError: the experiment does not exist, or has no formats.
     """
     module = experiment_module(experiment, "export")
     if module is None:
@@ -92,12 +92,12 @@ def export(experiment: str, checkpoint: Path, format: str, out: Path) -> Path:
         out: Folder to write.
 
     Raises:
-        UserError: the experiment has no such format; names those it has.
+        UserError: the experiment does not have the format; names those it has.
         CheckpointError: there is no encoder in the checkpoint.
     """
     writers = formats_of(experiment)
     if format not in writers:
-        raise UserError(f"{experiment} cannot be exported as {format!r}; valid: {', '.join(sorted(writers))}.")
+        raise UserError(f"{experiment} cannot be exported as {format!r}; valid formats: {', '.join(sorted(writers))}.")
     stored, tokenizer = read_encoder(checkpoint), run_tokenizer(checkpoint)
     return write_export(stored, experiment, format, out, resolve_checkpoint(checkpoint).name, tokenizer)
 
@@ -122,8 +122,8 @@ def write_export(
         tokenizer: The tokenizer of its texts, to be written too.
 
     Raises:
-        CheckpointError: its weights are not finite.
         StorageError: it cannot be written; an export that was there before is still whole.
+        CheckpointError: its weights are not finite.
     """
     check_finite(stored.state | stored.rest, source)
     exported = formats_of(experiment)[format](stored)

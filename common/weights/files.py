@@ -1,4 +1,4 @@
-"""Files of weights, read safely: nothing in them is run, and what cannot be used is refused in one sentence.
+"""Files of weights, read safely: nothing in them is executed, and an unusable file is refused in one sentence.
 
 Checkpoints of this project end in a *seal*, the xxh3 of all bytes before it. It is the comment of the zip archive that
 ``torch.save`` writes, so the file stays one that ``torch.load`` reads, and keeps its seal when it is copied or renamed.
@@ -27,7 +27,7 @@ LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 _BESIDE = (LAST, PREVIOUS, "best.ckpt")
 
 _ZIP = b"PK\x03\x04"
-#: How files of torch.save began before version 1.6: a pickled number.
+#: How files of torch.save began before version 1.6: with a pickled number.
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 #: What PyTorch's reader raises for a file that is cut off or overwritten.
 _BROKEN = (RuntimeError, EOFError, OSError, KeyError, IndexError, ValueError, TypeError, AttributeError,
@@ -56,7 +56,7 @@ def seal(file: BinaryIO) -> None:
     """Append the check sum to a file that ``torch.save`` has just written; it is open for writing and reading.
 
     Raises:
-        RuntimeError: it is no zip archive without a comment.
+        RuntimeError: it is not a zip archive without a comment.
     """
     file.seek(-_END_LENGTH, os.SEEK_END)
     if not file.read().startswith(_END):
@@ -70,7 +70,7 @@ def seal(file: BinaryIO) -> None:
 
 
 def _fits_its_seal(path: Path, size: int) -> bool:
-    """Compare a file with its seal; True if it has none. No byte, of the seal neither, can change and go unnoticed."""
+    """Compare a file with its seal; True if it has none. A change of any byte, of the seal included, is noticed."""
     with path.open("rb") as file:
         file.seek(-min(_SEAL_LENGTH + _END_LENGTH, size), os.SEEK_END)
         tail = file.read()
@@ -91,7 +91,7 @@ def _version(path: Path) -> tuple[int, int, int]:
 
 
 def trust(path: Path) -> None:
-    """Take note that a checkpoint is whole, because this process has just written it."""
+    """Mark a checkpoint as intact because this process has just written it."""
     _whole[path.absolute()] = _version(path)
 
 
@@ -110,7 +110,7 @@ def is_damaged(path: Path) -> bool:
 
 
 def _refusal(path: Path, why: str) -> CheckpointError:
-    """Say that a file is damaged, and which of the checkpoints beside it is whole."""
+    """Report that a file is damaged, and which of the checkpoints beside it is whole."""
     for other in (path.with_name(name) for name in _BESIDE if name != path.name and path.name in _BESIDE):
         try:
             if other.is_file() and not is_damaged(other):
@@ -129,7 +129,7 @@ def _plainly(error: BaseException) -> str:
 
 
 def _objects(path: Path) -> str:
-    """Name what a file holds beside tensors and plain values, in brackets, if that can be told."""
+    """Return, in brackets, what a file holds beside tensors and plain values, if that can be determined."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (*_BROKEN, pickle.UnpicklingError):
@@ -141,7 +141,7 @@ def read_torch(path: Path) -> dict[str, Any]:
     """Read a file of ``torch.save`` on the CPU without unpickling anything but tensors and plain values.
 
     Raises:
-        CheckpointError: it is missing, damaged, no such file, or holds objects that would have to be executed.
+        CheckpointError: it is missing, damaged, of another format, or holds objects that would have to be executed.
     """
     try:
         if is_damaged(path):
@@ -149,7 +149,7 @@ def read_torch(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             start = file.read(len(_LEGACY))
         if not start.startswith(_ZIP) and start != _LEGACY:
-            raise CheckpointError(f"{path} is no checkpoint: it does not begin as a file of torch.save does.")
+            raise CheckpointError(f"{path} is not a checkpoint: it does not begin as a file of torch.save does.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=start.startswith(_ZIP))
@@ -171,7 +171,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file on the CPU.
 
     Raises:
-        CheckpointError: it is missing, damaged or no such file.
+        CheckpointError: it is missing, damaged or of another format.
     """
     try:
         return load_file(path)
@@ -202,7 +202,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        CheckpointError: the file is missing, no JSON, or holds something else.
+        CheckpointError: the file is missing, not JSON, or holds something else.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -76,7 +76,7 @@ def from_monai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the weights of MONAI's ViT (or of ``UNETR.vit``) for our encoder; loads strictly.
 
     Raises:
-        ValueError: a key is none of MONAI's ViT's.
+        ValueError: a key does not belong to MONAI's ViT.
     """
     names = {theirs: ours for ours, theirs in _RENAMED.items()}
     fixed = {
@@ -91,7 +91,7 @@ def from_monai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if "cross_attn" in key:
             continue
         if key not in fixed and not (key.startswith("blocks.") and key.split(".", 2)[2].rsplit(".", 1)[0] in names):
-            raise ValueError(f"{key!r} is no weight of MONAI's ViT without a classification head.")
+            raise ValueError(f"{key!r} is not a weight of MONAI's ViT without a classification head.")
         value = conv_to_linear(value) if key.endswith("patch_embeddings.weight") else value
         result[fixed.get(key) or _rename_block(key, names)] = value
     return result

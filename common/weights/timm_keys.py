@@ -70,8 +70,8 @@ def from_timm(loaded: Mapping[str, Any], class_token: bool = True) -> dict[str, 
         class_token: Whether our encoder has a class token; else the file's is dropped.
 
     Returns:
-        The encoder's part of the file. Keys of decoders and heads are kept as they are, for a report of what found no
-        place. The position of the class token, if it is not 0, is added to the token.
+        The encoder's part of the file. Keys of decoders and heads are kept as they are, so that what was not used can
+        be reported. The position of the class token, if it is not 0, is added to the token.
 
     Raises:
         ValueError: the file holds no patch embedding of a ViT.
@@ -82,7 +82,7 @@ def from_timm(loaded: Mapping[str, Any], class_token: bool = True) -> dict[str, 
     state = {re.sub(rf"^(?:{'|'.join(map(re.escape, _PREFIXES))})+", "", key): value for key, value in loaded.items()}
     key = "patch_embed.proj.weight"
     if key not in state or not hasattr(state[key], "ndim"):
-        raise ValueError("There is no patch_embed.proj.weight in it, so it is no ViT of timm or MAE.")
+        raise ValueError("It has no patch_embed.proj.weight, so it is not a ViT of timm or MAE.")
     if state[key].ndim > 2:
         state[key] = conv_to_linear(state[key])
     if "cls_token" in state and "pos_embed" in state:
@@ -114,7 +114,7 @@ def hf_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of transformers' ``ViTConfig`` for the same shape as our encoder's ``config``.
 
     Raises:
-        ValueError: transformers' ViT has no such form: it needs square patches and a class token.
+        ValueError: transformers' ViT cannot represent it: it needs square patches and a class token.
     """
     patch = _patch_size(config)
     if not config.get("class_token") or len(patch) != 2 or patch[0] != patch[1]:

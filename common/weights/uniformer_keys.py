@@ -33,7 +33,7 @@ def _turned(weight: Tensor, back: bool = False) -> Tensor:
 
 
 def _renamed(key: str, value: Tensor) -> tuple[str, Tensor] | None:
-    """Return the name here of a released weight, or None where it has no place."""
+    """Return our name of a released weight, or None if it is not used."""
     if key == "rep_template":
         return "templates", value
     if match := _UP.match(key):
@@ -50,7 +50,7 @@ def from_released(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[
     """Rename released weights to ``encoder.*``, ``decoder.*`` and ``templates``.
 
     Returns:
-        The weights, and the released names that have no place here.
+        The weights, and the released names that are not used here.
     """
     result: dict[str, Tensor] = {}
     unused = []

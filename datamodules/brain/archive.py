@@ -8,7 +8,7 @@ from common.runtime.reporting import say
 from datamodules.brain.overlap import check_copies, overlap_notes
 from datamodules.registry import Archive
 from datamodules.volumes.cases import Layout
-from datamodules.volumes.datamodule import VolumeDataModule
+from datamodules.volumes.datamodule import CropConfig, VolumeDataModule
 from datamodules.volumes.profiles import ATLAS
 
 #: Regions of a glioma in the order of BrainMVP's channels.
@@ -24,8 +24,8 @@ class BrainArchiveDataModule(VolumeDataModule):
     Args:
         root: The archive.
         atlas: Voxels of the atlas at 1 mm; where templates lie.
-        overhang: Share of a crop that may reach beyond the brain's box.
-        flip_axes: Must be empty: the atlas, in which templates lie, has a left and a right.
+        crops: What is cut out of a volume. ``flip_axes`` must be empty: the atlas, in which templates lie, has a left
+            and a right.
         **options: As :class:`datamodules.volumes.datamodule.VolumeDataModule`.
     """
 
@@ -35,13 +35,12 @@ class BrainArchiveDataModule(VolumeDataModule):
         self,
         root: str,
         atlas: tuple[int, int, int] = ATLAS,
-        overhang: float = 0.0,
-        flip_axes: tuple[int, ...] = (),
+        crops: CropConfig = CropConfig(flip_axes=(), overhang=0.0),
         **options: Any,
     ) -> None:
-        super().__init__(root, overhang=overhang, flip_axes=flip_axes, **options)
-        if flip_axes:
-            raise ValueError("flip_axes must be empty: templates lie in the atlas, which has a left and a right; "
+        super().__init__(root, crops=crops, **options)
+        if crops.flip_axes:
+            raise ValueError("crops.flip_axes must be empty: templates lie in the atlas, which has a left and a right; "
                              "fine-tuning mirrors crops and templates together.")  # fmt: skip
         self.atlas = atlas
 

@@ -15,12 +15,14 @@ from PIL import Image
 from common.sweeps.bench import Row, in_turn, one_thread, speedup
 from datamodules.images.cache import ImageCache
 from datamodules.images.crops import cut_box, random_box
+from datamodules.registry import open_archive
 from datamodules.synthetic.anatomy import make_brain
 from datamodules.synthetic.radiographs import make_radiograph
 from datamodules.volumes.brats import BRATS2023
 from datamodules.volumes.cache import CacheFormat, VolumeCache
 from datamodules.volumes.cases import Case
 from datamodules.volumes.crops import cut, to_tensor
+from datamodules.volumes.profiles import prepared
 from datamodules.volumes.reading import write_nifti
 
 _SHAPE, _CROP = (240, 240, 155), (96, 96, 96)
@@ -47,6 +49,7 @@ def cached_crop() -> list[Row]:
     with tempfile.TemporaryDirectory() as folder, one_thread():
         root = Path(folder)
         case = _official_case(root)
+        layout = prepared(open_archive(root, BRATS2023.name, {"volumes"}))
 
         def read_files() -> None:
             for path in case.images.values():
@@ -54,7 +57,7 @@ def cached_crop() -> list[Row]:
 
         targets: list[tuple[CacheFormat, float]] = [("npy", 40), ("b2nd", 10)]
         for format, target in targets:
-            cache = VolumeCache(root, BRATS2023, format, folder=root / "cache")
+            cache = VolumeCache(root, layout, format, folder=root / "cache")
             cache.build(case)
             rng = np.random.default_rng(1)
 

@@ -23,7 +23,8 @@ def run(archive: Archive, kind: Literal["wordpiece", "bpe"] | None, vocab_size: 
     from datamodules.reports.tokens import train_tokenizer
 
     texts = datamodule.training_texts()
-    chosen = kind or getattr(datamodule, "tokenizer_kind", "wordpiece")
+    configured: Literal["wordpiece", "bpe"] = getattr(datamodule, "tokenizer_kind", "wordpiece")
+    chosen = kind or configured
     tokenizer = train_tokenizer(texts, vocab_size or datamodule.vocab_size, chosen)
     tokenizer.save(Path(out))
     say(f"tokenizer: {tokenizer.vocab_size} tokens ({chosen}) from {len(texts)} training texts, at {out}")

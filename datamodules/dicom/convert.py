@@ -1,8 +1,8 @@
 """From a stack of DICOM slices to one NIfTI volume, by dcm2niix, kept in the cache.
 
-dcm2niix is the one converter that told two echoes, mosaics and uneven slices right on our samples. What it writes
-counts, not its exit code, which is 0 with warnings. Its sidecars name hospital, station and serial number even when
-asked to be anonymous, so only parameters of the sequence are kept.
+dcm2niix is the only converter that handled two echoes, mosaics and uneven slices correctly on our samples. We check
+what it writes, not its exit code, which is 0 even with warnings. Its sidecars name hospital, station and serial number
+even when asked to be anonymous, so only parameters of the sequence are kept.
 """
 
 import json
@@ -19,12 +19,12 @@ from common.files import make_folder, move
 from datamodules.dicom.index import Stack
 from datamodules.volumes.headers import VolumeError
 
-#: Seconds for one series.
+#: Time limit for one series, in seconds.
 TIMEOUT = 600
 
 _OPTIONS = ("-g", "i", "-ba", "y", "-b", "y", "-p", "n", "-z", "n", "-w", "0", "-f", "s%s_e%e")
 
-#: What a sidecar may keep.
+#: The fields of a sidecar that are kept.
 SIDECAR = (
     "EchoTime", "RepetitionTime", "InversionTime", "FlipAngle", "MagneticFieldStrength", "MRAcquisitionType",
     "ScanningSequence", "SequenceVariant", "SliceThickness", "SpacingBetweenSlices", "EchoTrainLength",
@@ -38,7 +38,7 @@ _FREE_TEXT = ((14, 18), (148, 80), (228, 24), (328, 16))
 
 
 def check_geometry(stack: Stack, uneven: str = "refuse") -> None:
-    """Judge the slices' places before anything is converted.
+    """Check the slices' places before anything is converted.
 
     Args:
         stack: The slices.
@@ -94,7 +94,7 @@ def convert(stack: Stack, folder: Path, uneven: str = "refuse") -> Path:
         ``volume.nii``; ``volume.json`` beside it has the parameters of the sequence and what was corrected.
 
     Raises:
-        VolumeError: the slices make no volume, or the converter wrote none.
+        VolumeError: the slices do not form a volume, or the converter wrote none.
         UserError: dcm2niix is not installed.
     """
     check_geometry(stack, uneven)
@@ -118,7 +118,7 @@ def convert(stack: Stack, folder: Path, uneven: str = "refuse") -> Path:
         try:
             move(work / "done", target, folder)
         except OSError:
-            # Another process was first; its conversion is the same.
+            # Another process was faster; its conversion is identical.
             if not (target / "volume.json").is_file():
                 raise
     return target / "volume.nii"
@@ -134,7 +134,7 @@ def _run(work: Path) -> str:
 
 
 def _chosen(images: Sequence[Path], said: str, uneven: str) -> tuple[Path, dict[str, Any]]:
-    """Pick the volume among what the converter wrote: corrected for tilt, evened out only where that was asked for."""
+    """Choose among the converter's volumes: corrected for tilt; resampled to even distances only on request."""
     real = [p for p in images if not p.stem.endswith(("_ph", "_real", "_imaginary", "_imaginarya", "_reala"))]
     tilted = [p for p in real if "_Tilt" in p.stem]
     evened = [p for p in real if "_Eq" in p.stem]

@@ -37,7 +37,7 @@ _TAGS = [
 
 
 class Instance(NamedTuple):
-    """What one file says about itself.
+    """What the header of one file says.
 
     Attributes:
         path: The file.
@@ -47,7 +47,7 @@ class Instance(NamedTuple):
         modality: MR, CT, CR and so on (DICOM's sense of the word).
         description: The series' description, else its protocol's name.
         image_type: Values of ImageType.
-        echo_time, repetition_time, inversion_time: In ms; None where the header is silent.
+        echo_time, repetition_time, inversion_time: In ms; None if the header does not say.
         contrast: Whether a contrast agent is named.
         frame_of_reference: UID of the space that positions are in.
         orientation: Direction cosines of rows and columns, six numbers; empty where unknown.
@@ -127,7 +127,7 @@ class Stack(NamedTuple):
 
     @property
     def voxel_volume(self) -> float:
-        """Volume of a voxel in mm^3, to prefer finer scans; infinite where the header is silent."""
+        """Volume of a voxel in mm^3, to prefer finer scans; infinite if the header does not say."""
         spacing = self.first.spacing
         distances = self.slice_distances()
         depth = float(np.median(distances)) if len(distances) else (spacing[2] if len(spacing) > 2 else 0.0)
@@ -172,7 +172,7 @@ def _shared(header: Any, sequence: str, name: str) -> float | None:
 
 
 def read_instance(path: Path) -> Instance | str:
-    """Read the header of a DICOM file; where that cannot be done, return the reason."""
+    """Read the header of a DICOM file; if that is impossible, return the reason."""
     import pydicom
 
     try:
@@ -182,7 +182,7 @@ def read_instance(path: Path) -> Instance | str:
             return _instance(path, header)
     except OSError as error:
         return f"the file cannot be opened ({error.strerror or error})"
-    except Exception as error:  # pydicom raises many kinds for broken headers; all mean the same to us
+    except Exception as error:  # pydicom raises many kinds of errors for broken headers; they are treated alike
         return f"the DICOM header cannot be read ({' '.join(str(error).split())[:120] or type(error).__name__})"
 
 
@@ -233,7 +233,7 @@ class DicomIndex:
     Args:
         files: The DICOM files of the archive.
         folder: Where headers are kept; None keeps none. They hold identifiers, so only their owner may read them.
-        workers: Processes; None takes the cores at hand.
+        workers: Processes; None takes all available cores.
     """
 
     def __init__(self, files: Sequence[Path], folder: Path | None = None, workers: int | None = None) -> None:
@@ -297,7 +297,7 @@ class DicomIndex:
         for instance in self.instances:
             turn = tuple(round(v, 2) + 0.0 for v in instance.orientation)
             key = (instance.study_uid, instance.series_uid, instance.series_number, instance.echo_time, turn)
-            # A file of many frames is a volume by itself, and so is a colour one a fault by itself.
+            # A file with many frames is a volume of its own; likewise a colour file is a fault of its own.
             groups.setdefault((*key, instance.path if instance.frames > 1 else ""), []).append(instance)
         stacks = []
         for members in groups.values():

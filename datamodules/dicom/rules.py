@@ -34,7 +34,7 @@ class Rule:
         image_type: Words of which one must be among ImageType's.
         contrast: Whether a contrast agent must be named, or must not.
         te, tr, ti: Echo, repetition and inversion time in ms, ``[low, high)``; unknown times never match.
-        kind: ``MR``, ``CT``, ``PT``, or ``other`` for whatever is none of these.
+        kind: ``MR``, ``CT``, ``PT``, or ``other`` for everything else.
         repeated: Whether several slices must lie at one place, or must not.
         modality: What the series is; or
         ignore: why it is left out.
@@ -62,7 +62,7 @@ class Rule:
                 re.compile(getattr(self, name) or "")
             except re.error as error:
                 raise DataError(
-                    f"series: {name} {getattr(self, name)!r} is no regular expression ({error})."
+                    f"series: {name} {getattr(self, name)!r} is not a valid regular expression ({error})."
                 ) from error
         for name in ("te", "tr", "ti"):
             limits = getattr(self, name)
@@ -101,12 +101,12 @@ def _inside(value: float | None, limits: tuple[float, float]) -> bool:
 
 
 class Verdict(NamedTuple):
-    """What a series was taken for.
+    """How a series was classified.
 
     Attributes:
         modality: Its name; None where it is left out.
         reason: Why it is left out, or which rule decided.
-        guessed: Whether only its times spoke for it.
+        guessed: Whether the decision rests on its times alone.
     """
 
     modality: str | None
@@ -151,10 +151,10 @@ def parse_rules(entries: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
 
 
 def classify(stack: Stack, rules: Sequence[Rule]) -> Verdict:
-    """Say what a stack is."""
+    """Classify a stack."""
     for number, rule in enumerate(rules, 1):
         if rule.matches(stack):
             if rule.ignore is not None:
                 return Verdict(None, rule.ignore)
             return Verdict(rule.modality, f"rule {number}", rule.guessed)
-    return Verdict(None, "no rule says what it is")
+    return Verdict(None, "no rule matches it")

@@ -18,7 +18,7 @@ from datamodules.volumes.headers import VolumeError
 
 @dataclass(frozen=True)
 class DicomSettings:
-    """How a DICOM archive of volumes is understood.
+    """How a DICOM archive of volumes is interpreted.
 
     Attributes:
         rules: From series to modality; None takes those that come with the project.
@@ -50,15 +50,15 @@ class DicomStudy(NamedTuple):
 
 
 class Understanding(NamedTuple):
-    """What an archive was taken for.
+    """How an archive was understood.
 
     Attributes:
         studies: Those with at least one usable stack.
         reference: The modality whose grid all others of a study are resampled to; None without studies.
         ignored: Number of files by reason.
-        guessed: Modality to how many stacks only their times spoke for.
+        guessed: Modality to the number of stacks that were assigned by their times alone.
         pictures: Stacks of single pictures.
-        faults: Stacks that were meant to be used and cannot.
+        faults: Stacks that should be used but cannot be.
     """
 
     studies: list[DicomStudy]
@@ -130,7 +130,7 @@ def _preference(stack: Stack) -> tuple[bool, bool, float, int]:
 
 
 def _reference(candidates: dict[str, dict[str, list[Stack]]]) -> str | None:
-    """Return the modality in most studies; among equals the one with the finest slices, then by name."""
+    """Return the modality in most studies; on a tie the one with the finest slices, then by name."""
     counts = Counter(name for study in candidates.values() for name in study)
     if not counts:
         return None

@@ -1,10 +1,10 @@
-"""``medmim associate``: which variants go with what an encoder sees, as independent regions of the genome.
+"""``medmim associate``: which variants are associated with an encoder's features, as independent regions of the genome.
 
-Features of images become principal components; covariates are regressed out of each, and what is left is brought to a
+Features of images become principal components; covariates are regressed out of each, and the residuals are mapped to a
 normal distribution. Every variant is then tested by a linear model with the same covariates, and significant variants
 in linkage are clumped into regions. Relatives are left out; there is no mixed model.
 
-Letters: P persons, V variants, C covariates, K components.
+Letters: P people, V variants, C covariates, K components.
 """
 
 import json
@@ -41,7 +41,7 @@ def inverse_normal(values: Array) -> Array:
 
 
 def residuals(values: Array, covariates: Array) -> Array:
-    """Return what covariates ``(P, C)`` and a constant leave of each column of ``(P, ...)``."""
+    """Return the residuals of each column of ``(P, ...)`` after regression on covariates ``(P, C)`` and a constant."""
     design = np.column_stack([np.ones(len(values)), covariates])
     basis, singular, _ = np.linalg.svd(design, full_matrices=False)
     basis = basis[:, singular > singular[0] * 1e-10]
@@ -68,14 +68,14 @@ def linear_association(genotypes: Genotypes, persons: NDArray[np.int64], outcome
 
     Args:
         genotypes: The genotypes.
-        persons: Places of the persons.
+        persons: Places of the people.
         outcomes: ``(P, K)``.
         covariates: ``(P, C)``.
     """
     left = residuals(outcomes, covariates)
     freedom = len(persons) - 2 - np.linalg.matrix_rank(np.column_stack([np.ones(len(persons)), covariates])) + 1
     if freedom < 1:
-        raise DataError(f"{len(persons)} persons are too few for {covariates.shape[1]} covariates.")
+        raise DataError(f"{len(persons)} people are too few for {covariates.shape[1]} covariates.")
     total = (left**2).sum(0)
     betas, values = [], []
     for start in range(0, len(genotypes.variants), _CHUNK):
@@ -170,10 +170,10 @@ def genomic_inflation(p: Array) -> float:
 
 
 class Association(NamedTuple):
-    """What was tested and found.
+    """The outcome of an association study.
 
     Attributes:
-        table: A row a variant: chrom, id, pos, counted and other allele, p over all components, component and beta.
+        table: A row per variant: chrom, id, pos, counted and other allele, p over all components, component and beta.
         clumps: Independent regions.
         inflation: Of the P values of each component.
         persons: How many were tested.
@@ -206,7 +206,7 @@ def associate(
         features: ``(n, E)``.
         ids: Person of each row; of a person's rows the first counts.
         genotypes: The genotypes.
-        covariates: A row a person (index), numbers; persons with a gap are left out.
+        covariates: A row per person (index), numbers; people with a gap are left out.
         components: K; no more than there are features.
         genetic: Principal components of the genotypes that are added to the covariates.
         relatives: Pairs of relatives; None estimates kinship from the genotypes.
@@ -216,21 +216,21 @@ def associate(
         kilobases: See :func:`clump`.
 
     Raises:
-        DataError: ids do not join, or persons are too few.
+        DataError: ids do not join, or people are too few.
     """
     row_of: dict[str, int] = {}
     for row, name in enumerate(ids):
         row_of.setdefault(str(name), row)
     place_of = {name: place for place, name in enumerate(genotypes.ids)}
     known = None if covariates is None else set(covariates.dropna().index.astype(str))
-    say(join_ids(row_of, place_of).counts("genotypes", "persons with features"))
+    say(join_ids(row_of, place_of).counts("genotypes", "people with features"))
     if known is not None:
-        say(join_ids(row_of, known).counts("covariates without gaps", "persons with features"))
+        say(join_ids(row_of, known).counts("covariates without gaps", "people with features"))
     names = [name for name in row_of if name in place_of and (known is None or name in known)]
     if not names:
         one, other = public_name(next(iter(row_of), "-")), public_name(genotypes.ids[0])
         more = "" if known is None else " and covariates"
-        raise DataError(f"No person has both features (such as {one}) and genotypes (such as {other}){more}.")
+        raise DataError(f"Nobody has both features (such as {one}) and genotypes (such as {other}){more}.")
     if relatives is None:
         relatives = _estimated_relatives(genotypes, names, place_of)
     kept = unrelated(relatives, names)
@@ -260,10 +260,10 @@ def _estimated_relatives(
     """Estimate who is related.
 
     Raises:
-        DataError: there are too many persons for every pair of them.
+        DataError: there are too many people for every pair of them.
     """
     if len(names) > _MOST_PERSONS:
-        raise DataError(f"Kinship of {len(names)} persons is not estimated here: give --kinship, a table of plink2 or "
+        raise DataError(f"Kinship of {len(names)} people is not estimated here: give --kinship, a table of plink2 or "
                         f"KING with ID1 or IID1, ID2 or IID2, and KINSHIP.")  # fmt: skip
     counts = genotypes.counts(np.array([place_of[name] for name in names], dtype=np.int64))
     close = np.argwhere(np.triu(kinship(counts) > KINSHIP, 1))
@@ -335,7 +335,7 @@ def run(
         features: Parquet file of ``medmim embed``.
         genotypes: Where the genotypes are; see :func:`datamodules.genetics.genotypes.open_genotypes`.
         out: Folder to write.
-        split: Persons of this split alone, or ``all``.
+        split: People of this split alone, or ``all``.
         covariates: CSV with IID and columns of numbers.
         components: Of the features.
         genetic_components: Of the genotypes, added as covariates.
@@ -346,7 +346,7 @@ def run(
         kb: Reach of a region.
 
     Raises:
-        DataError: a file is missing or damaged, or persons do not join.
+        DataError: a file is missing or damaged, or people do not join.
     """
     path = Path(features)
     if not path.is_file():
@@ -390,5 +390,5 @@ def run(
     for name, figure in figures.items():
         with whole_file(folder / name) as temporary:
             figure.savefig(temporary, dpi=120)
-    say(f"{found.persons} persons ({found.relatives} relatives left out), {len(found.table)} variants, "
+    say(f"{found.persons} people ({found.relatives} relatives left out), {len(found.table)} variants, "
         f"{len(found.clumps)} independent regions: {out}")  # fmt: skip

@@ -1,4 +1,4 @@
-"""What ``medmim doctor`` looks at in images with genetics."""
+"""The checks of ``medmim doctor`` for images with genetics."""
 
 from common.runtime.reporting import say
 from datamodules.examination import Terms, judge, look_at_all, say_splits
@@ -10,9 +10,9 @@ def examine(name: str, genome: Genome | None, terms: Terms, deep: bool, workers:
     """Print a report on an archive and return the reasons why training would refuse it.
 
     Args:
-        name: Its layout's.
-        genome: Genetics of its persons; None without any.
-        terms: What training asks of it.
+        name: Name of its layout.
+        genome: Genetics of its people; None without any.
+        terms: What training requires of it.
         deep: Whether to read every byte, not only headers.
         workers: Threads.
     """

@@ -1,6 +1,7 @@
-"""Colour images of persons, alone or with their genetics, for pre-training: one data module for every layout."""
+"""Colour images of people, alone or with their genetics, for pre-training: one data module for every layout."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,6 +18,15 @@ from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.base import FaultTolerantDataset, collate_samples
+from datamodules.configs import (
+    CacheConfig,
+    Channelwise,
+    ImageConfig,
+    LoaderConfig,
+    SplitConfig,
+    check_crop_scale,
+    three_values,
+)
 from datamodules.controls import read_control
 from datamodules.genetics.checks import examine
 from datamodules.genetics.genome import Genome, GenomeFiles, pair_persons, read_genome
@@ -30,14 +40,14 @@ from datamodules.images.reading import CHANNELS, COLOUR, ImageReader, per_channe
 from datamodules.images.values import ImageError
 from datamodules.loading import Draw
 from datamodules.registry import Archive
-from datamodules.splits import SPLITS, SplitFile, assign_splits, relatives_together
+from datamodules.splits import SPLITS, assign_splits, relatives_together
 
 #: Mean and standard deviation of ImageNet's channels.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Augmentation(NamedTuple):
-    """How training images vary.
+    """How training images are augmented.
 
     Attributes:
         crop_scale: Share of an image's area that a crop has; 1 to 1 takes the whole central part.
@@ -78,8 +88,8 @@ def cut_picture(
         store: Opens images.
         path: The file.
         size: Height and width.
-        augmentation: How it varies; None takes the central part as it is.
-        generator: Source of the variation.
+        augmentation: How it is augmented; None takes the central part unchanged.
+        generator: Source of the random draws.
 
     Raises:
         SampleFaultError: the image cannot be used.
@@ -97,7 +107,7 @@ def cut_picture(
 
 
 class Lesions(NamedTuple):
-    """Masks of lesions, for pictures alone: nothing learns from them.
+    """Masks of lesions, for display only: nothing is trained on them.
 
     Attributes:
         files: The mask of an image, by the image's file.
@@ -122,14 +132,14 @@ class Lesions(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """An image, or a person whose images take turns.
+    """An image, or a person whose images alternate.
 
     Attributes:
         case_id: Unique name.
         patient_id: Splits are by this.
         images: The images to choose from.
-        person: Whose genetics belong to it; None = there are none.
-        split: Unused: what the archive says has been heeded.
+        person: Whose genetics belong to it; None: there are none.
+        split: Unused: the archive's own split has already been applied.
     """
 
     case_id: str
@@ -140,19 +150,19 @@ class Sample(NamedTuple):
 
 
 class ImageGenomeDataset(FaultTolerantDataset):
-    """Images and the genetics of their persons.
+    """Images and the genetics of their people.
 
     Args:
         samples: The samples.
         store: Opens images.
         genome: Their genetics; None without any.
         image_size: Height and width.
-        train: Whether images vary and take turns under the run's seed; else they are fixed per subject.
+        train: Whether images are augmented and alternate under the run's seed; else they are fixed per subject.
         seed: Seed of the training draws.
-        augmentation: How training images vary.
+        augmentation: How training images are augmented.
         mean: Of each channel, subtracted from pixels in [0, 1].
-        std: What they are divided by then.
-        controls: Other persons' samples, for the control of the collapse diagnostics; None leaves it out.
+        std: What they are then divided by.
+        controls: Other people's samples, for the control of the collapse diagnostics; None leaves it out.
         lesions: Masks to be drawn; None where the archive has none.
         anonymise: Whether subjects get pseudonyms.
     """
@@ -259,51 +269,86 @@ def _reader_of(archive: Archive) -> ImageReader:
 
 
 def collate_images(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Join samples, and note whether all of them have every kind of genetics: no step then has to look."""
+    """Join samples, and note whether all of them have every kind of genetics, so that no step has to check."""
     complete = all(bool(sample["modality_mask"].all()) for sample in samples)
     return collate_samples(samples) | {"complete": complete}
 
 
-class ImageGenomeDataModule(ImageArchiveDataModule):
-    """Colour images of persons with or without their genetics, in any known layout; split by person.
+@dataclass(frozen=True)
+class PictureConfig(ImageConfig):
+    """Colour images, and how those of training vary.
 
     Args:
-        root: The archive.
-        layout: Name of its layout; ``"auto"`` recognises it from the tree.
-        genotypes: PLINK prefix, ``.bed`` or ``.bgen``, with ``{chrom}`` for 1 to 22; None = what the layout has.
-        genotype_step: Every which variant is a feature; None = as the layout has it, else 1.
-        scores: Scoring files of the PGS Catalog, or a folder of them, applied to the genotypes.
-        score_tables: ``.sscore`` files of plink2, or a folder of them.
-        burden: ``combined_burdens.h5``.
-        genome_build: Genome build of the genotypes, such as GRCh37; empty = not known.
-        genetics: Whether genetics are used; false trains on images alone.
-        pairing: ``"auto"`` joins genetics by the person where the layout names persons, and else gives every image the
-            genetics of a stranger, which means nothing but exercises the method; ``"id"`` and ``"synthetic"`` insist.
-        complete_only: Whether persons who lack a kind of genetics are left out.
-        one_per_subject: Whether a person's images take turns; else each is a sample.
-        image_size: Height and width.
-        cache_side: Shorter side of the cached copies, in pixels.
-        cache: ``"npy"``, or ``"none"`` to decode the sources at every access.
         crop_scale: Share of an image's area that a training crop has.
         degrees: Largest angle by which a training image is turned.
         flip: Whether half of the training images are mirrored.
         upside_down: Whether half of them are turned upside down.
         jitter: Largest change of brightness, contrast, saturation and hue.
-        mean: Of each channel, subtracted from pixels in [0, 1].
-        std: What they are divided by then.
+    """
+
+    mean: Channelwise = IMAGENET_MEAN
+    std: Channelwise = IMAGENET_STD
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    degrees: float = 20.0
+    flip: bool = True
+    upside_down: bool = False
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        check_crop_scale(self.crop_scale)
+
+
+@dataclass(frozen=True)
+class GenomeConfig:
+    """Where genetics are, and how they join the images.
+
+    Args:
+        genotypes: PLINK prefix, ``.bed`` or ``.bgen``, with ``{chrom}`` for 1 to 22; None = what the layout has.
+        step: Use every n-th variant; None = as the layout has it, else 1.
+        scores: Scoring files of the PGS Catalog, or a folder of them, applied to the genotypes.
+        score_tables: ``.sscore`` files of plink2, or a folder of them.
+        burden: ``combined_burdens.h5``.
+        build: Genome build of the genotypes, such as GRCh37; empty = not known.
+        pairing: ``"auto"`` joins genetics by the person where the layout names persons, and else gives every image the
+            genetics of a stranger, which means nothing but exercises the method; ``"id"`` and ``"synthetic"`` insist.
+        complete_only: Whether persons who lack a kind of genetics are left out.
         clip: Standardised genetics are cut to this on both sides.
+    """
+
+    genotypes: str | None = None
+    step: int | None = None
+    scores: str | list[str] | None = None
+    score_tables: str | list[str] | None = None
+    burden: str | None = None
+    build: str = ""
+    pairing: Literal["auto", "id", "synthetic"] = "auto"
+    complete_only: bool = False
+    clip: float = 5.0
+
+    def files(self) -> GenomeFiles:
+        """Return the files that are named."""
+        return GenomeFiles(self.genotypes, self.step or 1, self.scores, self.score_tables, self.burden, self.build)
+
+
+class ImageGenomeDataModule(ImageArchiveDataModule):
+    """Colour images of people with or without their genetics, in any known layout; split by person.
+
+    Args:
+        root: The archive.
+        layout: Name of its layout; ``"auto"`` recognises it from the tree.
+        genetics: Whether genetics are used; false trains on images alone.
+        genome: Where they are, and how they join the images.
+        one_per_subject: Whether a person's images alternate; else each is a sample.
+        image: The images, and how those of training vary.
+        cache: Copies of the images that are kept.
+        split: Who is trained, validated and tested on; its seed is that of the pairing too.
+        kinship: Table of pairs of people (ID1 or IID1, ID2 or IID2, KINSHIP): relatives of the third degree and closer
+            are then kept in one split, regardless of other rules, test before val before train.
+        loader: How samples are drawn, and how many may be broken.
         batch_size: Samples per device.
-        draws_per_image: Times that an image is drawn in an epoch.
         num_workers: Loader processes per rank; also threads that build the cache.
-        split_fractions: Shares of persons for train, val and test where neither file nor archive says.
-        split_file: Table with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes, or that and
-            how its names join; see :class:`datamodules.splits.SplitFile`.
-        kinship: Table of pairs of persons (ID1 or IID1, ID2 or IID2, KINSHIP): relatives of the third degree and closer
-            are then in one split, whatever else says, test before val before train.
-        max_fault_fraction: Share of faulty samples at which training stops.
         anonymise: Whether subjects get pseudonyms in logs, pictures and fault files.
         seed: Seed of order and crops; None takes ``seed_everything``'s.
-        split_seed: Seed of the split and of the pairing alone.
         **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of
             :class:`datamodules.base.ArchiveDataModule`.
     """
@@ -312,61 +357,41 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         self,
         root: str,
         layout: str = "auto",
-        genotypes: str | None = None,
-        genotype_step: int | None = None,
-        scores: str | list[str] | None = None,
-        score_tables: str | list[str] | None = None,
-        burden: str | None = None,
-        genome_build: str = "",
         genetics: bool = True,
-        pairing: Literal["auto", "id", "synthetic"] = "auto",
-        complete_only: bool = False,
+        genome: GenomeConfig = GenomeConfig(),
         one_per_subject: bool = True,
-        image_size: tuple[int, int] = (224, 224),
-        cache_side: int = 256,
-        cache: Literal["npy", "none"] = "npy",
-        crop_scale: tuple[float, float] = (1.0, 1.0),
-        degrees: float = 20.0,
-        flip: bool = True,
-        upside_down: bool = False,
-        jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0),
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
-        clip: float = 5.0,
-        batch_size: int = 64,
-        draws_per_image: int = 1,
-        num_workers: int = 0,
-        split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        split_file: str | SplitFile | None = None,
+        image: PictureConfig = PictureConfig(),
+        cache: CacheConfig = CacheConfig(),
+        split: SplitConfig = SplitConfig(),
         kinship: str | None = None,
-        max_fault_fraction: float = 0.01,
+        loader: LoaderConfig = LoaderConfig(),
+        batch_size: int = 64,
+        num_workers: int = 0,
         anonymise: bool = False,
         seed: int | None = None,
-        split_seed: int = 0,
         **membership: Any,
     ) -> None:
         super().__init__(
             root,
-            image_size,
-            cache_side,
+            image,
             cache,
+            loader,
             batch_size=batch_size,
             num_workers=num_workers,
-            max_fault_fraction=max_fault_fraction,
             anonymise=anonymise,
             seed=seed,
             **membership,
         )
-        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
-        self.augmentation = Augmentation(crop_scale, degrees, flip, upside_down, jitter)
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.draws_per_image = draws_per_image
-        self.genetics, self.pairing, self.complete_only = genetics, pairing, complete_only
-        self._layout_name, self._one_per_subject, self._clip = layout, one_per_subject, clip
-        self._files = GenomeFiles(genotypes, genotype_step or 1, scores, score_tables, burden, genome_build)
-        self._step = genotype_step
-        self._split = (split_fractions, split_seed, split_file)
+        low, high = image.crop_scale
+        brightness, contrast, saturation, hue = image.jitter
+        self.augmentation = Augmentation(
+            (low, high), image.degrees, image.flip, image.upside_down, (brightness, contrast, saturation, hue)
+        )
+        self.mean, self.std = three_values(image.mean), three_values(image.std)
+        self.genetics, self.pairing, self.complete_only = genetics, genome.pairing, genome.complete_only
+        self._layout_name, self._one_per_subject, self._clip = layout, one_per_subject, genome.clip
+        self._files, self._step = genome.files(), genome.step
+        self._split = (split.fractions, split.seed, split.file)
         self._kinship = kinship
         self._lesions: Lesions | None = None
         self.genome: Genome | None = None
@@ -382,7 +407,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         Reads names and tables, and the genotypes; no image.
 
         Raises:
-            DataError: unknown layout, a person in two splits, persons that do not join, and the like.
+            DataError: unknown layout, a person in two splits, people that do not join, and the like.
         """
         if self.archive is None:
             archive = self.open(self.root, self._layout_name)
@@ -409,7 +434,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         return self.archive
 
     def _without_relatives(self, pictures: Sequence[Picture], parts: dict[str, str]) -> dict[str, str]:
-        """Move persons until nobody has a relative in another split.
+        """Move people until nobody has a relative in another split.
 
         Raises:
             DataError: the table cannot be used, or nobody would be left to train on.
@@ -419,7 +444,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         moved = {
             picture.patient_id for picture in pictures if parts.get(picture.case_id) != together.get(picture.case_id)
         }
-        say(f"kinship: {len(moved)} persons are in another split, with their relatives")
+        say(f"kinship: {len(moved)} people are in another split, with their relatives")
         if "train" not in together.values():
             raise DataError("Everyone is related to someone who is held out, so nobody is left to train on.")
         return together
@@ -439,7 +464,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         kinds = facts.genome_kinds(archive.tree) if facts.genome_kinds is not None and not self._files.any else []
         if not files.any and not kinds:
             if self.pairing == "id":
-                raise DataError(f"data.pairing is 'id', but no genotypes, scores or burden table lie under {root}: "
+                raise DataError(f"data.genome.pairing is 'id', but no genotypes, scores or burden table lie in {root}: "
                                 "looked for genetics/*_chr{1..22}* or *_c{1..22}_b0_v*, pgs/*.sscore and "
                                 "burden/combined_burdens.h5.")  # fmt: skip
             say("genetics: none")
@@ -457,11 +482,11 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         if not joined.found:
             one, other = public_name(next(iter(split_of))), public_name(known[0])
             raise DataError(
-                f"None of the {len(split_of)} persons with images (such as {one}) is among the {len(known)} with "
-                f"genetics (such as {other}): check the identifiers, or set data.pairing to "
+                f"None of the {len(split_of)} people with images (such as {one}) is among the {len(known)} with "
+                f"genetics (such as {other}): check the identifiers, or set data.genome.pairing to "
                 f"synthetic to pair strangers{mending(joined)}."
             )
-        say(joined.counts("genetics", "persons with images") + mending(joined))
+        say(joined.counts("genetics", "people with images") + mending(joined))
         return joined.found
 
     def _samples(self, pictures: Sequence[Picture], persons: dict[str, str]) -> list[Sample]:
@@ -475,7 +500,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         return self._kept([Sample(name, name, tuple(files), persons.get(name)) for name, files in images.items()])
 
     def _kept(self, samples: list[Sample]) -> list[Sample]:
-        """Leave out persons who lack a kind of genetics, where that was asked for.
+        """Leave out people who lack a kind of genetics, where that was asked for.
 
         Raises:
             DataError: nobody is left, or there are no genetics at all.
@@ -483,10 +508,11 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         if not self.complete_only:
             return samples
         if self.genome is None:
-            raise DataError("data.complete_only asks for genetics, and there are none: name them with data.genotypes.")
+            raise DataError("data.genome.complete_only asks for genetics, and there are none: name them with "
+                            "data.genome.genotypes.")  # fmt: skip
         kept = [sample for sample in samples if all(self.genome.has(sample.person))]
         if not kept:
-            raise DataError(f"None of the {len(samples)} persons has every kind of genetics.")
+            raise DataError(f"None of the {len(samples)} people has every kind of genetics.")
         return kept
 
     def _fit(self) -> None:
@@ -500,8 +526,8 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         preprocessing: dict[str, Any] = {
             "layout": self.index().layout.name,
             "intensity": "colour in [0, 1], minus mean, over std",
-            "mean": list(self.mean),
-            "std": list(self.std),
+            "mean": list(three_values(self.mean)),
+            "std": list(three_values(self.std)),
             "resize": "bicubic, antialiased",
             "field": _reader_of(self.index()).name,
         }
@@ -510,21 +536,21 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         return InputSpec(CHANNELS, self.image_size, {}, preprocessing, genome=self.genome.sizes if self.genome else {})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the loader's position and the statistics of the training persons (Lightning hook)."""
+        """Return the loader's position and the statistics of the training people (Lightning hook)."""
         state = super().state_dict()
         if self.genome is not None:
             state |= {"genome": self.genome.statistics(), "genome_fingerprint": self.genome.fingerprint()}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the position, and refuse other statistics than the run began with (Lightning hook).
+        """Restore the position, and refuse statistics that differ from those the run began with (Lightning hook).
 
         Raises:
-            DataError: the training persons or their genetics have changed.
+            DataError: the training people or their genetics have changed.
         """
         stored = state_dict.get("genome_fingerprint")
         if stored is not None and self.genome is not None and stored != self.genome.fingerprint():
-            raise DataError("The genetics of the training persons are not those that the checkpoint was trained with.")
+            raise DataError("The genetics of the training people are not those that the checkpoint was trained with.")
         super().load_state_dict({name: value for name, value in state_dict.items() if not name.startswith("genome")})
 
     def member_paths(self, case: Picture) -> Sequence[Path]:
@@ -536,7 +562,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         return case.images
 
     def setup(self, stage: str) -> None:
-        """Put what is broken into the ledger and say what there is (Lightning hook).
+        """Record broken files in the ledger and log a summary of the data (Lightning hook).
 
         Raises:
             DataError: no image can be used.
@@ -555,8 +581,8 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
             train,
             self.seed,
             self.augmentation,
-            self.mean,
-            self.std,
+            three_values(self.mean),
+            three_values(self.std),
             controls=self.splits["train"] if controls else None,
             lesions=self._lesions if controls else None,
             anonymise=self.ledger.anonymise,
@@ -566,16 +592,16 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         return self._dataset(cases, controls=True)
 
     def _usable(self, cases: Iterable[Sample]) -> list[Sample]:
-        """Leave out persons none of whose images can be used."""
+        """Leave out people none of whose images can be used."""
         bad = {fault.path for fault in self.ledger.faults}
         return [case for case in cases if any(str(path) not in bad for path in case.images)]
 
     def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """Return what makes a batch from samples."""
+        """Return the collate function."""
         return collate_images
 
     def training_genomes(self, max_persons: int | None = None) -> np.ndarray:
-        """Return the standardised genetics of the training persons ``(P, F)``, each person once, for baselines.
+        """Return the standardised genetics of the training people ``(P, F)``, each person once, for baselines.
 
         Args:
             max_persons: How many to return at most, drawn by a hash of their names; None returns all.

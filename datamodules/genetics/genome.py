@@ -1,6 +1,6 @@
-"""The genetics of persons, ready for a network: kinds of features, standardised by the training persons alone.
+"""The genetics of people, ready for a network: kinds of features, standardised by the training people alone.
 
-Letters: P persons, F features.
+Letters: P people, F features.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -33,7 +33,7 @@ Transform = Literal["genotype", "z_score", "log_z_score"]
 
 @dataclass
 class Kind:
-    """One kind of genetics: a value of each feature for each of its persons.
+    """One kind of genetics: a value of each feature for each of its people.
 
     Attributes:
         name: Such as ``snp``.
@@ -42,10 +42,10 @@ class Kind:
         values: ``(P, F)`` float32, NaN where nothing is known; or calls in int8, as genotypes give them.
         transform: ``"genotype"``: (g - 2p) / sqrt(2p (1 - p)); ``"z_score"``; ``"log_z_score"``: that of log(1 + x).
         rows: Row of each person.
-        mean: Of each feature over the training persons.
+        mean: Of each feature over the training people.
         scale: What it is divided by.
-        imputed: Values of the training persons that were not known.
-        dropped: Features without variance among the training persons, or known of none of them.
+        imputed: Values of the training people that were not known.
+        dropped: Features without variance among the training people, or known of none of them.
     """
 
     name: str
@@ -68,20 +68,20 @@ class Kind:
         self.rows = {person: row for row, person in enumerate(self.ids) if known[row]}
 
     def fit(self, training: Collection[str]) -> None:
-        """Take the statistics from the training persons, and leave out features that do not vary among them.
+        """Take the statistics from the training people, and leave out features that do not vary among them.
 
         Raises:
             DataError: none of them has these features, or none of the features varies.
         """
         chosen = [self.rows[person] for person in training if person in self.rows]
         if not chosen:
-            raise DataError(f"None of the {len(training)} training persons has {self.name} features.")
+            raise DataError(f"None of the {len(training)} training people has {self.name} features.")
         rows = np.array(chosen)
         blocks = [self._statistics(counts_of(self.values[rows, start : start + _BLOCK]))
                   for start in range(0, self.values.shape[1], _BLOCK)]  # fmt: skip
         mean, scale, keep, unknown = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
         if not keep.any():
-            raise DataError(f"None of the {len(keep)} {self.name} features varies among the training persons.")
+            raise DataError(f"None of the {len(keep)} {self.name} features varies among the training people.")
         self.dropped = int((~keep).sum())
         self.imputed = int(unknown[keep].sum())
         self.mean, self.scale = mean[keep], scale[keep]
@@ -89,7 +89,7 @@ class Kind:
         self.values = np.ascontiguousarray(self.values[:, keep])
 
     def _statistics(self, known: NDArray[np.float32]) -> tuple[NDArray[Any], ...]:
-        """Return mean, scale, whether they vary, and how many values are missing, of features of some persons."""
+        """Return mean, scale, whether they vary, and how many values are missing, of features of some people."""
         values = known.astype(np.float64) if self.transform == "genotype" else self._logged(known.astype(np.float64))
         missing = np.isnan(values)
         if self.transform == "genotype":
@@ -122,7 +122,7 @@ class Kind:
 
 
 class Genome:
-    """All kinds of genetics that persons have.
+    """All kinds of genetics that people have.
 
     Args:
         kinds: The kinds.
@@ -143,12 +143,12 @@ class Genome:
         return sorted({person for kind in self.kinds for person in kind.rows})
 
     def fit(self, training: Collection[str]) -> None:
-        """Fit every kind on the training persons; see :meth:`Kind.fit`."""
+        """Fit every kind on the training people; see :meth:`Kind.fit`."""
         for kind in self.kinds:
             kind.fit(training)
 
     def has(self, person: str | None) -> list[bool]:
-        """Tell which kinds a person has."""
+        """Return which kinds a person has."""
         return [person in kind.rows for kind in self.kinds]
 
     def read(self, person: str | None) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -157,7 +157,7 @@ class Genome:
         return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
     def describe(self) -> str:
-        """Say what there is."""
+        """Describe what there is."""
         words = []
         for kind in self.kinds:
             facts = f"{kind.name} {len(kind.features)} features of {len(kind.rows)} persons"
@@ -176,7 +176,7 @@ class Genome:
         return f"{stable_hash(*parts):016x}"
 
     def statistics(self) -> dict[str, Any]:
-        """Return the statistics of the training persons by kind, as plain lists for a checkpoint."""
+        """Return the statistics of the training people by kind, as plain lists for a checkpoint."""
         return {
             kind.name: {"features": kind.features, "mean": kind.mean.tolist(), "scale": kind.scale.tolist()}
             for kind in self.kinds
@@ -185,17 +185,17 @@ class Genome:
 
 @dataclass(frozen=True)
 class GenomeFiles:
-    """Where the genetics lie, and how they are read.
+    """Where the genetics are stored, and how they are read.
 
     Attributes:
         genotypes: A PLINK prefix, ``.bed`` or ``.bgen``; ``{chrom}`` stands for 1 to 22.
-        step: Every which variant is a feature.
+        step: Use every n-th variant.
         scores: Scoring files of the PGS Catalog, or a folder of them, applied to the genotypes.
         score_tables: ``.sscore`` files of plink2, or a folder of them.
         burden: ``combined_burdens.h5``.
-        build: Genome build of the genotypes; empty = not known.
+        build: Genome build of the genotypes; empty if unknown.
         keep_ambiguous: Whether scores use A/T and C/G variants.
-        min_carriers: Persons that a gene of the burden scores needs.
+        min_carriers: People that a gene of the burden scores needs.
     """
 
     genotypes: str | None = None
@@ -209,20 +209,20 @@ class GenomeFiles:
 
     @property
     def any(self) -> bool:
-        """Whether anything is named."""
+        """Whether any file is named."""
         return any((self.genotypes, self.scores, self.score_tables, self.burden))
 
 
 def read_genome(
     files: GenomeFiles, root: Path | None = None, limit: float = 5.0, training: Collection[str] = ()
 ) -> Genome:
-    """Read genotypes, scores and burdens. Standardisation comes later, by :meth:`Genome.fit`.
+    """Read genotypes, scores and burdens; :meth:`Genome.fit` standardises them later.
 
     Args:
-        files: Where they lie.
+        files: Where they are stored.
         root: What relative paths are looked for under first.
         limit: Standardised values are cut to this on both sides.
-        training: Persons whose allele frequencies stand in for calls that a score misses; empty = everyone.
+        training: People whose allele frequencies replace calls that a score misses; empty: everyone.
 
     Raises:
         DataError: a file is missing or damaged, or a score fits no variant.
@@ -233,7 +233,7 @@ def read_genome(
         genotypes = open_genotypes(files.genotypes, root, files.step)
         names = [f"{v.chrom}:{v.pos}:{v.id}" for v in genotypes.variants.itertuples(index=False)]
         if genotypes.withdrawn:
-            say(f"genetics: {genotypes.withdrawn} persons with negative numbers have withdrawn and are left out")
+            say(f"genetics: {genotypes.withdrawn} people with negative numbers have withdrawn and are left out")
         kinds.append(Kind("snp", genotypes.ids, names, genotypes.table(), "genotype"))
         if files.scores:
             every = genotypes if files.step == 1 else open_genotypes(files.genotypes, root)
@@ -247,7 +247,8 @@ def read_genome(
                 scored[score.name] = every.ids, values
                 say(f"genetics: {score.name}, " + ", ".join(f"{count} {name}" for name, count in counts.items()))
     elif files.scores:
-        raise DataError("Scoring files are applied to genotypes: name them with data.genotypes, or give score_tables.")
+        raise DataError("Scoring files are applied to genotypes: name these with data.genome.genotypes, or give "
+                        "data.genome.score_tables.")  # fmt: skip
     if files.score_tables:
         for path in score_files(files.score_tables, (".sscore",)):
             scored[path.stem] = read_score_table(path)
@@ -269,10 +270,10 @@ def _burden(path: Path, root: Path | None, min_carriers: int) -> tuple[list[str]
 
 
 def pair_persons(patients: Mapping[str, str], persons: Sequence[str], seed: int = 0) -> dict[str, str]:
-    """Give patients whose images come without genetics the genetics of strangers, no one twice.
+    """Pair patients whose images have no genetics with the genetics of strangers, each used once.
 
     Args:
-        patients: Patient to split. Training patients are dealt with first, so that they keep their persons whatever
+        patients: Patient to split. Training patients are served first, so that they keep their partners whatever
             else there is.
         persons: Who has genetics.
         seed: Seed of the pairing.
@@ -281,7 +282,7 @@ def pair_persons(patients: Mapping[str, str], persons: Sequence[str], seed: int 
         Patient to person.
 
     Raises:
-        DataError: there are fewer persons than patients.
+        DataError: there are fewer people than patients.
     """
     if len(persons) < len(patients):
         raise DataError(f"{len(patients)} patients cannot be paired with {len(persons)} genomes: name more of them.")

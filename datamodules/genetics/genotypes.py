@@ -1,6 +1,6 @@
-"""Genotypes from PLINK 1 (``.bed``) and BGEN files: who, which variants, and how often an allele occurs.
+"""Genotypes from PLINK 1 (``.bed``) and BGEN files: people, variants, and allele counts.
 
-Letters: P persons, V variants.
+Letters: P people, V variants.
 """
 
 import re
@@ -42,13 +42,13 @@ class GenotypeFile(ABC):
     Attributes:
         path: The file.
         ids: Person of each row; those who withdrew have a negative number.
-        variants: A row a variant: chrom, id, pos, counted and other allele.
+        variants: A row per variant: chrom, id, pos, counted and other allele.
     """
 
     path: Path
     ids: list[str]
     variants: pd.DataFrame
-    #: Whether counts are whole numbers, not expectations.
+    #: Whether counts are whole numbers rather than expectations.
     called: ClassVar[bool] = True
 
     @abstractmethod
@@ -82,11 +82,11 @@ class BedFile(GenotypeFile):
             magic = file.read(3)
         if magic != _BED_MAGIC:
             raise DataError(
-                f"{self.path} is no variant-major PLINK 1 file: it begins with {magic.hex(' ')}, not 6c 1b 01."
+                f"{self.path} is not a variant-major PLINK 1 file: it begins with {magic.hex(' ')}, not 6c 1b 01."
             )
         if (size := self.path.stat().st_size) != expected:
             raise DataError(
-                f"{self.path} has {size} bytes, but {len(self.ids)} persons in {tables['fam'].name} and "
+                f"{self.path} has {size} bytes, but {len(self.ids)} people in {tables['fam'].name} and "
                 f"{len(self.variants)} variants in {tables['bim'].name} make {expected}."
             )
 
@@ -162,7 +162,7 @@ def _chromosome_of(path: Path) -> str:
 
 
 def find_genotypes(pattern: str, root: Path | None = None) -> list[Path]:
-    """Return the files that a pattern means.
+    """Return the files that match a pattern.
 
     Args:
         pattern: A PLINK prefix, a ``.bed`` or ``.bgen`` file; ``{chrom}`` stands for 1 to 22, where there is a file.
@@ -188,14 +188,14 @@ def find_genotypes(pattern: str, root: Path | None = None) -> list[Path]:
 
 
 class Genotypes:
-    """Genotypes of the same persons over one or more files.
+    """Genotypes of the same people over one or more files.
 
     Args:
         files: The files, in order.
-        step: Every which variant is used, counted in each file.
+        step: Use every n-th variant, counted in each file.
 
     Raises:
-        DataError: files disagree on the persons, or a person occurs twice.
+        DataError: files disagree on the people, or a person occurs twice.
     """
 
     def __init__(self, files: Sequence[GenotypeFile], step: int = 1) -> None:
@@ -204,12 +204,12 @@ class Genotypes:
         first = files[0]
         for file in files[1:]:
             if file.ids != first.ids:
-                raise DataError(f"{file.path} and {first.path} list other persons, or in another order.")
+                raise DataError(f"{file.path} and {first.path} list different people, or the same in another order.")
         twice = [name for name, count in Counter(first.ids).items() if count > 1 and not name.startswith("-")]
         if twice:
-            raise DataError(f"{first.path} lists {len(twice)} persons twice, first {public_name(twice[0])}: keep one "
+            raise DataError(f"{first.path} lists {len(twice)} people twice, first {public_name(twice[0])}: keep one "
                             f"row of each.")  # fmt: skip
-        #: Persons who did not withdraw, and their rows.
+        #: People who did not withdraw, and their rows.
         self.rows = np.array([row for row, name in enumerate(first.ids) if not name.startswith("-")], dtype=np.int64)
         self.ids = [first.ids[row] for row in self.rows]
         self.withdrawn = len(first.ids) - len(self.ids)
@@ -230,8 +230,8 @@ class Genotypes:
         """Return how often the counted allele occurs, ``(P, V)``, NaN where it was not called.
 
         Args:
-            persons: Places in ``ids``; None = all.
-            variants: Places in ``variants``, rising; None = all.
+            persons: Places in ``ids``; None: all.
+            variants: Places in ``variants``, rising; None: all.
         """
         rows = self.rows if persons is None else self.rows[persons]
         wanted = np.arange(len(self.variants)) if variants is None else np.asarray(variants, dtype=np.int64)
@@ -261,7 +261,7 @@ def counts_of(table: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def open_genotypes(pattern: str, root: Path | None = None, step: int = 1) -> Genotypes:
-    """Open the genotypes that a pattern means; see :func:`find_genotypes`.
+    """Open the genotypes that match a pattern; see :func:`find_genotypes`.
 
     Raises:
         DataError: there are none, or they are damaged.
@@ -273,7 +273,7 @@ def open_genotypes(pattern: str, root: Path | None = None, step: int = 1) -> Gen
 
 
 def allele_frequencies(counts: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return the frequency of the counted allele ``(V,)`` over who was called; NaN where nobody was."""
+    """Return the frequency of the counted allele ``(V,)`` over the people called; NaN where nobody was."""
     called = ~np.isnan(counts)
     total = np.where(called, counts, 0).sum(0, dtype=np.float64)
     number = called.sum(0)

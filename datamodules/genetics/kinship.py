@@ -1,6 +1,6 @@
-"""Who is related to whom: kinship from genotypes or a table, and what follows for samples and splits.
+"""Kinship, from genotypes or from a table, and its consequences for samples and splits.
 
-Letters: P persons, V variants.
+Letters: P people, V variants.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ KINSHIP = 0.0884
 def kinship(counts: NDArray[np.float32]) -> NDArray[np.float64]:
     """Estimate kinship from allele counts ``(P, V)`` as KING-robust does (Manichaikul et al. 2010, Eq. 11), ``(P, P)``.
 
-    Variants that one of two persons lacks do not count for them.
+    Variants that one of two people lacks do not count for them.
     """
     known = ~np.isnan(counts)
     single, none, two = ((counts == value).astype(np.float32) for value in (1, 0, 2))
@@ -34,7 +34,7 @@ def kinship(counts: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def unrelated(pairs: Sequence[tuple[str, str]], persons: Sequence[str]) -> list[str]:
-    """Leave out relatives, whoever has most of them first, until no two are related; ties by name.
+    """Leave out the people with the most relatives first, until no two are related; ties by name.
 
     Args:
         pairs: Pairs of relatives.

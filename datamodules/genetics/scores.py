@@ -1,6 +1,6 @@
 """Polygenic scores: scoring files of the PGS Catalog applied to genotypes, and tables that plink2 wrote.
 
-Letters: P persons, V variants.
+Letters: P people, V variants.
 """
 
 from collections import Counter
@@ -27,8 +27,8 @@ class Score(NamedTuple):
 
     Attributes:
         name: Its id.
-        build: Genome build of its positions; empty = not said.
-        variants: A row a variant: id, chrom, pos, effect, other (empty = not said), weight, model.
+        build: Genome build of its positions; empty if not stated.
+        variants: A row per variant: id, chrom, pos, effect, other (empty if not stated), weight, model.
         left_out: Rows that are no weight of one allele, such as haplotypes.
     """
 
@@ -39,13 +39,13 @@ class Score(NamedTuple):
 
 
 class Matched(NamedTuple):
-    """How the rows of a score found their variants.
+    """How the rows of a score were matched with variants.
 
     Attributes:
         rows: Places in the score's table.
         columns: Their variants.
         flipped: bool, whether the effect allele is the one that the genotypes do not count.
-        why: Rows by what became of them: matched, of these strand_flipped and allele_flipped; absent, ambiguous,
+        why: Number of rows by outcome: matched, of these strand_flipped and allele_flipped; absent, ambiguous,
             alleles (others than the variant's), duplicate.
     """
 
@@ -70,16 +70,16 @@ def read_score(path: Path, build: str = "") -> Score:
 
     Args:
         path: The file.
-        build: The build that is wanted; empty = the file's own.
+        build: The build that is wanted; empty: the file's own.
 
     Raises:
-        DataError: it is no scoring file, or a weight is no number.
+        DataError: it is no scoring file, or a weight is not a number.
     """
     header, table = _header_and_table(path)
     if not {"effect_allele", "effect_weight"} <= set(table.columns):
         raise DataError(
-            f"{path} is no scoring file of the PGS Catalog: it needs the columns effect_allele and effect_weight, and "
-            f"has {listing(table.columns)}."
+            f"{path} is not a scoring file of the PGS Catalog: it needs the columns effect_allele and effect_weight, "
+            f"and has {listing(table.columns)}."
         )
     given, harmonised = normal_build(header.get("genome_build", "")), normal_build(header.get("HmPOS_build", ""))
     moved = bool(build) and harmonised == build and {"hm_chr", "hm_pos"} <= set(table.columns)
@@ -107,7 +107,7 @@ def read_score(path: Path, build: str = "") -> Score:
 
 
 def _header_and_table(path: Path) -> tuple[dict[str, str], pd.DataFrame]:
-    """Read what the lines before the table say, and the table.
+    """Read the header lines before the table, and the table.
 
     Raises:
         DataError: it is damaged, not UTF-8, or breaks a rule of tables.
@@ -136,7 +136,7 @@ def _any_true(table: pd.DataFrame, columns: Sequence[str]) -> pd.Series:
 
 
 def is_ambiguous(first: str, second: str) -> bool:
-    """Whether two alleles are each other's complement, so that the strand cannot be told."""
+    """Whether two alleles are each other's complement, so that the strand is ambiguous."""
     return first.translate(_COMPLEMENT) == second
 
 
@@ -145,7 +145,7 @@ def match_alleles(effect: str, other: str, counted: str, uncounted: str) -> tupl
 
     Args:
         effect: The allele with the weight.
-        other: The other one; empty = not said.
+        other: The other one; empty if not stated.
         counted: The allele that the genotypes count.
         uncounted: The one that they do not.
 
@@ -170,7 +170,7 @@ def match_score(score: Score, variants: pd.DataFrame, build: str = "", keep_ambi
     Args:
         score: The score.
         variants: Those of :class:`datamodules.genetics.genotypes.Genotypes`.
-        build: Genome build of their positions; empty = not known, positions are then trusted.
+        build: Genome build of their positions; empty if unknown, positions are then trusted.
         keep_ambiguous: Whether A/T and C/G variants are taken to lie on the same strand; else they are left out.
 
     Raises:
@@ -226,18 +226,18 @@ def apply_score(
 ) -> tuple[NDArray[np.float64], dict[str, int]]:
     """Sum a score's weights over everyone's effect alleles.
 
-    A genotype that was not called counts as twice the frequency of the allele among the reference persons.
+    A genotype that was not called counts as twice the frequency of the allele among the reference people.
 
     Args:
         score: The score.
         genotypes: The genotypes.
-        build: Their genome build; empty = not known.
+        build: Their genome build; empty if unknown.
         keep_ambiguous: See :func:`match_score`.
-        reference: Places of the persons that frequencies come from, such as those of the training split; None = all.
+        reference: Places of the people that frequencies come from, such as those of the training split; None: all.
         min_overlap: Share of the score's rows that must find a variant.
 
     Returns:
-        The score of each person ``(P,)``, and counts of rows by what became of them, with ``imputed`` genotypes.
+        The score of each person ``(P,)``, and the number of rows by outcome, with ``imputed`` genotypes.
 
     Raises:
         DataError: too few rows found a variant, or the builds differ.
@@ -264,7 +264,7 @@ def apply_score(
 
 
 def read_score_table(path: Path) -> tuple[list[str], NDArray[np.float32]]:
-    """Read a ``.sscore`` of plink2: persons and the score's average, NaN where there is none.
+    """Read a ``.sscore`` of plink2: people and the score's average, NaN where there is none.
 
     Raises:
         DataError: it has no IID column or no score, or a person twice.
@@ -273,7 +273,7 @@ def read_score_table(path: Path) -> tuple[list[str], NDArray[np.float32]]:
     scores = [name for name in table.columns if not name.startswith(("NAMED", "ALLELE"))]
     value = next((name for end in ("_AVG", "_SUM") for name in scores if name.endswith(end)), None)
     if "IID" not in table.columns or value is None:
-        raise DataError(f"{path} is no score of plink2: it has {listing(table.columns)}.")
+        raise DataError(f"{path} is not a score of plink2: it has {listing(table.columns)}.")
     ids = table["IID"].tolist()
     if len(set(ids)) != len(ids):
         raise DataError(f"{path} lists a person twice.")
@@ -286,7 +286,7 @@ def join_scores(
     """Join scores of different persons: everyone who has any, and NaN where one is missing.
 
     Returns:
-        Persons, and ``(P, len(tables))``.
+        People, and ``(P, len(tables))``.
     """
     series = {name: pd.Series(values, index=list(ids)) for name, (ids, values) in tables.items()}
     joined = pd.DataFrame(series)
@@ -298,10 +298,10 @@ def read_burden(path: Path, min_carriers: int = 1) -> tuple[list[str], list[str]
 
     Args:
         path: ``combined_burdens.h5``.
-        min_carriers: Persons with a value other than 0 that a gene needs to be kept.
+        min_carriers: People with a value other than 0 that a gene needs to be kept.
 
     Returns:
-        Persons, genes, and ``(P, genes)``.
+        People, genes, and ``(P, genes)``.
 
     Raises:
         DataError: a file is missing, or the names do not fit the matrix.

@@ -21,7 +21,7 @@ from datamodules.registry import Facts, Layout, marked
 from datamodules.tables import read_table
 from datamodules.tree import Tree
 
-#: A patient's name is this much of a file's.
+#: A patient's name is this prefix of a file's.
 PATIENT_LENGTH = 12
 GRADES = ("II", "III", "IV")
 _GRADES = {text: grade for grade in (2, 3, 4) for text in (str(grade), f"{grade}.0")}
@@ -101,7 +101,7 @@ class TCGAGrade(LabelLayout):
         """List the regions whose patient has a grade.
 
         Raises:
-            DataError: the table is missing or damaged, a grade is none, or no region has one.
+            DataError: the table is missing or damaged, a grade is invalid, or no region has one.
         """
         path = root.first("**/grade_data.csv")
         if path is None:

@@ -24,7 +24,7 @@ from datamodules.registry import Evidence, Facts, Layout
 from datamodules.tables import read_numbers, read_table
 from datamodules.tree import Tree
 
-#: What is predicted from a photograph.
+#: The targets predicted from a photograph.
 RISKS = {"regression": ("age", "bmi", "sbp", "dbp"), "classification": ("sex", "smoking")}
 #: Fundus photographs of the left and the right eye.
 FIELDS = ("21015", "21016")
@@ -33,7 +33,7 @@ _SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def split_of_eids(eids: list[str], seed: int = 42) -> dict[str, str]:
-    """Split persons 70 / 10 / 20 as ContIG does, so that its test persons stay unseen."""
+    """Split people 70 / 10 / 20 as ContIG does, so that its test people stay unseen."""
     names = np.array(sorted(set(eids), key=int))
     order = np.random.RandomState(seed).permutation(len(names))
     train, val = int(0.7 * len(names)), int(0.1 * len(names))
@@ -50,7 +50,7 @@ def _checked_names(root: Tree) -> set[str] | None:
 
 
 def european(root: Tree, threshold: float = 0.99) -> set[str] | None:
-    """Return the persons of ``ancestry.tsv`` whose probability ``EUR`` is high enough; None where there is no file.
+    """Return the people of ``ancestry.tsv`` whose probability ``EUR`` is high enough; None without such a file.
 
     Raises:
         DataError: a column is missing.
@@ -66,7 +66,7 @@ def european(root: Tree, threshold: float = 0.99) -> set[str] | None:
 
 
 def find_ukb(root: Tree) -> list[Picture]:
-    """List the photographs; empty where there is none. Of persons who withdrew (negative numbers) there is none.
+    """List the photographs; empty where there is none. People who withdrew (negative numbers) have none.
 
     Raises:
         DataError: ancestry.tsv is damaged.
@@ -107,7 +107,7 @@ def _genotype_pattern(root: Tree) -> str | None:
     preferred = {name for name in autosomes if name.endswith(".bed")} or autosomes
     if len(preferred) > 1:
         raise DataError(f"{folder} has several families of genotypes ({', '.join(sorted(preferred))}): name one with "
-                        "data.genotypes.")  # fmt: skip
+                        "data.genome.genotypes.")  # fmt: skip
     return str(folder / next(iter(preferred))) if preferred else None
 
 
@@ -126,10 +126,10 @@ def genetics_of(root: Tree) -> GenomeFiles:
 
 
 def read_phenotypes(path: Path) -> pd.DataFrame:
-    """Read age, BMI, blood pressure, sex and smoking of persons; NaN where unknown.
+    """Read age, BMI, blood pressure, sex and smoking of people; NaN where unknown.
 
     Returns:
-        A row a person (index eid): age, bmi, sbp, dbp, sex (1 = male), smoking (1 = now).
+        A row per person (index eid): age, bmi, sbp, dbp, sex (1 = male), smoking (1 = now).
 
     Raises:
         DataError: a column is missing, or a person is listed twice.
@@ -163,7 +163,7 @@ def read_phenotypes(path: Path) -> pd.DataFrame:
 
 
 class UKBRisk(LabelLayout):
-    """Photographs of UK Biobank with what they are to predict, in the split of pre-training.
+    """Photographs of UK Biobank with prediction targets, in the split of pre-training.
 
     Args:
         task: ``regression`` of age, BMI and both blood pressures, or ``classification`` of sex and smoking.
@@ -179,7 +179,7 @@ class UKBRisk(LabelLayout):
         self.classes = RISKS[task]
 
     def _find(self, root: Tree) -> list[LabelledImage]:
-        """List the photographs of persons with any of the measurements.
+        """List the photographs of people with any of the measurements.
 
         Raises:
             DataError: the table or a column is missing, or it and the photographs have no person in common.
@@ -192,7 +192,7 @@ class UKBRisk(LabelLayout):
         pictures = find_ukb(root)
         if pictures:
             joined = join_ids([picture.patient_id for picture in pictures], values)
-            check_labels(path, joined, "persons with photographs")
+            check_labels(path, joined, "people with photographs")
         found = [
             LabelledImage(picture.case_id, picture.patient_id, picture.image, values[picture.patient_id], picture.split)
             for picture in pictures

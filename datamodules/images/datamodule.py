@@ -3,12 +3,13 @@
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from common.errors import DataError
 from common.faults import Fault
 from common.runtime.reporting import say
 from datamodules.base import ArchiveDataModule, FaultTolerantDataset
+from datamodules.configs import CacheConfig, ImageConfig, LoaderConfig
 from datamodules.images.cache import ImageCache, SourceImages
 from datamodules.images.reading import ImageReader
 from datamodules.loading import ResumableLoader
@@ -24,9 +25,9 @@ class ImageArchiveDataModule(ArchiveDataModule):
 
     Args:
         root: The archive.
-        image_size: Height and width of what is cut.
-        cache_side: Shorter side of the cached copies, in pixels.
-        cache: ``"npy"``, or ``"none"`` to decode the sources at every access.
+        image: What is cut.
+        cache: Copies that are kept.
+        loader: How samples are drawn, and how many may be broken.
         **settings: Those of :class:`datamodules.base.ArchiveDataModule`.
     """
 
@@ -34,22 +35,22 @@ class ImageArchiveDataModule(ArchiveDataModule):
     store: ImageCache | SourceImages
     #: What the cases are called.
     noun = "samples"
-    #: Times that a case is drawn in an epoch.
-    draws_per_image = 1
     #: Split that ``lightning test`` reads.
     test_split = "test"
 
     def __init__(
         self,
         root: str,
-        image_size: Sequence[int],
-        cache_side: int,
-        cache: Literal["npy", "none"],
+        image: ImageConfig,
+        cache: CacheConfig,
+        loader: LoaderConfig,
         **settings: Any,
     ) -> None:
-        super().__init__(**settings)
-        self.root, self.image_size = root, tuple(image_size)
-        self._cache, self._cache_side = cache, cache_side
+        super().__init__(loader=loader, **settings)
+        self.root, self.image_size = root, tuple(image.size)
+        self.mean, self.std = image.mean, image.std
+        self._cache, self._cache_side = cache.format, cache.side
+        self.draws_per_image = loader.draws
 
     @abstractmethod
     def index(self) -> Any:

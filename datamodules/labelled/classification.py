@@ -2,9 +2,10 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from common.randomness import numpy_generator
 from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.base import FaultTolerantDataset
+from datamodules.configs import CacheConfig, Channelwise, ImageConfig, LoaderConfig, SplitConfig, check_crop_scale
 from datamodules.images.cache import BoxChoice, ImageCache, SourceImages
 from datamodules.images.crops import center_box, random_box
 from datamodules.images.datamodule import ImageArchiveDataModule
@@ -27,7 +29,6 @@ from datamodules.labelled.layout import LabelLayout, LabelledImage, as_archive
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.splits import (
     SPLITS,
-    SplitFile,
     assign_splits,
     check_unique,
     fold_of_each,
@@ -36,9 +37,6 @@ from datamodules.splits import (
     seeded_split,
 )
 from datamodules.tree import Tree
-
-#: One value for every channel, or one each.
-Channelwise = float | tuple[float, float, float]
 
 
 class LabelledImageDataset(FaultTolerantDataset):
@@ -158,37 +156,77 @@ def shuffled_targets(images: Sequence[LabelledImage], seed: int) -> list[Labelle
     return [item._replace(targets=given[item.patient_id]) for item in images]
 
 
+@dataclass(frozen=True)
+class LabelledImageConfig(ImageConfig):
+    """Crops of labelled images.
+
+    Args:
+        crop_scale: Share of an image's area that a training crop has.
+        flip: Whether half of the training crops are mirrored.
+        degrees: Largest angle by which training crops are turned.
+    """
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    flip: bool = True
+    degrees: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_crop_scale(self.crop_scale)
+
+
+@dataclass(frozen=True)
+class FoldConfig(SplitConfig):
+    """Who is trained, validated and tested on, once or by turns.
+
+    Args:
+        fold: Number of the fold to test on, from 0: cross-validation instead of any other split. No patient and no
+            group of the layout is in two folds; validation patients are cut out of the other folds.
+        num_folds: How many folds there are.
+
+    Raises:
+        ValueError: there is no such fold, or a file says who is tested on as well.
+    """
+
+    fold: int | None = None
+    num_folds: int = 5
+
+    def __post_init__(self) -> None:
+        if self.fold is not None and not 0 <= self.fold < self.num_folds:
+            raise ValueError(f"`fold` counts from 0 to num_folds - 1 = {self.num_folds - 1}, got {self.fold}.")
+        if self.fold is not None and self.file is not None:
+            raise ValueError("`split.fold` and `split.file` both say what is tested on: set one of them to null.")
+
+
+@dataclass(frozen=True)
+class ShuffleConfig:
+    """Targets that mean nothing: a control.
+
+    Args:
+        seed: Seed of a permutation of the targets over patients; None leaves them.
+        tested: Whether that permutes the targets of test images too; else they and the split stay true.
+    """
+
+    seed: int | None = None
+    tested: bool = True
+
+
 class LabelledImageDataModule(ImageArchiveDataModule):
     """Labelled images in any layout of :mod:`datamodules.labelled.layout`, cached, split by patient.
 
     Args:
         root: The archive.
         labels: Its layout.
-        image_size: Height and width of the crops.
-        cache_side: Shorter side of the cached copies, in pixels.
-        cache: ``"npy"``, or ``"none"`` to decode the sources at every access.
-        crop_scale: Share of an image's area that a training crop has.
-        flip: Whether half of the training crops are mirrored.
-        mean: Subtracted from pixels in [0, 1].
-        std: What they are divided by then; for colours one value a channel, or one for all.
-        degrees: Largest angle by which training crops are turned.
+        image: The crops, and how those of training vary.
+        cache: Copies of the images that are kept.
+        split: Who is trained, validated and tested on. An archive that names training images but no validation ones has
+            the latter cut out of the former, in the ratio of the first two fractions.
+        label_fraction: Share of the training patients to use, of every class alike; shares are nested.
+        shuffle: A permutation of the targets, as a control.
+        loader: How samples are drawn, and how many may be broken.
         batch_size: Images per device.
         num_workers: Loader processes per rank; also threads that build the cache.
-        label_fraction: Share of the training patients to use, of every class alike; shares are nested.
-        split_fractions: Shares of patients for train, val and test where neither file nor archive says. An archive that
-            names training images but no validation ones has the latter cut out of the former, in the ratio of the
-            first two.
-        split_file: Table with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes, or that and
-            how its names join; see :class:`datamodules.splits.SplitFile`.
-        fold: Number of the fold to test on, from 0: cross-validation instead of any other split. No patient and no
-            group of the layout is in two folds; validation patients are cut out of the other folds.
-        num_folds: How many folds there are.
-        shuffle_targets: Seed of a permutation of the targets over patients, as a control; None leaves them.
-        shuffle_tested: Whether that permutes the targets of test images too; else they and the split stay true.
-        max_fault_fraction: Share of faulty images at which training stops.
         anonymise: Whether subjects get pseudonyms in logs, tables and fault files.
         seed: Seed of order and crops; None takes ``seed_everything``'s.
-        split_seed: Seed of splits, folds and fractions alone.
         **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of
             :class:`datamodules.base.ArchiveDataModule`.
     """
@@ -199,54 +237,35 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         self,
         root: str,
         labels: LabelLayout,
-        image_size: tuple[int, int] = (224, 224),
-        cache_side: int = 256,
-        cache: Literal["npy", "none"] = "npy",
-        crop_scale: tuple[float, float] = (0.08, 1.0),
-        flip: bool = True,
-        mean: Channelwise = 0.4978,
-        std: Channelwise = 0.2449,
-        degrees: float = 0.0,
+        image: LabelledImageConfig = LabelledImageConfig(),
+        cache: CacheConfig = CacheConfig(),
+        split: FoldConfig = FoldConfig((0.7, 0.1, 0.2)),
+        label_fraction: float = 1.0,
+        shuffle: ShuffleConfig = ShuffleConfig(),
+        loader: LoaderConfig = LoaderConfig(),
         batch_size: int = 96,
         num_workers: int = 0,
-        label_fraction: float = 1.0,
-        split_fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
-        split_file: str | SplitFile | None = None,
-        fold: int | None = None,
-        num_folds: int = 5,
-        shuffle_targets: int | None = None,
-        shuffle_tested: bool = True,
-        max_fault_fraction: float = 0.01,
         anonymise: bool = False,
         seed: int | None = None,
-        split_seed: int = 0,
         **membership: Any,
     ) -> None:
         super().__init__(
             root,
-            image_size,
-            cache_side,
+            image,
             cache,
+            loader,
             batch_size=batch_size,
             num_workers=num_workers,
-            max_fault_fraction=max_fault_fraction,
             anonymise=anonymise,
             seed=seed,
             **membership,
         )
-        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
-        if fold is not None and not 0 <= fold < num_folds:
-            raise ValueError(f"`fold` counts from 0 to num_folds - 1 = {num_folds - 1}, got {fold}.")
-        if fold is not None and split_file is not None:
-            raise ValueError("`fold` and `split_file` both say what is tested on: set one of them to null.")
         self.labels = labels
-        self.crop_scale, self.flip = tuple(crop_scale), flip
-        self.mean, self.std, self.degrees = mean, std, degrees
+        self.crop_scale, self.flip, self.degrees = tuple(image.crop_scale), image.flip, image.degrees
         self.label_fraction = label_fraction
-        self.fold, self.num_folds = fold, num_folds
-        self.shuffle_targets, self.shuffle_tested = shuffle_targets, shuffle_tested
-        self._split = (split_fractions, split_seed, split_file)
+        self.fold, self.num_folds = split.fold, split.num_folds
+        self.shuffle_targets, self.shuffle_tested = shuffle.seed, shuffle.tested
+        self._split = (split.fractions, split.seed, split.file)
         self.images: list[LabelledImage] = []
 
     def index(self) -> LabelLayout:

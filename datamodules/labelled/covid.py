@@ -71,7 +71,7 @@ class CovidFindings(LabelLayout):
         table = table.assign(patient=patients_of_files(table["filename"].tolist(), table["patientid"].tolist()))
         found: dict[str, LabelledImage] = {}
         for row in table.to_dict("records"):
-            image = self._image(root, path, row)
+            image = self._image(root.root, path, row)
             if image is None:
                 continue
             known = found.setdefault(image.case_id, image)

@@ -190,7 +190,7 @@ class LabelledTable(LabelLayout):
         found = []
         for row in table.to_dict("records"):
             name = row[names["image"]]
-            image = path_under(root, name, path)
+            image = path_under(root.root, name, path)
             targets = tuple(label_value(row[column], values, path, name, column) for column in self.classes)
             split = row.get(names["split"], "").lower() or None
             found.append(LabelledImage(name, row[names["subject"]] or name, image, targets, split))

@@ -1,7 +1,8 @@
 """Radiographs with regions to be segmented: the whole image at one size, and its mask on the grid of its file."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +16,19 @@ from common.faults import Fault, FaultLedger, SampleFaultError
 from common.losses.focal_dice import IGNORED
 from common.runtime.reporting import say
 from common.types import InputSpec
+from datamodules.configs import CacheConfig, ImageConfig, LoaderConfig, SplitConfig
 from datamodules.images.crops import Box
 from datamodules.images.reading import read_header
 from datamodules.images.values import ImageError
-from datamodules.labelled.classification import LabelledImageDataModule, LabelledImageDataset
+from datamodules.labelled.classification import (
+    FoldConfig,
+    LabelledImageConfig,
+    LabelledImageDataModule,
+    LabelledImageDataset,
+)
 from datamodules.labelled.layout import LabelLayout, LabelledImage
 from datamodules.labelled.siim import decode_runs
 from datamodules.loading import Draw
-from datamodules.splits import SplitFile
 
 
 def fitted_size(shape: Sequence[int], size: Sequence[int]) -> tuple[int, int]:
@@ -92,28 +98,33 @@ class MaskedImageDataset(LabelledImageDataset):
         return sample if self.train else sample | {"region": mask, "size": size}
 
 
+@dataclass(frozen=True)
+class MaskedImageConfig(ImageConfig):
+    """Whole images with their masks.
+
+    Args:
+        flip: Whether half of the training images are mirrored.
+    """
+
+    size: tuple[int, int] = (512, 512)
+    flip: bool = True
+
+
 class MaskedImageDataModule(LabelledImageDataModule):
     """Images with regions of one kind in a layout of :mod:`datamodules.labelled.layout`, cached, split by patient.
 
     Args:
         root: The archive.
         labels: Its layout, of one class.
-        image_size: Height and width that images are fitted into.
-        cache_side: Shorter side of the cached copies, in pixels.
-        cache: ``"npy"``, or ``"none"`` to decode the sources at every access.
-        flip: Whether half of the training images are mirrored.
-        mean: Subtracted from pixels in [0, 1].
-        std: What they are divided by then.
+        image: What images are fitted into; they are never cropped or turned.
+        cache: Copies of the images that are kept.
+        split: Who is trained, validated and tested on.
+        label_fraction: Share of the training patients to use, with and without regions alike; shares are nested.
+        loader: How samples are drawn, and how many may be broken.
         batch_size: Images per device.
         num_workers: Loader processes per rank; also threads that build the cache.
-        label_fraction: Share of the training patients to use, with and without regions alike; shares are nested.
-        split_fractions: Shares of patients for train, val and test where neither file nor archive says.
-        split_file: Table with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes, or that and
-            how its names join; see :class:`datamodules.splits.SplitFile`.
-        max_fault_fraction: Share of faulty images at which training stops.
         anonymise: Whether subjects get pseudonyms in logs, tables and fault files.
         seed: Seed of order and flips; None takes ``seed_everything``'s.
-        split_seed: Seed of splits and fractions alone.
         **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of
             :class:`datamodules.base.ArchiveDataModule`.
 
@@ -125,51 +136,39 @@ class MaskedImageDataModule(LabelledImageDataModule):
         self,
         root: str,
         labels: LabelLayout,
-        image_size: tuple[int, int] = (512, 512),
-        cache_side: int = 512,
-        cache: Literal["npy", "none"] = "npy",
-        flip: bool = True,
-        mean: float = 0.4978,
-        std: float = 0.2449,
+        image: MaskedImageConfig = MaskedImageConfig(),
+        cache: CacheConfig = CacheConfig(side=512),
+        split: SplitConfig = SplitConfig((0.7, 0.15, 0.15)),
+        label_fraction: float = 1.0,
+        loader: LoaderConfig = LoaderConfig(),
         batch_size: int = 8,
         num_workers: int = 0,
-        label_fraction: float = 1.0,
-        split_fractions: tuple[float, float, float] = (0.7, 0.15, 0.15),
-        split_file: str | SplitFile | None = None,
-        max_fault_fraction: float = 0.01,
         anonymise: bool = False,
         seed: int | None = None,
-        split_seed: int = 0,
         **membership: Any,
     ) -> None:
         super().__init__(
             root,
             labels,
-            image_size,
-            cache_side,
+            LabelledImageConfig(image.size, image.mean, image.std, flip=image.flip),
             cache,
-            flip=flip,
-            mean=mean,
-            std=std,
+            FoldConfig(split.fractions, split.file, split.seed),
+            label_fraction,
+            loader=loader,
             batch_size=batch_size,
             num_workers=num_workers,
-            label_fraction=label_fraction,
-            split_fractions=split_fractions,
-            split_file=split_file,
-            max_fault_fraction=max_fault_fraction,
             anonymise=anonymise,
             seed=seed,
-            split_seed=split_seed,
             **membership,
         )
         if len(labels.classes) != 1:
             raise ValueError(
                 f"Regions of one kind are segmented here, {labels.name} has {len(labels.classes)} classes."
             )
-        if cache == "npy" and cache_side < min(self.image_size):
+        if cache.format == "npy" and cache.side < min(self.image_size):
             raise ValueError(
-                f"`cache_side` must be at least the smaller side of `image_size`, {min(self.image_size)}, or images "
-                f"would be enlarged from reduced copies; got {cache_side}."
+                f"`cache.side` must be at least the smaller side of `image.size`, {min(self.image_size)}, or images "
+                f"would be enlarged from reduced copies; got {cache.side}."
             )
 
     @property

@@ -1,4 +1,4 @@
-"""Answers of visual question answering: how they are written, and which of them are classes."""
+"""Answers of visual question answering: their normal form, and which of them are classes."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ _OPTIONAL = re.compile(r"\(([^()]*)\)")
 
 
 def normalised_answer(answer: object) -> str:
-    """Return an answer as it is compared: lower case, no punctuation, no article, number words as digits.
+    """Normalise an answer for comparison: lower case, no punctuation, no article, number words as digits.
 
     Unlike the published code "none" stays, hyphens stay inside words, and nothing depends on answers seen before.
     """
@@ -24,7 +24,7 @@ def normalised_answer(answer: object) -> str:
 
 
 def accepted_answers(answer: object) -> tuple[str, ...]:
-    """Return what counts as right, normalised, the one that is learned first.
+    """Return the accepted answers, normalised, the one used for training first.
 
     In VQA-Med ``#`` separates alternatives and parentheses mark what may be left out. None, the null of JSON, is no
     answer; the word "none" is one.

@@ -1,4 +1,4 @@
-"""What ``medmim doctor`` looks at in an archive of images with a text each."""
+"""The checks of ``medmim doctor`` for archives of images with one text each."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ def examine(
     """Print a report on an archive and return the reasons why training would refuse it.
 
     Args:
-        name: Its layout's.
+        name: Name of its layout.
         noun: What its pairs are called.
         paths: The images in use, each once.
-        terms: What training asks of it.
+        terms: What training requires of it.
         deep: Whether to read every byte, not only headers.
         workers: Threads.
-        more: What else there is to say of it.
+        more: Further facts to report.
     """
     sizes = ", ".join(f"{len(part)} {split}" for split, part in terms.splits.items())
     say(f"{name}: {len(terms.members)} {noun} of {len(paths)} images, {sizes}{more}")

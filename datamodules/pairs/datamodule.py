@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,18 +17,18 @@ from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.base import FaultTolerantDataset, collate_samples
+from datamodules.configs import CacheConfig, Channelwise, ImageConfig, LoaderConfig, check_crop_scale, three_values
 from datamodules.images.cache import BoxChoice, ImageCache, SourceImages
 from datamodules.images.crops import center_box, random_box
 from datamodules.images.reading import CHANNELS, FIGURE, per_channel
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.pairs.checks import examine
-from datamodules.reports.archive import TextArchiveDataModule
-from datamodules.reports.tokens import Kind
+from datamodules.reports.archive import TextArchiveDataModule, TextConfig
 
-#: What CLIP subtracts and divides by, red, green, blue.
+#: Mean and standard deviation of CLIP's preprocessing: red, green, blue.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-#: Which image a text is shown: its own, that of another pair (when evaluating), or none.
+#: Which image a text is paired with: its own, that of another pair (when evaluating), or none.
 Shown = Literal["own", "permuted", "blank"]
 
 
@@ -55,19 +56,19 @@ class Pair(Protocol):
         ...
 
 
-#: Makes what a task adds to a sample from the pair and its draw.
+#: Computes a task's additions to a sample from the pair and its draw.
 Facts = Callable[[Any, Draw], Mapping[str, Any]]
 
 
 def other_images(paths: Iterable[Path], seed: int = 0) -> dict[Path, Path]:
-    """Give every image the place of another one: a rotation in a seeded order."""
+    """Map every image to another one: a rotation in a seeded order."""
     distinct = sorted(set(paths))
     order = [distinct[i] for i in numpy_generator("permuted images", seed).permutation(len(distinct))]
     return dict(zip(order, order[1:] + order[:1], strict=True))
 
 
 class PairDataset(FaultTolerantDataset):
-    """Crops of images, tokens of texts, and what a task adds.
+    """Crops of images, tokens of texts, and a task's additions.
 
     Args:
         pairs: The pairs.
@@ -78,8 +79,8 @@ class PairDataset(FaultTolerantDataset):
         seed: Seed of the training draws.
         crop_scale: Share of the image's area that a training crop has; None cuts the central crop.
         mean: Subtracted from pixels in [0, 1].
-        std: What they are divided by then.
-        stand_ins: Image to the one that is shown in its place; None shows the mean gray.
+        std: What they are then divided by.
+        substitutes: Image to the one that is shown in its place; None shows the mean gray.
         anonymise: Whether subjects get pseudonyms.
     """
 
@@ -94,14 +95,14 @@ class PairDataset(FaultTolerantDataset):
         crop_scale: Sequence[float] | None = None,
         mean: Sequence[float] = CLIP_MEAN,
         std: Sequence[float] = CLIP_STD,
-        stand_ins: Mapping[Path, Path] | None = {},
+        substitutes: Mapping[Path, Path] | None = {},
         anonymise: bool = False,
     ) -> None:
         super().__init__(seed)
         self.pairs, self.store, self.encode = list(pairs), store, encode
         self.image_size, self.crop_scale = tuple(image_size), crop_scale
         self.mean, self.std = per_channel(mean), per_channel(std)
-        self.facts, self.stand_ins, self.anonymise = facts, stand_ins, anonymise
+        self.facts, self.substitutes, self.anonymise = facts, substitutes, anonymise
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -111,14 +112,14 @@ class PairDataset(FaultTolerantDataset):
         return self.pairs[index].case_id
 
     def _image(self, pair: Pair, draw: Draw) -> Tensor:
-        if self.stand_ins is None:
+        if self.substitutes is None:
             return torch.zeros(3, *self.image_size)
         choose: BoxChoice = partial(center_box, size=self.image_size)
         if self.crop_scale is not None:
             generator = numpy_generator("crop", self.seed, draw.epoch, pair.case_id, draw.draw)
             choose = partial(random_box, scale=self.crop_scale, generator=generator)
         try:
-            image = self.store.crop(self.stand_ins.get(pair.image, pair.image), choose, self.image_size)
+            image = self.store.crop(self.substitutes.get(pair.image, pair.image), choose, self.image_size)
         except SampleFaultError as error:
             raise SampleFaultError(fault._replace(sample=pair.case_id) for fault in error.faults) from error
         return (image - self.mean) / self.std
@@ -159,28 +160,37 @@ def collate_pairs(samples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
     return batch | collate_samples(samples)
 
 
+@dataclass(frozen=True)
+class PairImageConfig(ImageConfig):
+    """Images that a text of a task is about.
+
+    Args:
+        crop_scale: Share of an image's area that a training crop has; None cuts the central crop.
+        shown: Which image a text is shown: ``"own"``; ``"permuted"`` when evaluating; ``"blank"``, always.
+    """
+
+    size: tuple[int, int] = (384, 384)
+    mean: Channelwise = CLIP_MEAN
+    std: Channelwise = CLIP_STD
+    crop_scale: tuple[float, float] | None = (0.9, 1.0)
+    shown: Shown = "own"
+
+    def __post_init__(self) -> None:
+        check_crop_scale(self.crop_scale)
+
+
 class PairDataModule(TextArchiveDataModule):
     """Images with texts for a downstream task: cache, tokenizer, loaders. Subclasses list pairs and add targets.
 
     Args:
         root: The archive.
-        image_size: Height and width of the crops.
-        cache_side: Shorter side of the cached copies, in pixels.
-        cache: ``"npy"``, or ``"none"`` to decode the sources at every access.
-        crop_scale: Share of an image's area that a training crop has; None cuts the central crop.
-        mean: Subtracted from pixels in [0, 1], red, green, blue.
-        std: What they are divided by then.
-        tokenizer: JSON file, folder, or name of the hub; ``CKPT=`` brings its own; None learns one from the training
-            texts.
-        tokenizer_kind: ``"wordpiece"`` or ``"bpe"``, where it is learned.
-        vocab_size: Tokens at most, where it is learned.
-        text_length: Tokens of a text at most, the class token included.
-        end_token: Whether texts end with the tokenizer's token for that, if it has one.
-        shown: Which image a text is shown: ``"own"``; ``"permuted"`` when evaluating; ``"blank"``, always.
+        image: The crops, and which image a text is shown.
+        text: The texts.
+        cache: Copies of the images that are kept.
+        loader: How samples are drawn, and how many may be broken.
         test_split: Split that ``lightning test`` reads.
         batch_size: Pairs per device.
         num_workers: Loader processes per rank; also threads that build the cache.
-        max_fault_fraction: Share of faulty pairs at which training stops.
         anonymise: Whether subjects and texts stay out of logs, tables and fault files.
         seed: Seed of order and crops; None takes ``seed_everything``'s.
         **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of
@@ -192,50 +202,32 @@ class PairDataModule(TextArchiveDataModule):
     def __init__(
         self,
         root: str,
-        image_size: tuple[int, int] = (384, 384),
-        cache_side: int = 448,
-        cache: Literal["npy", "none"] = "npy",
-        crop_scale: tuple[float, float] | None = (0.9, 1.0),
-        mean: tuple[float, float, float] = CLIP_MEAN,
-        std: tuple[float, float, float] = CLIP_STD,
-        tokenizer: str | None = None,
-        tokenizer_kind: Kind = "bpe",
-        vocab_size: int = 30000,
-        text_length: int = 32,
-        end_token: bool = True,
-        shown: Shown = "own",
+        image: PairImageConfig = PairImageConfig(),
+        text: TextConfig = TextConfig(32, tokenizer_kind="bpe", end_token=True),
+        cache: CacheConfig = CacheConfig(side=448),
+        loader: LoaderConfig = LoaderConfig(),
         test_split: Literal["train", "val", "test"] = "test",
         batch_size: int = 32,
         num_workers: int = 0,
-        max_fault_fraction: float = 0.01,
         anonymise: bool = False,
         seed: int | None = None,
         **membership: Any,
     ) -> None:
         super().__init__(
-            tokenizer,
-            tokenizer_kind,
-            vocab_size,
-            text_length,
-            end_token,
+            text,
             root=root,
-            image_size=image_size,
-            cache_side=cache_side,
+            image=image,
             cache=cache,
+            loader=loader,
             batch_size=batch_size,
             num_workers=num_workers,
-            max_fault_fraction=max_fault_fraction,
             anonymise=anonymise,
             seed=seed,
             **membership,
         )
-        if text_length < 3:
-            raise ValueError(f"`text_length` must be at least 3, got {text_length}.")
-        if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
-        self.crop_scale = crop_scale
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.shown, self.test_split = shown, test_split
+        self.crop_scale = image.crop_scale
+        self.mean, self.std = three_values(image.mean), three_values(image.std)
+        self.shown, self.test_split = image.shown, test_split
 
     @abstractmethod
     def find(self, root: str) -> dict[str, list[Any]]:
@@ -250,7 +242,7 @@ class PairDataModule(TextArchiveDataModule):
         """Return what the task adds to a sample."""
 
     def describe(self) -> str:
-        """Return what else there is to say of the data."""
+        """Return further facts about the data."""
         return ""
 
     def task_classes(self) -> tuple[str, ...]:
@@ -266,7 +258,7 @@ class PairDataModule(TextArchiveDataModule):
         """List the pairs; return the layout's name.
 
         Raises:
-            DataError: no such root, nothing to train on, and as :meth:`find`.
+            DataError: the root does not exist, nothing to train on, and as :meth:`find`.
         """
         if not self.splits:
             splits = self._place_splits(self.find(self.root))
@@ -301,8 +293,8 @@ class PairDataModule(TextArchiveDataModule):
         preprocessing = {
             "layout": self.layout_name,
             "intensity": "RGB in [0, 1], minus mean, over std",
-            "mean": list(self.mean),
-            "std": list(self.std),
+            "mean": list(three_values(self.mean)),
+            "std": list(three_values(self.std)),
             "resize": "bicubic, antialiased",
         }
         return InputSpec(CHANNELS, self.image_size, {}, preprocessing, self.vocabulary, self.task_classes())
@@ -312,12 +304,12 @@ class PairDataModule(TextArchiveDataModule):
         return (case.image,)
 
     def known_faults(self) -> list[Fault]:
-        """Return what is known to be wrong: images that cannot be read, and pairs without a text."""
+        """Return the known faults: images that cannot be read, and pairs without a text."""
         silent = [case.case_id for case in self.cases_in_use() if not case.text]
         return super().known_faults() + [Fault(name, "empty", "no text", name) for name in silent]
 
     def setup(self, stage: str) -> None:
-        """Put what is broken into the ledger, keep the tokenizer with the run, and say what there is (Lightning hook).
+        """Record broken files in the ledger, save the tokenizer with the run, and log a summary (Lightning hook).
 
         Raises:
             DataError: no pair can be used.
@@ -328,11 +320,11 @@ class PairDataModule(TextArchiveDataModule):
         self.keep_tokenizer(stage)
 
     def _dataset(self, cases: Sequence[Any], train: bool = False) -> PairDataset:
-        stand_ins: Mapping[Path, Path] | None = {}
+        substitutes: Mapping[Path, Path] | None = {}
         if self.shown == "blank":
-            stand_ins = None
+            substitutes = None
         elif self.shown == "permuted" and not train:
-            stand_ins = other_images(case.image for case in cases)
+            substitutes = other_images(case.image for case in cases)
         return PairDataset(
             cases,
             self.store,
@@ -341,14 +333,14 @@ class PairDataModule(TextArchiveDataModule):
             self.facts,
             self.seed,
             crop_scale=self.crop_scale if train else None,
-            mean=self.mean,
-            std=self.std,
-            stand_ins=stand_ins,
+            mean=three_values(self.mean),
+            std=three_values(self.std),
+            substitutes=substitutes,
             anonymise=self.ledger.anonymise,
         )
 
     def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """Return what joins samples and pads their texts."""
+        """Return the collate function, which pads texts."""
         return partial(collate_pairs, pad_id=self.tokenizer.pad_id)
 
     def predict_dataloader(self) -> ResumableLoader:

@@ -65,5 +65,5 @@ class FigureDataModule(PairDataModule):
         return f", {len(self._classes)} classes of {self._task}"
 
     def facts(self, pair: CaptionedFigure, draw: Draw) -> Mapping[str, Any]:
-        """Return the class, -1 where it is none of the training split's."""
+        """Return the class, -1 if the training split does not have it."""
         return {"label": self._classes.index(pair.label) if pair.label in self._classes else -1}

@@ -3,6 +3,7 @@
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from datamodules.splits import SPLITS, seeded_split
 
 
 def ambiguous(questions: Sequence[Question]) -> list[Question]:
-    """Keep the questions that occur word for word with more than one answer: only the image can tell which.
+    """Keep the questions that occur word for word with more than one answer: only the image decides which.
 
     Their texts become their words alone, since case and full stops tell some of the answers apart.
     """
@@ -30,6 +31,68 @@ def ambiguous(questions: Sequence[Question]) -> list[Question]:
     return [question._replace(text=text) for text, question in chosen if len(answers[text]) > 1]
 
 
+@dataclass(frozen=True)
+class QuestionSplitConfig:
+    """Who is trained, validated and tested on.
+
+    Args:
+        by: ``"official"``, or ``"image"``: all questions dealt anew, no image in two splits.
+        fractions: Shares of images for train, val and test where they are dealt; where an official split names no
+            validation, it is cut out of training in the ratio of the first two.
+        val: ``"held_out"`` as above; ``"test"`` selects on the test split, as the published code does.
+        seed: Seed of the split alone.
+    """
+
+    by: Literal["official", "image"] = "official"
+    fractions: tuple[float, float, float] = (0.9, 0.1, 0.0)
+    val: Literal["held_out", "test"] = "held_out"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class QuestionConfig:
+    """Which questions are asked, and what may be answered.
+
+    Args:
+        chosen: ``"all"``, or ``"ambiguous"``: those of training that occur word for word with more than one answer, as
+            words alone.
+        classes_from: ``"train"``, or ``"all_splits"`` as the published code, so that no answer is unseen.
+        categories: Of VQA-Med-2019 alone: which of ``modality``, ``plane``, ``organ`` and ``abnormality`` to ask about;
+            None takes the first three, as the published code does.
+
+    Raises:
+        ValueError: ``categories`` is empty.
+    """
+
+    chosen: Literal["all", "ambiguous"] = "all"
+    classes_from: Literal["train", "all_splits"] = "train"
+    categories: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.categories is not None and not self.categories:
+            raise ValueError("`categories` is an empty list: name at least one, or leave it out.")
+
+
+@dataclass(frozen=True)
+class SingleQuestion:
+    """One question about one image.
+
+    Args:
+        image: The image's file.
+        question: The question.
+
+    Raises:
+        ValueError: one is given without the other.
+    """
+
+    image: str | None = None
+    question: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.image is None) != (self.question is None):
+            raise ValueError("`image` and `question` go together: give both, or neither.")
+
+
 class QuestionDataModule(PairDataModule):
     """Questions about images, with answers as classes.
 
@@ -39,48 +102,30 @@ class QuestionDataModule(PairDataModule):
     Args:
         root: The archive.
         layout: Name of its layout; ``"auto"`` recognises it from the tree.
-        split: ``"official"``, or ``"image"``: all questions dealt anew, no image in two splits.
-        split_fractions: Shares of images for train, val and test where they are dealt; where an official split names no
-            validation, it is cut out of training in the ratio of the first two.
-        val: ``"held_out"`` as above; ``"test"`` selects on the test split, as the published code does.
-        classes_from: ``"train"``, or ``"all_splits"`` as the published code, so that no answer is unseen.
-        categories: Of VQA-Med-2019 alone: which of ``modality``, ``plane``, ``organ`` and ``abnormality`` to ask about;
-            None takes the first three, as the published code does.
-        questions: ``"all"``, or ``"ambiguous"``: those of training that occur word for word with more than one answer,
-            as words alone.
-        image: With ``lightning predict``: one image, in place of the archive.
-        question: The question about it.
-        split_seed: Seed of the split alone.
+        split: Who is trained, validated and tested on.
+        questions: Which questions are asked, and what may be answered.
+        single: With ``lightning predict``: one question about one image, in place of the archive.
         **settings: Those of :class:`datamodules.pairs.datamodule.PairDataModule`.
     """
 
     noun = "questions"
-    personal = ("image", "question")
+    personal = ("single.image", "single.question")
 
     def __init__(
         self,
         root: str = "",
         layout: str = "auto",
-        split: Literal["official", "image"] = "official",
-        split_fractions: tuple[float, float, float] = (0.9, 0.1, 0.0),
-        val: Literal["held_out", "test"] = "held_out",
-        classes_from: Literal["train", "all_splits"] = "train",
-        categories: list[str] | None = None,
-        questions: Literal["all", "ambiguous"] = "all",
-        image: str | None = None,
-        question: str | None = None,
-        split_seed: int = 0,
+        split: QuestionSplitConfig = QuestionSplitConfig(),
+        questions: QuestionConfig = QuestionConfig(),
+        single: SingleQuestion = SingleQuestion(),
         **settings: Any,
     ) -> None:
         super().__init__(root, **settings)
-        if (image is None) != (question is None):
-            raise ValueError("`image` and `question` go together: give both, or neither.")
-        if categories is not None and not categories:
-            raise ValueError("`categories` is an empty list: name at least one, or leave it out.")
-        self._layout, self._split, self._fractions, self._split_seed = layout, split, split_fractions, split_seed
-        self._val, self._classes_from, self._questions = val, classes_from, questions
-        self._categories = categories
-        self._single = None if image is None else (Path(image), str(question))
+        self._layout = layout
+        self._split, self._val, self._fractions, self._split_seed = split.by, split.val, split.fractions, split.seed
+        self._classes_from, self._questions = questions.classes_from, questions.chosen
+        self._categories = questions.categories
+        self._single = None if single.image is None else (Path(single.image), str(single.question))
         self._name = ""
         self._classes: tuple[str, ...] = ()
         self._frequent: dict[str, str] = {}
@@ -106,7 +151,7 @@ class QuestionDataModule(PairDataModule):
             return self._one_question(*self._single)
         archive = self.open(root, self._layout, Settings(categories=tuple(self._categories or ())))
         self._name = archive.layout.name
-        splits = self._deal([question_of(record) for record in archive.records])
+        splits = self._assign_splits([question_of(record) for record in archive.records])
         silent = [question for question in splits["train"] if not question.answers]
         splits["train"] = [question for question in splits["train"] if question.answers]
         if silent:
@@ -122,7 +167,7 @@ class QuestionDataModule(PairDataModule):
         self.archive = archive
         return splits
 
-    def _deal(self, found: Sequence[Question]) -> dict[str, list[Question]]:
+    def _assign_splits(self, found: Sequence[Question]) -> dict[str, list[Question]]:
         """Return the questions of each split."""
         if self._split == "image":
             parts = seeded_split(found, self._fractions, self._split_seed)
@@ -142,12 +187,12 @@ class QuestionDataModule(PairDataModule):
         """Return the one question that was asked on the command line.
 
         Raises:
-            DataError: no such image, or no question.
+            DataError: the image does not exist, or the question is empty.
         """
         if not image.is_file():
             raise DataError(f"There is no image at {public_name(image)}.")
         if not question.strip():
-            raise DataError("The question is empty: give one with --data.question.")
+            raise DataError("The question is empty: give one with --data.single.question.")
         self._name, self.test_split = "one question", "test"
         one = [Question(image.name, image.name, image, " ".join(question.split()), (), "", "test")]
         return {"train": one, "val": [], "test": one}

@@ -1,11 +1,13 @@
 """Captions and images of ROCO or of any archive of images with texts, for retrieval."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import DataError
 from common.randomness import numpy_generator, stable_hash
+from datamodules.configs import SplitConfig
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.pairs.datamodule import PairDataModule, PairDataset
 from datamodules.reports.studies import Study, studies_of
@@ -21,7 +23,7 @@ class CaptionedImage(NamedTuple):
         patient_id: What splits are by.
         image: The image's file.
         text: The caption.
-        split: As the archive says.
+        split: The archive's own split.
     """
 
     case_id: str
@@ -42,6 +44,28 @@ def captioned_images(studies: Sequence[Study], extract: Extract) -> list[Caption
     return [item for item in found.values() if item.text]
 
 
+@dataclass(frozen=True)
+class PoolConfig:
+    """How many captions and images are told apart.
+
+    Args:
+        candidates: Texts of a training image, its own first.
+        size: Images of the test pool, at most, drawn the same every time.
+        val_size: Images of the validation pool, at most.
+
+    Raises:
+        ValueError: fewer than two candidates.
+    """
+
+    candidates: int = 16
+    size: int = 2000
+    val_size: int = 2000
+
+    def __post_init__(self) -> None:
+        if self.candidates < 2:
+            raise ValueError(f"`candidates` must be at least 2, a caption and another one, got {self.candidates}.")
+
+
 class RetrievalDataModule(PairDataModule):
     """Images with captions; each training image comes with its caption and others.
 
@@ -50,11 +74,8 @@ class RetrievalDataModule(PairDataModule):
     Args:
         root: The archive.
         layout: Name of its layout; ``"auto"`` recognises it from the tree.
-        candidates: Texts of a training image, its own first.
-        pool_size: Images of the test pool, at most, drawn the same every time.
-        val_pool_size: Images of the validation pool, at most.
-        split_fractions: Shares for train, val and test where the archive does not say.
-        split_seed: Seed of the split alone.
+        pools: How many captions and images are told apart.
+        split: Who is trained, validated and tested on.
         **settings: Those of :class:`datamodules.pairs.datamodule.PairDataModule`.
     """
 
@@ -64,19 +85,14 @@ class RetrievalDataModule(PairDataModule):
         self,
         root: str,
         layout: str = "auto",
-        candidates: int = 16,
-        pool_size: int = 2000,
-        val_pool_size: int = 2000,
-        split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        split_seed: int = 0,
+        pools: PoolConfig = PoolConfig(),
+        split: SplitConfig = SplitConfig(),
         **settings: Any,
     ) -> None:
         super().__init__(root, **settings)
-        if candidates < 2:
-            raise ValueError(f"`candidates` must be at least 2, a caption and another one, got {candidates}.")
-        self._layout, self._candidates = layout, candidates
-        self._pools = {"val": val_pool_size, "test": pool_size}
-        self._fractions, self._split_seed = split_fractions, split_seed
+        self._layout, self._candidates = layout, pools.candidates
+        self._pools = {"val": pools.val_size, "test": pools.size}
+        self._split = (split.fractions, split.seed, split.file)
         self._name = ""
 
     @property
@@ -98,7 +114,7 @@ class RetrievalDataModule(PairDataModule):
         archive = self.open(root, self._layout)
         self._name = archive.layout.name
         items = captioned_images(studies_of(archive), extract_of(archive))
-        parts = assign_splits(items, self._fractions, self._split_seed, cut_validation=True)
+        parts = assign_splits(items, *self._split, cut_validation=True)
         splits = {name: [item for item in items if parts.get(item.case_id) == name] for name in SPLITS}
         for name, size in self._pools.items():
             order = sorted(splits[name], key=lambda item: stable_hash("pool", item.case_id))[:size]

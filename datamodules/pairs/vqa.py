@@ -22,10 +22,10 @@ class Question(NamedTuple):
         patient_id: The image; splits are by this, except official ones.
         image: Its file.
         text: The question, white space collapsed; may be empty.
-        answers: What counts as right, normalised, the one that is learned first; empty where there is none.
+        answers: The accepted answers, normalised, the one used for training first; empty if there are none.
         kind: ``"open"``, ``"closed"`` or, where the archive does not say, empty.
         split: ``train``, ``val`` or ``test``.
-        category: Further kind of question, such as ``modality``; empty = unknown.
+        category: Further kind of question, such as ``modality``; empty: unknown.
     """
 
     case_id: str
@@ -56,11 +56,11 @@ def _json_rows(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
     """Read a list of objects.
 
     Raises:
-        DataError: no such list, or the first object without a needed field.
+        DataError: the file is not such a list; names the first object without a needed field.
     """
     rows = read_json(path)
     if not isinstance(rows, list):
-        raise DataError(f"{path} is no list of questions.")
+        raise DataError(f"{path} is not a list of questions.")
     for number, row in enumerate(rows):
         missing = [name for name in needed if not isinstance(row, dict) or name not in row]
         if missing:
@@ -72,7 +72,7 @@ def _under(root: Path, name: object, source: Path) -> Path:
     """Return the file that a table names under ``root``; where it names none, one that is not there.
 
     Raises:
-        DataError: it lies outside.
+        DataError: it is outside the root.
     """
     return path_under(root, str(name or "").strip() or "(no image)", source)
 
@@ -87,7 +87,7 @@ def _rad_question(row: Mapping[str, Any], text: str, case: str, split: str, imag
     """Return a row of VQA-RAD as a question.
 
     Raises:
-        DataError: its image lies outside ``images``.
+        DataError: its image is outside ``images``.
     """
     image = _under(images, row["image_name"], source)
     return Question(f"{split}/{case}", image.name, image, text, accepted_answers(row["answer"]),
@@ -97,7 +97,7 @@ def _rad_question(row: Mapping[str, Any], text: str, case: str, split: str, imag
 def find_vqa_rad(root: Tree) -> list[Question]:
     """List VQA-RAD in its community split: ``{trainset,testset}.json`` and ``images/``; else its official release.
 
-    A ``valset.json`` that others made is not read: the one that goes round is a copy of the test set.
+    A third-party ``valset.json`` is not read: the one in circulation is a copy of the test set.
 
     Raises:
         DataError: a damaged list.
@@ -222,7 +222,7 @@ def find_vqa_med(root: Tree, settings: Settings = NO_SETTINGS) -> list[Question]
 
 
 def _med_training(folder: Tree, categories: Sequence[str]) -> Iterator[list[str]]:
-    """Yield image, category, question and answer of a folder with one file a category."""
+    """Yield image, category, question and answer of a folder with one file per category."""
     for category in categories:
         for path in folder.glob(f"QAPairsByCategory/C*_{_MED_FILES[category]}_*.txt"):
             yield from ([name, category, question, answer] for name, question, answer in _med_lines(path, 3))

@@ -1,6 +1,7 @@
 """What archives of images with texts share: the tokenizer, given or learned, and what it makes of the texts."""
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,31 +10,48 @@ from datamodules.images.datamodule import ImageArchiveDataModule
 from datamodules.reports.tokens import Kind, ReportTokenizer, learned_tokenizer, load_tokenizer
 
 
+@dataclass(frozen=True)
+class TextConfig:
+    """Texts as tokens.
+
+    Args:
+        length: Tokens of a text at most, the class token included.
+        tokenizer: JSON file, folder, or name of the hub; ``CKPT=`` brings its own; None learns one from the training
+            texts, kept in the cache.
+        tokenizer_kind: ``"wordpiece"`` or ``"bpe"``, where it is learned.
+        vocab_size: Tokens at most, where it is learned.
+        end_token: Whether texts end with the tokenizer's token for that, if it has one.
+
+    Raises:
+        ValueError: ``length`` has no room for a word.
+    """
+
+    length: int = 100
+    tokenizer: str | None = None
+    tokenizer_kind: Kind = "wordpiece"
+    vocab_size: int = 30000
+    end_token: bool = False
+
+    def __post_init__(self) -> None:
+        least = 2 + self.end_token
+        if self.length < least:
+            raise ValueError(f"`length` of a text must be at least {least}, its class token and one more, "
+                             f"got {self.length}.")  # fmt: skip
+
+
 class TextArchiveDataModule(ImageArchiveDataModule):
     """Cases with images and texts.
 
     Args:
-        tokenizer: JSON file, folder, or name of the hub; None learns one from the training split, kept in the cache.
-        tokenizer_kind: ``"wordpiece"`` or ``"bpe"``, where it is learned.
-        vocab_size: Tokens at most, where it is learned.
-        text_length: Tokens of a text at most, the class token included.
-        end_token: Whether texts end with the tokenizer's token for that, if it has one.
+        text: The tokenizer, and how long texts are.
         **settings: Those of :class:`datamodules.images.datamodule.ImageArchiveDataModule`.
     """
 
-    def __init__(
-        self,
-        tokenizer: str | None,
-        tokenizer_kind: Kind,
-        vocab_size: int,
-        text_length: int,
-        end_token: bool,
-        **settings: Any,
-    ) -> None:
+    def __init__(self, text: TextConfig, **settings: Any) -> None:
         super().__init__(**settings)
-        self.vocab_size, self.tokenizer_kind = vocab_size, tokenizer_kind
-        self.text_length, self.end_token = text_length, end_token
-        self._tokenizer_path = tokenizer
+        self.vocab_size, self.tokenizer_kind = text.vocab_size, text.tokenizer_kind
+        self.text_length, self.end_token = text.length, text.end_token
+        self._tokenizer_path = text.tokenizer
         self._tokenizer: ReportTokenizer | None = None
 
     @abstractmethod
@@ -79,7 +97,7 @@ class TextArchiveDataModule(ImageArchiveDataModule):
         texts = self.training_texts()
         cut = sum(self.tokenizer.encode(text, self.text_length, self.end_token).cut for text in texts)
         if cut:
-            say(f"note: {cut} of {len(texts)} training texts are longer than text_length {self.text_length} "
+            say(f"note: {cut} of {len(texts)} training texts are longer than data.text.length {self.text_length} "
                 f"and lose their end")  # fmt: skip
         trainer = self.trainer
         if trainer is not None and trainer.is_global_zero and not is_dry_run(trainer):

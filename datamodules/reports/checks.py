@@ -58,7 +58,7 @@ def _say_texts(terms: Terms, read: Sequence[str], tokenizer: Callable[[], Report
     unknown = sum(int((entry.ids == learned.unk_id).sum()) for entry in encoded)
     say(f"texts: {len(texts)} studies with one, {without} without; tokens median {np.median(lengths):.0f}, "
         f"90th percentile {np.percentile(lengths, 90):.0f}, {np.mean(lengths > limit):.1%} lose their end after "
-        f"{limit} (data.text_length); {unknown} of {lengths.sum()} tokens unknown to the vocabulary of "
+        f"{limit} (data.text.length); {unknown} of {lengths.sum()} tokens unknown to the vocabulary of "
         f"{learned.vocab_size}")  # fmt: skip
     _say_unseen(texts, {sample.study.case_id for sample in terms.splits["train"]})
     split_of = {sample.case_id: name for name, part in terms.splits.items() for sample in part}

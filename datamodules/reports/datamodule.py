@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,18 +21,19 @@ from common.randomness import KeyedGenerator, numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.base import FaultTolerantDataset, collate_samples
+from datamodules.configs import CacheConfig, ImageConfig, LoaderConfig, SplitConfig, check_crop_scale
 from datamodules.controls import read_control
 from datamodules.images.cache import BoxChoice, ImageCache, SourceImages
 from datamodules.images.crops import center_box, random_box
 from datamodules.images.reading import CHANNELS, FIGURE, GRAY, per_channel, plain_numbers
 from datamodules.loading import Draw
 from datamodules.registry import Archive, Settings
-from datamodules.reports.archive import TextArchiveDataModule
+from datamodules.reports.archive import TextArchiveDataModule, TextConfig
 from datamodules.reports.checks import examine
 from datamodules.reports.studies import Study, studies_of
 from datamodules.reports.text import Extract, ReportError, extract_of, study_text
-from datamodules.reports.tokens import Kind, ReportTokenizer
-from datamodules.splits import SPLITS, SplitFile, assign_splits
+from datamodules.reports.tokens import ReportTokenizer
+from datamodules.splits import SPLITS, assign_splits
 
 Flip = Literal["off", "swap_words", "naive"]
 _OTHER_SIDE = {"left": "right", "right": "left"}
@@ -52,6 +54,78 @@ def swap_sides(text: str) -> str:
         )
 
     return _SIDES.sub(other, text)
+
+
+@dataclass(frozen=True)
+class ReportImageConfig(ImageConfig):
+    """Images that a text goes with.
+
+    Args:
+        crop_scale: Share of an image's area that a training crop has; None cuts the central crop.
+        flip: ``"off"``; ``"swap_words"`` mirrors half of the training crops and exchanges left and right in the report;
+            ``"naive"`` mirrors only, so that the words for the sides become wrong.
+        colour: Whether images are read in colour, else gray.
+    """
+
+    size: tuple[int, int] = (448, 448)
+    crop_scale: tuple[float, float] | None = (0.2, 1.0)
+    flip: Flip = "off"
+    colour: bool = False
+
+    def __post_init__(self) -> None:
+        check_crop_scale(self.crop_scale)
+
+
+@dataclass(frozen=True)
+class ReportTextConfig(TextConfig):
+    """Texts with hidden words.
+
+    Args:
+        part: ``"findings_impression"`` or ``"full"``.
+        keep_redactions: Whether ``___``, which stands for what was removed from a report, stays.
+        unique: Whether to keep one sample of each distinct text, capitals aside, and none without, before splitting:
+            for archives whose reports repeat from person to person.
+        pad_to_length: Whether texts are padded to ``length``, else to the longest of their batch.
+        mask_ratio: Probability that a word is hidden.
+        mask_unit: ``"word"`` or ``"token"``.
+        mask_last: Whether the last of ``length`` positions may be hidden.
+        mask_scheme: ``"independent"`` draws for each word and always writes the mask token
+            (:class:`common.maskers.words.WordMasker`); ``"bert"`` hides a fixed share of each text, 80 % by the mask
+            token (:class:`common.maskers.bert.BertMasker`).
+    """
+
+    part: Literal["findings_impression", "full"] = "findings_impression"
+    keep_redactions: bool = False
+    unique: bool = False
+    pad_to_length: bool = False
+    mask_ratio: float = 0.5
+    mask_unit: Literal["word", "token"] = "word"
+    mask_last: bool = True
+    mask_scheme: Literal["independent", "bert"] = "independent"
+
+    def masker(self) -> WordMasker | BertMasker:
+        """Return what hides words."""
+        if self.mask_scheme == "bert":
+            return BertMasker(self.mask_ratio, self.mask_unit)
+        return WordMasker(self.mask_ratio, self.mask_unit, self.mask_last)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What a sample is.
+
+    Args:
+        pair: ``"image"`` makes every image a sample with its study's report; ``"study"`` one sample a study, whose
+            views are drawn anew every epoch.
+        views: Views to keep, such as ``[AP, PA]``; None keeps all.
+        complete: Whether only samples with image and text are used.
+        negative_images: Whether each sample comes with another one's image.
+    """
+
+    pair: Literal["image", "study"] = "image"
+    views: list[str] | None = None
+    complete: bool = False
+    negative_images: bool = False
 
 
 class TextSettings(NamedTuple):
@@ -138,14 +212,10 @@ class ImageTextDataset(FaultTolerantDataset):
         store: Opens images.
         tokenizer: Makes tokens.
         text: How.
-        image_size: Height and width of a crop.
+        image: How they are cut.
         train: Whether crops, views and hidden words are drawn anew every epoch under the run's seed; else they are
             fixed per subject whatever the run.
         seed: Seed of the training draws.
-        crop_scale: Share of the image's area that a training crop has; None cuts the central crop in training too.
-        flip: Whether training crops are mirrored, with the words for the sides exchanged or without.
-        mean: Subtracted from pixels in [0, 1], one number or one of each channel.
-        std: What they are divided by then.
         controls: Other patients' samples, for the control of the collapse diagnostics; None leaves it out.
         anonymise: Whether subjects get pseudonyms.
         complete: Whether a sample needs image and text; else one of them will do.
@@ -159,13 +229,9 @@ class ImageTextDataset(FaultTolerantDataset):
         store: ImageCache | SourceImages,
         tokenizer: ReportTokenizer,
         text: TextSettings,
-        image_size: Sequence[int],
+        image: ReportImageConfig,
         train: bool,
         seed: int,
-        crop_scale: Sequence[float] | None = (0.2, 1.0),
-        flip: Flip = "off",
-        mean: float | Sequence[float] = 0.0,
-        std: float | Sequence[float] = 1.0,
         controls: Sequence[Sample] | None = None,
         anonymise: bool = False,
         complete: bool = False,
@@ -174,10 +240,10 @@ class ImageTextDataset(FaultTolerantDataset):
         super().__init__(seed)
         self.samples = list(samples)
         self.extract, self.store, self.tokenizer, self.text = extract, store, tokenizer, text
-        self.image_size = tuple(image_size)
+        self.image_size = tuple(image.size)
         self.train = train
-        self.crop_scale, self.flip = crop_scale, flip
-        self.mean, self.std = per_channel(mean), per_channel(std)
+        self.crop_scale, self.flip = image.crop_scale, image.flip
+        self.mean, self.std = per_channel(image.mean), per_channel(image.std)
         self.complete, self.negatives = complete, negatives
         self.controls = [sample for sample in controls or () if sample.images]
         self.anonymise = anonymise
@@ -318,46 +384,16 @@ class ImageTextDataModule(TextArchiveDataModule):
         table: Name of a manifest's table under the root, such as ``metadata.csv``; None = ``manifest.csv``,
             ``.jsonl`` or ``.parquet``. This and ``columns`` mean the layout ``manifest``.
         columns: Columns of a manifest by role (image, text, subject, split, view, folder); None = their names.
-        image_size: Height and width of the crops, which are the target; the encoder may see fewer pixels.
-        cache_side: Shorter side of the cached copies, in pixels.
-        cache: ``"npy"``, or ``"none"`` to decode the sources at every access.
-        pair: ``"image"`` makes every image a sample with its study's report; ``"study"`` one sample a study, whose
-            views are drawn anew every epoch.
-        views: Views to keep, such as ``[AP, PA]``; None keeps all.
-        text: ``"findings_impression"`` or ``"full"``.
-        keep_redactions: Whether ``___``, which stands for what was removed from a report, stays.
-        unique_texts: Whether to keep one sample of each distinct text, capitals aside, and none without, before
-            splitting: for archives whose reports repeat from person to person.
-        tokenizer: JSON file, folder, or name of the hub; None learns one from the training split, kept in the cache.
-        tokenizer_kind: ``"wordpiece"`` or ``"bpe"``, where it is learned.
-        vocab_size: Tokens at most, where the tokenizer is learned.
-        text_length: Tokens of a report at most, the class token included.
-        pad_to_length: Whether texts are padded to ``text_length``, else to the longest of their batch.
-        text_mask_ratio: Probability that a word is hidden.
-        mask_unit: ``"word"`` or ``"token"``.
-        mask_last: Whether the last of ``text_length`` positions may be hidden.
-        mask_scheme: ``"independent"`` draws for each word and always writes the mask token
-            (:class:`common.maskers.words.WordMasker`); ``"bert"`` hides a fixed share of each text, 80 % by the mask
-            token (:class:`common.maskers.bert.BertMasker`).
-        end_token: Whether texts end with the tokenizer's token for that, if it has one.
-        colour: Whether images are read in colour, else gray.
-        complete: Whether only samples with image and text are used.
-        negative_images: Whether each sample comes with another one's image.
-        crop_scale: Share of an image's area that a training crop has; None cuts the central crop.
-        mean: Subtracted from pixels in [0, 1], one number or one of each channel.
-        std: What they are divided by then.
-        flip: ``"off"``; ``"swap_words"`` mirrors half of the training crops and exchanges left and right in the report;
-            ``"naive"`` mirrors only, so that the words for the sides become wrong.
+        samples: What a sample is.
+        image: The crops, which are the target; the encoder may see fewer pixels.
+        text: The texts, and which of their words are hidden.
+        cache: Copies of the images that are kept.
+        split: Who is trained, validated and tested on.
+        loader: How samples are drawn, and how many may be broken.
         batch_size: Samples per device.
-        draws_per_image: Times that an image is drawn in an epoch.
         num_workers: Loader processes per rank; also threads that build the cache.
-        split_fractions: Shares of patients for train, val and test where neither file nor archive says.
-        split_file: Table with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes, or that and
-            how its names join; see :class:`datamodules.splits.SplitFile`.
-        max_fault_fraction: Share of faulty samples at which training stops.
         anonymise: Whether subjects and texts stay out of logs, pictures and fault files.
         seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
-        split_seed: Seed of the split alone.
         **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of
             :class:`datamodules.base.ArchiveDataModule`.
     """
@@ -368,80 +404,42 @@ class ImageTextDataModule(TextArchiveDataModule):
         layout: str = "auto",
         table: str | None = None,
         columns: dict[str, str] | None = None,
-        image_size: tuple[int, int] = (448, 448),
-        cache_side: int = 512,
-        cache: Literal["npy", "none"] = "npy",
-        pair: Literal["image", "study"] = "image",
-        views: list[str] | None = None,
-        text: Literal["findings_impression", "full"] = "findings_impression",
-        keep_redactions: bool = False,
-        unique_texts: bool = False,
-        tokenizer: str | None = None,
-        tokenizer_kind: Kind = "wordpiece",
-        vocab_size: int = 30000,
-        text_length: int = 100,
-        pad_to_length: bool = False,
-        text_mask_ratio: float = 0.5,
-        mask_unit: Literal["word", "token"] = "word",
-        mask_last: bool = True,
-        mask_scheme: Literal["independent", "bert"] = "independent",
-        end_token: bool = False,
-        colour: bool = False,
-        complete: bool = False,
-        negative_images: bool = False,
-        crop_scale: tuple[float, float] | None = (0.2, 1.0),
-        mean: float | list[float] = 0.4978,
-        std: float | list[float] = 0.2449,
-        flip: Flip = "off",
+        samples: SampleConfig = SampleConfig(),
+        image: ReportImageConfig = ReportImageConfig(),
+        text: ReportTextConfig = ReportTextConfig(),
+        cache: CacheConfig = CacheConfig(side=512),
+        split: SplitConfig = SplitConfig(),
+        loader: LoaderConfig = LoaderConfig(),
         batch_size: int = 256,
-        draws_per_image: int = 1,
         num_workers: int = 0,
-        split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        split_file: str | SplitFile | None = None,
-        max_fault_fraction: float = 0.01,
         anonymise: bool = False,
         seed: int | None = None,
-        split_seed: int = 0,
         **membership: Any,
     ) -> None:
         super().__init__(
-            tokenizer,
-            tokenizer_kind,
-            vocab_size,
-            text_length,
-            end_token,
+            text,
             root=root,
-            image_size=image_size,
-            cache_side=cache_side,
+            image=image,
             cache=cache,
+            loader=loader,
             batch_size=batch_size,
             num_workers=num_workers,
-            max_fault_fraction=max_fault_fraction,
             anonymise=anonymise,
             seed=seed,
             **membership,
         )
-        if text_length < 2:
-            raise ValueError(f"`text_length` must be at least 2, the class token and one more, got {text_length}.")
-        if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(crop_scale)}.")
         manifest = table is not None or columns is not None
         if manifest and layout not in ("auto", "manifest", "table"):
             raise ValueError(f"`table` and `columns` describe a manifest, not the layout {layout}: leave one out.")
-        masker: WordMasker | BertMasker = WordMasker(text_mask_ratio, mask_unit, mask_last)
-        if mask_scheme == "bert":
-            masker = BertMasker(text_mask_ratio, mask_unit)
-        self.crop_scale, self.flip = crop_scale, flip
-        self.text = TextSettings(text, text_length, masker, end_token, keep_redactions)
-        self.pad_to_length = pad_to_length
-        self.mean, self.std = mean, std
-        self.colour, self.complete, self.negative_images = colour, complete, negative_images
-        self.draws_per_image = draws_per_image
+        self._image = image
+        self.text = TextSettings(text.part, text.length, text.masker(), text.end_token, text.keep_redactions)
+        self.pad_to_length = text.pad_to_length
+        self.colour, self.complete, self.negative_images = image.colour, samples.complete, samples.negative_images
         self._layout_name = "manifest" if manifest else layout
         self._settings = Settings(table=table, columns=columns or {})
-        self._pair, self._views = pair, views
-        self._unique_texts = unique_texts
-        self._split = (split_fractions, split_seed, split_file)
+        self._pair, self._views = samples.pair, samples.views
+        self._unique_texts = text.unique
+        self._split = (split.fractions, split.seed, split.file)
         self.samples: list[Sample] = []
         self._counts: Tensor | None = None
 
@@ -550,13 +548,9 @@ class ImageTextDataModule(TextArchiveDataModule):
             self.store,
             self.tokenizer,
             self.text,
-            self.image_size,
+            self._image,
             train,
             self.seed,
-            crop_scale=self.crop_scale,
-            flip=self.flip,
-            mean=self.mean,
-            std=self.std,
             controls=self.splits["train"] if controls else None,
             anonymise=self.ledger.anonymise,
             complete=self.complete,

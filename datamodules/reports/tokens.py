@@ -1,6 +1,6 @@
 """Tokenizers for reports: trained on the training split, or any fast tokenizer of transformers.
 
-``medmim tokenizer`` trains one from an archive and writes it as JSON for ``data.tokenizer``.
+``medmim tokenizer`` trains one from an archive and writes it as JSON for ``data.text.tokenizer``.
 """
 
 from collections.abc import Iterable, Sequence

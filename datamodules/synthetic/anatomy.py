@@ -1,7 +1,7 @@
-"""Synthetic anatomy: brains with tumours, zonal prostates, lungs. Made for learning the code, never for results.
+"""Synthetic anatomy: brains with tumours, zonal prostates, lungs. For trying out the code, never for results.
 
 A case is drawn from shared structure (tissue classes, a texture that every contrast sees with its own sign, a scanner's
-gain and bias field), so that a hidden modality can be worked out from the visible ones, and a constant cannot be right.
+gain and bias field), so that a hidden modality can be inferred from the visible ones, and a constant cannot be right.
 All arrays are RAS.
 """
 
@@ -37,7 +37,7 @@ class BrainCase(NamedTuple):
     Attributes:
         images: Modality to float32 ``(X, Y, Z)``, 0 outside the brain.
         label: uint8: 1 necrotic core, 2 oedema, 3 enhancing tumour.
-        mutant: Whether the tumour is of the kind that enhances little (stands for IDH-mutant).
+        mutant: Whether the tumour enhances little (a substitute for IDH-mutant).
     """
 
     images: dict[str, Array]

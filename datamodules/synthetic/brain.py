@@ -21,7 +21,7 @@ _MORE = ("mra", "pd", "dwi", "adc")
 
 
 class Tree(NamedTuple):
-    """How the files of a layout are called; ``{i}`` is the number of a case.
+    """How the files of a layout are named; ``{i}`` is the number of a case.
 
     Attributes:
         images: File of each of :func:`datamodules.synthetic.anatomy.make_brain`'s contrasts.
@@ -88,7 +88,7 @@ def _write_case(root: Path, tree: Tree, brain: BrainCase, index: int, missing: i
 
 
 def _in_threads(write: Callable[[int], T], indices: Iterable[int]) -> list[T]:
-    """Write cases on all cores: filters and compression let go of the interpreter, and each case has its own seed."""
+    """Write cases on all cores: filters and compression release the interpreter lock; each case has its own seed."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(write, indices))
 

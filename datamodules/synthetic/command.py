@@ -1,6 +1,6 @@
 """Small synthetic trees in the official layouts, for a first run and for tests: ``medmim synthesize``.
 
-They are read by the same code as real archives. Some members are missing on purpose, as in any real archive.
+The same code reads them as reads real archives. Some members are missing on purpose, as in any real archive.
 """
 
 import json
@@ -186,7 +186,7 @@ def run(layout: str | None, config: Sequence[str] | None, out: str | None, cases
         layout: Which official layout; None: the one that the configurations' ``data.root`` is named after.
         config: Configurations, where no layout is given.
         out: Folder to write; None: ``data/synthetic/LAYOUT``, or the configurations' root.
-        cases: How many.
+        cases: Number of cases.
         seed: Another seed, other cases.
 
     Raises:

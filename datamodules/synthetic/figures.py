@@ -1,7 +1,7 @@
 """Synthetic archives of figures with captions and of questions with answers, in their official layouts.
 
 A figure shows one shape, bright or dark, in one quarter of a noisy ground; captions and answers say which. What a text
-says of a figure can only be known by looking at it.
+says about a figure can only be known by looking at it.
 """
 
 import json
@@ -111,7 +111,7 @@ def _part_of(index: int, count: int) -> str:
 
 
 def write_medicat(root: Path, num_cases: int, seed: int) -> None:
-    """Write MedICaT: eight figures a case, every third with a sentence that refers to it; one caption is null."""
+    """Write MedICaT: eight figures per case, every third with a sentence that refers to it; one caption is null."""
     rows = []
     for index, (rng, scene) in enumerate(_scenes("medicat", 8 * num_cases, seed)):
         paper, figure = f"{index // 2:040x}", f"{index % 2 + 2}-Figure{index % 2 + 1}-1.png"
@@ -136,7 +136,7 @@ def write_medicat(root: Path, num_cases: int, seed: int) -> None:
 
 
 def write_roco(root: Path, num_cases: int, seed: int) -> None:
-    """Write ROCO, eight figures a case, under the authors' names in training and the fetched ones elsewhere."""
+    """Write ROCO, eight figures per case, under the authors' names in training and the fetched ones elsewhere."""
     count = 8 * num_cases
     captions: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     links: dict[str, list[str]] = {name: [] for name in captions}
@@ -166,7 +166,7 @@ def _questions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str, s
 
 
 def write_vqa_rad(root: Path, num_cases: int, seed: int) -> None:
-    """Write VQA-RAD, eight images a case, in its community split; the last eighth of the images is tested on."""
+    """Write VQA-RAD, eight images per case, in its community split; the last eighth of the images is tested on."""
     count = 8 * num_cases
     parts: dict[str, list[dict[str, object]]] = {"train": [], "test": []}
     for index, (rng, scene) in enumerate(_scenes("vqa_rad", count, seed)):
@@ -183,7 +183,7 @@ def write_vqa_rad(root: Path, num_cases: int, seed: int) -> None:
 
 
 def write_slake(root: Path, num_cases: int, seed: int) -> None:
-    """Write SLAKE, eight images a case, with one question in Chinese and one answer empty."""
+    """Write SLAKE, eight images per case, with one question in Chinese and one answer empty."""
     count = 8 * num_cases
     parts: dict[str, list[dict[str, object]]] = {"train": [], "validate": [], "test": []}
     for index, (rng, scene) in enumerate(_scenes("slake", count, seed)):
@@ -203,7 +203,7 @@ def write_slake(root: Path, num_cases: int, seed: int) -> None:
 
 
 def write_vqa_med_2019(root: Path, num_cases: int, seed: int) -> None:
-    """Write VQA-Med-2019, eight images a case; some answers have alternatives or parts that may be left out."""
+    """Write VQA-Med-2019, eight images per case; some answers have alternatives or parts that may be left out."""
     count = 8 * num_cases
     training = "ImageClef-2019-VQA-Med-Training"
     folders = {"train": training, "val": training.replace("Training", "Validation"), "test": "VQAMed2019Test"}
@@ -234,7 +234,7 @@ def write_vqa_med_2019(root: Path, num_cases: int, seed: int) -> None:
 
 
 def write_melinda(root: Path, num_cases: int, seed: int) -> None:
-    """Write MELINDA, eight figures a case, two rows a figure; captions name everything but the shape, the class."""
+    """Write MELINDA, eight figures per case, two rows per figure; captions name everything but the shape, the class."""
     count = 8 * num_cases
     header = ("figure_file", "caption", "i_meth", "p_meth", "i_meth_label", "p_meth_label")
     rows: dict[str, list[tuple[str, ...]]] = {"train": [], "dev": [], "test": []}

@@ -1,6 +1,6 @@
-"""Synthetic fundus photographs, regions of slides, and genomes. Made for learning the code, never for results.
+"""Synthetic fundus photographs, regions of slides, and genomes. For trying out the code, never for results.
 
-A person's genetic risk draws what their pictures show: so genetics, pictures, grades and diseases hang together.
+A person's genetic risk decides what their pictures show, so genetics, pictures, grades and diseases are correlated.
 """
 
 from collections.abc import Mapping, Sequence
@@ -87,10 +87,10 @@ def draw_region(rng: np.random.Generator, grade: int, side: int = 256) -> Image.
 
 
 class People:
-    """Persons with genotypes in blocks of linkage, and the risk that these give them.
+    """People with genotypes in blocks of linkage, and the risk that these give them.
 
     Args:
-        number: How many.
+        number: Number of people.
         seed: Seed of everything.
         variants: Variants in all.
         causal: Variants that make the risk.
@@ -148,7 +148,7 @@ def write_bed(prefix: Path, ids: Sequence[str], variants: pd.DataFrame, counts: 
 
 
 def _genotypes(root: Path, people: People, ids: Sequence[str]) -> None:
-    """Write one triple a chromosome; some of a person's calls are missing."""
+    """Write one triple per chromosome; some of a person's calls are missing."""
     counts = np.where(people.missing, MISSING, people.counts).astype(np.int8)
     for chromosome in dict.fromkeys(people.variants["chrom"]):
         columns = (people.variants["chrom"] == chromosome).to_numpy()
@@ -187,7 +187,7 @@ def _save(path: Path, image: Image.Image) -> None:
 
 
 def write_ukb(root: Path, num_cases: int, seed: int, size: Sequence[int] = _SIZE) -> None:
-    """Write persons in the layout of UK Biobank: two eyes each, genotypes, scores, burden scores and phenotypes.
+    """Write people in the layout of UK Biobank: two eyes each, genotypes, scores, burden scores and phenotypes.
 
     The fifth person has one eye only; the last one but one has no genotypes and no score.
     """
@@ -231,7 +231,7 @@ def write_ukb(root: Path, num_cases: int, seed: int, size: Sequence[int] = _SIZE
 
 
 def write_tcga(root: Path, num_cases: int, seed: int) -> None:
-    """Write gliomas in the layout of Pathomic Fusion: one or two regions a patient, omics and grades.
+    """Write gliomas in the layout of Pathomic Fusion: one or two regions per patient, omics and grades.
 
     The last patient has omics and no region, the one before a region and no grade.
     """

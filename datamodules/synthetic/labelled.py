@@ -1,7 +1,7 @@
-"""Synthetic trees of the labelled archives of chest radiographs. Made for learning the code, never for results.
+"""Synthetic trees of the labelled archives of chest radiographs. For trying out the code, never for results.
 
-Labels say what is drawn. CheXpert, ChestX-ray14 and SIIM-ACR have two cases a patient, and each finding is in one of
-the two: so both classes are in every split, however small. Where there is an official split, it tests on every fourth
+Labels say what is drawn. CheXpert, ChestX-ray14 and SIIM-ACR have two cases per patient, and each finding is in one of
+the two: so both classes are in every split, however small. An official split, where there is one, tests on every fourth
 patient.
 """
 
@@ -23,7 +23,7 @@ from datamodules.synthetic.tables import write_table
 
 _SIZE = (320, 384)
 _VIEWS = ("PA", "AP")
-# Gray values by which a picture differs where a finding is drawn: at its edge about a third of what it is inside.
+# Difference in gray value where a finding is drawn; at its edge about a third of that.
 _VISIBLE = 7
 
 _CHEXPERT = (
@@ -123,7 +123,7 @@ def _shared_out(rng: np.random.Generator, findings: Iterable[str], most: int) ->
 
 
 def _set_aside(patient: int) -> bool:
-    """Tell whether a patient is for testing."""
+    """Return whether a patient is for testing."""
     return patient % 4 == 1
 
 
@@ -273,7 +273,7 @@ def _box(region: NDArray[np.bool_]) -> dict[str, float]:
 def write_covid_cxr(root: Path, num_cases: int, seed: int, size: Sequence[int] = _SIZE) -> None:
     """Write frontal images in the layout of the COVID-19 image data collection.
 
-    Every fifth is a second one of the patient before, with the same note. There are side views besides, a file that is
+    Every fifth is a second one of the patient before, with the same note. There are also side views, a file that is
     listed for two patients, an image without a finding, one that nobody has read, and a CT that is not there.
     """
     rows: list[dict[str, object]] = []
@@ -321,7 +321,7 @@ def _covid_rows(
 
 
 def write_siim(root: Path, num_cases: int, seed: int, size: Sequence[int] = _SIZE) -> None:
-    """Write DICOM images in the layout of SIIM-ACR: two a study, one of them with pneumothorax, a row for each side."""
+    """Write DICOM images in the layout of SIIM-ACR: two per study, one with pneumothorax, and a row for each side."""
     rows = []
     for index in range(num_cases):
         study, visit = divmod(index, 2)

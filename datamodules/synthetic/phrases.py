@@ -1,4 +1,4 @@
-"""What the synthetic reports of :mod:`datamodules.synthetic.radiographs` are made of: sentences, and what they say."""
+"""The sentences of the synthetic reports of :mod:`datamodules.synthetic.radiographs`, and their meaning."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""Synthetic chest radiographs with reports. Made for learning the code, never for results.
+"""Synthetic chest radiographs with reports. For trying out the code, never for results.
 
 A picture is drawn from what X-rays cross: soft tissue, air that the lungs hold and that heart, fluid and consolidation
 take away, bones and tubes. Its report says what is drawn and on which side, denies some of what is absent, and pads
@@ -391,7 +391,7 @@ def draw_image(
 
 
 def _slots(side: str) -> dict[str, str]:
-    """Return what makes a sentence speak of one side or of both."""
+    """Return the words that make a sentence refer to one side or to both."""
     if side == "both":
         return {"side": "bilateral", "a": "", "s": "s", "x": "ces", "is": "are", "v": "", "where": "on both sides",
                 "lungs": "both lungs", "bases": "at both lung bases", "apices": "at both apices",
@@ -418,7 +418,7 @@ class _Statement(NamedTuple):
 
 
 def _affirm(rng: np.random.Generator, findings: Mapping[str, str]) -> tuple[list[_Statement], list[_Statement]]:
-    """Say what is there: at length, and in short for the impression."""
+    """State the findings: at length, and in short for the impression."""
     full: list[_Statement] = []
     short: list[_Statement] = []
     for finding, side in findings.items():
@@ -446,7 +446,7 @@ def _deny(rng: np.random.Generator, findings: Mapping[str, str], said: set[str])
 
 
 def _labels(statements: Sequence[_Statement]) -> dict[str, float]:
-    """Label what a report says: what is said outweighs what is uncertain, and that outweighs what is denied."""
+    """Label a report: a statement outweighs an uncertain one, which outweighs a denial."""
     labels: dict[str, float] = {}
     for text, value in statements:
         for column in _columns(text):

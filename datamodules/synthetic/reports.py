@@ -29,7 +29,7 @@ class _Study(NamedTuple):
         images: ``dicom_id`` to view.
         date: ``StudyDate``.
         time: ``StudyTime``.
-        report: Text; None = the archive has none.
+        report: Text; None: the archive has none.
         labels: CheXpert column to value.
     """
 

@@ -1,6 +1,7 @@
 """Multi-modal volumes for pre-training, segmentation and probes: one data module for every layout."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.base import ArchiveDataModule, FaultTolerantDataset
+from datamodules.configs import LoaderConfig, SplitConfig
 from datamodules.controls import read_control
 from datamodules.ids import check_labels, join_ids, rows_by
 from datamodules.loading import Draw, ResumableLoader
@@ -22,7 +24,7 @@ from datamodules.members import check_content
 from datamodules.membership import MASK
 from datamodules.notes import say_notes
 from datamodules.registry import Archive, Settings
-from datamodules.splits import SplitFile, assign_splits, nested_fraction
+from datamodules.splits import assign_splits, nested_fraction
 from datamodules.tables import read_table
 from datamodules.volumes.cache import CacheFormat, OpenCase, Record, SourceVolumes, VolumeCache
 from datamodules.volumes.cases import Case, Layout, case_of
@@ -183,6 +185,75 @@ class NamesDataset(FaultTolerantDataset):
         return {"subject_id": self.names[draw.index], "target": self.targets[draw.index]}
 
 
+@dataclass(frozen=True)
+class CropConfig:
+    """What is cut out of a volume.
+
+    Args:
+        size: Voxels along R, A, S; None takes the layout's.
+        flip_axes: Axes (0 R, 1 A, 2 S) that training crops are mirrored along with probability one half.
+        overhang: Share of a crop that may reach beyond the foreground, in each direction. Official volumes are about
+            three quarters air; at 0 a crop of half the head's size would hardly ever see the brain's surface.
+        label_probability: Share of the labelled training crops that must contain a labelled voxel.
+    """
+
+    size: tuple[int, int, int] | None = None
+    flip_axes: tuple[int, ...] = (0, 1, 2)
+    overhang: float = 0.25
+    label_probability: float = 0.5
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """Whether samples have labels, and what these mean.
+
+    Args:
+        needed: Whether samples need labels; validation and test then give whole volumes.
+        regions: Region to label values; None takes the layout's.
+        fraction: Share of the training patients to use; shares are nested.
+    """
+
+    needed: bool = False
+    regions: dict[str, list[int]] | None = None
+    fraction: float = 1.0
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """A class of every case, for probes.
+
+    Args:
+        name: A case attribute to classify, 0 or 1; cases without it are left out. Training and validation then give
+            names and classes only, for features kept by a probe; test gives central crops.
+        file: Table with ``case_id`` and the target; None takes the archive's own attributes.
+    """
+
+    name: str | None = None
+    file: str | None = None
+
+
+@dataclass(frozen=True)
+class VolumeCacheConfig:
+    """Copies of volumes that are kept to be read quickly.
+
+    Args:
+        format: ``"npy"``, ``"b2nd"``, or ``"none"`` to read the sources at every access.
+    """
+
+    format: CacheFormat | Literal["none"] = "npy"
+
+
+@dataclass(frozen=True)
+class VolumeLoaderConfig(LoaderConfig):
+    """How crops are drawn, and how many cases may be broken.
+
+    Args:
+        val_draws: Fixed validation crops per case.
+    """
+
+    val_draws: int = 4
+
+
 class VolumeDataModule(ArchiveDataModule):
     """Multi-modal MRI in any known layout, cached, split by patient.
 
@@ -191,31 +262,17 @@ class VolumeDataModule(ArchiveDataModule):
         layout: Name of its layout; ``"auto"`` recognises it from the tree.
         profile: How volumes are prepared (:mod:`datamodules.volumes.profiles`); None takes what suits the layout.
         modalities: Channels in order, in any usual spelling; None takes the layout's.
-        crop_size: Voxels along R, A, S; None takes the layout's.
-        batch_size: Crops per device.
-        crops_per_case: Training crops per case and epoch.
-        val_crops_per_case: Fixed validation crops per case.
-        num_workers: Loader processes per rank; also threads that build the cache.
-        split_fractions: Shares of patients for train, val and test where neither file nor archive says.
-        split_file: Table with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes, or that and
-            how its names join; see :class:`datamodules.splits.SplitFile`.
-        flip_axes: Axes (0 R, 1 A, 2 S) that training crops are mirrored along with probability one half.
-        overhang: Share of a crop that may reach beyond the foreground, in each direction. Official volumes are about
-            three quarters air; at 0 a crop of half the head's size would hardly ever see the brain's surface.
-        intensity: One rule for all modalities (see :mod:`datamodules.volumes.intensity`); None takes the layout's.
+        crops: What is cut out of a volume.
+        labels: Whether samples have labels, and what these mean.
+        target: A class of every case, for probes.
         voxels: What is done about volumes that are a fault as they are.
-        cache: ``"npy"``, ``"b2nd"``, or ``"none"`` to read the sources at every access.
-        labels: Whether samples need labels; validation and test then give whole volumes.
-        label_crop_probability: Share of the labelled training crops that must contain a labelled voxel.
-        label_fraction: Share of the training patients to use; shares are nested.
-        regions: Region to label values; None takes the layout's.
-        target: Name of a case attribute to classify, 0 or 1; cases without it are left out. Training and validation
-            then give names and classes only, for features kept by a probe; test gives central crops.
-        target_file: CSV with ``case_id`` and the target; None takes the archive's own attributes.
-        max_fault_fraction: Share of faulty samples at which training stops.
+        cache: Copies of the volumes that are kept.
+        split: Who is trained, validated and tested on.
+        loader: How samples are drawn, and how many may be broken.
+        batch_size: Crops per device.
+        num_workers: Loader processes per rank; also threads that build the cache.
         anonymise: Whether subject ids are replaced by pseudonyms in logs, pictures and fault files.
         seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
-        split_seed: Seed of the split alone, so that runs of several seeds share their test patients.
         **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of :class:`ArchiveDataModule`.
     """
 
@@ -225,40 +282,30 @@ class VolumeDataModule(ArchiveDataModule):
         layout: str = "auto",
         profile: str | None = None,
         modalities: list[str] | None = None,
-        crop_size: tuple[int, int, int] | None = None,
-        batch_size: int = 4,
-        crops_per_case: int = 1,
-        val_crops_per_case: int = 4,
-        num_workers: int = 0,
-        split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        split_file: str | SplitFile | None = None,
-        flip_axes: tuple[int, ...] = (0, 1, 2),
-        overhang: float = 0.25,
-        intensity: str | None = None,
+        crops: CropConfig = CropConfig(),
+        labels: LabelConfig = LabelConfig(),
+        target: TargetConfig = TargetConfig(),
         voxels: VoxelConfig = STRICT,
-        cache: CacheFormat | Literal["none"] = "npy",
-        labels: bool = False,
-        label_crop_probability: float = 0.5,
-        label_fraction: float = 1.0,
-        regions: dict[str, list[int]] | None = None,
-        target: str | None = None,
-        target_file: str | None = None,
-        max_fault_fraction: float = 0.01,
+        cache: VolumeCacheConfig = VolumeCacheConfig(),
+        split: SplitConfig = SplitConfig(),
+        loader: VolumeLoaderConfig = VolumeLoaderConfig(),
+        batch_size: int = 4,
+        num_workers: int = 0,
         anonymise: bool = False,
         seed: int | None = None,
-        split_seed: int = 0,
         **membership: Any,
     ) -> None:
-        super().__init__(batch_size, num_workers, max_fault_fraction, anonymise, seed, **membership)
+        super().__init__(batch_size, num_workers, anonymise, seed, loader, **membership)
         self.root = root
-        self.crops_per_case, self.val_crops_per_case = crops_per_case, val_crops_per_case
-        self.flip_axes, self.overhang = flip_axes, overhang
-        self.labels, self.label_crop_probability, self.label_fraction = labels, label_crop_probability, label_fraction
-        self.target, self.target_file = target, target_file
-        self._layout_name, self._modalities, self._crop_size = layout, modalities, crop_size
+        self.crops_per_case, self.val_crops_per_case = loader.draws, loader.val_draws
+        self.flip_axes, self.overhang = crops.flip_axes, crops.overhang
+        self.labels, self.label_fraction = labels.needed, labels.fraction
+        self.label_crop_probability = crops.label_probability
+        self.target, self.target_file = target.name, target.file
+        self._layout_name, self._modalities, self._crop_size = layout, modalities, crops.size
         self._profile = profile or self.default_profile
-        self._regions, self._intensity, self._voxels, self._cache = regions, intensity, voxels, cache
-        self._split = (split_fractions, split_seed, split_file)
+        self._regions, self._voxels, self._cache = labels.regions, voxels, cache.format
+        self._split = (split.fractions, split.seed, split.file)
         self._layout: Layout | None = None
         self.cases: list[Case] = []
         self.targets: dict[str, int] | None = None
@@ -301,7 +348,7 @@ class VolumeDataModule(ArchiveDataModule):
             self.archive = archive
             cases = [case_of(record) for record in archive.records]
             layout, self.cases = under_canonical_names(self.prepare_layout(archive), cases)
-            layout = self.settle(layout).with_intensity(self._intensity).with_voxels(self._voxels)
+            layout = self.settle(layout).with_voxels(self._voxels)
             check_content((path for case in self.cases for path in case.files()), self.root)
             fractions, split_seed, split_file = self._split
             cut = archive.facts.cut_validation
@@ -333,11 +380,11 @@ class VolumeDataModule(ArchiveDataModule):
 
     def _check_regions(self, layout: Layout) -> None:
         if self.labels and not (self._regions or layout.regions):
-            raise DataError(f"The layout {layout.name} does not say what its labels mean: give data.regions, "
+            raise DataError(f"The layout {layout.name} does not say what its labels mean: give data.labels.regions, "
                             f"such as {{lesion: [1]}}.")  # fmt: skip
         if self.labels and not any(case.labels for case in self.cases):
             raise DataError(f"No case under {self.root} has a label file; looked for {layout.tree}. "
-                            f"To predict without labels, set data.labels to false.")  # fmt: skip
+                            f"To predict without labels, set data.labels.needed to false.")  # fmt: skip
 
     def _read_targets(self) -> dict[str, int] | None:
         """Return the class of each case that has one."""

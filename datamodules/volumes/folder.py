@@ -15,9 +15,10 @@ from typing import NamedTuple
 from common.errors import DataError
 from common.modalities import CANONICAL, canonical_name
 from common.pseudonyms import public_name
+from common.runtime.reporting import say
 from datamodules.account import MASK
 from datamodules.files import listing
-from datamodules.ids import check_subjects
+from datamodules.ids import check_subjects, join_ids, mending
 from datamodules.registry import (
     NO_SETTINGS,
     Evidence,
@@ -128,7 +129,14 @@ def names_of(files: Sequence[TreeFile], owners: Sequence[str]) -> list[tuple[str
 
 
 def _flat(tree: Tree, files: Sequence[TreeFile]) -> Iterator[Group]:
-    """Yield the cases whose files lie in the root itself: ``CASE_<modality>``, ``CASE_0000``, or one file per case."""
+    """Yield the cases whose files lie in the root itself: ``CASE_<modality>``, ``CASE_0000``, or one file per case.
+
+    Files that are all of different modalities are one case.
+    """
+    sequences = [canonical_name(file.stem[max(file.stem.rfind("_"), file.stem.rfind("-")) + 1 :]) for file in files]
+    if len(files) > 1 and len({*sequences}) == len(files) and set(sequences) <= {*CANONICAL, *LABEL_STEMS}:
+        yield Group(tree.root.name, patient_of(tree.root.name), "", list(zip(sequences, files, strict=True)))
+        return
     groups: dict[str, list[tuple[str, TreeFile]]] = {}
     for file in files:
         cut = max(file.stem.rfind("_"), file.stem.rfind("-"))
@@ -221,7 +229,7 @@ def _records(
         DataError: it names a case that has no folder.
     """
     table = read_case_table(tree / _TABLE) if tree.is_file(_TABLE) else {}
-    records = []
+    listed, records = list(table), []
     for group, members, labels in zip(groups, images, masks, strict=True):
         if not members:
             continue
@@ -233,11 +241,14 @@ def _records(
         volumes = {name: FileRef(path) for name, path in found.items()}
         records.append(Record(group.case_id, patient, session, volumes, masks=labels, attributes=facts, split=split,
                               surplus=tuple(surplus)))  # fmt: skip
+    joined = join_ids([record.case_id for record in records], listed)
     if records and table:
         raise DataError(
             f"{tree / _TABLE} lists {len(table)} cases without a folder under {tree}, first "
-            f"{public_name(next(iter(table)))}."
+            f"{public_name(next(iter(table)))}{mending(joined) or ': correct the file'}."
         )
+    if listed and joined.lacking:
+        say(joined.counts(_TABLE, "cases"))
     return records
 
 

@@ -67,7 +67,7 @@ def _standardised(x: Array, background: Mask) -> Array:
 
 def _ct(x: Array, background: Mask) -> Array:
     """Clip Hounsfield units to -1000 .. 1000 and stretch these to [0, 1]."""
-    return (np.clip(x, -1000, 1000) + 1000) / 2000
+    return ((np.clip(x, -1000, 1000) + 1000) / 2000).astype(np.float32)
 
 
 RULES: dict[str, Callable[[Array, Mask], Array]] = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from datamodules.files import listing, short
-from datamodules.ids import check_subjects
+from datamodules.ids import check_labels, check_subjects, join_ids
 from datamodules.registry import Evidence, Facts, Layout
 from datamodules.tables import read_table
 from datamodules.tree import Tree
@@ -91,6 +91,8 @@ def find_cases(tree: Tree) -> list[Case]:
     places = [f"{labels}/", ""] if labels else [""]
     marksheet = _first(tree, [place + name for place in places for name in _MARKSHEETS])
     facts = read_marksheet(tree / marksheet) if marksheet else {}
+    if marksheet:
+        check_labels(tree / marksheet, join_ids(studies, facts), "studies")
     zones = _first(tree, [f"{places[0]}anatomical_delineations/zonal_pz_tz/AI/{name}" for name in _ZONES])
     cases = []
     for study, (patient, files) in sorted(studies.items()):

@@ -227,7 +227,7 @@ def _label_volume(case: Case, layout: Layout, reference: Volume, sources: dict[s
             "label",
             f"holds the values {sorted(found)}, but {layout.name} allows {sorted(layout.label_values)} only"
             + (": is this another release of the data? LAYOUT= chooses one" if layout.name.startswith("brats") else "")
-            + ("" if layout.regions else ": data.regions must name every value"),
+            + ("" if layout.regions else ": data.labels.regions must name every value"),
         )
     if min(found) < 0 or max(found) > np.iinfo(np.uint8).max:
         raise VolumeError("label", f"holds the values {min(found)} to {max(found)}; labels are 0 to 255")

@@ -1,4 +1,4 @@
-"""How fast BrainMVP's training step is, where its time goes, and which memory layouts it should have."""
+"""The speed of BrainMVP's training step, where its time goes, and the best memory layouts."""
 
 import resource
 import time
@@ -20,7 +20,7 @@ from common.types import InputSpec
 from experiments.brainmvp.module import BrainMVPPretrain
 
 _ATLAS = (240, 240, 155)
-#: What the full-size step may need at the paper's batch of one device.
+#: Memory that the full-size step may use at the paper's batch per device.
 _GIB = 24
 
 
@@ -77,7 +77,7 @@ def _stopwatch(module: nn.Module, spent: dict[str, float], name: str) -> None:
 
 
 def step_shares() -> list[Row]:
-    """Say which share of a forward pass each stage has, and which share of a step the templates' update."""
+    """Report which share of a forward pass each stage has, and which share of a step the templates' update."""
     module = _module(48)
     step = training_step(module, _batch(1, 48))
     step()

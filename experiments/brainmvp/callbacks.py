@@ -1,4 +1,4 @@
-"""What the templates look like, and whether one view of a study finds the other."""
+"""Pictures of the templates, and whether one view of a study retrieves the other."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ class TemplatePictures(pl.Callback):
         self._validations = 0
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw what crops have looked at so far (Lightning hook)."""
+        """Draw the templates that crops have viewed so far (Lightning hook)."""
         bank = getattr(getattr(pl_module, "network", None), "templates", None)
         if bank is None or not isinstance(pl_module, BuiltFromData):
             return
@@ -73,7 +73,7 @@ class ViewRetrieval(pl.Callback):
         self._views: list[tuple[Tensor, Tensor]] = []
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget the last validation (Lightning hook)."""
+        """Reset for a new validation (Lightning hook)."""
         self._views = []
 
     def on_validation_batch_end(

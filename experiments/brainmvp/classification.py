@@ -69,8 +69,8 @@ class BrainClassification(ScoredTask):
         hidden: Width of the head's hidden layer; 0 = a linear head.
         augment: Whether to mirror crops and change their intensities.
         optimization: How the weights are updated.
-        new_channels: What channels start as that the pre-trained encoder does not know: ``"mean"`` of those it knows,
-            or ``"fresh"``, at random.
+        new_channels: How channels that the pre-trained encoder lacks are initialised: ``"mean"`` of those it has, or
+            ``"fresh"``, at random.
     """
 
     monitor = ("val/auroc", "max")

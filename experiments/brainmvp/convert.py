@@ -60,7 +60,7 @@ def read_weights(path: Path, min_share: float = MIN_SHARE) -> StoredEncoder:
     try:
         cls, arguments = _architecture(state)
     except KeyError as error:
-        raise CheckpointError(f"{path} is no whole encoder: {error.args[0]} is missing.") from error
+        raise CheckpointError(f"{path} is not a complete encoder: {error.args[0]} is missing.") from error
     except CheckpointError as error:
         raise CheckpointError(f"{path} holds no weights of BrainMVP. {error}") from error
     encoder = build_encoder(class_path(cls), arguments)

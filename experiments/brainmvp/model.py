@@ -32,7 +32,7 @@ class Encoder(Protocol):
 
 
 class Views(NamedTuple):
-    """What the network makes of the two views of a batch.
+    """The network's output for the two views of a batch.
 
     Attributes:
         cross_pred: ``(B, 1, H, W, D)``, the reconstruction from the view filled with the other sequence.

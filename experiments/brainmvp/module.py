@@ -50,7 +50,7 @@ class BrainMVPPretrain(SSLModule[SequencePairBatch]):
         decoder: Makes the decoder from the encoder.
         mask_ratio: Share of blocks that are replaced, p*.
         block_size: Side of a block in voxels, K.
-        template_shape: Voxels of the atlas that templates cover; None = as the data say.
+        template_shape: Voxels of the atlas that templates cover; None: taken from the data.
         fill: What the cross view's holes hold: ``"cross"`` is the method; ``"template"`` and ``"zero"`` are ablations.
         template_weight: Weight of template distillation.
         contrastive_weight: Weight of the contrast.
@@ -107,14 +107,14 @@ class BrainMVPPretrain(SSLModule[SequencePairBatch]):
         encoder = self._make_encoder(1, spec.image_size)
         shape = self.template_shape or spec.preprocessing.get("atlas")
         if shape is None:
-            raise ValueError("The data name no atlas: give model.template_shape.")
+            raise ValueError("The dataset defines no atlas: set model.template_shape.")
         if spec.preprocessing.get("atlas") not in (None, list(shape)):
             raise ValueError(f"`template_shape` {list(shape)} differs from the data's atlas "
                              f"{spec.preprocessing['atlas']}: leave it out.")  # fmt: skip
         return BrainMVP(encoder, self._make_decoder(encoder), len(spec.channels), shape)
 
     def on_fit_start(self) -> None:
-        """Refuse what the templates' own optimiser cannot follow (Lightning hook).
+        """Refuse settings that the templates' own optimiser cannot support (Lightning hook).
 
         Raises:
             UserError: gradients are scaled.
@@ -125,7 +125,7 @@ class BrainMVPPretrain(SSLModule[SequencePairBatch]):
 
     @property
     def progress(self) -> float:
-        """Share of the training that is behind, 0 to 1; 1 without a trainer, when everything is on."""
+        """Share of the training that is done, 0 to 1; 1 without a trainer, so that every term is active."""
         if self._trainer is None:
             return 1.0
         if self.trainer.max_epochs and self.trainer.max_epochs > 0:
@@ -154,7 +154,7 @@ class BrainMVPPretrain(SSLModule[SequencePairBatch]):
             filled = torch.zeros_like(target)
         else:
             filled = torch.where(paired, partner, template)
-        # Ablations score the samples that the method can score; a warm-up scores all.
+        # Ablations score only the samples that the method can score; a warm-up scores all.
         scored = torch.ones_like(batch["paired"]) if warm else batch["paired"]
         hidden = blocks_to_voxels(cross_blocks, block_grid(target.shape[2:], self.block_size), self.block_size)
         return _Inputs(
@@ -167,8 +167,8 @@ class BrainMVPPretrain(SSLModule[SequencePairBatch]):
     def step(self, batch: SequencePairBatch, sync: bool) -> StepOutput:
         """Compute the three losses of one batch.
 
-        In training the contrast begins, and a warm-up ends, when its share of the epochs is behind; validation always
-        scores everything, so that its curves compare.
+        In training the contrast begins, and a warm-up ends, after its share of the epochs; validation always scores
+        every term, so that its curves can be compared.
         """
         inputs = self._inputs(batch, track=self.training and torch.is_grad_enabled())
         views: Views = self.network(inputs.cross, inputs.template)
@@ -194,17 +194,17 @@ class BrainMVPPretrain(SSLModule[SequencePairBatch]):
         return StepOutput(terms, self._by_sequence(views.cross_pred, batch, inputs))
 
     def validation_step(self, batch: SequencePairBatch, batch_idx: int) -> dict[str, Any]:
-        """Hand the features of both views to the callbacks as well (Lightning hook)."""
+        """Also pass the features of both views to the callbacks (Lightning hook)."""
         output = super().validation_step(batch, batch_idx)
         return output | {"views": self._views}
 
     @staticmethod
     def _bare(views: Views, batch: SequencePairBatch, inputs: _Inputs) -> Reconstruction:
-        """Return the cross view's reconstruction as it is, for training, where nobody looks at it."""
+        """Return the cross view's reconstruction unchanged, for training, where it is not displayed."""
         return Reconstruction(views.cross_pred.float(), batch["image"], inputs.hidden, {})
 
     def _spread(self, volume: Tensor, batch: SequencePairBatch) -> Tensor:
-        """Put volumes ``(B, 1, H, W, D)`` in the place of their sequence, ``(B, S, V)``; the others are 0."""
+        """Place volumes ``(B, 1, H, W, D)`` at their sequence, ``(B, S, V)``; the others are 0."""
         flat = volume.flatten(1)
         result = flat.new_zeros(len(flat), len(self.spec.channels), flat.shape[1])
         result[torch.arange(len(flat), device=flat.device), batch["modality"]] = flat
@@ -260,7 +260,7 @@ class BrainMVPPretrain(SSLModule[SequencePairBatch]):
         return {name: filled_panel(subject, target, hidden, filled, pred)}
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Update the templates behind the network, where crops looked at them (Lightning hook)."""
+        """Update the templates after the network, where crops viewed them (Lightning hook)."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         rate = optimizer.param_groups[0]["lr"] * self.template_lr_scale
         size = [int(n) for n in self.spec.image_size]

@@ -29,7 +29,7 @@ from common.weights.channels import NewChannels
 from experiments.brainmvp.export import normalized_templates
 from experiments.brainmvp.segmentation_networks import segmenter
 
-#: What a channel's template is called where there is none under the channel's own name (MRBrainS13's T1-IR).
+#: The template a channel uses if there is none under the channel's own name (MRBrainS13's T1-IR).
 _TEMPLATE_OF = {"t1ir": "t1"}
 #: Voxels along a side beyond any template's.
 _LONGEST = 1024
@@ -112,8 +112,8 @@ class BrainSegmentation(SegmentationModule):
         window_batch: Windows computed at once.
         window_mode: How overlapping windows are averaged: all voxels alike, or those in the middle of a window more.
         optimization: How the weights are updated.
-        new_channels: What channels start as that the pre-trained encoder does not know: ``"mean"`` of those it knows,
-            or ``"fresh"``, at random.
+        new_channels: How channels that the pre-trained encoder lacks are initialised: ``"mean"`` of those it has, or
+            ``"fresh"``, at random.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class BrainSegmentation(SegmentationModule):
         if not fits(shape, Sequence[int] | None) or (shape and (len(shape) != 3 or max(shape) > _LONGEST)):
             raise CheckpointError(f"The checkpoint's encoder record says that templates are {shape!r:.60}: it was "
                                   "not written by this project, or changed since.")  # fmt: skip
-        # One voxel of 0 stands for no templates: beyond a template a view is 0.
+        # A single voxel of 0 represents no templates: beyond a template a view is 0.
         content = torch.zeros(len(spec.channels), *(shape or (1, 1, 1)))
         if self._pretrained and resumed is None:
             stored = read_encoder(self._pretrained)

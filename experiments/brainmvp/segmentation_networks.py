@@ -110,7 +110,7 @@ def segmenter(encoder: Any, out_channels: int) -> nn.Module:
     """Make the segmentation network that belongs to an encoder.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such network.
     """
     if isinstance(encoder, UniFormer3D):
         return UniFormerSegmenter(encoder, out_channels)

@@ -1,4 +1,4 @@
-"""How fast E-MIM's training step is: ViT-B, 96^3 crops of four modalities."""
+"""The speed of E-MIM's training step: ViT-B, 96^3 crops of four modalities."""
 
 from collections.abc import Callable
 

@@ -19,7 +19,7 @@ CleanBranch = Literal["train", "detach", "off"]
 
 
 class EMIMOutput(NamedTuple):
-    """What the network returns.
+    """The network's output.
 
     Attributes:
         pred: ``(B, C, N, P)``, the reconstruction.
@@ -91,7 +91,7 @@ class EMIM(nn.Module):
     def _drop_ids(self, mask: MaskOutput) -> tuple[Tensor | None, Tensor | None]:
         """Return which positions to encode where hidden ones are dropped.
 
-        A masker that hides whole positions, equally many in each sample, says so itself. For any other mask (in
+        A masker that hides whole positions, equally many in each sample, returns them itself. For any other mask (in
         evaluation) every position with something visible is encoded, filled up with empty ones to equal numbers.
         """
         if self.mask_fill != "drop" or mask.ids_keep is not None:

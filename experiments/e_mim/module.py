@@ -30,7 +30,7 @@ class EMIMPretrain(SSLModule[VolumeBatch]):
         masker: Draws what is hidden in training, and in validation where ``val_masker`` is None.
         val_masker: Draws what is hidden in validation, to score several methods on one set of masks.
         taps: Blocks (1-based, 0 = patch embedding) of the pyramid; Table IV.
-        mask_fill: What stands in for hidden patches: ``"zero"``, ``"learnable"`` or, for MAE, ``"drop"``.
+        mask_fill: What replaces hidden patches: ``"zero"``, ``"learnable"`` or, for MAE, ``"drop"``.
         loss_on: ``"masked"`` is Eq. 1, ``"all"`` Eq. 9.
         barlow_twins_weight: Weight of the pyramid; 0 leaves the full volume uncomputed.
         correlation_axis: ``"position"`` as the paper (Eq. 4), or ``"feature"``.
@@ -83,7 +83,7 @@ class EMIMPretrain(SSLModule[VolumeBatch]):
         """Make encoder and decoder for inputs of ``spec``.
 
         Raises:
-            ValueError: sizes that do not fit; a masker that cannot hide what it is asked to of these modalities.
+            ValueError: sizes do not fit, or the masker cannot hide the requested share of these modalities.
         """
         encoder = self._make_encoder(len(spec.channels), spec.image_size)
         for masker in (self.masker, self.val_masker):
@@ -130,7 +130,7 @@ class EMIMPretrain(SSLModule[VolumeBatch]):
         return TokenFeatures(features, foreground(network.patches(batch["image"])))
 
     def panels(self, batch: VolumeBatch, output: Reconstruction, index: int) -> dict[str, Panel]:
-        """Draw the middle axial slice of sample ``index``, one panel a modality."""
+        """Draw the middle axial slice of sample ``index``, one panel per modality."""
         network: EMIM = self.network
         hidden = output.mask[index][..., None].expand_as(output.target[index])
         filled = torch.where(hidden, output.pred[index], output.target[index])

@@ -1,4 +1,4 @@
-"""What E-MIM is trained on: the error of hidden patches (Eq. 1) and pyramid Barlow Twins (Eqs. 4, 8 and 10).
+"""E-MIM's objective: the error of hidden patches (Eq. 1) and pyramid Barlow Twins (Eqs. 4, 8 and 10).
 
 Letters: B batch, C modalities, N positions, P voxels per patch of one modality, E encoder width.
 """
@@ -44,7 +44,7 @@ def scored_reconstruction(output: EMIMOutput, mask: MaskOutput, acquired: Tensor
 
 
 class Correlation(NamedTuple):
-    """How the tokens of the full and of the masked volume are held against each other at one level.
+    """How the tokens of the full and of the masked volume are compared at one level.
 
     Attributes:
         axis: ``"position"`` as the paper (Eq. 4), or ``"feature"``.

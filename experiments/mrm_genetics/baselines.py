@@ -1,4 +1,4 @@
-"""What masked relation modeling is compared with: contrast between images and genetics, and features without training.
+"""Baselines of masked relation modeling: contrast between images and genetics, and features without training.
 
 Letters: B batch, C channels, E width, M kinds of genetics.
 """
@@ -58,7 +58,7 @@ class ContIGPretrain(SSLModule[ImageGenomeBatch]):
     """Contrast between an image and the genetics of its person (Taleb et al. 2022), with the encoders of this method.
 
     The loss is the mean over kinds of genetics of the symmetric InfoNCE; every sample needs all kinds
-    (``data.complete_only``). Nothing is reconstructed, so there is no floor ratio.
+    (``data.genome.complete_only``). Nothing is reconstructed, so there is no floor ratio.
 
     Args:
         encoder: Makes the image encoder from (channels, image size).
@@ -90,7 +90,8 @@ class ContIGPretrain(SSLModule[ImageGenomeBatch]):
             UserError: there are no genetics.
         """
         if not spec.genome:
-            raise UserError("ContIG contrasts images with genetics, and there are none: name them with data.genotypes.")
+            raise UserError("ContIG contrasts images with genetics, and there are none: "
+                            "name them with data.genome.genotypes.")  # fmt: skip
         make_encoder, make_genome = self._factories
         encoder = make_encoder(len(spec.channels), spec.image_size)
         genome = make_genome(spec.genome, encoder.embed_dim, encoder.config["num_heads"])
@@ -103,7 +104,8 @@ class ContIGPretrain(SSLModule[ImageGenomeBatch]):
             UserError: a sample lacks a kind of genetics.
         """
         if not batch["complete"]:
-            raise UserError("ContIG needs every kind of genetics of every person: set data.complete_only to true.")
+            raise UserError("ContIG needs every kind of genetics of every person: "
+                            "set data.genome.complete_only to true.")  # fmt: skip
         image, kinds = self.network(batch["image"], batch["genome"])
         losses = [symmetric_info_nce(image, kind, self.temperature, sync) for kind in kinds]
         samples = float(len(image))
@@ -141,7 +143,7 @@ class ContIGPretrain(SSLModule[ImageGenomeBatch]):
 
 @registered
 class ColourGrid(nn.Module):
-    """An encoder that knows only the colours of an image at 8 x 8.
+    """An encoder that returns only the mean colours of an 8 x 8 grid.
 
     Args:
         in_channels: C.

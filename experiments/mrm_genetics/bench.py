@@ -1,4 +1,4 @@
-"""How fast masking of relations and the training step are, at the configured sizes."""
+"""The speed of relation masking and of the training step at the configured sizes."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""What masking of relations does, and what a reconstruction that hides nothing has to beat.
+"""What relation masking does, and the baselines for a reconstruction that hides nothing.
 
 Letters: B batch, N patches, P values of a patch, F features of a genome, E width.
 """
@@ -29,7 +29,7 @@ class SumsCallback(ValidationCallback):
         self._sums: dict[str, list[Tensor]] = {}
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget the last validation (Lightning hook)."""
+        """Reset for a new validation (Lightning hook)."""
         self._sums = {}
 
     def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
@@ -46,7 +46,7 @@ class SumsCallback(ValidationCallback):
 class PatchMeanOracle(SumsCallback):
     """Logs ``collapse/patch_mean_ratio``: the error of every patch painted in its own mean colour, over the floor's.
 
-    A reconstruction that is worse than this has learned colours and nothing else. The floor is that of
+    A reconstruction that is worse than this has learned nothing but colours. The floor is that of
     ``collapse/floor_ratio``: the mean training image, on the same patches.
     """
 
@@ -84,7 +84,7 @@ class PatchMeanOracle(SumsCallback):
 
 
 def principal_components(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean ``(F,)`` and the first principal axes ``(count, F)`` of persons ``(P, F)``, in float32.
+    """Return the mean ``(F,)`` and the first principal axes ``(count, F)`` of people ``(P, F)``, in float32.
 
     The decomposition is randomised (Halko et al. 2011) with a fixed seed: on 3,000 people with 27,000 features it
     finds the exact one's axes at an eleventh of its cost, which grows with the cube of the people.
@@ -98,13 +98,13 @@ def principal_components(values: np.ndarray, count: int) -> tuple[np.ndarray, np
 class GenomeFloor(SumsCallback):
     """Logs ``collapse/genome_floor_ratio``: the error of reconstructed genetics over that of the training mean.
 
-    Beside it ``collapse/genome_pc_ratio``, the error of the persons' own genetics projected on principal components of
-    the training persons: what knowing the ancestry alone explains. Both are over persons not trained on, and features
-    that were observed. Methods and archives without genetics log neither. Rank 0 fits and hands the axes to the others.
+    Beside it ``collapse/genome_pc_ratio``, the error of the people's own genetics projected on principal components of
+    the training people: what knowing the ancestry alone explains. Both are over people not trained on, and features
+    that were observed. Methods and archives without genetics log neither. Rank 0 fits the axes and broadcasts them.
 
     Args:
         components: Principal components.
-        max_persons: Training persons to fit them on, drawn by a hash of their names. 2,000 explain all but 0.03 % of
+        max_persons: Training people to fit them on, drawn by a hash of their names. 2,000 explain all but 0.03 % of
             what 3,000 do.
     """
 
@@ -158,7 +158,7 @@ class RelationMass(SumsCallback):
     def observe(self, trainer: pl.Trainer, module: SSLModule, output: Reconstruction, batch: Any) -> None:
         """Add one batch."""
         for name, relations in _relations(module, batch).items():
-            # Columns that are no real key have no weight; they are neither removed nor kept.
+            # Columns that are not real keys have no weight; they are neither removed nor kept.
             real = relations.weights > 0
             self.add(f"zeroed_fraction_{name}", (real & ~relations.keep).sum(), real.sum())
             kept = relations.weights.masked_fill(~relations.keep, 0).sum(-1)
@@ -178,7 +178,7 @@ class SampleRelations(ValidationCallback):
 
     ``relation/samples`` shows the cosines of images, of genomes and of images with genomes, of the intact pass above
     and the masked one below. ``collapse/cosine_mean`` and ``collapse/cosine_std`` are over pairs of different images:
-    relation matching can be met by making all of them alike, which drives the mean to 1 and the spread to 0.
+    relation matching can be satisfied by making all of them alike, which drives the mean to 1 and the spread to 0.
 
     Args:
         max_samples: Samples to use.
@@ -189,7 +189,7 @@ class SampleRelations(ValidationCallback):
         self._vectors: list[dict[str, Tensor]] = []
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget the last validation (Lightning hook)."""
+        """Reset for a new validation (Lightning hook)."""
         self._vectors = []
 
     def observe(self, trainer: pl.Trainer, module: SSLModule, output: Reconstruction, batch: Any) -> None:
@@ -216,7 +216,7 @@ class SampleRelations(ValidationCallback):
 
 
 def relations_figure(vectors: dict[str, Tensor]) -> Figure:
-    """Draw the cosines between samples: a column a pair of modalities, a row a pass."""
+    """Draw the cosines between samples: a column per pair of modalities, a row per pass."""
     pairs = [("image", "image")]
     if "genome" in vectors:
         pairs += [("genome", "genome"), ("image", "genome")]
@@ -247,7 +247,7 @@ class AttentionMaps(ValidationCallback):
         self._drawn: list[tuple[str, Tensor, Tensor, Tensor]] = []
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget the last validation (Lightning hook)."""
+        """Reset for a new validation (Lightning hook)."""
         self._drawn = []
 
     def observe(self, trainer: pl.Trainer, module: SSLModule, output: Reconstruction, batch: Any) -> None:
@@ -269,7 +269,7 @@ class AttentionMaps(ValidationCallback):
             self._drawn.append((batch["subject_id"][index], picture.cpu(), maps[0][index].cpu(), maps[1][index].cpu()))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the picture to the loggers (Lightning hook)."""
+        """Send the picture to the loggers (Lightning hook)."""
         if self._drawn:
             log_figure(trainer, "relation/attention", attention_figure(self._drawn))
 

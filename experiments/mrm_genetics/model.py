@@ -81,7 +81,7 @@ class SegmentTokenizer(nn.Module):
 
     Args:
         features: Features of each kind of genetics, by name, in the order in which they come.
-        segments: Tokens of each kind; kinds that are not named get ``other_segments``. One is a token a kind.
+        segments: Tokens of each kind; kinds that are not named get ``other_segments``. One is a token per kind.
         dim: E.
         dropout: Rate of alpha dropout.
         other_segments: Tokens of a kind that ``segments`` does not name.
@@ -250,7 +250,7 @@ class FusedDecoder(nn.Module):
         Args:
             image: ``(B, prefix + N, E)``; only the visible patches where ``mask`` hides some.
             genome: ``(B, G, E)``; None without genetics.
-            real: bool ``(B, G)``, which of the genome's tokens are there; None = all.
+            real: bool ``(B, G)``, which of the genome's tokens are there; None: all.
             mask: Which patches were hidden.
 
         Returns:
@@ -302,7 +302,7 @@ class Genetics(NamedTuple):
 
     Attributes:
         values: ``(B, F)``, standardised.
-        present: bool ``(B, M)``, which kinds a sample has; None = every sample has all.
+        present: bool ``(B, M)``, which kinds a sample has; None: every sample has all.
     """
 
     values: Tensor
@@ -317,7 +317,7 @@ class Tokens(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """Tokens of both passes; None for one that is not run."""
+    """Tokens of both passes; None for a pass that is not run."""
 
     intact: Tokens | None
     masked: Tokens | None
@@ -339,19 +339,19 @@ class Stream(NamedTuple):
 
 
 class BlockPair(NamedTuple):
-    """Blocks that are run one after the other, one a modality; None where a modality has none left."""
+    """Blocks that are run one after the other, one per modality; None where a modality has none left."""
 
     image: TransformerBlock | None
     genome: TransformerBlock | None
 
 
 class GenomeKeys(NamedTuple):
-    """Which tokens of a genome can be attended to, bool ``(B, G)``; None = all.
+    """Which tokens of a genome can be attended to, bool ``(B, G)``; None: all.
 
     Attributes:
         real: those that are there.
-        safe: the same, but True throughout for a sample that has none: it would have no key at all, and what becomes
-            of its genome goes nowhere.
+        safe: the same, but True throughout for a sample that has none: it would have no key at all, and the output
+            for its genome is not used.
     """
 
     real: Tensor | None = None
@@ -363,7 +363,7 @@ class GenomeKeys(NamedTuple):
 
 
 class RelationOutput(NamedTuple):
-    """What the network returns.
+    """The network's output.
 
     Attributes:
         image: ``(B, N, P)``, the predicted patches; None where nothing is reconstructed.
@@ -395,7 +395,7 @@ class RelationConfig:
 
 
 class RelationNetwork(nn.Module):
-    """One encoder a modality, run intact and with relations masked in the first two blocks (sections 3.2 and 3.3).
+    """One encoder per modality, run intact and with relations masked in the first two blocks (sections 3.2 and 3.3).
 
     In the masked pass the first block masks relations within a modality, the second those to the other modality: with
     its own queries, output projection and MLP, and the other's keys and values. Without genetics the second masks

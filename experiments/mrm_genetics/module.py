@@ -58,7 +58,7 @@ class MatchingConfig:
 class RelationPretrain(SSLModule[ImageGenomeBatch]):
     """Reconstruction from masked relations, and relations between samples that masking must not change (Eq. 14).
 
-    Images come with genetics or alone, as the data have it (section 4.6).
+    Images come with genetics or alone, depending on the data (section 4.6).
 
     Args:
         encoder: Makes the image encoder from (channels, image size).
@@ -162,7 +162,7 @@ class RelationPretrain(SSLModule[ImageGenomeBatch]):
         image, genome, image_masked, genome_masked = output.pooled
         assert image is not None
         assert image_masked is not None
-        # Given on every rank whoever is complete there: all must take part in the same exchange.
+        # Passed on every rank, whether or not its samples are complete: all ranks must join the exchange.
         present = None if genome is None else batch["modality_mask"][:, 1:].any(1)
         center, stop_gradient = self._matching.center, self._matching.stop_gradient
         return relation_matching(image, genome, image_masked, genome_masked, present, center, stop_gradient, sync)

@@ -1,4 +1,4 @@
-"""What a method has to beat: features that need no training."""
+"""A baseline: features that need no training."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from common.blocks.registry import registered
 
 @registered
 class GrayHistogram(nn.Module):
-    """An encoder that knows only how often each grey level occurs.
+    """An encoder that returns only how often each grey level occurs.
 
     Args:
         in_channels: Channels of the image; their mean is counted.

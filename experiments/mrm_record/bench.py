@@ -1,4 +1,4 @@
-"""How fast the training step of masked record modeling is: the configured networks, a device's share of the batch."""
+"""The speed of masked record modeling's training step: the configured networks, one device's share of the batch."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""Does the image help to fill in the report?"""
+"""Whether the image helps to fill in the report."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -26,11 +26,11 @@ class ImageReportGap(ValidationCallback):
 
     ``report/loss_right_image``, ``report/loss_other_image``, ``report/loss_no_image`` (nats per hidden token, the same
     words hidden), and the gaps ``report/gap_other_image`` and ``report/gap_no_image`` (above 0: the image helps) with
-    the bounds ``_low`` and ``_high`` of their 95 % interval, persons resampled.
+    the bounds ``_low`` and ``_high`` of their 95 % interval, people resampled.
 
     Args:
         words: Score these words alone, such as the names of findings; None scores all. Only words that are one token.
-        name: What stands for ``report`` in the names.
+        name: Replaces ``report`` in the names.
     """
 
     def __init__(self, words: Sequence[str] | None = None, name: str = "report") -> None:
@@ -39,7 +39,7 @@ class ImageReportGap(ValidationCallback):
         self._sums: dict[str, np.ndarray] = {}
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget the last validation (Lightning hook)."""
+        """Reset for a new validation (Lightning hook)."""
         self._sums = defaultdict(lambda: np.zeros(len(_IMAGES) + 1))
         if self.words is not None and self._wanted is None:
             backend = trainer.datamodule.tokenizer.backend  # type: ignore[attr-defined]

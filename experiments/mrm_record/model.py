@@ -127,7 +127,7 @@ class ReportDecoder(nn.Module):
 
 
 class MRMOutput(NamedTuple):
-    """What the network returns.
+    """The network's output.
 
     Attributes:
         pred: ``(B, S, P)``, the predicted patches.
@@ -256,7 +256,7 @@ class MRM(nn.Module):
         return MRMOutput(self.decode(tokens, mask, words, index), self.target(batch["image"], index), logits)
 
     def spread(self, values: Tensor) -> Tensor:
-        """Give every pixel of the target the value of its patch: ``(B, N)`` to ``(B, 1, H, W)``."""
+        """Expand the value of each patch to its pixels: ``(B, N)`` to ``(B, 1, H, W)``."""
         first, second = self.target_patch
         grid = values.unflatten(1, self.encoder.grid_size)
         return grid.repeat_interleave(first, 1).repeat_interleave(second, 2)[:, None]

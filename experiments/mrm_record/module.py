@@ -47,7 +47,7 @@ class MRMPretrain(SSLModule[ImageTextBatch]):
         mlm_weight: Weight of the report's loss, Eq. 3's sum being 1 to lambda; 0 is the ablation without reports.
         mim_weight: Lambda, the weight of the image's loss; 0 is the ablation without images as a target.
         mlm_scope: Tokens that are scored: the hidden ones (Eq. 1), all real ones, or padding too (published code),
-            for which texts must come padded to their full length (``data.pad_to_length``).
+            for which texts must come padded to their full length (``data.text.pad_to_length``).
         sr_factor: How many times finer the target is than the input; 1 is the ablation without super-resolution.
         target_norm: ``"patch"``, ``"unit"`` or ``"dataset"``; see :class:`experiments.mrm_record.model.MRM`.
         pool: ``"gap"`` or ``"gmp"``.
@@ -117,7 +117,7 @@ class MRMPretrain(SSLModule[ImageTextBatch]):
         return MRM(encoder, decoder, report, **self._options, **scale)
 
     def on_fit_start(self) -> None:
-        """Say what is unusual; take the encoder's first weights, unless a checkpoint brings all (Lightning hook)."""
+        """Log what is unusual; take the encoder's first weights, unless a checkpoint brings all (Lightning hook)."""
         patches = self.network.encoder.patch_embed.num_patches
         if not self.masker(1, patches, generator=torch.Generator()).mask.any():
             say("note: the masker hides no patch, so the image's loss is taken over all: super-resolution alone")
@@ -150,7 +150,7 @@ class MRMPretrain(SSLModule[ImageTextBatch]):
             if width != length:
                 raise UserError(
                     f"model.mlm_scope=all takes the mean over all {length} positions of a text, but those of this "
-                    f"batch are padded to {width}: set data.pad_to_length to true."
+                    f"batch are padded to {width}: set data.text.pad_to_length to true."
                 )
             index = torch.arange(len(truth), device=truth.device)
         return {**batch, "hidden_index": index, "hidden_ids": truth[index]}

@@ -1,4 +1,4 @@
-"""What a step of MR-Pretrain costs, part by part, and what computing the same with less gains."""
+"""The cost of a step of MR-Pretrain, part by part, and the gain of computing the same with less."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.blocks.co_attention import PostNormAttention
 from common.blocks.decoder import MAEDecoder
 from common.sweeps.bench import Row, in_turn, speedup, training_rows, training_step
-from common.types import InputSpec
+from common.types import ImageTextBatch, InputSpec
 from experiments.umd.encoder import UMDEncoder
 from experiments.umd.module import UMDPretrain
 from experiments.umd.pretrain_network import whole_text
@@ -31,7 +31,7 @@ def _module(side: int, **sizes: Any) -> UMDPretrain:
     return module
 
 
-def _batch(count: int, side: int) -> dict[str, Any]:
+def _batch(count: int, side: int) -> ImageTextBatch:
     """Make images with texts of 64 tokens, ten of them hidden."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(4, _VOCABULARY - 1, (count, _TOKENS), generator=generator)
@@ -121,8 +121,8 @@ def same_with_less() -> list[Row]:
     return [*rows, _cached_features(module.network.encoder.eval(), batch)]
 
 
-def _cached_features(encoder: UMDEncoder, batch: dict[str, Any]) -> Row:
-    """Score 4 x 4 pairs from features before the fusion that were kept, and all anew."""
+def _cached_features(encoder: UMDEncoder, batch: ImageTextBatch) -> Row:
+    """Score 4 x 4 pairs from cached features before the fusion, and by recomputing everything."""
     ids, mask, images = whole_text(batch), batch["attention_mask"], batch["image"]
     count = len(ids)
 

@@ -1,4 +1,4 @@
-"""What only UMD needs a trainer for: its teacher, the coordination of gradients, answers to look at."""
+"""UMD's own callbacks: its teacher, the coordination of gradients, and answers to look at."""
 
 from html import escape
 from textwrap import fill
@@ -30,7 +30,7 @@ class TeacherWatch(pl.Callback):
     """Logs ``umd/teacher_distance``, ``umd/feat_std_img`` and ``umd/feat_std_txt``.
 
     The distance is that of the teacher's weights to the student's over the student's norm; the spreads are standard
-    deviations of the teacher's projected features over tokens, mean over features. A collapse is said once.
+    deviations of the teacher's projected features over tokens, mean over features. A collapse is reported once.
 
     Args:
         floor: Spread below which features count as collapsed.
@@ -75,7 +75,7 @@ class AttentionOverlay(pl.Callback):
         self._drawn: dict[int, tuple[str, Tensor, Tensor]] = {}
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget the last validation (Lightning hook)."""
+        """Reset for a new validation (Lightning hook)."""
         self._drawn = {}
 
     def on_validation_batch_end(
@@ -122,7 +122,7 @@ class AttentionOverlay(pl.Callback):
 
 
 class AnswerExamples(pl.Callback):
-    """Logs ``examples/answers`` as text: validation questions that were answered rightly, and wrongly, one an image.
+    """Logs ``examples/answers`` as text: validation questions that were answered rightly, and wrongly, one per image.
 
     Nothing is logged where the data module anonymises.
 
@@ -135,7 +135,7 @@ class AnswerExamples(pl.Callback):
         self._rows: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget the last validation (Lightning hook)."""
+        """Reset for a new validation (Lightning hook)."""
         self._rows = {True: [], False: []}
 
     def on_validation_batch_end(
@@ -156,7 +156,7 @@ class AnswerExamples(pl.Callback):
                 kept.append(row)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the examples to the loggers (Lightning hook)."""
+        """Send the examples to the loggers (Lightning hook)."""
         rows = [row for kept in self._rows.values() for row in kept]
         if not rows or trainer.datamodule.ledger.anonymise:  # type: ignore[attr-defined]
             return
@@ -186,7 +186,7 @@ class GradientCoordination(pl.Callback):
         noise_scale: Standard deviation of the noise over that of the gradient.
         noise_std_of: ``"raw"`` or ``"damped"``.
         start_step: First optimiser step that is coordinated.
-        end_step: First that is not any more; None = to the end.
+        end_step: First that is not any more; None: to the end.
 
     Raises:
         ValueError: an option is unknown.

@@ -29,7 +29,7 @@ def modality_coefficients(
         beta: Strength, at least 0.
 
     Returns:
-        ``(k_image, k_text)``, float64 scalars on the contributions' device; no host is waited for.
+        ``(k_image, k_text)``, float64 scalars on the contributions' device; without a host sync.
 
     Raises:
         ValueError: ``beta`` is negative.
@@ -76,7 +76,7 @@ class ContributionSums:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def take(self) -> Tensor | None:
-        """Return ``(image, text)`` and begin anew; None where nothing was added."""
+        """Return ``(image, text)`` and reset; None if nothing was added."""
         sums, self._sums = self._sums, None
         return sums
 
@@ -85,7 +85,7 @@ class Noise(NamedTuple):
     """How noise is added to gradients (Eq. 13).
 
     Attributes:
-        scope: ``"both"`` modalities get it, as the equation has it for k = 1 too; the ``"damped"`` one alone; or
+        scope: ``"both"`` modalities get it, as in the equation, also for k = 1; the ``"damped"`` one alone; or
             ``"none"``.
         scale: Standard deviation over that of the parameter's gradient.
         std_of: Whether that of the ``"raw"`` gradient or of the ``"damped"`` one.

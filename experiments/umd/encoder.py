@@ -32,7 +32,7 @@ def init_normal_weights(module: nn.Module) -> None:
 
 
 class Fused(NamedTuple):
-    """What the encoder makes of a pair.
+    """The encoder's output for a pair.
 
     Attributes:
         text: Z^T ``(B, T, E)``.
@@ -163,7 +163,7 @@ class UMDEncoder(nn.Module):
         if arguments["vocab_size"] != self.config["vocab_size"]:
             raise UserError(
                 f"The encoder knows {arguments['vocab_size']} tokens, the tokenizer {self.config['vocab_size']}: set "
-                f"data.tokenizer to the tokenizer.json of the encoder's run."
+                f"data.text.tokenizer to the tokenizer.json of the encoder's run."
             )
         key, wanted = f"vision.clip.{POSITIONS}", self.num_patches + 1
         if len(state[key]) == wanted:

@@ -26,8 +26,8 @@ from common.types import (
     Reconstruction,
     TokenFeatures,
 )
+from experiments.umd.checkpoint_transfer import EncoderFactory, load_heads, make_umd_encoder, tower_scale
 from experiments.umd.encoder import UMDEncoder
-from experiments.umd.handover import EncoderFactory, load_heads, make_umd_encoder, tower_scale
 from experiments.umd.objective import Objective, total_weights
 from experiments.umd.pairs import shown_pairs
 from experiments.umd.pretrain_network import FeatureConfig, UMDNetwork, UMDOutput, whole_text
@@ -52,7 +52,7 @@ class UMDPretrain(SSLModule[ImageTextBatch]):
         features: How the features of student and teacher are compared.
         mim_layer: Fusion layer before which patches are decoded; -1 decodes the output.
         itm_negatives: ``"batch"`` shows a text another image of the batch; ``"dataset"`` one that was loaded for it
-            (``data.negative_images``).
+            (``data.samples.negative_images``).
         vision_weights: Folder or name of CLIP weights for the vision tower.
         text_weights: Folder or name of RoBERTa weights for the text tower.
         fusion_lr_scale: Learning rate of all but the towers over theirs.

@@ -1,4 +1,4 @@
-"""What UMD is trained on: patches, words, the teacher's features, and image-text matching (Eq. 7).
+"""UMD's objective: patches, words, the teacher's features, and image-text matching (Eq. 7).
 
 Letters: B batch, N patches, P values of a patch, D width of projected features, V tokens of the vocabulary.
 """
@@ -31,7 +31,7 @@ def total_weights(alpha: float, weights: Mapping[str, float] | None) -> dict[str
         weights: Weights that differ, by name.
 
     Raises:
-        ValueError: ``alpha`` is no share, or a name is none of the losses.
+        ValueError: ``alpha`` is outside [0, 1], or a name is not one of the losses.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"`alpha` must lie in [0, 1], got {alpha}.")

@@ -1,4 +1,4 @@
-"""Which text is shown which image for image-text matching (paper section III-B, Eq. 6)."""
+"""Which text is paired with which image for image-text matching (paper section III-B, Eq. 6)."""
 
 from typing import NamedTuple
 
@@ -26,9 +26,9 @@ class Pairs(NamedTuple):
 
 
 def matching_pairs(keys: Tensor, images: Tensor) -> Pairs:
-    """Let ``B // 2`` texts keep their image and give the others one that is not theirs; no host is waited for.
+    """Pair ``B // 2`` texts with their own image and the others with a different one, without a host sync.
 
-    Which half keeps its image hangs on the keys. The other half's images are rotated by one in drawn order, past those
+    The keys decide which half keeps its image. The other half's images are rotated by one in drawn order, past those
     that are the text's own image under another sample; where its half has none, an image of the first half serves. A
     batch of one keeps its image.
 
@@ -68,7 +68,8 @@ def shown_pairs(batch: ImageTextBatch, loaded: bool, sync: bool) -> tuple[Pairs,
         UserError: images are wanted that the data do not load.
     """
     if loaded and "negative_image" not in batch:
-        raise UserError("model.itm_negatives is 'dataset', but the data load none: set data.negative_images=true.")
+        raise UserError("model.itm_negatives is 'dataset', but the data load none: "
+                        "set data.samples.negative_images=true.")  # fmt: skip
     keys, images = (all_gather_rows(x) if sync else x for x in (batch["key"], batch["image_key"]))
     pairs = matching_pairs(keys, torch.arange(len(keys), device=keys.device) if loaded else images)
     begin = rank() * len(batch["key"]) if sync else 0

@@ -70,7 +70,7 @@ class FeatureConfig:
 
 
 class UMDOutput(NamedTuple):
-    """What the network makes of a batch; None where it was not asked for.
+    """The network's output for a batch; None for parts that were not requested.
 
     Attributes:
         reconstruction: hidden patches.
@@ -148,7 +148,7 @@ class UMDNetwork(nn.Module):
         self.teacher = EMATeacher(self.averaged(), features.teacher_decay) if teacher else None
 
     def averaged(self) -> nn.ModuleDict:
-        """Return what the teacher is an average of."""
+        """Return the modules that the teacher averages."""
         parts = {"encoder": self.encoder, "image": self.project_image, "text": self.project_text}
         return nn.ModuleDict(parts)
 
@@ -198,7 +198,7 @@ class UMDNetwork(nn.Module):
         return self.reconstruction(pred, batch, mask, None)
 
     def patch_target(self, image: Tensor, index: Tensor | None = None) -> Tensor:
-        """Return the standardised patches ``(B, S, P)`` of ``(B, 1 or 3, H, W)``; ``index`` ``(B, S)``, None = all."""
+        """Return the standardised patches ``(B, S, P)`` of ``(B, 1 or 3, H, W)``; ``index`` ``(B, S)``, None: all."""
         size = self.encoder.vision.patch_size
         patches = patchify_channels_last(image.expand(-1, 3, -1, -1), (size, size))
         if index is not None:
@@ -210,7 +210,7 @@ class UMDNetwork(nn.Module):
         return self.encoder(batch[image], batch["input_ids"], batch["attention_mask"], mask.ids_keep)
 
     def decode(self, fused: Fused, mask: MaskOutput, index: Tensor | None = None) -> Tensor:
-        """Return what patches are predicted from, ``(B, S, F)``; ``index`` ``(B, S)``, None = all."""
+        """Return what patches are predicted from, ``(B, S, F)``; ``index`` ``(B, S)``, None: all."""
         return self.decoder.features(fused.image_at(self.mim_layer), mask.ids_restore, index)
 
     def reconstruction(
@@ -252,7 +252,7 @@ class UMDNetwork(nn.Module):
             mask: What it saw.
             target: ``(B, 1 + N, D)``.
             decoded: ``(B, S, F)``, what :meth:`decode` gave.
-            index: long ``(B, S)``, the patches that ``decoded`` is of; None = all N.
+            index: long ``(B, S)``, the patches that ``decoded`` is of; None: all N.
         """
         if self.positions == "visible":
             assert mask.ids_keep is not None

@@ -27,12 +27,12 @@ from common.optim import OptimizerConfig, Schedule, WarmupCosine
 from common.runtime.precision import at_least_float32
 from common.runtime.reporting import is_dry_run, say
 from common.types import InputSpec
+from experiments.umd.checkpoint_transfer import EncoderFactory, make_umd_encoder, tower_scale
 from experiments.umd.coordination import ContributionSums, true_class_probability
 from experiments.umd.encoder import UMDEncoder, init_normal_weights
-from experiments.umd.handover import EncoderFactory, make_umd_encoder, tower_scale
 
 SplitHead = Literal["zero_other", "linear_split", "upstream"]
-#: Fusions of a pair that are computed at once when a whole pool is scored.
+#: Number of pairs fused at once when a whole pool is scored.
 _PAIRS_AT_ONCE = 256
 
 
@@ -45,14 +45,14 @@ def answer_head(dim: int, classes: int) -> nn.Sequential:
 
 @torch.no_grad()
 def split_logits(head: nn.Module, text: Tensor, image: Tensor, kind: SplitHead) -> tuple[Tensor, Tensor]:
-    """Return what the head says of text and of image alone (Eq. 10's H^T and H^I), without a gradient.
+    """Return the head's logits for the text alone and for the image alone (Eq. 10's H^T and H^I), without a gradient.
 
     Args:
         head: On ``(..., 2 E)``, text before image.
         text: c^T ``(..., E)``.
         image: c^I ``(..., E)``.
         kind: ``"zero_other"`` puts zeros in the other's place; ``"linear_split"`` shares a linear head's bias out by
-            halves; ``"upstream"`` does that with the last layer, whatever its input is, as the published code.
+            halves; ``"upstream"`` does that with the last layer, whatever its input, as the published code does.
     """
     if kind == "zero_other":
         zeros = torch.zeros_like(text)
@@ -97,7 +97,7 @@ class PairTask(ScoredTask):
         ValueError: ``split_head`` is unknown.
     """
 
-    #: What ``best.ckpt`` watches.
+    #: The metric that selects ``best.ckpt``.
     monitor = ("val/accuracy", "max")
     remembered = ("channels", "image_size", "vocabulary", "classes")
 
@@ -118,7 +118,7 @@ class PairTask(ScoredTask):
         )
         self.save_hyperparameters()
         self.split_head = split_head
-        #: What each modality contributed since the last optimiser step, for gradient coordination.
+        #: Contributions of each modality since the last optimiser step, for gradient coordination.
         self.contributions = ContributionSums()
         self._make_pair_encoder, self._scales = encoder, (fusion_lr_scale, head_lr_scale)
 
@@ -133,7 +133,7 @@ class PairTask(ScoredTask):
 
     @abstractmethod
     def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return the sum of the losses of a batch and how many samples it is of, having noted the contributions."""
+        """Return the summed losses of a batch and its number of samples, and record the contributions."""
 
     def build_network(self, spec: InputSpec) -> PairNetwork:
         """Make encoder and head."""
@@ -146,7 +146,7 @@ class PairTask(ScoredTask):
         return self.network.encoder.modality_parameters()
 
     def note_contributions(self, text: Tensor, image: Tensor, target: Tensor) -> None:
-        """Add what each modality alone says of the true classes ``(B, K)`` (Eq. 10)."""
+        """Add each modality's own score for the true classes ``(B, K)`` (Eq. 10)."""
         if not self.training:
             return
         of_text, of_image = split_logits(self.network.head, text.detach(), image.detach(), self.split_head)
@@ -183,9 +183,9 @@ class AnswerTask(PairTask):
             UserError: the data have no answers.
         """
         if not classes:
-            raise UserError("The data name no answers to choose from; give an archive with a training split.")
+            raise UserError("The dataset defines no answers to choose from; give an archive with a training split.")
         head = answer_head(encoder.dim, len(classes))
-        # All answers alike, one in sum: from one half each, sigmoids spend a thousand steps on nothing else.
+        # Equal probabilities that sum to one: from one half each, sigmoids need a thousand steps to get there.
         last = head[-1]
         assert isinstance(last, nn.Linear)
         nn.init.constant_(last.bias, -math.log(max(len(classes) - 1, 1)))
@@ -300,7 +300,7 @@ class FigureTask(PairTask):
             UserError: the data have no classes.
         """
         if not classes:
-            raise UserError("The data name no classes to tell apart.")
+            raise UserError("The dataset defines no classes.")
         return answer_head(encoder.dim, len(classes))
 
     def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
@@ -429,7 +429,7 @@ class RetrievalTask(PairTask):
         return torch.cat(columns, dim=1)
 
     def take_rows(self) -> list[dict[str, Any]]:
-        """Score the pool, its texts dealt to the ranks, each of which holds all of it."""
+        """Score the pool, its texts distributed over the ranks, each of which holds all of it."""
         if not self._pool:
             return []
         # Lightning enters the run's precision around steps, not at the end of an epoch.

@@ -1,4 +1,4 @@
-"""The two towers: CLIP's vision transformer and RoBERTa, of transformers, called part by part.
+"""The two towers, CLIP's vision transformer and RoBERTa, built from parts of transformers.
 
 Letters: B batch, N patches, K visible patches, T tokens, W width of a tower.
 """
@@ -25,7 +25,7 @@ def resized_positions(table: Tensor, count: int) -> Tensor:
     """Resample learned positions ``(1 + N_old, W)`` to ``count`` = 1 + N: bicubic, the class token's copied.
 
     Raises:
-        CheckpointError: either grid is no square.
+        CheckpointError: either grid is not square.
     """
     if len(table) == count:
         return table
@@ -40,7 +40,7 @@ def _side(image_size: Any, patch_size: int) -> int:
     """Return the side of a square image.
 
     Raises:
-        ValueError: it is no square, or no multiple of the patch; names the sizes next to it.
+        ValueError: it is not square, or no multiple of the patch; names the sizes next to it.
     """
     height, width = image_size
     if height != width:
@@ -48,7 +48,7 @@ def _side(image_size: Any, patch_size: int) -> int:
     if height % patch_size or height < patch_size:
         below = max(height // patch_size * patch_size, patch_size)
         raise ValueError(
-            f"image_size {height} is no multiple of patch_size {patch_size}: use {below} or {below + patch_size}."
+            f"image_size {height} is not a multiple of patch_size {patch_size}: use {below} or {below + patch_size}."
         )
     return int(height)
 
@@ -194,7 +194,7 @@ def _need_same(source: str, theirs: Any, ours: Any, names: Mapping[str, str]) ->
     """Refuse weights of another architecture, naming the first setting that differs.
 
     Raises:
-        UserError: as said.
+        UserError: a setting differs.
     """
     for name, setting in names.items():
         wanted, found = getattr(ours, name), getattr(theirs, name)
@@ -248,7 +248,7 @@ def load_text(tower: TextTower, source: str) -> None:
     if found.config.vocab_size != ours.vocab_size or found.config.pad_token_id != ours.pad_token_id:
         raise UserError(
             f"The text encoder {source} has {found.config.vocab_size} tokens, {found.config.pad_token_id} as padding; "
-            f"the tokenizer {ours.vocab_size}, {ours.pad_token_id} for padding: set data.tokenizer to its own."
+            f"the tokenizer {ours.vocab_size}, {ours.pad_token_id} for padding: set data.text.tokenizer to its own."
         )
     names = {"hidden_size": "model.encoder.text.width", "num_hidden_layers": "model.encoder.text.depth",
              "num_attention_heads": "model.encoder.text.heads", "intermediate_size": "model.encoder.text.width",

@@ -141,11 +141,11 @@ def test_an_export_that_asks_for_a_command_or_is_damaged(run_folder, tmp_path, m
     whole = json.loads((out / "config.json").read_text())
     evil = {"class_path": "common.commands.execute", "init_args": {"arguments": ["doctor"]}}
     for change, message in (
-        ({"encoder": evil}, "is no encoder of this project"),
+        ({"encoder": evil}, "is not an encoder of this project"),
         ({"encoder": []}, "does not describe its encoder: `class_path`"),
         ({"channels": ["t1c"]}, "names 1 channels of an encoder of 3"),
         ({"format": "timm", "experiment": "../../common/commands"}, "There is no patch_embed.proj.weight in it"),
-        ({"format": "released", "experiment": "brainmvp", "encoder": evil}, "is no encoder of this project"),
+        ({"format": "released", "experiment": "brainmvp", "encoder": evil}, "is not an encoder of this project"),
         ({"format": "FORMATS", "experiment": "configs"}, "is no export in the format monai or timm"),
     ):
         (out / "config.json").write_text(json.dumps(whole | change))
@@ -207,7 +207,7 @@ def test_a_checkpoint_cannot_have_anything_but_a_checkpoint_removed(tmp_path, na
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(StorageError, match="is no checkpoint of this run"):
+    with pytest.raises(StorageError, match="is not a checkpoint of this run"):
         AtomicCheckpointIO().remove_checkpoint(str(folder / name))
     assert sorted(tmp_path.rglob("*")) == before
     AtomicCheckpointIO().remove_checkpoint(folder / "best.ckpt")

@@ -36,7 +36,7 @@ def test_a_run_leaves_a_complete_folder(pretrain_arguments):
     assert folder.parts[:3] == ("runs", "e_mim", "pretrain")
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     expected = {"config.yaml", "environment.json", "metrics.csv", "summary.json", "data_faults.csv",
-                "checkpoints/last.ckpt", "checkpoints/best.ckpt"}  # fmt: skip
+                "account.csv", "membership.csv", "checkpoints/last.ckpt", "checkpoints/best.ckpt"}  # fmt: skip
     assert expected <= files
     assert any(name.startswith("events.out.tfevents") for name in files)
     assert files - expected == {name for name in files if name.startswith("events.")}
@@ -159,7 +159,7 @@ def test_a_missing_configuration_is_one_line_and_exits_with_2(capsys):
     [
         (["--model.mask_fill=drop"], "set barlow_twins_weight to 0"),
         (["--model.taps=[99]"], "`taps` must lie in 0..2"),
-        (["--data.crop_size=[50,64,64]"], "cannot be cut into patches"),
+        (["--data.crops.size=[50,64,64]"], "cannot be cut into patches"),
         (["--model.masker.hidden_per_position=3"], "`hidden_per_position` must be at most 2"),
     ],
 )

@@ -109,23 +109,26 @@ def test_the_command_is_kept_without_what_is_personal(monkeypatch):
     words = [
         "lightning",
         "predict",
-        "--data.image=/SMITH.png",
-        "--data.init_args.question",
+        "--data.single.image=/SMITH.png",
+        "--data.init_args.single.question",
         "JANE?",
         "--data.root",
         "/a",
+        '--data.single={"image": "/SMITH.png"}',
     ]
     monkeypatch.setattr("sys.argv", [*words])
-    run = SimpleNamespace(datamodule=SimpleNamespace(personal=("image", "question")))
+    run = SimpleNamespace(datamodule=SimpleNamespace(personal=("single.image", "single.question")))
     assert _command(run) == words
     hide_names(True)
-    words[2], words[4] = f"--data.image={pseudonym('/SMITH.png')}", pseudonym("JANE?")
+    words[2], words[4] = f"--data.single.image={pseudonym('/SMITH.png')}", pseudonym("JANE?")
+    given = words[7].partition("=")[2]
+    words[7] = f"--data.single={pseudonym(given)}"
     assert _command(run) == words
 
 
 @pytest.fixture
 def named_archive(brats_root, tmp_path):
-    """Return an archive whose folders and files are called after persons; two files are broken, in two ways."""
+    """Return an archive whose folders and files are called after people; two files are broken, in two ways."""
     root = tmp_path / "archive"
     for number, case in enumerate(sorted(path for path in brats_root.iterdir() if path.is_dir())):
         name = f"SMITH-JANE-1961020{number}"
@@ -162,7 +165,7 @@ def test_nothing_of_a_name_remains_in_a_refusal(named_archive, pretrain_argument
     split = Path("split.csv")
     split.write_text("case_id,split\n" + "".join(f"{path.name},train\n" for path in twins) + f"{twins[0].name},val\n")
     arguments = pretrain_arguments(
-        "--data.anonymise=true", "--data.layout=brats2021", f"--data.split_file={split}", root=named_archive
+        "--data.anonymise=true", "--data.layout=brats2021", f"--data.split.file={split}", root=named_archive
     )
     with pytest.raises(SystemExit):
         main(arguments)

@@ -41,7 +41,7 @@ def test_a_state_comes_back_as_plain_values(tmp_path):
         ("channels", ("t1",), "channels ['t1'], but the data give ['t1', 't2']: choose matching data"),
         ("image_size", (8, 8), "image_size [8, 8]"),
         ("regions", {"TC": (1,)}, "regions {'TC': [1]}"),
-        ("vocabulary", {"size": 9, "fingerprint": "y"}, "set data.tokenizer"),
+        ("vocabulary", {"size": 9, "fingerprint": "y"}, "set data.text.tokenizer"),
         ("classes", ("a",), "classes ['a']"),
         ("genome", {"snp": 4}, "genome {'snp': 4}"),
     ],

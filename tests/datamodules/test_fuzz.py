@@ -19,12 +19,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import pytest
-from datamodules.reports.manifest import find_covid, find_manifest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from datamodules.brain.labels import LabelSource, read_classes
+from datamodules.brain.labels import LabelSource, label_tables, read_classes
 from datamodules.brain.manifest import find_manifest as find_datalist
 from datamodules.genetics.association import _covariates
 from datamodules.genetics.genotypes import open_genotypes
@@ -33,6 +32,7 @@ from datamodules.genetics.scores import read_burden, read_score, read_score_tabl
 from datamodules.genetics.tcga import TCGAGrade, read_omics
 from datamodules.genetics.ukb import european, find_ukb, read_phenotypes
 from datamodules.images.reading import ImageError
+from datamodules.images.table import find_table
 from datamodules.labelled.chexpert import CheXpert
 from datamodules.labelled.covid import CovidFindings
 from datamodules.labelled.fundus import APTOS2019, RFMiD
@@ -42,6 +42,7 @@ from datamodules.labelled.rsna import RSNAPneumonia
 from datamodules.labelled.siim import SIIMPneumothorax, decode_runs
 from datamodules.pairs.answers import accepted_answers, normalised_answer
 from datamodules.pairs.vqa import find_slake, find_vqa_med, find_vqa_rad
+from datamodules.reports.covid_cxr import find_covid
 from datamodules.reports.medicat import read_figures
 from datamodules.reports.melinda import read_melinda
 from datamodules.reports.mimic_cxr import find_studies as find_mimic
@@ -50,6 +51,7 @@ from datamodules.reports.open_i import open_i_text
 from datamodules.reports.roco import find_roco
 from datamodules.splits import SplitFile, assign_splits, listed_split
 from datamodules.tables import read_table
+from datamodules.tree import Tree
 from datamodules.volumes.cases import Case
 from datamodules.volumes.folder import find_cases
 from datamodules.volumes.pi_cai import read_marksheet
@@ -148,11 +150,13 @@ STUDY = {"study": "a", "source": "x", "patient": "p", "image": {"t1": "a/t1.nii.
 def mimic(table):
     path = f"jpg/mimic-cxr-2.0.0-{table}.csv.gz"
     others = {name: data for name, data in MIMIC.items() if name != path}
-    return Kind(path, gzip.decompress(MIMIC[path]), lambda path: find_mimic(path.parents[1]), others, gzip.compress)
+    return Kind(
+        path, gzip.decompress(MIMIC[path]), lambda path: find_mimic(Tree(path.parents[1])), others, gzip.compress
+    )
 
 
 def root_of(find, depth=0):
-    return lambda path: find(path.parents[depth])
+    return lambda path: find(Tree(path.parents[depth]))
 
 
 def genotypes(path):
@@ -208,16 +212,18 @@ def roco(path):
 
 
 KINDS = {
-    "manifest": Kind("manifest.csv", MANIFEST, root_of(find_manifest)),
-    "manifest, JSON lines": Kind("manifest.jsonl", MANIFEST_LINES, root_of(find_manifest)),
-    "manifest, Parquet": Kind("manifest.parquet", parquet(), root_of(find_manifest)),
+    "manifest": Kind("manifest.csv", MANIFEST, root_of(find_table)),
+    "manifest, JSON lines": Kind("manifest.jsonl", MANIFEST_LINES, root_of(find_table)),
+    "manifest, Parquet": Kind("manifest.parquet", parquet(), root_of(find_table)),
     "cases.csv": Kind(
         "cases.csv",
         lines("case_id,patient_id,split,disease", "c1,p1,train,copd", "c2,p2,val,"),
         root_of(find_cases),
         {"c1/t1.nii.gz": b"", "c2/t1.nii.gz": b""},
     ),
-    "COVID metadata": Kind("metadata.csv", COVID, lambda p: (find_covid(p.parent), CovidFindings().find(p.parent))),
+    "COVID metadata": Kind(
+        "metadata.csv", COVID, lambda p: (find_covid(Tree(p.parent)), CovidFindings().find(Tree(p.parent)))
+    ),
     "datalist": Kind("datalist.json", DATALIST, root_of(find_datalist)),
     "datalist, published": Kind(
         "dataset_X.json", b'{"training": [{"image": ["a/a_t1.nii.gz", "a/a_t2.nii.gz"]}]}', root_of(find_datalist)
@@ -279,7 +285,7 @@ KINDS = {
     "phenotypic": Kind(
         "Pheno.csv",
         lines("SUB_ID,DX_GROUP", "1,1", "2,2", "0003,1", "4,-9999"),
-        lambda path: read_classes(CASES, SOURCE, path.parent),
+        lambda path: read_classes(CASES, SOURCE, label_tables(SOURCE, Tree(path.parent))),
     ),
     "MIMIC metadata": mimic("metadata"),
     "MIMIC splits": mimic("split"),

@@ -9,7 +9,6 @@ from datamodules import notes
 from datamodules.images.reading import read_figure, read_gray
 from datamodules.images.values import ImageError
 from datamodules.members import check_content, members_of
-from datamodules.registry import recognise
 from datamodules.volumes.datamodule import VolumeDataModule
 from datamodules.volumes.reading import write_nifti
 
@@ -37,13 +36,13 @@ def test_whatever_has_the_name_of_a_member_is_one(tmp_path, capsys):
     assert "litter of file systems was ignored (._*): 1 file\n" in capsys.readouterr().out
 
 
-def test_odd_members_of_a_generic_folder(archive):
+def test_odd_members_of_a_generic_folder(archive, volumes_of):
     case = archive / "c00"
     (case / "t1.nii.gz").rename(case / "T1.Nii.GZ")
     (case / "t2.nii").symlink_to("gone")
     (case / "pd.mnc").touch()
     (case / "lesion.SEG.nrrd").touch()
-    _, cases = recognise(archive)
+    _, cases = volumes_of(archive)
     assert set(cases[0].images) == {"t1", "t2", "pd"}
     assert cases[0].labels["seg"].name == "lesion.SEG.nrrd"
 

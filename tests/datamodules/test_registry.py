@@ -1,11 +1,31 @@
+import importlib
+import inspect
+import os
+import pkgutil
+import re
 import shutil
 
+import numpy as np
 import pytest
+from PIL import Image
 
+import datamodules
 from common.errors import DataError
+from common.modalities import canonical_order
+from datamodules.brain.datamodule import BrainDataModule
+from datamodules.genetics.datamodule import ImageGenomeDataModule
+from datamodules.images.plain import natural_order
+from datamodules.labelled.layout import LabelLayout
+from datamodules.registry import LAYOUTS, VOCABULARY, Settings, open_archive
 from datamodules.synthetic.command import synthesize, write_brats
+from datamodules.synthetic.figures import write_vqa_rad
+from datamodules.synthetic.fundus import write_idrid
+from datamodules.synthetic.labelled import write_covid_cxr
+from datamodules.tree import Tree, TreeFile
+from datamodules.volumes.datamodule import VolumeDataModule
 from datamodules.volumes.modalities import under_canonical_names, with_modalities
 from datamodules.volumes.pi_cai import gleason_to_isup, read_marksheet
+from datamodules.volumes.profiles import PROFILES
 
 
 @pytest.mark.parametrize("name", ["brats", "pi_cai", "lung"])
@@ -114,10 +134,10 @@ def test_a_generic_folder(tmp_path, brats_root, volumes_of):
 def test_roots_that_are_nothing_we_know(tmp_path, volumes_of):
     with pytest.raises(DataError, match="is not a folder"):
         volumes_of(tmp_path / "nowhere")
-    (tmp_path / "holiday.jpg").write_text("x")
-    with pytest.raises(DataError, match=r"of no known layout \(it holds holiday.jpg\): medmim init DIR shows"):
+    (tmp_path / "holiday.mov").write_text("x")
+    with pytest.raises(DataError, match=r"of no known layout \(it holds holiday.mov\): medmim init DIR shows"):
         volumes_of(tmp_path)
-    with pytest.raises(DataError, match=r"is not of the layout pi_cai .* it holds holiday.jpg"):
+    with pytest.raises(DataError, match=r"is not of the layout pi_cai .* it holds holiday.mov"):
         volumes_of(tmp_path, "pi_cai")
     with pytest.raises(DataError, match="There is no layout 'brats'; nearest are brats20"):
         volumes_of(tmp_path, "brats")
@@ -144,3 +164,180 @@ def test_a_chest_with_one_mask_of_two_is_not_labelled(tmp_path, lung_root, volum
     _, cases = volumes_of(root)
     assert [bool(case.labels) for case in cases[:4]] == [True, False, False, True]
     assert all(set(case.images) == {"1h", "xe"} for case in cases)
+
+
+def everything():
+    """Yield every module of datamodules."""
+    for found in pkgutil.walk_packages(datamodules.__path__, "datamodules."):
+        yield importlib.import_module(found.name)
+
+
+def test_every_layout_is_in_the_one_list():
+    """Whatever has a name, a tree and a way to find samples is registered, and no name is there twice."""
+    names = [entry.name for entry in LAYOUTS]
+    assert len(set(names)) == len(names)
+    registered = {id(entry.load()) for entry in LAYOUTS}
+    labels = {entry.labels.replace(":", ".") for entry in LAYOUTS if entry.labels}
+    strange = set()
+    for module in everything():
+        for name, value in vars(module).items():
+            if isinstance(value, type):
+                concrete = issubclass(value, LabelLayout) and not inspect.isabstract(value)
+                if concrete and f"{value.__module__}.{value.__name__}" not in labels:
+                    strange.add(f"{module.__name__}.{name}")
+            elif all(hasattr(value, part) for part in ("name", "tree", "find")) and id(value) not in registered:
+                strange.add(f"{module.__name__}.{name}")
+    assert strange == set()
+
+
+@pytest.mark.parametrize("entry", LAYOUTS, ids=lambda entry: entry.name)
+def test_an_entry_is_what_it_says(entry):
+    layout = entry.load()
+    assert layout.name == entry.name
+    assert entry.gives <= set(VOCABULARY)
+    assert entry.gives & {"volumes", "images"}
+    assert set(layout.takes) <= set(Settings.__dataclass_fields__)
+    assert layout.facts.profile in PROFILES
+    if entry.labels:
+        module, _, name = entry.labels.partition(":")
+        assert issubclass(getattr(importlib.import_module(module), name), LabelLayout)
+
+
+NEEDS = {
+    "e_mim": {"volumes"}, "brain segmentation": {"volumes", "masks"}, "mrm_genetics": {"images"},
+    "umd": {"images", "text"}, "questions": {"images", "questions"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory, brats_root, brain_root, pi_cai_root):
+    """Small archives of several kinds, by the layout that they have."""
+    root = tmp_path_factory.mktemp("archives")
+    write_idrid(root / "idrid", 2, 0, size=(40, 52))
+    write_vqa_rad(root / "vqa_rad", 2, 0)
+    write_covid_cxr(root / "covid_cxr", 2, seed=0, size=(48, 64))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 48, 3), dtype=np.uint8))
+    tables = {"table": ("image,subject", "{0}.png,p{0}"), "manifest": ("image,subject,text", "{0}.png,p{0},Clear.")}
+    for name, (header, row) in tables.items():
+        (root / name).mkdir()
+        for index in range(3):
+            picture.save(root / name / f"{index}.png")
+        rows = [header, *(row.format(index) for index in range(3))]
+        (root / name / ("manifest.csv" if name == "manifest" else "eyes.csv")).write_text("\n".join(rows))
+    for label in ("0", "10", "2"):
+        (root / "class_folders" / label).mkdir(parents=True)
+        for index in range(2):
+            picture.save(root / "class_folders" / label / f"{label}_{index}.png")
+    return {path.name: path for path in root.iterdir()} | {
+        "brats2023": brats_root, "sources": brain_root, "pi_cai": pi_cai_root
+    }  # fmt: skip
+
+
+def test_every_layout_feeds_whoever_needs_what_it_gives(archives):
+    """Archives.md, case 1: what fits is read, and what does not is one sentence that says what lacks."""
+    read, refusals = {}, []
+    for name, root in archives.items():
+        for user, needs in NEEDS.items():
+            settings = Settings(subject="file") if name == "class_folders" else Settings()
+            try:
+                found = open_archive(root, needs=needs, purpose=user, settings=settings).layout.name
+            except DataError as error:
+                refusals.append(str(error))
+            else:
+                assert found == name
+                read.setdefault(name, []).append(user)
+    volumes, pictures = ["e_mim", "brain segmentation"], ["mrm_genetics"]
+    assert read == {
+        "idrid": pictures, "vqa_rad": [*pictures, "umd", "questions"], "covid_cxr": [*pictures, "umd"],
+        "table": pictures, "manifest": [*pictures, "umd"], "class_folders": pictures, "brats2023": volumes,
+        "sources": volumes, "pi_cai": volumes,
+    }  # fmt: skip
+    for sentence in refusals:
+        assert len(sentence) <= 300
+        assert re.search(r"lacking in \S+\.$|of no known layout|has no setting", sentence), sentence
+
+
+def test_e_mim_reads_the_sources_of_brainmvp_and_brainmvp_reads_prostates_by_name(archives):
+    plain = VolumeDataModule(str(archives["sources"]), split_fractions=(1.0, 0.0, 0.0))
+    assert plain.index().name == "sources"
+    assert plain.input_spec.channels == canonical_order({name for case in plain.cases for name in case.images})
+    brain = BrainDataModule(str(archives["pi_cai"]), split_fractions=(1.0, 0.0, 0.0))
+    brain.index()
+    assert {name for case in brain.cases for name in case.images} == {"t2", "adc"}
+
+
+def test_a_table_of_photographs_trains_what_wants_pictures(archives):
+    data = ImageGenomeDataModule(str(archives["table"]), image_size=(32, 32), cache_side=40, batch_size=2,
+                                 split_fractions=(0.7, 0.3, 0.0))  # fmt: skip
+    data.prepare_data()
+    data.setup("fit")
+    assert data.index().layout.name == "table"
+    assert next(iter(data.train_dataloader()))["image"].shape == (2, 3, 32, 32)
+
+
+def test_classes_are_text_in_natural_order_and_whose_they_are_must_be_said(archives):
+    root = archives["class_folders"]
+    with pytest.raises(DataError, match=r"does not say whose its 6 images are \(2 lie in .*\): set subject: file"):
+        open_archive(root, needs={"images"})
+    archive = open_archive(root, needs={"images", "targets"}, settings=Settings(subject="file"))
+    assert natural_order(record.targets["class"] for record in archive.records) == ["0", "2", "10"]
+    assert len({record.patient_id for record in archive.records}) == 6
+    by_name = {"regex": r"(?P<subject>\d+)_(?P<view>\d)\.png"}
+    owned = open_archive(root, needs={"images"}, settings=Settings(subject=by_name))
+    assert {record.patient_id for record in owned.records} == {"0", "2", "10"}
+    with pytest.raises(DataError, match="does not fit"):
+        open_archive(root, needs={"images"}, settings=Settings(subject={"regex": r"(?P<subject>x)"}))
+
+
+def test_one_folder_a_patient_is_no_class(tmp_path):
+    for name in ("anna", "bert", "carl"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (40, 40)).save(tmp_path / name / "eye.jpg")
+    archive = open_archive(tmp_path, needs={"images"})
+    assert archive.layout.name == "images"
+    assert {record.patient_id for record in archive.records} == {"anna", "bert", "carl"}
+
+
+def test_settings_that_a_layout_does_not_have_are_refused(archives):
+    with pytest.raises(DataError, match="of the layout brats2023, which has no setting runs: it has none"):
+        open_archive(archives["brats2023"], needs={"volumes"}, settings=Settings(runs="all"))
+
+
+def test_the_nearest_layout_is_named_with_what_it_lacks(tmp_path):
+    (tmp_path / "imagesTr").mkdir()
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(DataError) as error:
+        open_archive(tmp_path, needs={"volumes"})
+    assert re.search(r"nearest is (msd|nnunet), which lacks dataset.json with .*; medmim init DIR", str(error.value))
+    deep = tmp_path / ("x" * 200) / ("y" * 200)
+    deep.mkdir(parents=True)
+    for index in range(30):
+        (deep / f"{'z' * 60}{index}.xyz").touch()
+    with pytest.raises(DataError) as error:
+        open_archive(deep, needs={"volumes"})
+    assert len(str(error.value)) <= 300
+
+
+def test_a_tie_is_refused_naming_both(tmp_path):
+    (tmp_path / "train.json").write_text("[]")
+    (tmp_path / "trainset.json").write_text("[]")
+    for name in ("imgs", "images"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(DataError, match=r"could be of several layouts \(vqa_rad, slake\): choose one with LAYOUT="):
+        open_archive(tmp_path, needs={"images", "questions"})
+
+
+def test_sixteen_thousand_scans_are_recognised_by_names_alone(tmp_path, monkeypatch):
+    """Names of 4,000 cases of four volumes: the walk is all that touches the file system."""
+    tree = Tree(tmp_path)
+    folders = [f"BraTS-GLI-{number:05}-000" for number in range(4000)]
+    tree._folders[""] = tree._folders[""]._replace(below=folders)
+    for folder in folders:
+        names = (f"{folder}/{folder}-{name}.nii.gz" for name in ("t1c", "t1n", "t2f", "t2w"))
+        files = [TreeFile(name, 9, "volume", None) for name in names]
+        tree._folders[folder] = type(tree._folders[""])(files, [])
+    for name in ("stat", "scandir", "open", "listdir"):
+        monkeypatch.setattr(os, name, None)
+    monkeypatch.setattr("builtins.open", None)
+    archive = open_archive(tree, needs={"volumes"})
+    assert (archive.layout.name, len(archive.records)) == ("brats2023", 4000)

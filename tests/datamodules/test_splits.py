@@ -234,3 +234,12 @@ def test_relatives_are_in_one_split():
     chain = [("a", "b"), ("b", "c"), ("stranger", "e"), ("unused", "d"), ("unused", "e")]
     assert relatives_together(some, parts, chain) == parts | {"a-0": "val", "a-1": "val", "b-0": "val"}
     assert set(relatives_together(some, parts, [*chain, ("d", "a")]).values()) == {"test", "train"}
+
+
+def test_what_a_configuration_may_give_as_a_split_file():
+    assert SplitFile.of("a.csv") == SplitFile("a.csv")
+    assert SplitFile.of({"file": "a.csv", "ids": "pad"}) == SplitFile("a.csv", "pad")
+    for given, word in (({"ids": "pad"}, "file is missing"), ({"file": "a", "ids": "loose"}, "wrong is ids: loose"),
+                        ({"file": "a", "idz": "pad"}, "wrong is idz")):  # fmt: skip
+        with pytest.raises(DataError, match=word):
+            SplitFile.of(given)

@@ -34,7 +34,7 @@ def test_attention_is_post_norm():
     assert weights.shape == (2, 2, 3, 5)
     assert torch.allclose(weights.sum(-1), torch.ones(2, 2, 3))
     assert (weights[0, :, :, 3:] == 0).all()
-    with pytest.raises(ValueError, match="no multiple of 3"):
+    with pytest.raises(ValueError, match="not a multiple of 3"):
         PostNormAttention(8, 3)
 
 

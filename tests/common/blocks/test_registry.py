@@ -37,7 +37,7 @@ def test_every_encoder_with_a_config_is_registered_and_has_its_home_in_the_list(
      "torch.nn.Linear", "common.blocks.vit.TransformerBlock", "experiments.umd.encoder.TextHead"],
 )  # fmt: skip
 def test_what_is_not_registered_is_never_built(path):
-    with pytest.raises(CheckpointError, match="is no encoder of this project: nothing was run") as refusal:
+    with pytest.raises(CheckpointError, match="is not an encoder of this project: nothing was run") as refusal:
         build_encoder(path, {})
     assert len(str(refusal.value)) <= 320
 
@@ -69,7 +69,7 @@ def test_an_encoder_of_ones_own_is_built_once_it_is_registered():
         ({"patch_size": {"class_path": "os.system"}}, "`patch_size` is"),
         ({"mlp_ratio": float("nan")}, "`mlp_ratio` is nan"),
         ({"pos_embed": None}, "`pos_embed` is None"),
-        ({"__class__": 1}, "'__class__' is none of its arguments"),
+        ({"__class__": 1}, "'__class__' is not one of its arguments"),
         ({"num_heads": 3}, "`num_heads` must divide `embed_dim`"),
         ({"num_heads": 0}, "modulo"),
         ({"embed_dim": -8}, "can be built"),

@@ -35,7 +35,7 @@ def test_loads_strictly_into_monai_and_back_with_equal_features():
 
 
 def test_foreign_keys_are_refused():
-    with pytest.raises(ValueError, match="no weight of MONAI"):
+    with pytest.raises(ValueError, match="not a weight of MONAI"):
         from_monai({"classification_head.0.weight": torch.zeros(1)})
 
 

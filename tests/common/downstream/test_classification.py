@@ -102,7 +102,7 @@ def test_stochastic_depth_rises_to_the_last_block():
 
 
 def test_data_without_classes_are_refused():
-    with pytest.raises(UserError, match="name no classes"):
+    with pytest.raises(UserError, match="defines no classes"):
         ImageClassifier().build_network(InputSpec(("red", "green", "blue"), (16, 16)))
 
 
@@ -155,5 +155,5 @@ def test_the_histogram_and_shuffled_labels_run(covid_root):
     histogram = ["--config", "experiments/mrm_record/configs/finetune_covid.histogram.yaml"]
     short = ["--trainer.max_steps=2", "--trainer.val_check_interval=2"]
     arguments = command("fit", covid_root)
-    run = execute([*arguments[:5], *histogram, *arguments[5:], *short, "--data.shuffle_targets=1"])
+    run = execute([*arguments[:5], *histogram, *arguments[5:], *short, "--data.shuffle.seed=1"])
     assert (run / "checkpoints/best.ckpt").is_file()

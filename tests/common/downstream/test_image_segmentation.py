@@ -189,7 +189,7 @@ def command(run, root, *more):
     config = "experiments/mrm_record/configs/finetune_siim_seg"
     return [
         run, "--config", f"{config}.yaml", "--config", f"{config}.smoke.yaml", f"--data.root={root}",
-        "--data.image_size=[64,64]", "--data.cache_side=64", "--trainer.enable_progress_bar=false",
+        "--data.image.size=[64,64]", "--data.cache.side=64", "--trainer.enable_progress_bar=false",
         "--trainer.precision=32-true", "--trainer.log_every_n_steps=1", *more,
     ]  # fmt: skip
 
@@ -224,7 +224,7 @@ def test_it_starts_from_a_pretrained_encoder_at_another_size(siim_root):
     short = ["--trainer.max_steps=2", "--trainer.val_check_interval=2"]
     run = execute(command("fit", siim_root, *short))
     again = execute(
-        command("fit", siim_root, *short, f"--model.pretrained={run}", "--data.image_size=[48,48]",
+        command("fit", siim_root, *short, f"--model.pretrained={run}", "--data.image.size=[48,48]",
                 "--model.optimization.optimizer.lr=0")
     )  # fmt: skip
     old, new = (torch.load(f / "checkpoints/best.ckpt", weights_only=True)["state_dict"] for f in (run, again))

@@ -46,7 +46,8 @@ def test_a_base_may_be_a_file_of_the_package(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = read_config(tmp_path / "mine.yaml")
     assert config["model"]["class_path"].endswith("SegmentationModule")
-    assert config["data"]["init_args"] | {"root": "/mine", "labels": True} == config["data"]["init_args"]
+    assert config["data"]["init_args"]["root"] == "/mine"
+    assert config["data"]["init_args"]["labels"] == {"needed": True, "fraction": 1.0}
 
 
 @pytest.mark.parametrize(

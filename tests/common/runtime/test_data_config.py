@@ -10,13 +10,14 @@ CONFIGS = "experiments/e_mim/configs"
 def test_later_configurations_win():
     section = Archive([f"{CONFIGS}/pretrain.yaml", f"{CONFIGS}/small.yaml"]).section
     assert section["class_path"] == "datamodules.volumes.datamodule.VolumeDataModule"
-    assert section["init_args"]["crop_size"] == [64, 64, 64]
+    assert section["init_args"]["crops"]["size"] == [64, 64, 64]
 
 
 def test_switches_win_over_configurations():
-    archive = Archive([f"{CONFIGS}/pretrain.yaml"], "/archive", settings=["cache=b2nd", "data.seed=3"])
+    archive = Archive([f"{CONFIGS}/pretrain.yaml"], "/archive", settings=["cache.format=b2nd", "data.seed=3"])
     options = archive.section["init_args"]
-    assert (options["root"], options["cache"], options["seed"]) == ("/archive", "b2nd", 3)
+    assert (options["root"], options["cache"], options["seed"]) == ("/archive", {"format": "b2nd"}, 3)
+    assert options["loader"] == {"draws": 1, "val_draws": 4}, "what the configuration says besides stays"
     assert isinstance(archive.datamodule(), VolumeDataModule)
 
 

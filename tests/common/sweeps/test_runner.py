@@ -116,7 +116,7 @@ pool: {score: score_x, target: target_x}
 config: [pretrain.yaml]
 arms:
   one:
-    - {run: fit, name: first, args: ["--data.fold={fold}", "--seed_everything={seed}"]}
+    - {run: fit, name: first, args: ["--data.split.fold={fold}", "--seed_everything={seed}"]}
     - {run: test, args: ["--ckpt_path={first}", "--seed_everything={seed}"], score: held-out folds}
 """
 
@@ -137,7 +137,8 @@ def test_folds_are_pooled_by_rank(experiment, tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner, "run_arm", run_arm)
     run_study(path, "--out", str(tmp_path / "result.json"))
-    assert [next(a for a in c if a.startswith("--data.fold")) for c in calls[::2]] == ["--data.fold=0", "--data.fold=1"]
+    folds = [next(a for a in c if a.startswith("--data.split.fold")) for c in calls[::2]]
+    assert folds == ["--data.split.fold=0", "--data.split.fold=1"]
     metrics = json.loads((tmp_path / "result.json").read_text())["rows"][0]["metrics"]
     assert metrics["auroc"] == metrics["auroc_folds"] == 1.0
     assert metrics["cases"] == 12

@@ -35,7 +35,7 @@ def test_nothing_is_unpickled_and_the_refusal_says_what_to_do(tmp_path, capsys, 
         assert f"more than tensors and plain values{found}, and" in text
         assert text.endswith("Get its weights alone: safetensors, or a state dict of tensors.")
     (tmp_path / "raw.ckpt").write_bytes(pickle.dumps(Payload()))
-    assert "is no checkpoint" in refused(read_torch, tmp_path / "raw.ckpt")
+    assert "is not a checkpoint" in refused(read_torch, tmp_path / "raw.ckpt")
     assert "executed" not in capsys.readouterr().out
     assert not recwarn
 

@@ -42,7 +42,7 @@ def test_a_learned_position_of_the_class_token_moves_into_the_token():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="no ViT of timm"):
+    with pytest.raises(ValueError, match="not a ViT of timm"):
         from_timm({"conv1.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="epsilon"):
         timm_config(encoder(norm_eps=1e-5).config)

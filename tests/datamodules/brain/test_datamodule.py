@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -11,13 +12,16 @@ from common.modalities import TEMPLATES, canonical_name
 from common.runtime.configs import find_config, read_config
 from datamodules.brain.datamodule import BrainDataModule, PairDataset
 from datamodules.brain.tasks import BrainTaskDataModule
+from datamodules.configs import SplitConfig
 from datamodules.loading import Draw
 from datamodules.registry import open_archive
 from datamodules.volumes.cases import case_of
+from datamodules.volumes.datamodule import CropConfig, LabelConfig, VolumeLoaderConfig
 from datamodules.volumes.prepare import native_space
 from datamodules.volumes.reading import write_nifti
 
 SHAPE = (40, 44, 36)
+CROPS = CropConfig((16, 16, 16), flip_axes=(), overhang=0.0)
 
 
 def studied(root):
@@ -26,14 +30,9 @@ def studied(root):
 
 
 def module(root, **options):
-    settings = {
-        "crop_size": (16, 16, 16),
-        "batch_size": 2,
-        "split_fractions": (0.75, 0.25, 0.0),
-        "atlas": SHAPE,
-        "seed": 1,
-    }
-    return BrainDataModule(str(root), **settings | options)
+    groups = {"crops": CROPS, "split": SplitConfig((0.75, 0.25, 0.0))}
+    made = {name: replace(group, **options.pop(name, {})) for name, group in groups.items()}
+    return BrainDataModule(str(root), **{"batch_size": 2, "atlas": SHAPE, "seed": 1, **options}, **made)
 
 
 def ready(root, **options):
@@ -220,7 +219,7 @@ def test_native_space_is_refused_with_the_reason(tmp_path):
         r"its voxels of 0.9 x 0.9 x 5.5 mm are those of a native scan and only 0% .* the skull is still on; register"
     )
     with pytest.raises(DataError, match=f"(?s)not in atlas space: {reason} it to the atlas"):
-        ready(tmp_path / "archive", split_fractions=(1, 0, 0))
+        ready(tmp_path / "archive", split={"fractions": (1, 0, 0)})
 
 
 def test_a_study_without_a_known_sequence_among_good_ones(brain_root, tmp_path):
@@ -236,7 +235,7 @@ def test_a_study_without_a_known_sequence_among_good_ones(brain_root, tmp_path):
 
 
 def test_volumes_smaller_than_the_crop_and_larger_than_the_atlas(brain_root):
-    data = ready(brain_root, crop_size=(48, 16, 16), atlas=(24, 44, 36))
+    data = ready(brain_root, crops={"size": (48, 16, 16)}, atlas=(24, 44, 36))
     batch = next(iter(data.train_dataloader()))
     assert batch["image"].shape == (2, 1, 48, 16, 16)
     assert not batch["image"][:, :, 0].any()
@@ -387,12 +386,13 @@ def test_a_task_of_one_cohort(task, tmp_path):
     settings = read_config(find_config(f"experiments/brainmvp/configs/finetune_brats_{task}_seg.yaml"))
     for cohort in ("GLI", "PED", "MET"):
         touch(tmp_path, f"BraTS-{cohort}-00001-000/BraTS-{cohort}-00001-000-{{t1n,t1c,t2w,t2f,seg}}.nii.gz")
-    options = settings["data"]["init_args"] | {"root": str(tmp_path), "split_fractions": (1, 0, 0)}
-    data = BrainTaskDataModule(**options)
+    options = settings["data"]["init_args"]
+    split = SplitConfig((1, 0, 0))
+    data = BrainTaskDataModule(str(tmp_path), options["modalities"], options["cohort"], split=split)
     data.index()
     assert [case.case_id for case in data.cases] == [f"BraTS-{task.upper()}-00001-000"]
     with pytest.raises(DataError, match=r"is called BraTS-SSA-\.\.\.,"):
-        BrainTaskDataModule(**options | {"cohort": "SSA"}).index()
+        BrainTaskDataModule(str(tmp_path), options["modalities"], "SSA", split=split).index()
 
 
 def test_a_manifest_knows_patients_by_their_names(tmp_path):
@@ -414,8 +414,9 @@ def test_values_of_no_region_are_a_fault_of_a_manifests_label(brain_root, tmp_pa
     listed(root, {"training": studies[:3], "validation": studies[3:]})
 
     def task(enhancing):
-        data = BrainTaskDataModule(str(root), labels=True, regions={"WT": [1, 2, enhancing], "ET": [enhancing]},
-                                   atlas=SHAPE, crop_size=(16, 16, 16), batch_size=2, max_fault_fraction=1)  # fmt: skip
+        labels = LabelConfig(needed=True, regions={"WT": [1, 2, enhancing], "ET": [enhancing]})
+        loader = VolumeLoaderConfig(max_fault_fraction=1)
+        data = BrainTaskDataModule(str(root), labels=labels, atlas=SHAPE, crops=CROPS, batch_size=2, loader=loader)
         data.prepare_data()
         return data
 
@@ -423,7 +424,9 @@ def test_values_of_no_region_are_a_fault_of_a_manifests_label(brain_root, tmp_pa
     data.setup("fit")
     assert data.ledger.faults == []
     data = task(3)
-    with pytest.raises(DataError, match=r"4\], but brain_manifest allows \[0, 1, 2, 3\] only: data.regions must name"):
+    with pytest.raises(
+        DataError, match=r"4\], but brain_manifest allows \[0, 1, 2, 3\] only: data.labels.regions must name"
+    ):
         data.setup("fit")
 
 

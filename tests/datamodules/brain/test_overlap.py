@@ -11,9 +11,11 @@ from datamodules.brain.datamodule import BrainDataModule
 from datamodules.brain.labels import LabelSource
 from datamodules.brain.tasks import BrainClassDataModule, BrainTaskDataModule
 from datamodules.synthetic.brain import write_tree
+from datamodules.volumes.datamodule import CropConfig, LabelConfig, VolumeCacheConfig, VolumeLoaderConfig
 from datamodules.volumes.reading import write_nifti
 
-SETTINGS = {"atlas": (40, 44, 36), "crop_size": (16, 16, 16), "batch_size": 2, "seed": 1}
+CROPS = CropConfig((16, 16, 16), flip_axes=(), overhang=0.0)
+SETTINGS = {"atlas": (40, 44, 36), "crops": CROPS, "batch_size": 2, "seed": 1}
 GRADES = LabelSource({"LGG": ["LGG"], "HGG": ["HGG"]}, attribute="grade")
 
 
@@ -28,7 +30,7 @@ def pre_training(root, **options):
 
 
 def segmentation(root, **options):
-    return BrainTaskDataModule(str(root), labels=True, **SETTINGS | options)
+    return BrainTaskDataModule(str(root), labels=LabelConfig(needed=True), **SETTINGS | options)
 
 
 def classification(root, **options):
@@ -61,10 +63,10 @@ def copy_under_another_name(case, name):
 @pytest.mark.parametrize("cache", ["npy", "none"])
 @pytest.mark.parametrize("make", [pre_training, segmentation, classification])
 def test_a_scan_under_two_names_is_refused(root, make, cache):
-    assert len(ready(make(root, cache=cache)).cases_in_use()) == 6
+    assert len(ready(make(root, cache=VolumeCacheConfig(cache))).cases_in_use()) == 6
     copy_under_another_name(cases_of(root)[0], "Brats18_9999_1")
     with pytest.raises(DataError, match=r"are the same study under two names: .* equal byte by byte"):
-        ready(make(root, cache=cache))
+        ready(make(root, cache=VolumeCacheConfig(cache)))
 
 
 @pytest.mark.parametrize("make", [pre_training, segmentation, classification])
@@ -87,7 +89,7 @@ def replaced(root, content):
 @pytest.mark.parametrize("cache", ["npy", "none"])
 def test_files_that_show_nothing_are_no_copies(root, cache, content):
     replaced(root, content)
-    data = ready(pre_training(root, cache=cache, max_fault_fraction=0.5))
+    data = ready(pre_training(root, cache=VolumeCacheConfig(cache), loader=VolumeLoaderConfig(max_fault_fraction=0.5)))
     assert len(data.cases_in_use()) == 6
     assert not any("several patients" in reason for reason in data.examine(True, 1))
 

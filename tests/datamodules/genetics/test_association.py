@@ -88,7 +88,7 @@ def test_persons_join_by_name_each_once_and_covariates_must_be_whole(genotypes, 
     covariates.loc["7", "age"] = np.nan
     found = associate(values, ids, genotypes, covariates, components=2, relatives=[("1", "2")])
     assert (found.persons, found.relatives) == (298, 1)
-    with pytest.raises(DataError, match="No person has both"):
+    with pytest.raises(DataError, match="Nobody has both"):
         associate(values, [f"y{i}" for i in range(400)], genotypes)
 
 

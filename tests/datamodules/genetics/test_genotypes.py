@@ -36,7 +36,7 @@ def test_bytes_by_hand(triple):
         (lambda p: p.with_suffix(".bed").write_bytes(b"\x6c\x1b\x00\x38\x07"), "variant-major"),
         (lambda p: p.with_suffix(".bed").write_bytes(bytes.fromhex("6c1b0138")), "has 4 bytes"),
         (lambda p: p.with_suffix(".fam").unlink(), "three.fam is missing"),
-        (lambda p: p.with_suffix(".fam").write_text("a a\nb b\na a\n"), "1 persons twice, first a"),
+        (lambda p: p.with_suffix(".fam").write_text("a a\nb b\na a\n"), "1 people twice, first a"),
         (lambda p: p.with_suffix(".bim").write_text("1 rs1\n"), "line 1 has 2 words, and 6 are needed"),
     ],
 )
@@ -61,7 +61,7 @@ def test_chromosomes_are_joined_and_the_withdrawn_left_out(tmp_path):
     assert genotypes.variants["chrom"].tolist() == ["1", "1", "22", "22"]
     assert np.array_equal(genotypes.counts(variants=np.array([1, 2])), [[np.nan, 2], [1, 1]], equal_nan=True)
     write_bed(tmp_path / "ukb_chr3", ["7", "8", "9"], VARIANTS, counts)
-    with pytest.raises(DataError, match="other persons"):
+    with pytest.raises(DataError, match="list different people"):
         open_genotypes("ukb_chr{chrom}", tmp_path)
 
 
@@ -138,8 +138,8 @@ def test_other_transforms_and_their_limits():
     ("values", "training", "words"),
     [
         ([[1, 1], [1, 1]], ["a", "b"], "None of the 2 snp features varies"),
-        ([[np.nan] * 2] * 2, ["a", "b"], "training persons has snp"),
-        ([[0, 1], [1, 0]], ["x"], "training persons has snp"),
+        ([[np.nan] * 2] * 2, ["a", "b"], "training people has snp"),
+        ([[0, 1], [1, 0]], ["x"], "training people has snp"),
     ],
 )
 def test_genetics_without_any_use_are_refused(values, training, words):

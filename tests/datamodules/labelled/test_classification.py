@@ -1,5 +1,6 @@
 import csv
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +10,16 @@ from PIL import Image
 from common import commands
 from common.errors import DataError
 from common.faults import SampleFaultError
+from datamodules.configs import CacheConfig, LoaderConfig
 from datamodules.images.cache import SourceImages
-from datamodules.labelled.classification import LabelledImageDataModule, shuffled_targets, strata_of
+from datamodules.labelled.classification import (
+    FoldConfig,
+    LabelledImageConfig,
+    LabelledImageDataModule,
+    ShuffleConfig,
+    shuffled_targets,
+    strata_of,
+)
 from datamodules.labelled.layout import UNKNOWN, LabelledImage, LabelledTable
 from datamodules.loading import Draw
 
@@ -32,8 +41,16 @@ def root(tmp_path):
 
 
 def module(root, **options):
-    options = {"image_size": (32, 32), "cache_side": 40, "batch_size": 8, **options}
-    return LabelledImageDataModule(str(root), LabelledTable(["one", "rare"]), **options)
+    groups = {
+        "image": LabelledImageConfig((32, 32)),
+        "cache": CacheConfig(side=40),
+        "split": FoldConfig((0.7, 0.1, 0.2)),
+        "shuffle": ShuffleConfig(),
+        "loader": LoaderConfig(),
+    }
+    made = {name: replace(group, **options.pop(name, {})) for name, group in groups.items()}
+    options = {"batch_size": 8, **options}
+    return LabelledImageDataModule(str(root), LabelledTable(["one", "rare"]), **options, **made)
 
 
 def ready(root, **options):
@@ -83,7 +100,7 @@ def test_fractions_are_nested_and_stratified(root):
 def test_folds_share_no_patient_and_cover_all(root):
     tested = Counter()
     for fold in range(3):
-        datamodule = module(root, fold=fold, num_folds=3)
+        datamodule = module(root, split={"fold": fold, "num_folds": 3})
         datamodule.index()
         parts = {name: patients(part) for name, part in datamodule.splits.items()}
         assert not parts["train"] & parts["test"]
@@ -99,7 +116,9 @@ def test_patients_with_the_same_note_are_in_one_fold(root, monkeypatch):
     noted = [item._replace(group="a note" if item.patient_id in ("p01", "p02", "p04") else "") for item in found]
     monkeypatch.setattr(LabelledTable, "find", lambda self, root: noted)
     for fold in range(5):
-        datamodule = LabelledImageDataModule(str(root), LabelledTable(["one"]), fold=fold)
+        datamodule = LabelledImageDataModule(
+            str(root), LabelledTable(["one"]), split=FoldConfig((0.7, 0.1, 0.2), fold=fold)
+        )
         datamodule.index()
         together = [len(patients(part) & {"p01", "p02", "p04"}) for part in datamodule.splits.values()]
         assert sorted(together) == [0, 0, 3]
@@ -116,7 +135,7 @@ def test_shuffled_targets_belong_to_patients(root):
 
 
 def test_shuffling_can_leave_what_is_tested_true(root):
-    true, shuffled = module(root), module(root, shuffle_targets=1, shuffle_tested=False)
+    true, shuffled = module(root), module(root, shuffle={"seed": 1, "tested": False})
     true.index()
     shuffled.index()
     assert shuffled.splits["test"] == true.splits["test"]
@@ -136,7 +155,7 @@ def test_the_stratum_is_the_rarest_class():
 def test_unknown_targets_are_masked(root):
     text = (root / "labels.csv").read_text().replace("00.png,p00,1,1", "00.png,p00,,1")
     (root / "labels.csv").write_text(text)
-    datamodule = ready(root, label_fraction=1.0, split_fractions=(1.0, 0.0, 0.0))
+    datamodule = ready(root, label_fraction=1.0, split={"fractions": (1.0, 0.0, 0.0)})
     batches = list(datamodule.central_samples(("train",)))
     known = {name: row for b in batches for name, row in zip(b["subject_id"], b["target_mask"].tolist(), strict=True)}
     assert known["00.png"] == [False, True]
@@ -155,7 +174,7 @@ def test_training_crops_change_with_the_epoch_and_evaluation_does_not(root):
 
 
 def test_without_a_cache_evaluation_sees_the_same(root):
-    cached, direct = ready(root), ready(root, cache="none")
+    cached, direct = ready(root), ready(root, cache={"format": "none"})
     assert isinstance(direct.store, SourceImages)
     pairs = zip(cached.val_dataloader(), direct.val_dataloader(), strict=True)
     assert all((one["image"] - other["image"]).abs().max() < 0.02 for one, other in pairs)
@@ -164,7 +183,7 @@ def test_without_a_cache_evaluation_sees_the_same(root):
 def test_a_broken_image_is_a_row_and_is_not_evaluated(root):
     for name in ("00.png", "31.png"):
         (root / name).write_bytes(b"broken")
-    datamodule = ready(root, max_fault_fraction=0.1)
+    datamodule = ready(root, loader={"max_fault_fraction": 0.1})
     assert datamodule.ledger.num_faulty == 2
     seen = [name for batch in datamodule.central_samples() for name in batch["subject_id"]]
     assert len(seen) == 58
@@ -172,7 +191,7 @@ def test_a_broken_image_is_a_row_and_is_not_evaluated(root):
 
 def test_a_fault_met_while_reading_names_its_case(root):
     (root / "00.png").write_bytes(b"broken")
-    dataset = module(root, cache="none", split_fractions=(1.0, 0.0, 0.0))
+    dataset = module(root, cache={"format": "none"}, split={"fractions": (1.0, 0.0, 0.0)})
     dataset.index()
     images = dataset._dataset(dataset.splits["train"], train=False)
     with pytest.raises(SampleFaultError) as error:
@@ -182,7 +201,7 @@ def test_a_fault_met_while_reading_names_its_case(root):
 
 def test_a_fold_and_a_split_file_exclude_each_other(root):
     with pytest.raises(ValueError, match="set one of them to null"):
-        module(root, fold=0, split_file="split.csv")
+        module(root, split={"fold": 0, "file": "split.csv"})
 
 
 @pytest.mark.parametrize(
@@ -239,7 +258,7 @@ def test_the_doctor_counts_classes_and_finds_copies(root, config, capsys):
 
 
 def test_a_split_file_serves_other_configurations(config, tmp_path):
-    fold = ["--set", "fold=1", "--set", "num_folds=3"]
+    fold = ["--set", "split.fold=1", "--set", "split.num_folds=3"]
     commands.main(["split", *config, *fold, "--by", "patient", "--out", str(tmp_path / "fold.csv")])
     rows = rows_of(tmp_path / "fold.csv")
     assert list(rows[0]) == ["patient_id", "split"]

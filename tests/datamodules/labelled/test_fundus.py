@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from common.errors import DataError
-from datamodules.genetics.datamodule import ImageGenomeDataModule
+from datamodules.configs import CacheConfig, SplitConfig
+from datamodules.genetics.datamodule import ImageGenomeDataModule, PictureConfig
 from datamodules.genetics.tcga import TCGAGrade, read_omics
 from datamodules.genetics.ukb import UKBRisk, find_ukb, read_phenotypes, split_of_eids
 from datamodules.images.pictures import pictures_of
@@ -192,8 +193,8 @@ def test_a_lesion_is_cut_as_its_image(tmp_path):
         moved = Image.new(image.mode, (image.width + 90, image.height + 30), 255 if path.suffix == ".bmp" else 0)
         moved.paste(image, (70, 20))
         moved.save(path)
-    data = ImageGenomeDataModule(str(tmp_path), "palm", image_size=(40, 40), cache_side=48, batch_size=2,
-                                 split_fractions=(0.5, 0.5, 0.0))  # fmt: skip
+    sizes = {"image": PictureConfig((40, 40)), "cache": CacheConfig(side=48), "split": SplitConfig((0.5, 0.5, 0.0))}
+    data = ImageGenomeDataModule(str(tmp_path), "palm", batch_size=2, **sizes)
     data.prepare_data()
     data.setup("fit")
     (batch,) = list(data.val_dataloader())

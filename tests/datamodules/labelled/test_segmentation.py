@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,15 @@ from common import commands
 from common.errors import DataError
 from common.faults import SampleFaultError
 from common.losses.focal_dice import IGNORED
+from datamodules.configs import CacheConfig, LoaderConfig, SplitConfig
 from datamodules.labelled.layout import LabelledImage, LabelledTable
-from datamodules.labelled.segmentation import MaskedImageDataModule, fitted_size, read_mask, reduced_mask
+from datamodules.labelled.segmentation import (
+    MaskedImageConfig,
+    MaskedImageDataModule,
+    fitted_size,
+    read_mask,
+    reduced_mask,
+)
 from datamodules.labelled.siim import SIIMPneumothorax, encode_runs
 from datamodules.loading import Draw
 
@@ -39,8 +48,14 @@ def root(tmp_path):
 
 
 def module(root, **options):
-    options = {"image_size": (32, 32), "cache_side": 32, "batch_size": 4, **options}
-    return MaskedImageDataModule(str(root), SIIMPneumothorax(), **options)
+    groups = {
+        "image": MaskedImageConfig((32, 32)),
+        "cache": CacheConfig(side=32),
+        "split": SplitConfig((0.7, 0.15, 0.15)),
+        "loader": LoaderConfig(),
+    }
+    made = {name: replace(group, **options.pop(name, {})) for name, group in groups.items()}
+    return MaskedImageDataModule(str(root), SIIMPneumothorax(), **{"batch_size": 4, **options}, **made)
 
 
 def ready(root, stage="fit", **options):
@@ -101,7 +116,7 @@ def test_a_sample(root):
 
 def test_a_mask_that_was_reduced_and_unpadded_comes_back(root):
     """Enlarged on the way, so that no pixel is lost."""
-    found = dataset(ready(root, image_size=(128, 96), cache_side=96))
+    found = dataset(ready(root, image={"size": (128, 96)}, cache={"side": 96}))
     for index in range(len(found)):
         sample = found[Draw(index, 0, 0)]
         h, w = sample["size"]
@@ -142,7 +157,7 @@ def test_flips_are_drawn_anew_every_epoch_and_only_in_training(root):
     assert len({image.sum(1).argmax().item() for image in images}) == 2
     assert torch.equal(images[5], training[Draw(0, 5, 0)]["image"])
     assert all(torch.equal(plain[Draw(0, 0, 0)]["image"], plain[Draw(0, epoch, 0)]["image"]) for epoch in range(12))
-    still = dataset(ready(root, flip=False), train=True)
+    still = dataset(ready(root, image={"flip": False}), train=True)
     assert all(torch.equal(still[Draw(0, epoch, 0)]["image"], plain[Draw(0, 0, 0)]["image"]) for epoch in range(12))
 
 
@@ -169,7 +184,7 @@ def test_splits_hold_out_images_with_and_without_a_region(root):
 
 
 def test_without_a_cache_the_same_is_seen(root):
-    one, other = dataset(ready(root)), dataset(ready(root, cache="none"))
+    one, other = dataset(ready(root)), dataset(ready(root, cache={"format": "none"}))
     for index in range(len(one)):
         a, b = one[Draw(index, 0, 0)], other[Draw(index, 0, 0)]
         assert torch.equal(a["label"], b["label"])
@@ -208,7 +223,7 @@ def test_a_damaged_code_is_replaced_in_training_and_left_out_of_scores(root):
 
 
 def test_too_many_damaged_codes_stop_training(root):
-    wide = {"split_fractions": (0.4, 0.3, 0.3)}
+    wide = {"split": {"fractions": (0.4, 0.3, 0.3)}}
     splits = splits_of(root, **wide)
     damaged = [item.case_id for part in ("val", "test") for item in splits[part] if item.masks]
     for name in damaged[:6]:
@@ -219,9 +234,9 @@ def test_too_many_damaged_codes_stop_training(root):
 
 
 def test_settings_that_cannot_work(root, tmp_path):
-    with pytest.raises(ValueError, match="`cache_side` must be at least the smaller side of `image_size`, 64"):
-        module(root, image_size=(64, 96), cache_side=63)
-    module(root, image_size=(64, 96), cache_side=8, cache="none")
+    with pytest.raises(ValueError, match=r"`cache\.side` must be at least the smaller side of `image\.size`, 64"):
+        module(root, image={"size": (64, 96)}, cache={"side": 63})
+    module(root, image={"size": (64, 96)}, cache={"side": 8, "format": "none"})
     with pytest.raises(ValueError, match="a labelled table has 2 classes"):
         MaskedImageDataModule(str(root), LabelledTable(["one", "two"]))
     for number in range(30):

@@ -1,6 +1,7 @@
 """VQA-RAD, SLAKE and VQA-Med-2019: layouts, answers, and the data module over them."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,17 +9,29 @@ import torch
 from PIL import Image
 
 from common.errors import DataError
+from datamodules.configs import CacheConfig, LoaderConfig, SplitConfig
 from datamodules.pairs.answers import accepted_answers, normalised_answer
-from datamodules.pairs.datamodule import other_images
-from datamodules.pairs.questions import QuestionDataModule, ambiguous
+from datamodules.pairs.datamodule import PairImageConfig, other_images
+from datamodules.pairs.questions import (
+    QuestionConfig,
+    QuestionDataModule,
+    QuestionSplitConfig,
+    SingleQuestion,
+    ambiguous,
+)
 from datamodules.pairs.vqa import find_slake, find_vqa_med, find_vqa_rad, question_of
 from datamodules.registry import Settings, open_archive
-from datamodules.reports.datamodule import ImageTextDataModule
+from datamodules.reports.archive import TextConfig
+from datamodules.reports.datamodule import ImageTextDataModule, ReportImageConfig, ReportTextConfig, SampleConfig
 from datamodules.reports.studies import studies_of
 from datamodules.synthetic.figures import write_slake, write_vqa_med_2019, write_vqa_rad
 from datamodules.tree import Tree
 
-SMALL = {"image_size": (32, 32), "cache_side": 48, "vocab_size": 300, "text_length": 16, "batch_size": 4}
+SMALL = {
+    "image": PairImageConfig((32, 32)),
+    "cache": CacheConfig(side=48),
+    "text": TextConfig(16, tokenizer_kind="bpe", vocab_size=300, end_token=True),
+}
 
 
 def questions_of(root):
@@ -34,7 +47,9 @@ def rad_root(tmp_path_factory):
 
 
 def module(root, **settings):
-    built = QuestionDataModule(str(root), **{**SMALL, **settings})
+    groups = SMALL | {"split": QuestionSplitConfig(), "questions": QuestionConfig(), "loader": LoaderConfig()}
+    made = {name: replace(group, **settings.pop(name, {})) for name, group in groups.items()}
+    built = QuestionDataModule(str(root), **{"batch_size": 4, **settings}, **made)
     built.prepare_data()
     built.setup("fit")
     return built
@@ -83,20 +98,26 @@ def test_categories_of_vqa_med(tmp_path, rad_root):
     write_vqa_med_2019(tmp_path, 2, 0)
     asked = {q.category for part in module(tmp_path).splits.values() for q in part}
     assert asked == {"modality", "plane", "organ"}
-    chosen = module(tmp_path, categories=["plane", "abnormality"])
+    chosen = module(tmp_path, questions={"categories": ["plane", "abnormality"]})
     assert {q.category for q in chosen.splits["test"]} == {"plane", "abnormality"}
     assert {q.category for q in chosen.splits["train"]} == {"plane", "abnormality"}
     with pytest.raises(DataError, match="has no category 'colour'; it has modality, plane, organ, abnormality"):
-        module(tmp_path, categories=["colour"])
+        module(tmp_path, questions={"categories": ["colour"]})
     with pytest.raises(DataError, match="is of the layout vqa_rad, which has no setting categories"):
-        module(rad_root, categories=["plane"])
+        module(rad_root, questions={"categories": ["plane"]})
     with pytest.raises(ValueError, match="empty list"):
-        QuestionDataModule(str(tmp_path), categories=[])
+        QuestionDataModule(str(tmp_path), questions=QuestionConfig(categories=[]))
 
 
 def test_calibration_reads_questions_alone(rad_root):
-    data = ImageTextDataModule(str(rad_root), complete=True, image_size=(32, 32), cache_side=48, vocab_size=200,
-                               text_length=16, split_fractions=(0.9, 0.1, 0.0))  # fmt: skip
+    data = ImageTextDataModule(
+        str(rad_root),
+        samples=SampleConfig(complete=True),
+        image=ReportImageConfig((32, 32)),
+        cache=CacheConfig(side=48),
+        text=ReportTextConfig(16, vocab_size=200),
+        split=SplitConfig((0.9, 0.1, 0.0)),
+    )
     data.index()
     answers = {str(row["answer"]).lower() for row in json.loads((rad_root / "trainset.json").read_text())} - {"disc"}
     texts = " ".join(sample.study.text.lower() for part in data.splits.values() for sample in part)
@@ -190,13 +211,13 @@ def test_classes_are_those_of_training(tmp_path, capsys):
     assert f"1 of {len(rows)} test" in capsys.readouterr().out
     labels = [label for batch in data.test_dataloader() for label in batch["label"].tolist()]
     assert labels.count(-1) == 1
-    assert "something unheard of" in module(tmp_path, classes_from="all_splits").task_classes()
-    assert module(tmp_path, val="test").splits["val"] == data.splits["test"]
+    assert "something unheard of" in module(tmp_path, questions={"classes_from": "all_splits"}).task_classes()
+    assert module(tmp_path, split={"val": "test"}).splits["val"] == data.splits["test"]
     assert "warning" in capsys.readouterr().out
 
 
 def test_splits_by_image(rad_root):
-    data = module(rad_root, split="image", split_fractions=(0.6, 0.2, 0.2))
+    data = module(rad_root, split={"by": "image", "fractions": (0.6, 0.2, 0.2)})
     images = [{q.image for q in data.splits[name]} for name in ("train", "val", "test")]
     assert all(images)
     assert not images[0] & images[1]
@@ -205,7 +226,7 @@ def test_splits_by_image(rad_root):
 
 def test_other_images_and_none(rad_root):
     own, other, none = (
-        next(iter(module(rad_root, shown=shown).test_dataloader())) for shown in ("own", "permuted", "blank")
+        next(iter(module(rad_root, image={"shown": shown}).test_dataloader())) for shown in ("own", "permuted", "blank")
     )
     assert torch.equal(own["input_ids"], other["input_ids"])
     assert not torch.equal(own["image"], other["image"])
@@ -218,7 +239,7 @@ def test_other_images_and_none(rad_root):
 def test_ambiguous_questions(rad_root):
     chosen = ambiguous(module(rad_root).splits["train"])
     assert {q.text for q in chosen} >= {"what shape is shown", "where is the lesion"}
-    data = module(rad_root, questions="ambiguous", split_fractions=(1.0, 0.0, 0.0))
+    data = module(rad_root, questions={"chosen": "ambiguous"}, split={"fractions": (1.0, 0.0, 0.0)})
     assert data.splits["val"] == data.splits["train"]
 
 
@@ -230,7 +251,7 @@ def test_bad_rows(tmp_path, capsys):
     rows[9] |= {"answer": None, "question": "Which answer is null?"}
     rows[10] |= {"answer": "None", "question": "Which answer is a word?"}
     path.write_text(json.dumps(rows))
-    data = module(tmp_path, split_fractions=(1.0, 0.0, 0.0), max_fault_fraction=1.0)
+    data = module(tmp_path, split={"fractions": (1.0, 0.0, 0.0)}, loader={"max_fault_fraction": 1.0})
     assert {fault.kind for fault in data.ledger.faults} == {"missing", "empty"}
     assert {"7", "none"} <= set(data.task_classes())
     asked = {q.text: q.answers for q in data.splits["train"]}
@@ -257,8 +278,9 @@ def test_one_question(tmp_path, rad_root):
     pixels.save(tmp_path / "one.png")
     trained = module(rad_root)
     trained.tokenizer.save(tmp_path / "tokenizer.json")
-    data = QuestionDataModule(image=str(tmp_path / "one.png"), question="What shape is  shown?",
-                              tokenizer=str(tmp_path / "tokenizer.json"), **SMALL)  # fmt: skip
+    single = SingleQuestion(str(tmp_path / "one.png"), "What shape is  shown?")
+    text = replace(SMALL["text"], tokenizer=str(tmp_path / "tokenizer.json"))
+    data = QuestionDataModule(single=single, batch_size=4, **SMALL | {"text": text})
     data.prepare_data()
     data.setup("predict")
     (batch,) = data.predict_dataloader()
@@ -266,11 +288,11 @@ def test_one_question(tmp_path, rad_root):
     assert batch["image"].shape == (1, 3, 32, 32)
     assert data.task_classes() == ()
     with pytest.raises(ValueError, match="go together"):
-        QuestionDataModule(image="x.png")
+        QuestionDataModule(single=SingleQuestion(image="x.png"))
     with pytest.raises(DataError, match="needs the tokenizer"):
-        QuestionDataModule(image=str(tmp_path / "one.png"), question="What?").index()
+        QuestionDataModule(single=SingleQuestion(image=str(tmp_path / "one.png"), question="What?")).index()
     with pytest.raises(DataError, match="no image at"):
-        QuestionDataModule(image="gone.png", question="What?", tokenizer=str(tmp_path / "tokenizer.json")).index()
+        QuestionDataModule(single=SingleQuestion("gone.png", "What?"), text=text).index()
 
 
 @pytest.mark.real_data

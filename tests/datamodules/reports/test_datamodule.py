@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,9 +10,16 @@ from PIL import Image
 from common.errors import DataError
 from common.maskers.random import RandomMasker
 from common.randomness import KeyedGenerator, numpy_generator
+from datamodules.configs import CacheConfig, LoaderConfig, SplitConfig
 from datamodules.images.crops import center_box, cut_box, random_box
 from datamodules.loading import Draw
-from datamodules.reports.datamodule import ImageTextDataModule, swap_sides
+from datamodules.reports.datamodule import (
+    ImageTextDataModule,
+    ReportImageConfig,
+    ReportTextConfig,
+    SampleConfig,
+    swap_sides,
+)
 from datamodules.synthetic.labelled import write_covid_cxr
 from datamodules.synthetic.reports import write_mimic_cxr
 
@@ -43,8 +51,16 @@ def manifest_root(tmp_path):
 
 
 def module(root, **settings):
-    defaults = {"image_size": (32, 32), "cache_side": 48, "vocab_size": 200, "text_length": 24, "batch_size": 2}
-    built = ImageTextDataModule(str(root), **{**defaults, **settings})
+    groups = {
+        "image": ReportImageConfig((32, 32)),
+        "cache": CacheConfig(side=48),
+        "text": ReportTextConfig(24, vocab_size=200),
+        "samples": SampleConfig(),
+        "split": SplitConfig(),
+        "loader": LoaderConfig(),
+    }
+    made = {name: replace(group, **settings.pop(name, {})) for name, group in groups.items()}
+    built = ImageTextDataModule(str(root), **{"batch_size": 2, **settings}, **made)
     built.prepare_data()
     built.setup("fit")
     return built
@@ -65,7 +81,7 @@ def test_a_batch_holds_what_it_says(mimic_root):
 
 
 def test_texts_padded_in_full(mimic_root):
-    short, full = (next(iter(module(mimic_root, pad_to_length=pad, text_length=400).val_dataloader()))
+    short, full = (next(iter(module(mimic_root, text={"pad_to_length": pad, "length": 400}).val_dataloader()))
                    for pad in (False, True))  # fmt: skip
     width = short["input_ids"].shape[1]
     assert width < full["input_ids"].shape[1] == full["attention_mask"].shape[1] == full["labels"].shape[1] == 400
@@ -77,7 +93,10 @@ def test_texts_padded_in_full(mimic_root):
 
 
 def test_redactions_stay_where_they_are_wanted(mimic_root):
-    texts = [" ".join(module(mimic_root, text="full", keep_redactions=keep).training_texts()) for keep in (False, True)]
+    texts = [
+        " ".join(module(mimic_root, text={"part": "full", "keep_redactions": keep}).training_texts())
+        for keep in (False, True)
+    ]
     assert "_" not in texts[0]
     assert texts[1].count("___") > 5
     assert " ".join(texts[1].replace("___", " ").split()) == texts[0]
@@ -100,7 +119,7 @@ def test_draws_are_functions_of_seed_epoch_and_subject(mimic_root):
 @pytest.mark.parametrize("scheme", ["independent", "bert"])
 def test_hidden_words_say_nothing_about_hidden_patches(mimic_root, scheme):
     """Both hang on the sample's key; with the same numbers, word i would be hidden where patch i is shown."""
-    dataset = module(mimic_root, mask_scheme=scheme).train_dataloader().dataset
+    dataset = module(mimic_root, text={"mask_scheme": scheme}).train_dataloader().dataset
     items = [dataset[Draw(0, epoch, 0)] for epoch in range(400)]
     words = torch.stack([item["labels"] != -100 for item in items])[:, 1:].double()
     keys = torch.stack([item["key"] for item in items])
@@ -117,17 +136,22 @@ def test_the_control_is_another_patient(mimic_root):
 
 
 def test_pairs_and_views(mimic_root):
-    by_image, by_study = (module(mimic_root, pair=pair) for pair in ("image", "study"))
+    by_image, by_study = (module(mimic_root, samples={"pair": pair}) for pair in ("image", "study"))
     count = {name: sum(map(len, data.splits.values())) for name, data in (("image", by_image), ("study", by_study))}
     assert count["study"] == 12 < count["image"]
-    views = {view for part in module(mimic_root, views=["PA"]).splits.values() for s in part for view in s.study.views}
+    views = {
+        view
+        for part in module(mimic_root, samples={"views": ["PA"]}).splits.values()
+        for s in part
+        for view in s.study.views
+    }
     assert "PA" in views
     with pytest.raises(DataError, match="views OBLIQUE"):
-        module(mimic_root, views=["OBLIQUE"])
+        module(mimic_root, samples={"views": ["OBLIQUE"]})
 
 
 def test_broken_images_leave_their_text_and_a_row(manifest_root):
-    data = module(manifest_root, split_fractions=(1.0, 0.0, 0.0), max_fault_fraction=1.0)
+    data = module(manifest_root, split={"fractions": (1.0, 0.0, 0.0)}, loader={"max_fault_fraction": 1.0})
     faults = {fault.path.rsplit("/", 1)[-1]: fault.kind for fault in data.ledger.faults}
     assert faults == {"02.jpg": "unreadable", "03.jpg": "shape"}
     dataset = data.train_dataloader().dataset
@@ -144,7 +168,7 @@ def test_neither_image_nor_text_is_replaced(manifest_root):
     table = pd.read_csv(manifest_root / "manifest.csv", keep_default_na=False)
     table.loc[2, "text"] = ""
     table.to_csv(manifest_root / "manifest.csv", index=False)
-    dataset = module(manifest_root, split_fractions=(1.0, 0.0, 0.0)).train_dataloader().dataset
+    dataset = module(manifest_root, split={"fractions": (1.0, 0.0, 0.0)}).train_dataloader().dataset
     item = dataset[Draw(next(i for i in range(12) if dataset.subject(i) == "02.jpg"), 0, 0)]
     assert item["subject_id"] != "02.jpg"
     assert [fault.kind for fault in item["faults"]] == ["unreadable"]
@@ -238,7 +262,7 @@ def test_subjects_who_share_a_file_are_one_patient(manifest_root, capsys):
 
 def test_text_alone_is_a_study(manifest_root):
     with_rows(manifest_root, {"text": "Clear lungs.", "subject": "p9"}, {"text": "No mass."}, {"subject": "p9"})
-    data = module(manifest_root, split_fractions=(1.0, 0.0, 0.0), views=None)
+    data = module(manifest_root, split={"fractions": (1.0, 0.0, 0.0)}, samples={"views": None})
     dataset = data.train_dataloader().dataset
     assert len(dataset) == 14
     places = {dataset.subject(index): index for index in range(14)}
@@ -246,7 +270,10 @@ def test_text_alone_is_a_study(manifest_root):
     assert (item["patient_id"], item["modality_mask"].tolist()) == ("p9", [False, True])
     assert dataset[Draw(places["row 14"], 0, 0)]["patient_id"] == "row 14"
     assert data.examine(deep=True, workers=1) == []
-    assert len(module(manifest_root, complete=True, split_fractions=(1.0, 0.0, 0.0)).splits["train"]) == 11
+    assert (
+        len(module(manifest_root, samples={"complete": True}, split={"fractions": (1.0, 0.0, 0.0)}).splits["train"])
+        == 11
+    )
 
 
 def test_the_vocabulary_knows_the_training_split_alone(mimic_root, tmp_path):
@@ -255,7 +282,7 @@ def test_the_vocabulary_knows_the_training_split_alone(mimic_root, tmp_path):
     assert 0 < len(texts) < 12
     assert data.token_counts().sum() == sum(int(data.tokenizer.encode(t, 24).maskable.sum()) for t in texts)
     spec = data.input_spec.vocabulary
-    other = module(mimic_root, vocab_size=150).input_spec.vocabulary
+    other = module(mimic_root, text={"vocab_size": 150}).input_spec.vocabulary
     assert spec["size"] > 150 >= other["size"]
     assert spec["fingerprint"] != other["fingerprint"]
     assert module(mimic_root).input_spec.vocabulary == spec
@@ -265,7 +292,7 @@ def test_unique_texts_are_split_after_duplicates_have_gone(manifest_root):
     table = pd.read_csv(manifest_root / "manifest.csv", keep_default_na=False)
     table["text"] = [NOTES[i % 3].upper() if i > 5 else NOTES[i % 3] for i in range(12)]
     table.to_csv(manifest_root / "manifest.csv", index=False)
-    data = module(manifest_root, unique_texts=True, batch_size=1)
+    data = module(manifest_root, text={"unique": True}, batch_size=1)
     assert sum(map(len, data.splits.values())) == 3
 
 
@@ -286,7 +313,7 @@ def test_swapping_sides():
 
 @pytest.mark.parametrize("flip", ["swap_words", "naive"])
 def test_mirrored_crops(mimic_root, flip):
-    plain, mirrored = (module(mimic_root, flip=name, text_length=300) for name in ("off", flip))
+    plain, mirrored = (module(mimic_root, image={"flip": name}, text={"length": 300}) for name in ("off", flip))
     index = next(i for i, s in enumerate(plain.splits["train"]) if "left" in plain.text_of(s))
     datasets = [data.train_dataloader().dataset for data in (plain, mirrored)]
     texts = set()
@@ -316,16 +343,16 @@ def test_a_cut_box_equals_a_cut_then_a_resize_and_mirrors():
 
 
 def test_settings_out_of_range_are_refused():
-    with pytest.raises(ValueError, match="text_length"):
-        ImageTextDataModule("nowhere", text_length=1)
+    with pytest.raises(ValueError, match="`length` of a text"):
+        ImageTextDataModule("nowhere", text=ReportTextConfig(length=1))
     with pytest.raises(ValueError, match="crop_scale"):
-        ImageTextDataModule("nowhere", crop_scale=(0.5, 0.2))
+        ImageTextDataModule("nowhere", image=ReportImageConfig(crop_scale=(0.5, 0.2)))
 
 
 @pytest.mark.real_data
 def test_distinct_reports_of_open_i(real_data):
     """Tokens are lower case, so reports that differ in capitals alone are one to the network."""
-    data = ImageTextDataModule(str(real_data("openi_reports")), unique_texts=True)
+    data = ImageTextDataModule(str(real_data("openi_reports")), text=ReportTextConfig(unique=True))
     data.index()
     assert len(data.samples) == 3157
     train, val, test = ({data.text_of(sample).lower() for sample in part} for part in data.splits.values())
@@ -335,7 +362,7 @@ def test_distinct_reports_of_open_i(real_data):
 
 @pytest.mark.real_data
 def test_covid(real_data):
-    data = module(real_data("covid_cxr"), views=["AP", "PA", "AP Supine"])
+    data = module(real_data("covid_cxr"), samples={"views": ["AP", "PA", "AP Supine"]})
     patients = [{sample.patient_id for sample in part} for part in data.splits.values()]
     assert not patients[0] & patients[1]
     assert sum(map(len, data.splits.values())) == 148
@@ -360,8 +387,8 @@ def test_covid_by_the_names_of_its_columns(real_data):
 def test_the_run_keeps_its_tokenizer(mimic_root, tmp_path):
     data = module(mimic_root)
     data.tokenizer.save(tmp_path / "tokenizer.json")
-    again = module(mimic_root, tokenizer=str(tmp_path / "tokenizer.json"))
+    again = module(mimic_root, text={"tokenizer": str(tmp_path / "tokenizer.json")})
     assert again.input_spec.vocabulary == data.input_spec.vocabulary
     (tmp_path / "broken.json").write_text(json.dumps({"model": None}))
     with pytest.raises(DataError, match=r"no tokenizer at .*broken\.json"):
-        module(mimic_root, tokenizer=str(tmp_path / "broken.json"))
+        module(mimic_root, text={"tokenizer": str(tmp_path / "broken.json")})

@@ -112,9 +112,9 @@ def test_a_vocabulary_of_transformers(real_data):
 @pytest.mark.real_data
 def test_open_i(real_data):
     """The bounds of the specification: median 42 or 43 tokens, nothing unknown to a vocabulary of its own."""
-    from datamodules.reports.datamodule import ImageTextDataModule
+    from datamodules.reports.datamodule import ImageTextDataModule, ReportImageConfig
 
-    data = ImageTextDataModule(str(real_data("openi_reports")), image_size=(32, 32))
+    data = ImageTextDataModule(str(real_data("openi_reports")), image=ReportImageConfig(size=(32, 32)))
     texts = [data.text_of(sample) for part in (data.index(), data.splits)[1].values() for sample in part]
     assert sum(not text for text in texts) == 28
     lengths = sorted(len(data.tokenizer.encode(text, 10**6).ids) for text in texts if text)

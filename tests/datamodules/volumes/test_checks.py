@@ -71,7 +71,7 @@ def test_another_grid(copy, capsys):
 
 
 def test_prepare_split_and_unknown_roots(copy, tmp_path, capsys):
-    main(["prepare", *CONFIG, "--root", str(copy), "--set", "cache=b2nd"])
+    main(["prepare", *CONFIG, "--root", str(copy), "--set", "cache.format=b2nd"])
     assert "faults: none" in capsys.readouterr().out
     main(["split", *CONFIG, "--root", str(copy), "--out", str(tmp_path / "split.csv")])
     assert len((tmp_path / "split.csv").read_text().splitlines()) == 9
@@ -80,7 +80,7 @@ def test_prepare_split_and_unknown_roots(copy, tmp_path, capsys):
     assert stop.value.code == 1
     assert "is not a folder" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
-        main(["prepare", *CONFIG, "--root", str(copy), "--set", "cache=none"])
+        main(["prepare", *CONFIG, "--root", str(copy), "--set", "cache.format=none"])
     assert "no cache" in capsys.readouterr().err
 
 
@@ -113,7 +113,7 @@ def test_broken_labels_matter_where_labels_are_used(copy, capsys):
     doctor(copy)
     assert "faults: none" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        doctor(copy, "--set", "labels=true")
+        doctor(copy, "--set", "labels.needed=true")
 
 
 def test_a_study_without_its_reference_is_named(pi_cai_root, tmp_path, capsys):

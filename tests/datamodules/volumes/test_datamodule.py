@@ -1,17 +1,34 @@
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from common.errors import DataError, TooManyFaultsError
+from datamodules.configs import SplitConfig
 from datamodules.loading import Draw
-from datamodules.volumes.datamodule import VolumeDataModule
+from datamodules.volumes.datamodule import (
+    CropConfig,
+    LabelConfig,
+    TargetConfig,
+    VolumeCacheConfig,
+    VolumeDataModule,
+    VolumeLoaderConfig,
+)
 
 
 def make(root, **options):
-    defaults = {"crop_size": (32, 32, 32), "batch_size": 2, "val_crops_per_case": 2, "seed": 1}
-    datamodule = VolumeDataModule(str(root), **{**defaults, **options})
+    groups = {
+        "crops": CropConfig((32, 32, 32)),
+        "labels": LabelConfig(),
+        "target": TargetConfig(),
+        "cache": VolumeCacheConfig(),
+        "split": SplitConfig(),
+        "loader": VolumeLoaderConfig(val_draws=2),
+    }
+    made = {name: replace(group, **options.pop(name, {})) for name, group in groups.items()}
+    datamodule = VolumeDataModule(str(root), **{"batch_size": 2, "seed": 1, **options}, **made)
     datamodule.prepare_data()
     datamodule.setup("fit")
     return datamodule
@@ -27,7 +44,7 @@ def copy(brats_root, tmp_path):
 
 
 def test_batches(brats_root):
-    datamodule = make(brats_root, crops_per_case=2)
+    datamodule = make(brats_root, loader={"draws": 2})
     batch = batches(datamodule.train_dataloader(), datamodule)[0]
     assert batch["image"].shape == (2, 4, 32, 32, 32)
     assert batch["image"].dtype == torch.float32
@@ -40,7 +57,7 @@ def test_batches(brats_root):
 
 
 def test_a_missing_modality_is_masked_without_a_row(brats_root):
-    datamodule = make(brats_root, split_fractions=(1.0, 0.0, 0.0))
+    datamodule = make(brats_root, split={"fractions": (1.0, 0.0, 0.0)})
     seen = {}
     for batch in batches(datamodule.train_dataloader(), datamodule):
         seen |= dict(zip(batch["subject_id"], batch["modality_mask"].tolist(), strict=True))
@@ -76,7 +93,7 @@ def test_the_control_is_another_patient(brats_root):
 
 
 def test_flips_turn_image_and_label_together(brats_root):
-    datamodule = make(brats_root, labels=True, flip_axes=(0, 1, 2), label_crop_probability=1.0)
+    datamodule = make(brats_root, labels={"needed": True}, crops={"flip_axes": (0, 1, 2), "label_probability": 1.0})
     dataset = datamodule.train_dataloader().dataset
     for draw in range(8):
         sample = dataset[Draw(0, 0, draw)]
@@ -86,7 +103,7 @@ def test_flips_turn_image_and_label_together(brats_root):
 
 
 def test_labels_become_regions_and_whole_volumes(brats_root):
-    datamodule = make(brats_root, labels=True)
+    datamodule = make(brats_root, labels={"needed": True})
     batch = next(iter(datamodule.val_dataloader()))
     assert batch["label"].shape[1] == 3
     assert batch["image"].shape[2:] == batch["label"].shape[2:]
@@ -98,19 +115,20 @@ def test_labels_become_regions_and_whole_volumes(brats_root):
 
 def test_a_share_of_the_labels(brats_root):
     kept = [
-        {c.case_id for c in make(brats_root, labels=True, label_fraction=f).splits["train"]} for f in (0.2, 0.6, 1.0)
+        {c.case_id for c in make(brats_root, labels={"needed": True, "fraction": f}).splits["train"]}
+        for f in (0.2, 0.6, 1.0)
     ]
     assert kept[0] < kept[1] < kept[2]
 
 
 def test_targets(brats_root, pi_cai_root):
-    datamodule = make(brats_root, target="idh", target_file=str(brats_root / "idh.csv"))
+    datamodule = make(brats_root, target={"name": "idh", "file": str(brats_root / "idh.csv")})
     names = [name for batch in datamodule.train_dataloader() for name in batch["subject_id"]]
     assert len(names) == len(set(names))
     central = list(datamodule.central_samples(("train", "val")))
     assert {"image", "target", "patient_id"} <= central[0].keys()
     assert set(torch.cat([batch["target"] for batch in central]).tolist()) == {0, 1}
-    assert make(pi_cai_root, target="csPCa", crop_size=(32, 32, 16)).targets
+    assert make(pi_cai_root, target={"name": "csPCa"}, crops={"size": (32, 32, 16)}).targets
 
 
 @pytest.mark.parametrize(
@@ -126,15 +144,15 @@ def test_bad_targets(brats_root, tmp_path, content, message):
     others = "".join(f"BraTS-GLI-0000{number}-000,\n" for number in range(1, 8) if "BraTS" in content)
     (tmp_path / "idh.csv").write_text(content + others)
     with pytest.raises(DataError, match=message):
-        make(brats_root, target="idh", target_file=str(tmp_path / "idh.csv"))
+        make(brats_root, target={"name": "idh", "file": str(tmp_path / "idh.csv")})
     with pytest.raises(DataError, match="does not exist"):
-        make(brats_root, target="idh", target_file="nowhere.csv")
+        make(brats_root, target={"name": "idh", "file": "nowhere.csv"})
 
 
 def test_anonymised(copy):
     for path in (copy / "BraTS-GLI-00004-000").glob("*-t1c.nii.gz"):
         path.write_bytes(b"broken")
-    datamodule = make(copy, anonymise=True, split_fractions=(1.0, 0.0, 0.0))
+    datamodule = make(copy, anonymise=True, split={"fractions": (1.0, 0.0, 0.0)})
     names = {name for batch in batches(datamodule.train_dataloader(), datamodule) for name in batch["subject_id"]}
     assert all(name.startswith("subject-") for name in names)
     assert len(names) == 8
@@ -147,7 +165,7 @@ def test_anonymised(copy):
 def test_a_broken_case_is_replaced_by_the_same_one_every_time(copy):
     for path in (copy / "BraTS-GLI-00001-000").glob("*.nii.gz"):
         path.write_bytes(b"broken")
-    datamodule = make(copy, split_fractions=(1.0, 0.0, 0.0))
+    datamodule = make(copy, split={"fractions": (1.0, 0.0, 0.0)})
     dataset = datamodule.train_dataloader().dataset
     index = [c.case_id for c in dataset.cases].index("BraTS-GLI-00001-000")
     first, second = dataset[Draw(index, 0, 0)], dataset[Draw(index, 0, 0)]
@@ -161,11 +179,11 @@ def test_a_broken_case_is_replaced_by_the_same_one_every_time(copy):
 
 
 def test_evaluation_leaves_broken_cases_out(copy):
-    datamodule = make(copy, split_fractions=(0.5, 0.5, 0.0))
+    datamodule = make(copy, split={"fractions": (0.5, 0.5, 0.0)})
     broken = datamodule.splits["val"][0]
     for path in broken.images.values():
         path.write_bytes(b"broken")
-    again = make(copy, split_fractions=(0.5, 0.5, 0.0))
+    again = make(copy, split={"fractions": (0.5, 0.5, 0.0)})
     names = [name for batch in batches(again.val_dataloader(), again) for name in batch["subject_id"]]
     assert broken.case_id not in names
     assert set(names) == {c.case_id for c in datamodule.splits["val"][1:]}
@@ -190,7 +208,7 @@ def test_nothing_usable(copy):
 
 
 def test_without_a_cache_files_may_vanish_during_the_run(copy):
-    datamodule = make(copy, cache="none", split_fractions=(1.0, 0.0, 0.0))
+    datamodule = make(copy, cache={"format": "none"}, split={"fractions": (1.0, 0.0, 0.0)})
     loader = datamodule.train_dataloader()
     batches(loader, datamodule)
     gone = [next(iter(case.images.values())) for case in datamodule.splits["train"][:3]]
@@ -224,11 +242,13 @@ def test_labels_that_do_not_exist_or_mean_nothing(brats_root, tmp_path):
     case = brats_root / "BraTS-GLI-00000-000"
     shutil.copy(case / f"{case.name}-t1c.nii.gz", folder / "t1c.nii.gz")
     with pytest.raises(DataError, match="does not say what its labels mean"):
-        make(tmp_path / "generic", labels=True)
+        make(tmp_path / "generic", labels={"needed": True})
     with pytest.raises(DataError, match=r"No case .* has a label file"):
-        make(tmp_path / "generic", labels=True, regions={"lesion": [1]})
+        make(tmp_path / "generic", labels={"needed": True, "regions": {"lesion": [1]}})
     shutil.copy(case / f"{case.name}-seg.nii.gz", folder / "seg.nii.gz")
-    assert list(make(tmp_path / "generic", labels=True, regions={"lesion": [1, 3]}).input_spec.regions) == ["lesion"]
+    assert list(
+        make(tmp_path / "generic", labels={"needed": True, "regions": {"lesion": [1, 3]}}).input_spec.regions
+    ) == ["lesion"]
 
 
 def test_bad_numbers(brats_root):
@@ -237,14 +257,16 @@ def test_bad_numbers(brats_root):
 
 
 def test_batches_are_mostly_head(brats_root):
-    datamodule = make(brats_root, overhang=0.0)
+    datamodule = make(brats_root, crops={"overhang": 0.0})
     images = torch.cat([b["image"] for b in batches(datamodule.train_dataloader(), datamodule)])
     assert 0.2 < float((images != 0).any(1).float().mean()) < 1
     assert np.isfinite(images.numpy()).all()
 
 
 def test_a_case_without_a_label_is_left_out_and_no_fault(pi_cai_root):
-    datamodule = make(pi_cai_root, labels=True, crop_size=(32, 32, 16), split_fractions=(1.0, 0.0, 0.0))
+    datamodule = make(
+        pi_cai_root, labels={"needed": True}, crops={"size": (32, 32, 16)}, split={"fractions": (1.0, 0.0, 0.0)}
+    )
     assert len(datamodule.splits["train"]) == 7
     seen = {name for batch in datamodule.train_dataloader() for name in batch["subject_id"]}
     assert seen <= {case.case_id for case in datamodule.splits["train"]}
@@ -252,7 +274,7 @@ def test_a_case_without_a_label_is_left_out_and_no_fault(pi_cai_root):
 
 
 def test_a_test_without_cases_is_refused(brats_root, capsys):
-    datamodule = make(brats_root, split_fractions=(1.0, 0.0, 0.0))
+    datamodule = make(brats_root, split={"fractions": (1.0, 0.0, 0.0)})
     assert "the val split is empty" in capsys.readouterr().out
     with pytest.raises(DataError, match="no case to test on"):
         datamodule.test_dataloader()

@@ -289,6 +289,7 @@ PLAIN = {"qform_code": 1, "sform_code": 1, "pixdim": (1, 1, 1, 1, 0, 0, 0, 0), "
     [
         ({}, None),
         ({"pixdim": (1, 1, 1, 1.015, 0, 0, 0, 0)}, None),
+        ({"pixdim": (1, 1, 1, 1.03, 0, 0, 0, 0)}, "sform says 1 x 1 x 1 mm"),
         ({"pixdim": (1, 1.3, 1.3, 10, 0, 0, 0, 0)}, r"sform says 1 x 1 x 1 mm, qform and pixdim 1.3 x 1.3 x 10: set"),
         ({"qoffset_x": 0.9}, None),
         ({"qoffset_x": 1.1}, "differ by 0 degrees and 1 mm"),

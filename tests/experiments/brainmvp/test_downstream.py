@@ -176,8 +176,8 @@ def task(name, root, *more, command="fit"):
 
 
 EPOCH = ["--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1"]
-SPLIT = "--data.split_fractions=[0.5,0.25,0.25]"
-SEG = ["--data.crop_size=[16,16,16]", "--data.atlas=[40,44,36]", SPLIT]
+SPLIT = "--data.split.fractions=[0.5,0.25,0.25]"
+SEG = ["--data.crops.size=[16,16,16]", "--data.atlas=[40,44,36]", SPLIT]
 
 
 @pytest.mark.slow
@@ -228,7 +228,7 @@ def test_segmentation_of_other_layouts(name, tmp_path):
 @pytest.mark.parametrize("name", ["brats2018", "adni", "adhd200", "abide1"])
 def test_classification(name, tmp_path):
     write_tree(tmp_path / "root", 12, 2, name, (24, 28, 20))
-    sizes = ["--data.crop_size=[16,16,16]", "--data.resize=[24,24,16]", SPLIT]
+    sizes = ["--data.crops.size=[16,16,16]", "--data.resize=[24,24,16]", SPLIT]
     folder = execute(task(f"{name}_cls", tmp_path / "root", *sizes, *EPOCH))
     scalars = json.loads((folder / "summary.json").read_text())["scalars"]
     assert {"val/classes_left_out", "val/accuracy", "val/f1", "val/loss"} <= scalars.keys()

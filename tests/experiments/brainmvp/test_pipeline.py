@@ -84,7 +84,7 @@ def test_resumed_equals_uninterrupted(brain_arguments, monkeypatch, more, step):
 def test_two_ranks_equal_one(brain_arguments):
     """Negatives of all ranks, batch norm over all ranks, templates from all crops; studies without a partner."""
     shared = ["--trainer.max_epochs=1", "--trainer.precision=64-true", "--model.contrastive_start=0",
-              "--data.crops_per_case=3", "--trainer.limit_train_batches=5", "--model.optimization.optimizer.lr=0.01",
+              "--data.loader.draws=3", "--trainer.limit_train_batches=5", "--model.optimization.optimizer.lr=0.01",
               "--model.optimization.optimizer.fused=false"]  # fmt: skip
     alone = execute(brain_arguments(*shared, "--data.batch_size=4"))
     command = [sys.executable, "-m", "common.cli", *brain_arguments(*shared, "--data.batch_size=2"),
@@ -111,8 +111,8 @@ def test_files_that_vanish_during_the_run(brain_arguments, brain_root, tmp_path,
     root = shutil.copytree(brain_root, tmp_path / "archive")
     lost = [*sorted(root.glob("ucsf_pdgm/*/*_T2.nii.gz"))[:2], sorted(root.glob("ixi/*-T2.nii.gz"))[1]]
     at_step(monkeypatch, 1, lambda: [path.unlink() for path in lost])
-    arguments = brain_arguments("--data.cache=none", "--trainer.max_epochs=3", "--data.split_fractions=[0.8,0.2,0.0]",
-                                "--data.crops_per_case=2", root=root)  # fmt: skip
+    arguments = brain_arguments("--data.cache.format=none", "--trainer.max_epochs=3", "--data.loader.draws=2",
+                                "--data.split.fractions=[0.8,0.2,0.0]", root=root)  # fmt: skip
     folder = execute(arguments)
     assert sorted(row["path"] for row in rows(folder)) == sorted(map(str, lost))
     assert {row["kind"] for row in rows(folder)} == {"missing"}

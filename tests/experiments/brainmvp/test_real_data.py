@@ -15,7 +15,7 @@ pytestmark = pytest.mark.real_data
 def test_a_native_scan_is_refused_with_the_reason(real_data, brain_arguments, capsys):
     root = real_data("tcga_fg_6692")
     with pytest.raises(SystemExit):
-        main(brain_arguments("--data.split_fractions=[1,0,0]", "--data.atlas=[240,240,155]", root=root))
+        main(brain_arguments("--data.split.fractions=[1,0,0]", "--data.atlas=[240,240,155]", root=root))
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "not in atlas space" in line
     assert "those of a native scan" in line
@@ -28,8 +28,8 @@ def test_a_native_scan_is_refused_with_the_reason(real_data, brain_arguments, ca
 def test_brats_2023_trains_and_the_loss_falls(real_data, brain_arguments):
     root = real_data("brats2023")
     medmim(["doctor", "--config", "experiments/brainmvp/configs/pretrain.yaml", "--root", str(root)])
-    settings = ["--data.atlas=[160,208,112]", "--data.crop_size=[32,32,32]", "--data.crops_per_case=8",
-                "--data.split_fractions=[0.84,0.16,0.0]", "--trainer.max_epochs=2", "--data.val_crops_per_case=8",
+    settings = ["--data.atlas=[160,208,112]", "--data.crops.size=[32,32,32]", "--data.loader.draws=8",
+                "--data.split.fractions=[0.84,0.16,0.0]", "--trainer.max_epochs=2", "--data.loader.val_draws=8",
                 "--model.optimization.optimizer.lr=1e-3"]  # fmt: skip
     folder = execute(brain_arguments(*settings, root=root))
     scalars = json.loads((folder / "summary.json").read_text())["scalars"]

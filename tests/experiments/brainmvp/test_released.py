@@ -91,7 +91,7 @@ def test_exports(run, tmp_path, capsys):
         commands.main(
             ["export", "--exp", "brainmvp", "--ckpt", str(folder), "--format", "monai", "--out", str(tmp_path)]
         )
-    assert "valid: released, torch" in capsys.readouterr().err
+    assert "valid formats: released, torch" in capsys.readouterr().err
 
 
 def released_file(path, drop=()):

@@ -18,7 +18,8 @@ from common.downstream.probe import LinearProbe
 from common.downstream.segmentation import SegmentationModule
 from common.errors import CheckpointError, DataError
 from common.types import InputSpec, TaskState
-from datamodules.volumes.datamodule import VolumeDataModule
+from datamodules.configs import SplitConfig
+from datamodules.volumes.datamodule import CropConfig, VolumeDataModule
 from experiments.e_mim.module import EMIMPretrain
 
 STORED = ("t1c", "t1n", "t2f", "t2w")
@@ -63,8 +64,8 @@ def renamed(archive, target, *without, swi=False):
 
 
 def data(root, **options):
-    settings = {"crop_size": SIZE, "batch_size": 4, "seed": 1, "split_fractions": (0.5, 0.25, 0.25)}
-    module = VolumeDataModule(str(root), **settings | options)
+    settings = {"batch_size": 4, "seed": 1, "split": SplitConfig((0.5, 0.25, 0.25))}
+    module = VolumeDataModule(str(root), crops=CropConfig(SIZE), **settings | options)
     module.prepare_data()
     module.setup("predict")
     return module
@@ -72,7 +73,7 @@ def data(root, **options):
 
 def embed(root, ckpt, out, *more):
     config = "experiments/e_mim/configs/pretrain.yaml"
-    options = [f"--set=crop_size={list(SIZE)}", "--set=batch_size=4", "--set=num_workers=0", *more]
+    options = [f"--set=crops.size={list(SIZE)}", "--set=batch_size=4", "--set=num_workers=0", *more]
     execute(["embed", "--config", config, "--root", str(root), "--ckpt", str(ckpt), "--out", str(out), *options])
     frame = pd.read_parquet(out).set_index("subject_id").sort_index()
     return torch.tensor(np.stack(frame["feature"])), json.loads(pq.read_schema(out).metadata[b"channels"])

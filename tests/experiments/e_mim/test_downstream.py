@@ -29,12 +29,12 @@ def task(name, root, *more, command="fit"):
 
 
 def segmentation(name, root, crop, *more, command="fit"):
-    sizes = [f"--data.crop_size={crop}", "--model.network.feature_size=4", *ENCODER]
+    sizes = [f"--data.crops.size={crop}", "--model.network.feature_size=4", *ENCODER]
     return task(name, root, *sizes, *more, command=command)
 
 
 EPOCH = ["--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1"]
-SPLIT = "--data.split_fractions=[0.5,0.25,0.25]"
+SPLIT = "--data.split.fractions=[0.5,0.25,0.25]"
 
 
 @pytest.fixture
@@ -89,10 +89,10 @@ def test_segmentation_from_scratch_to_metrics_and_volumes(name, crop, regions, r
 @pytest.mark.parametrize("name", ["idh_probe", "cspca_probe", "lung_probe"])
 def test_probes(pretrained, name, request):
     root = request.getfixturevalue({"i": "brats_root", "c": "pi_cai_root", "l": "lung_root"}[name[0]])
-    crop = "--data.crop_size=" + ("[32,32,32]" if name[0] == "i" else "[32,32,16]")
-    sizes = ["--model.num_folds=2", "--model.num_seeds=2", crop, "--data.split_fractions=[0.75,0.0,0.25]"]
+    crop = "--data.crops.size=" + ("[32,32,32]" if name[0] == "i" else "[32,32,16]")
+    sizes = ["--model.num_folds=2", "--model.num_seeds=2", crop, "--data.split.fractions=[0.75,0.0,0.25]"]
     if name == "idh_probe":
-        sizes.append(f"--data.target_file={root / 'idh.csv'}")
+        sizes.append(f"--data.target.file={root / 'idh.csv'}")
     before = load_encoder(pretrained).state_dict()
     folder = execute(task(name, root, *sizes, *EPOCH, f"--model.pretrained={pretrained}"))
     scalars = json.loads((folder / "summary.json").read_text())["scalars"]
@@ -110,7 +110,7 @@ def test_probes(pretrained, name, request):
 @pytest.mark.slow
 def test_a_run_resumes_downstream(brats_root, monkeypatch):
     arguments = segmentation("brats_seg", brats_root, "[32,32,32]", SPLIT, "--trainer.check_val_every_n_epoch=1",
-                             "--trainer.max_epochs=2", "--data.crops_per_case=2")  # fmt: skip
+                             "--trainer.max_epochs=2", "--data.loader.draws=2")  # fmt: skip
     whole = execute(arguments)
     training_step = SegmentationModule.training_step
 
@@ -150,7 +150,7 @@ def test_export_loads_in_monai_and_computes_the_same(pretrained, tmp_path, capsy
     assert "t1c, t1n, t2f, t2w" in card
     with pytest.raises(SystemExit):
         medmim(["export", "--exp", "e_mim", "--ckpt", str(pretrained), "--format", "onnx", "--out", str(tmp_path)])
-    assert "valid: monai" in capsys.readouterr().err
+    assert "valid formats: monai" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ def test_embeddings_are_the_encoders(pretrained, brats_root, tmp_path):
 
     out = tmp_path / "features.parquet"
     medmim(["embed", "--config", "experiments/e_mim/configs/pretrain.yaml", "--root", str(brats_root), "--ckpt",
-            str(pretrained), "--set", "crop_size=[32,32,32]", "--out", str(out)])  # fmt: skip
+            str(pretrained), "--set", "crops.size=[32,32,32]", "--out", str(out)])  # fmt: skip
     table = pd.read_parquet(out)
     assert len(table) == 8
     assert {len(feature) for feature in table["feature"]} == {32}
@@ -172,15 +172,15 @@ def test_new_scans_are_predicted_without_labels(brats_root, tmp_path):
     folder = execute(segmentation("brats_seg", brats_root, "[32,32,32]", SPLIT, *EPOCH))
     root = shutil.copytree(brats_root, tmp_path / "new", ignore=shutil.ignore_patterns("*-seg.nii.gz"))
     arguments = segmentation("brats_seg", root, "[32,32,32]", f"--ckpt_path={folder}", command="predict")
-    predicted = execute([*arguments, "--data.labels=false", "--data.split_fractions=[1,0,0]"])
+    predicted = execute([*arguments, "--data.labels.needed=false", "--data.split.fractions=[1,0,0]"])
     assert len(list((predicted / "predictions").glob("*.nii.gz"))) == 8
 
 
 @pytest.mark.ddp
 def test_two_ranks_score_all_test_cases(pretrained, brats_root):
     """Each rank sees its share; what is written is of all of them."""
-    sizes = ["--model.num_folds=2", "--model.num_seeds=2", "--data.crop_size=[32,32,32]", SPLIT,
-             f"--data.target_file={brats_root / 'idh.csv'}"]  # fmt: skip
+    sizes = ["--model.num_folds=2", "--model.num_seeds=2", "--data.crops.size=[32,32,32]", SPLIT,
+             f"--data.target.file={brats_root / 'idh.csv'}"]  # fmt: skip
     folder = execute(task("idh_probe", brats_root, *sizes, *EPOCH, f"--model.pretrained={pretrained}"))
     test = task("idh_probe", brats_root, *sizes, "--data.batch_size=1", f"--ckpt_path={folder}", command="test")
     one = execute(test)

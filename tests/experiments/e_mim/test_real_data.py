@@ -11,7 +11,8 @@ import pytest
 
 from common.cli import execute, main
 from common.errors import DataError
-from datamodules.volumes.datamodule import VolumeDataModule
+from datamodules.configs import SplitConfig
+from datamodules.volumes.datamodule import CropConfig, VolumeDataModule
 from datamodules.volumes.pi_cai import read_marksheet
 from datamodules.volumes.prepare import prepare_case
 
@@ -35,7 +36,7 @@ def test_brats_2023_is_read_voxel_by_voxel(real_data, volumes_of):
 
 
 def test_brats_2023_trains_and_the_loss_falls(real_data, pretrain_arguments):
-    folder = execute(pretrain_arguments("--data.crops_per_case=8", "--data.split_fractions=[0.84,0.16,0.0]",
+    folder = execute(pretrain_arguments("--data.loader.draws=8", "--data.split.fractions=[0.84,0.16,0.0]",
                                         "--trainer.max_epochs=5", "--model.optimization.optimizer.lr=1e-3",
                                         root=real_data("brats2023")))  # fmt: skip
     summary = json.loads((folder / "summary.json").read_text())
@@ -53,7 +54,7 @@ def test_prostates_come_to_the_t2_grid_and_train(real_data, pretrain_arguments, 
     assert prepared.faults == []
     assert prepared.image.shape[0] == 3
     assert all(float(channel.astype(np.float32).std()) > 0 for channel in prepared.image)
-    folder = execute(pretrain_arguments("--data.crop_size=[64,64,16]", "--data.split_fractions=[0.67,0.33,0.0]",
+    folder = execute(pretrain_arguments("--data.crops.size=[64,64,16]", "--data.split.fractions=[0.67,0.33,0.0]",
                                         "--trainer.max_epochs=1", root=root))  # fmt: skip
     assert json.loads((folder / "summary.json").read_text())["steps"] >= 1
     assert list(csv.DictReader((folder / "data_faults.csv").open())) == []
@@ -79,7 +80,10 @@ def test_a_raw_case_is_refused_flat_and_only_what_shares_a_grid_is_stacked(
     for path in root.glob("*.nii.gz"):
         shutil.copy(path, case / f"{path.name.removesuffix('.nii.gz').rpartition('_')[2]}.nii.gz")
     data = VolumeDataModule(
-        str(tmp_path / "raw"), crop_size=(32, 32, 16), split_fractions=(1.0, 0.0, 0.0), batch_size=1
+        str(tmp_path / "raw"),
+        crops=CropConfig((32, 32, 16)),
+        split=SplitConfig((1.0, 0.0, 0.0)),
+        batch_size=1,
     )
     data.prepare_data()
     data.setup("fit")
@@ -101,7 +105,7 @@ def test_a_raw_case_is_refused_flat_and_only_what_shares_a_grid_is_stacked(
 
 def train_on(root):
     """Set up a data module as a run does."""
-    data = VolumeDataModule(str(root), crop_size=(32, 32, 16), split_fractions=(1.0, 0.0, 0.0), batch_size=1)
+    data = VolumeDataModule(str(root), crops=CropConfig((32, 32, 16)), split=SplitConfig((1.0, 0.0, 0.0)), batch_size=1)
     data.prepare_data()
     data.setup("fit")
 
@@ -114,11 +118,11 @@ def test_flat_slices_are_no_volumes(real_data, pretrain_arguments, capsys):
 
 def test_segmentation_of_real_tumours(real_data):
     common = ["--config", "experiments/e_mim/configs/finetune_brats_seg.yaml", f"--data.root={real_data('brats2023')}",
-              "--data.crop_size=[64,64,64]", "--data.num_workers=0", "--data.batch_size=2", "--model.encoder.depth=4",
+              "--data.crops.size=[64,64,64]", "--data.num_workers=0", "--data.batch_size=2", "--model.encoder.depth=4",
               "--model.network.feature_size=4", "--model.encoder.embed_dim=32", "--model.encoder.num_heads=2",
-              "--data.split_fractions=[0.67,0.16,0.17]", "--trainer.enable_progress_bar=false"]  # fmt: skip
+              "--data.split.fractions=[0.67,0.16,0.17]", "--trainer.enable_progress_bar=false"]  # fmt: skip
     folder = execute(["fit", *common, "--trainer.max_steps=4", "--trainer.check_val_every_n_epoch=1",
-                      "--data.crops_per_case=2"])  # fmt: skip
+                      "--data.loader.draws=2"])  # fmt: skip
     tested = execute(["test", *common, f"--ckpt_path={folder}"])
     metrics = json.loads((tested / "metrics.json").read_text())
     assert metrics["n"] == 1

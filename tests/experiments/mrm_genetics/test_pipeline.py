@@ -27,7 +27,7 @@ CONFIGS = Path("experiments/mrm_genetics/configs")
 CONFIG = ["--config", str(CONFIGS / "pretrain.yaml")]
 ENCODER = [*(f"--model.encoder.{name}" for name in ("patch_size=8", "embed_dim=24", "depth=2", "num_heads=3"))]
 GENOME = ["--model.genome_encoder.depth=2", "--model.genome_encoder.segments={snp: 5, pgs: 2, burden: 3, omics: 4}"]
-DATA = ["--data.image_size=[32,32]", "--data.cache_side=40", "--data.batch_size=4", "--data.num_workers=0"]
+DATA = ["--data.image.size=[32,32]", "--data.cache.side=40", "--data.batch_size=4", "--data.num_workers=0"]
 TRAINER = ["--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=1", "--trainer.enable_progress_bar=false",
            "--trainer.precision=32-true", "--trainer.log_every_n_steps=1"]  # fmt: skip
 DECODERS = [f"--model.{decoder}.{name}" for decoder in ("decoder", "genome_decoder")
@@ -68,7 +68,7 @@ def scalars_of(folder):
 
 
 def test_a_run_leaves_what_the_contract_asks_for(arguments, root, tmp_path, capsys):
-    folder = execute(arguments("--data.genotype_step=8"))
+    folder = execute(arguments("--data.genome.step=8"))
     events = EventAccumulator(str(folder))
     events.Reload()
     assert set(events.Tags()["scalars"]) >= NAMES
@@ -101,7 +101,7 @@ def test_a_run_leaves_what_the_contract_asks_for(arguments, root, tmp_path, caps
     out = capsys.readouterr().out
     assert "training would accept this archive" in out
     assert "snp: 1" in out
-    commands.main(["embed", *CONFIG, "--root", str(root), "--set", "image_size=[32,32]", "--set", "cache_side=40",
+    commands.main(["embed", *CONFIG, "--root", str(root), "--set", "image.size=[32,32]", "--set", "cache.side=40",
                    "--ckpt", str(folder), "--out", str(tmp_path / "f.parquet")])  # fmt: skip
     table = pd.read_parquet(tmp_path / "f.parquet")
     assert len(table) == 20
@@ -114,7 +114,7 @@ def test_a_run_leaves_what_the_contract_asks_for(arguments, root, tmp_path, caps
 @pytest.mark.parametrize("more", [[], ["--data.num_workers=2", "--trainer.accumulate_grad_batches=2"]])
 def test_resumed_equals_uninterrupted(arguments, monkeypatch, more):
     """Alpha dropout is 0.1 in the tokens."""
-    line = arguments("--data.genotype_step=8", "--data.draws_per_image=2", *more)
+    line = arguments("--data.genome.step=8", "--data.loader.draws=2", *more)
     whole = weights(execute(line))
     step, done = RelationPretrain.training_step, []
 
@@ -136,7 +136,7 @@ def test_resumed_equals_uninterrupted(arguments, monkeypatch, more):
 def test_two_ranks_equal_one(arguments):
     shared = ["--trainer.max_epochs=1", "--model.optimization.optimizer=torch.optim.SGD",
               "--model.optimization.optimizer.lr=0.01",
-              "--model.genome_encoder.dropout=0", "--trainer.limit_train_batches=3", "--data.genotype_step=8",
+              "--model.genome_encoder.dropout=0", "--trainer.limit_train_batches=3", "--data.genome.step=8",
               "--model.match_weight=10"]  # fmt: skip
     alone = execute(arguments(*shared, "--data.batch_size=4"))
     command = [sys.executable, "-m", "common.cli", *arguments(*shared, "--data.batch_size=2"),
@@ -163,12 +163,12 @@ def test_images_alone_and_the_baselines(arguments, refusal):
     line = arguments("--trainer.max_steps=2")
     line[3:3] = ["--config", str(CONFIGS / "mae.yaml")]
     assert "collapse/floor_ratio" in scalars_of(execute(line))
-    line = arguments("--trainer.max_steps=2", "--data.genotype_step=8")
+    line = arguments("--trainer.max_steps=2", "--data.genome.step=8")
     line[3:3] = ["--config", str(CONFIGS / "tau0.yaml")]
     zeroed = [value["final"] for name, value in scalars_of(execute(line)).items() if "zeroed" in name]
     assert zeroed == [0.0] * 4
     contig = ["fit", "--config", str(CONFIGS / "contig.yaml"), line[5], *ENCODER, *GENOME, *DATA, *TRAINER,
-              "--trainer.max_steps=2", "--data.genotype_step=8"]  # fmt: skip
+              "--trainer.max_steps=2", "--data.genome.step=8"]  # fmt: skip
     folder = execute(contig)
     assert {"val/loss_contrast", "val/retrieval_accuracy", "collapse/effective_rank"} <= scalars_of(folder).keys()
     assert load_encoder(folder).num_features == 24
@@ -191,12 +191,12 @@ def test_bad_input_is_refused_in_a_sentence(arguments, root, tmp_path, refusal):
     shutil.rmtree(copy / "pgs")
     shutil.rmtree(copy / "burden")
     sentence = refusal(arguments(data=copy))
-    assert "None of the 20 persons with images" in sentence
+    assert "None of the 20 people with images" in sentence
     assert "synthetic" in sentence
     (tmp_path / "empty").mkdir()
     assert "of no known layout" in refusal(arguments(data=tmp_path / "empty"))
-    assert "no genotypes at" in refusal(arguments("--data.genotypes=nowhere"))
-    assert "applied to genotypes" in refusal(arguments(f"--data.scores={root}"))
+    assert "no genotypes at" in refusal(arguments("--data.genome.genotypes=nowhere"))
+    assert "applied to genotypes" in refusal(arguments(f"--data.genome.scores={root}"))
 
 
 def test_damaged_images_leave_rows_and_the_run_goes_on(arguments, root, tmp_path):
@@ -204,14 +204,14 @@ def test_damaged_images_leave_rows_and_the_run_goes_on(arguments, root, tmp_path
     first, second = sorted(copy.glob("fundus/**/*.png"))[:2]
     first.write_bytes(first.read_bytes()[:500])
     second.write_bytes(b"")
-    folder = execute(arguments("--data.max_fault_fraction=0.5", "--data.genotype_step=8", data=copy))
+    folder = execute(arguments("--data.loader.max_fault_fraction=0.5", "--data.genome.step=8", data=copy))
     rows = list(csv.DictReader((folder / "data_faults.csv").open()))
     assert {Path(row["path"]).name for row in rows} == {first.name, second.name}
 
 
 def test_another_genome_is_refused_on_resuming(arguments, refusal):
-    folder = execute(arguments("--trainer.max_steps=1", "--data.genotype_step=8"))
-    sentence = refusal(arguments("--data.genotype_step=4", f"--ckpt_path={folder}"))
+    folder = execute(arguments("--trainer.max_steps=1", "--data.genome.step=8"))
+    sentence = refusal(arguments("--data.genome.step=4", f"--ckpt_path={folder}"))
     assert "genome" in sentence
 
 
@@ -221,7 +221,7 @@ TASKS = {
     "rfmid": (write_rfmid, "auroc", []),
     "crp": (write_ukb, "mse", []),
     "crp.classification": (write_ukb, "auroc", []),
-    "tcga_grading": (write_tcga, "f1_micro", ["--data.num_folds=3"]),
+    "tcga_grading": (write_tcga, "f1_micro", ["--data.split.num_folds=3"]),
     "palm_seg": (write_palm, "dice_disc", ["--data.batch_size=2"]),
 }
 
@@ -248,7 +248,7 @@ def test_tasks_start_from_an_encoder_and_are_scored(task, arguments, tmp_path):
 @pytest.mark.real_data
 def test_real_eyes_with_real_genotypes(arguments, real_data):
     genotypes = real_data("hapmap3_plink") / "HM3_thinned_autosomal_overlap"
-    folder = execute(arguments("--trainer.max_steps=4", f"--data.genotypes={genotypes}", "--data.genotype_step=20",
+    folder = execute(arguments("--trainer.max_steps=4", f"--data.genome.genotypes={genotypes}", "--data.genome.step=20",
                                "--trainer.limit_val_batches=3", data=real_data("idrid")))  # fmt: skip
     assert scalars_of(folder)["relation/zeroed_fraction_image_self"]["final"] == pytest.approx(12 / 17, abs=1e-6)
     assert (folder / "data_faults.csv").read_text().splitlines()[1:] == []
@@ -256,9 +256,11 @@ def test_real_eyes_with_real_genotypes(arguments, real_data):
 
 @pytest.mark.real_data
 def test_real_regions_join_their_omics(real_data, capsys):
-    from datamodules.genetics.datamodule import ImageGenomeDataModule
+    from datamodules.configs import SplitConfig
+    from datamodules.genetics.datamodule import ImageGenomeDataModule, PictureConfig
 
-    data = ImageGenomeDataModule(str(real_data("tcga_gbmlgg")), split_fractions=(1.0, 0.0, 0.0), image_size=(64, 64))
+    root, everyone = str(real_data("tcga_gbmlgg")), SplitConfig((1.0, 0.0, 0.0))
+    data = ImageGenomeDataModule(root, split=everyone, image=PictureConfig((64, 64)))
     data.prepare_data()
     data.setup("fit")
     assert data.index().layout.name == "tcga_gbmlgg"

@@ -10,7 +10,7 @@ import torch
 from common.cli import execute
 from common.downstream.classification import ImageClassifier
 from common.errors import PreemptedError
-from datamodules.labelled.classification import LabelledImageDataModule
+from datamodules.labelled.classification import FoldConfig, LabelledImageDataModule
 from datamodules.labelled.covid import CovidFindings
 from datamodules.reports.covid_cxr import COVID_CXR
 from datamodules.synthetic.command import WRITERS
@@ -97,7 +97,9 @@ def test_real_folds_share_no_patient_and_no_note(real_data, task):
     notes = {study.images[0].name: study.text for study in COVID_CXR.find(root)}
     tested = []
     for fold in range(5):
-        datamodule = LabelledImageDataModule(str(root), CovidFindings(task), fold=fold)
+        datamodule = LabelledImageDataModule(
+            str(root), CovidFindings(task), split=FoldConfig((0.7, 0.1, 0.2), fold=fold)
+        )
         datamodule.index()
         parts = datamodule.splits
         for one, other in (("train", "test"), ("train", "val"), ("val", "test")):

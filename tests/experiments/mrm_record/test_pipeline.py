@@ -28,7 +28,7 @@ TINY = [
     *(f"--model.encoder.{name}" for name in ("patch_size=8", "embed_dim=24", "depth=2", "num_heads=3")),
     *(f"--model.decoder.{name}" for name in ("decoder_dim=24", "depth=1", "num_heads=3")),
     *(f"--model.report.{name}" for name in ("dim=24", "depth=1", "num_heads=3", "mlp_dim=48")),
-    "--data.image_size=[48,48]", "--data.cache_side=48", "--data.vocab_size=300", "--data.text_length=40",
+    "--data.image.size=[48,48]", "--data.cache.side=48", "--data.text.vocab_size=300", "--data.text.length=40",
     "--data.batch_size=4", "--data.num_workers=0", "--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=1",
     "--trainer.enable_progress_bar=false", "--trainer.precision=32-true", "--trainer.log_every_n_steps=1",
 ]  # fmt: skip
@@ -117,7 +117,7 @@ def test_two_ranks_equal_one(arguments):
     shared = ["--trainer.max_epochs=1", "--model.optimization.optimizer=torch.optim.SGD",
               "--model.optimization.optimizer.lr=0.01",
               "--model.report.dropout=0", "--trainer.limit_train_batches=5",
-              "--data.split_fractions=[0.6,0.4,0.0]", "--data.draws_per_image=2"]  # fmt: skip
+              "--data.split.fractions=[0.6,0.4,0.0]", "--data.loader.draws=2"]  # fmt: skip
     alone = execute(arguments(*shared, "--data.batch_size=4"))
     command = [sys.executable, "-m", "common.cli", *arguments(*shared, "--data.batch_size=2"),
                "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]  # fmt: skip
@@ -147,7 +147,7 @@ def test_an_encoder_starts_from_timm_weights(arguments, tmp_path, capsys, refusa
 
 def test_another_tokenizer_is_refused(arguments, refusal):
     folder = execute(arguments("--trainer.max_steps=1"))
-    sentence = refusal(arguments("--data.vocab_size=200", f"--ckpt_path={folder}"))
+    sentence = refusal(arguments("--data.text.vocab_size=200", f"--ckpt_path={folder}"))
     assert "vocabulary" in sentence
     assert "tokenizer.json" in sentence
 
@@ -157,7 +157,7 @@ def test_damaged_members_leave_rows_and_the_run_goes_on(arguments, root, tmp_pat
     first, second = sorted(copy.glob("mimic-cxr-jpg/*/files/**/*.jpg"))[:2]
     first.write_bytes(first.read_bytes()[:500])
     second.write_bytes(b"")
-    folder = execute(arguments("--data.max_fault_fraction=0.5", data=copy))
+    folder = execute(arguments("--data.loader.max_fault_fraction=0.5", data=copy))
     rows = list(csv.DictReader((folder / "data_faults.csv").open()))
     assert {Path(row["path"]).name for row in rows} == {first.name, second.name}
     assert {row["kind"] for row in rows} == {"unreadable"}
@@ -178,7 +178,7 @@ def test_texts_stay_out_of_the_logs_when_anonymised(arguments):
 
 @pytest.mark.real_data
 def test_real_radiographs_and_notes(arguments, real_data):
-    folder = execute(arguments("--trainer.max_steps=6", "--data.views=[AP,PA]", data=real_data("covid_cxr")))
+    folder = execute(arguments("--trainer.max_steps=6", "--data.samples.views=[AP,PA]", data=real_data("covid_cxr")))
     assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
     assert (folder / "data_faults.csv").read_text().splitlines()[1:] == []
 

@@ -28,10 +28,10 @@ CONFIGS = "experiments/umd/configs"
 ENCODER = [f"--model.encoder.{name}" for name in (
     "vision.width=16", "vision.depth=1", "vision.heads=2", "text.width=16", "text.depth=1", "text.heads=2", "dim=16",
     "fusion_depth=2", "fusion_heads=2", "patch_size=16")]  # fmt: skip
-SHORT = ["--data.image_size=[32,32]", "--data.cache_side=32", "--data.vocab_size=300", "--data.num_workers=0",
+SHORT = ["--data.image.size=[32,32]", "--data.cache.side=32", "--data.text.vocab_size=300", "--data.num_workers=0",
          "--trainer.enable_progress_bar=false", "--trainer.precision=32-true",
          "--trainer.log_every_n_steps=1"]  # fmt: skip
-PRETRAIN = [*ENCODER, *SHORT, "--data.batch_size=4", "--data.draws_per_image=1", "--data.split_fractions=[0.6,0.2,0.2]",
+PRETRAIN = [*ENCODER, *SHORT, "--data.batch_size=4", "--data.loader.draws=1", "--data.split.fractions=[0.6,0.2,0.2]",
             "--model.decoder.decoder_dim=16", "--model.decoder.num_heads=2", "--trainer.max_steps=8",
             "--trainer.val_check_interval=4"]  # fmt: skip
 TREES = {"vqa_rad": "vqa_rad", "slake": "slake", "vqa_med_2019": "vqa_med_2019", "roco_retrieval": "roco",
@@ -138,7 +138,7 @@ def test_teacher_is_the_average_of_the_steps(trees, monkeypatch):
 
     monkeypatch.setattr(UMDPretrain, "optimizer_step", noted)
     line = pretrain_line(trees / "medicat", "--trainer.accumulate_grad_batches=4", "--trainer.max_steps=10",
-                         "--data.draws_per_image=4", "--model.features.teacher_decay=0.9")  # fmt: skip
+                         "--data.loader.draws=4", "--model.features.teacher_decay=0.9")  # fmt: skip
     begin = []
 
     def started(self):
@@ -181,15 +181,15 @@ def test_the_three_stages_hand_on_and_answer_a_question(trees, pretrained, tmp_p
     assert {"accuracy", "accuracy_open", "accuracy_closed", "accuracy_frequent_closed", "unseen"} <= metrics.keys()
     image = next((trees / "vqa_rad/images").iterdir())
     capsys.readouterr()
-    asked = execute(task_line("predict", "vqa_rad", None, f"--ckpt_path={tuned}", f"--data.image={image}",
-                              "--data.question=What shape is shown?"))  # fmt: skip
+    asked = execute(task_line("predict", "vqa_rad", None, f"--ckpt_path={tuned}", f"--data.single.image={image}",
+                              "--data.single.question=What shape is shown?"))  # fmt: skip
     (answered,) = json.loads((asked / "predictions.json").read_text())
     assert len(answered["answers"]) == 5
     assert answered["answers"][0]["answer"] in capsys.readouterr().out
     other = tmp_path / "other"
     WRITERS["melinda"](other, 2, 0)
     line = task_line("fit", "vqa_rad", trees / "vqa_rad", f"--model.pretrained={pretrained}")
-    assert "tokenizer" in refusal([*line, f"--data.tokenizer={_learned(other)}"])
+    assert "tokenizer" in refusal([*line, f"--data.text.tokenizer={_learned(other)}"])
 
 
 def _learned(root):
@@ -236,7 +236,7 @@ def test_longer_captions_and_gone_images(trees, tmp_path, capsys):
     broken = sorted((root / "release/figures").iterdir())[3]
     broken.write_bytes(broken.read_bytes()[:200])
     folder = execute(
-        pretrain_line(root, "--data.text_length=8", "--trainer.max_steps=2", "--data.max_fault_fraction=0.5")
+        pretrain_line(root, "--data.text.length=8", "--trainer.max_steps=2", "--data.loader.max_fault_fraction=0.5")
     )
     said = capsys.readouterr().out
     assert "have no image file" in said
@@ -346,7 +346,7 @@ def test_the_three_stages_on_real_questions(real_data):
     root = real_data("vqa_rad")
     steps = ["--trainer.max_steps=2", "--trainer.limit_val_batches=2"]
     first = execute(
-        pretrain_line(root, *steps, "--data.split_fractions=[0.9,0.1,0.0]", "--trainer.val_check_interval=2")
+        pretrain_line(root, *steps, "--data.split.fractions=[0.9,0.1,0.0]", "--trainer.val_check_interval=2")
     )
     second = execute(task_line("fit", "td_calib", root, *steps, f"--model.pretrained={first}/checkpoints/last.ckpt",
                                "--model.decoder.decoder_dim=16", "--model.decoder.num_heads=2",

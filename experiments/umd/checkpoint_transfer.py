@@ -1,4 +1,4 @@
-"""From one stage to the next: encoder, heads, vocabulary."""
+"""Checkpoint transfer from one stage to the next: encoder, heads, vocabulary."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,10 +14,10 @@ from common.types import InputSpec, TaskState
 from experiments.umd.encoder import UMDEncoder
 
 EncoderFactory = Callable[[Sequence[int], int, int], UMDEncoder]
-#: What is no part of the weights, so that each stage has its own.
+#: Settings that are not tied to the weights, so each stage has its own.
 _OF_THE_STAGE = ("dropout", "pool")
 _HEADS = ("decoder.", "mlm_head.", "itm_head.", "project_")
-#: Follows from the sizes, so it is made anew.
+#: Computed from the sizes, so it is rebuilt.
 _FIXED = "decoder.pos_embed"
 
 
@@ -33,7 +33,7 @@ def check_vocabulary(stored: Mapping[str, Any], spec: InputSpec, source: str) ->
 
     Args:
         stored: ``vocabulary`` of the checkpoint.
-        spec: What the data say.
+        spec: What the data module reports.
         source: Where the encoder is from.
 
     Raises:
@@ -43,7 +43,7 @@ def check_vocabulary(stored: Mapping[str, Any], spec: InputSpec, source: str) ->
         if name in stored and stored[name] != spec.vocabulary[name]:
             raise UserError(
                 f"The tokenizer is not that of the encoder at {source}: {spec.vocabulary[name]} {words} instead of "
-                f"{stored[name]}. Set data.tokenizer to the tokenizer.json of that run."
+                f"{stored[name]}. Set data.text.tokenizer to the tokenizer.json of that run."
             )
 
 
@@ -80,14 +80,14 @@ def make_umd_encoder(
         raise CheckpointError(f"{pretrained} holds a {type(encoder).__name__}, no encoder of images and texts.")
     if spec.vocabulary["length"] > encoder.text.longest:
         raise UserError(
-            f"data.text_length {spec.vocabulary['length']} is more than the {encoder.text.longest} positions of the "
+            f"data.text.length {spec.vocabulary['length']} is more than the {encoder.text.longest} positions of the "
             f"text encoder (model.encoder.max_positions)."
         )
     return encoder
 
 
 def load_heads(network: nn.Module, source: str) -> None:
-    """Take the heads of an earlier stage as far as both have them; positions of the decoder are made anew.
+    """Load the heads of an earlier stage that both stages have; the decoder's positions are rebuilt.
 
     Raises:
         CheckpointError: a head is of another shape.
