@@ -215,6 +215,7 @@ class BuiltFromData(pl.LightningModule):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute gradients; all are NaN, on every rank, where the loss is not finite (Lightning hook)."""
+        self.finite.note("train/loss", loss)
         try:
             super().backward(self.finite.poisoned(loss), *args, **kwargs)
         except RuntimeError as error:

@@ -74,3 +74,39 @@ def test_fewer_validation_batches_than_ranks_and_a_fault_on_one_of_them(pretrain
     assert len(rows) == 1
     assert str(broken) in rows[0]
     assert "collapse/floor_ratio" in scalars(folder)
+
+
+#: A loss that is not finite on the second rank, in its third step.
+POISONED = """
+import sys
+
+from common.cli import main
+from experiments.e_mim.module import EMIMPretrain
+
+step = EMIMPretrain.training_step
+
+
+def poisoned(self, batch, index):
+    loss = step(self, batch, index)
+    return loss * float("nan") if self.global_rank == 1 and self.global_step == 2 else loss
+
+
+EMIMPretrain.training_step = poisoned
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_two_ranks_that_meet_nan_on_one_stop_together(pretrain_arguments, tmp_path):
+    script = tmp_path / "poisoned.py"
+    script.write_text(POISONED)
+    arguments = pretrain_arguments("--trainer.max_epochs=3", "--safety.agree_every=2", "--data.batch_size=1")
+    command = [sys.executable, str(script), *arguments, "--trainer.accelerator=cpu", "--trainer.devices=2",
+               "--trainer.strategy=ddp"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    errors = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
+    assert len(errors) == 1
+    assert "error: Stopped at step 3: the loss (loss) is not finite on rank 1, with the samples " in errors.pop()

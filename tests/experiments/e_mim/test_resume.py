@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from common.callbacks.last_checkpoint import LastCheckpoint
-from common.cli import execute
+from common.callbacks.preemption import Preemption
+from common.cli import execute, main
 from common.errors import PreemptedError
 from experiments.e_mim.module import EMIMPretrain
 
@@ -164,6 +165,51 @@ def test_a_resumed_run_goes_on_in_its_folder(pretrain_arguments, monkeypatch):
     # The step that was stopped at is trained and saved; its own row is not written any more.
     assert {int(line[column]) for line in steps[1:]} >= set(range(12)) - {3}
     assert not list((folder / "checkpoints").glob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(pretrain_arguments, monkeypatch, capfd):
+    arguments = pretrain_arguments(DROPOUT)
+    whole = weights(execute(arguments))
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+    assert stop.value.code == 130
+    folder = newest()
+    printed = capfd.readouterr()
+    assert f"stopped on request at step 4; resume with RESUME={folder}" in printed.out
+    assert "Ctrl-C again quits at once" in printed.err
+    execute([*arguments, "--ckpt_path", str(folder)])
+    assert_equal(weights(folder), whole)
+
+
+def test_a_second_ctrl_c_quits_at_once(tmp_path, monkeypatch):
+    codes = []
+    monkeypatch.setattr("common.callbacks.preemption.os._exit", codes.append)
+    stop = Preemption(LastCheckpoint(tmp_path))
+    stop._handle(signal.SIGINT, None)
+    assert (stop.requested, codes) == (130, [])
+    stop._handle(signal.SIGTERM, None)
+    stop._handle(signal.SIGINT, None)
+    assert (stop.requested, codes) == (130, [130])
+    first = Preemption(LastCheckpoint(tmp_path))
+    first._handle(signal.SIGTERM, None)
+    first._handle(signal.SIGINT, None)
+    assert (first.requested, codes) == (143, [130])
+
+
+def test_ctrl_c_before_training_is_one_line(pretrain_arguments, monkeypatch, capsys):
+    def interrupted(arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("common.cli.execute", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(pretrain_arguments())
+    signal.signal(signal.SIGINT, before)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "stopped by Ctrl-C outside training: nothing new was saved\n"
 
 
 @pytest.mark.slow
