@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import nibabel as nib
 
 from common.errors import DataError
-from common.names import path_under
 from datamodules.account import UNLISTED
+from datamodules.listed_files import path_under
 from datamodules.registry import Evidence, Facts, FileRef, Layout, Listing, Record, described
 from datamodules.tree import Tree, TreeFile, stem_of
 
