@@ -192,7 +192,8 @@ def stored_encoder(
                  if (value := declared_default(path, name)) is not None}  # fmt: skip
     arguments |= check_arguments(path, part(record, "init_args", Mapping, source))
     channels, preprocessing = part(about, "channels", list[str], source), part(about, "preprocessing", Mapping, source)
-    if channels and len(channels) != arguments["in_channels"]:
+    # One kernel that was trained on several channels in turn is shared by all of them.
+    if channels and arguments["in_channels"] not in (1, len(channels)):
         raise CheckpointError(f"{source} names {len(channels)} channels of an encoder of {arguments['in_channels']}: "
                               f"export the encoder again, or start from the run it came from.")  # fmt: skip
     names = part(about, "names", list[str], source) if "names" in about else []

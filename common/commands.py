@@ -11,6 +11,7 @@ from typing import NamedTuple, NoReturn
 from common.errors import UsageError, UserError
 from common.files import is_about_storage, storage_sentence
 from common.names import printable
+from common.runtime.lean_imports import import_torchmetrics
 from common.runtime.process import prepare_memory
 
 
@@ -221,6 +222,7 @@ def execute(arguments: list[str]) -> None:
         from common.runtime.data_config import Archive
 
         options["archive"] = Archive(*(options.pop(name) for name in ("config", "root", "layout", "set")))
+        import_torchmetrics()  # before the function's module imports Lightning
     getattr(importlib.import_module(module), function)(**options)
 
 

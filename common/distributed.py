@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 
@@ -29,6 +28,8 @@ def rank() -> int:
 
 def launched_rank() -> int:
     """Return the rank this process was launched as, known before there is a process group."""
+    from lightning.pytorch.utilities import rank_zero_only  # reads it off the environment; encoders load without it
+
     return int(getattr(rank_zero_only, "rank", 0))
 
 

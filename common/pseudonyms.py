@@ -11,7 +11,6 @@ import secrets
 from functools import lru_cache
 from pathlib import Path
 
-from common.distributed import gather_objects, world_size
 from common.errors import StorageError
 from common.files import make_folder, remove_file, storage_errors, temporary_beside
 from common.names import printable
@@ -64,6 +63,8 @@ def key_file() -> Path:
 
 def share_key() -> None:
     """Send the first rank's key to all ranks, since machines may have separate home folders."""
+    from common.distributed import gather_objects, world_size  # torch: whoever prints a line imports this module
+
     if world_size() > 1:
         os.environ[_SHARED_KEY] = gather_objects(_key().hex())[0]
 

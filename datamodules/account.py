@@ -77,6 +77,8 @@ class Account:
     def __init__(self, archive: Archive, used: Iterable[tuple[str, Path]] | None = None) -> None:
         tree = archive.tree
         held = {tree.name_of(path): what for record in archive.records for what, path in record.files()}
+        # A second file of a modality is refused by name, which says more than that it has no place.
+        held |= {tree.name_of(path): "volume" for record in archive.records for path in record.surplus}
         self._used = held if used is None else {tree.name_of(path): what for what, path in used}
         self._used |= dict.fromkeys((tree.name_of(name) for name in archive.tables), "table")
         self._reasons = dict.fromkeys(held.keys() - self._used.keys(), UNUSED)

@@ -7,8 +7,6 @@ argument of its own.
 from dataclasses import dataclass
 from typing import Literal
 
-from datamodules.splits import SplitFile
-
 #: One value for every channel, or one each.
 Channelwise = float | tuple[float, float, float]
 
@@ -69,7 +67,7 @@ class SplitConfig:
     """
 
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
-    file: str | SplitFile | None = None
+    file: str | dict[str, str] | None = None
     seed: int = 0
 
 

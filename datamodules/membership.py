@@ -149,7 +149,11 @@ def resumed_parts(
     split_of = {row.case_id: row.split.removeprefix(UNUSED) for row in stored.rows}
     present = {stored.name(case.case_id): case.case_id for case in cases}
     gone = [name for name in split_of if name not in present]
-    reasons = [f"{len(gone)} of its {len(split_of)} cases are gone, first {gone[0]}"] if gone else []
+    reasons = (
+        [f"{len(gone)} of its {len(split_of)} cases are gone, first {gone[0] if stored.key else public_name(gone[0])}"]
+        if gone
+        else []
+    )
     if stored.setting != setting:
         reasons.append(f"it split by {stored.setting}, and the configuration by {setting}")
     if reasons and changed_archive == "refuse":

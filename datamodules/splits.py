@@ -84,7 +84,7 @@ class SplitFile:
         wrong = [f"{key}: {value}" for key, value in given.items() if value not in allowed.get(key, (value,))]
         wrong += [key for key in given if key not in ("file", *allowed)]
         if wrong or "file" not in given:
-            raise DataError(f"data.split_file takes file, ids (exact or pad) and unlisted (refuse or ignore); "
+            raise DataError(f"data.split.file takes file, ids (exact or pad) and unlisted (refuse or ignore); "
                             f"{'wrong is ' + wrong[0] if wrong else 'file is missing'}.")  # fmt: skip
         return cls(**given)  # type: ignore[arg-type]
 

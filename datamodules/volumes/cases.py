@@ -149,13 +149,6 @@ class Layout:
         """Return what the archive calls a modality."""
         return self.names.get(modality, modality)
 
-    def with_intensity(self, rule: str | None) -> "Layout":
-        """Return the layout with one intensity rule for all modalities; None changes nothing."""
-        if rule is None:
-            return self
-        intensity = dict.fromkeys(self.preprocessing.intensity or self.modalities, rule)
-        return replace(self, preprocessing=replace(self.preprocessing, intensity=intensity))
-
     def with_voxels(self, voxels: VoxelConfig) -> "Layout":
         """Return the layout with a way to read odd files, and with the intensity rules that come with it.
 

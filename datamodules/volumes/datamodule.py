@@ -264,7 +264,6 @@ class VolumeDataModule(ArchiveDataModule):
         crops: What is cut out of a volume.
         labels: Whether samples have labels, and what these mean.
         target: A class of every case, for probes.
-        intensity: One rule for all modalities (see :mod:`datamodules.volumes.intensity`); None takes the layout's.
         voxels: What is done about volumes that are a fault as they are.
         cache: Copies of the volumes that are kept.
         split: Who is trained, validated and tested on.
@@ -285,7 +284,6 @@ class VolumeDataModule(ArchiveDataModule):
         crops: CropConfig = CropConfig(),
         labels: LabelConfig = LabelConfig(),
         target: TargetConfig = TargetConfig(),
-        intensity: str | None = None,
         voxels: VoxelConfig = STRICT,
         cache: VolumeCacheConfig = VolumeCacheConfig(),
         split: SplitConfig = SplitConfig(),
@@ -305,7 +303,7 @@ class VolumeDataModule(ArchiveDataModule):
         self.target, self.target_file = target.name, target.file
         self._layout_name, self._modalities, self._crop_size = layout, modalities, crops.size
         self._profile = profile or self.default_profile
-        self._regions, self._intensity, self._voxels, self._cache = labels.regions, intensity, voxels, cache.format
+        self._regions, self._voxels, self._cache = labels.regions, voxels, cache.format
         self._split = (split.fractions, split.seed, split.file)
         self._layout: Layout | None = None
         self.cases: list[Case] = []
@@ -349,7 +347,7 @@ class VolumeDataModule(ArchiveDataModule):
             self.archive = archive
             cases = [case_of(record) for record in archive.records]
             layout, self.cases = under_canonical_names(self.prepare_layout(archive), cases)
-            layout = self.settle(layout).with_intensity(self._intensity).with_voxels(self._voxels)
+            layout = self.settle(layout).with_voxels(self._voxels)
             fractions, split_seed, split_file = self._split
             cut = archive.facts.cut_validation
             parts = assign_splits(self.cases, fractions, split_seed, split_file, cut_validation=cut)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.modalities import canonical_name, canonical_order, clashes, shown_names
+from common.pseudonyms import public_name
 from datamodules.volumes.cases import Case, Layout
 
 
@@ -39,8 +40,9 @@ def under_canonical_names(layout: Layout, cases: Sequence[Case]) -> tuple[Layout
     for case in cases:
         images, surplus = one_file_each(case.images.items())
         if surplus := [*case.surplus, *surplus]:
-            raise DataError(f"The case {case.case_id} has two files of one modality: {surplus[0].name} is the same as "
-                            f"one of {', '.join(path.name for path in images.values())}. Keep one of them, or name "
+            others = ", ".join(public_name(path.name) for path in images.values())
+            raise DataError(f"The case {public_name(case.case_id)} has two files of one modality: "
+                            f"{public_name(surplus[0].name)} is the same as one of {others}. Keep one of them, or name "
                             f"them apart.")  # fmt: skip
         for name in images:
             spellings.setdefault(canonical_name(name), set()).add(name)

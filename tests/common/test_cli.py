@@ -36,7 +36,7 @@ def test_a_run_leaves_a_complete_folder(pretrain_arguments):
     assert folder.parts[:3] == ("runs", "e_mim", "pretrain")
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     expected = {"config.yaml", "environment.json", "metrics.csv", "summary.json", "data_faults.csv",
-                "checkpoints/last.ckpt", "checkpoints/best.ckpt"}  # fmt: skip
+                "account.csv", "membership.csv", "checkpoints/last.ckpt", "checkpoints/best.ckpt"}  # fmt: skip
     assert expected <= files
     assert any(name.startswith("events.out.tfevents") for name in files)
     assert files - expected == {name for name in files if name.startswith("events.")}

@@ -77,3 +77,17 @@ print({"torch", "numpy", "lightning"} & set(sys.modules))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.slow
+def test_commands_that_train_nothing_import_no_lightning():
+    """Nor torchmetrics, and association no torch: a name printed or a pseudonym made is no reason to."""
+    code = """
+import sys
+import datamodules.genetics.association
+print({"torch"} & set(sys.modules))
+import common.checkpoint, common.weights.convert, common.weights.export, datamodules.synthetic.command
+print({"lightning", "torchmetrics", "monai"} & set(sys.modules))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == ["set()", "set()"]

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from datamodules.brain.labels import LabelSource, read_classes
+from datamodules.brain.labels import LabelSource, label_tables, read_classes
 from datamodules.brain.manifest import find_manifest as find_datalist
 from datamodules.genetics.association import _covariates
 from datamodules.genetics.genotypes import open_genotypes
@@ -175,9 +175,7 @@ def answers(path):
 
 
 def reports(root):
-    return [
-        open_i_text(study.text, part) for study in find_open_i(Tree(root)) for part in ("full", "findings_impression")
-    ]
+    return [open_i_text(study.text, part) for study in find_open_i(root) for part in ("full", "findings_impression")]
 
 
 COVID = lines(
@@ -287,7 +285,7 @@ KINDS = {
     "phenotypic": Kind(
         "Pheno.csv",
         lines("SUB_ID,DX_GROUP", "1,1", "2,2", "0003,1", "4,-9999"),
-        lambda path: read_classes(CASES, SOURCE, path.parent),
+        lambda path: read_classes(CASES, SOURCE, label_tables(SOURCE, Tree(path.parent))),
     ),
     "MIMIC metadata": mimic("metadata"),
     "MIMIC splits": mimic("split"),

@@ -191,7 +191,7 @@ def test_settings_have_caches_of_their_own(archive):
     folders = {
         VolumeCache(root, layout).folder,
         VolumeCache(root, layout, "b2nd").folder,
-        VolumeCache(root, layout.with_intensity("max")).folder,
+        VolumeCache(root, layout.with_voxels(VoxelConfig(intensity=dict.fromkeys(layout.modalities, "max")))).folder,
         VolumeCache(root.parent, layout).folder,
     }
     assert len(folders) == 4

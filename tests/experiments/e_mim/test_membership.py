@@ -90,7 +90,7 @@ def finetune(root, pretrained, split, *more):
     config = ["--config", "experiments/e_mim/configs/finetune_brats_seg.yaml"]
     tiny = ["--model.network.feature_size=4", "--model.network.skip_blocks=[1,1,2]",
             "--model.encoder.embed_dim=32", "--data.crop_size=[32,32,32]",
-            "--data.num_workers=0", "--data.batch_size=2", "--trainer.max_epochs=1", "--trainer.precision=32-true",
+            "--data.num_workers=0", "--data.batch_size=1", "--trainer.max_epochs=1", "--trainer.precision=32-true",
             "--trainer.enable_progress_bar=false", "--trainer.check_val_every_n_epoch=1"]  # fmt: skip
     return ["fit", *config, f"--data.root={root}", f"--model.pretrained={pretrained}", *tiny, *more,
             *([f"--data.split_file={split}"] if split else [])]  # fmt: skip
