@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import DataError
+from datamodules.members import REFUSED
 from datamodules.registry import Archive, shortened
 from datamodules.tree import IMAGE_KINDS, Kind, Tree, TreeFile
 
@@ -39,16 +40,6 @@ REASONS = frozenset({
     SOURCE, LISTED, PIPELINE, DISAGREE, UNLISTED, PUBLIC, UNUSED, ROWLESS,
 })  # fmt: skip
 _BY_KIND: dict[Kind, str] = {"sidecar": SIDECAR, "text": TEXT, "table": TABLE, "genetics": GENETICS}
-#: What is wrong with formats that are never read, and what to do.
-_REFUSED = {
-    ".img": "Analyze stores no orientation: convert them to NIfTI from the originals",
-    ".hdr": "Analyze stores no orientation: convert them to NIfTI from the originals",
-    ".img.gz": "Analyze stores no orientation: convert them to NIfTI from the originals",
-    ".hdr.gz": "Analyze stores no orientation: convert them to NIfTI from the originals",
-    ".nhdr": "NRRD with a header of its own is not read: write .nrrd files",
-    ".mnc": "MINC is not read: convert them to NIfTI (mnc2nii)",
-    ".dcm.gz": "gunzip them: no converter opens compressed DICOM",
-}
 #: Share of the image-like files that may have no place, and cases in which one kind of them may be.
 _MAX_UNKNOWN, _MAX_CASES = 0.01, 2
 _MAX_LINES = 12
@@ -148,10 +139,9 @@ class Account:
         count = kinds[0][1]
         if len(lost) <= _MAX_UNKNOWN * self._kinds.total() and count <= _MAX_CASES:
             return
-        refused = [file for file in lost if file.suffix in _REFUSED]
-        if len(refused) == len(lost):
+        if all(file.kind == "refused" for file in lost):
             raise DataError(f"{len(lost)} files such as {shortened(lost[0].name, 80)} have no place: "
-                            f"{_REFUSED[lost[0].suffix]}.")  # fmt: skip
+                            f"{REFUSED[lost[0].suffix]}.")  # fmt: skip
         same = {file.kind for file in lost}
         noun = _NOUNS[lost[0].kind] if len(same) == 1 else "image files"
         total = sum(self._kinds[kind] for kind in same)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from common.errors import DataError
-from common.runtime.reporting import contents, say
+from common.runtime.reporting import contents
 from datamodules.files import read_json
 from datamodules.tree import Tree
 
@@ -541,8 +541,7 @@ def open_archive(
     tree = root if isinstance(root, Tree) else Tree(root)
     if settings.ignore:
         tree = tree.without(settings.ignore)
-    if hollow := tree.check_content():
-        say(f"note: {hollow}")
+    tree.report_content()
     chosen = entry.load() if layout != "auto" else recognise(tree, wanted, purpose)[0]
     archive = chosen.read(tree, settings)
     if not archive.records:

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from common.errors import DataError
+from common.runtime.reporting import say
+from datamodules.members import PICTURES, REFUSED, VOLUMES
 
 #: What a file's suffix says it is. ``series`` may be an image or a slice of a volume; ``voxels`` belong to a header
 #: beside them; ``refused`` formats are image-like and never read.
 Kind = Literal["volume", "image", "series", "voxels", "refused", "table", "sidecar", "text", "genetics", "other"]
 
+_SERIES = (".dcm", ".dicom")
 _SUFFIXES: dict[Kind, tuple[str, ...]] = {
-    "volume": (".nii.gz", ".nii", ".mha", ".mhd", ".seg.nrrd", ".nrrd", ".mgz"),
-    "image": (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"),
-    "series": (".dcm", ".dicom"),
+    "volume": (*VOLUMES, ".seg.nrrd"),
+    "image": tuple(suffix for suffix in PICTURES if suffix not in _SERIES),
+    "series": _SERIES,
     "voxels": (".raw", ".zraw"),
-    "refused": (".img", ".img.gz", ".hdr", ".hdr.gz", ".nhdr", ".mnc", ".dcm.gz"),
+    "refused": tuple(REFUSED),
     "table": (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".ndjson", ".parquet"),
     "sidecar": (".json", ".bval", ".bvec", ".xml", ".yaml", ".yml"),
     "text": (".txt", ".md", ".rst", ".pdf", ".html", ".log", ".bib"),
@@ -284,6 +287,15 @@ class Tree:
             for place, found in self._folders.items()
         }
         return tree
+
+    def report_content(self) -> None:
+        """Print how many files are links without content.
+
+        Raises:
+            DataError: they are more than one in twenty.
+        """
+        if words := self.check_content():
+            say(f"note: {words}")
 
     def check_content(self) -> str | None:
         """Say how many image-like files are links without content, or pointers of Git LFS; None where none is.

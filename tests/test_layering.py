@@ -94,8 +94,8 @@ FLOORS = (
     {"brain", "labelled", "reports", "pairs", "genetics", "synthetic"},
     {"volumes", "images", "dicom"},
     {"base", "examination", "controls"},
-    {"account", "archive_file", "loading", "membership", "registry", "splits"},
-    {"files", "ids", "limits", "listed_files", "members", "notes", "storage", "subjects", "tables", "tree", "voxels"},
+    {"account", "archive_file", "configs", "loading", "membership", "registry", "splits", "subjects"},
+    {"files", "ids", "limits", "listed_files", "members", "notes", "storage", "tables", "tree"},
 )
 
 

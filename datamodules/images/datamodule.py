@@ -13,7 +13,6 @@ from datamodules.configs import CacheConfig, ImageConfig, LoaderConfig
 from datamodules.images.cache import ImageCache, SourceImages
 from datamodules.images.reading import ImageReader
 from datamodules.loading import ResumableLoader
-from datamodules.members import check_content
 from datamodules.notes import say_notes
 from datamodules.splits import SPLITS
 
@@ -74,7 +73,6 @@ class ImageArchiveDataModule(ArchiveDataModule):
         Raises:
             DataError: more than a few of them are links without content.
         """
-        check_content(self.paths_in_use(), self.root)
         if self._cache == "none":
             return SourceImages(reader)
         return ImageCache(Path(self.root).expanduser(), self._cache_side, reader=reader)

@@ -14,6 +14,7 @@ from datamodules.account import ROWLESS
 from datamodules.files import first_line
 from datamodules.ids import check_subjects
 from datamodules.listed_files import path_under
+from datamodules.members import PICTURES
 from datamodules.registry import NO_SETTINGS, Evidence, FileRef, Layout, Listing, Record, Settings, shortened
 from datamodules.splits import patients_of_files
 from datamodules.subjects import owner_of
@@ -25,7 +26,6 @@ COLUMNS = {name: name for name in ("image", "text", "subject", "session", "split
 TARGET = "target:"
 _NEEDED = ("image", "subject")
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-_IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".dcm", ".dicom")
 #: Tables in the root that are looked into to recognise it.
 _LOOKED_AT = 8
 #: Share of the rows that may name files which are not there.
@@ -148,8 +148,8 @@ def _image_name(tree: Tree, path: Path, fact: Mapping[str, str]) -> str:
     name = "/".join(part for part in (fact.get("folder", ""), fact["image"]) if part)
     path_under(tree.root, name, path)
     name = name.removeprefix("./")
-    if suffix_of(name) not in _IMAGES and not tree.is_file(name):
-        fits = [f"{name}{suffix}" for suffix in _IMAGES if tree.is_file(f"{name}{suffix}")]
+    if suffix_of(name) not in PICTURES and not tree.is_file(name):
+        fits = [f"{name}{suffix}" for suffix in PICTURES if tree.is_file(f"{name}{suffix}")]
         return fits[0] if len(fits) == 1 else name
     return name
 

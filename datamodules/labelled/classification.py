@@ -276,6 +276,7 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         """
         if not self.splits:
             root = Tree(self.root)
+            root.report_content()
             images = self.labels.find(root)
             if not images:
                 raise DataError(f"{root} holds no labelled image of {self.labels.name} ({self.labels.tree}).")

@@ -20,7 +20,6 @@ from datamodules.configs import LoaderConfig, SplitConfig
 from datamodules.controls import read_control
 from datamodules.ids import check_labels, join_ids, rows_by
 from datamodules.loading import Draw, ResumableLoader
-from datamodules.members import check_content
 from datamodules.membership import MASK
 from datamodules.notes import say_notes
 from datamodules.registry import Archive, Settings
@@ -349,7 +348,6 @@ class VolumeDataModule(ArchiveDataModule):
             cases = [case_of(record) for record in archive.records]
             layout, self.cases = under_canonical_names(self.prepare_layout(archive), cases)
             layout = self.settle(layout).with_voxels(self._voxels)
-            check_content((path for case in self.cases for path in case.files()), self.root)
             fractions, split_seed, split_file = self._split
             cut = archive.facts.cut_validation
             parts = assign_splits(self.cases, fractions, split_seed, split_file, cut_validation=cut)

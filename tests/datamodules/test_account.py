@@ -90,7 +90,7 @@ def test_one_odd_file_of_many_is_tolerated(tmp_path):
 @pytest.mark.parametrize(
     ("suffix", "words"),
     [("img", "Analyze stores no orientation"), ("HDR", "Analyze stores no orientation"), ("mnc", "mnc2nii"),
-     ("nhdr", "write .nrrd"), ("dcm.gz", "gunzip them")],
+     ("nhdr", "save it as one .nrrd"), ("dcm.gz", "gunzip it")],
 )  # fmt: skip
 def test_formats_that_are_never_read_say_what_to_do(tmp_path, suffix, words):
     touch(tmp_path, *(f"P{case}/{name}" for case in range(3) for name in ("t1.nii", f"t2.{suffix}")))

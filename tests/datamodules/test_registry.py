@@ -13,7 +13,8 @@ import datamodules
 from common.errors import DataError
 from common.modalities import canonical_order
 from datamodules.brain.datamodule import BrainDataModule
-from datamodules.genetics.datamodule import ImageGenomeDataModule
+from datamodules.configs import SplitConfig
+from datamodules.genetics.datamodule import ImageGenomeDataModule, PictureConfig
 from datamodules.images.plain import natural_order
 from datamodules.labelled.layout import LabelLayout
 from datamodules.registry import LAYOUTS, VOCABULARY, Settings, open_archive
@@ -258,17 +259,17 @@ def test_every_layout_feeds_whoever_needs_what_it_gives(archives):
 
 
 def test_e_mim_reads_the_sources_of_brainmvp_and_brainmvp_reads_prostates_by_name(archives):
-    plain = VolumeDataModule(str(archives["sources"]), split_fractions=(1.0, 0.0, 0.0))
+    plain = VolumeDataModule(str(archives["sources"]), split=SplitConfig((1.0, 0.0, 0.0)))
     assert plain.index().name == "sources"
     assert plain.input_spec.channels == canonical_order({name for case in plain.cases for name in case.images})
-    brain = BrainDataModule(str(archives["pi_cai"]), split_fractions=(1.0, 0.0, 0.0))
+    brain = BrainDataModule(str(archives["pi_cai"]), split=SplitConfig((1.0, 0.0, 0.0)))
     brain.index()
     assert {name for case in brain.cases for name in case.images} == {"t2", "adc"}
 
 
 def test_a_table_of_photographs_trains_what_wants_pictures(archives):
-    data = ImageGenomeDataModule(str(archives["table"]), image_size=(32, 32), cache_side=40, batch_size=2,
-                                 split_fractions=(0.7, 0.3, 0.0))  # fmt: skip
+    split = SplitConfig((0.7, 0.3, 0.0))
+    data = ImageGenomeDataModule(str(archives["table"]), image=PictureConfig((32, 32)), batch_size=2, split=split)
     data.prepare_data()
     data.setup("fit")
     assert data.index().layout.name == "table"

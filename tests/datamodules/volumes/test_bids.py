@@ -9,6 +9,7 @@ from common.errors import DataError
 from datamodules import account
 from datamodules.account import Account
 from datamodules.brain.datamodule import BrainDataModule
+from datamodules.configs import SplitConfig
 from datamodules.registry import Settings, open_archive
 from datamodules.volumes.bids import parsed
 from datamodules.volumes.datamodule import VolumeDataModule
@@ -224,9 +225,9 @@ def test_a_real_spine(real_data, tmp_path):
 @pytest.mark.real_data
 def test_both_methods_of_volumes_read_a_real_spine(real_data, tmp_path):
     root = shutil.copytree(real_data("bids_spine"), tmp_path / "spine")
-    plain = VolumeDataModule(str(root), split_fractions=(1.0, 0.0, 0.0))
+    plain = VolumeDataModule(str(root), split=SplitConfig((1.0, 0.0, 0.0)))
     assert plain.index().name == "bids"
     assert plain.input_spec.channels == ("t1", "t2", "t2star")
-    brain = BrainDataModule(str(root), split_fractions=(1.0, 0.0, 0.0))
+    brain = BrainDataModule(str(root), split=SplitConfig((1.0, 0.0, 0.0)))
     assert brain.index().name == "bids"
     assert {name for case in brain.cases for name in case.images} == {"t1", "t2"}

@@ -9,9 +9,10 @@ import pytest
 from common.errors import DataError
 from datamodules import account
 from datamodules.account import Account
+from datamodules.configs import SplitConfig
 from datamodules.registry import open_archive
 from datamodules.volumes.cases import case_of
-from datamodules.volumes.datamodule import VolumeDataModule
+from datamodules.volumes.datamodule import CropConfig, VolumeDataModule
 from datamodules.volumes.decathlon import read_labels
 from datamodules.volumes.prepare import prepare_case, read_image
 from datamodules.volumes.profiles import prepared
@@ -48,7 +49,8 @@ def test_the_volumes_of_a_file_are_its_channels(tmp_path):
     assert archive.layout.name == "msd"
     assert [record.split for record in archive.records] == ["train"] * 3 + ["test"]
     assert archive.facts.regions == {"edema": (1,), "enhancing tumour": (2,)}
-    data = VolumeDataModule(str(tmp_path), split_fractions=(0.6, 0.4, 0.0), crop_size=(8, 8, 8), batch_size=1)
+    data = VolumeDataModule(str(tmp_path), split=SplitConfig((0.6, 0.4, 0.0)), crops=CropConfig((8, 8, 8)),
+                            batch_size=1)  # fmt: skip
     data.prepare_data()
     data.setup("fit")
     assert data.input_spec.channels == ("flair", "t1", "t1c", "t2")
@@ -57,7 +59,7 @@ def test_the_volumes_of_a_file_are_its_channels(tmp_path):
     case = data.splits["train"][0]
     opened = data.store.open(case)
     for channel, name in enumerate(data.index().modalities):
-        source = read_image(case.images[name], case.places[name]).data
+        source = read_image(case.images[name], place=case.places[name]).data
         assert source.shape == opened.image.shape[1:]
         assert np.corrcoef(source.ravel(), np.asarray(opened.image[channel]).ravel())[0, 1] > 0.99
     assert next(iter(data.train_dataloader()))["image"].shape == (1, 4, 8, 8, 8)
@@ -70,7 +72,7 @@ def test_another_number_of_volumes_is_refused(tmp_path):
 
 def test_a_cached_case_is_built_again_where_its_channels_change_places(tmp_path):
     """The same file under another order of modalities is another case, though no file has changed."""
-    data = VolumeDataModule(str(msd(tmp_path)), split_fractions=(1.0, 0.0, 0.0))
+    data = VolumeDataModule(str(msd(tmp_path)), split=SplitConfig((1.0, 0.0, 0.0)))
     data.prepare_data()
     case = data.cases[0]
     swapped = case._replace(places={**case.places, "flair": case.places["t1"], "t1": case.places["flair"]})
@@ -88,7 +90,7 @@ def test_listed_but_absent_and_there_but_unlisted(tmp_path):
     rows = {(row.use, row.reason): row.count for row in Account(archive).rows}
     assert rows["ignored", account.UNLISTED] == 1
     assert rows["ignored", account.SHADOW] == 1
-    data = VolumeDataModule(str(root), split_fractions=(1.0, 0.0, 0.0))
+    data = VolumeDataModule(str(root), split=SplitConfig((1.0, 0.0, 0.0)))
     data.prepare_data()
     data.setup("fit")
     assert [(fault.sample, fault.kind) for fault in data.ledger.faults] == [("BRATS_002", "missing")]
