@@ -144,7 +144,7 @@ def test_an_export_that_asks_for_a_command_or_is_damaged(run_folder, tmp_path, m
         ({"encoder": evil}, "is not an encoder of this project"),
         ({"encoder": []}, "does not describe its encoder: `class_path`"),
         ({"channels": ["t1c"]}, "names 1 channels of an encoder of 3"),
-        ({"format": "timm", "experiment": "../../common/commands"}, "There is no patch_embed.proj.weight in it"),
+        ({"format": "timm", "experiment": "../../common/commands"}, "It has no patch_embed.proj.weight"),
         ({"format": "released", "experiment": "brainmvp", "encoder": evil}, "is not an encoder of this project"),
         ({"format": "FORMATS", "experiment": "configs"}, "is no export in the format monai or timm"),
     ):

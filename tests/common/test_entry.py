@@ -9,7 +9,7 @@ from common.checkpoint import resolve_checkpoint
 from common.cli import MedmimCLI, main
 from common.entry import COMMANDS, answer, help_page, values_of
 from common.errors import UserError
-from datamodules.registry import recognise
+from datamodules.registry import open_archive
 
 CONFIG = "experiments/e_mim/configs/pretrain.yaml"
 
@@ -71,7 +71,7 @@ def test_sentences_and_codes_are_those_of_the_command(capsys, tmp_path):
     assert answer(["fit", "--ckpt_path=no/such"]) == 1
     assert capsys.readouterr().err == f"error: {later.value}\n"
     with pytest.raises(UserError) as later:
-        recognise(tmp_path / "gone")
+        open_archive(tmp_path / "gone")
     assert answer(["fit", f"--data.root={tmp_path / 'gone'}"]) == 1
     assert capsys.readouterr().err == f"error: {later.value}\n"
     assert answer(["fit", "--config=gone.yaml"]) == 2

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import DataError
-from common.names import MAX_BYTES, case_twins, path_under, printable, safe_name
+from common.names import MAX_BYTES, case_twins, printable, safe_name
+from datamodules.listed_files import path_under
 
 ORDINARY = (
     "BraTS-GLI-00001-000",

@@ -19,7 +19,7 @@ from common.downstream.segmentation import SegmentationModule
 from common.errors import CheckpointError, DataError
 from common.types import InputSpec, TaskState
 from datamodules.configs import SplitConfig
-from datamodules.volumes.datamodule import CropConfig, VolumeDataModule
+from datamodules.volumes.datamodule import CropConfig, LabelConfig, VolumeDataModule
 from experiments.e_mim.module import EMIMPretrain
 
 STORED = ("t1c", "t1n", "t2f", "t2w")
@@ -175,7 +175,7 @@ def test_fine_tuning_starts_new_channels_as_the_mean(archive, pretrained, tmp_pa
 
 
 def test_nothing_in_common(lung_root, pretrained):
-    module = data(lung_root, labels=True)
+    module = data(lung_root, labels=LabelConfig(needed=True))
     with pytest.raises(CheckpointError, match=r"None of the data's channels \(1h, xe\)"):
         built(LinearProbe(pretrained=str(pretrained)), module)
     with pytest.raises(CheckpointError, match=r"set model\.new_channels to fresh"):

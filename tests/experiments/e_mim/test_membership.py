@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.callbacks.last_checkpoint import LastCheckpoint
 from common.checkpoint import read_checkpoint
 from common.cli import execute
 from common.errors import DataError
@@ -83,17 +82,17 @@ def test_an_archive_that_grows_or_shrinks(archive, brats_root, pretrain_argument
     with pytest.raises(DataError, match=r"1 of its 6 cases are gone, first BraTS-GLI"):
         execute([*arguments, "--trainer.max_epochs=3"])
     with pytest.raises(DataError, match=r"split by shares \[.*seed 0.*configuration by shares .*seed 5"):
-        execute([*arguments, "--data.split_seed=5"])
+        execute([*arguments, "--data.split.seed=5"])
 
 
 def finetune(root, pretrained, split, *more):
     config = ["--config", "experiments/e_mim/configs/finetune_brats_seg.yaml"]
     tiny = ["--model.network.feature_size=4", "--model.network.skip_blocks=[1,1,2]",
-            "--model.encoder.embed_dim=32", "--data.crop_size=[32,32,32]",
+            "--model.encoder.embed_dim=32", "--data.crops.size=[32,32,32]",
             "--data.num_workers=0", "--data.batch_size=1", "--trainer.max_epochs=1", "--trainer.precision=32-true",
             "--trainer.enable_progress_bar=false", "--trainer.check_val_every_n_epoch=1"]  # fmt: skip
     return ["fit", *config, f"--data.root={root}", f"--model.pretrained={pretrained}", *tiny, *more,
-            *([f"--data.split_file={split}"] if split else [])]  # fmt: skip
+            *([f"--data.split.file={split}"] if split else [])]  # fmt: skip
 
 
 def test_patients_of_pre_training_in_the_test_set(archive, pretrain_arguments, tmp_path, capsys):
@@ -117,13 +116,11 @@ def test_patients_of_pre_training_in_the_test_set(archive, pretrain_arguments, t
     with pytest.raises(DataError, match=r"3 of 3 test patients .* set data\.seen_patients to drop"):
         execute(finetune(archive, first, split, "--data.seen_patients=refuse"))
     # Without a split file, those that pre-training knows keep their place: nobody has been seen.
-    execute(finetune(archive, first, None, "--trainer.fast_dev_run=1", "--data.split_seed=7"))
+    execute(finetune(archive, first, None, "--trainer.fast_dev_run=1", "--data.split.seed=7"))
     assert "0 of 1 test patients were seen in pre-training" in capsys.readouterr().out
 
 
-def test_another_batch_size_inside_an_epoch(archive, pretrain_arguments, monkeypatch):
-    saved = LastCheckpoint.__init__
-    monkeypatch.setattr(LastCheckpoint, "__init__", lambda self, folder: saved(self, folder, every_n_train_steps=1))
-    folder = execute(pretrain_arguments("--trainer.max_steps=1", root=archive))
+def test_another_batch_size_inside_an_epoch(archive, pretrain_arguments):
+    folder = execute(pretrain_arguments("--trainer.max_steps=1", "--checkpoint.every_n_steps=1", root=archive))
     with pytest.raises(DataError, match=r"inside an epoch, 1 of \d batches in, with a batch size of 2, not 1"):
         execute(pretrain_arguments("--ckpt_path", str(folder), "--data.batch_size=1", root=archive))

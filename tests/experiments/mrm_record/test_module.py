@@ -299,7 +299,7 @@ def test_settings_without_a_meaning():
 def test_scoring_padding_needs_all_of_it():
     """Else the mean would hang on the longest text of the batch."""
     module, batch = make(mlm_scope="all"), batch_of()
-    with pytest.raises(UserError, match=r"all 12 positions of a text, but .* to 9: set data\.pad_to_length"):
+    with pytest.raises(UserError, match=r"all 12 positions of a text, but .* to 9: set data\.text\.pad_to_length"):
         module.step(batch, sync=True)
     assert module.step(padded(batch), sync=True).terms["report"].count == 36
 
