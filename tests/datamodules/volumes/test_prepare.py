@@ -11,6 +11,7 @@ from common.faults import SampleFaultError
 from datamodules import notes
 from datamodules.registry import open_archive
 from datamodules.volumes.cases import case_of
+from datamodules.volumes.intensity import rescale
 from datamodules.volumes.modalities import with_modalities
 from datamodules.volumes.prepare import prepare_case
 from datamodules.volumes.profiles import prepared as prepared_layout
@@ -323,6 +324,14 @@ def test_labels_of_odd_kinds_are_faults(case_folder, dtype):
     layout, cases = opened(case_folder.parent)
     layout = layout.with_voxels(VoxelConfig(complex="magnitude"))
     assert [fault.kind for fault in prepare_case(cases[0], layout, layout.modalities).label_faults] == ["dtype"]
+
+
+def test_a_centred_cut_is_around_negative_voxels_too(head):
+    """Where only positive ones counted, percentiles were those of the whole volume, air included."""
+    settings = {"preprocessing": {"centered": True}, "intensity": {"t1": "percentile_5_95"}}
+    prepared, data = head(0, lambda body: -body, **settings)
+    inner = (slice(4, 20),) * 3
+    assert np.allclose(prepared.image[0], rescale(data[inner], "percentile_5_95"))
 
 
 def test_settings_of_voxels_that_do_not_exist(case_folder):
