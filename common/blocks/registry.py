@@ -55,6 +55,8 @@ def fits(value: Any, kind: Any) -> bool:
         return any(type(value) is type(part) and value == part for part in parts)
     if dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind)
+        if isinstance(value, kind):
+            return True  # made here: no file can hold one
         return isinstance(value, dict) and all(name in hints and fits(v, hints[name]) for name, v in value.items())
     if origin is not None and issubclass(origin, Mapping):
         return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
