@@ -55,8 +55,6 @@ def fits(value: Any, kind: Any) -> bool:
         return any(type(value) is type(part) and value == part for part in parts)
     if dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind)
-        if isinstance(value, kind):
-            return True  # made here: no file can hold one
         return isinstance(value, dict) and all(name in hints and fits(v, hints[name]) for name, v in value.items())
     if origin is not None and issubclass(origin, Mapping):
         return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
@@ -109,10 +107,7 @@ def check_arguments(path: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     if wrong:
         raise CheckpointError(f"The file describes no {cls.__name__} that can be built: {wrong[0]}. Export the encoder "
                               f"again, or start from the run it came from.")  # fmt: skip
-    return {
-        name: kinds[name](**value) if dataclasses.is_dataclass(kinds[name]) else value
-        for name, value in arguments.items()
-    }
+    return dict(arguments)
 
 
 def build_encoder(path: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -126,8 +121,11 @@ def build_encoder(path: str, arguments: Mapping[str, Any]) -> nn.Module:
         CheckpointError: as :func:`check_arguments`, or the class refuses them.
     """
     cls = find_encoder(path)
+    kinds: dict[str, Any] = get_type_hints(cls.__init__)
+    checked = check_arguments(path, arguments)
+    made = {name: kinds[name](**value) for name, value in checked.items() if dataclasses.is_dataclass(kinds[name])}
     try:
-        return cls(**check_arguments(path, arguments))
+        return cls(**checked | made)
     except CheckpointError:
         raise
     except (ValueError, ArithmeticError, RuntimeError, IndexError) as error:
