@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 
 from common.errors import StorageError
 from common.faults import SampleFaultError
@@ -219,6 +220,7 @@ def test_size_estimate_is_an_upper_bound(archive):
 
 
 def _fill(root, layout, cases, queue):
+    torch.set_num_threads(1)  # after a fork, two threads that start PyTorch's pool at once would fail
     try:
         records = VolumeCache(root, layout).ensure(cases, workers=2, progress=False)
         queue.put(sorted(name for name, record in records.items() if record.usable))
