@@ -180,8 +180,9 @@ class SegmentationModule(FineTuning):
             self.write_scores(rows, summary)
             for name in self.regions:
                 dice, hd95 = summary[f"dice_{name}"], summary[f"hd95_{name}"]
-                print_line(f"{name}: Dice {100 * dice['mean']:.2f} +- {100 * dice['std']:.2f} %, HD95 "
-                    f"{hd95['mean']:.2f} +- {hd95['std']:.2f} mm, {summary['n']} cases, empty {summary[f'empty_{name}']}")  # fmt: skip
+                print_line(f"{name}: Dice {100 * dice['mean']:.2f} +- {100 * dice['std']:.2f} %, "
+                    f"HD95 {hd95['mean']:.2f} +- {hd95['std']:.2f} mm, {summary['n']} cases, "
+                    f"empty {summary[f'empty_{name}']}")  # fmt: skip
         log_scalars(
             self,
             {f"test/{name}": v["mean"] for name, v in summary.items() if name.startswith(("dice", "hd95", "loss"))},
