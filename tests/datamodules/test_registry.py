@@ -98,7 +98,7 @@ def test_marksheets_old_and_new(tmp_path):
         "3_30": "0",
     }
     (tmp_path / "bad.csv").write_text("patient,study\n1,2\n")
-    with pytest.raises(DataError, match="no PI-CAI marksheet"):
+    with pytest.raises(DataError, match="not a PI-CAI marksheet"):
         read_marksheet(tmp_path / "bad.csv")
 
 
