@@ -293,6 +293,11 @@ class ArchiveDataModule(pl.LightningDataModule):
         """What an archive must give, of :data:`datamodules.registry.VOCABULARY`."""
         return frozenset()
 
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """What is needed of a layout, but may be missing from an archive of it."""
+        return ("genetics", "masks", "targets")
+
     @abstractmethod
     def used_files(self) -> Iterable[tuple[str, Path]]:
         """Yield the archive's files that are used, each with what it is; known once the root has been indexed."""
@@ -303,7 +308,7 @@ class ArchiveDataModule(pl.LightningDataModule):
         Raises:
             DataError: it is of no known layout, lacks what is needed, or too many of its files have no place.
         """
-        archive = open_archive(root, layout, self.needs, self.purpose, settings)
+        archive = open_archive(root, layout, self.needs, self.purpose, settings, self.optional)
         Account(archive).check()
         for note in archive.notes:
             say(f"note: {note}")

@@ -142,7 +142,7 @@ def resumed_parts(
         changed_archive: Whether to go on where a member is gone or the setting differs.
 
     Raises:
-        DataError: a member is gone or splits are made otherwise, and nothing was said about it.
+        DataError: a member is gone or splits are made otherwise, and nothing was said about it; or every member is.
     """
     if not stored.comparable():
         raise DataError("The run's membership is hidden with another key of pseudonyms: resume it where its key is.")
@@ -158,6 +158,8 @@ def resumed_parts(
         reasons.append(f"it split by {stored.setting}, and the configuration by {setting}")
     if reasons and changed_archive == "refuse":
         raise DataError(f"The archive is not the one this run began with: {'; '.join(reasons)}. To resume, {_REMEDY}.")
+    if len(gone) == len(split_of):
+        raise DataError(f"This is another archive than the run began with: none of its {len(gone)} cases is there.")
     for reason in reasons:
         say(f"note: {reason}; the run goes on with what is there (data.changed_archive)")
     if new := len(present.keys() - split_of.keys()):

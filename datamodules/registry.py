@@ -519,6 +519,7 @@ def open_archive(
     needs: Iterable[str] = (),
     purpose: str = "this",
     settings: Settings = NO_SETTINGS,
+    optional: Iterable[str] = ("genetics", "masks", "targets"),
 ) -> Archive:
     """Walk a root, recognise its layout, and list what it holds.
 
@@ -528,6 +529,7 @@ def open_archive(
         needs: What each archive must give, of :data:`VOCABULARY`.
         purpose: Who needs it, for the refusal.
         settings: What a person says about the archive.
+        optional: What is needed of the layout, but may be missing from this archive.
 
     Raises:
         DataError: the root does not exist, is of no known layout, of several, or not of the one asked for, lacks what
@@ -547,7 +549,7 @@ def open_archive(
     if not archive.records:
         held = f"({shortened(chosen.tree, 110)}); it holds {shortened(contents(tree.root), 50)}"
         raise DataError(f"{shortened(str(tree), 80)} is not of the layout {chosen.name} {held}.")
-    if missing := wanted - archive.gives - {"genetics", "masks", "targets"}:
+    if missing := wanted - archive.gives - set(optional):
         raise unsuited(entry_of(chosen.name), archive.gives - missing, wanted, purpose, tree)
     return archive
 

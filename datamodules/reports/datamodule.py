@@ -448,6 +448,11 @@ class ImageTextDataModule(TextArchiveDataModule):
         """Images and texts; a sample may lack one of them unless ``complete`` asks for both."""
         return frozenset({"images", "text"})
 
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Images, unless each sample must have both: reports alone can be read as text."""
+        return () if self.complete else ("images",)
+
     def index(self) -> Archive:
         """Recognise the layout, list and split the samples. Reads names and tables, no image.
 
