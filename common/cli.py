@@ -42,7 +42,7 @@ from common.runtime.configs import expand_config_arguments
 from common.runtime.data_config import one_line
 from common.runtime.loggers import RunCSVLogger, RunTensorBoardLogger, SummaryLogger
 from common.runtime.process import silence_advice
-from common.runtime.reporting import is_dry_run, say
+from common.runtime.reporting import is_dry_run, print_line
 from common.types import TaskState
 
 INTERRUPTED = 130
@@ -195,7 +195,7 @@ class MedmimCLI(LightningCLI):
         pretrained = (self._get(self.config, "model").get("init_args") or {}).get("pretrained")
         started_from = stored_membership(pretrained) if pretrained else None
         if pretrained and started_from is None and not self._members:
-            say(f"note: whether patients were seen in pre-training cannot be checked: {pretrained} keeps no membership")
+            print_line(f"note: {pretrained} stores no membership: patients seen in pre-training cannot be told apart")
         kind = "resumed" if self.subcommand == "fit" else "weights"
         recall(**{"started_from": started_from, kind: self._members})
 
@@ -239,7 +239,7 @@ class MedmimCLI(LightningCLI):
                 f"Precision {precision} is float16, which CPUs do not compute fast: use bf16-mixed or 32-true."
             )
         if on_cpu and precision == "bf16-mixed" and not supports_bfloat16("cpu"):
-            say("precision: this CPU has no bfloat16 instructions, training in 32-true instead of bf16-mixed")
+            print_line("precision: this CPU has no bfloat16 instructions, training in 32-true instead of bf16-mixed")
             trainer_config["precision"] = "32-true"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

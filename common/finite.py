@@ -126,7 +126,7 @@ class FiniteSteps:
         return loss * torch.where(finite, 1.0, math.nan)
 
     @torch.no_grad()
-    def judge(self, norm: Tensor, optimizers: Iterable[Optimizer]) -> None:
+    def check_norm(self, norm: Tensor, optimizers: Iterable[Optimizer]) -> None:
         """Raise the flag if the norm of the gradients is not finite, and keep the optimisers from stepping.
 
         Args:
@@ -144,7 +144,7 @@ class FiniteSteps:
                         parameter.grad = None
 
     @torch.no_grad()
-    def judge_loss(self) -> None:
+    def check_loss(self) -> None:
         """Raise the flag if the loss was not finite: float16's scaler looks after the gradients itself."""
         self.flag.copy_(self._loss_flag)
 

@@ -16,7 +16,7 @@ from common.errors import CheckpointError, NonFiniteError, UserError
 from common.finite import FiniteSteps, check_finite
 from common.optim import OptimizerConfig, Schedule, WarmupCosine, param_groups
 from common.randomness import run_seed, seed_step, stable_hash
-from common.runtime.reporting import log_scalars, say
+from common.runtime.reporting import log_scalars, print_line
 from common.types import HiddenTokens, ImageKey, InputSpec, Panel, Reconstruction, TaskState, TokenFeatures
 from common.weights.channels import ChannelReport, deliver_channels
 
@@ -167,7 +167,7 @@ class BuiltFromData(pl.LightningModule):
     def note_channels(self, report: ChannelReport, spec: InputSpec) -> None:
         """Log how the channels of stored weights were matched with those of the data, and keep it for the summary."""
         self.channel_report = report
-        say(report.line(spec.shown))
+        print_line(report.line(spec.shown))
 
     def shown_channels(self) -> tuple[str, ...]:
         """Return what pictures and logs call the channels."""
@@ -235,7 +235,7 @@ class BuiltFromData(pl.LightningModule):
         """
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            self.finite.judge_loss()
+            self.finite.check_loss()
             return
         parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
@@ -243,7 +243,7 @@ class BuiltFromData(pl.LightningModule):
             nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        self.finite.judge(norm.to(self.device), self.trainer.optimizers)
+        self.finite.check_norm(norm.to(self.device), self.trainer.optimizers)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, unless the gradients are not finite (Lightning hook)."""

@@ -44,7 +44,7 @@ _BY_KIND: dict[Kind, str] = {"sidecar": SIDECAR, "text": TEXT, "table": TABLE, "
 _MAX_UNKNOWN, _MAX_CASES = 0.01, 2
 _MAX_LINES = 12
 _EXAMPLES = 3
-_NOUNS: dict[Kind, str] = {"volume": "volumes", "image": "images", "series": "DICOM files", "refused": "files"}
+_ITEM_NAMES: dict[Kind, str] = {"volume": "volumes", "image": "images", "series": "DICOM files", "refused": "files"}
 
 
 class Row(NamedTuple):
@@ -143,12 +143,12 @@ class Account:
             raise DataError(f"{len(lost)} files such as {shortened(lost[0].name, 80)} have no place: "
                             f"{REFUSED[lost[0].suffix]}.")  # fmt: skip
         same = {file.kind for file in lost}
-        noun = _NOUNS[lost[0].kind] if len(same) == 1 else "image files"
+        item_name = _ITEM_NAMES[lost[0].kind] if len(same) == 1 else "image files"
         total = sum(self._kinds[kind] for kind in same)
         words = [f"{shortened(name, 30)} in {count}" for name, count in kinds[:3]]
         shown = ", ".join([f"{words[0]} cases", *words[1:]])
-        raise DataError(f"{len(lost)} of {total} {noun} have no place ({shown}): name them under modalities or ignore; "
-                        f"medmim init DIR writes the file.")  # fmt: skip
+        raise DataError(f"{len(lost)} of {total} {item_name} have no place ({shown}): name them under modalities or "
+                        f"ignore; medmim init DIR writes the file.")  # fmt: skip
 
     def lines(self) -> list[str]:
         """Return the account in at most twelve lines."""

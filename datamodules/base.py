@@ -16,7 +16,7 @@ from common.errors import DataError
 from common.faults import Fault, FaultLedger, SampleFaultError
 from common.pseudonyms import hide_names, names_are_hidden
 from common.randomness import run_seed, stable_hash
-from common.runtime.reporting import is_dry_run, say
+from common.runtime.reporting import is_dry_run, print_line
 from common.types import InputSpec
 from datamodules.account import Account
 from datamodules.configs import LoaderConfig
@@ -240,7 +240,7 @@ class ArchiveDataModule(pl.LightningDataModule):
         """Return the check sums of the files of each case, as far as they are known."""
         return {}
 
-    def settle_membership(self) -> Membership | None:
+    def resolve_membership(self) -> Membership | None:
         """Compare the members with those of earlier runs, and return them; None where nothing was placed.
 
         Raises:
@@ -260,20 +260,20 @@ class ArchiveDataModule(pl.LightningDataModule):
         if self._earlier is None:
             return
         if not self._earlier.comparable():
-            say("note: whether pre-training has seen these patients can be told by equal files alone: its names are "
-                "hidden with another key")  # fmt: skip
+            print_line("note: pre-training hid its names with another key, so patients seen there are recognised by "
+                "equal files alone")  # fmt: skip
         for split in ("val", "test"):
             seen = seen_patients(self._earlier, [row for row in rows if row.split == split], self.root)
             if not seen.patients:
                 continue
             self.seen[split] = seen.facts()
             words = seen.words(split, self._where)
-            say(words)
+            print_line(words)
             if seen.certain and self._seen_patients == "refuse":
                 raise DataError(f"{words}: set data.seen_patients to drop to leave them out, or to report.")
             if seen.certain and self._seen_patients == "drop":
                 kept = [case for case in self.splits[split] if case.patient_id not in seen.certain]
-                say(f"{len(self.splits[split]) - len(kept)} {split} cases are left out (data.seen_patients)")
+                print_line(f"{len(self.splits[split]) - len(kept)} {split} cases are left out (data.seen_patients)")
                 self.splits[split] = kept
 
     @abstractmethod
@@ -311,7 +311,7 @@ class ArchiveDataModule(pl.LightningDataModule):
         archive = open_archive(root, layout, self.needs, self.purpose, settings, self.optional)
         Account(archive).check()
         for note in archive.notes:
-            say(f"note: {note}")
+            print_line(f"note: {note}")
         return archive
 
     def keep_account(self, stage: str) -> None:
@@ -320,7 +320,7 @@ class ArchiveDataModule(pl.LightningDataModule):
             return
         account = Account(self.archive, self.used_files())
         for line in account.lines():
-            say(line)
+            print_line(line)
         trainer = self.trainer
         if trainer is not None and trainer.is_global_zero and not is_dry_run(trainer):
             account.write(Path(trainer.default_root_dir) / "account.csv", examples=not self.ledger.anonymise)

@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from common.faults import Fault, FaultLedger
 from common.pseudonyms import public_name
-from common.runtime.reporting import say
-from datamodules.notes import say_notes
-from datamodules.storage import say_cache
+from common.runtime.reporting import print_line
+from datamodules.notes import print_notes
+from datamodules.storage import print_cache_size
 
 _T = TypeVar("_T")
 
@@ -80,13 +80,13 @@ class Terms(NamedTuple):
         return [member for part in self.splits.values() for member in part]
 
 
-def judge(terms: Terms, found: Sequence[Member], noun: str, deep: bool, unit: str = "pixel") -> list[str]:
+def report_faults(terms: Terms, found: Sequence[Member], item_name: str, deep: bool, unit: str = "pixel") -> list[str]:
     """Print the faults, the empty splits and the size of the cache; return why training would refuse the archive.
 
     Args:
         terms: What training asks of it.
         found: One entry per member in use.
-        noun: What members are called, plural.
+        item_name: What members are called, plural.
         deep: Whether members were read to their end.
         unit: What members are made of.
     """
@@ -98,30 +98,30 @@ def judge(terms: Terms, found: Sequence[Member], noun: str, deep: bool, unit: st
     if not train:
         reasons.append("the train split is empty")
     elif all(member.case_id in lost for member in train):
-        reasons.append(f"none of the {noun} of the training split can be used")
+        reasons.append(f"none of the {item_name} of the training split can be used")
     elif len(train) * terms.draws < terms.batch_size:
         reasons.append(f"the training split gives {len(train) * terms.draws} samples, fewer than one batch of "
                        f"{terms.batch_size}")  # fmt: skip
-    say_notes()
+    print_notes()
     if ledger.num_faulty:
-        say(f"faults: {ledger.num_faulty} of {len(found)} {noun}. {ledger.describe()}")
+        print_line(f"faults: {ledger.num_faulty} of {len(found)} {item_name}. {ledger.describe()}")
         if ledger.num_faulty > ledger.limit:
-            reasons.append(f"{ledger.num_faulty} faulty {noun}, more than the {ledger.limit:g} that are tolerated")
+            reasons.append(f"{ledger.num_faulty} faulty {item_name}, more than the {ledger.limit:g} that are tolerated")
     else:
-        say(f"faults: none{'' if deep else f' in the headers; only DEEP=1 (--deep) reads the {unit}s'}")
+        print_line(f"faults: none{'' if deep else f' in the headers; only DEEP=1 (--deep) reads the {unit}s'}")
     if same := copies(found):
         reasons.append(f"{len(same)} files occur in several patients, first {' = '.join(map(public_name, same[0]))}")
     if not terms.splits["val"]:
-        say("note: the val split is empty")
+        print_line("note: the val split is empty")
     if terms.cache is not None:
-        say_cache(*terms.cache)
+        print_cache_size(*terms.cache)
     return reasons
 
 
-def say_splits(what: str, terms: Terms, noun: str) -> None:
+def print_splits(what: str, terms: Terms, item_name: str) -> None:
     """Print how many members of how many patients there are, in which splits."""
     members = terms.members
-    say(f"{what}: {len(members)} {noun} of {len({member.patient_id for member in members})} patients, "
+    print_line(f"{what}: {len(members)} {item_name} of {len({member.patient_id for member in members})} patients, "
         + ", ".join(f"{len(part)} {name}" for name, part in terms.splits.items()))  # fmt: skip
     for line in terms.account:
-        say(line)
+        print_line(line)

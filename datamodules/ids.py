@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import pandas as pd
 
 from common.errors import DataError
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from datamodules.files import listing, short
 
 #: How programs write that they do not know.
@@ -61,10 +61,10 @@ class Joined(NamedTuple):
     lacking: list[str]
     spare: list[str]
 
-    def counts(self, table: str, noun: str) -> str:
+    def counts(self, table: str, item_name: str) -> str:
         """Say what joined and what did not, on both sides."""
-        return (f"{table}: {len(self.found)} of {len(self.found) + len(self.lacking)} {noun} are listed; of the ids it "
-                f"lists, {len(self.spare)} are not in the archive")  # fmt: skip
+        return (f"{table}: {len(self.found)} of {len(self.found) + len(self.lacking)} {item_name} are listed; of the "
+                f"ids it lists, {len(self.spare)} are not in the archive")  # fmt: skip
 
 
 def without_zeros(name: str) -> str:
@@ -147,7 +147,7 @@ def mending(joined: Joined, setting: str = "") -> str:
     return f"; {number} would be {words} ({example}): {remedy}"
 
 
-def check_labels(path: Path, joined: Joined, noun: str, setting: str = "") -> None:
+def check_labels(path: Path, joined: Joined, item_name: str, setting: str = "") -> None:
     """Print what of a table of labels joined, and refuse one that has labels for under half of an archive.
 
     Raises:
@@ -157,6 +157,6 @@ def check_labels(path: Path, joined: Joined, noun: str, setting: str = "") -> No
     if 2 * len(joined.found) < total:
         listed = f"; it lists {short(joined.spare[0])}" if joined.spare else ""
         more = mending(joined, setting) or f"{listed}: correct the file"
-        raise DataError(f"{len(joined.lacking)} of {total} {noun} are not in {path.name}, such as "
+        raise DataError(f"{len(joined.lacking)} of {total} {item_name} are not in {path.name}, such as "
                         f"{short(joined.lacking[0])}{more}.")  # fmt: skip
-    say(joined.counts(path.name, noun))
+    print_line(joined.counts(path.name, item_name))

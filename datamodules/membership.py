@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from common.errors import DataError
 from common.pseudonyms import pseudonym, public_name
 from common.randomness import stable_hash
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from datamodules.splits import SPLITS, Member
 
 SeenPatients = Literal["report", "drop", "refuse"]
@@ -161,9 +161,9 @@ def resumed_parts(
     if len(gone) == len(split_of):
         raise DataError(f"This is another archive than the run began with: none of its {len(gone)} cases is there.")
     for reason in reasons:
-        say(f"note: {reason}; the run goes on with what is there (data.changed_archive)")
+        print_line(f"note: {reason}; the run goes on with what is there (data.changed_archive)")
     if new := len(present.keys() - split_of.keys()):
-        say(f"note: {new} cases are new since this run began and are not used")
+        print_line(f"note: {new} cases are new since this run began and are not used")
     return {case: split_of[name] for name, case in present.items() if name in split_of}
 
 
@@ -187,7 +187,7 @@ def inherited_parts(stored: Membership, cases: Sequence[Member], parts: Mapping[
         if case.case_id in parts:
             placed[case.case_id] = split_of.get(stored.name(case.patient_id), parts[case.case_id])
     known = len({case.patient_id for case in cases if stored.name(case.patient_id) in split_of})
-    say(f"split: {known} patients keep the one they had in that run")
+    print_line(f"split: {known} patients keep the one they had in that run")
     return placed
 
 
@@ -212,7 +212,7 @@ def check_contents(stored: Membership, rows: Iterable[Row], changed_archive: Cha
                 f"{old_sum} then, {new_sum} now)")  # fmt: skip
     if changed_archive == "refuse":
         raise DataError(f"{sentence}. To resume, {_REMEDY}.")
-    say(f"note: {sentence}; the run goes on with what is there (data.changed_archive)")
+    print_line(f"note: {sentence}; the run goes on with what is there (data.changed_archive)")
 
 
 class Seen(NamedTuple):

@@ -4,7 +4,7 @@ from collections import defaultdict
 from pathlib import Path
 from threading import Lock
 
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 
 _noticed: dict[str, set[str]] = defaultdict(set)
 _lock = Lock()
@@ -16,10 +16,10 @@ def note(text: str, path: str | Path) -> None:
         _noticed[text].add(str(path))
 
 
-def say_notes() -> None:
+def print_notes() -> None:
     """Print what was noticed since the last call, the commonest first."""
     with _lock:
         counted = sorted(((text, len(paths)) for text, paths in _noticed.items()), key=lambda entry: -entry[1])
         _noticed.clear()
     for text, count in counted:
-        say(f"note: {text}: {count} {'file' if count == 1 else 'files'}")
+        print_line(f"note: {text}: {count} {'file' if count == 1 else 'files'}")

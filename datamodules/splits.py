@@ -19,7 +19,7 @@ from common.errors import DataError
 from common.files import whole_file
 from common.pseudonyms import public_name
 from common.randomness import stable_hash
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from datamodules.files import listed_names, listing
 from datamodules.ids import IdRule, check_subjects, join_ids, mending
 from datamodules.members import PICTURES
@@ -188,19 +188,19 @@ def _split_by_file(cases: Sequence[Member], given: SplitFile) -> dict[str, str]:
     path = Path(given.file)
     key, listed = read_split_file(path)
     name_of = {case.case_id: case.case_id if key == "case_id" else case.patient_id for case in cases}
-    noun = "cases" if key == "case_id" else "patients"
+    item_name = "cases" if key == "case_id" else "patients"
     joined = join_ids(name_of.values(), listed, given.ids)
     total = len(joined.found) + len(joined.lacking)
-    unlisted = f"{len(joined.lacking)} of {total} {noun} are not in {path.name}"
+    unlisted = f"{len(joined.lacking)} of {total} {item_name} are not in {path.name}"
     if not joined.found:
-        raise DataError(f"{path} names none of the {total} {noun}, such as {public_name(joined.lacking[0])}"
+        raise DataError(f"{path} names none of the {total} {item_name}, such as {public_name(joined.lacking[0])}"
                         f"{mending(joined, 'split.ids') or ': correct the file'}.")  # fmt: skip
     parts = {case: listed[joined.found[name]] for case, name in name_of.items() if name in joined.found}
     check_patients(cases, parts)
     if given.unlisted == "refuse" and len(joined.lacking) > _UNLISTED * total:
         more = f", such as {public_name(joined.lacking[0])}: add them, or set split.unlisted: ignore"
         raise DataError(unlisted + (mending(joined, "split.ids") or more))
-    say(joined.counts(path.name, noun))
+    print_line(joined.counts(path.name, item_name))
     return parts
 
 

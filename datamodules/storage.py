@@ -18,7 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from common.files import is_alive, make_folder, remove_file, storage_errors
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 
 #: Seconds between two signs of life of a builder, between two looks of one who waits, and until a builder that gives
 #: no sign is taken for dead.
@@ -30,11 +30,11 @@ def cache_root() -> Path:
     return Path(os.environ.get("MEDMIM_CACHE") or "~/.cache/medmim").expanduser()
 
 
-def say_cache(size: int, folder: Path) -> None:
+def print_cache_size(size: int, folder: Path) -> None:
     """Print how large a finished cache would be at most, in bytes ``size``, and how much room there is."""
     existing = next(path for path in (cache_root(), *cache_root().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    say(f"cache: at most {size / 2**30:.2f} GiB at {folder} ({free / 2**30:.0f} GiB free)")
+    print_line(f"cache: at most {size / 2**30:.2f} GiB at {folder} ({free / 2**30:.0f} GiB free)")
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def _take_lock(lock: IO[str], folder: Path) -> None:
         except BlockingIOError:
             if not waited:
                 lock.seek(0)
-                say(f"cache: waiting for {lock.read(200).strip() or 'another process'}, which builds {folder}")
+                print_line(f"cache: waiting for {lock.read(200).strip() or 'another process'}, which builds {folder}")
             waited = True
             time.sleep(LOOK)
         except OSError:  # a file system without such locks; the sign serves alone
@@ -162,7 +162,8 @@ class _Sign:
                 self._take_down(other.get("token"))
                 continue
             if not waited:
-                say(f"cache: waiting for process {other.get('pid')} on {other.get('host')}, which builds {self.folder}")
+                builder = f"process {other.get('pid')} on {other.get('host')}"
+                print_line(f"cache: waiting for {builder}, which builds {self.folder}")
             waited = True
             time.sleep(LOOK)
         self._beat.start()

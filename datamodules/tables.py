@@ -21,7 +21,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from common.errors import DataError
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from datamodules.files import MAX_BYTES, decoded, json_lines, listing, read_bytes, read_text, short, zipped_member
 
 #: Characters of a cell at most; no report is longer.
@@ -373,7 +373,7 @@ def _parquet_text(path: Path) -> pd.DataFrame:
     except (ValueError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read as text: {str(error).splitlines()[0][:120]}") from error
     if left_out:
-        say(f"note: {path.name}: {', '.join(left_out)} hold lists or bytes, no text, and are left out")
+        print_line(f"note: {path.name}: {', '.join(left_out)} hold lists or bytes, no text, and are left out")
     if len(found) + len(left_out) < table.num_columns:
         raise DataError(f"{path} has two columns whose names differ in outer blanks alone: rename one of them.")
     return pd.DataFrame(found)

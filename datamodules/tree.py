@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from common.errors import DataError
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from datamodules.members import PICTURES, REFUSED, VOLUMES
 
 #: What a file's suffix says it is. ``series`` may be an image or a slice of a volume; ``voxels`` belong to a header
@@ -295,7 +295,7 @@ class Tree:
             DataError: they are more than one in twenty.
         """
         if words := self.check_content():
-            say(f"note: {words}")
+            print_line(f"note: {words}")
 
     def check_content(self) -> str | None:
         """Say how many image-like files are links without content, or pointers of Git LFS; None where none is.

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from common.distributed import agree, gather_objects
 from common.errors import NonFiniteError
 from common.finite import FiniteSteps, StepRecord, not_finite
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 
 #: Names of samples, and of losses, that a sentence holds.
 _SHOWN = 3
@@ -176,7 +176,7 @@ class FiniteCheck(pl.Callback):
                 f"(doctor), or let such steps pass with --safety.max_skipped_steps; then resume from what was saved."
             )
         first = "" if new == 1 else f"{new} steps, the first of them "
-        say(f"skipped {first}{message}; {self.skipped} of {self.max_skipped_steps} such steps are forgiven")
+        print_line(f"skipped {first}{message}; {self.skipped} of {self.max_skipped_steps} such steps are forgiven")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave modules and optimisers alone (Lightning hook)."""

@@ -10,7 +10,7 @@ from common.callbacks.validation import ValidationCallback
 from common.distributed import reduce_sums
 from common.losses.reconstruction import masked_error
 from common.module import SSLModule
-from common.runtime.reporting import log_scalars, say
+from common.runtime.reporting import log_scalars, print_line
 from common.types import Reconstruction
 
 
@@ -72,7 +72,7 @@ class FloorRatio(ValidationCallback):
             means[""].update(target, valid)
             for name, members in module.reconstruction_groups(batch).items():
                 means.setdefault(f"_{name}", TargetMean()).update(target, valid & members)
-        say(f"floor: the best constant is the mean of {means[''].samples} training samples")
+        print_line(f"floor: the best constant is the mean of {means[''].samples} training samples")
         return {name: mean.value().to(module.device) for name, mean in means.items()}
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -17,7 +17,7 @@ FIELDS = ("case_id", "patient_id", "split", "source_xxh3")
 class MembershipRecord(pl.Callback):
     """Has the data module compare its members with those of earlier runs, and keeps them with this one.
 
-    Data modules that keep none (those without ``settle_membership``) are left alone.
+    Data modules that keep none (those without ``resolve_membership``) are left alone.
 
     Args:
         folder: The run folder, where ``membership.csv`` is written.
@@ -33,10 +33,10 @@ class MembershipRecord(pl.Callback):
         Raises:
             DataError: the archive is not the one that a resumed run began with, or patients were seen and must not be.
         """
-        settle = getattr(getattr(trainer, "datamodule", None), "settle_membership", None)
-        if settle is None:
+        resolve = getattr(getattr(trainer, "datamodule", None), "resolve_membership", None)
+        if resolve is None:
             return
-        self._membership = settle()
+        self._membership = resolve()
         for logger in trainer.loggers:
             if isinstance(logger, SummaryLogger) and self._membership is not None:
                 logger.facts["membership"] = {"digest": self._membership.digest, **self._membership.counts}

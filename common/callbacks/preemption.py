@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from common.callbacks.last_checkpoint import LastCheckpoint
 from common.distributed import highest, world_size
 from common.errors import PreemptedError
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 
 #: What asks a run to stop, and the exit code of the command that follows.
 SIGNALS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
@@ -110,7 +110,7 @@ class Preemption(Checkpoint):
         if trainer.is_global_zero and code == SIGNALS[signal.SIGTERM] and job is not None and shutil.which("scontrol"):
             done = subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0
             message += f"; SLURM job {job} {'is requeued' if done else 'could not be requeued'}"
-        say(message)
+        print_line(message)
         raise PreemptedError(message, code)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -17,7 +17,7 @@ from common.pseudonyms import names_are_hidden, public_name
 from common.randomness import run_seed
 from common.runtime.loggers import SummaryLogger
 from common.runtime.provenance import environment
-from common.runtime.reporting import is_dry_run, say
+from common.runtime.reporting import is_dry_run, print_line
 
 
 def _encoder(module: torch.nn.Module) -> torch.nn.Module | None:
@@ -67,14 +67,15 @@ class RunRecord(pl.Callback):
             "command": _command(trainer),
         }
         write_text(self.folder / "environment.json", json.dumps(facts, indent=2))
-        say(f"run folder: {self.folder}")
+        print_line(f"run folder: {self.folder}")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log how large the model is, and note how channels were matched (Lightning hook)."""
         self._note_channels(trainer, pl_module)
         counts = [sum(p.numel() for p in m.parameters()) for m in (pl_module, _encoder(pl_module)) if m is not None]
         names = [f"{count / 1e6:.1f} M parameters" for count in counts]
-        say(f"model: {type(pl_module).__name__}, {names[0]}" + (f" ({names[1]} in the encoder)" if names[1:] else ""))
+        encoder = f" ({names[1]} in the encoder)" if names[1:] else ""
+        print_line(f"model: {type(pl_module).__name__}, {names[0]}{encoder}")
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note how channels were matched (Lightning hook)."""
@@ -87,7 +88,7 @@ class RunRecord(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Complete the summary of a finished run (Lightning hook)."""
         self._complete(trainer, "finished")
-        say(f"run folder: {self.folder}")
+        print_line(f"run folder: {self.folder}")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Complete the summary of a run that stopped early (Lightning hook)."""

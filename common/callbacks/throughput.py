@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 
 
 class Throughput(pl.Callback):
@@ -51,7 +51,7 @@ class Throughput(pl.Callback):
         size = getattr(trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
         if size is not None:
             total = size * trainer.world_size * trainer.accumulate_grad_batches
-            say(f"batch: {size} per device x {trainer.world_size} devices x {trainer.accumulate_grad_batches} "
+            print_line(f"batch: {size} per device x {trainer.world_size} devices x {trainer.accumulate_grad_batches} "
                 f"accumulated = {total} samples per optimiser step")  # fmt: skip
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -15,7 +15,7 @@ from common.downstream.encoder import EncoderFactory, encoder_architecture, make
 from common.files import write_text
 from common.module import BuiltFromData
 from common.optim import OptimizerConfig
-from common.runtime.reporting import log_scalars, say, write_rows
+from common.runtime.reporting import log_scalars, print_line, write_rows
 from common.types import InputSpec
 from common.weights.channels import NewChannels
 
@@ -136,5 +136,5 @@ class ScoredTask(FineTuning):
         if self.trainer.is_global_zero:
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
             self.write_scores([self.line(row) for row in rows], {"n": len(rows), **finite})
-            say(f"test: {len(rows)} {self.item_name}, {self.verdict(metrics)}")
+            print_line(f"test: {len(rows)} {self.item_name}, {self.verdict(metrics)}")
         log_scalars(self, {f"test/{name}": value for name, value in metrics.items()})

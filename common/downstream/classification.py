@@ -20,7 +20,7 @@ from common.downstream.base import ScoredTask
 from common.downstream.encoder import EncoderFactory, mean_features
 from common.errors import UserError
 from common.optim import OptimizerConfig
-from common.runtime.reporting import is_dry_run, say, write_rows
+from common.runtime.reporting import is_dry_run, print_line, write_rows
 from common.types import InputSpec
 
 
@@ -214,4 +214,4 @@ class ImageClassifier(ScoredTask):
         if self.trainer.is_global_zero and not is_dry_run(self.trainer):
             path = Path(self.trainer.default_root_dir) / "predictions.csv"
             write_rows(path, rows)
-            say(f"predicted {len(rows)} images: {path}")
+            print_line(f"predicted {len(rows)} images: {path}")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from common.blocks.registry import build_recorded, class_path
 from common.checkpoint import load_encoder, read_encoder
 from common.errors import UserError
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from common.types import InputSpec
 from common.weights.channels import NewChannels, deliver_channels
 
@@ -60,9 +60,9 @@ def make_encoder(
         return build_recorded(record)
     if pretrained:
         encoder = load_encoder(pretrained, None, spec.image_size, spec.channels, new_channels=new_channels)
-        say(f"encoder from {pretrained}: {encoder.load_report}")
+        print_line(f"encoder from {pretrained}: {encoder.load_report}")
         return encoder
-    say("encoder from scratch (no CKPT given)")
+    print_line("encoder from scratch (no CKPT given)")
     return factory(len(spec.channels), spec.image_size)
 
 

@@ -25,7 +25,7 @@ from common.downstream.classification import (
 from common.downstream.encoder import mean_features
 from common.errors import UserError
 from common.metrics import central_interval, resampled_counts, weighted_quadratic_kappa
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from common.types import InputSpec
 
 
@@ -179,7 +179,7 @@ class GradeClassifier(ImageClassifier):
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if self._ridge:
-            say(f"ridge: penalty {self.network.fit(data.central_samples(('train',))):.3g}")
+            print_line(f"ridge: penalty {self.network.fit(data.central_samples(('train',))):.3g}")
         if self.targets != "ordinal" or self.decision != "matched":
             return
         logits, grades = [], []

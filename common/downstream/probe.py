@@ -19,7 +19,7 @@ from common.downstream.base import FineTuning
 from common.downstream.encoder import EncoderFactory, mean_features
 from common.errors import DataError
 from common.optim import OptimizerConfig
-from common.runtime.reporting import is_dry_run, log_scalars, say, write_rows
+from common.runtime.reporting import is_dry_run, log_scalars, print_line, write_rows
 from common.types import InputSpec
 
 
@@ -144,8 +144,8 @@ class LinearProbe(FineTuning):
         held_out = self._folds[:, None, :] == torch.arange(self.num_folds, device=self.device)[:, None]
         self._members = ~held_out.flatten(0, 1)
         self.network.fit_scale(self._features, self._members)
-        say(f"probe: {len(self._names)} cases of {len(set(patients))} patients, {int(self._targets.sum())} positive, "
-            f"{self.num_seeds} seeds x {self.num_folds} folds")  # fmt: skip
+        print_line(f"probe: {len(self._names)} cases of {len(set(patients))} patients, {int(self._targets.sum())} "
+            f"positive, {self.num_seeds} seeds x {self.num_folds} folds")  # fmt: skip
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of all heads on a batch of cases, each head on its own training folds (Lightning hook)."""
@@ -206,7 +206,7 @@ class LinearProbe(FineTuning):
         metrics = {"n": len(target), "auroc": auroc, "accuracy": float(binary_accuracy(scores, target))}
         if self.trainer.is_global_zero:
             self.write_scores(rows, metrics)
-            say(
+            print_line(
                 f"test: {metrics['n']} cases, accuracy {metrics['accuracy']:.3f}, "
                 + (f"AUROC {auroc:.3f}" if auroc is not None else "AUROC undefined: the test cases are of one class")
             )

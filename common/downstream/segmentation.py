@@ -15,7 +15,7 @@ from common.downstream.encoder import EncoderFactory
 from common.losses.region import RegionDiceBCE
 from common.metrics import region_dice, region_hd95
 from common.optim import OptimizerConfig
-from common.runtime.reporting import log_scalars, say
+from common.runtime.reporting import log_scalars, print_line
 from common.types import InputSpec
 from common.weights.channels import NewChannels
 
@@ -180,8 +180,9 @@ class SegmentationModule(FineTuning):
             self.write_scores(rows, summary)
             for name in self.regions:
                 dice, hd95 = summary[f"dice_{name}"], summary[f"hd95_{name}"]
-                say(f"{name}: Dice {100 * dice['mean']:.2f} +- {100 * dice['std']:.2f} %, HD95 {hd95['mean']:.2f} +- "
-                    f"{hd95['std']:.2f} mm, {summary['n']} cases, empty {summary[f'empty_{name}']}")  # fmt: skip
+                print_line(f"{name}: Dice {100 * dice['mean']:.2f} +- {100 * dice['std']:.2f} %, "
+                    f"HD95 {hd95['mean']:.2f} +- {hd95['std']:.2f} mm, {summary['n']} cases, "
+                    f"empty {summary[f'empty_{name}']}")  # fmt: skip
         log_scalars(
             self,
             {f"test/{name}": v["mean"] for name, v in summary.items() if name.startswith(("dice", "hd95", "loss"))},

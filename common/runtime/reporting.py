@@ -74,7 +74,7 @@ def contents(folder: Path) -> str:
     return shown or "nothing"
 
 
-def say(*words: Any) -> None:
+def print_line(*words: Any) -> None:
     """Print one line to the person at the terminal, once for all ranks; no name from outside can break it."""
     if getattr(rank_zero_only, "rank", 0) == 0:  # Lightning sets it at its import
         print(*map(printable, words), flush=True)

@@ -20,7 +20,7 @@ from sklearn.metrics import roc_auc_score
 from common.errors import UserError
 from common.files import write_text
 from common.metrics import bootstrap_auroc, central_interval, resampled_counts, weighted_mean, weighted_quadratic_kappa
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from common.sweeps import bench
 
 
@@ -213,7 +213,7 @@ def compare(rows: Sequence[Mapping[str, Any]], comparison: Comparison) -> dict[s
             ours = comparison.table([reference[seed] for seed in seeds])
             others = comparison.table([found[seed] for seed in seeds], ours[0].index)
         except UserError as error:
-            say(f"note: {arm}, {score} is not compared: {error}")
+            print_line(f"note: {arm}, {score} is not compared: {error}")
             continue
         (mean, drawn), (other, other_drawn) = comparison.over_seeds(ours), comparison.over_seeds(others)
         result["paired"].append(_interval(arm, score, seeds, mean - other, drawn - other_drawn))

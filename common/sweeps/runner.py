@@ -23,7 +23,7 @@ from common.errors import UserError
 from common.files import write_text
 from common.runtime.configs import package_file
 from common.runtime.provenance import environment
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from common.sweeps.results import COSTS, Pool, merge, refuse_loss, table, update_readme, write_result
 
 
@@ -142,7 +142,7 @@ def run_folds(
     """Run one arm on every fold and return one row per score, its metrics those of all folds together."""
     parts: dict[str, list[dict[str, Any]]] = {}
     for fold in range(folds):
-        say(f"fold {fold} of {folds}")
+        print_line(f"fold {fold} of {folds}")
         for row in run_arm(steps, configs, {**places, "fold": str(fold)}, {}):
             parts.setdefault(row["score"], []).append(row)
     return [
@@ -223,14 +223,14 @@ def run(
         done: dict[tuple[str, ...], Path] = {}
         folder = str(Path("runs") / configs.parent.name / f"study_{path.stem}")
         for seed, arm in wanted:
-            say(f"study {path.stem}: seed {seed}, {arm}")
+            print_line(f"study {path.stem}: seed {seed}, {arm}")
             places = {"data": str(data), "seed": str(seed), "folder": folder}
             rows += [{"arm": arm, "seed": seed, **row} for row in _rows(content, arm, configs, places, done)]
             # After every arm, so that a study that is stopped keeps what it has.
             result = write_result(target, content, command, facts, rows)
     for line in table(result).splitlines():
-        say(line)
-    say(f"written to {target}")
+        print_line(line)
+    print_line(f"written to {target}")
 
 
 def _update_readmes(readmes: Sequence[str]) -> None:
@@ -238,7 +238,7 @@ def _update_readmes(readmes: Sequence[str]) -> None:
         if not readme.is_file():
             raise UserError(f"There is no README at {readme}.")
         write_text(readme, update_readme(readme))
-        say(f"tables of {readme} made anew")
+        print_line(f"tables of {readme} made anew")
 
 
 def _command(experiment: str, name: str, arms: Sequence[str] | None, seeds: Sequence[int] | None) -> str:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from common.modalities import TEMPLATES, canonical_name
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from datamodules.brain.overlap import check_copies, overlap_notes
 from datamodules.registry import Archive
 from datamodules.volumes.cases import Layout
@@ -60,14 +60,14 @@ class BrainArchiveDataModule(VolumeDataModule):
             preprocessing=replace(layout.preprocessing, intensity=rules),
         )
 
-    def settle(self, layout: Layout) -> Layout:
+    def resolve_layout(self, layout: Layout) -> Layout:
         """Say which sources share patients.
 
         Raises:
             DataError: BraTS 2021 stands beside BraTS 2023-GLI.
         """
         for note in overlap_notes(self.cases):
-            say(f"note: {note}")
+            print_line(f"note: {note}")
         return layout
 
     def setup(self, stage: str) -> None:

@@ -16,7 +16,7 @@ from common.errors import DataError
 from common.modalities import TEMPLATES, canonical_name
 from common.pseudonyms import pseudonym, public_name
 from common.randomness import numpy_generator, stable_hash
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from datamodules.base import ArchiveDataModule
 from datamodules.brain.archive import BrainArchiveDataModule
 from datamodules.controls import read_control
@@ -157,9 +157,9 @@ class BrainDataModule(BrainArchiveDataModule):
         super().__init__(root, modalities=modalities, **options)
         self.lesions = lesions
 
-    def settle(self, layout: Layout) -> Layout:
+    def resolve_layout(self, layout: Layout) -> Layout:
         """Keep each study's own sequences, or those of them that are asked for, prepared by BrainMVP's chain."""
-        layout = super().settle(layout)
+        layout = super().resolve_layout(layout)
         self._drop_unknown(layout)
         wanted = self._restrict(layout)
         names = tuple(name for name in TEMPLATES if any(name in case.images for case in self.cases))
@@ -207,15 +207,15 @@ class BrainDataModule(BrainArchiveDataModule):
             raise DataError(f"No study under {self.root} has one of {', '.join(wanted)}, which data.modalities asks "
                             f"for; present are {present or 'none of a known name'}.")  # fmt: skip
         if len(kept) < len(self.cases):
-            say(f"note: {len(self.cases) - len(kept)} of {len(self.cases)} studies have none of {', '.join(wanted)} "
-                f"and are left out")  # fmt: skip
+            print_line(f"note: {len(self.cases) - len(kept)} of {len(self.cases)} studies have none of "
+                f"{', '.join(wanted)} and are left out")  # fmt: skip
         self.cases = kept
         return wanted
 
     def _report_names(self, layout: Layout) -> None:
         strange = [case for case in self.cases if case.attributes.get("unknown")]
         if strange:
-            say(f"note: {len(strange)} studies have sequences of unknown names, which are left out; first "
+            print_line(f"note: {len(strange)} studies have sequences of unknown names, which are left out; first "
                 f"{public_name(strange[0].case_id)}: {public_name(strange[0].attributes['unknown'])}")  # fmt: skip
         counts = {name: sum(name in case.images for case in self.cases) for name in TEMPLATES}
         shown = ", ".join(f"{layout.shown(name)} in {count}" for name, count in counts.items() if count)
@@ -224,7 +224,7 @@ class BrainDataModule(BrainArchiveDataModule):
             source = case.attributes.get("source", "")
             sources[source] = sources.get(source, 0) + 1
         of = ", ".join(f"{count} of {name}" for name, count in sources.items() if name)
-        say(f"sequences: {shown}{'; studies ' + of if of else ''}")
+        print_line(f"sequences: {shown}{'; studies ' + of if of else ''}")
 
     def deliver(self, channels: Sequence[str]) -> None:
         """Samples are single sequences, by the number of their template, so channels are fixed.

@@ -30,7 +30,7 @@ class BrainTaskDataModule(BrainArchiveDataModule):
         super().__init__(root, modalities=modalities, **options)
         self.cohort = cohort
 
-    def settle(self, layout: Layout) -> Layout:
+    def resolve_layout(self, layout: Layout) -> Layout:
         """Settle the sequences: those asked for, or those of the layout that any case has.
 
         Where the layout does not know the label's values, those of the regions and 0 are all that may occur.
@@ -40,16 +40,16 @@ class BrainTaskDataModule(BrainArchiveDataModule):
         """
         if self.cohort is not None:
             self.cases = self._of_cohort(self.cohort)
-        layout = super().settle(layout)
+        layout = super().resolve_layout(layout)
         present = {name for case in self.cases for name in case.images}
         wanted = self._modalities or [name for name in layout.modalities if name in present]
-        settled = with_modalities(layout, self.cases, wanted)
-        if self._regions and not settled.label_values:
+        resolved = with_modalities(layout, self.cases, wanted)
+        if self._regions and not resolved.label_values:
             values = frozenset({0, *(value for region in self._regions.values() for value in region)})
-            settled = replace(settled, label_values=values)
+            resolved = replace(resolved, label_values=values)
         atlas = self.atlas if layout.preprocessing.atlas is not None else None
-        intensity = dict.fromkeys(settled.modalities, "percentile_5_95")
-        return replace(settled, preprocessing=replace(settled.preprocessing, intensity=intensity, atlas=atlas))
+        intensity = dict.fromkeys(resolved.modalities, "percentile_5_95")
+        return replace(resolved, preprocessing=replace(resolved.preprocessing, intensity=intensity, atlas=atlas))
 
     def _of_cohort(self, cohort: str) -> list[Case]:
         start = f"BraTS-{cohort}-"
@@ -77,18 +77,18 @@ class BrainClassDataModule(BrainTaskDataModule):
         super().__init__(root, **options)
         self._source, self._resize = classes, resize
 
-    def settle(self, layout: Layout) -> Layout:
+    def resolve_layout(self, layout: Layout) -> Layout:
         """Prepare for classification: 1 mm, 1st to 99th percentile, one size."""
-        settled = super().settle(layout)
+        resolved = super().resolve_layout(layout)
         preparation = replace(
-            settled.preprocessing,
-            intensity=dict.fromkeys(settled.modalities, "percentile_1_99"),
+            resolved.preprocessing,
+            intensity=dict.fromkeys(resolved.modalities, "percentile_1_99"),
             crop_foreground=False,
             centered=False,
             atlas=None,
             resize=self._resize,
         )
-        return replace(settled, preprocessing=preparation)
+        return replace(resolved, preprocessing=preparation)
 
     def _read_targets(self) -> dict[str, int] | None:
         assert self.archive is not None

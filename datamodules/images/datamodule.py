@@ -7,13 +7,13 @@ from typing import Any
 
 from common.errors import DataError
 from common.faults import Fault
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from datamodules.base import ArchiveDataModule, FaultTolerantDataset
 from datamodules.configs import CacheConfig, ImageConfig, LoaderConfig
 from datamodules.images.cache import ImageCache, SourceImages
 from datamodules.images.reading import ImageReader
 from datamodules.loading import ResumableLoader
-from datamodules.notes import say_notes
+from datamodules.notes import print_notes
 from datamodules.splits import SPLITS
 
 
@@ -33,7 +33,7 @@ class ImageArchiveDataModule(ArchiveDataModule):
     #: Opens the images; made when they are listed.
     store: ImageCache | SourceImages
     #: What the cases are called.
-    noun = "samples"
+    item_name = "samples"
     #: Split that ``lightning test`` reads.
     test_split = "test"
 
@@ -108,7 +108,7 @@ class ImageArchiveDataModule(ArchiveDataModule):
         """Build and verify the cache, once per machine (Lightning hook)."""
         self.index()
         self.store.ensure(self.paths_in_use(), max(self.num_workers, 1))
-        say_notes()
+        print_notes()
 
     def known_faults(self) -> list[Fault]:
         """Return what is known to be wrong with the cases in use, before any is read."""
@@ -124,7 +124,7 @@ class ImageArchiveDataModule(ArchiveDataModule):
         """Yield the images of all splits."""
         return (("image", path) for path in self.paths_in_use())
 
-    def admit(self, stage: str) -> str:
+    def register_faults(self, stage: str) -> str:
         """Put what is broken into the ledger, and return how many cases each split has.
 
         Raises:
@@ -133,10 +133,10 @@ class ImageArchiveDataModule(ArchiveDataModule):
         self.index()
         self.ledger.add(self.known_faults())
         if not any(self._usable(part) for part in self.splits.values()):
-            raise DataError(f"None of the {self.ledger.num_samples} {self.noun} under {self.root} can be used. "
+            raise DataError(f"None of the {self.ledger.num_samples} {self.item_name} under {self.root} can be used. "
                             f"{self.ledger.describe()}")  # fmt: skip
         if stage == "fit" and not self.splits["val"]:
-            say("note: the val split is empty, so nothing will be measured and there will be no best checkpoint")
+            print_line("note: the val split is empty, so nothing will be measured and there will be no best checkpoint")
         self.keep_account(stage)
         return ", ".join(f"{len(part)} {name}" for name, part in self.splits.items() if part)
 

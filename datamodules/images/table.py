@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from common.errors import DataError
-from common.runtime.reporting import contents, say
+from common.runtime.reporting import contents, print_line
 from datamodules.account import ROWLESS
 from datamodules.files import first_line
 from datamodules.ids import check_subjects
@@ -97,7 +97,7 @@ def records_of_table(
             fact["subject"] = owner_of(name, subject).subject if fact["image"] else ""
     subjects = [fact["subject"] for fact in facts]
     check_subjects(path, subjects)
-    _say_shared(path, names, subjects)
+    _print_shared(path, names, subjects)
     found: dict[str, Record] = {}
     for name, patient, fact, rest in zip(names, patients_of_files(names, subjects), facts, others, strict=True):
         if fact["image"] or fact.get("text"):
@@ -154,7 +154,7 @@ def _image_name(tree: Tree, path: Path, fact: Mapping[str, str]) -> str:
     return name
 
 
-def _say_shared(path: Path, names: Sequence[str], subjects: Sequence[str]) -> None:
+def _print_shared(path: Path, names: Sequence[str], subjects: Sequence[str]) -> None:
     """Print how many files are listed under several subjects, and the first."""
     owners: dict[str, list[str]] = {}
     for name, subject in zip(names, subjects, strict=True):
@@ -164,7 +164,7 @@ def _say_shared(path: Path, names: Sequence[str], subjects: Sequence[str]) -> No
     shared = [(name, found) for name, found in owners.items() if len(found) > 1]
     if shared:
         name, found = shared[0]
-        say(f"note: {path.name} lists {len(shared)} files under several subjects, such as {name} under "
+        print_line(f"note: {path.name} lists {len(shared)} files under several subjects, such as {name} under "
             f"{' and '.join(found)}; who shares a file is one patient")  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def _there(tree: Tree, path: Path, records: list[Record], missing: str | None) -
     lost = {record.case_id for record in records if record.images and not tree.is_file(record.images[0][0])}
     if missing == "ignore":
         if lost:
-            say(f"note: {len(lost)} of {len(records)} rows of {path.name} name files that are not there; left out")
+            print_line(f"note: {len(lost)} of {len(records)} rows of {path.name} name missing files; left out")
         return [record for record in records if record.case_id not in lost]
     if len(lost) > max(_MAX_MISSING * len(records), 1):
         raise DataError(

@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from common.runtime.reporting import say
-from datamodules.examination import Terms, judge, look_at_all, say_splits
+from common.runtime.reporting import print_line
+from datamodules.examination import Terms, look_at_all, print_splits, report_faults
 from datamodules.images.checks import check_images
 
 
@@ -18,12 +18,12 @@ def examine(name: str, classes: Sequence[str], terms: Terms, deep: bool, workers
         deep: Whether to read every byte, not only headers.
         workers: Threads.
     """
-    say_splits(name, terms, "images")
+    print_splits(name, terms, "images")
     for index, target in enumerate(classes):
         counts = {part: Counter(item.targets[index] for item in items) for part, items in terms.splits.items()}
-        say(f"{target}: positive " + ", ".join(f"{count[1.0]} of {count[0.0] + count[1.0]} in {part}"
+        print_line(f"{target}: positive " + ", ".join(f"{count[1.0]} of {count[0.0] + count[1.0]} in {part}"
                                              for part, count in counts.items()))  # fmt: skip
     found = look_at_all(
         lambda item: check_images([item.image], item.case_id, item.patient_id, deep), terms.members, deep, workers
     )
-    return judge(terms, found, "images", deep)
+    return report_faults(terms, found, "images", deep)

@@ -16,7 +16,7 @@ from common.errors import DataError
 from common.faults import SampleFaultError
 from common.pseudonyms import pseudonym
 from common.randomness import numpy_generator
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from common.types import InputSpec
 from datamodules.base import FaultTolerantDataset
 from datamodules.configs import CacheConfig, Channelwise, ImageConfig, LoaderConfig, SplitConfig, check_crop_scale
@@ -231,7 +231,7 @@ class LabelledImageDataModule(ImageArchiveDataModule):
             :class:`datamodules.base.ArchiveDataModule`.
     """
 
-    noun = "images"
+    item_name = "images"
 
     def __init__(
         self,
@@ -346,13 +346,13 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         Raises:
             DataError: no image can be used.
         """
-        counts = self.admit(stage)
+        counts = self.register_faults(stage)
         positive: Counter[str] = Counter()
         for item in self.splits["train"]:
             named = zip(self.labels.classes, item.targets, strict=True)
             positive.update(name for name, target in named if target == 1)
         shares = ", ".join(f"{name} {positive[name]}" for name in self.labels.classes if name in positive)
-        say(f"data: {self.labels.name} at {self.root}, images {counts}"
+        print_line(f"data: {self.labels.name} at {self.root}, images {counts}"
             + (f"; positive in training: {shares}" if shares else ""))  # fmt: skip
 
     def _dataset(self, cases: Sequence[LabelledImage], train: bool = False) -> LabelledImageDataset:

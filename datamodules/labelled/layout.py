@@ -10,7 +10,7 @@ import pandas as pd
 
 from common.errors import DataError
 from common.pseudonyms import public_name
-from common.runtime.reporting import contents, say
+from common.runtime.reporting import contents, print_line
 from datamodules.files import listing, short
 from datamodules.ids import check_subjects
 from datamodules.images.reading import GRAY, ImageReader
@@ -110,8 +110,8 @@ def labelled_set(
         there = [item for item in listed if tree.is_file(item.image)]
         if len(there) < len(listed):
             absent = next(item.image for item in listed if not tree.is_file(item.image))
-            say(f"note: {len(listed) - len(there)} of {len(listed)} images that {labels.name} lists are not there, "
-                f"first {absent}")  # fmt: skip
+            print_line(f"note: {len(listed) - len(there)} of {len(listed)} images that {labels.name} lists are missing"
+                f", first {absent}")  # fmt: skip
         return Listing([item.record(labels.classes) for item in there])
 
     facts = Facts(reader=labels.reader, held_out=held_out)

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from common.distributed import gather_objects
-from common.runtime.reporting import is_dry_run, say, write_rows
+from common.runtime.reporting import is_dry_run, print_line, write_rows
 from datamodules.labelled.siim import encode_runs
 
 
@@ -44,4 +44,4 @@ class RunLengthWriter(BasePredictionWriter):
         if trainer.is_global_zero and not is_dry_run(trainer):
             path = Path(trainer.default_root_dir) / "predictions.csv"
             write_rows(path, sorted(rows, key=lambda row: row["ImageId"]))
-            say(f"predictions: {len(rows)} run-length codes in {path}")
+            print_line(f"predictions: {len(rows)} run-length codes in {path}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from common.errors import DataError
 from common.faults import Fault, FaultLedger, SampleFaultError
 from common.losses.focal_dice import IGNORED
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from common.types import InputSpec
 from datamodules.configs import CacheConfig, ImageConfig, LoaderConfig, SplitConfig
 from datamodules.images.crops import Box
@@ -223,7 +223,7 @@ class MaskedImageDataModule(LabelledImageDataModule):
         ledger.num_samples = len(images)
         ledger.add(fault for fault in self._mask_faults(images) if fault.kind == "label")
         drawn = sum(bool(item.masks) for item in images)
-        say(f"masks: {drawn} of {len(images)} images have one"
+        print_line(f"masks: {drawn} of {len(images)} images have one"
             + (f", {ledger.num_faulty} of them damaged. {ledger.describe()}" if ledger.num_faulty else ""))  # fmt: skip
         if ledger.num_faulty > ledger.limit:
             reasons.append(f"{ledger.num_faulty} damaged masks, more than the {ledger.limit:g} that are tolerated")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.runtime.reporting import is_dry_run, say
+from common.runtime.reporting import is_dry_run, print_line
 from datamodules.images.datamodule import ImageArchiveDataModule
 from datamodules.reports.tokens import Kind, ReportTokenizer, learned_tokenizer, load_tokenizer
 
@@ -97,8 +97,8 @@ class TextArchiveDataModule(ImageArchiveDataModule):
         texts = self.training_texts()
         cut = sum(self.tokenizer.encode(text, self.text_length, self.end_token).cut for text in texts)
         if cut:
-            say(f"note: {cut} of {len(texts)} training texts are longer than data.text.length {self.text_length} "
-                f"and lose their end")  # fmt: skip
+            print_line(f"note: {cut} of {len(texts)} training texts are longer than data.text.length {self.text_length}"
+                f" and lose their end")  # fmt: skip
         trainer = self.trainer
         if trainer is not None and trainer.is_global_zero and not is_dry_run(trainer):
             self.tokenizer.save(Path(trainer.default_root_dir) / "tokenizer.json")

@@ -18,7 +18,7 @@ from common.maskers.bert import BertMasker
 from common.maskers.words import WordMasker
 from common.pseudonyms import pseudonym
 from common.randomness import KeyedGenerator, numpy_generator, stable_hash
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from common.types import InputSpec
 from datamodules.base import FaultTolerantDataset, collate_samples
 from datamodules.configs import CacheConfig, ImageConfig, LoaderConfig, SplitConfig, check_crop_scale
@@ -490,7 +490,7 @@ class ImageTextDataModule(TextArchiveDataModule):
         if not kept:
             raise DataError(f"None of the {len(samples)} samples under {self.root} has both an image and a text.")
         if len(kept) < len(samples):
-            say(f"note: {len(samples) - len(kept)} of {len(samples)} samples lack image or text and are left out")
+            print_line(f"note: {len(samples) - len(kept)} of {len(samples)} samples lack an image or a text; left out")
         return kept
 
     def text_of(self, sample: Sample) -> str:
@@ -539,10 +539,10 @@ class ImageTextDataModule(TextArchiveDataModule):
         Raises:
             DataError: no sample can be used.
         """
-        layout, counts = self.index().layout, self.admit(stage)
+        layout, counts = self.index().layout, self.register_faults(stage)
         with_text = sum(sample.study.text is not None for sample in self.cases_in_use())
         size = "x".join(map(str, self.image_size))
-        say(f"data: {layout.name} at {self.root}, samples {counts}, {with_text} with a report, crops {size}, "
+        print_line(f"data: {layout.name} at {self.root}, samples {counts}, {with_text} with a report, crops {size}, "
             f"vocabulary of {self.tokenizer.vocab_size}")  # fmt: skip
         self.keep_tokenizer(stage)
 

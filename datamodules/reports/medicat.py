@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from common.errors import DataError
 from common.randomness import stable_hash
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from datamodules.files import first_line, json_lines
 from datamodules.registry import Evidence, Layout
 from datamodules.reports.studies import Study
@@ -80,10 +80,10 @@ def studies_of_texts(name: str, patient: str, image: Path, texts: list[str], spl
     return [Study(f"{name}#{i}", patient, (image,), ("",), text, split) for i, text in enumerate(usable)]
 
 
-def say_left_out(what: str, total: int, missing: int, silent: int) -> None:
+def print_left_out(what: str, total: int, missing: int, silent: int) -> None:
     """Print how many figures have no file and how many no text."""
     if missing or silent:
-        say(
+        print_line(
             f"note: of {total} {what}, {missing} have no image file and {silent} no text of {MIN_WORDS} words; left out"
         )
 
@@ -111,7 +111,7 @@ def find_medicat(root: Tree, radiology_only: bool = True) -> list[Study]:
         studies_of_texts(f.name, f.paper, folder / "figures" / f.name, [f.caption, *f.references], None)
         for f in present
     ]
-    say_left_out("MedICaT figures", len(figures), len(figures) - len(present), sum(not part for part in studies))
+    print_left_out("MedICaT figures", len(figures), len(figures) - len(present), sum(not part for part in studies))
     return [study for part in studies for study in part]
 
 

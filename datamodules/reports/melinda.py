@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import DataError
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from datamodules.files import listing
 from datamodules.listed_files import path_under
 from datamodules.registry import Layout, marked
@@ -72,7 +72,7 @@ def read_melinda(root: Tree, task: str = "p_meth_label") -> list[CaptionedFigure
     counts = Counter(row.split for row in rows)
     if any(counts[split] != number for split, number in _ROWS.items()):
         here, published = (", ".join(f"{numbers[split]} {split}" for split in _ROWS) for numbers in (counts, _ROWS))
-        say(f"warning: {root} has other numbers of rows ({here}) than MELINDA as published ({published})")
+        print_line(f"warning: {root} has other numbers of rows ({here}) than MELINDA as published ({published})")
     return rows
 
 

@@ -12,10 +12,17 @@ from typing import NamedTuple
 import pandas as pd
 
 from common.errors import DataError
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from datamodules.files import json_lines, listing, read_lines
 from datamodules.registry import Layout, marked
-from datamodules.reports.medicat import collapsed, find_medicat, hashed_split, say_left_out, studies_of_texts, texts_of
+from datamodules.reports.medicat import (
+    collapsed,
+    find_medicat,
+    hashed_split,
+    print_left_out,
+    studies_of_texts,
+    texts_of,
+)
 from datamodules.reports.studies import Study
 from datamodules.tables import read_table
 from datamodules.tree import Tree
@@ -144,13 +151,13 @@ def find_roco(root: Tree, medicat: Tree | None = None) -> list[Study]:
             f"{root} has {total} captions of ROCO, but none of their images (ROCO_00020.jpg or PMC123_name.jpg under "
             f"radiology/images); its fetch script downloads them."
         )
-    say_left_out("ROCO figures", total, missing, silent)
+    print_left_out("ROCO figures", total, missing, silent)
     if references:
-        say(f"note: {joined} of {sum(map(len, references.values()))} sentences that MedICaT has about ROCO figures "
-            f"are about figures that are here")  # fmt: skip
+        print_line(f"note: {joined} of {sum(map(len, references.values()))} sentences that MedICaT has about ROCO "
+            f"figures are about figures that are here")  # fmt: skip
     elif medicat is not None:
-        say(f"note: no sentence about a ROCO figure (roco_*_references.jsonl) is under {medicat} or {root}: ROCO's "
-            f"figures have their captions alone")  # fmt: skip
+        print_line(f"note: no sentence about a ROCO figure (roco_*_references.jsonl) is under {medicat} or {root}: "
+            f"ROCO's figures have their captions alone")  # fmt: skip
     return studies
 
 
@@ -174,7 +181,7 @@ def _find_v2(root: Tree) -> list[Study]:
                 found = studies_of_texts(f"{split}/{name}", f"{split}/{name}", there[name], [collapsed(text)], split)
                 silent += not found
                 studies += found
-    say_left_out("ROCOv2 figures", total, missing, silent)
+    print_left_out("ROCOv2 figures", total, missing, silent)
     return studies
 
 

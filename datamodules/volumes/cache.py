@@ -169,7 +169,7 @@ class SourceVolumes:
     """The cases of an archive without a cache: every access reads and prepares the sources anew.
 
     Args:
-        layout: The layout, with settled modalities.
+        layout: The layout, with resolved modalities.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -195,7 +195,7 @@ class VolumeCache:
 
     Args:
         root: The archive.
-        layout: Its layout, with settled modalities.
+        layout: Its layout, with resolved modalities.
         format: ``"npy"`` is fast; ``"b2nd"`` (blosc2) is a fraction of the size and slower to cut crops from.
         folder: Where caches live; None means :func:`cache_root`.
         twins: Cases whose names differ in nothing but case; see :func:`common.names.case_twins`.

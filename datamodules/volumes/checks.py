@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from common.faults import Fault, SampleFaultError
-from common.runtime.reporting import say
-from datamodules.examination import Member, Terms, judge, look_at_all, say_splits
+from common.runtime.reporting import print_line
+from datamodules.examination import Member, Terms, look_at_all, print_splits, report_faults
 from datamodules.volumes.cases import Case, Layout
 from datamodules.volumes.headers import VolumeError
 from datamodules.volumes.prepare import native_space, prepare_case
@@ -70,17 +70,17 @@ def examine(layout: Layout, terms: Terms, labels: bool, deep: bool, workers: int
     """Print a report on an archive and return the reasons why training would refuse it.
 
     Args:
-        layout: Its layout, with settled modalities.
+        layout: Its layout, with resolved modalities.
         terms: What training asks of it.
         labels: Whether training needs labels.
         deep: Whether to read every byte, not only headers.
         workers: Threads.
     """
     cases = terms.members
-    say_splits(f"layout {layout.name}", terms, "cases")
+    print_splits(f"layout {layout.name}", terms, "cases")
     counts = {name: sum(name in case.images for case in cases) for name in layout.modalities}
-    say("modalities: " + ", ".join(f"{layout.shown(name)} in {count}" for name, count in counts.items())
+    print_line("modalities: " + ", ".join(f"{layout.shown(name)} in {count}" for name, count in counts.items())
         + f"; labels in {sum(bool(case.labels) for case in cases)}")  # fmt: skip
     check = check_bytes if deep else check_headers
     found = look_at_all(lambda case: check(case, layout, labels), cases, deep, workers, "voxel")
-    return judge(terms, found, "cases", deep, "voxel")
+    return report_faults(terms, found, "cases", deep, "voxel")

@@ -13,7 +13,7 @@ from common.faults import Fault, SampleFaultError
 from common.names import case_twins
 from common.pseudonyms import pseudonym, public_name
 from common.randomness import numpy_generator, stable_hash
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from common.types import InputSpec
 from datamodules.base import ArchiveDataModule, FaultTolerantDataset
 from datamodules.configs import LoaderConfig, SplitConfig
@@ -21,7 +21,7 @@ from datamodules.controls import read_control
 from datamodules.ids import check_labels, join_ids, rows_by
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.membership import MASK
-from datamodules.notes import say_notes
+from datamodules.notes import print_notes
 from datamodules.registry import Archive, Settings
 from datamodules.splits import assign_splits, nested_fraction
 from datamodules.tables import read_table
@@ -331,7 +331,7 @@ class VolumeDataModule(ArchiveDataModule):
         """Return what the archive's files are, and how they are prepared."""
         return prepared(archive, self._profile)
 
-    def settle(self, layout: Layout) -> Layout:
+    def resolve_layout(self, layout: Layout) -> Layout:
         """Settle channels and preparation of a recognised layout, once the cases are listed."""
         return with_modalities(layout, self.cases, self._modalities)
 
@@ -347,7 +347,7 @@ class VolumeDataModule(ArchiveDataModule):
             self.archive = archive
             cases = [case_of(record) for record in archive.records]
             layout, self.cases = under_canonical_names(self.prepare_layout(archive), cases)
-            layout = self.settle(layout).with_voxels(self._voxels)
+            layout = self.resolve_layout(layout).with_voxels(self._voxels)
             fractions, split_seed, split_file = self._split
             cut = archive.facts.cut_validation
             parts = assign_splits(self.cases, fractions, split_seed, split_file, cut_validation=cut)
@@ -464,7 +464,7 @@ class VolumeDataModule(ArchiveDataModule):
         """Build and verify the cache, once per machine (Lightning hook)."""
         self.index()
         self.store.ensure(self.cases_in_use(), max(self.num_workers, 1))
-        say_notes()
+        print_notes()
 
     def all_cases(self) -> list[Case]:
         """Return every case of the archive, whether or not it is used."""
@@ -505,11 +505,11 @@ class VolumeDataModule(ArchiveDataModule):
                             f"{self.ledger.describe()}")  # fmt: skip
         counts = ", ".join(f"{len(part)} {name}" for name, part in self.splits.items() if part)
         modalities = ", ".join(layout.shown(name) for name in layout.modalities)
-        say(f"data: {layout.name} at {self.root}, cases {counts}, modalities {modalities}, "
+        print_line(f"data: {layout.name} at {self.root}, cases {counts}, modalities {modalities}, "
             f"crops {'x'.join(map(str, self.crop_size))}")  # fmt: skip
         self.keep_account(stage)
         if stage == "fit" and not self.splits["val"]:
-            say("note: the val split is empty, so nothing will be measured and there will be no best checkpoint")
+            print_line("note: the val split is empty, so nothing will be measured and there will be no best checkpoint")
 
     def _dataset(self, cases: Sequence[Case], domain: Domain, **options: Any) -> VolumeDataset:
         return VolumeDataset(

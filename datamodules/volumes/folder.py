@@ -15,7 +15,7 @@ from typing import NamedTuple
 from common.errors import DataError
 from common.modalities import CANONICAL, canonical_name
 from common.pseudonyms import public_name
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from datamodules.account import MASK
 from datamodules.files import listing
 from datamodules.ids import check_subjects, join_ids, mending
@@ -248,7 +248,7 @@ def _records(
             f"{public_name(next(iter(table)))}{mending(joined) or ': correct the file'}."
         )
     if listed and joined.lacking:
-        say(joined.counts(_TABLE, "cases"))
+        print_line(joined.counts(_TABLE, "cases"))
     return records
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from common.distributed import gather_objects
 from common.names import safe_name
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from datamodules.volumes.cache import Record
 from datamodules.volumes.reading import write_nifti
 
@@ -83,4 +83,4 @@ class SegmentationWriter(BasePredictionWriter):
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say where they are (Lightning hook)."""
         total = sum(gather_objects(self._count))
-        say(f"predictions: {total} label volumes in {self._folder}")
+        print_line(f"predictions: {total} label volumes in {self._folder}")
