@@ -298,15 +298,22 @@ def _fail(error: Exception) -> NoReturn:
     sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
-def execute(arguments: list[str]) -> Path:
+def execute(arguments: list[str], name: str | None = None) -> Path:
     """Run a command inside this process and return its run folder.
+
+    Args:
+        arguments: Words of the command.
+        name: Last part of the run folder; None: the time.
 
     Raises:
         UserError: refused.
         PreemptedError: stopped on request; the state is saved.
     """
     silence_advice()
-    os.environ.pop("MEDMIM_RUN_TIME", None) if launched_rank() == 0 else None
+    if launched_rank() == 0:
+        os.environ.pop("MEDMIM_RUN_TIME", None)
+        if name is not None:
+            os.environ["MEDMIM_RUN_TIME"] = name
     return Path(MedmimCLI(arguments).trainer.default_root_dir)
 
 

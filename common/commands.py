@@ -148,7 +148,7 @@ def _associate(parser: ArgumentParser) -> None:
 def _study(parser: ArgumentParser) -> None:
     parser.add_argument("study", nargs="?", help="YAML file, such as experiments/e_mim/configs/studies/collapse.yaml")
     parser.add_argument("--data", help="folder of the archive")
-    parser.add_argument("--out", help="JSON file to write (default: into the experiment's results folder)")
+    parser.add_argument("--out", help="JSON file to write (default: runs/EXP/study_NAME/)")
     parser.add_argument("--arms", nargs="+", help="only these arms")
     parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
     parser.add_argument(

