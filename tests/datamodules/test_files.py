@@ -92,7 +92,7 @@ def test_zip_archives(tmp_path):
         zipped_member(path)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("two", "2")
-    with pytest.raises(DataError, match="holds 2 files, and one table"):
+    with pytest.raises(DataError, match="holds 2 files; it must hold exactly one table"):
         zipped_member(path)
 
 
@@ -111,7 +111,7 @@ def test_numbers_of_json_stay_as_written():
         ('{"a": 1, "a": 2}', "the key 'a' occurs twice in one object"),
         ("[" * 100_000, "x is nested too deeply"),
         (r'["\ud800"]', r"the escape \\ud800 is half of a character"),
-        (r'["\u0000"]', r"the escape \\u0000 is no character"),
+        (r'["\u0000"]', r"the escape \\u0000 is not a valid character"),
     ],
 )
 def test_what_json_is_refused(text, message):

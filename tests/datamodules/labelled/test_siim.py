@@ -100,8 +100,8 @@ def test_encoding_is_undone_by_decoding():
 @pytest.mark.parametrize(
     ("code", "detail"),
     [
-        ("5 2 2", "of 3 numbers is no pairs"),
-        ("", "of 0 numbers is no pairs"),
+        ("5 2 2", "of 3 numbers is not a list of pairs"),
+        ("", "of 0 numbers is not a list of pairs"),
         ("5 -2", "holds '-2', which is not a whole number"),
         ("5 2.5", "holds '2.5'"),
         ("5 ²", "holds '²'"),
