@@ -100,6 +100,11 @@ class Stack(NamedTuple):
         """The first slice, for what all have in common."""
         return self.instances[0]
 
+    @property
+    def paths(self) -> list[str]:
+        """The files."""
+        return [instance.path for instance in self.instances]
+
     def places(self) -> NDArray[np.float64]:
         """Return where the slices lie along their normal, in mm; empty for one file with many frames."""
         if not all(len(i.position) == 3 and len(i.orientation) == 6 for i in self.instances) or self.first.frames > 1:
@@ -253,7 +258,7 @@ class DicomIndex:
 
     def _read(self, files: Sequence[Path], workers: int) -> Iterator[tuple[str, Instance | str]]:
         kept = self._kept()
-        stamps = {path: [(s := path.stat()).st_size, s.st_mtime_ns] for path in files if path.is_file()}
+        stamps = {path: stamp for path in files if (stamp := _stamp(path)) is not None}
         new = [path for path in stamps if kept.get(str(path), [None])[0] != stamps[path]]
         if len(new) >= _PARALLEL_FROM and workers > 1:
             with ProcessPoolExecutor(workers) as pool:
@@ -306,6 +311,15 @@ class DicomIndex:
             order = np.argsort(places, kind="stable") if len(places) else range(len(members))
             stacks.append(Stack(tuple(members[int(i)] for i in order)))
         return sorted(stacks, key=lambda s: (s.first.study_uid, s.first.series_number, s.first.echo_time or 0.0))
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """Return size and time of change of a file; None where it cannot be reached."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return [facts.st_size, facts.st_mtime_ns]
 
 
 def _restored(found: list[Any]) -> Instance:

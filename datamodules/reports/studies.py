@@ -62,7 +62,7 @@ def studies_of(archive: Archive) -> list[Study]:
     Questions are texts of their images then: their answers stay out, and so do those of the test split, on which
     whoever learns from these texts may be tested later. A question that an archive marks for validation stays there.
     """
-    records = archive.records
+    records = [record for record in archive.records if record.images or record.text or not record.volumes]
     if "questions" in archive.gives:
         records = [record for record in records if record.split != "test"]
         if not any(record.split == "val" for record in records):

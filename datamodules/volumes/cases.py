@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import DataError
-from datamodules.registry import FileRef, Record
+from datamodules.registry import FileRef, Record, Series
 from datamodules.volumes.intensity import RULES
 from datamodules.volumes.voxels import STRICT, VoxelConfig
 
@@ -25,6 +25,7 @@ class Case(NamedTuple):
         attributes: Further facts by name, such as a diagnosis; empty text = unknown.
         surplus: Files of a modality that has a file already, which data modules refuse.
         places: Modality to which volume of its file it is, where that is 4-D.
+        series: Modality to the DICOM series that it is; its file is the first slice then.
     """
 
     case_id: str
@@ -35,14 +36,22 @@ class Case(NamedTuple):
     attributes: Mapping[str, str] = {}
     surplus: Sequence[Path] = ()
     places: Mapping[str, int] = {}
+    series: Mapping[str, Series] = {}
 
     def files(self) -> list[Path]:
         """Return the files of images and labels."""
-        return [*self.images.values(), *self.labels.values()]
+        return [*(path for name in self.images for path in self.files_of(name)), *self.labels.values()]
+
+    def files_of(self, modality: str) -> Sequence[Path]:
+        """Return the files of one modality: its slices where it is a DICOM series."""
+        return self.series[modality].files() if modality in self.series else (self.images[modality],)
 
     def record(self) -> Record:
         """Return the case as every data module can read it."""
-        volumes = {name: FileRef(path, self.places.get(name)) for name, path in self.images.items()}
+        volumes = {
+            name: FileRef(path, self.places.get(name), series=self.series.get(name))
+            for name, path in self.images.items()
+        }
         masks = {name: FileRef(path) for name, path in self.labels.items()}
         return Record(self.case_id, self.patient_id, volumes=volumes, masks=masks, attributes=self.attributes,
                       split=self.split, surplus=tuple(self.surplus))  # fmt: skip
@@ -59,6 +68,7 @@ def case_of(record: Record) -> Case:
         {**record.attributes, **record.targets},
         record.surplus,
         {name: ref.volume for name, ref in record.volumes.items() if ref.volume is not None},
+        {name: ref.series for name, ref in record.volumes.items() if ref.series is not None},
     )
 
 

@@ -324,7 +324,8 @@ class VolumeDataModule(ArchiveDataModule):
         """Yield the volumes of the channels, and the labels where they are needed."""
         layout = self.index()
         for case in self.cases_in_use():
-            yield from (("volume", path) for name, path in case.images.items() if name in layout.modalities)
+            names = [name for name in case.images if name in layout.modalities]
+            yield from (("volume", path) for name in names for path in case.files_of(name))
             yield from (("mask", path) for path in case.labels.values() if self.labels)
 
     def prepare_layout(self, archive: Archive) -> Layout:
@@ -345,7 +346,7 @@ class VolumeDataModule(ArchiveDataModule):
             named = {name: name for name in self._modalities or ()}
             archive = self.open(self.root, self._layout_name, Settings(modalities=named))
             self.archive = archive
-            cases = [case_of(record) for record in archive.records]
+            cases = [case_of(record) for record in archive.records if record.volumes or not record.images]
             layout, self.cases = under_canonical_names(self.prepare_layout(archive), cases)
             layout = self.settle(layout).with_voxels(self._voxels)
             fractions, split_seed, split_file = self._split

@@ -46,9 +46,12 @@ def under_canonical_names(layout: Layout, cases: Sequence[Case]) -> tuple[Layout
                             f"them apart.")  # fmt: skip
         for name in images:
             spellings.setdefault(canonical_name(name), set()).add(name)
-        places = {canonical_name(name): place for name, place in case.places.items()}
         renamed.append(
-            case._replace(images={canonical_name(name): path for name, path in images.items()}, places=places)
+            case._replace(
+                images={canonical_name(name): path for name, path in images.items()},
+                places={canonical_name(name): place for name, place in case.places.items()},
+                series={canonical_name(name): series for name, series in case.series.items()},
+            )
         )
     settings = layout.preprocessing
     reference = None if settings.reference is None else canonical_name(settings.reference)
