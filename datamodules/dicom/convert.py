@@ -82,8 +82,12 @@ def converter() -> tuple[str, str]:
 
 
 def conversion_key(stack: Stack, uneven: str) -> str:
-    """Return the name of the folder that holds a stack's conversion: its instances, the converter, the options."""
-    return _digest([*sorted(i.sop_uid for i in stack.instances), converter()[1], *_OPTIONS, uneven])
+    """Return the name of the folder that holds a stack's conversion: its instances, the converter, the options.
+
+    Size and time of change belong to it: copies that were defaced or corrected often keep their identifiers.
+    """
+    instances = sorted(f"{instance.sop_uid} {instance.stamp}" for instance in stack.instances)
+    return _digest([*instances, converter()[1], *_OPTIONS, uneven])
 
 
 def _digest(parts: Sequence[str]) -> str:

@@ -59,6 +59,7 @@ class Instance(NamedTuple):
         samples: 1 for grey, 3 for colour.
         series_number: The scanner's number of the series.
         view: ViewPosition of a radiograph.
+        stamp: Size and time of change of the file.
     """
 
     path: str
@@ -84,6 +85,7 @@ class Instance(NamedTuple):
     samples: int
     series_number: int
     view: str
+    stamp: tuple[int, ...] = ()
 
 
 class Stack(NamedTuple):
@@ -268,7 +270,8 @@ class DicomIndex:
         result = {str(path): (stamps[path], read.get(path) or kept[str(path)][1]) for path in stamps}
         if new or len(kept) != len(result):
             self._keep(result)
-        yield from ((path, found) for path, (_, found) in result.items())
+        for path, (stamp, found) in result.items():
+            yield path, found if isinstance(found, str) else found._replace(stamp=tuple(stamp))
         yield from ((str(path), "the file is not there") for path in files if path not in stamps)
 
     @property
