@@ -332,7 +332,8 @@ class ArchiveDataModule(pl.LightningDataModule):
             cache = (self.store.estimated_bytes(cached), self.store.folder)
         settings = (self.batch_size, draws, self.ledger.max_fraction, self.ledger.anonymise)
         account = Account(self.archive, self.used_files()).lines() if self.archive is not None else []
-        return Terms(self.splits, *settings, cache, account)
+        frame = None if self.archive is None else self.archive.facts.frame
+        return Terms(self.splits, *settings, cache, account, frame)
 
     @abstractmethod
     def reference_samples(self, count: int) -> Iterable[Any]:

@@ -64,6 +64,7 @@ class Terms(NamedTuple):
         anonymise: Whether members get pseudonyms.
         cache: Largest size of the cache in bytes, and its folder; None without a cache.
         account: What became of the archive's files, in lines.
+        frame: Which frame of a DICOM picture with several is used; None = none is.
     """
 
     splits: Mapping[str, Sequence[Any]]
@@ -73,6 +74,7 @@ class Terms(NamedTuple):
     anonymise: bool = False
     cache: tuple[int, Path] | None = None
     account: Sequence[str] = ()
+    frame: int | None = None
 
     @property
     def members(self) -> list[Any]:

@@ -282,12 +282,12 @@ def test_headers_say_where_the_converted_voxels_lie(tmp_path):
 
 def test_one_frame_of_several_is_taken_on_request(tmp_path, archive_file):
     for number in range(1, 5):
-        write_picture(tmp_path / f"{number}.dcm", "US", number, f"P{number}", frames=3)
+        write_picture(tmp_path / "cines" / f"{number}.dcm", "US", number, f"P{number}", frames=3)
     with pytest.raises(DataError, match="4 DICOM pictures hold 3 frames or fewer; frame: 0 takes one, in"):
-        opened(tmp_path, ("images",))
+        opened(tmp_path / "cines", ("images",))
     data = {}
     for frame in (0, 2):
-        root = archive_file(tmp_path, frame=frame)
+        root = archive_file(tmp_path / "cines", frame=frame)
         data[frame] = ImageGenomeDataModule(str(root), image=PictureConfig((32, 32)), batch_size=2,
                                             split=SplitConfig((0.5, 0.5, 0.0)))  # fmt: skip
         data[frame].prepare_data()
@@ -296,7 +296,7 @@ def test_one_frame_of_several_is_taken_on_request(tmp_path, archive_file):
         assert data[frame].examine(deep=True, workers=1) == data[frame].examine(deep=False, workers=1) == []
     first, last = (next(iter(data[frame].val_dataloader()))["image"] for frame in (0, 2))
     assert not np.allclose(first, last)
-    far = ImageGenomeDataModule(str(archive_file(tmp_path, frame=3)), image=PictureConfig((32, 32)), split=ALL,
+    far = ImageGenomeDataModule(str(archive_file(tmp_path / "cines", frame=3)), image=PictureConfig((32, 32)), split=ALL,
                                 loader=LoaderConfig(max_fault_fraction=1.0))  # fmt: skip
     far.prepare_data()
     with pytest.raises(DataError, match="None of the 4"):
