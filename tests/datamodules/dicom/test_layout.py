@@ -296,7 +296,8 @@ def test_one_frame_of_several_is_taken_on_request(tmp_path, archive_file):
         assert data[frame].examine(deep=True, workers=1) == data[frame].examine(deep=False, workers=1) == []
     first, last = (next(iter(data[frame].val_dataloader()))["image"] for frame in (0, 2))
     assert not np.allclose(first, last)
-    far = ImageGenomeDataModule(str(archive_file(tmp_path / "cines", frame=3)), image=PictureConfig((32, 32)), split=ALL,
+    root = archive_file(tmp_path / "cines", frame=3)
+    far = ImageGenomeDataModule(str(root), image=PictureConfig((32, 32)), split=ALL,
                                 loader=LoaderConfig(max_fault_fraction=1.0))  # fmt: skip
     far.prepare_data()
     with pytest.raises(DataError, match="None of the 4"):
