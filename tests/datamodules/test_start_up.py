@@ -51,7 +51,8 @@ def plant(root, cases, pattern, names):
 
 
 TREES = {
-    "brats2023": ("BraTS-GLI-{:05}-0", [f"BraTS-GLI-{{:05}}-0-{name}.nii.gz" for name in ("t1c", "t1n", "t2f", "t2w")]),
+    "brats2023": ("BraTS-GLI-{:05}-000",
+                  [f"BraTS-GLI-{{:05}}-000-{name}.nii.gz" for name in ("t1c", "t1n", "t2f", "t2w")]),
     "bids": ("sub-{:05}/anat", [f"sub-{{:05}}_{name}.nii.gz" for name in ("T1w", "T2w", "FLAIR", "PDw")]),
     "folder": ("case{:05}", ["t1.nii.gz", "t2.nii.gz", "flair.nii.gz", "swi.mha"]),
 }  # fmt: skip
