@@ -394,7 +394,7 @@ class ImageTextDataModule(TextArchiveDataModule):
         num_workers: Loader processes per rank; also threads that build the cache.
         anonymise: Whether subjects and texts stay out of logs, pictures and fault files.
         seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
-        **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of
+        **membership: ``archive``, ``seen_patients``, ``changed_archive`` and ``split_from`` of
             :class:`datamodules.base.ArchiveDataModule`.
     """
 
@@ -428,7 +428,7 @@ class ImageTextDataModule(TextArchiveDataModule):
             seed=seed,
             **membership,
         )
-        manifest = table is not None or columns is not None
+        manifest = table is not None or columns is not None or bool({"table", "columns"} & self.said.keys())
         if manifest and layout not in ("auto", "manifest", "table"):
             raise ValueError(f"`table` and `columns` describe a manifest, not the layout {layout}: leave one out.")
         self._image = image

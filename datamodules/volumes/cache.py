@@ -264,7 +264,9 @@ class VolumeCache:
         images = {name: path for name, path in case.images.items() if name in self.layout.modalities}
         files = {name: f"{path}[{case.places[name]}]" if name in case.places else str(path)
                  for name, path in images.items()}  # fmt: skip
-        return files | {f"label {name}": str(path) for name, path in case.labels.items()}
+        # Several masks are the bits of one label, in their order.
+        return files | {f"label {name}": f"{path} ({bit})" if bit else str(path)
+                        for bit, (name, path) in enumerate(case.labels.items())}  # fmt: skip
 
     def _image_paths(self, case: Case) -> list[Path]:
         return [path for name, path in case.images.items() if name in self.layout.modalities]

@@ -156,9 +156,10 @@ class Layout:
             DataError: there is no such rule or modality.
         """
         for name, rule in voxels.intensity.items():
-            if name not in self.modalities:
+            if name not in self.modalities and name not in self.names:
                 raise DataError(f"voxels.intensity names {name}; the modalities are {', '.join(self.modalities)}.")
             if rule not in RULES:
                 raise DataError(f"voxels.intensity has the rule {rule} for {name}; known are {', '.join(RULES)}.")
-        intensity = {**self.preprocessing.intensity, **voxels.intensity}
+        chosen = {name: rule for name, rule in voxels.intensity.items() if name in self.modalities}
+        intensity = {**self.preprocessing.intensity, **chosen}
         return replace(self, preprocessing=replace(self.preprocessing, intensity=intensity, voxels=voxels))

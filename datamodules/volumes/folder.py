@@ -9,6 +9,7 @@ masks of thoracic cavity and ventilation.
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -185,8 +186,10 @@ def _check_names(images: Sequence[Sequence[str]], allowed: Iterable[str]) -> Non
         DataError: names the first.
     """
     counts = Counter(name for names in images for name in {canonical_name(name) for name in names})
-    known = {canonical_name(name) for name in allowed}
+    patterns = tuple(allowed)
+    known = {canonical_name(name) for name in patterns}
     once = sorted(name for name, count in counts.items() if count == 1 and name not in known)
+    once = [name for name in once if not any(fnmatch(name, pattern.lower()) for pattern in patterns)]
     if once and len(images) >= _MANY:
         raise DataError(
             f"The modality {once[0][:40]} occurs in one case only ({len(once)} such of {len(counts)}): files of one "
