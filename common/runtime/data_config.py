@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from common.errors import UserError
+from common.errors import UsageError, UserError
 from common.runtime.configs import find_config, merge, read_config
 from common.runtime.lean_imports import import_torchmetrics
 
@@ -36,6 +36,8 @@ def one_line(message: str) -> str:
 
 #: What a person says about an archive, where it lies in the archive itself.
 _ARCHIVE_FILE = "archive.yaml"
+#: What options of ``lightning`` are about; those of data alone matter where there is no model.
+_SECTIONS = ("data", "model", "trainer", "checkpoint", "safety", "seed_everything")
 _ROOTS = ("--data.root", "--data.init_args.root")
 
 
@@ -100,6 +102,34 @@ def with_archive_file(arguments: Sequence[str]) -> tuple[list[str], Path | None]
     for place, word in enumerate(rest[:-1]):
         rest[place + 1] = options["root"] if word in _ROOTS else rest[place + 1]
     return [*words[:last], *laid, *rest], file
+
+
+def data_options(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return what options of ``lightning`` say of the data: the root, and the settings as ``NAME=VALUE``.
+
+    Args:
+        words: Options such as ``--data.root=DIR``, ``--data.batch_size 4`` or ``--trainer.max_steps=9``; those of
+            other sections say nothing of the data.
+
+    Raises:
+        UsageError: one is none, or has no value.
+    """
+    root, settings, rest = None, [], list(words)
+    while rest:
+        word = rest.pop(0)
+        name, sign, value = word.partition("=")
+        section = name.removeprefix("--").partition(".")[0]
+        if not word.startswith("--") or section not in _SECTIONS:
+            raise UsageError(f"There is no option {word}; those of lightning begin with --data. and the like.")
+        if not sign:
+            if not rest or rest[0].startswith("--"):
+                raise UsageError(f"{name} needs a value.")
+            value = rest.pop(0)
+        if name in _ROOTS:
+            root = value
+        elif section == "data":
+            settings.append(f"{name.removeprefix('--data.').removeprefix('init_args.')}={value}")
+    return root, settings
 
 
 def _split_option(word: str) -> list[str]:

@@ -364,8 +364,8 @@ class VolumeDataModule(ArchiveDataModule):
         spacing = self.said.get("grid", {}).get("spacing")
         if spacing and layout.preprocessing.spacing != tuple(spacing):
             sides = " x ".join(f"{side:g}" for side in layout.preprocessing.spacing or ())
-            raise DataError(f"grid.spacing has no effect on {self.purpose}, which prepares volumes at {sides} mm: leave "
-                            f"it out.")  # fmt: skip
+            raise DataError(f"grid.spacing has no effect on {self.purpose}, which prepares volumes at {sides} mm: "
+                            f"leave it out.")  # fmt: skip
 
     def _spelled(self) -> dict[str, str]:
         """Return what the archive calls the modalities that are named, by the names that they are given."""
