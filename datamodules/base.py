@@ -331,19 +331,19 @@ class ArchiveDataModule(pl.LightningDataModule):
         """Yield the archive's files that are used, each with what it is; known once the root has been indexed."""
 
     @classmethod
-    def archive_options(cls, root: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], Path] | None:
+    def archive_options(cls, root: str | ArchiveFile, given: Mapping[str, Any]) -> tuple[dict[str, Any], Path] | None:
         """Return the arguments that the archive file of a root asks for, and the file; None where there is none.
 
         What the task has no use for is said in one line.
 
         Args:
-            root: A folder, or an archive file.
+            root: A folder, or an archive file, read or not.
             given: The arguments as they are without it.
 
         Raises:
             DataError: the file cannot be read, or says what it must not.
         """
-        file = archive_file_of(root)
+        file = root if isinstance(root, ArchiveFile) else archive_file_of(root)
         if file is None:
             return None
         options, unused = cls.taken(file, given)

@@ -122,14 +122,13 @@ def _judge_faults(ledger: FaultLedger, found: Sequence[Member], noun: str, unit:
     return []
 
 
-def judge(terms: Terms, found: Sequence[Member], noun: str, deep: bool, unit: str = "pixel") -> list[str]:
+def judge(terms: Terms, found: Sequence[Member], noun: str, unit: str = "pixel") -> list[str]:
     """Print the faults, the empty splits and the size of the cache; return why training would refuse the archive.
 
     Args:
         terms: What training asks of it.
         found: One entry per member in use.
         noun: What members are called, plural.
-        deep: Whether members were read to their end.
         unit: What members are made of.
     """
     ledger = FaultLedger(terms.max_fraction, terms.anonymise)

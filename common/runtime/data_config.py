@@ -41,7 +41,9 @@ _SECTIONS = ("data", "model", "trainer", "checkpoint", "safety", "seed_everythin
 _ROOTS = ("--data.root", "--data.init_args.root")
 
 
-def archive_options(section: Mapping[str, Any], root: str | None) -> tuple[dict[str, Any], Path] | None:
+def archive_options(
+    section: Mapping[str, Any], root: str | None, said: Any = None
+) -> tuple[dict[str, Any], Path] | None:
     """Return the data settings that an archive file asks for, and the file; None where there is none.
 
     What the file means is for the data module to say, which is imported only where there is a file. The ``config.yaml``
@@ -50,13 +52,14 @@ def archive_options(section: Mapping[str, Any], root: str | None) -> tuple[dict[
     Args:
         section: The data section without the file: ``class_path`` and ``init_args``.
         root: The root on the command line, a folder or an archive file; None: the section's.
+        said: An archive file that is not written yet, in place of the root.
 
     Raises:
         UserError: there is no such data module, or the file cannot be used.
     """
     given = section.get("init_args") or {}
     place = Path(root or given.get("root") or "").expanduser()
-    found = place.is_file() or (not given.get("archive") and (place / _ARCHIVE_FILE).is_file())
+    found = said is not None or place.is_file() or (not given.get("archive") and (place / _ARCHIVE_FILE).is_file())
     if not found or "class_path" not in section:
         return None
     import_torchmetrics()
@@ -65,7 +68,7 @@ def archive_options(section: Mapping[str, Any], root: str | None) -> tuple[dict[
         read = getattr(getattr(import_module(module), name), "archive_options", None)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"There is no data module {section['class_path']} (data.class_path).") from error
-    found_options: tuple[dict[str, Any], Path] | None = read(str(place), given) if read is not None else None
+    found_options: tuple[dict[str, Any], Path] | None = None if read is None else read(said or str(place), given)
     return found_options
 
 
@@ -147,6 +150,7 @@ class Archive:
         root: Its folder, or an archive file; None: the configuration's.
         layout: Its layout; None: the configuration's.
         settings: Further data settings, each as ``NAME=VALUE``.
+        said: An archive file that is not written yet, in place of a root.
         section: The data section that they come to: ``class_path`` and ``init_args``.
 
     Raises:
@@ -157,6 +161,7 @@ class Archive:
     root: str | None = None
     layout: str | None = None
     settings: Sequence[str] = ()
+    said: Any = None
     section: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -165,7 +170,7 @@ class Archive:
             section = merge(section, read_config(find_config(name)).get("data") or {})
         if "class_path" not in section:
             raise UserError(f"{', '.join(self.configs)} names no data module (data.class_path).")
-        found = archive_options(section, self.root)
+        found = archive_options(section, self.root, self.said)
         options = merge({}, section.get("init_args") or {})
         given = {"root": self.root, "layout": self.layout}
         if found is not None:

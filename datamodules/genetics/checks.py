@@ -31,4 +31,4 @@ def examine(name: str, genome: Genome | None, terms: Terms, deep: bool, workers:
         deep,
         workers,
     )
-    return judge(terms, found, "samples", deep)
+    return judge(terms, found, "samples")

@@ -29,4 +29,4 @@ def examine(name: str, classes: Sequence[str], terms: Terms, deep: bool, workers
         deep,
         workers,
     )
-    return judge(terms, found, "images", deep)
+    return judge(terms, found, "images")

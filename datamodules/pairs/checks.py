@@ -38,7 +38,7 @@ def examine(
             say(f"{split}: {shared[True, True] + shared[True, False]} of {len(part)} show a training image, "
                 f"{shared[True, True] + shared[False, True]} have a text that occurs in training")  # fmt: skip
     found = [_member(pair, by_path[pair.image]) for pair in terms.members]
-    return judge(terms, found, noun, deep)
+    return judge(terms, found, noun)
 
 
 def _member(pair: Any, image: Member) -> Member:

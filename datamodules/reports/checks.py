@@ -104,4 +104,4 @@ def examine(
 
     found = look_at_all(look_at, samples, deep, workers)
     _say_texts(terms, [texts[sample.case_id] for sample in samples], tokenizer, limit)
-    return judge(terms, found, "samples", deep)
+    return judge(terms, found, "samples")

@@ -86,4 +86,4 @@ def examine(layout: Layout, terms: Terms, labels: bool, deep: bool, workers: int
         return (check_bytes if whole else check_headers)(case, layout, labels)
 
     found = look_at_all(check, cases, deep, workers, "voxel")
-    return judge(terms, found, "cases", deep, "voxel")
+    return judge(terms, found, "cases", "voxel")

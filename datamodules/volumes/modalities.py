@@ -34,25 +34,26 @@ def one_file_each(files: Iterable[tuple[str, Path]]) -> tuple[dict[str, Path], l
 
 def _fitting(case: Case, given: str) -> list[str]:
     """Return a case's volumes that a person means by a name, or by a pattern that the files' names fit."""
-    if any(sign in given for sign in "*?"):
+    if any(sign in given for sign in "*?["):
         return [name for name, path in case.images.items() if fnmatchcase(stem_of(path.name), given)]
     return [name for name in case.images if canonical_name(name) == canonical_name(given)]
 
 
-def respelled(cases: Sequence[Case], spelled: Mapping[str, str]) -> list[Case]:
+def respelled(cases: Sequence[Case], spelled: Mapping[str, str], strict: bool = True) -> list[Case]:
     """Give volumes the names under which a person lists them; others that would share one are left out.
 
     Args:
         cases: The cases.
         spelled: Name to what the archive calls it: a name, a pattern of file names such as ``*_T1w``, or the place of a
             volume in a 4-D file, ``mr[0]``.
+        strict: Whether every one that is listed must be there.
 
     Raises:
         DataError: two volumes of a case fit one pattern, or no case has one that is listed.
     """
     found = [_respelled(case, spelled) for case in cases]
     lacking = [name for name in spelled if not any(name in case.images for case in found)]
-    if lacking:
+    if lacking and strict:
         present = ", ".join(sorted({name for case in cases for name in case.images})[:8])
         raise DataError(f"No case has {spelled[lacking[0]]}, which modalities: names as {lacking[0]}; present are "
                         f"{present}.")  # fmt: skip

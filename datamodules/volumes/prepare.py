@@ -100,7 +100,7 @@ def _rescaled(data: NDArray, rule: str, background: NDArray[np.bool_] | None) ->
 def _check_sign(name: str, path: Path, data: NDArray, rule: str, background: float | None) -> None:
     """Refuse a volume of which a rule that clips at 0 would cut a good part away; say so where it is a small one."""
     share = negative_share(data, background)
-    if share > _MAX_NEGATIVE and rule in CLIPPED_AT_0:
+    if share > MAX_NEGATIVE and rule in CLIPPED_AT_0:
         hint = "it is CT: set voxels.intensity: {%s: ct}" if data.min() <= _AIR else (
             "it has been standardised already: set voxels.intensity: {%s: standardised}")  # fmt: skip
         raise VolumeError("intensity", f"{share:.0%} of {name}'s foreground is negative, {hint % name}")
@@ -251,7 +251,7 @@ def centered_slice(size: int, low: int, high: int) -> slice:
 
 
 #: Share of the foreground below 0 that is said, and above which a volume does not fit a rule that clips at 0.
-_NOTED_NEGATIVE, _MAX_NEGATIVE = 0.01, 0.05
+_NOTED_NEGATIVE, MAX_NEGATIVE = 0.01, 0.05
 #: Hounsfield units that only a CT's air has.
 _AIR = -500
 #: Share of voxels that are exactly 0 in every sequence, below which a volume has its skull and air still on.
