@@ -18,6 +18,7 @@ from common.runtime.experiments import experiment_names
 from common.runtime.reporting import say
 from datamodules.account import Account
 from datamodules.archive_file import ArchiveFile, parsed, settings_of
+from datamodules.base import ArchiveDataModule
 from datamodules.commands.dicom_series import is_series, propose_series
 from datamodules.commands.looks import look_at, propose_voxels
 from datamodules.commands.proposals import (
@@ -44,6 +45,8 @@ from datamodules.volumes.datamodule import VolumeDataModule
 
 #: Characters of a line, and of why an experiment cannot use an archive.
 _WIDTH, _REASON = 300, 70
+#: Members up to which an archive is examined as doctor does it, and with how many threads.
+_EXAMINED, _WORKERS = 2000, 4
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
@@ -94,7 +97,7 @@ def run(directory: str, exp: str | None, table: str | None, out: str | None, for
     if understood.proposal.open:
         raise DataError(f"{target} holds a question that only you can answer ({understood.proposal.open}): keep one of "
                         f"its lines, then make doctor EXP={exp or 'NAME'} DATA={target}.")  # fmt: skip
-    say(f"next: make doctor EXP={fits} DATA={target}")
+    say(f"next: make doctor DATA={target} {fits}")
 
 
 @contextlib.contextmanager
@@ -169,7 +172,8 @@ def _of_layout(tree: Tree, layout: str, because: str) -> Understood:
         except DataError as error:
             propose_patterns(tree, proposal)
             if "modalities" not in proposal.said:
-                raise error
+                hint = "; medmim init DIR proposes a pattern."
+                raise DataError(str(error).replace(hint, f", and none is to be seen in {tree}.")) from error
     return _opened(tree, proposal, because)
 
 
@@ -209,14 +213,15 @@ def _report(understood: Understood, experiments: Sequence[str], target: Path) ->
             lines.insert(1, f"masks    {shown} (not used: name one under masks:)")
         lines.append(f"voxels   {propose_voxels(look, proposal)}")
         propose_visits(archive, proposal)
-    fits, reasons = _fits(understood, experiments)
-    if not fits:
-        why = shortened("; ".join(f"{name}: {reason}" for name, reason in reasons.items()), 190)
+    fits = _fits(understood, experiments)
+    if fits[0].reason:
+        why = shortened("; ".join(f"{fit.name}: {fit.reason}" for fit in fits), 190)
         raise DataError(f"Nothing can be trained on {shortened(str(understood.tree), 70)}: {why}.")
     targets = ", ".join(proposal.said.get("targets", {}))
-    words = [*fits, *(f"{name} not ({_short(reason)})" for name, reason in reasons.items())]
+    words = [f"{fit.name} not ({_short(fit.reason)})" if fit.reason else " ".join((fit.name, fit.more)).strip()
+             for fit in fits]  # fmt: skip
     lines.append(f"fits     {'; '.join(words)}" + (f"; targets: {targets}" if targets else ""))
-    return lines, fits[0]
+    return lines, " ".join(filter(None, (f"EXP={fits[0].name}", fits[0].more)))
 
 
 def _short(reason: str) -> str:
@@ -229,7 +234,7 @@ def _used(archive: Archive, proposal: Proposal) -> list[str]:
     if "volumes" in archive.gives:
         counts = propose_modalities(archive, proposal)
         total = sum(bool(record.volumes) for record in records)
-        words += [f"{name} in {count} of {total} cases" for name, count in counts.items()]
+        words.append(f"{', '.join(f'{name} in {count}' for name, count in counts.items())} of {total} cases")
     if "images" in archive.gives:
         words.append(f"{sum(len(record.images) for record in records)} images")
     if "text" in archive.gives:
@@ -266,37 +271,66 @@ def _patients(archive: Archive, proposal: Proposal) -> str:
     return f"patients {patients}, cases {len(records)}{sessions}; {split}{counts}"
 
 
-def _fits(understood: Understood, experiments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Return the experiments that the archive can be pre-trained with, and why the others cannot use it."""
-    fits, reasons = [], {}
+class _Fit(NamedTuple):
+    """Whether an experiment can use an archive.
+
+    Attributes:
+        name: The experiment.
+        reason: Why it cannot; empty where it can.
+        more: What ``make`` needs besides, such as ``SIZE=small``.
+        needs: How much of what the archive gives it uses.
+    """
+
+    name: str
+    reason: str = ""
+    more: str = ""
+    needs: int = 0
+
+
+def _fits(understood: Understood, experiments: Sequence[str]) -> list[_Fit]:
+    """Try every experiment's pre-training on an archive; the most fitting one comes first."""
     file = ArchiveFile(Path("archive.yaml"), understood.tree.root.resolve(),
                        parsed(understood.proposal.text(), "the proposal"))  # fmt: skip
-    for name in experiments:
-        reason = _refusal(name, file, understood.archive)
-        if reason is None:
-            fits.append(name)
-        else:
-            reasons[name] = reason
-    return fits, reasons
+    found = [_fit(name, file, understood.archive) for name in experiments]
+    return sorted(found, key=lambda fit: (bool(fit.reason), bool(fit.more), -fit.needs, fit.name))
 
 
-def _refusal(experiment: str, file: ArchiveFile, archive: Archive | None) -> str | None:
-    """Return why an experiment cannot use an archive; None where it can."""
-    config = f"experiments/{experiment}/configs/pretrain.yaml"
+def _fit(experiment: str, file: ArchiveFile, archive: Archive | None) -> _Fit:
+    """Try an experiment on an archive: as it is, in its small size, or with a batch that the archive can fill."""
+    configs = [f"experiments/{experiment}/configs/pretrain.yaml"]
     try:
-        datamodule = Configured([config], said=file).datamodule()
+        datamodule = Configured(configs, said=file).datamodule()
         if archive is not None and (lacking := sorted(datamodule.needs - archive.gives)):
-            return f"no {' and no '.join(lacking)}"
+            return _Fit(experiment, f"no {' and no '.join(lacking)}")
         datamodule.index()
+        more = "" if (count := _samples(datamodule)) >= datamodule.batch_size else f"ARGS=--data.batch_size={count}"
+        if more:
+            small = Configured([*configs, configs[0].replace("pretrain", "small")], said=file).datamodule()
+            small.index()
+            if _samples(small) >= small.batch_size:
+                more, datamodule = "SIZE=small", small
+            datamodule.batch_size = min(datamodule.batch_size, count)
+        reason = "; ".join(_reasons(datamodule)) if count else "nothing is left to train on"
     except UserError as error:
-        return str(error).rstrip(".")
-    return _unusable(datamodule) if isinstance(datamodule, VolumeDataModule) else None
+        return _Fit(experiment, str(error).rstrip("."))
+    return _Fit(experiment, reason, more, len(datamodule.needs))
 
 
-def _unusable(datamodule: VolumeDataModule) -> str | None:
-    """Return why none of a few cases can be used; None where one can."""
+def _samples(datamodule: ArchiveDataModule) -> int:
+    """Return how many training samples there are in an epoch."""
+    draws = getattr(datamodule, "crops_per_case", 0) or getattr(datamodule, "draws_per_image", 1)
+    return len(datamodule.splits["train"]) * int(draws)
+
+
+def _reasons(datamodule: ArchiveDataModule) -> list[str]:
+    """Return why a doctor would refuse an archive; of a large one a few cases are tried alone."""
+    members = [member for part in datamodule.splits.values() for member in part]
+    if len(members) <= _EXAMINED or not isinstance(datamodule, VolumeDataModule):
+        words = io.StringIO()
+        with contextlib.redirect_stdout(words), contextlib.redirect_stderr(io.StringIO()):
+            reasons = datamodule.examine(False, _WORKERS) if len(members) <= _EXAMINED else []
+        faults = [line for line in words.getvalue().splitlines() if line.startswith("faults:") and reasons]
+        return [*reasons, *(line.partition("First: ")[2] or line for line in faults)]
     layout = datamodule.index()
     found = [check_bytes(case, layout, False) for case in spread(datamodule.cases_in_use(), 3)]
-    if any(member.usable for member in found):
-        return None
-    return next((f"{fault.kind}: {fault.detail}" for member in found for fault in member.faults), "no case can be used")
+    return [] if any(member.usable for member in found) else ["none of three cases can be used"]

@@ -103,6 +103,8 @@ def propose_patterns(tree: Tree, proposal: Proposal) -> None:
     counts = Counter(part for found in parts for part, count in found.items() if count == 1)
     wanted = [part for part, count in counts.items() if 2 * count > len(cases) and not part.isdigit()]
     wanted = [part for part in wanted if canonical_name(part) in CANONICAL] or wanted
+    if len(cases) < 2:  # all in one folder: nothing says what a case is
+        return
     stems = [stem for found in cases.values() for stem in found]
     found = {canonical_name(part): _pattern(part, stems) for part in wanted if part}
     if found:
