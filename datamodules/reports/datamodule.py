@@ -117,7 +117,7 @@ class SampleConfig:
     Args:
         pair: ``"image"`` makes every image a sample with its study's report; ``"study"`` one sample a study, whose
             views are drawn anew every epoch.
-        views: Views to keep, such as ``[AP, PA]``, of images whose view is known; None keeps all.
+        views: Views to keep, such as ``[AP, PA]``, where the archive says what images show; None keeps all.
         complete: Whether only samples with image and text are used.
         negative_images: Whether each sample comes with another one's image.
     """
@@ -165,19 +165,18 @@ class Sample(NamedTuple):
 
 
 def samples_of(studies: Sequence[Study], pair: str, views: Sequence[str] | None) -> list[Sample]:
-    """Make the samples of studies: one an image, or one a study; of known views only the wanted ones.
+    """Make the samples of studies: one an image, or one a study; only of the wanted views, where any view is known.
 
     Raises:
         DataError: no image shows a wanted view.
     """
     samples = []
-    wanted = None if views is None else {view.upper() for view in views}
+    known = any(view for study in studies for view in study.views)
+    wanted = {view.upper() for view in views} if views is not None and known else None
     for study in studies:
         shown = study.views or ("",) * len(study.images)
         images = [
-            path
-            for path, view in zip(study.images, shown, strict=True)
-            if wanted is None or not view or view.upper() in wanted
+            path for path, view in zip(study.images, shown, strict=True) if wanted is None or view.upper() in wanted
         ]
         if study.images and not images:
             continue
