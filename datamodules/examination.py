@@ -26,6 +26,7 @@ class Member(NamedTuple):
         faults: What is broken.
         sums: Check sum to path of every file that was read to its end.
         usable: Whether anything is left to train on.
+        whole: Whether it was read to its end, not its headers alone.
     """
 
     case_id: str
@@ -33,15 +34,40 @@ class Member(NamedTuple):
     faults: Sequence[Fault] = ()
     sums: Mapping[str, str] = {}
     usable: bool = True
+    whole: bool = False
+
+
+#: Members that are read to their end even where only headers are asked for.
+READ_WHOLE = 8
+
+
+def spread(members: Sequence[_T], count: int = READ_WHOLE) -> list[_T]:
+    """Return a few members from all over a list."""
+    step = max(len(members) / max(count, 1), 1.0)
+    return [members[int(place * step)] for place in range(min(count, len(members)))]
 
 
 def look_at_all(
-    check: Callable[[_T], Member], members: Sequence[_T], deep: bool, workers: int, unit: str = "pixel"
+    check: Callable[[_T, bool], Member], members: Sequence[_T], deep: bool, workers: int, unit: str = "pixel"
 ) -> list[Member]:
-    """Look at every member, several at once, with a bar that shows how far it is."""
+    """Look at every member, several at once, with a bar that shows how far it is.
+
+    Args:
+        check: Looks at a member: at its headers, or (second argument) at every byte.
+        members: The members.
+        deep: Whether to read all to their end; else :data:`READ_WHOLE` of them, from all over the list.
+        workers: Threads.
+        unit: What members are made of.
+    """
     title = f"reading every {unit}" if deep else "reading headers"
+    chosen = {id(member) for member in spread(members)}
+
+    def look(member: _T) -> Member:
+        whole = deep or id(member) in chosen
+        return check(member, whole)._replace(whole=whole)
+
     with ThreadPoolExecutor(workers) as pool:
-        return list(tqdm(pool.map(check, members), total=len(members), desc=title, unit="member"))
+        return list(tqdm(pool.map(look, members), total=len(members), desc=title, unit="member"))
 
 
 def copies(members: Iterable[Member]) -> list[list[str]]:
@@ -82,14 +108,29 @@ class Terms(NamedTuple):
         return [member for part in self.splits.values() for member in part]
 
 
-def judge(terms: Terms, found: Sequence[Member], noun: str, deep: bool, unit: str = "pixel") -> list[str]:
+def _judge_faults(ledger: FaultLedger, found: Sequence[Member], noun: str, unit: str) -> list[str]:
+    """Print the faults; return the reasons that lie in them."""
+    read = [member for member in found if member.whole]
+    if not ledger.num_faulty:
+        more = f" in the headers and in the {len(read)} {noun} read whole; DEEP=1 (--deep) reads every {unit}"
+        say(f"faults: none{more if len(read) < len(found) else ''}")
+        return []
+    say(f"faults: {ledger.num_faulty} of {len(found)} {noun}. {ledger.describe()}")
+    broken = sum(bool(member.faults) for member in read)
+    if ledger.num_faulty > ledger.limit:
+        return [f"{ledger.num_faulty} faulty {noun}, more than the {ledger.limit:g} that are tolerated"]
+    if len(read) < len(found) and 2 * broken > len(read):
+        return [f"{broken} of the {len(read)} {noun} that were read whole are faulty"]
+    return []
+
+
+def judge(terms: Terms, found: Sequence[Member], noun: str, unit: str = "pixel") -> list[str]:
     """Print the faults, the empty splits and the size of the cache; return why training would refuse the archive.
 
     Args:
         terms: What training asks of it.
         found: One entry per member in use.
         noun: What members are called, plural.
-        deep: Whether members were read to their end.
         unit: What members are made of.
     """
     ledger = FaultLedger(terms.max_fraction, terms.anonymise)
@@ -105,12 +146,7 @@ def judge(terms: Terms, found: Sequence[Member], noun: str, deep: bool, unit: st
         reasons.append(f"the training split gives {len(train) * terms.draws} samples, fewer than one batch of "
                        f"{terms.batch_size}")  # fmt: skip
     say_notes()
-    if ledger.num_faulty:
-        say(f"faults: {ledger.num_faulty} of {len(found)} {noun}. {ledger.describe()}")
-        if ledger.num_faulty > ledger.limit:
-            reasons.append(f"{ledger.num_faulty} faulty {noun}, more than the {ledger.limit:g} that are tolerated")
-    else:
-        say(f"faults: none{'' if deep else f' in the headers; only DEEP=1 (--deep) reads the {unit}s'}")
+    reasons += _judge_faults(ledger, found, noun, unit)
     if same := copies(found):
         reasons.append(f"{len(same)} files occur in several patients, first {' = '.join(map(public_name, same[0]))}")
     if not terms.splits["val"]:

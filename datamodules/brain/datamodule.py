@@ -3,7 +3,7 @@
 Letters: S canonical sequences, H W D space.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from common.modalities import TEMPLATES, canonical_name
 from common.pseudonyms import pseudonym, public_name
 from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
+from datamodules.archive_file import ArchiveFile
 from datamodules.base import ArchiveDataModule
 from datamodules.brain.archive import BrainArchiveDataModule
 from datamodules.controls import read_control
@@ -156,6 +157,13 @@ class BrainDataModule(BrainArchiveDataModule):
     def __init__(self, root: str, modalities: list[str] | None = None, lesions: bool = False, **options: Any) -> None:
         super().__init__(root, modalities=modalities, **options)
         self.lesions = lesions
+
+    @classmethod
+    def taken(cls, file: ArchiveFile, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Return the arguments that an archive file asks for: of its modalities those that there are templates of."""
+        options, unused = super().taken(file, given)
+        known = [name for name in options.get("modalities", ()) if canonical_name(name) in TEMPLATES]
+        return (options | {"modalities": known} if known else options), unused
 
     def settle(self, layout: Layout) -> Layout:
         """Keep each study's own sequences, or those of them that are asked for, prepared by BrainMVP's chain."""

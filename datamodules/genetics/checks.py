@@ -26,9 +26,9 @@ def examine(name: str, genome: Genome | None, terms: Terms, deep: bool, workers:
     else:
         say("genetics: none")
     found = look_at_all(
-        lambda sample: check_images(sample.images, sample.case_id, sample.patient_id, deep, terms.frame),
+        lambda sample, whole: check_images(sample.images, sample.case_id, sample.patient_id, whole, terms.frame),
         samples,
         deep,
         workers,
     )
-    return judge(terms, found, "samples", deep)
+    return judge(terms, found, "samples")

@@ -24,6 +24,9 @@ def examine(name: str, classes: Sequence[str], terms: Terms, deep: bool, workers
         say(f"{target}: positive " + ", ".join(f"{count[1.0]} of {count[0.0] + count[1.0]} in {part}"
                                              for part, count in counts.items()))  # fmt: skip
     found = look_at_all(
-        lambda item: check_images([item.image], item.case_id, item.patient_id, deep), terms.members, deep, workers
+        lambda item, whole: check_images([item.image], item.case_id, item.patient_id, whole),
+        terms.members,
+        deep,
+        workers,
     )
-    return judge(terms, found, "images", deep)
+    return judge(terms, found, "images")

@@ -265,9 +265,11 @@ class VolumeCache:
         for name in files:
             if name in case.places:
                 files[name] += f"[{case.places[name]}]"
-            elif name in case.series:
-                files[name] += f" {case.series[name].key}"
-        return files | {f"label {name}": str(path) for name, path in case.labels.items()}
+            elif (series := case.series_of(name)) is not None:
+                files[name] += f" {series.key}"
+        # Several masks are the bits of one label, in their order.
+        return files | {f"label {name}": f"{path} ({bit})" if bit else str(path)
+                        for bit, (name, path) in enumerate(case.labels.items())}  # fmt: skip
 
     def _names(self, case: Case) -> list[str]:
         return [name for name in case.images if name in self.layout.modalities]

@@ -25,7 +25,7 @@ class Case(NamedTuple):
         attributes: Further facts by name, such as a diagnosis; empty text = unknown.
         surplus: Files of a modality that has a file already, which data modules refuse.
         places: Modality to which volume of its file it is, where that is 4-D.
-        series: Modality to the DICOM series that it is; its file is the first slice then.
+        series: File to the DICOM series of which it is the first slice.
     """
 
     case_id: str
@@ -36,7 +36,7 @@ class Case(NamedTuple):
     attributes: Mapping[str, str] = {}
     surplus: Sequence[Path] = ()
     places: Mapping[str, int] = {}
-    series: Mapping[str, Series] = {}
+    series: Mapping[Path, Series] = {}
 
     def files(self) -> list[Path]:
         """Return the files of images and labels."""
@@ -44,12 +44,18 @@ class Case(NamedTuple):
 
     def files_of(self, modality: str) -> Sequence[Path]:
         """Return the files of one modality: its slices where it is a DICOM series."""
-        return self.series[modality].files() if modality in self.series else (self.images[modality],)
+        series = self.series_of(modality)
+        return (self.images[modality],) if series is None else series.files()
+
+    def series_of(self, modality: str) -> Series | None:
+        """Return the DICOM series that a modality is; None where it is a file, or a label."""
+        path = self.images.get(modality)
+        return None if path is None else self.series.get(path)
 
     def record(self) -> Record:
         """Return the case as every data module can read it."""
         volumes = {
-            name: FileRef(path, self.places.get(name), series=self.series.get(name))
+            name: FileRef(path, self.places.get(name), series=self.series.get(path))
             for name, path in self.images.items()
         }
         masks = {name: FileRef(path) for name, path in self.labels.items()}
@@ -68,7 +74,7 @@ def case_of(record: Record) -> Case:
         {**record.attributes, **record.targets},
         record.surplus,
         {name: ref.volume for name, ref in record.volumes.items() if ref.volume is not None},
-        {name: ref.series for name, ref in record.volumes.items() if ref.series is not None},
+        {ref.path: ref.series for ref in record.volumes.values() if ref.series is not None},
     )
 
 
@@ -166,9 +172,10 @@ class Layout:
             DataError: there is no such rule or modality.
         """
         for name, rule in voxels.intensity.items():
-            if name not in self.modalities:
+            if name not in self.modalities and name not in self.names:
                 raise DataError(f"voxels.intensity names {name}; the modalities are {', '.join(self.modalities)}.")
             if rule not in RULES:
                 raise DataError(f"voxels.intensity has the rule {rule} for {name}; known are {', '.join(RULES)}.")
-        intensity = {**self.preprocessing.intensity, **voxels.intensity}
+        chosen = {name: rule for name, rule in voxels.intensity.items() if name in self.modalities}
+        intensity = {**self.preprocessing.intensity, **chosen}
         return replace(self, preprocessing=replace(self.preprocessing, intensity=intensity, voxels=voxels))

@@ -82,6 +82,9 @@ def examine(layout: Layout, terms: Terms, labels: bool, deep: bool, workers: int
     counts = {name: sum(name in case.images for case in cases) for name in layout.modalities}
     say("modalities: " + ", ".join(f"{layout.shown(name)} in {count}" for name, count in counts.items())
         + f"; labels in {sum(bool(case.labels) for case in cases)}")  # fmt: skip
-    check = check_bytes if deep else check_headers
-    found = look_at_all(lambda case: check(case, layout, labels), cases, deep, workers, "voxel")
-    return judge(terms, found, "cases", deep, "voxel")
+
+    def check(case: Case, whole: bool) -> Member:
+        return (check_bytes if whole else check_headers)(case, layout, labels)
+
+    found = look_at_all(check, cases, deep, workers, "voxel")
+    return judge(terms, found, "cases", "voxel")

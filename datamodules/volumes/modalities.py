@@ -1,13 +1,19 @@
 """The modalities of an archive of volumes, under their canonical names: which there are, and which are channels."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from common.errors import DataError
 from common.modalities import canonical_name, canonical_order, clashes, shown_names
 from common.pseudonyms import public_name
+from datamodules.tree import stem_of
 from datamodules.volumes.cases import Case, Layout
+
+#: A volume of a 4-D file, by the file's name and the volume's place from 0.
+_PLACE = re.compile(r"(.+)\[(\d+)\]")
 
 
 def one_file_each(files: Iterable[tuple[str, Path]]) -> tuple[dict[str, Path], list[Path]]:
@@ -24,6 +30,55 @@ def one_file_each(files: Iterable[tuple[str, Path]]) -> tuple[dict[str, Path], l
         if found.setdefault(canonical_name(name), (name, path))[1] != path:
             surplus.append(path)
     return dict(found.values()), surplus
+
+
+def _fitting(case: Case, given: str) -> list[str]:
+    """Return a case's volumes that a person means by a name, or by a pattern that the files' names fit."""
+    if any(sign in given for sign in "*?["):
+        return [name for name, path in case.images.items() if fnmatchcase(stem_of(path.name), given)]
+    return [name for name in case.images if canonical_name(name) == canonical_name(given)]
+
+
+def respelled(cases: Sequence[Case], spelled: Mapping[str, str], strict: bool = True) -> list[Case]:
+    """Give volumes the names under which a person lists them; others that would share one are left out.
+
+    Args:
+        cases: The cases.
+        spelled: Name to what the archive calls it: a name, a pattern of file names such as ``*_T1w``, or the place of a
+            volume in a 4-D file, ``mr[0]``.
+        strict: Whether every one that is listed must be there.
+
+    Raises:
+        DataError: two volumes of a case fit one pattern, or no case has one that is listed.
+    """
+    found = [_respelled(case, spelled) for case in cases]
+    lacking = [name for name in spelled if not any(name in case.images for case in found)]
+    if lacking and strict:
+        present = ", ".join(sorted({name for case in cases for name in case.images})[:8])
+        raise DataError(f"No case has {spelled[lacking[0]]}, which modalities: names as {lacking[0]}; present are "
+                        f"{present}.")  # fmt: skip
+    return found
+
+
+def _respelled(case: Case, spelled: Mapping[str, str]) -> Case:
+    images: dict[str, Path] = {}
+    places, meant = {}, set()
+    for name, given in spelled.items():
+        match = _PLACE.fullmatch(given)
+        names = _fitting(case, match[1] if match else given)
+        if len(names) > 1:
+            raise DataError(f"Two volumes of the case {public_name(case.case_id)} fit {given}, which is to be {name}: "
+                            f"{' and '.join(map(public_name, names[:2]))}.")  # fmt: skip
+        if names:
+            images[name] = case.images[names[0]]
+            meant.add(names[0])
+            place = int(match[2]) if match else case.places.get(names[0])
+            places |= {} if place is None else {name: place}
+    taken = {canonical_name(name) for name in images}
+    others = [name for name in case.images if name not in meant and canonical_name(name) not in taken]
+    images |= {name: case.images[name] for name in others}
+    places |= {name: case.places[name] for name in others if name in case.places}
+    return case._replace(images=images, places=places)
 
 
 def under_canonical_names(layout: Layout, cases: Sequence[Case]) -> tuple[Layout, list[Case]]:
@@ -46,12 +101,9 @@ def under_canonical_names(layout: Layout, cases: Sequence[Case]) -> tuple[Layout
                             f"them apart.")  # fmt: skip
         for name in images:
             spellings.setdefault(canonical_name(name), set()).add(name)
+        places = {canonical_name(name): place for name, place in case.places.items()}
         renamed.append(
-            case._replace(
-                images={canonical_name(name): path for name, path in images.items()},
-                places={canonical_name(name): place for name, place in case.places.items()},
-                series={canonical_name(name): series for name, series in case.series.items()},
-            )
+            case._replace(images={canonical_name(name): path for name, path in images.items()}, places=places)
         )
     settings = layout.preprocessing
     reference = None if settings.reference is None else canonical_name(settings.reference)

@@ -82,7 +82,7 @@ def read_member(case: Case, modality: str, voxels: VoxelConfig) -> Volume:
     Raises:
         VolumeError: as :func:`read_image`, or the slices of a series form no volume.
     """
-    series = case.series.get(modality)
+    series = case.series_of(modality)
     if series is None:
         return read_image(case.images[modality], voxels, case.places.get(modality))
     return read_image(series.convert(), voxels)._replace(source={"xxh3": series.digest})
@@ -94,8 +94,8 @@ def header_of(case: Case, name: str, voxels: VoxelConfig) -> Header:
     Raises:
         VolumeError: as :func:`datamodules.volumes.reading.read_header`, or the slices form no volume.
     """
-    if name in case.series:
-        return case.series[name].header()
+    if (series := case.series_of(name)) is not None:
+        return series.header()
     return read_header(case.images.get(name) or case.labels[name], voxels, case.places.get(name))
 
 
@@ -123,7 +123,7 @@ def _rescaled(data: NDArray, rule: str, background: NDArray[np.bool_] | None) ->
 def _check_sign(name: str, path: Path, data: NDArray, rule: str, background: float | None) -> None:
     """Refuse a volume of which a rule that clips at 0 would cut a good part away; say so where it is a small one."""
     share = negative_share(data, background)
-    if share > _MAX_NEGATIVE and rule in CLIPPED_AT_0:
+    if share > MAX_NEGATIVE and rule in CLIPPED_AT_0:
         hint = "it is CT: set voxels.intensity: {%s: ct}" if data.min() <= _AIR else (
             "it has been standardised already: set voxels.intensity: {%s: standardised}")  # fmt: skip
         raise VolumeError("intensity", f"{share:.0%} of {name}'s foreground is negative, {hint % name}")
@@ -282,7 +282,7 @@ def centered_slice(size: int, low: int, high: int) -> slice:
 
 
 #: Share of the foreground below 0 that is said, and above which a volume does not fit a rule that clips at 0.
-_NOTED_NEGATIVE, _MAX_NEGATIVE = 0.01, 0.05
+_NOTED_NEGATIVE, MAX_NEGATIVE = 0.01, 0.05
 #: Hounsfield units that only a CT's air has.
 _AIR = -500
 #: Share of voxels that are exactly 0 in every sequence, below which a volume has its skull and air still on.

@@ -3,10 +3,12 @@
 import builtins
 import shutil
 from collections import Counter
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from common.errors import DataError
 from datamodules import account
@@ -23,7 +25,10 @@ from tests.datamodules.dicom.test_convert import canonical, write_series
 pydicom = pytest.importorskip("pydicom")
 
 ALL = SplitConfig((1.0, 0.0, 0.0))
-RULES = parse_rules([{"description": name, "modality": name} for name in ("t1", "t2", "flair")])
+SERIES = [{"description": name, "modality": name} for name in ("t1", "t2", "flair")]
+RULES = parse_rules(SERIES)
+#: The rules that come with the project, as an ``archive.yaml`` has them.
+DEFAULTS = yaml.safe_load(files("datamodules.dicom").joinpath("dicom_rules.yaml").read_text())
 
 
 def write_picture(path, modality="CR", number=1, patient="P1", frames=1, view="PA", **more):
@@ -69,13 +74,13 @@ def noisy(folder, places, **facts):
             item.save_as(file)
 
 
-def test_volumes_train_only_where_rules_are_given(tmp_path, archive_file):
+def test_volumes_train_only_where_rules_are_given(tmp_path):
     root = tmp_path / "scans"
     noisy(root, range(12))
     noisy(root, range(12), series="5", description="T2 AX")
     with pytest.raises(DataError, match=r"^DICOM, 2 kinds of series: run medmim init DIR first, in .*scans\.$"):
         VolumeDataModule(str(root)).index()
-    datamodule = volumes(archive_file(root, series=RULES))
+    datamodule = volumes(root, archive={"series": SERIES})
     assert datamodule.index().name == "dicom"
     assert datamodule.input_spec.channels == ("t1", "t2")
     (case,) = datamodule.cases
@@ -164,7 +169,7 @@ def test_many_broken_headers_are_refused(tmp_path):
         opened(tmp_path, series=RULES)
 
 
-def test_pictures_are_images_with_views_and_visits(tmp_path, archive_file):
+def test_pictures_are_images_with_views_and_visits(tmp_path):
     for number in range(1, 7):
         write_picture(tmp_path / f"{number}.dcm", ("CR", "DX", "MG")[number % 3], number, f"P{number}")
     archive = opened(tmp_path, ("images",))
@@ -190,14 +195,14 @@ def test_a_table_beside_pictures_wins(tmp_path):
     assert opened(tmp_path, ("images", "text")).layout.name == "table"
 
 
-def test_of_a_tree_of_both_each_reads_its_own(tmp_path, archive_file):
+def test_of_a_tree_of_both_each_reads_its_own(tmp_path):
     for number in range(1, 4):
         noisy(tmp_path / f"t1_{number}", range(12), patient=f"P{number}", study=f"1.7.{number}")
         write_picture(tmp_path / f"{number}.dcm", number=number, patient=f"P{number}")
     assert len(opened(tmp_path, ("images",)).records) == 3
     with pytest.raises(DataError, match="DICOM, 1 kinds of series: run medmim init DIR first"):
         opened(tmp_path)
-    datamodule = volumes(archive_file(tmp_path, series=RULES))
+    datamodule = volumes(tmp_path, archive={"series": SERIES})
     assert len(datamodule.cases) == 3
     assert datamodule.ledger.faults == []
 
@@ -217,12 +222,12 @@ def test_one_patient_id_is_asked_about_and_may_be_answered(tmp_path):
     assert len(patients["study"]) == 2
 
 
-def test_a_study_has_one_grid_and_a_lack_of_the_reference_is_none(tmp_path, archive_file):
+def test_a_study_has_one_grid_and_a_lack_of_the_reference_is_none(tmp_path):
     for number in range(2):
         noisy(tmp_path / f"s{number}", range(12), patient=f"P{number}", study=f"1.7.{number}")
     noisy(tmp_path / "s0", np.arange(6) * 2, patient="P0", study="1.7.0", series="5", description="flair")
     noisy(tmp_path / "s2", np.arange(7) * 2, patient="P2", study="1.7.2", series="5", description="flair")
-    datamodule = volumes(archive_file(tmp_path, series=RULES, min_slices=2))
+    datamodule = volumes(tmp_path, archive={"series": SERIES, "min_slices": 2})
     assert datamodule.index().preprocessing.reference == "t1"
     records = {case.patient_id: datamodule.store.read_record(case.case_id) for case in datamodule.cases}
     assert {name: record.source_shape for name, record in records.items()} == {
@@ -233,34 +238,34 @@ def test_a_study_has_one_grid_and_a_lack_of_the_reference_is_none(tmp_path, arch
     assert datamodule.ledger.faults == []
 
 
-def test_a_broken_series_is_a_fault_of_its_study_and_the_others_are_used(tmp_path, archive_file):
+def test_a_broken_series_is_a_fault_of_its_study_and_the_others_are_used(tmp_path):
     for number in range(2):
         noisy(tmp_path / f"s{number}", range(12), patient=f"P{number}", study=f"1.7.{number}")
     write_series(tmp_path / "s0", [0, 1, 2, 4, 5], patient="P0", study="1.7.0", series="5", description="t2")
     noisy(tmp_path / "s1", range(12), patient="P1", study="1.7.1", series="5", description="t2", frame="1.2.10")
-    datamodule = volumes(archive_file(tmp_path, series=RULES, min_slices=2))
+    datamodule = volumes(tmp_path, archive={"series": SERIES, "min_slices": 2})
     assert Counter(fault.kind for fault in datamodule.ledger.faults) == {"geometry": 1, "space": 1}
     records = [datamodule.store.read_record(case.case_id) for case in datamodule.cases]
     assert [(record.usable, record.modality_mask) for record in records] == [(True, [True, False])] * 2
     assert datamodule.examine(deep=False, workers=1) == datamodule.examine(deep=True, workers=1)
 
 
-def test_a_cache_follows_slices_and_settings(tmp_path, archive_file):
+def test_a_cache_follows_slices_and_settings(tmp_path):
     noisy(tmp_path / "in", range(12))
-    first = volumes(archive_file(tmp_path / "in", series=RULES))
+    first = volumes(tmp_path / "in", archive={"series": SERIES})
     (case,) = first.cases
     record = first.store.read_record(case.case_id)
     assert len(record.sources) == 12
-    assert first.sources([case]) == {case.case_id: (case.series["t1"].digest,)}
-    again = volumes(archive_file(tmp_path / "in", series=RULES))
+    assert first.sources([case]) == {case.case_id: (case.series_of("t1").digest,)}
+    again = volumes(tmp_path / "in", archive={"series": SERIES})
     assert again.store.is_valid(again.cases[0], record)
     (tmp_path / "in/4_11").unlink()
-    fewer = volumes(archive_file(tmp_path / "in", series=RULES))
+    fewer = volumes(tmp_path / "in", archive={"series": SERIES})
     assert fewer.store.read_record(case.case_id).source_shape[2] == 11
     converted = next((tmp_path / "cache/dicom/volumes").glob("*/volume.nii"))
     converted.write_bytes(converted.read_bytes()[:500])
     shutil.rmtree(tmp_path / "cache/volumes")
-    assert volumes(archive_file(tmp_path / "in", series=RULES)).ledger.faults == []
+    assert volumes(tmp_path / "in", archive={"series": SERIES}).ledger.faults == []
 
 
 def test_headers_say_where_the_converted_voxels_lie(tmp_path):
@@ -280,15 +285,15 @@ def test_headers_say_where_the_converted_voxels_lie(tmp_path):
         assert np.allclose(header.affine, affine, atol=1e-4)
 
 
-def test_one_frame_of_several_is_taken_on_request(tmp_path, archive_file):
+def test_one_frame_of_several_is_taken_on_request(tmp_path):
     for number in range(1, 5):
         write_picture(tmp_path / "cines" / f"{number}.dcm", "US", number, f"P{number}", frames=3)
     with pytest.raises(DataError, match="4 DICOM pictures hold 3 frames or fewer; frame: 0 takes one, in"):
         opened(tmp_path / "cines", ("images",))
     data = {}
     for frame in (0, 2):
-        root = archive_file(tmp_path / "cines", frame=frame)
-        data[frame] = ImageGenomeDataModule(str(root), image=PictureConfig((32, 32)), batch_size=2,
+        data[frame] = ImageGenomeDataModule(str(tmp_path / "cines"), archive={"frame": frame}, batch_size=2,
+                                            image=PictureConfig((32, 32)),
                                             split=SplitConfig((0.5, 0.5, 0.0)))  # fmt: skip
         data[frame].prepare_data()
         data[frame].setup("fit")
@@ -296,15 +301,14 @@ def test_one_frame_of_several_is_taken_on_request(tmp_path, archive_file):
         assert data[frame].examine(deep=True, workers=1) == data[frame].examine(deep=False, workers=1) == []
     first, last = (next(iter(data[frame].val_dataloader()))["image"] for frame in (0, 2))
     assert not np.allclose(first, last)
-    root = archive_file(tmp_path / "cines", frame=3)
-    far = ImageGenomeDataModule(str(root), image=PictureConfig((32, 32)), split=ALL,
+    far = ImageGenomeDataModule(str(tmp_path / "cines"), archive={"frame": 3}, image=PictureConfig((32, 32)), split=ALL,
                                 loader=LoaderConfig(max_fault_fraction=1.0))  # fmt: skip
     far.prepare_data()
     with pytest.raises(DataError, match="None of the 4"):
         far.setup("fit")
 
 
-def test_a_walk_and_one_look_at_each_file(tmp_path, monkeypatch, archive_file):
+def test_a_walk_and_one_look_at_each_file(tmp_path, monkeypatch):
     """Once headers are kept, an archive is recognised with two calls of the file system per file."""
     write_series(tmp_path / "in", range(40))
     opened(tmp_path / "in", series=RULES)
@@ -323,10 +327,9 @@ def test_a_walk_and_one_look_at_each_file(tmp_path, monkeypatch, archive_file):
 
 
 @pytest.mark.real_data
-def test_a_real_dual_echo_in_the_data_module(real_data, tmp_path, archive_file):
+def test_a_real_dual_echo_in_the_data_module(real_data, tmp_path):
     """Case 5: voxels of pd and t2 equal the reference, before and after preparation; the cache names no hospital."""
-    root = archive_file(real_data("dicom_pdt2"), series=default_rules())
-    datamodule = volumes(root, (32, 32, 16))
+    datamodule = volumes(real_data("dicom_pdt2"), (32, 32, 16), archive={"series": DEFAULTS})
     (case,) = datamodule.cases
     wanted = tmp_path / "reference" / "case"
     wanted.mkdir(parents=True)
@@ -372,12 +375,12 @@ def test_a_real_study_without_anatomy(real_data):
 
 
 @pytest.mark.real_data
-def test_real_faults_in_the_data_module(real_data, archive_file, capsys):
+def test_real_faults_in_the_data_module(real_data, capsys):
     """Case 6: geometry, few slices, corrected tilt and dtype; no traceback, no silence."""
-    root = archive_file(real_data("dicom_faults"), series=default_rules(), subject="folder", min_slices=3)
+    root, said = real_data("dicom_faults"), {"series": DEFAULTS, "subject": "folder", "min_slices": 3}
     with pytest.raises(DataError, match=r"foreground is negative, it is CT: set voxels.intensity: \{ct: ct\}"):
-        volumes(root, (8, 8, 2))
-    datamodule = volumes(root, (8, 8, 2), voxels=VoxelConfig(intensity={"ct": "ct"}))
+        volumes(root, (8, 8, 2), archive=said)
+    datamodule = volumes(root, (8, 8, 2), voxels=VoxelConfig(intensity={"ct": "ct"}), archive=said)
     assert Counter(fault.kind for fault in datamodule.ledger.faults) == {"geometry": 1, "dtype": 1}
     assert "the tilt of a CT's gantry was corrected: 1 file" in capsys.readouterr().out
     rows = {row.reason: row.count for row in Account(datamodule.archive, datamodule.used_files()).rows}
@@ -387,18 +390,18 @@ def test_real_faults_in_the_data_module(real_data, archive_file, capsys):
 
 
 @pytest.mark.real_data
-def test_real_vendors_in_the_data_module(real_data, archive_file, tmp_path):
+def test_real_vendors_in_the_data_module(real_data, tmp_path):
     """Case 6: refused until ``subject`` is said; renamed files give equal volumes."""
-    rules = parse_rules([{"kind": "MR", "modality": "t1"}])
+    rules = [{"kind": "MR", "modality": "t1"}]
     with pytest.raises(DataError, match='every study has the PatientID "dicom2nifti"'):
-        opened(real_data("dicom_vendors"), series=rules)
+        opened(real_data("dicom_vendors"), series=parse_rules(rules))
     renamed = tmp_path / "renamed"
     renamed.mkdir()
     for number, path in enumerate(sorted(real_data("dicom_vendors").rglob("*.dcm"), reverse=True)):
         shutil.copy(path, renamed / f"x{number}")
     found = []
     for root in (real_data("dicom_vendors"), renamed):
-        datamodule = volumes(archive_file(root, series=rules, subject="study", min_slices=2), (16, 16, 2))
+        datamodule = volumes(root, (16, 16, 2), archive={"series": rules, "subject": "study", "min_slices": 2})
         assert datamodule.ledger.faults == []
         found.append({case.case_id: read_member(case, "t1", STRICT) for case in datamodule.cases})
     assert len(found[0]) == 2
