@@ -23,7 +23,9 @@ from datamodules.commands.dicom_series import is_series, propose_series
 from datamodules.commands.looks import look_at, propose_voxels
 from datamodules.commands.proposals import (
     Proposal,
+    ask_for_people,
     begun,
+    looks_like_people,
     propose_columns,
     propose_ignore,
     propose_masks,
@@ -93,11 +95,12 @@ def run(directory: str, exp: str | None, table: str | None, out: str | None, for
     _heading(tree, understood)
     for line in lines:
         say(f"  {shortened(line, _WIDTH)}")
-    _write(target, understood.proposal.text(), force)
+    done = _write(target, understood.proposal.text(), force)
     if understood.proposal.open:
+        say(done)
         raise DataError(f"{target} holds a question that only you can answer ({understood.proposal.open}): keep one of "
                         f"its lines, then make doctor EXP={exp or 'NAME'} DATA={target}.")  # fmt: skip
-    say(f"next: make doctor DATA={target} {fits}")
+    say(f"{done}; next: make doctor {fits}")
 
 
 @contextlib.contextmanager
@@ -107,19 +110,18 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _write(target: Path, text: str, force: bool) -> None:
-    """Write the file, unless another one is there.
+def _write(target: Path, text: str, force: bool) -> str:
+    """Write the file, unless another one is there; return what was done, in words.
 
     Raises:
         UserError: there is.
     """
     if target.exists() and target.read_text(encoding="utf-8") == text:
-        say(f"{target} stands there already, the same")
-        return
+        return f"{target} is there already, the same"
     if target.exists() and not force:
         raise UserError(f"{target} is there already and says something else: give --force to write over it, or --out.")
     write_text(target, text)
-    say(f"wrote {target}")
+    return f"wrote {target}"
 
 
 def understand(tree: Tree, table: str | None) -> Understood:
@@ -165,7 +167,10 @@ def _of_layout(tree: Tree, layout: str, because: str) -> Understood:
     proposal = begun(tree, layout)
     if layout in ("images", "class_folders"):
         names = [file.name for file in pictures(tree)]
-        propose_subject(names, proposal, layout == "class_folders")
+        if layout == "class_folders" and looks_like_people(names):
+            ask_for_people(proposal)
+        else:
+            propose_subject(names, proposal, layout == "class_folders")
     if layout == "folder":
         try:
             entry_of(layout).load().read(tree)
@@ -221,7 +226,7 @@ def _report(understood: Understood, experiments: Sequence[str], target: Path) ->
     words = [f"{fit.name} not ({_short(fit.reason)})" if fit.reason else " ".join((fit.name, fit.more)).strip()
              for fit in fits]  # fmt: skip
     lines.append(f"fits     {'; '.join(words)}" + (f"; targets: {targets}" if targets else ""))
-    return lines, " ".join(filter(None, (f"EXP={fits[0].name}", fits[0].more)))
+    return lines, " ".join(filter(None, (f"EXP={fits[0].name}", f"DATA={target}", fits[0].more)))
 
 
 def _short(reason: str) -> str:
