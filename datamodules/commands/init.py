@@ -283,13 +283,13 @@ class _Fit(NamedTuple):
         name: The experiment.
         reason: Why it cannot; empty where it can.
         more: What ``make`` needs besides, such as ``SIZE=small``.
-        needs: How much of what the archive gives it uses.
+        uses: How many kinds of what the archive gives it uses, and how many files.
     """
 
     name: str
     reason: str = ""
     more: str = ""
-    needs: int = 0
+    uses: tuple[int, int] = (0, 0)
 
 
 def _fits(understood: Understood, experiments: Sequence[str]) -> list[_Fit]:
@@ -297,7 +297,7 @@ def _fits(understood: Understood, experiments: Sequence[str]) -> list[_Fit]:
     file = ArchiveFile(Path("archive.yaml"), understood.tree.root.resolve(),
                        parsed(understood.proposal.text(), "the proposal"))  # fmt: skip
     found = [_fit(name, file, understood.archive) for name in experiments]
-    return sorted(found, key=lambda fit: (bool(fit.reason), bool(fit.more), -fit.needs, fit.name))
+    return sorted(found, key=lambda fit: (bool(fit.reason), bool(fit.more), -fit.uses[0], -fit.uses[1], fit.name))
 
 
 def _fit(experiment: str, file: ArchiveFile, archive: Archive | None) -> _Fit:
@@ -318,7 +318,7 @@ def _fit(experiment: str, file: ArchiveFile, archive: Archive | None) -> _Fit:
         reason = "; ".join(_reasons(datamodule)) if count else "nothing is left to train on"
     except UserError as error:
         return _Fit(experiment, str(error).rstrip("."))
-    return _Fit(experiment, reason, more, len(datamodule.needs))
+    return _Fit(experiment, reason, more, (len(datamodule.needs), len(list(datamodule.used_files()))))
 
 
 def _samples(datamodule: ArchiveDataModule) -> int:
