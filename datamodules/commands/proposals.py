@@ -22,7 +22,6 @@ from datamodules.splits import read_split_file
 from datamodules.subjects import needs_rule
 from datamodules.tables import read_table
 from datamodules.tree import IMAGE_KINDS, Tree, TreeFile, stem_of
-from datamodules.volumes.cases import case_of
 from datamodules.volumes.modalities import respelled
 
 #: Share of a column's values that must be files for it to be one of images, and most values of a column of classes.
@@ -125,8 +124,8 @@ def _pattern(part: str, stems: Sequence[str]) -> str:
 def propose_modalities(archive: Archive, proposal: Proposal) -> dict[str, int]:
     """Write down what the archive calls each modality, in the order of channels; return in how many cases each is."""
     if wanted := proposal.said.get("modalities"):
-        cases = respelled([case_of(record) for record in archive.records], wanted)
-        return {name: sum(name in case.images for case in cases) for name in wanted}
+        records = respelled(archive.records, wanted)
+        return {name: sum(name in record.volumes for record in records) for name in wanted}
     spelled: dict[str, Counter[str]] = {}
     for record in archive.records:
         for name in record.volumes:

@@ -387,7 +387,7 @@ class VolumeDataModule(ArchiveDataModule):
         if self._layout is None:
             archive = self.open(self.root, self._layout_name, Settings(modalities=self._spelled()))
             self.archive = archive
-            cases = respelled([case_of(record) for record in archive.records], self.settings.modalities)
+            cases = [case_of(record) for record in respelled(archive.records, self.settings.modalities)]
             layout, self.cases = under_canonical_names(self.prepare_layout(archive), cases)
             layout = self.settle(layout).with_voxels(self._voxels)
             self._check_grid(layout)

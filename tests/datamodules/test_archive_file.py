@@ -21,7 +21,7 @@ from datamodules.archive_file import (
     parsed,
     read_archive_file,
 )
-from datamodules.registry import Record, Settings, open_archive
+from datamodules.registry import FileRef, Record, Settings, open_archive
 from datamodules.targets import with_targets
 from datamodules.volumes.cases import Case
 from datamodules.volumes.modalities import respelled
@@ -295,18 +295,22 @@ def test_grid_and_masks_and_targets_reach_volumes(tmp_path):
     assert probe.targets == {f"C{i}": i % 2 for i in range(8)}
 
 
+def of(*names: str) -> Record:
+    return Record("a", "a", volumes={name: FileRef(Path(f"a/{name}.nii")) for name in names})
+
+
 def test_modalities_are_named_by_patterns_and_places():
-    case = Case("a", "a", {"x1_t1w": Path("a/x1_T1w.nii"), "mr": Path("a/mr.nii"), "T2w": Path("a/T2w.nii")})
-    (found,) = respelled([case], {"t1": "*[_.-]T1w", "pd": "mr[1]", "t2": "t2"})
-    assert {name: path.name for name, path in found.images.items()} == {
-        "t1": "x1_T1w.nii", "pd": "mr.nii", "t2": "T2w.nii"
+    record = of("x1_T1w", "mr", "T2w")
+    (found,) = respelled([record], {"t1": "*[_.-]T1w", "pd": "mr[1]", "t2": "t2"})
+    assert {name: str(ref) for name, ref in found.volumes.items()} == {
+        "t1": "a/x1_T1w.nii", "pd": "a/mr.nii[1]", "t2": "a/T2w.nii"
     }  # fmt: skip
-    assert found.places == {"pd": 1}
-    two = Case("a", "a", {"a_T1w": Path("a_T1w.nii"), "b_T1w": Path("b_T1w.nii")})
     with pytest.raises(DataError, match="Two volumes of the case a fit"):
-        respelled([two], {"t1": "*_T1w"})
+        respelled([of("a_T1w", "b_T1w")], {"t1": "*_T1w"})
     with pytest.raises(DataError, match="No case has swi, which modalities: names as swi"):
-        respelled([case], {"swi": "swi"})
+        respelled([record], {"swi": "swi"})
+    (left,) = respelled([of("head", "T1w")], {"t1": "head"})
+    assert {name: ref.path.name for name, ref in left.volumes.items()} == {"t1": "head.nii"}
 
 
 def test_targets_from_a_table_elsewhere(tmp_path):

@@ -311,8 +311,8 @@ def test_an_unknown_tree_is_refused(tmp_path, capsys):
 def tiny(experiment: str) -> list[str]:
     configs = f"experiments/{experiment}/configs"
     return ["fit", "--config", f"{configs}/pretrain.yaml", "--config", f"{configs}/smoke.yaml",
-            "--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu",
-            "--trainer.enable_progress_bar=false"]  # fmt: skip
+            "--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1",
+            "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]  # fmt: skip
 
 
 @pytest.mark.slow
