@@ -68,8 +68,9 @@ def _respelled(record: Record, spelled: Mapping[str, str]) -> Record:
         match = _PLACE.fullmatch(given)
         names = _fitting(record, match[1] if match else given)
         if len(names) > 1:
-            raise DataError(f"Two volumes of the case {public_name(record.case_id)} fit {given}, which is to be {name}: "
-                            f"{' and '.join(map(public_name, names[:2]))}.")  # fmt: skip
+            both = " and ".join(map(public_name, names[:2]))
+            case = public_name(record.case_id)
+            raise DataError(f"Two volumes of the case {case} fit {given}, which is to be {name}: {both}.")
         if names:
             ref = record.volumes[names[0]]
             volumes[name] = ref._replace(volume=int(match[2])) if match else ref
