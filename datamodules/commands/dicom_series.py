@@ -7,9 +7,8 @@ from typing import Any
 
 from common.errors import DataError
 from datamodules.commands.proposals import Proposal, flow
-from datamodules.dicom.index import DicomIndex, Stack, is_dicom
+from datamodules.dicom.index import DicomIndex, Stack, check_subjects, is_dicom
 from datamodules.dicom.rules import Verdict, classify, default_rules, is_picture
-from datamodules.dicom.studies import DicomSettings, understand
 from datamodules.tree import Tree, TreeFile
 
 _MOSTLY = 0.9
@@ -44,14 +43,16 @@ def propose_series(tree: Tree, proposal: Proposal) -> str:
         raise DataError(f"None of the {len(index.unreadable)} DICOM files under {tree} has a readable header.")
     count = len({stack.first.study_uid for stack in index.stacks})
     stacks = [stack for stack in index.stacks if not is_picture(stack)]
-    if not stacks:
-        return f"{len(index.stacks)} series of pictures in {count} studies"
     try:
-        understand(tree.root, index, DicomSettings(min_slices=1))
+        check_subjects(index.instances, None)
     except DataError as error:
         proposal.open = "subject: whose is a study?"
-        proposal.aside("subject", *str(error).rstrip(".").splitlines(), "subject: study  # each study is a patient",
-                       "subject: folder", "subject: patient")  # fmt: skip
+        proposal.aside("subject", f"{str(error).rstrip('.')}; keep one line:",
+                       "subject: study  # each study is a patient", "subject: folder", "subject: patient")  # fmt: skip
+    if any(stack.first.frames > 1 for stack in index.stacks if is_picture(stack)):
+        proposal.aside("frame", "frame: 0  # takes one frame of pictures that have several, which else are left aside")
+    if not stacks:
+        return f"{len(index.stacks)} series of pictures in {count} studies"
     proposal.said["series"] = [*_GENERAL]
     for rule, remark in _rules(stacks):
         proposal.said["series"].append(rule)
@@ -75,7 +76,9 @@ def _rules(stacks: Sequence[Stack]) -> list[tuple[dict[str, Any], str]]:
             rule |= {"te": limits[modality]} if len(kinds) > 1 and modality in limits else {}
             rule |= {"ignore": reason} if modality is None else {"modality": modality}
             guessed = any(verdict.guessed for _, verdict in members)
-            found.append((rule, f"{len(members)} series" + (", # guessed from its times" if guessed else "")))
+            found.append(
+                (rule, f"guessed from its times: {len(members)} series" if guessed else f"{len(members)} series")
+            )
     return found
 
 

@@ -104,8 +104,10 @@ def look_at(records: Sequence[Record], spelled: Mapping[str, str]) -> Look:
 
 
 def _look_at_one(ref: FileRef, found: Look) -> _Seen | None:
+    series: Any = ref.series  # a DICOM series becomes a file of the cache when it is first read
     try:
-        volume = read_image(ref.path, STRICT, ref.volume)
+        path = ref.path if series is None else series.convert()
+        volume = read_image(path, STRICT, ref.volume)
     except VolumeError as error:
         found.note(error)
         if error.kind != "nan":
