@@ -5,6 +5,7 @@ that ``01`` is not 1 and ``no`` is a word; numbers are numbers where a key asks 
 """
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -290,9 +291,9 @@ class ArchiveFile:
 
     def located(self, name: str) -> str:
         """Return where a table lies that the file names: under the root, or else beside the file itself."""
-        path = Path(name).expanduser()
-        places = (self.root / path, self.path.parent / path)
-        return str(next((place.resolve() for place in places if place.is_file()), path))
+        plain = os.path.expanduser(name)
+        places = [os.path.join(folder, plain) for folder in (self.root, self.path.parent)]
+        return next((os.path.realpath(place) for place in places if os.path.isfile(place)), plain)
 
 
 def read_archive_file(path: Path) -> ArchiveFile:
@@ -302,10 +303,10 @@ def read_archive_file(path: Path) -> ArchiveFile:
         DataError: it cannot be read, is no YAML, has an unknown key or a wrong value, or no such root is there.
     """
     content = parsed(decoded(read_bytes(path, _MAX_BYTES), str(path)), path)
-    root = (path.parent / Path(content.get("root", ".")).expanduser()).resolve()
-    if not root.is_dir():
-        raise DataError(f"{short(str(path), 90)}: its root {short(str(root), 120)} is not a folder.")
-    return ArchiveFile(path, root, content)
+    root = os.path.realpath(os.path.join(path.parent, os.path.expanduser(content.get("root", "."))))
+    if not os.path.isdir(root):  # unlike Path.is_dir, it takes any text
+        raise DataError(f"{short(str(path), 90)}: its root {short(root, 120)} is not a folder.")
+    return ArchiveFile(path, Path(root), content)
 
 
 def archive_file_of(root: str | Path) -> ArchiveFile | None:

@@ -1,7 +1,6 @@
 """Targets that a person names in ``archive.yaml``: from a table or from what the layout knows, as text."""
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Set
 from typing import Any
 
 from common.errors import DataError
@@ -24,8 +23,9 @@ def with_targets(archive: Archive, targets: Mapping[str, Mapping[str, Any]]) -> 
     Raises:
         DataError: there is no such table or column, or it does not join the archive.
     """
+    own = {str(archive.tree / archive.tree.name_of(table)) for table in archive.tables}
     for name, rule in targets.items():
-        values = _values(archive, name, rule)
+        values = _values(archive, name, rule, own)
         merged = {old: new for new, olds in rule.get("merge", {}).items() for old in olds}
         classes = rule.get("classes")
         found = {case: merged.get(value, value) for case, value in values.items()}
@@ -39,17 +39,23 @@ def with_targets(archive: Archive, targets: Mapping[str, Mapping[str, Any]]) -> 
         ]
 
 
-def _values(archive: Archive, name: str, rule: Mapping[str, Any]) -> dict[str, str]:
-    """Return the value of each case as it is written; empty = unknown."""
+def _values(archive: Archive, name: str, rule: Mapping[str, Any], own: Set[str]) -> dict[str, str]:
+    """Return the value of each case as it is written; empty = unknown.
+
+    Args:
+        archive: The archive.
+        name: The target.
+        rule: Where it comes from.
+        own: Tables that the layout has read already.
+    """
     column, records = rule.get("column", name), archive.records
     known = {record.case_id: {**record.attributes, **record.targets} for record in records}
-    if "table" not in rule or _is_read(archive, rule["table"]):
+    path = archive.tree / rule.get("table", "")
+    if "table" not in rule or str(path) in own:
         if not any(column in facts for facts in known.values()):
             have = listing(sorted({key for facts in known.values() for key in facts}))
             raise DataError(f"targets: no case has {short(column)}, which {name} is to be; known of cases are {have}.")
         return {case: facts.get(column, "").strip() for case, facts in known.items()}
-    path = Path(rule["table"])
-    path = path if path.is_absolute() else archive.tree / rule["table"]
     table = read_table(path)
     if column not in table.columns:
         raise DataError(f"targets: {path} has no column {short(column)}; it has {listing(table.columns)}.")
@@ -58,13 +64,7 @@ def _values(archive: Archive, name: str, rule: Mapping[str, Any]) -> dict[str, s
     by_case = join_ids([record.case_id for record in records], rows)
     by_patient = join_ids([record.patient_id for record in records], rows)
     check_labels(path, max(by_case, by_patient, key=lambda joined: len(joined.found)), "cases")
-    archive.tables = [*archive.tables, str(path)]
+    archive.tables = [*dict.fromkeys((*archive.tables, str(path)))]
     owners = {record.case_id: by_case.found.get(record.case_id, by_patient.found.get(record.patient_id, ""))
               for record in records}  # fmt: skip
     return {case: rows.get(owner, {}).get(column, "").strip() for case, owner in owners.items()}
-
-
-def _is_read(archive: Archive, table: str) -> bool:
-    """Whether a table is one that the layout has read already."""
-    read = {str(archive.tree / archive.tree.name_of(name)) for name in archive.tables}
-    return str(archive.tree / archive.tree.name_of(table)) in read

@@ -1,16 +1,15 @@
 """What ``medmim init`` proposes for an archive of DICOM files: which series is which modality, in explicit rules."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 from common.errors import DataError
 from datamodules.commands.proposals import Proposal, flow
-from datamodules.dicom.index import Stack
+from datamodules.dicom.index import Stack, check_subjects
 from datamodules.dicom.layout import read_index
 from datamodules.dicom.rules import Verdict, classify, default_rules, is_picture
-from datamodules.dicom.studies import DicomSettings, understand
 from datamodules.tree import Tree
 
 #: Rules that are written as they are, before those of single series.
@@ -31,14 +30,16 @@ def propose_series(tree: Tree, proposal: Proposal) -> str:
         raise DataError(f"None of the {len(index.unreadable)} DICOM files under {tree} has a readable header.")
     count = len({stack.first.study_uid for stack in index.stacks})
     stacks = [stack for stack in index.stacks if not is_picture(stack)]
-    if not stacks:
-        return f"{len(index.stacks)} series of pictures in {count} studies"
     try:
-        understand(tree.root, index, DicomSettings(min_slices=1))
+        check_subjects(index.instances, None)
     except DataError as error:
         proposal.open = "subject: whose is a study?"
-        proposal.aside("subject", *str(error).rstrip(".").splitlines(), "subject: study  # each study is a patient",
-                       "subject: folder", "subject: patient")  # fmt: skip
+        proposal.aside("subject", f"{str(error).rstrip('.')}; keep one line:",
+                       "subject: study  # each study is a patient", "subject: folder", "subject: patient")  # fmt: skip
+    if any(stack.first.frames > 1 for stack in index.stacks if is_picture(stack)):
+        proposal.aside("frame", "frame: 0  # takes one frame of pictures that have several, which else are left aside")
+    if not stacks:
+        return f"{len(index.stacks)} series of pictures in {count} studies"
     proposal.said["series"] = [*_GENERAL]
     for rule, remark in _rules(stacks):
         proposal.said["series"].append(rule)
@@ -57,12 +58,29 @@ def _rules(stacks: Sequence[Stack]) -> list[tuple[dict[str, Any], str]]:
     found = []
     for description, kinds in sorted(groups.items()):
         limits = _echoes(kinds)
-        for (modality, reason), members in kinds.items():
+        # The first rule that fits wins, so what leaves series out stands behind what uses some of the same name.
+        for (modality, reason), members in sorted(kinds.items(), key=lambda kind: kind[0][0] is None):
             rule: dict[str, Any] = {"description": f"^{re.escape(description)}$"}
             rule |= {"te": limits[modality]} if len(kinds) > 1 and modality in limits else {}
+            rule |= {name: of(members[0][0]) for name, of in _marks(kinds).items()}
             rule |= {"ignore": reason} if modality is None else {"modality": modality}
             guessed = any(verdict.guessed for _, verdict in members)
-            found.append((rule, f"{len(members)} series" + (", # guessed from its times" if guessed else "")))
+            found.append(
+                (rule, f"guessed from its times: {len(members)} series" if guessed else f"{len(members)} series")
+            )
+    return found
+
+
+def _marks(kinds: dict[tuple[str | None, str], list[tuple[Stack, Verdict]]]) -> dict[str, Callable[[Stack], bool]]:
+    """Return the conditions, besides the times, that tell series of one description apart."""
+    marks: dict[str, Callable[[Stack], bool]] = {
+        "contrast": lambda stack: stack.first.contrast, "repeated": lambda stack: stack.repeats > 1
+    }  # fmt: skip
+    found = {}
+    for name, of in marks.items():
+        values = [{of(stack) for stack, _ in members} for members in kinds.values()]
+        if all(len(one) == 1 for one in values) and len(set.union(*values)) == 2:
+            found[name] = of
     return found
 
 

@@ -23,7 +23,9 @@ from datamodules.commands.dicom_series import propose_series
 from datamodules.commands.looks import look_at, propose_voxels
 from datamodules.commands.proposals import (
     Proposal,
+    ask_for_people,
     begun,
+    looks_like_people,
     propose_columns,
     propose_ignore,
     propose_masks,
@@ -93,11 +95,12 @@ def run(directory: str, exp: str | None, table: str | None, out: str | None, for
     _heading(tree, understood)
     for line in lines:
         say(f"  {shortened(line, _WIDTH)}")
-    _write(target, understood.proposal.text(), force)
+    done = _write(target, understood.proposal.text(), force)
     if understood.proposal.open:
+        say(done)
         raise DataError(f"{target} holds a question that only you can answer ({understood.proposal.open}): keep one of "
                         f"its lines, then make doctor EXP={exp or 'NAME'} DATA={target}.")  # fmt: skip
-    say(f"next: make doctor DATA={target} {fits}")
+    say(f"{done}; next: make doctor {fits}")
 
 
 @contextlib.contextmanager
@@ -107,19 +110,18 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _write(target: Path, text: str, force: bool) -> None:
-    """Write the file, unless another one is there.
+def _write(target: Path, text: str, force: bool) -> str:
+    """Write the file, unless another one is there; return what was done, in words.
 
     Raises:
         UserError: there is.
     """
     if target.exists() and target.read_text(encoding="utf-8") == text:
-        say(f"{target} stands there already, the same")
-        return
+        return f"{target} is there already, the same"
     if target.exists() and not force:
         raise UserError(f"{target} is there already and says something else: give --force to write over it, or --out.")
     write_text(target, text)
-    say(f"wrote {target}")
+    return f"wrote {target}"
 
 
 def understand(tree: Tree, table: str | None) -> Understood:
@@ -162,7 +164,10 @@ def _of_layout(tree: Tree, layout: str, because: str) -> Understood:
     proposal = begun(tree, layout)
     if layout in ("images", "class_folders"):
         names = [file.name for file in pictures(tree)]
-        propose_subject(names, proposal, layout == "class_folders")
+        if layout == "class_folders" and looks_like_people(names):
+            ask_for_people(proposal)
+        else:
+            propose_subject(names, proposal, layout == "class_folders")
     if layout == "dicom":
         because = propose_series(tree, proposal)
     if layout == "folder":
@@ -220,7 +225,7 @@ def _report(understood: Understood, experiments: Sequence[str], target: Path) ->
     words = [f"{fit.name} not ({_short(fit.reason)})" if fit.reason else " ".join((fit.name, fit.more)).strip()
              for fit in fits]  # fmt: skip
     lines.append(f"fits     {'; '.join(words)}" + (f"; targets: {targets}" if targets else ""))
-    return lines, " ".join(filter(None, (f"EXP={fits[0].name}", fits[0].more)))
+    return lines, " ".join(filter(None, (f"EXP={fits[0].name}", f"DATA={target}", fits[0].more)))
 
 
 def _short(reason: str) -> str:
@@ -277,13 +282,13 @@ class _Fit(NamedTuple):
         name: The experiment.
         reason: Why it cannot; empty where it can.
         more: What ``make`` needs besides, such as ``SIZE=small``.
-        needs: How much of what the archive gives it uses.
+        uses: How many kinds of what the archive gives it uses, and how many files.
     """
 
     name: str
     reason: str = ""
     more: str = ""
-    needs: int = 0
+    uses: tuple[int, int] = (0, 0)
 
 
 def _fits(understood: Understood, experiments: Sequence[str]) -> list[_Fit]:
@@ -291,7 +296,7 @@ def _fits(understood: Understood, experiments: Sequence[str]) -> list[_Fit]:
     file = ArchiveFile(Path("archive.yaml"), understood.tree.root.resolve(),
                        parsed(understood.proposal.text(), "the proposal"))  # fmt: skip
     found = [_fit(name, file, understood.archive) for name in experiments]
-    return sorted(found, key=lambda fit: (bool(fit.reason), bool(fit.more), -fit.needs, fit.name))
+    return sorted(found, key=lambda fit: (bool(fit.reason), bool(fit.more), -fit.uses[0], -fit.uses[1], fit.name))
 
 
 def _fit(experiment: str, file: ArchiveFile, archive: Archive | None) -> _Fit:
@@ -312,7 +317,7 @@ def _fit(experiment: str, file: ArchiveFile, archive: Archive | None) -> _Fit:
         reason = "; ".join(_reasons(datamodule)) if count else "nothing is left to train on"
     except UserError as error:
         return _Fit(experiment, str(error).rstrip("."))
-    return _Fit(experiment, reason, more, len(datamodule.needs))
+    return _Fit(experiment, reason, more, (len(datamodule.needs), len(list(datamodule.used_files()))))
 
 
 def _samples(datamodule: ArchiveDataModule) -> int:

@@ -11,7 +11,6 @@ from common.modalities import canonical_name
 from datamodules.commands.proposals import Proposal
 from datamodules.examination import spread
 from datamodules.registry import FileRef, Record
-from datamodules.volumes.cases import Case
 from datamodules.volumes.headers import VolumeError
 from datamodules.volumes.modalities import respelled
 from datamodules.volumes.prepare import MAX_NEGATIVE, read_image
@@ -92,14 +91,11 @@ def look_at(records: Sequence[Record], spelled: Mapping[str, str]) -> Look:
         spelled: What the archive calls each modality that is used.
     """
     found = Look()
-    for record in spread([record for record in records if record.volumes]):
-        volumes = {name: ref.path for name, ref in record.volumes.items()}
-        places = {name: ref.volume for name, ref in record.volumes.items() if ref.volume is not None}
-        case = respelled([Case(record.case_id, "", volumes, places=places)], spelled, strict=False)[0]
+    for record in respelled(spread([record for record in records if record.volumes]), spelled, strict=False):
         found.cases += 1
         seen = {}
-        for name, path in case.images.items():
-            if name in spelled and (volume := _look_at_one(FileRef(path, case.places.get(name)), found)):
+        for name, ref in record.volumes.items():
+            if name in spelled and (volume := _look_at_one(ref, found)):
                 seen[canonical_name(name)] = volume
         found.volumes.append(seen)
         for name, ref in record.masks.items():
@@ -109,13 +105,15 @@ def look_at(records: Sequence[Record], spelled: Mapping[str, str]) -> Look:
 
 def _look_at_one(ref: FileRef, found: Look) -> _Seen | None:
     try:
-        volume = read_image(ref.path, STRICT, ref.volume)
+        # A DICOM series becomes a file of the cache when it is first read.
+        path = ref.path if ref.series is None else ref.series.convert()
+        volume = read_image(path, STRICT, ref.volume)
     except VolumeError as error:
         found.note(error)
         if error.kind != "nan":
             return None
         try:
-            volume = read_image(ref.path, VoxelConfig(nan="zero"), ref.volume)
+            volume = read_image(path, VoxelConfig(nan="zero"), ref.volume)
         except VolumeError:
             return None
     sides = tuple(np.linalg.norm(volume.affine[:3, :3], axis=0).tolist())

@@ -22,6 +22,7 @@ from datamodules.splits import read_split_file
 from datamodules.subjects import needs_rule
 from datamodules.tables import read_table
 from datamodules.tree import IMAGE_KINDS, Tree, TreeFile, stem_of
+from datamodules.volumes.modalities import respelled
 
 #: Share of a column's values that must be files for it to be one of images, and most values of a column of classes.
 _MOSTLY, _MAX_CLASSES = 0.9, 20
@@ -122,15 +123,17 @@ def _pattern(part: str, stems: Sequence[str]) -> str:
 
 def propose_modalities(archive: Archive, proposal: Proposal) -> dict[str, int]:
     """Write down what the archive calls each modality, in the order of channels; return in how many cases each is."""
+    if wanted := proposal.said.get("modalities"):
+        records = respelled(archive.records, wanted)
+        return {name: sum(name in record.volumes for record in records) for name in wanted}
     spelled: dict[str, Counter[str]] = {}
     for record in archive.records:
         for name in record.volumes:
             spelled.setdefault(canonical_name(name), Counter())[name] += 1
     names = [canonical_name(name) for name in archive.facts.modalities]
     order = [name for name in names if name in spelled] or canonical_order(spelled)
-    if "modalities" not in proposal.said:
-        proposal.said["modalities"] = {name: min(spelled[name], key=lambda n: (-spelled[name][n], n)) for name in order}
-        proposal.remarks["modalities"] = "canonical: as the archive says; the order is that of the channels"
+    proposal.said["modalities"] = {name: min(spelled[name], key=lambda n: (-spelled[name][n], n)) for name in order}
+    proposal.remarks["modalities"] = "canonical: as the archive says; the order is that of the channels"
     return {name: spelled[name].total() for name in order}
 
 
@@ -187,6 +190,22 @@ def propose_subject(names: Sequence[str], proposal: Proposal, classes: bool = Fa
     proposal.remarks["subject"] = (
         "each image counts as a patient; where people have several, say folder or {regex: ...}"
     )
+
+
+def looks_like_people(names: Sequence[str]) -> bool:
+    """Whether the folders that images lie in are called as patients are: by numbers of two digits or more."""
+    folders = {name.rpartition("/")[0].rpartition("/")[2] for name in names}
+    return all(re.fullmatch(r"[A-Za-z]+[_-]?\d{2,}|0\d+|\d{3,}", folder) for folder in folders)
+
+
+def ask_for_people(proposal: Proposal) -> None:
+    """Ask whether folders are patients or classes."""
+    proposal.said["layout"] = "images"
+    proposal.open = "subject: are the folders patients or classes?"
+    proposal.aside("layout", "layout: class_folders  # in place of the next line, where the folders are classes")
+    proposal.aside("subject", "Are the folders patients, or classes? Splits are by patient; keep one line:",
+                   "subject: folder  # each folder is a patient",
+                   "subject: file  # each image counts as a patient")  # fmt: skip
 
 
 def propose_visits(archive: Archive, proposal: Proposal) -> None:

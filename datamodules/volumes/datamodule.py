@@ -388,8 +388,8 @@ class VolumeDataModule(ArchiveDataModule):
         if self._layout is None:
             archive = self.open(self.root, self._layout_name, Settings(modalities=self._spelled()))
             self.archive = archive
-            found = [case_of(record) for record in archive.records if record.volumes or not record.images]
-            cases = respelled(found, self.settings.modalities)
+            records = [record for record in archive.records if record.volumes or not record.images]
+            cases = [case_of(record) for record in respelled(records, self.settings.modalities)]
             layout, self.cases = under_canonical_names(self.prepare_layout(archive), cases)
             layout = self.settle(layout).with_voxels(self._voxels)
             self._check_grid(layout)

@@ -9,6 +9,7 @@ from pathlib import Path
 from common.errors import DataError
 from common.modalities import canonical_name, canonical_order, clashes, shown_names
 from common.pseudonyms import public_name
+from datamodules.registry import FileRef, Record
 from datamodules.tree import stem_of
 from datamodules.volumes.cases import Case, Layout
 
@@ -32,53 +33,51 @@ def one_file_each(files: Iterable[tuple[str, Path]]) -> tuple[dict[str, Path], l
     return dict(found.values()), surplus
 
 
-def _fitting(case: Case, given: str) -> list[str]:
-    """Return a case's volumes that a person means by a name, or by a pattern that the files' names fit."""
+def _fitting(record: Record, given: str) -> list[str]:
+    """Return a record's volumes that a person means by a name, or by a pattern that the files' names fit."""
     if any(sign in given for sign in "*?["):
-        return [name for name, path in case.images.items() if fnmatchcase(stem_of(path.name), given)]
-    return [name for name in case.images if canonical_name(name) == canonical_name(given)]
+        return [name for name, ref in record.volumes.items() if fnmatchcase(stem_of(ref.path.name), given)]
+    return [name for name in record.volumes if canonical_name(name) == canonical_name(given)]
 
 
-def respelled(cases: Sequence[Case], spelled: Mapping[str, str], strict: bool = True) -> list[Case]:
+def respelled(records: Sequence[Record], spelled: Mapping[str, str], strict: bool = True) -> list[Record]:
     """Give volumes the names under which a person lists them; others that would share one are left out.
 
     Args:
-        cases: The cases.
+        records: The records.
         spelled: Name to what the archive calls it: a name, a pattern of file names such as ``*_T1w``, or the place of a
             volume in a 4-D file, ``mr[0]``.
         strict: Whether every one that is listed must be there.
 
     Raises:
-        DataError: two volumes of a case fit one pattern, or no case has one that is listed.
+        DataError: two volumes of a record fit one pattern, or none has one that is listed.
     """
-    found = [_respelled(case, spelled) for case in cases]
-    lacking = [name for name in spelled if not any(name in case.images for case in found)]
+    found = [_respelled(record, spelled) for record in records]
+    lacking = [name for name in spelled if not any(name in record.volumes for record in found)]
     if lacking and strict:
-        present = ", ".join(sorted({name for case in cases for name in case.images})[:8])
+        present = ", ".join(sorted({name for record in records for name in record.volumes})[:8])
         raise DataError(f"No case has {spelled[lacking[0]]}, which modalities: names as {lacking[0]}; present are "
                         f"{present}.")  # fmt: skip
     return found
 
 
-def _respelled(case: Case, spelled: Mapping[str, str]) -> Case:
-    images: dict[str, Path] = {}
-    places, meant = {}, set()
+def _respelled(record: Record, spelled: Mapping[str, str]) -> Record:
+    volumes: dict[str, FileRef] = {}
+    meant = set()
     for name, given in spelled.items():
         match = _PLACE.fullmatch(given)
-        names = _fitting(case, match[1] if match else given)
+        names = _fitting(record, match[1] if match else given)
         if len(names) > 1:
-            raise DataError(f"Two volumes of the case {public_name(case.case_id)} fit {given}, which is to be {name}: "
-                            f"{' and '.join(map(public_name, names[:2]))}.")  # fmt: skip
+            both = " and ".join(map(public_name, names[:2]))
+            case = public_name(record.case_id)
+            raise DataError(f"Two volumes of the case {case} fit {given}, which is to be {name}: {both}.")
         if names:
-            images[name] = case.images[names[0]]
+            ref = record.volumes[names[0]]
+            volumes[name] = ref._replace(volume=int(match[2])) if match else ref
             meant.add(names[0])
-            place = int(match[2]) if match else case.places.get(names[0])
-            places |= {} if place is None else {name: place}
-    taken = {canonical_name(name) for name in images}
-    others = [name for name in case.images if name not in meant and canonical_name(name) not in taken]
-    images |= {name: case.images[name] for name in others}
-    places |= {name: case.places[name] for name in others if name in case.places}
-    return case._replace(images=images, places=places)
+    taken = {canonical_name(name) for name in volumes}
+    others = [name for name in record.volumes if name not in meant and canonical_name(name) not in taken]
+    return record._replace(volumes=volumes | {name: record.volumes[name] for name in others})
 
 
 def under_canonical_names(layout: Layout, cases: Sequence[Case]) -> tuple[Layout, list[Case]]:
