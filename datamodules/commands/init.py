@@ -130,9 +130,9 @@ def understand(tree: Tree, table: str | None) -> Understood:
     Raises:
         DataError: nothing of it can be used.
     """
-    if is_series(tree):
+    if table is None and is_series(tree):
         proposal = begun(tree, "dicom")
-        return _opened(tree, proposal, propose_series(tree, proposal))
+        return _table(tree, None) or _opened(tree, proposal, propose_series(tree, proposal))
     if table is None:
         try:
             layout, evidence = recognise(tree, frozenset())
