@@ -58,9 +58,10 @@ def archive_options(
         UserError: there is no such data module, or the file cannot be used.
     """
     given = section.get("init_args") or {}
-    place = Path(root or given.get("root") or "").expanduser()
-    found = said is not None or place.is_file() or (not given.get("archive") and (place / _ARCHIVE_FILE).is_file())
-    if not found or "class_path" not in section:
+    name = root or given.get("root") or ""
+    place = Path(name).expanduser()
+    within = name and given.get("archive") is None and (place / _ARCHIVE_FILE).is_file()
+    if not (said is not None or place.is_file() or within) or "class_path" not in section:
         return None
     import_torchmetrics()
     module, _, name = str(section["class_path"]).rpartition(".")

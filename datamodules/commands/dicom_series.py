@@ -1,7 +1,7 @@
 """What ``medmim init`` proposes for an archive of DICOM files: which series is which modality, in explicit rules."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -9,7 +9,7 @@ from common.errors import DataError
 from datamodules.commands.proposals import Proposal, flow
 from datamodules.dicom.index import Stack, check_subjects
 from datamodules.dicom.layout import read_index
-from datamodules.dicom.rules import Verdict, classify, default_rules, is_picture
+from datamodules.dicom.rules import classify, default_rules, is_picture
 from datamodules.tree import Tree
 
 #: Rules that are written as they are, before those of single series.
@@ -48,52 +48,55 @@ def propose_series(tree: Tree, proposal: Proposal) -> str:
     return f"{len(stacks)} series in {count} studies"
 
 
+#: What no rule decided is ignored without a rule of its own.
+_RULELESS = "no rule matches it"
+_Kinds = dict[tuple[str | None, str], list[Stack]]
+
+
 def _rules(stacks: Sequence[Stack]) -> list[tuple[dict[str, Any], str]]:
     """Return a rule for each kind of series, with how many there are and whether it was guessed."""
-    groups: dict[str, dict[tuple[str | None, str], list[tuple[Stack, Verdict]]]] = {}
+    groups: dict[str, _Kinds] = {}
+    guessed: set[tuple[str, str | None]] = set()
     for stack in stacks:
-        verdict = classify(stack, default_rules())
-        what = (verdict.modality, "" if verdict.modality else verdict.reason)
-        groups.setdefault(stack.first.description, {}).setdefault(what, []).append((stack, verdict))
+        verdict, description = classify(stack, default_rules()), stack.first.description
+        if verdict.reason != _RULELESS:
+            what = (verdict.modality, "" if verdict.modality else verdict.reason)
+            groups.setdefault(description, {}).setdefault(what, []).append(stack)
+        if verdict.guessed:
+            guessed.add((description, verdict.modality))
     found = []
     for description, kinds in sorted(groups.items()):
-        limits = _echoes(kinds)
-        # The first rule that fits wins, so what leaves series out stands behind what uses some of the same name.
-        for (modality, reason), members in sorted(kinds.items(), key=lambda kind: kind[0][0] is None):
-            rule: dict[str, Any] = {"description": f"^{re.escape(description)}$"}
-            rule |= {"te": limits[modality]} if len(kinds) > 1 and modality in limits else {}
-            rule |= {name: of(members[0][0]) for name, of in _marks(kinds).items()}
+        for (modality, reason), condition in _conditions(kinds).items():
+            rule: dict[str, Any] = {"description": f"^{re.escape(description)}$", **condition}
             rule |= {"ignore": reason} if modality is None else {"modality": modality}
-            guessed = any(verdict.guessed for _, verdict in members)
-            found.append(
-                (rule, f"guessed from its times: {len(members)} series" if guessed else f"{len(members)} series")
-            )
+            count = f"{len(kinds[modality, reason])} series"
+            found.append((rule, f"guessed from its times: {count}" if (description, modality) in guessed else count))
     return found
 
 
-def _marks(kinds: dict[tuple[str | None, str], list[tuple[Stack, Verdict]]]) -> dict[str, Callable[[Stack], bool]]:
-    """Return the conditions, besides the times, that tell series of one description apart."""
-    marks: dict[str, Callable[[Stack], bool]] = {
-        "contrast": lambda stack: stack.first.contrast, "repeated": lambda stack: stack.repeats > 1
-    }  # fmt: skip
-    found = {}
-    for name, of in marks.items():
-        values = [{of(stack) for stack, _ in members} for members in kinds.values()]
-        if all(len(one) == 1 for one in values) and len(set.union(*values)) == 2:
-            found[name] = of
-    return found
-
-
-def _echoes(kinds: dict[tuple[str | None, str], list[tuple[Stack, Verdict]]]) -> dict[str, list[float]]:
-    """Return the echo times in ms that tell series of one description apart; empty where they do not."""
-    times = {
-        modality: [stack.first.echo_time for stack, _ in members if stack.first.echo_time is not None]
-        for (modality, _), members in kinds.items()
-        if modality is not None
+def _conditions(kinds: _Kinds) -> dict[tuple[str | None, str], dict[str, Any]]:
+    """Return what tells the kinds of series of one description apart: contrast, slices at one place, or echo times."""
+    if len(kinds) < 2:
+        return {kind: {} for kind in kinds}
+    facts = {
+        "contrast": {kind: {stack.first.contrast for stack in found} for kind, found in kinds.items()},
+        "repeated": {kind: {stack.repeats > 1 for stack in found} for kind, found in kinds.items()},
     }
-    order = sorted((min(found), max(found), name) for name, found in times.items() if found)
-    if any(high >= low for (_, high, _), (low, _, _) in pairwise(order)):
+    for name, values in facts.items():
+        if len(kinds) == 2 and sorted(values.values(), key=sorted) == [{False}, {True}]:
+            return {kind: {name: next(iter(value))} for kind, value in values.items()}
+    limits = _echoes(kinds)
+    return {
+        kind: {"te": limits[kind]} if kind in limits else {} for kind in sorted(kinds, key=lambda k: k not in limits)
+    }
+
+
+def _echoes(kinds: _Kinds) -> dict[tuple[str | None, str], list[float]]:
+    """Return the echo times in ms that tell kinds of series apart; none where they do not."""
+    times = {kind: [s.first.echo_time for s in found if s.first.echo_time is not None] for kind, found in kinds.items()}
+    order = sorted((min(found), max(found), kind) for kind, found in times.items() if found)
+    if len(order) < 2 or any(high >= low for (_, high, _), (low, _, _) in pairwise(order)):
         return {}
-    middles = [(high + low) / 2 for (_, high, _), (low, _, _) in pairwise(order)]
-    edges = [0.0, *middles, 1e6]
-    return {name: [edges[place], edges[place + 1]] for place, (_, _, name) in enumerate(order)}
+    middles = [round((high + low) / 2, 1) for (_, high, _), (low, _, _) in pairwise(order)]
+    edges = [0.0, *middles, 1e5]
+    return {kind: [edges[place], edges[place + 1]] for place, (_, _, kind) in enumerate(order)}

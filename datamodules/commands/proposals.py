@@ -28,6 +28,8 @@ from datamodules.volumes.modalities import respelled
 _MOSTLY, _MAX_CLASSES = 0.9, 20
 #: Targets that are written down, of the columns there are.
 _MAX_TARGETS = 12
+#: Bytes of a table of splits at most.
+_MAX_SPLIT = 2**26
 _TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 #: What columns of each role are called, where their content does not say it.
 _HEADERS = {
@@ -248,7 +250,12 @@ def table_of(tree: Tree, named: str | None) -> tuple[Path, pd.DataFrame, str, st
     else:
         paths = [tree / file.name for file in tree.listed() if file.suffix in _TABLES and not file.hidden]
     for path in paths[:8]:
-        table = read_table(path)
+        try:
+            table = read_table(path)
+        except DataError as error:
+            if named is not None:
+                raise error
+            continue  # another table, which the account counts
         if found := image_column(tree, table):
             return path, table, *found
     if named is not None:
@@ -329,8 +336,9 @@ def propose_split(archive: Archive, proposal: Proposal) -> str:
 
 def _split_file(archive: Archive) -> dict[str, str] | None:
     """Return a table in the root that says who is in which split, and how its names join."""
-    for file in archive.tree.listed():
-        if file.suffix not in _TABLES or file.name in archive.tables:
+    tables = [file for file in archive.tree.listed() if file.suffix in _TABLES and file.name not in archive.tables]
+    for file in tables if not archive.layout.public else []:
+        if file.size > _MAX_SPLIT:
             continue
         try:
             key, listed = read_split_file(archive.tree / file.name)

@@ -43,6 +43,8 @@ class FigureDataModule(PairDataModule):
         Raises:
             DataError: the root is another archive, a table is damaged, or no training figure has a class.
         """
+        if strange := [name for name in self.settings.said() if name != "ignore"]:
+            raise DataError(f"{root} is of the layout melinda, which has no setting {strange[0]}.")
         tree = self.walk()
         rows = read_melinda(tree, self._task)
         if not rows:
