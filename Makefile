@@ -1,7 +1,7 @@
 # A thin layer over two commands: every target runs a command that you could type yourself. `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain finetune evaluate doctor tensorboard export test test-all lint type bench
+.PHONY: help install init pretrain finetune evaluate doctor tensorboard export test test-all lint type bench
 
 PYTHON ?= python3
 VENV := .venv
@@ -60,10 +60,14 @@ evaluate: $(STAMP) ## EXP= TASK= CKPT= [DATA= SIZE= ARGS=]: write metrics.json a
 	@$(call synthesize,$(task_config))
 	$(BIN)/lightning test $(task_config) --ckpt_path "$(CKPT)" $(data) $(ARGS)
 
-doctor: $(STAMP) ## EXP= DATA= [LAYOUT= DEEP=1]: report what is wrong with an archive
+init: $(STAMP) ## DATA= [EXP= ARGS=]: look at an archive and write archives/NAME.yaml, which DATA= takes
+	$(call need,DATA,DATA=/path)
+	$(BIN)/medmim init "$(DATA)" $(if $(EXP),--exp $(EXP)) $(ARGS)
+
+doctor: $(STAMP) ## EXP= DATA= [TASK= SIZE= LAYOUT= ARGS= DEEP=1]: report what is wrong with an archive
 	$(call need,EXP,EXP=e_mim DATA=/path)
 	$(call need,DATA,EXP=e_mim DATA=/path)
-	$(BIN)/medmim doctor --config $(CONFIGS)/pretrain.yaml --root "$(DATA)" $(if $(LAYOUT),--layout $(LAYOUT)) $(if $(DEEP),--deep)
+	$(BIN)/medmim doctor $(if $(TASK),$(task_config),$(pretrain_config)) --root "$(DATA)" $(if $(LAYOUT),--layout $(LAYOUT)) $(if $(DEEP),--deep) $(ARGS)
 
 tensorboard: $(STAMP) ## show runs/ in TensorBoard
 	$(BIN)/tensorboard --logdir runs $(ARGS)

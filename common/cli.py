@@ -39,7 +39,7 @@ from common.names import printable, safe_name
 from common.pseudonyms import public_name
 from common.randomness import DEFAULT_SEED
 from common.runtime.configs import expand_config_arguments
-from common.runtime.data_config import one_line
+from common.runtime.data_config import one_line, with_archive_file
 from common.runtime.loggers import RunCSVLogger, RunTensorBoardLogger, SummaryLogger
 from common.runtime.process import silence_advice
 from common.runtime.reporting import is_dry_run, print_line
@@ -113,6 +113,7 @@ class MedmimCLI(LightningCLI):
         self._made: Path | None = None
         self._state = TaskState()
         self._members: dict[str, Any] | None = None
+        laid, self._archive_file = with_archive_file(expand_config_arguments(arguments))
         defaults = str(files("experiments").joinpath("configs/defaults.yaml"))
         try:
             super().__init__(
@@ -121,7 +122,7 @@ class MedmimCLI(LightningCLI):
                 parser_kwargs={name: {"default_config_files": [defaults]} for name in self.subcommands()},
                 auto_configure_optimizers=False,
                 parser_class=OneLineParser,
-                args=expand_config_arguments(arguments),
+                args=laid,
             )
         except BaseException:
             if self._made is not None:
@@ -254,7 +255,7 @@ class MedmimCLI(LightningCLI):
         config["plugins"] = [*(config["plugins"] or []), AtomicCheckpointIO()]
         if SLURMEnvironment.detect():
             config["plugins"].append(SLURMEnvironment(auto_requeue=False))
-        callbacks: list[Any] = [RunRecord(folder), MembershipRecord(folder), FaultReport(folder)]
+        callbacks: list[Any] = [RunRecord(folder, self._archive_file), MembershipRecord(folder), FaultReport(folder)]
         if config["enable_progress_bar"] is not False and not any(
             isinstance(c, ProgressBar) for c in config["callbacks"]
         ):
@@ -296,15 +297,22 @@ def _fail(error: Exception) -> NoReturn:
     sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
-def execute(arguments: list[str]) -> Path:
+def execute(arguments: list[str], name: str | None = None) -> Path:
     """Run a command inside this process and return its run folder.
+
+    Args:
+        arguments: Words of the command.
+        name: Last part of the run folder; None: the time.
 
     Raises:
         UserError: the command was refused.
         PreemptedError: stopped on request, with its state saved.
     """
     silence_advice()
-    os.environ.pop("MEDMIM_RUN_TIME", None) if launched_rank() == 0 else None
+    if launched_rank() == 0:
+        os.environ.pop("MEDMIM_RUN_TIME", None)
+        if name is not None:
+            os.environ["MEDMIM_RUN_TIME"] = name
     return Path(MedmimCLI(arguments).trainer.default_root_dir)
 
 

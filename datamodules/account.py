@@ -34,11 +34,22 @@ UNLISTED = "not listed in dataset.json"
 PUBLIC = "other files of a public set"
 UNUSED = "left out by a setting"
 ROWLESS = "without a row in the table"
-#: All reasons; :data:`RUN` is followed by the modality.
+COPY = "another copy of a DICOM instance"
+FEW = "series of fewer slices than min_slices"
+RULELESS = "DICOM series that no rule under series: names"
+RULED_OUT = "left out under series:"
+SERIES = "another series of"
+OBJECT = "DICOM object that is no picture and no volume:"
+FRAMES = "DICOM picture of several frames, of which frame: takes one"
+SCREEN = "DICOM picture of a screen"
+BROKEN = "DICOM header that cannot be read"
+#: Every reason there is; those of :data:`OPEN` are followed by the modality, the class, or a person's own words.
 REASONS = frozenset({
     SHADOW, STORE, HIDDEN, NAMED, SIDECAR, TEXT, TABLE, GENETICS, MASK, RUN, TIME, PARAMETRIC, MAP, PART, ACQUISITION,
     SOURCE, LISTED, PIPELINE, DISAGREE, UNLISTED, PUBLIC, UNUSED, ROWLESS,
+    COPY, FEW, RULELESS, FRAMES, SCREEN, BROKEN,
 })  # fmt: skip
+OPEN = (RUN, SERIES, RULED_OUT, OBJECT)
 _BY_KIND: dict[Kind, str] = {"sidecar": SIDECAR, "text": TEXT, "table": TABLE, "genetics": GENETICS}
 #: Tolerated share of image-like files without a place, and number of cases in which one kind of them may occur.
 _MAX_UNKNOWN, _MAX_CASES = 0.01, 2
@@ -83,7 +94,7 @@ class Account:
         self._used |= dict.fromkeys((tree.name_of(name) for name in archive.tables), "table")
         self._reasons = dict.fromkeys(held.keys() - self._used.keys(), UNUSED)
         for reason, names in archive.reasons.items():
-            if reason not in REASONS and not reason.startswith(RUN):
+            if reason not in REASONS and not reason.startswith(OPEN):
                 raise DataError(f"The layout {archive.layout.name} gives the unknown reason {reason!r}.")
             self._reasons |= {tree.name_of(name): reason for name in names}
         self._public = archive.layout.public

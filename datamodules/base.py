@@ -1,5 +1,6 @@
 """What every archive shares: loaders, faults, replacement of broken samples, and the position for resuming."""
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from common.randomness import run_seed, stable_hash
 from common.runtime.reporting import is_dry_run, print_line
 from common.types import InputSpec
 from datamodules.account import Account
+from datamodules.archive_file import OWN_KEYS, ArchiveFile, archive_file_of, checked, settings_of
 from datamodules.configs import LoaderConfig
 from datamodules.examination import Terms
 from datamodules.loading import Draw, EvaluationBatches, ResumableLoader, TrainBatches
@@ -35,6 +37,7 @@ from datamodules.membership import (
     used_rows,
 )
 from datamodules.registry import NO_SETTINGS, Archive, Settings, open_archive
+from datamodules.targets import with_targets
 from datamodules.tree import Tree
 
 
@@ -117,6 +120,28 @@ def check_position(position: Mapping[str, Any], batch_size: int, ranks: int) -> 
                             f"of the end of an epoch.")  # fmt: skip
 
 
+def _parameters(cls: type) -> set[str]:
+    """Return the names of all arguments of a class, those of its bases included."""
+    bases = [base for base in cls.__mro__ if "__init__" in vars(base)]
+    return {name for base in bases for name in inspect.signature(base.__init__).parameters}  # type: ignore[misc]
+
+
+def _split_options(file: ArchiveFile) -> dict[str, Any]:
+    """Return the argument ``split`` that an archive file asks for.
+
+    Raises:
+        DataError: it says how a table joins, but not which.
+    """
+    said = dict(file.content.get("split", {}))
+    rules = {key: said.pop(key) for key in ("ids", "unlisted") if key in said}
+    if rules and "file" not in said:
+        raise DataError(f"{file.path}: split.{next(iter(rules))} says how a table joins, and split.file names none.")
+    if "file" in said:
+        place = file.located(said["file"])
+        said["file"] = {"file": place, **rules} if rules else place
+    return said
+
+
 class ArchiveDataModule(pl.LightningDataModule):
     """A data module that survives broken members, counts them, and resumes inside an epoch.
 
@@ -129,17 +154,21 @@ class ArchiveDataModule(pl.LightningDataModule):
         anonymise: Whether people, studies and files get pseudonyms in all that is printed, logged, drawn or written
             outside the cache; see :mod:`common.pseudonyms`.
         seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
-        loader: How samples are drawn, and how many may be faulty.
-        seen_patients: How to treat validation and test patients that the encoder's pre-training has certainly seen:
-            count them (``report``), leave them out (``drop``), or ``refuse`` to run.
-        changed_archive: Whether to ``refuse`` to resume a run whose archive has lost or changed members since it began,
-            or to continue with the present members (``use``).
-        split_from: Run or checkpoint whose patients keep their split; only others are assigned anew.
+        loader: How samples are drawn, and how many may be broken.
+        seen_patients: What becomes of validation and test patients that the pre-training of the encoder has certainly
+            seen: they are counted (``report``), left out (``drop``), or a reason to ``refuse``.
+        changed_archive: Whether a run whose archive has lost or changed members since it began is ``refuse``d when it
+            is resumed, or goes on with what is there (``use``).
+        split_from: Run or checkpoint whose patients keep the split they have there; only others are placed.
+        archive: What is said about the archive where its tree leaves it open: keys of ``archive.yaml`` that no other
+            argument has, see :data:`datamodules.archive_file.OWN_KEYS`.
     """
 
     #: The archive.
     root: str
-    #: Settings, by dotted name, that reveal something about a person; if names are hidden, no file of a run keeps
+    #: Keys of ``split:`` in an archive file that the argument ``split`` has.
+    split_keys: tuple[str, ...] = ("fractions", "seed", "file")
+    #: Settings, by dotted name, that say something about one person; where names are hidden, no file of a run keeps
     #: their values.
     personal: tuple[str, ...] = ()
 
@@ -153,8 +182,12 @@ class ArchiveDataModule(pl.LightningDataModule):
         seen_patients: SeenPatients = "report",
         changed_archive: ChangedArchive = "refuse",
         split_from: str | None = None,
+        archive: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        #: What is said about the archive, as checked, and of it what its layout heeds.
+        self.said = checked(archive or {})
+        self.settings = settings_of(self.said)
         if batch_size < 1 or num_workers < 0:
             raise ValueError(f"`batch_size` must be at least 1 and `num_workers` at least 0, "
                              f"got {batch_size} and {num_workers}.")  # fmt: skip
@@ -293,20 +326,104 @@ class ArchiveDataModule(pl.LightningDataModule):
         """What an archive must provide, from :data:`datamodules.registry.VOCABULARY`."""
         return frozenset()
 
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """What is needed of a layout, but may be missing from an archive of it."""
+        return ("genetics", "masks", "targets")
+
     @abstractmethod
     def used_files(self) -> Iterable[tuple[str, Path]]:
         """Yield the kind and path of the used files; known once the root has been indexed."""
 
+    @classmethod
+    def archive_options(cls, root: str | ArchiveFile, given: Mapping[str, Any]) -> tuple[dict[str, Any], Path] | None:
+        """Return the arguments that the archive file of a root asks for, and the file; None where there is none.
+
+        What the task has no use for is said in one line.
+
+        Args:
+            root: A folder, or an archive file, read or not.
+            given: The arguments as they are without it.
+
+        Raises:
+            DataError: the file cannot be read, or says what it must not.
+        """
+        file = root if isinstance(root, ArchiveFile) else archive_file_of(root)
+        if file is None:
+            return None
+        options, unused = cls.taken(file, given)
+        used = [key for key in file.content if key not in ("version", "root", *unused)]
+        print_line(f"archive: {file.path} is used ({', '.join(used) or 'its root'})"
+            + (f"; this task has no use for its {', '.join(unused)}" if unused else ""))  # fmt: skip
+        return options, file.path
+
+    @classmethod
+    def taken(cls, file: ArchiveFile, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Return the arguments that an archive file asks for, and its keys that this data module has no use for."""
+        content, names = file.content, _parameters(cls)
+        own = {key: content[key] for key in OWN_KEYS if key in content}
+        options: dict[str, Any] = {"root": str(file.root), "archive": own}
+        unused = [key for key in ("layout", "voxels") if key in content and key not in names]
+        options |= {key: content[key] for key in ("layout", "voxels") if key in content and key in names}
+        if "voxels" not in names:  # what is said of volumes says nothing to those who read pictures
+            unused += [key for key in ("modalities", "grid") if own.pop(key, None)]
+        if "table" in own:
+            own["table"] = file.located(own["table"])
+        if split := _split_options(file):
+            wanted = {key: value for key, value in split.items() if key in cls.split_keys and "split" in names}
+            unused += [] if len(wanted) == len(split) else ["split" if not wanted else "split.file"]
+            options |= {"split": wanted} if wanted else {}
+        if "targets" in own:
+            for target in own["targets"].values():
+                if "table" in target:
+                    target["table"] = file.located(target["table"])
+            found = cls.target_options(own, given)
+            options |= found or {}
+            unused += [] if found is not None else ["targets"]
+        return options, unused
+
+    @classmethod
+    def target_options(cls, own: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the arguments by which ``targets:`` of an archive file become this task's; None: it has no use for it.
+
+        Args:
+            own: What the argument ``archive`` will be; may be changed.
+            given: The arguments as they are without the file.
+        """
+        own.pop("targets")
+        return None
+
+    def walk(self) -> Tree:
+        """List the files of the archive, without those that are named under ``ignore``.
+
+        Raises:
+            DataError: the root is no folder, or its files are links without content.
+        """
+        tree = Tree(self.root)
+        tree = tree.without(self.settings.ignore) if self.settings.ignore else tree
+        tree.report_content()
+        return tree
+
     def open(self, root: str | Path | Tree, layout: str = "auto", settings: Settings = NO_SETTINGS) -> Archive:
         """Recognise the archive and list its samples.
 
+        Args:
+            root: The archive.
+            layout: Name of its layout, or ``"auto"``.
+            settings: What arguments of the data module's own say; they win over ``archive``.
+
         Raises:
-            DataError: unknown layout, missing kinds of data, or too many files without a place.
+            DataError: it is of no known layout, lacks what is needed, has a setting that its layout does not know, or
+                too many of its files have no place.
         """
-        archive = open_archive(root, layout, self.needs, self.purpose, settings)
+        heeded = replace(self.settings, **{name: getattr(settings, name) for name in settings.said()})
+        if heeded.modalities and "volumes" not in self.needs:
+            raise DataError(f"modalities: names channels of volumes, and {self.purpose} reads none: leave it out.")
+        archive = open_archive(root, layout, self.needs, self.purpose, heeded, self.optional)
         Account(archive).check()
         for note in archive.notes:
             print_line(f"note: {note}")
+        with_targets(archive, self.said.get("targets", {}))
         return archive
 
     def keep_account(self, stage: str) -> None:
@@ -332,7 +449,8 @@ class ArchiveDataModule(pl.LightningDataModule):
             cache = (self.store.estimated_bytes(cached), self.store.folder)
         settings = (self.batch_size, draws, self.ledger.max_fraction, self.ledger.anonymise)
         account = Account(self.archive, self.used_files()).lines() if self.archive is not None else []
-        return Terms(self.splits, *settings, cache, account)
+        frame = None if self.archive is None else self.archive.facts.frame
+        return Terms(self.splits, *settings, cache, account, frame)
 
     @abstractmethod
     def reference_samples(self, count: int) -> Iterable[Any]:

@@ -22,10 +22,11 @@ class Member(NamedTuple):
 
     Attributes:
         case_id: Its name.
-        patient_id: Its patient.
-        faults: Its faults.
-        sums: Check sum to path, for every file read completely.
-        usable: Whether it can be used for training.
+        patient_id: Whose it is.
+        faults: What is broken.
+        sums: Check sum to path of every file that was read to its end.
+        usable: Whether anything is left to train on.
+        whole: Whether it was read to its end, not its headers alone.
     """
 
     case_id: str
@@ -33,15 +34,40 @@ class Member(NamedTuple):
     faults: Sequence[Fault] = ()
     sums: Mapping[str, str] = {}
     usable: bool = True
+    whole: bool = False
+
+
+#: Members that are read to their end even where only headers are asked for.
+READ_WHOLE = 8
+
+
+def spread(members: Sequence[_T], count: int = READ_WHOLE) -> list[_T]:
+    """Return a few members from all over a list."""
+    step = max(len(members) / max(count, 1), 1.0)
+    return [members[int(place * step)] for place in range(min(count, len(members)))]
 
 
 def look_at_all(
-    check: Callable[[_T], Member], members: Sequence[_T], deep: bool, workers: int, unit: str = "pixel"
+    check: Callable[[_T, bool], Member], members: Sequence[_T], deep: bool, workers: int, unit: str = "pixel"
 ) -> list[Member]:
-    """Check every member in parallel, with a progress bar."""
+    """Look at every member, several at once, with a bar that shows how far it is.
+
+    Args:
+        check: Looks at a member: at its headers, or (second argument) at every byte.
+        members: The members.
+        deep: Whether to read all to their end; else :data:`READ_WHOLE` of them, from all over the list.
+        workers: Threads.
+        unit: What members are made of.
+    """
     title = f"reading every {unit}" if deep else "reading headers"
+    chosen = {id(member) for member in spread(members)}
+
+    def look(member: _T) -> Member:
+        whole = deep or id(member) in chosen
+        return check(member, whole)._replace(whole=whole)
+
     with ThreadPoolExecutor(workers) as pool:
-        return list(tqdm(pool.map(check, members), total=len(members), desc=title, unit="member"))
+        return list(tqdm(pool.map(look, members), total=len(members), desc=title, unit="member"))
 
 
 def copies(members: Iterable[Member]) -> list[list[str]]:
@@ -63,7 +89,8 @@ class Terms(NamedTuple):
         max_fraction: Tolerated share of faulty members.
         anonymise: Whether members get pseudonyms.
         cache: Largest size of the cache in bytes, and its folder; None without a cache.
-        account: The account of the archive's files, as lines.
+        account: What became of the archive's files, in lines.
+        frame: Which frame of a DICOM picture with several is used; None = none is.
     """
 
     splits: Mapping[str, Sequence[Any]]
@@ -73,6 +100,7 @@ class Terms(NamedTuple):
     anonymise: bool = False
     cache: tuple[int, Path] | None = None
     account: Sequence[str] = ()
+    frame: int | None = None
 
     @property
     def members(self) -> list[Any]:
@@ -80,15 +108,30 @@ class Terms(NamedTuple):
         return [member for part in self.splits.values() for member in part]
 
 
-def report_faults(terms: Terms, found: Sequence[Member], item_name: str, deep: bool, unit: str = "pixel") -> list[str]:
+def _report_counts(ledger: FaultLedger, found: Sequence[Member], item_name: str, unit: str) -> list[str]:
+    """Print the faults; return the reasons that lie in them."""
+    read = [member for member in found if member.whole]
+    if not ledger.num_faulty:
+        more = f" in the headers and in the {len(read)} {item_name} read whole; DEEP=1 (--deep) reads every {unit}"
+        print_line(f"faults: none{more if len(read) < len(found) else ''}")
+        return []
+    print_line(f"faults: {ledger.num_faulty} of {len(found)} {item_name}. {ledger.describe()}")
+    broken = sum(bool(member.faults) for member in read)
+    if ledger.num_faulty > ledger.limit:
+        return [f"{ledger.num_faulty} faulty {item_name}, more than the {ledger.limit:g} that are tolerated"]
+    if len(read) < len(found) and 2 * broken > len(read):
+        return [f"{broken} of the {len(read)} {item_name} that were read whole are faulty"]
+    return []
+
+
+def report_faults(terms: Terms, found: Sequence[Member], item_name: str, unit: str = "pixel") -> list[str]:
     """Print the faults, the empty splits and the size of the cache; return why training would refuse the archive.
 
     Args:
         terms: What training requires.
         found: One entry per member in use.
-        item_name: Plural name of the members.
-        deep: Whether members were read completely.
-        unit: Name of an element of a member.
+        item_name: What members are called, plural.
+        unit: What members are made of.
     """
     ledger = FaultLedger(terms.max_fraction, terms.anonymise)
     ledger.num_samples = len(found)
@@ -103,12 +146,7 @@ def report_faults(terms: Terms, found: Sequence[Member], item_name: str, deep: b
         reasons.append(f"the training split gives {len(train) * terms.draws} samples, fewer than one batch of "
                        f"{terms.batch_size}")  # fmt: skip
     print_notes()
-    if ledger.num_faulty:
-        print_line(f"faults: {ledger.num_faulty} of {len(found)} {item_name}. {ledger.describe()}")
-        if ledger.num_faulty > ledger.limit:
-            reasons.append(f"{ledger.num_faulty} faulty {item_name}, more than the {ledger.limit:g} that are tolerated")
-    else:
-        print_line(f"faults: none{'' if deep else f' in the headers; only DEEP=1 (--deep) reads the {unit}s'}")
+    reasons += _report_counts(ledger, found, item_name, unit)
     if same := copies(found):
         reasons.append(f"{len(same)} files occur in several patients, first {' = '.join(map(public_name, same[0]))}")
     if not terms.splits["val"]:

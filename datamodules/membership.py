@@ -142,7 +142,8 @@ def resumed_parts(
         changed_archive: Whether to continue if a member is missing or the setting differs.
 
     Raises:
-        DataError: a member is missing or splits are made differently, and ``changed_archive`` does not allow it.
+        DataError: a member is missing or splits are made differently, and ``changed_archive`` does not allow it; or
+            no member is left.
     """
     if not stored.comparable():
         raise DataError("The run's membership is hidden with another key of pseudonyms: resume it where its key is.")
@@ -158,6 +159,8 @@ def resumed_parts(
         reasons.append(f"it split by {stored.setting}, and the configuration by {setting}")
     if reasons and changed_archive == "refuse":
         raise DataError(f"The archive is not the one this run began with: {'; '.join(reasons)}. To resume, {_REMEDY}.")
+    if len(gone) == len(split_of):
+        raise DataError(f"This is another archive than the run began with: none of its {len(gone)} cases is there.")
     for reason in reasons:
         print_line(f"note: {reason}; the run goes on with what is there (data.changed_archive)")
     if new := len(present.keys() - split_of.keys()):

@@ -23,6 +23,32 @@ VOCABULARY = ("volumes", "images", "text", "targets", "masks", "questions", "gen
 MAX_SENTENCE = 300
 
 
+class Series(Protocol):
+    """Slices of a DICOM series that become one volume when they are first read."""
+
+    @property
+    def digest(self) -> str:
+        """Hash of the instances: the same slices under other names have the same."""
+        ...
+
+    @property
+    def key(self) -> str:
+        """Hash of the instances and of how they are converted."""
+        ...
+
+    def files(self) -> Sequence[Path]:
+        """Return the slices."""
+        ...
+
+    def header(self) -> Any:
+        """Return shape and affine, in RAS; raises what reading would where the headers say so."""
+        ...
+
+    def convert(self) -> Path:
+        """Return the volume as a NIfTI file, which is kept in the cache."""
+        ...
+
+
 class FileRef(NamedTuple):
     """The location of a file.
 
@@ -30,16 +56,20 @@ class FileRef(NamedTuple):
         path: The file.
         volume: Which volume of a 4-D file, from 0; None: the file holds one.
         member: Name inside a zip archive; None for a plain file.
-        series: UID of a DICOM series, whose folder is the path; None otherwise.
+        series: The DICOM series of which the path is the first slice; None otherwise.
     """
 
     path: Path
     volume: int | None = None
     member: str | None = None
-    series: str | None = None
+    series: Series | None = None
 
     def __str__(self) -> str:
         return str(self.path) if self.volume is None else f"{self.path}[{self.volume}]"
+
+    def files(self) -> Sequence[Path]:
+        """Return the files that it consists of."""
+        return (self.path,) if self.series is None else self.series.files()
 
 
 class Record(NamedTuple):
@@ -78,8 +108,8 @@ class Record(NamedTuple):
         return self
 
     def files(self) -> Iterable[tuple[str, Path]]:
-        """Yield every file of the sample with its kind: volume, image, text or mask."""
-        yield from (("volume", ref.path) for ref in self.volumes.values())
+        """Yield every file of the sample with what it is: volume, image, text or mask."""
+        yield from (("volume", path) for ref in self.volumes.values() for path in ref.files())
         yield from (("image", path) for path, _ in self.images)
         yield from (("volume", path) for path in self.surplus)
         yield from (("mask", ref.path) for ref in self.masks.values())
@@ -102,12 +132,14 @@ class Facts:
     Attributes:
         modalities: Channels in order; empty: those of the records.
         regions: Region to the label values that make it up.
-        label_values: Every value a label may hold; empty: not checked.
-        profile: Default profile, if the experiment names none.
-        native: Whether volumes are known to lie in native space, so that no atlas is required.
-        reference: Modality whose grid the others are resampled to; None: they share one.
-        reader: How image files are decoded; None: as the data module's default.
-        extract: Extracts the text to use from a report; takes the report, the part and whether redactions are kept.
+        label_values: Every value a label may hold; empty = not checked.
+        profile: Preparation that suits the archive where the experiment names none.
+        native: Whether volumes are known to lie in native space, so that no atlas is asked of them.
+        reference: Modality whose grid the others are resampled to; None = they share one.
+        reader: How image files become pixels; None = as the data module reads any.
+        frame: Which frame of a picture with several is taken, from 0; None = such pictures are refused.
+        lacking: What is said where something is needed that only a setting can give.
+        extract: Makes the text that is used of a report; takes the report, the part and whether redactions stay.
         named: Whether its patients are the persons of a genetic archive.
         genome_files: Finds the genetics in a tree.
         genome_kinds: Reads genetics without files of their own kind, such as omics in a table.
@@ -123,6 +155,8 @@ class Facts:
     native: bool = False
     reference: str | None = None
     reader: Any = None
+    frame: int | None = None
+    lacking: Mapping[str, str] = field(default_factory=dict)
     extract: Callable[[str, str, bool], str] | None = None
     named: bool = False
     genome_files: Callable[[Tree], Any] | None = None
@@ -143,13 +177,18 @@ class Settings:
         modalities: Canonical name to the archive's.
         ignore: Patterns of files to ignore.
         masks: Name to the mask that is used, and its values.
-        subject: How to find a file's owner: ``folder``, ``file``, ``study``, a column, or ``{"regex": ...}``.
+        subject: Whose a file is: ``folder``, ``file``, ``patient``, ``study``, a column, or ``{"regex": ...}``.
         table: Name of the table under the root, or its path.
         columns: Columns of a table by role.
         pipeline: Folder under ``derivatives`` whose volumes are used.
         runs: ``"all"`` makes every run a case of its own.
-        missing: ``"ignore"`` accepts table rows that name missing files.
-        categories: Kinds of questions to read.
+        missing: ``"ignore"`` goes on where rows of a table name files that are not there.
+        categories: Kinds of questions that are read.
+        series: Rules from DICOM series to modality (:class:`datamodules.dicom.rules.Rule`), of which the first that
+            matches counts.
+        frame: Which frame of a DICOM picture with several is taken, from 0.
+        uneven: ``"interpolate"`` takes DICOM slices at uneven distances.
+        min_slices: A DICOM series with fewer slices is left out.
     """
 
     modalities: Mapping[str, str] = field(default_factory=dict)
@@ -162,10 +201,14 @@ class Settings:
     runs: str | None = None
     missing: str | None = None
     categories: tuple[str, ...] = ()
+    series: tuple[Any, ...] = ()
+    frame: int | None = None
+    uneven: str | None = None
+    min_slices: int | None = None
 
     def said(self) -> list[str]:
-        """Return the names of the settings that are given."""
-        return [name for name, value in self.__dict__.items() if value]
+        """Return the names of those that say anything."""
+        return [name for name, value in self.__dict__.items() if value or isinstance(value, int)]
 
 
 NO_SETTINGS = Settings()
@@ -368,6 +411,7 @@ LAYOUTS: tuple[Entry, ...] = (
     _entry("indi", "brain.layouts:INDI", "volumes", title="INDI"),
     _entry("sources", "brain.layouts:SOURCES", "volumes masks"),
     _entry("brain_manifest", "brain.layouts:MANIFEST", "volumes masks"),
+    _entry("dicom", "dicom.layout:DICOM", "volumes images views sessions", title="DICOM"),
     _entry("images", "images.plain:IMAGES", "images views sessions", title="plain image"),
     _entry("class_folders", "images.plain:CLASS_FOLDERS", "images targets views sessions", title="class folder"),
     _entry("mimic_cxr", "reports.mimic_cxr:MIMIC_CXR", "images text views targets", title="MIMIC-CXR"),
@@ -519,6 +563,7 @@ def open_archive(
     needs: Iterable[str] = (),
     purpose: str = "this",
     settings: Settings = NO_SETTINGS,
+    optional: Iterable[str] = ("genetics", "masks", "targets"),
 ) -> Archive:
     """Walk a root, recognise its layout, and list its samples.
 
@@ -528,6 +573,7 @@ def open_archive(
         needs: What the archive must give, from :data:`VOCABULARY`.
         purpose: Who needs it, for error messages.
         settings: The user's settings for the archive.
+        optional: What the layout must give, but this archive may lack.
 
     Raises:
         DataError: the root does not exist, its layout is unknown, ambiguous or not the requested one, it lacks what
@@ -544,10 +590,14 @@ def open_archive(
     tree.report_content()
     chosen = entry.load() if layout != "auto" else recognise(tree, wanted, purpose)[0]
     archive = chosen.read(tree, settings)
+    missing = wanted - archive.gives - set(optional)
+    for name, words in archive.facts.lacking.items():
+        if name in missing or not archive.records:
+            raise DataError(f"{words}, in {shortened(str(tree), 80)}.")
     if not archive.records:
         held = f"({shortened(chosen.tree, 110)}); it holds {shortened(contents(tree.root), 50)}"
         raise DataError(f"{shortened(str(tree), 80)} is not of the layout {chosen.name} {held}.")
-    if missing := wanted - archive.gives - {"genetics", "masks", "targets"}:
+    if missing:
         raise unsuited(entry_of(chosen.name), archive.gives - missing, wanted, purpose, tree)
     return archive
 

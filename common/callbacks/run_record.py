@@ -49,10 +49,12 @@ class RunRecord(pl.Callback):
 
     Args:
         folder: The run folder.
+        archive_file: What a person says about the archive, of which the run keeps a copy; None: nothing.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, archive_file: Path | None = None) -> None:
         self.folder = Path(folder)
+        self._said = None if archive_file is None else archive_file.read_text(encoding="utf-8")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write ``environment.json`` (Lightning hook)."""
@@ -67,6 +69,8 @@ class RunRecord(pl.Callback):
             "command": _command(trainer),
         }
         write_text(self.folder / "environment.json", json.dumps(facts, indent=2))
+        if self._said is not None:
+            write_text(self.folder / "archive.yaml", self._said)
         print_line(f"run folder: {self.folder}")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

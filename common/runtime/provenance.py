@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 _PACKAGES = ("torch", "lightning", "torchmetrics", "timm", "transformers", "monai", "numpy")
 
@@ -26,6 +27,13 @@ def source_state() -> dict[str, Any]:
     """Return this code's commit and whether files differ from it; None outside a checkout."""
     status = _git("status", "--porcelain")
     return {"commit": _git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def source_digest() -> str:
+    """Return what changes whenever this code does: commit and uncommitted changes, or the installed version."""
+    changes = _git("diff", "HEAD")
+    state = version("medmim") if changes is None else f"{_git('rev-parse', 'HEAD')} {changes}"
+    return xxhash.xxh3_64_hexdigest(state.encode())
 
 
 def cpu_name() -> str:

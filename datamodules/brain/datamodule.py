@@ -3,7 +3,7 @@
 Letters: S canonical sequences, H W D space.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from common.modalities import TEMPLATES, canonical_name
 from common.pseudonyms import pseudonym, public_name
 from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import print_line
+from datamodules.archive_file import ArchiveFile
 from datamodules.base import ArchiveDataModule
 from datamodules.brain.archive import BrainArchiveDataModule
 from datamodules.controls import read_control
@@ -157,8 +158,15 @@ class BrainDataModule(BrainArchiveDataModule):
         super().__init__(root, modalities=modalities, **options)
         self.lesions = lesions
 
+    @classmethod
+    def taken(cls, file: ArchiveFile, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Return the arguments that an archive file asks for: of its modalities those that there are templates of."""
+        options, unused = super().taken(file, given)
+        known = [name for name in options.get("modalities", ()) if canonical_name(name) in TEMPLATES]
+        return (options | {"modalities": known} if known else options), unused
+
     def resolve_layout(self, layout: Layout) -> Layout:
-        """Keep each study's own sequences, or the requested ones among them, with BrainMVP's preprocessing."""
+        """Keep each study's own sequences, or those of them that are asked for, prepared by BrainMVP's chain."""
         layout = super().resolve_layout(layout)
         self._drop_unknown(layout)
         wanted = self._restrict(layout)

@@ -1,6 +1,6 @@
 """Labelled brain archives for fine-tuning after BrainMVP: volumes with regions, or with classes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -76,6 +76,17 @@ class BrainClassDataModule(BrainTaskDataModule):
     ) -> None:
         super().__init__(root, **options)
         self._source, self._resize = classes, resize
+
+    @classmethod
+    def target_options(cls, own: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Tell the classes of the first target that has classes apart."""
+        named = [(name, rule["classes"]) for name, rule in own["targets"].items() if rule.get("classes")]
+        if not named:
+            return super().target_options(own, given)
+        name, classes = named[0]
+        own["targets"] = {name: own["targets"][name]}
+        values = {value: [value] for value in classes}
+        return {"classes": {"classes": values, "attribute": name, "table": None}}
 
     def resolve_layout(self, layout: Layout) -> Layout:
         """Prepare for classification: 1 mm, 1st to 99th percentile, one size."""

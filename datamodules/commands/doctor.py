@@ -10,7 +10,7 @@ def run(archive: Archive, deep: bool, workers: int) -> None:
 
     Args:
         archive: The archive, with all settings that training would have.
-        deep: Read every byte, not headers alone.
+        deep: Read every byte; else headers, and a few members whole.
         workers: Threads.
 
     Raises:

@@ -26,6 +26,9 @@ def examine(name: str, genome: Genome | None, terms: Terms, deep: bool, workers:
     else:
         print_line("genetics: none")
     found = look_at_all(
-        lambda sample: check_images(sample.images, sample.case_id, sample.patient_id, deep), samples, deep, workers
+        lambda sample, whole: check_images(sample.images, sample.case_id, sample.patient_id, whole, terms.frame),
+        samples,
+        deep,
+        workers,
     )
-    return report_faults(terms, found, "samples", deep)
+    return report_faults(terms, found, "samples")

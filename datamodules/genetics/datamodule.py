@@ -36,7 +36,7 @@ from datamodules.images.cache import BoxChoice, ImageCache, SourceImages
 from datamodules.images.crops import center_box, cut_box, random_box
 from datamodules.images.datamodule import ImageArchiveDataModule
 from datamodules.images.pictures import Picture, pictures_of
-from datamodules.images.reading import CHANNELS, COLOUR, ImageReader, per_channel
+from datamodules.images.reading import CHANNELS, ImageReader, colour_at, per_channel
 from datamodules.images.values import ImageError
 from datamodules.loading import Draw
 from datamodules.registry import Archive
@@ -264,7 +264,7 @@ class ImageGenomeDataset(FaultTolerantDataset):
 
 def _reader_of(archive: Archive) -> ImageReader:
     """Return how an archive's files become pixels."""
-    reader: ImageReader = archive.facts.reader or COLOUR
+    reader: ImageReader = archive.facts.reader or colour_at(archive.facts.frame)
     return reader
 
 
@@ -349,7 +349,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         num_workers: Loader processes per rank; also threads that build the cache.
         anonymise: Whether subjects get pseudonyms in logs, pictures and fault files.
         seed: Seed of order and crops; None takes ``seed_everything``'s.
-        **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of
+        **membership: ``archive``, ``seen_patients``, ``changed_archive`` and ``split_from`` of
             :class:`datamodules.base.ArchiveDataModule`.
     """
 

@@ -391,7 +391,7 @@ class ImageCache:
         total = 0
         for path in chosen:
             try:
-                height, width = reduced_size(*read_header(path), self.shorter_side)
+                height, width = reduced_size(*read_header(path, self.reader.frame), self.shorter_side)
             except ImageError:
                 continue
             total += height * width * self.reader.channels + NPY_HEADER

@@ -50,8 +50,12 @@ def import_pydicom() -> Any:
     return pydicom
 
 
-def read_size(path: Path) -> tuple[int, int]:
+def read_size(path: Path, frame: int | None = None) -> tuple[int, int]:
     """Read height and width from the header.
+
+    Args:
+        path: The file.
+        frame: Which frame is meant where there are several, from 0; None refuses those.
 
     Raises:
         ImageError: the file does not hold exactly one image.
@@ -59,16 +63,22 @@ def read_size(path: Path) -> tuple[int, int]:
     """
     _check_deflated(path)
     names = ["Rows", "Columns", "NumberOfFrames", "SOPClassUID"]
-    return _size(import_pydicom().dcmread(path, stop_before_pixels=True, specific_tags=names))
+    return _size(import_pydicom().dcmread(path, stop_before_pixels=True, specific_tags=names), frame)
 
 
-def _size(dataset: Any) -> tuple[int, int]:
+def _size(dataset: Any, frame: int | None) -> tuple[int, int]:
     if dataset.get("Rows") is None or dataset.get("Columns") is None:
         name = dataset.SOPClassUID.name if dataset.get("SOPClassUID") else "an unknown class"
-        raise ImageError("unreadable", f"a DICOM file of {name} without an image")
-    if int(dataset.get("NumberOfFrames") or 1) != 1:
-        raise ImageError("shape", f"expected one frame, found {dataset.NumberOfFrames}")
+        raise ImageError("unreadable", f"a DICOM file of {name} without a picture")
+    if (frames := _frames(dataset)) != 1 and frame is None:
+        raise ImageError("shape", f"expected one frame, found {frames}")
+    if frames > 1 and not (frame or 0) < frames:
+        raise ImageError("shape", f"frame: {frame} is wanted, and the last of {frames} is {frames - 1}")
     return int(dataset.Rows), int(dataset.Columns)
+
+
+def _frames(dataset: Any) -> int:
+    return int(dataset.get("NumberOfFrames") or 1)
 
 
 def _check_deflated(path: Path) -> None:
@@ -87,12 +97,13 @@ def _check_deflated(path: Path) -> None:
             raise ImageError("shape", f"its deflated data set has more than {MAX_DATASET_BYTES / 2**20:.0f} MiB")
 
 
-def read_picture(path: Path, check: Callable[[int, int], None]) -> NDArray[np.uint8]:
-    """Read the image of a single-frame file.
+def read_picture(path: Path, check: Callable[[int, int], None], frame: int | None = None) -> NDArray[np.uint8]:
+    """Read the picture of a file that holds one, or one of several.
 
     Args:
         path: The file.
-        check: Called with height and width before decoding; may raise.
+        check: Takes height and width before anything is decoded, and may raise.
+        frame: As in :func:`read_size`.
 
     Returns:
         ``(H, W)``, or ``(H, W, 3)`` in RGB.
@@ -103,8 +114,8 @@ def read_picture(path: Path, check: Callable[[int, int], None]) -> NDArray[np.ui
     """
     _check_deflated(path)
     dataset = import_pydicom().dcmread(path)
-    check(*_size(dataset))
-    stored = _decode(dataset)
+    check(*_size(dataset, frame))
+    stored = _decode(dataset, frame or 0)
     meaning = dataset.PhotometricInterpretation
     if meaning == "PALETTE COLOR":
         stored = _through_palette(stored, dataset)
@@ -115,7 +126,7 @@ def read_picture(path: Path, check: Callable[[int, int], None]) -> NDArray[np.ui
     return _gray(stored, dataset)
 
 
-def _decode(dataset: Any) -> NDArray[Any]:
+def _decode(dataset: Any, frame: int) -> NDArray[Any]:
     """Decode ``(H, W)``, or ``(H, W, 3)`` in RGB."""
     from pydicom.pixels import get_decoder, pixel_array
 
@@ -130,19 +141,20 @@ def _decode(dataset: Any) -> NDArray[Any]:
             "install them with pip install 'medmim[dicom]'."
         )
     if syntax.is_encapsulated:
-        _check_codestream(dataset)
+        _check_codestream(dataset, frame)
     try:
-        return pixel_array(dataset)
+        return pixel_array(dataset, index=frame) if _frames(dataset) > 1 else pixel_array(dataset)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ImageError("unreadable", f"its {syntax.name} cannot be decoded ({reason})") from error
 
 
-def _check_codestream(dataset: Any) -> None:
-    """Refuse compressed pixels whose size differs from the header's: decoders trust the codestream."""
+def _check_codestream(dataset: Any, place: int) -> None:
+    """Refuse compressed pixels that are of another size than the header says: decoders go by their own."""
     from pydicom.encaps import get_frame
 
-    frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
+    count = _frames(dataset)
+    frame = get_frame(dataset.PixelData, place if count > 1 else 0, number_of_frames=count)
     expected = int(dataset.Rows), int(dataset.Columns), int(dataset.SamplesPerPixel)
     found = _jpeg2000_size(frame) or _jpeg_size(frame)
     if found is not None and found != expected:

@@ -6,6 +6,7 @@ are refused, as silently using one would be wrong. Pillow's ``LOAD_TRUNCATED_IMA
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -85,8 +86,12 @@ def _reading(path: Path) -> Iterator[None]:
         raise ImageError("unreadable", f"not a readable image ({reason})") from error
 
 
-def read_header(path: Path) -> tuple[int, int]:
+def read_header(path: Path, frame: int | None = None) -> tuple[int, int]:
     """Read height and width without decoding pixels.
+
+    Args:
+        path: The file.
+        frame: Which frame of a DICOM file with several is meant, from 0; None refuses those.
 
     Raises:
         ImageError: missing, empty, of unknown format, or above the pixel limit.
@@ -94,7 +99,7 @@ def read_header(path: Path) -> tuple[int, int]:
     """
     with _reading(path):
         if is_dicom(path):
-            height, width = read_size(path)
+            height, width = read_size(path, frame)
         else:
             with Image.open(path, formats=FORMATS) as image:
                 height, width = image.height, image.width
@@ -137,7 +142,11 @@ def read_gray(
 
 
 def read_colour(
-    path: Path, shorter_side: int | None = None, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS
+    path: Path,
+    shorter_side: int | None = None,
+    min_side: int = MIN_SIDE,
+    max_pixels: int = MAX_PIXELS,
+    frame: int | None = None,
 ) -> NDArray[np.uint8]:
     """Read an image in colour: grey becomes three equal channels, alpha is dropped; otherwise as :func:`read_gray`.
 
@@ -146,6 +155,7 @@ def read_colour(
         shorter_side: As in :func:`read_gray`.
         min_side: As in :func:`read_gray`.
         max_pixels: As in :func:`read_gray`.
+        frame: As in :func:`read_header`.
 
     Returns:
         ``(H, W, 3)``.
@@ -154,14 +164,16 @@ def read_colour(
         ImageError: as :func:`read_gray`.
         UserError: as :func:`read_gray`.
     """
-    return _read_whole(path, shorter_side, (min_side, max_pixels), "RGB")
+    return _read_whole(path, shorter_side, (min_side, max_pixels), "RGB", frame)
 
 
-def _read_whole(path: Path, shorter_side: int | None, limits: tuple[int, int], mode: str) -> NDArray[np.uint8]:
+def _read_whole(
+    path: Path, shorter_side: int | None, limits: tuple[int, int], mode: str, frame: int | None = None
+) -> NDArray[np.uint8]:
     if shorter_side is not None and shorter_side < 1:
         raise ValueError(f"`shorter_side` must be at least 1 pixel, got {shorter_side}.")
     with _reading(path):
-        image, full, box = _decode(path, shorter_side, limits, mode)
+        image, full, box = _decode(path, shorter_side, limits, mode, frame)
         height, width = reduced_size(*full, shorter_side)
         if (image.height, image.width) != (height, width):
             image = image.resize((width, height), Image.Resampling.BICUBIC, box)
@@ -272,20 +284,29 @@ class ImageReader(NamedTuple):
     """How files are decoded.
 
     Attributes:
-        name: Part of cache keys; empty for grey.
-        channels: Number of channels.
-        read: Reads a file, downscaled to a shorter side if one is given.
+        name: Goes into cache keys; empty for gray.
+        channels: Channels of what is read.
+        read: Reads a file at a shorter side, or at its own.
+        frame: Which frame of a DICOM file with several is read; None refuses those.
     """
 
     name: str
     channels: int
     read: Callable[[Path, int | None], NDArray[np.uint8]]
+    frame: int | None = None
 
 
 GRAY = ImageReader("", 1, read_gray)
 COLOUR = ImageReader("colour", 3, read_colour)
 FIGURE = ImageReader("figure", 3, read_figure)
 FUNDUS = ImageReader("field of view", 3, read_field_of_view)
+
+
+def colour_at(frame: int | None) -> ImageReader:
+    """Return the reader of colour that takes one frame of DICOM files with several; None refuses those."""
+    if frame is None:
+        return COLOUR
+    return ImageReader(f"colour, frame {frame}", 3, partial(read_colour, frame=frame), frame)
 
 
 def read_reduced(
@@ -317,11 +338,13 @@ def _varied(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return pixels
 
 
-def _decode(path: Path, shorter_side: int | None, limits: tuple[int, int], mode: str) -> "_Decoded":
+def _decode(
+    path: Path, shorter_side: int | None, limits: tuple[int, int], mode: str, frame: int | None = None
+) -> "_Decoded":
     """Decode to ``L`` or ``RGB``."""
     if not is_dicom(path):
         return _read_picture(path, shorter_side, limits, mode)
-    pixels = read_picture(path, lambda height, width: check_size(height, width, limits))
+    pixels = read_picture(path, lambda height, width: check_size(height, width, limits), frame)
     return _Decoded(Image.fromarray(pixels).convert(mode), (pixels.shape[0], pixels.shape[1]))
 
 

@@ -197,7 +197,10 @@ def find_table(tree: Tree, settings: Settings = NO_SETTINGS) -> Listing:
     path = table_path(tree, settings) or _plain_table(tree)
     if path is None:
         return Listing([])
-    records = _there(tree, path, records_of_table(tree, path, settings.columns, settings.subject), settings.missing)
+    columns, subject = dict(settings.columns), settings.subject
+    if isinstance(subject, str) and subject not in ("file", "folder"):  # a column
+        columns, subject = {**columns, "subject": subject}, None
+    records = _there(tree, path, records_of_table(tree, path, columns, subject), settings.missing)
     listed = {tree.name_of(file) for record in records for _, file in record.files()}
     reasons = {ROWLESS: [file.name for file in tree.images if file.name not in listed]}
     return Listing(records, reasons=reasons, tables=[str(path)])

@@ -24,6 +24,9 @@ def examine(name: str, classes: Sequence[str], terms: Terms, deep: bool, workers
         print_line(f"{target}: positive " + ", ".join(f"{count[1.0]} of {count[0.0] + count[1.0]} in {part}"
                                              for part, count in counts.items()))  # fmt: skip
     found = look_at_all(
-        lambda item: check_images([item.image], item.case_id, item.patient_id, deep), terms.members, deep, workers
+        lambda item, whole: check_images([item.image], item.case_id, item.patient_id, whole),
+        terms.members,
+        deep,
+        workers,
     )
-    return report_faults(terms, found, "images", deep)
+    return report_faults(terms, found, "images")

@@ -25,7 +25,7 @@ from datamodules.images.crops import center_box, random_box
 from datamodules.images.datamodule import ImageArchiveDataModule
 from datamodules.images.reading import CHANNELS, GRAY, per_channel, plain_numbers
 from datamodules.labelled.checks import examine
-from datamodules.labelled.layout import LabelLayout, LabelledImage, as_archive
+from datamodules.labelled.layout import LabelLayout, LabelledImage, LabelledTable, as_archive
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.splits import (
     SPLITS,
@@ -36,7 +36,6 @@ from datamodules.splits import (
     nested_fraction,
     seeded_split,
 )
-from datamodules.tree import Tree
 
 
 class LabelledImageDataset(FaultTolerantDataset):
@@ -227,7 +226,7 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         num_workers: Loader processes per rank; also threads that build the cache.
         anonymise: Whether subjects get pseudonyms in logs, tables and fault files.
         seed: Seed of order and crops; None takes ``seed_everything``'s.
-        **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of
+        **membership: ``archive``, ``seen_patients``, ``changed_archive`` and ``split_from`` of
             :class:`datamodules.base.ArchiveDataModule`.
     """
 
@@ -268,6 +267,20 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         self._split = (split.fractions, split.seed, split.file)
         self.images: list[LabelledImage] = []
 
+    #: Whether the targets of a table are what the task is about.
+    takes_targets = True
+
+    @classmethod
+    def target_options(cls, own: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Read targets of 0 and 1 as the columns of a :class:`datamodules.labelled.layout.LabelledTable`."""
+        columns = {rule.get("column", name): rule for name, rule in own["targets"].items()}
+        classes = [name for name, rule in columns.items() if rule.get("classes") == ["0", "1"] and "merge" not in rule]
+        if not classes or not cls.takes_targets or "table" not in own:
+            return super().target_options(own, given)
+        own.pop("targets")
+        path = f"{LabelledTable.__module__}.{LabelledTable.__qualname__}"
+        return {"labels": {"class_path": path, "init_args": {"classes": classes}}}
+
     def index(self) -> LabelLayout:
         """List and split the images. Reads names and tables only, no images.
 
@@ -275,8 +288,8 @@ class LabelledImageDataModule(ImageArchiveDataModule):
             DataError: another layout, missing columns, a patient in two splits, and the like.
         """
         if not self.splits:
-            root = Tree(self.root)
-            root.report_content()
+            root = self.walk()
+            self.labels = self.labels.heeding(self.settings)
             images = self.labels.find(root)
             if not images:
                 raise DataError(f"{root} holds no labelled image of {self.labels.name} ({self.labels.tree}).")

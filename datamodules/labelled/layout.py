@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -15,7 +16,7 @@ from datamodules.files import listing, short
 from datamodules.ids import check_subjects
 from datamodules.images.reading import GRAY, ImageReader
 from datamodules.listed_files import path_under
-from datamodules.registry import Archive, Evidence, Facts, Layout, Listing, Record
+from datamodules.registry import Archive, Evidence, Facts, Layout, Listing, Record, Settings
 from datamodules.tables import read_table
 from datamodules.tree import Tree, as_tree
 
@@ -73,6 +74,17 @@ class LabelLayout(ABC):
             DataError: the root has another layout, a table is damaged or lacks a column, or a label is invalid.
         """
         return self._find(as_tree(root))
+
+    def heeding(self, settings: Settings) -> "LabelLayout":
+        """Return the layout as it heeds what a person says about the archive.
+
+        Raises:
+            DataError: it has no such setting.
+        """
+        if strange := [name for name in settings.said() if name != "ignore"]:
+            raise DataError(f"The labels are read as those of {self.name}, which has no setting {strange[0]}: leave it "
+                            f"out of archive.yaml, or set data.labels.")  # fmt: skip
+        return self
 
     @abstractmethod
     def _find(self, root: Tree) -> list[LabelledImage]:
@@ -175,13 +187,29 @@ class LabelledTable(LabelLayout):
         self.file = file
         self.columns = {"image": "image", "subject": "subject", "split": "split", **(columns or {})}
 
+    def heeding(self, settings: Settings) -> "LabelledTable":
+        """Return the layout with the table and the columns that a person names.
+
+        Raises:
+            DataError: it has no such setting.
+        """
+        columns = dict(settings.columns)
+        if isinstance(settings.subject, str) and settings.subject not in ("file", "folder"):
+            columns["subject"] = settings.subject
+        kept = replace(settings, table=None, columns={}, subject=None if "subject" in columns else settings.subject)
+        super().heeding(kept)
+        unknown = [role for role in columns if role not in self.columns]
+        if unknown:
+            raise DataError(f"{self.name} has no role {unknown[0]}; its columns are {', '.join(self.columns)}.")
+        return LabelledTable(self.classes, settings.table or self.file, {**self.columns, **columns})
+
     def _find(self, root: Tree) -> list[LabelledImage]:
         """List the rows of the table.
 
         Raises:
             DataError: the table or a column is missing, a path leaves the root, or a label is not 0 or 1.
         """
-        path = need_file(root, [self.file], self)
+        path = Path(self.file) if Path(self.file).is_absolute() else need_file(root, [self.file], self)
         table = read_table(path)
         names = self.columns
         need_columns(path, table, [names["image"], names["subject"], *self.classes])

@@ -125,12 +125,14 @@ class MaskedImageDataModule(LabelledImageDataModule):
         num_workers: Loader processes per rank; also threads that build the cache.
         anonymise: Whether subjects get pseudonyms in logs, tables and fault files.
         seed: Seed of order and flips; None takes ``seed_everything``'s.
-        **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of
+        **membership: ``archive``, ``seen_patients``, ``changed_archive`` and ``split_from`` of
             :class:`datamodules.base.ArchiveDataModule`.
 
     Raises:
         ValueError: the layout has several classes, or cached copies would be smaller than the images.
     """
+
+    takes_targets = False
 
     def __init__(
         self,

@@ -57,6 +57,8 @@ class StructureDataModule(LabelledImageDataModule):
     The arguments are those of :class:`LabelledImageDataModule`; images are never cropped or rotated.
     """
 
+    takes_targets = False
+
     @property
     def input_spec(self) -> InputSpec:
         """Channels, size, structures and preprocessing of the batches."""

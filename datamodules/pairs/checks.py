@@ -27,7 +27,7 @@ def examine(
     """
     sizes = ", ".join(f"{len(part)} {split}" for split, part in terms.splits.items())
     print_line(f"{name}: {len(terms.members)} {item_name} of {len(paths)} images, {sizes}{more}")
-    images = look_at_all(lambda path: check_images([path], str(path), str(path), deep), paths, deep, workers)
+    images = look_at_all(lambda path, whole: check_images([path], str(path), str(path), whole), paths, deep, workers)
     by_path = dict(zip(paths, images, strict=True))
     train = terms.splits["train"]
     seen, read = {pair.image for pair in train}, {pair.text for pair in train}
@@ -38,7 +38,7 @@ def examine(
             print_line(f"{split}: {shared[True, True] + shared[True, False]} of {len(part)} show a training image, "
                 f"{shared[True, True] + shared[False, True]} have a text that occurs in training")  # fmt: skip
     found = [_member(pair, by_path[pair.image]) for pair in terms.members]
-    return report_faults(terms, found, item_name, deep)
+    return report_faults(terms, found, item_name)
 
 
 def _member(pair: Any, image: Member) -> Member:
@@ -46,4 +46,5 @@ def _member(pair: Any, image: Member) -> Member:
     faults = [fault._replace(sample=pair.case_id) for fault in image.faults]
     if not pair.text:
         faults.append(Fault(pair.case_id, "empty", "no text", pair.case_id))
-    return Member(pair.case_id, pair.case_id, faults, usable=image.usable and bool(pair.text))
+    usable = image.usable and bool(pair.text)
+    return Member(pair.case_id, pair.case_id, faults, usable=usable, whole=image.whole)

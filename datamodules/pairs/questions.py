@@ -109,6 +109,7 @@ class QuestionDataModule(PairDataModule):
     """
 
     item_name = "questions"
+    split_keys = ("fractions", "seed")
     personal = ("single.image", "single.question")
 
     def __init__(

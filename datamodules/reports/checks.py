@@ -98,10 +98,10 @@ def examine(
         print_line("views: " + (", ".join(f"{view} {count}" for view, count in views.most_common(8)) or "no images"))
     texts: dict[str, str] = {}
 
-    def look_at(sample: Any) -> Member:
-        member, texts[sample.case_id] = check_sample(sample, text_of, deep)
+    def look_at(sample: Any, whole: bool) -> Member:
+        member, texts[sample.case_id] = check_sample(sample, text_of, whole)
         return member
 
     found = look_at_all(look_at, samples, deep, workers)
     _print_texts(terms, [texts[sample.case_id] for sample in samples], tokenizer, limit)
-    return report_faults(terms, found, "samples", deep)
+    return report_faults(terms, found, "samples")

@@ -115,9 +115,9 @@ class SampleConfig:
     """What makes a sample.
 
     Args:
-        pair: ``"image"`` makes every image a sample with its study's report; ``"study"`` makes one sample per
-            study, with a view drawn anew every epoch.
-        views: Views to keep, such as ``[AP, PA]``; None: all.
+        pair: ``"image"`` makes every image a sample with its study's report; ``"study"`` one sample a study, whose
+            views are drawn anew every epoch.
+        views: Views to keep, such as ``[AP, PA]``, where the archive says what images show; None keeps all.
         complete: Whether only samples with image and text are used.
         negative_images: Whether each sample comes with the image of another one.
     """
@@ -165,13 +165,14 @@ class Sample(NamedTuple):
 
 
 def samples_of(studies: Sequence[Study], pair: str, views: Sequence[str] | None) -> list[Sample]:
-    """Make the samples of studies, one per image or one per study, using only some views.
+    """Make the samples of studies: one an image, or one a study; only of the wanted views, where any view is known.
 
     Raises:
         DataError: no image shows one of the views.
     """
     samples = []
-    wanted = None if views is None else {view.upper() for view in views}
+    known = any(view for study in studies for view in study.views)
+    wanted = {view.upper() for view in views} if views is not None and known else None
     for study in studies:
         shown = study.views or ("",) * len(study.images)
         images = [
@@ -394,7 +395,7 @@ class ImageTextDataModule(TextArchiveDataModule):
         num_workers: Loader processes per rank; also threads that build the cache.
         anonymise: Whether subjects and texts are kept out of logs, figures and fault files.
         seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
-        **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of
+        **membership: ``archive``, ``seen_patients``, ``changed_archive`` and ``split_from`` of
             :class:`datamodules.base.ArchiveDataModule`.
     """
 
@@ -428,7 +429,7 @@ class ImageTextDataModule(TextArchiveDataModule):
             seed=seed,
             **membership,
         )
-        manifest = table is not None or columns is not None
+        manifest = table is not None or columns is not None or bool({"table", "columns"} & self.said.keys())
         if manifest and layout not in ("auto", "manifest", "table"):
             raise ValueError(f"`table` and `columns` describe a manifest, not the layout {layout}: leave one out.")
         self._image = image
@@ -447,6 +448,11 @@ class ImageTextDataModule(TextArchiveDataModule):
     def needs(self) -> frozenset[str]:
         """Images and texts; a sample may lack one of them unless ``complete`` is set."""
         return frozenset({"images", "text"})
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Images, unless each sample must have both: reports alone can be read as text."""
+        return () if self.complete else ("images",)
 
     def index(self) -> Archive:
         """Recognise the layout, list and split the samples. Reads names and tables only, no images.

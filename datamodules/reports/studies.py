@@ -62,7 +62,7 @@ def studies_of(archive: Archive) -> list[Study]:
     Questions become texts of their images. Answers are left out, and so are questions of the test split, as models
     trained on these texts may be tested on it later. Questions that an archive marks for validation stay there.
     """
-    records = archive.records
+    records = [record for record in archive.records if record.images or record.text or not record.volumes]
     if "questions" in archive.gives:
         records = [record for record in records if record.split != "test"]
         if not any(record.split == "val" for record in records):

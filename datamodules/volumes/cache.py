@@ -31,8 +31,8 @@ from datamodules.storage import cache_root, file_is_good, fingerprint, save_arra
 from datamodules.volumes.cases import Case, Layout
 from datamodules.volumes.headers import VolumeError
 from datamodules.volumes.itk_streams import source_files
-from datamodules.volumes.prepare import PreparedCase, prepare_case
-from datamodules.volumes.reading import DECODERS, read_header
+from datamodules.volumes.prepare import PreparedCase, header_of, prepare_case
+from datamodules.volumes.reading import DECODERS
 
 CacheFormat = Literal["npy", "b2nd"]
 VERSION = 5
@@ -260,17 +260,22 @@ class VolumeCache:
         return all(file_is_good(folder / name, *_written(file), full) for name, file in record.files.items())
 
     def _members(self, case: Case) -> dict[str, str]:
-        """Return the files a case is read from; two files that swap their roles make a different case."""
-        images = {name: path for name, path in case.images.items() if name in self.layout.modalities}
-        files = {name: f"{path}[{case.places[name]}]" if name in case.places else str(path)
-                 for name, path in images.items()}  # fmt: skip
-        return files | {f"label {name}": str(path) for name, path in case.labels.items()}
+        """Return what a case is read from; two files that changed their roles make another case."""
+        files = {name: str(case.images[name]) for name in self._names(case)}
+        for name in files:
+            if name in case.places:
+                files[name] += f"[{case.places[name]}]"
+            elif (series := case.series_of(name)) is not None:
+                files[name] += f" {series.key}"
+        # Several masks are the bits of one label, in their order.
+        return files | {f"label {name}": f"{path} ({bit})" if bit else str(path)
+                        for bit, (name, path) in enumerate(case.labels.items())}  # fmt: skip
 
-    def _image_paths(self, case: Case) -> list[Path]:
-        return [path for name, path in case.images.items() if name in self.layout.modalities]
+    def _names(self, case: Case) -> list[str]:
+        return [name for name in case.images if name in self.layout.modalities]
 
     def _sources(self, case: Case) -> list[Path]:
-        members = (*self._image_paths(case), *case.labels.values())
+        members = (*(path for name in self._names(case) for path in case.files_of(name)), *case.labels.values())
         return [path for member in members for path in source_files(member)]
 
     def build(self, case: Case) -> Record:
@@ -429,12 +434,12 @@ class VolumeCache:
         """Estimate the size of the finished cache from the headers: 2 bytes per voxel, for b2nd a third of that."""
         total, voxels = 0, self.layout.preprocessing.voxels
         for case in cases:
-            first = next(iter(case.places.values()), None)
-            for path in self._image_paths(case)[:1]:
+            names = self._names(case)
+            for name in names[:1]:
                 try:
-                    shape = self.layout.preprocessing.size or read_header(path, voxels, first).shape
+                    shape = self.layout.preprocessing.size or header_of(case, name, voxels).shape
                 except VolumeError:
                     continue
                 ragged = self.layout.preprocessing.ragged
-                total += int(np.prod(shape)) * 2 * len(self._image_paths(case) if ragged else self.layout.modalities)
+                total += int(np.prod(shape)) * 2 * len(names if ragged else self.layout.modalities)
         return total if self.format == "npy" else total // 3

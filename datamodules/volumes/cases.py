@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import DataError
-from datamodules.registry import FileRef, Record
+from datamodules.registry import FileRef, Record, Series
 from datamodules.volumes.intensity import RULES
 from datamodules.volumes.voxels import STRICT, VoxelConfig
 
@@ -21,10 +21,11 @@ class Case(NamedTuple):
         images: Modality to file; a missing modality has no entry. Layouts name modalities as the archive does, data
             modules canonically (:mod:`common.modalities`).
         labels: Label name to file.
-        split: ``train``, ``val`` or ``test`` where the archive defines one.
-        attributes: Further facts by name, such as a diagnosis; an empty text means unknown.
-        surplus: Further files of a modality that already has one; data modules refuse them.
-        places: Modality to the index of its volume, where its file is 4-D.
+        split: ``train``, ``val`` or ``test`` where the archive says so.
+        attributes: Further facts by name, such as a diagnosis; empty text = unknown.
+        surplus: Files of a modality that has a file already, which data modules refuse.
+        places: Modality to which volume of its file it is, where that is 4-D.
+        series: File to the DICOM series of which it is the first slice.
     """
 
     case_id: str
@@ -35,14 +36,28 @@ class Case(NamedTuple):
     attributes: Mapping[str, str] = {}
     surplus: Sequence[Path] = ()
     places: Mapping[str, int] = {}
+    series: Mapping[Path, Series] = {}
 
     def files(self) -> list[Path]:
         """Return the files of images and labels."""
-        return [*self.images.values(), *self.labels.values()]
+        return [*(path for name in self.images for path in self.files_of(name)), *self.labels.values()]
+
+    def files_of(self, modality: str) -> Sequence[Path]:
+        """Return the files of one modality: its slices where it is a DICOM series."""
+        series = self.series_of(modality)
+        return (self.images[modality],) if series is None else series.files()
+
+    def series_of(self, modality: str) -> Series | None:
+        """Return the DICOM series that a modality is; None where it is a file, or a label."""
+        path = self.images.get(modality)
+        return None if path is None else self.series.get(path)
 
     def record(self) -> Record:
         """Return the case as every data module can read it."""
-        volumes = {name: FileRef(path, self.places.get(name)) for name, path in self.images.items()}
+        volumes = {
+            name: FileRef(path, self.places.get(name), series=self.series.get(path))
+            for name, path in self.images.items()
+        }
         masks = {name: FileRef(path) for name, path in self.labels.items()}
         return Record(self.case_id, self.patient_id, volumes=volumes, masks=masks, attributes=self.attributes,
                       split=self.split, surplus=tuple(self.surplus))  # fmt: skip
@@ -59,6 +74,7 @@ def case_of(record: Record) -> Case:
         {**record.attributes, **record.targets},
         record.surplus,
         {name: ref.volume for name, ref in record.volumes.items() if ref.volume is not None},
+        {ref.path: ref.series for ref in record.volumes.values() if ref.series is not None},
     )
 
 
@@ -156,9 +172,10 @@ class Layout:
             DataError: there is no such rule or modality.
         """
         for name, rule in voxels.intensity.items():
-            if name not in self.modalities:
+            if name not in self.modalities and name not in self.names:
                 raise DataError(f"voxels.intensity names {name}; the modalities are {', '.join(self.modalities)}.")
             if rule not in RULES:
                 raise DataError(f"voxels.intensity has the rule {rule} for {name}; known are {', '.join(RULES)}.")
-        intensity = {**self.preprocessing.intensity, **voxels.intensity}
+        chosen = {name: rule for name, rule in voxels.intensity.items() if name in self.modalities}
+        intensity = {**self.preprocessing.intensity, **chosen}
         return replace(self, preprocessing=replace(self.preprocessing, intensity=intensity, voxels=voxels))

@@ -1,7 +1,7 @@
 """Multi-modal volumes for pre-training, segmentation and probes: one data module for every layout."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,11 +10,13 @@ import torch
 
 from common.errors import DataError
 from common.faults import Fault, SampleFaultError
+from common.modalities import canonical_name
 from common.names import case_twins
 from common.pseudonyms import pseudonym, public_name
 from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import print_line
 from common.types import InputSpec
+from datamodules.archive_file import ArchiveFile
 from datamodules.base import ArchiveDataModule, FaultTolerantDataset
 from datamodules.configs import LoaderConfig, SplitConfig
 from datamodules.controls import read_control
@@ -29,7 +31,7 @@ from datamodules.volumes.cache import CacheFormat, OpenCase, Record, SourceVolum
 from datamodules.volumes.cases import Case, Layout, case_of
 from datamodules.volumes.checks import examine
 from datamodules.volumes.crops import arranged, center_start, cut, flip, random_start, start_around, to_tensor
-from datamodules.volumes.modalities import under_canonical_names, with_modalities
+from datamodules.volumes.modalities import respelled, under_canonical_names, with_modalities
 from datamodules.volumes.profiles import prepared
 from datamodules.volumes.voxels import STRICT, VoxelConfig
 
@@ -272,7 +274,8 @@ class VolumeDataModule(ArchiveDataModule):
         num_workers: Loader processes per rank; also threads that build the cache.
         anonymise: Whether subject ids are replaced by pseudonyms in logs, figures and fault files.
         seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
-        **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of :class:`ArchiveDataModule`.
+        **membership: ``archive``, ``seen_patients``, ``changed_archive`` and ``split_from`` of
+            :class:`datamodules.base.ArchiveDataModule`.
     """
 
     def __init__(
@@ -324,12 +327,54 @@ class VolumeDataModule(ArchiveDataModule):
         """Yield the volumes of the channels, and the labels if they are needed."""
         layout = self.index()
         for case in self.cases_in_use():
-            yield from (("volume", path) for name, path in case.images.items() if name in layout.modalities)
+            names = [name for name in case.images if name in layout.modalities]
+            yield from (("volume", path) for name in names for path in case.files_of(name))
             yield from (("mask", path) for path in case.labels.values() if self.labels)
 
+    @classmethod
+    def taken(cls, file: ArchiveFile, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Return the arguments that an archive file asks for, and its keys that this data module has no use for."""
+        options, unused = super().taken(file, given)
+        if "modalities" in file.content:
+            options["modalities"] = list(file.content["modalities"])
+        if "masks" in file.content and "labels" in given:
+            options["labels"] = {"regions": None}  # what the masks are says what the regions are
+        return options, unused
+
+    @classmethod
+    def target_options(cls, own: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Have a probe tell the two classes of the first target that has two."""
+        pairs = [name for name, rule in own["targets"].items() if len(rule.get("classes", ())) == 2]
+        if not (given.get("target") or {}).get("name") or not pairs:
+            return super().target_options(own, given)
+        own["targets"] = {pairs[0]: own["targets"][pairs[0]]}
+        return {"target": {"name": pairs[0], "file": None}}
+
     def prepare_layout(self, archive: Archive) -> Layout:
-        """Return what the archive's files are and how they are prepared."""
-        return prepared(archive, self._profile)
+        """Return what the archive's files are, and how they are prepared."""
+        layout, grid = prepared(archive, self._profile), self.said.get("grid", {})
+        wanted: dict[str, Any] = dict(grid)
+        wanted |= {"spacing": tuple(grid["spacing"])} if "spacing" in grid else {}
+        return replace(layout, preprocessing=replace(layout.preprocessing, **wanted))
+
+    def _check_grid(self, layout: Layout) -> None:
+        """Refuse a grid that this task's own preparation takes no heed of.
+
+        Raises:
+            DataError: says which.
+        """
+        spacing = self.said.get("grid", {}).get("spacing")
+        if spacing and layout.preprocessing.spacing != tuple(spacing):
+            sides = " x ".join(f"{side:g}" for side in layout.preprocessing.spacing or ())
+            raise DataError(f"grid.spacing has no effect on {self.purpose}, which prepares volumes at {sides} mm: "
+                            f"leave it out.")  # fmt: skip
+
+    def _spelled(self) -> dict[str, str]:
+        """Return what the archive calls the modalities that are named, by the names that they are given."""
+        said = dict(self.settings.modalities)
+        given = {canonical_name(name): name for name in said}
+        chosen = {given.get(canonical_name(name), name): name for name in self._modalities or ()}
+        return {name: said.get(name, name) for name in chosen} | said
 
     def resolve_layout(self, layout: Layout) -> Layout:
         """Resolve channels and preprocessing of a recognised layout, once the cases are listed."""
@@ -342,12 +387,13 @@ class VolumeDataModule(ArchiveDataModule):
             DataError: unknown layout, missing split file, a patient in two splits, no labelled case, and the like.
         """
         if self._layout is None:
-            named = {name: name for name in self._modalities or ()}
-            archive = self.open(self.root, self._layout_name, Settings(modalities=named))
+            archive = self.open(self.root, self._layout_name, Settings(modalities=self._spelled()))
             self.archive = archive
-            cases = [case_of(record) for record in archive.records]
+            records = [record for record in archive.records if record.volumes or not record.images]
+            cases = [case_of(record) for record in respelled(records, self.settings.modalities)]
             layout, self.cases = under_canonical_names(self.prepare_layout(archive), cases)
             layout = self.resolve_layout(layout).with_voxels(self._voxels)
+            self._check_grid(layout)
             fractions, split_seed, split_file = self._split
             cut = archive.facts.cut_validation
             parts = assign_splits(self.cases, fractions, split_seed, split_file, cut_validation=cut)
@@ -399,6 +445,8 @@ class VolumeDataModule(ArchiveDataModule):
             facts = rows_by(path, table, "case_id")
             check_labels(path, join_ids([case.case_id for case in self.cases], facts), "cases")
         texts = {name: facts.get(name, {}).get(self.target, "").strip() for name in (c.case_id for c in self.cases)}
+        classes = self.said.get("targets", {}).get(self.target, {}).get("classes", ())
+        texts = {name: str(classes.index(text)) if text in classes else text for name, text in texts.items()}
         wrong = {name: text for name, text in texts.items() if text not in ("", "0", "1")}
         if wrong:
             name, text = next(iter(wrong.items()))

@@ -9,6 +9,7 @@ masks of thoracic cavity and ventilation.
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from datamodules.registry import (
     Settings,
     foreign_marker,
 )
+from datamodules.subjects import owner_of
 from datamodules.tables import read_table
 from datamodules.tree import Tree, TreeFile
 from datamodules.volumes.cases import patient_of
@@ -185,8 +187,10 @@ def _check_names(images: Sequence[Sequence[str]], allowed: Iterable[str]) -> Non
         DataError: names the first.
     """
     counts = Counter(name for names in images for name in {canonical_name(name) for name in names})
-    known = {canonical_name(name) for name in allowed}
+    patterns = tuple(allowed)
+    known = {canonical_name(name) for name in patterns}
     once = sorted(name for name, count in counts.items() if count == 1 and name not in known)
+    once = [name for name in once if not any(fnmatch(f"_{name}", pattern.lower()) for pattern in patterns)]
     if once and len(images) >= _MANY:
         raise DataError(
             f"The modality {once[0][:40]} occurs in one case only ({len(once)} such of {len(counts)}): files of one "
@@ -199,12 +203,17 @@ def find_cases(tree: Tree, settings: Settings = NO_SETTINGS) -> Listing:
 
     Args:
         tree: The archive.
-        settings: ``masks`` lists masks with other names; modalities that are listed may occur in a single case.
+        settings: ``masks`` names masks that are called otherwise, ``subject`` whose a case is by its name; modalities
+            that it lists may occur in one case only.
 
     Raises:
         DataError: ``cases.csv`` names a case that has no folder, or a modality occurs in one case only.
     """
     groups = groups_of(tree)
+    if (rule := settings.subject) is not None:
+        owners = [owner_of(group.case_id, rule) for group in groups]
+        groups = [group._replace(patient_id=owner.subject, session=owner.session or group.session)
+                  for group, owner in zip(groups, owners, strict=True)]  # fmt: skip
     images = [[member for member in group.files if not _is_mask(member[0], LABEL_STEMS)] for group in groups]
     _check_names([[name for name, _ in members] for members in images if members], settings.modalities.values())
     masks = [
@@ -291,7 +300,7 @@ FOLDER = Layout(
     tree="ROOT/CASE/[PREFIX]<modality>.nii.gz, CASE_<modality>.nii.gz or PATIENT/SESSION/<modality>.nii.gz",
     find=find_cases,
     evidence=_recognise,
-    takes=("masks",),
+    takes=("masks", "subject"),
     public=False,
     prefer=-1,
 )

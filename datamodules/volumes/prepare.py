@@ -17,7 +17,7 @@ from datamodules.notes import note
 from datamodules.volumes.cases import Case, Layout
 from datamodules.volumes.headers import VolumeError, check_room
 from datamodules.volumes.intensity import CLIPPED_AT_0, rescale
-from datamodules.volumes.reading import Volume, read_volume
+from datamodules.volumes.reading import Header, Volume, read_header, read_volume
 from datamodules.volumes.voxels import FACES, STRICT, VoxelConfig, background_of, negative_share
 
 if TYPE_CHECKING:  # a quarter of a run's import time, needed only for resampling
@@ -76,6 +76,29 @@ def read_image(path: Path, voxels: VoxelConfig = STRICT, place: int | None = Non
     return volume._replace(data=data)
 
 
+def read_member(case: Case, modality: str, voxels: VoxelConfig) -> Volume:
+    """Read one modality of a case; a DICOM series is converted when it is read first.
+
+    Raises:
+        VolumeError: as :func:`read_image`, or the slices of a series form no volume.
+    """
+    series = case.series_of(modality)
+    if series is None:
+        return read_image(case.images[modality], voxels, case.places.get(modality))
+    return read_image(series.convert(), voxels)._replace(source={"xxh3": series.digest})
+
+
+def header_of(case: Case, name: str, voxels: VoxelConfig) -> Header:
+    """Read the header of a modality or label of a case; of a DICOM series what the slices' headers say.
+
+    Raises:
+        VolumeError: as :func:`datamodules.volumes.reading.read_header`, or the slices form no volume.
+    """
+    if (series := case.series_of(name)) is not None:
+        return series.header()
+    return read_header(case.images.get(name) or case.labels[name], voxels, case.places.get(name))
+
+
 def _without_nan(data: NDArray, voxels: VoxelConfig) -> NDArray:
     missing = np.isnan(data)
     if voxels.nan == "zero" and not np.isinf(data).any():
@@ -100,7 +123,7 @@ def _rescaled(data: NDArray, rule: str, background: NDArray[np.bool_] | None) ->
 def _check_sign(name: str, path: Path, data: NDArray, rule: str, background: float | None) -> None:
     """Refuse a volume that would lose much of its foreground to a rule that clips at 0; note a smaller loss."""
     share = negative_share(data, background)
-    if share > _MAX_NEGATIVE and rule in CLIPPED_AT_0:
+    if share > MAX_NEGATIVE and rule in CLIPPED_AT_0:
         hint = "it is CT: set voxels.intensity: {%s: ct}" if data.min() <= _AIR else (
             "it has been standardised already: set voxels.intensity: {%s: standardised}")  # fmt: skip
         raise VolumeError("intensity", f"{share:.0%} of {name}'s foreground is negative, {hint % name}")
@@ -122,7 +145,7 @@ def _read_members(
         if (path := case.images.get(modality)) is None:
             continue
         try:
-            volume = read_image(path, settings.voxels, case.places.get(modality))
+            volume = read_member(case, modality, settings.voxels)
             background = background_of(volume.data)
             _check_sign(modality, path, volume.data, settings.intensity[modality], background)
         except VolumeError as error:
@@ -164,6 +187,15 @@ def _meta(data: NDArray, affine: NDArray, background: float | None = None) -> "M
     return MetaTensor(torch.as_tensor(shifted)[None], affine=torch.as_tensor(affine))
 
 
+def _reference_of(case: Case, volumes: Mapping[str, Volume], layout: Layout) -> str | None:
+    """Return the modality whose grid the others are resampled to; None where they must share one.
+
+    A study of DICOM series, which lie in one frame of reference, may lack it: then its own first one counts.
+    """
+    reference = layout.preprocessing.reference
+    return next(iter(volumes), reference) if case.series and reference not in volumes else reference
+
+
 def _on_reference_grid(
     case: Case, volumes: dict[str, Volume], layout: Layout
 ) -> tuple[dict[str, "MetaTensor"], Volume]:
@@ -174,8 +206,7 @@ def _on_reference_grid(
     """
     from monai.transforms import ResampleToMatch
 
-    settings = layout.preprocessing
-    reference = volumes[settings.reference or next(iter(volumes))]
+    reference = volumes[_reference_of(case, volumes, layout) or next(iter(volumes))]
     target = _meta(reference.data, reference.affine)
     images = {}
     for name, volume in volumes.items():
@@ -250,9 +281,9 @@ def centered_slice(size: int, low: int, high: int) -> slice:
     return slice(margin, size - margin)
 
 
-#: Negative share of the foreground that is noted, and the share at which a rule that clips at 0 does not fit.
-_NOTED_NEGATIVE, _MAX_NEGATIVE = 0.01, 0.05
-#: Hounsfield units that occur only in air.
+#: Share of the foreground below 0 that is said, and above which a volume does not fit a rule that clips at 0.
+_NOTED_NEGATIVE, MAX_NEGATIVE = 0.01, 0.05
+#: Hounsfield units that only a CT's air has.
 _AIR = -500
 #: Share of voxels that are 0 in every sequence; below it, skull and air have not been removed.
 _MIN_AIR = 0.15
@@ -292,10 +323,11 @@ def prepare_case(case: Case, layout: Layout, modalities: tuple[str, ...]) -> Pre
         modalities = tuple(name for name in modalities if name in case.images)
     volumes, faults, sources = _read_members(case, layout, modalities)
     try:
-        if volumes and settings.reference is None:
+        grid = _reference_of(case, volumes, layout)
+        if volumes and grid is None:
             volumes, grid_faults = _drop_other_grids(case, volumes)
             faults += grid_faults
-        if not volumes or (settings.reference is not None and settings.reference not in volumes):
+        if not volumes or (grid is not None and grid not in volumes):
             raise SampleFaultError([] if faults else [_nothing_left(case, layout)])
         images, reference = _on_reference_grid(case, volumes, layout)
         if settings.atlas is not None:

@@ -3,6 +3,7 @@
 import gzip
 import io
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -213,6 +214,15 @@ def read_header(path: Path, voxels: VoxelConfig = STRICT, place: int | None = No
             shape = squeezed(header.get_data_shape(), place)
     except OSError as error:
         raise VolumeError("unreadable", f"the file cannot be opened ({error.strerror or error})") from error
+    return turned(shape, affine)
+
+
+def turned(shape: Sequence[int], affine: NDArray[np.float64]) -> Header:
+    """Return shape and affine of a volume once its axes are turned to RAS.
+
+    Raises:
+        VolumeError: the affine places its voxels nowhere.
+    """
     check_affine(affine)
     turn = nib.orientations.io_orientation(affine)
     ras_shape = tuple(int(shape[list(turn[:, 0]).index(axis)]) for axis in range(3))

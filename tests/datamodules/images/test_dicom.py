@@ -1,9 +1,13 @@
 import io
+import re
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import datamodules
 from common.errors import UserError
 from datamodules import notes
 from datamodules.images import dicom as dicom_pictures
@@ -211,7 +215,7 @@ def test_a_file_without_a_picture(ramp, tmp_path):
     del dataset.Rows, dataset.Columns, dataset.PixelData
     dataset.SOPClassUID = pydicom.uid.BasicTextSRStorage
     dataset.save_as(tmp_path / "image.dcm")
-    assert fault_of(tmp_path / "image.dcm") == ("unreadable", "a DICOM file of Basic Text SR Storage without an image")
+    assert fault_of(tmp_path / "image.dcm") == ("unreadable", "a DICOM file of Basic Text SR Storage without a picture")
 
 
 def test_compressed_pixels_larger_than_the_header_says(tmp_path):
@@ -273,3 +277,13 @@ def test_real_slices(real_data):
     for path in sorted(folder.rglob("*.dcm")):
         assert read_gray(path).ndim == 2
     assert np.ptp(read_colour(folder / "rgb" / "IM-0001-0001-0001.dcm").astype(int), axis=-1).max() > 0
+
+
+def test_decoders_have_licences_that_go_with_ours():
+    """Archives.md, section 8.6: pylibjpeg-libjpeg (GPL-3.0) is neither asked for nor locked."""
+    folder = Path(datamodules.__path__[0]).parent
+    extra = tomllib.loads((folder / "pyproject.toml").read_text())["project"]["optional-dependencies"]["dicom"]
+    assert {re.split("[>=]", entry)[0] for entry in extra} == {
+        "pydicom", "pylibjpeg", "pylibjpeg-openjpeg", "python-gdcm", "dcm2niix"
+    }  # fmt: skip
+    assert "pylibjpeg-libjpeg" not in (folder / "requirements.lock").read_text()
