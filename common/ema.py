@@ -92,6 +92,6 @@ def need_teacher(state: Mapping[str, Tensor], prefix: str) -> None:
     """
     if not any(key.startswith(prefix) for key in state):
         raise CheckpointError(
-            "The checkpoint holds no teacher, so training cannot go on from it as if it had not stopped: begin a new "
+            "The checkpoint holds no teacher, so training cannot be resumed from it: start a new "
             "run from its weights with --model.pretrained."
         )
