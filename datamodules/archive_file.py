@@ -227,7 +227,7 @@ def checked(content: Any, source: object = "data.archive") -> dict[str, Any]:
         DataError: an unknown key (names the nearest), or a value of another type.
     """
     try:
-        found: dict[str, Any] = _fields(**SCHEMA)(content, "")
+        found: dict[str, Any] = _fields((), **SCHEMA)(content, "")
     except (_Wrong, DataError) as error:
         raise DataError(f"{short(str(source), 90)}: {short(str(error).removesuffix('.'), 190)}.") from error
     return found

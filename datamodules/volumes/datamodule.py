@@ -353,7 +353,8 @@ class VolumeDataModule(ArchiveDataModule):
     def prepare_layout(self, archive: Archive) -> Layout:
         """Return what the archive's files are, and how they are prepared."""
         layout, grid = prepared(archive, self._profile), self.said.get("grid", {})
-        wanted = {key: value if key == "reference" else tuple(value) for key, value in grid.items()}
+        wanted: dict[str, Any] = dict(grid)
+        wanted |= {"spacing": tuple(grid["spacing"])} if "spacing" in grid else {}
         return replace(layout, preprocessing=replace(layout.preprocessing, **wanted))
 
     def _check_grid(self, layout: Layout) -> None:
