@@ -17,7 +17,7 @@ from common.errors import DataError
 from common.faults import Fault, FaultLedger, SampleFaultError
 from common.pseudonyms import hide_names, names_are_hidden
 from common.randomness import run_seed, stable_hash
-from common.runtime.reporting import is_dry_run, say
+from common.runtime.reporting import is_dry_run, print_line
 from common.types import InputSpec
 from datamodules.account import Account
 from datamodules.archive_file import OWN_KEYS, ArchiveFile, archive_file_of, checked, settings_of
@@ -42,7 +42,7 @@ from datamodules.tree import Tree
 
 
 class FaultTolerantDataset(Dataset):
-    """Replaces a broken sample by another one, the same one every time.
+    """Replaces a broken sample by another one, always the same.
 
     Subclasses implement :meth:`read`; each item carries the faults met on the way under ``"faults"``.
 
@@ -65,11 +65,11 @@ class FaultTolerantDataset(Dataset):
         """Return one item; may list member faults under ``"faults"``.
 
         Raises:
-            SampleFaultError: nothing of it can be used.
+            SampleFaultError: none of it can be used.
         """
 
     def draw_key(self, draw: Draw, train: bool) -> tuple[object, ...]:
-        """Return the key that seeds a draw: in training of the run's seed and the epoch, else of the subject alone."""
+        """Return the key that seeds a draw: from seed and epoch in training, otherwise from the subject."""
         subject = self.subject(draw.index)
         return ("train", self.seed, draw.epoch, subject, draw.draw) if train else ("val", subject, draw.draw)
 
@@ -93,7 +93,7 @@ class FaultTolerantDataset(Dataset):
 
 
 def collate_samples(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack tensors and numbers, list the rest, join the faults."""
+    """Stack tensors and numbers, list everything else, and join the faults."""
     batch: dict[str, Any] = {"faults": [fault for sample in samples for fault in sample.pop("faults")]}
     for name in samples[0]:
         values = [sample[name] for sample in samples]
@@ -103,12 +103,12 @@ def collate_samples(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_position(position: Mapping[str, Any], batch_size: int, ranks: int) -> None:
-    """Refuse to go on in the middle of an epoch with batches of another size, or on another number of ranks.
+    """Refuse to resume inside an epoch with another batch size or number of ranks.
 
-    Which samples were consumed would then be another question; at the boundary of an epoch nothing is.
+    The consumed samples would then be different ones; at the boundary of an epoch there are none.
 
     Raises:
-        DataError: with both values.
+        DataError: one of them differs; names both values.
     """
     if not 0 < position["consumed"] < position.get("batches", 0):
         return
@@ -151,7 +151,7 @@ class ArchiveDataModule(pl.LightningDataModule):
     Args:
         batch_size: Samples per device.
         num_workers: Loader processes per rank.
-        anonymise: Whether persons, studies and files have pseudonyms in all that is printed, logged, drawn or written
+        anonymise: Whether people, studies and files get pseudonyms in all that is printed, logged, drawn or written
             outside the cache; see :mod:`common.pseudonyms`.
         seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
         loader: How samples are drawn, and how many may be broken.
@@ -207,7 +207,7 @@ class ArchiveDataModule(pl.LightningDataModule):
         self._earlier: Membership | None = None
         self._starts_from, self._where = False, "pre-training"
         self._placed: tuple[Sequence[Any], dict[str, str], str] | None = None
-        #: How many validation and test patients earlier training has seen, by split.
+        #: Number of validation and test patients seen by earlier training, by split.
         self.seen: dict[str, dict[str, int]] = {}
 
     @property
@@ -216,22 +216,22 @@ class ArchiveDataModule(pl.LightningDataModule):
         """What the batches will hold; known once the root has been indexed."""
 
     def deliver(self, channels: Sequence[str]) -> None:
-        """Give batches these channels in this order; those that the archive lacks are fed as absent.
+        """Deliver these channels in this order; those missing from the archive are marked absent.
 
         Raises:
             DataError: the channels of this archive are fixed.
         """
         given = self.input_spec.channels
         if tuple(channels) != given:
-            raise DataError(f"The data give the channels {', '.join(given)}, not {', '.join(channels)}.")
+            raise DataError(f"The dataset has the channels {', '.join(given)}, not {', '.join(channels)}.")
 
     def recall(self, resumed: Any = None, started_from: Any = None, weights: Any = None) -> None:
-        """Take the memberships of earlier runs, as their checkpoints hold them, before anything is indexed.
+        """Set the memberships of earlier runs, as stored in their checkpoints, before anything is indexed.
 
         Args:
-            resumed: Of the run that goes on.
-            started_from: Of the run whose encoder this one starts from.
-            weights: Of the run whose network is evaluated.
+            resumed: Membership of the run that is resumed.
+            started_from: Membership of the run whose encoder is used.
+            weights: Membership of the run whose network is evaluated.
         """
         self._resumed = Membership.read(resumed)
         self._starts_from = resumed is None and started_from is not None
@@ -241,16 +241,16 @@ class ArchiveDataModule(pl.LightningDataModule):
             self._earlier = self._resumed.before
 
     def place(self, cases: Sequence[Any], parts: Mapping[str, str], seeded: bool, setting: object) -> dict[str, str]:
-        """Return the split of every case: as a resumed run, or the one that it is to agree with, had it.
+        """Return the split of every case, kept from a resumed run or from ``split_from``.
 
         Args:
             cases: All cases.
-            parts: Where they would be placed.
-            seeded: Whether neither a file nor the archive says so.
-            setting: What places them.
+            parts: Their splits otherwise.
+            seeded: Whether the split is seeded, not given by a file or the archive.
+            setting: Description of how splits are made.
 
         Raises:
-            DataError: the archive is not the one that a resumed run began with.
+            DataError: the archive has changed since a resumed run began.
         """
         described = str(setting)
         if isinstance(setting, tuple):
@@ -270,10 +270,10 @@ class ArchiveDataModule(pl.LightningDataModule):
         return placed
 
     def sources(self, cases: Sequence[Any]) -> dict[str, tuple[str, ...]]:
-        """Return the check sums of the files of each case, as far as they are known."""
+        """Return the known check sums of each case's files."""
         return {}
 
-    def settle_membership(self) -> Membership | None:
+    def resolve_membership(self) -> Membership | None:
         """Compare the members with those of earlier runs, and return them; None where nothing was placed.
 
         Raises:
@@ -293,20 +293,20 @@ class ArchiveDataModule(pl.LightningDataModule):
         if self._earlier is None:
             return
         if not self._earlier.comparable():
-            say("note: whether pre-training has seen these patients can be told by equal files alone: its names are "
-                "hidden with another key")  # fmt: skip
+            print_line("note: pre-training hid its names with another key, so patients seen there are recognised by "
+                "equal files alone")  # fmt: skip
         for split in ("val", "test"):
             seen = seen_patients(self._earlier, [row for row in rows if row.split == split], self.root)
             if not seen.patients:
                 continue
             self.seen[split] = seen.facts()
             words = seen.words(split, self._where)
-            say(words)
+            print_line(words)
             if seen.certain and self._seen_patients == "refuse":
                 raise DataError(f"{words}: set data.seen_patients to drop to leave them out, or to report.")
             if seen.certain and self._seen_patients == "drop":
                 kept = [case for case in self.splits[split] if case.patient_id not in seen.certain]
-                say(f"{len(self.splits[split]) - len(kept)} {split} cases are left out (data.seen_patients)")
+                print_line(f"{len(self.splits[split]) - len(kept)} {split} cases are left out (data.seen_patients)")
                 self.splits[split] = kept
 
     @abstractmethod
@@ -318,17 +318,22 @@ class ArchiveDataModule(pl.LightningDataModule):
             workers: Threads.
         """
 
-    #: Who uses the archive, for refusals; the commands put the experiment's name here.
+    #: User of the archive in error messages; the commands set the experiment's name.
     purpose = "this experiment"
 
     @property
     def needs(self) -> frozenset[str]:
-        """What an archive must give, of :data:`datamodules.registry.VOCABULARY`."""
+        """What an archive must provide, from :data:`datamodules.registry.VOCABULARY`."""
         return frozenset()
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """What is needed of a layout, but may be missing from an archive of it."""
+        return ("genetics", "masks", "targets")
 
     @abstractmethod
     def used_files(self) -> Iterable[tuple[str, Path]]:
-        """Yield the archive's files that are used, each with what it is; known once the root has been indexed."""
+        """Yield the kind and path of the used files; known once the root has been indexed."""
 
     @classmethod
     def archive_options(cls, root: str | ArchiveFile, given: Mapping[str, Any]) -> tuple[dict[str, Any], Path] | None:
@@ -348,7 +353,7 @@ class ArchiveDataModule(pl.LightningDataModule):
             return None
         options, unused = cls.taken(file, given)
         used = [key for key in file.content if key not in ("version", "root", *unused)]
-        say(f"archive: {file.path} is used ({', '.join(used) or 'its root'})"
+        print_line(f"archive: {file.path} is used ({', '.join(used) or 'its root'})"
             + (f"; this task has no use for its {', '.join(unused)}" if unused else ""))  # fmt: skip
         return options, file.path
 
@@ -400,7 +405,7 @@ class ArchiveDataModule(pl.LightningDataModule):
         return tree
 
     def open(self, root: str | Path | Tree, layout: str = "auto", settings: Settings = NO_SETTINGS) -> Archive:
-        """Recognise the archive and list what it holds.
+        """Recognise the archive and list its samples.
 
         Args:
             root: The archive.
@@ -414,29 +419,29 @@ class ArchiveDataModule(pl.LightningDataModule):
         heeded = replace(self.settings, **{name: getattr(settings, name) for name in settings.said()})
         if heeded.modalities and "volumes" not in self.needs:
             raise DataError(f"modalities: names channels of volumes, and {self.purpose} reads none: leave it out.")
-        archive = open_archive(root, layout, self.needs, self.purpose, heeded)
+        archive = open_archive(root, layout, self.needs, self.purpose, heeded, self.optional)
         Account(archive).check()
         for note in archive.notes:
-            say(f"note: {note}")
+            print_line(f"note: {note}")
         with_targets(archive, self.said.get("targets", {}))
         return archive
 
     def keep_account(self, stage: str) -> None:
-        """When training: print what became of the archive's files, and keep it with the run."""
+        """In training, print the account of the archive's files and save it with the run."""
         if stage != "fit" or self.archive is None:
             return
         account = Account(self.archive, self.used_files())
         for line in account.lines():
-            say(line)
+            print_line(line)
         trainer = self.trainer
         if trainer is not None and trainer.is_global_zero and not is_dry_run(trainer):
             account.write(Path(trainer.default_root_dir) / "account.csv", examples=not self.ledger.anonymise)
 
     def terms(self, cached: Sequence[Any], draws: int = 1) -> Terms:
-        """Return what training asks of the archive, for its doctor.
+        """Return what training requires of the archive, for the doctor.
 
         Args:
-            cached: What the cache would be made of.
+            cached: Files that the cache would be built from.
             draws: Training samples that a member gives per epoch.
         """
         cache = None
@@ -449,7 +454,7 @@ class ArchiveDataModule(pl.LightningDataModule):
 
     @abstractmethod
     def reference_samples(self, count: int) -> Iterable[Any]:
-        """Yield batches with at least ``count`` training samples, drawn and cut as validation samples are."""
+        """Yield batches with at least ``count`` training samples, drawn and cut like validation samples."""
 
     def _ranks(self) -> tuple[int, int]:
         trainer = self.trainer
@@ -459,7 +464,7 @@ class ArchiveDataModule(pl.LightningDataModule):
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def train_loader(self, dataset: FaultTolerantDataset, draws: int) -> ResumableLoader:
-        """Make the training loader, at the position a checkpoint gave."""
+        """Make the training loader, at the position from a checkpoint."""
         self.ledger.check()
         global_rank, world_size = self._ranks()
         batches = TrainBatches(len(dataset), draws, self.batch_size, global_rank, world_size, self.seed)
@@ -473,13 +478,13 @@ class ArchiveDataModule(pl.LightningDataModule):
     def evaluation_loader(
         self, dataset: FaultTolerantDataset, draws: int = 1, batch_size: int | None = None, all_ranks: bool = True
     ) -> ResumableLoader:
-        """Make a loader that reads everything once, shared out over the ranks."""
+        """Make a loader that reads everything once, divided among the ranks."""
         global_rank, world_size = self._ranks() if all_ranks else (0, 1)
         batches = EvaluationBatches(len(dataset), draws, batch_size or self.batch_size, global_rank, world_size)
         return self._make_loader(dataset, batches)
 
     def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """Return what makes a batch from samples."""
+        """Return the collate function."""
         return collate_samples
 
     def _make_loader(self, dataset: FaultTolerantDataset, batches: TrainBatches | EvaluationBatches) -> ResumableLoader:
@@ -498,7 +503,7 @@ class ArchiveDataModule(pl.LightningDataModule):
         self.teardown("exception")
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Take the faults out of a batch and into the ledger (Lightning hook)."""
+        """Move the faults of a batch into the ledger (Lightning hook)."""
         if isinstance(batch, dict):
             self.ledger.add(batch.pop("faults", []))
         return batch
@@ -511,5 +516,5 @@ class ArchiveDataModule(pl.LightningDataModule):
         return {**self._train_loader.state_dict(), **sizes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the position for the training loader, which is made later (Lightning hook)."""
+        """Keep the position for the training loader, which is created later (Lightning hook)."""
         self._position = state_dict if "consumed" in state_dict else None

@@ -16,7 +16,7 @@ from common.errors import UsageError, UserError
 from common.runtime.configs import find_config, merge, read_config
 from common.runtime.lean_imports import import_torchmetrics
 
-#: Lines of jsonargparse's messages that only say how it tried.
+#: Lines of jsonargparse's messages that only describe its attempts.
 _NOISE = (
     "Does not validate against",
     "Subtypes:",
@@ -28,7 +28,7 @@ _NOISE = (
 
 
 def one_line(message: str) -> str:
-    """Return what a message of jsonargparse over many lines says."""
+    """Return a multi-line message of jsonargparse in one line."""
     lines = [line.strip() for line in message.splitlines()]
     words = [line.removeprefix("- ") for line in lines if line and not line.startswith(_NOISE)]
     return "; ".join(words).replace(":; ", ": ").removesuffix(".")
@@ -144,7 +144,7 @@ def _split_option(word: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Archive:
-    """An archive as a command is told of it. Making one reads the configurations, before anything large is imported.
+    """An archive as given to a command. Creating one reads the configurations, before any large import.
 
     Attributes:
         configs: Configurations, later ones over earlier ones.
@@ -193,7 +193,7 @@ class Archive:
         """Instantiate its data module.
 
         Raises:
-            UserError: a setting does not exist or cannot have this value.
+            UserError: unknown setting or invalid value.
         """
         import_torchmetrics()
         from lightning.pytorch import LightningDataModule

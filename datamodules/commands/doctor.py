@@ -2,7 +2,7 @@
 
 from common.errors import DataError
 from common.runtime.data_config import Archive
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 
 
 def run(archive: Archive, deep: bool, workers: int) -> None:
@@ -19,4 +19,4 @@ def run(archive: Archive, deep: bool, workers: int) -> None:
     reasons = archive.datamodule().examine(deep, workers)
     if reasons:
         raise DataError(f"Training would refuse this archive: {'; '.join(reasons)}.")
-    say("training would accept this archive")
+    print_line("training would accept this archive")

@@ -15,7 +15,7 @@ from common.files import write_text
 from common.names import safe_name
 from common.runtime.data_config import Archive as Configured
 from common.runtime.experiments import experiment_names
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from datamodules.account import Account
 from datamodules.archive_file import ArchiveFile, parsed, settings_of
 from datamodules.base import ArchiveDataModule
@@ -94,13 +94,13 @@ def run(directory: str, exp: str | None, table: str | None, out: str | None, for
         lines, fits = _report(understood, [exp] if exp else experiment_names(), target)
     _heading(tree, understood)
     for line in lines:
-        say(f"  {shortened(line, _WIDTH)}")
+        print_line(f"  {shortened(line, _WIDTH)}")
     done = _write(target, understood.proposal.text(), force)
     if understood.proposal.open:
-        say(done)
+        print_line(done)
         raise DataError(f"{target} holds a question that only you can answer ({understood.proposal.open}): keep one of "
                         f"its lines, then make doctor EXP={exp or 'NAME'} DATA={target}.")  # fmt: skip
-    say(f"{done}; next: make doctor {fits}")
+    print_line(f"{done}; next: make doctor {fits}")
 
 
 @contextlib.contextmanager
@@ -196,7 +196,7 @@ def _heading(tree: Tree, understood: Understood) -> None:
         total, unit = total / 1000, unit + 1
     size = f"{total:.{1 if unit else 0}f} {_UNITS[unit]}"
     layout = understood.proposal.said["layout"]
-    say(f"{shortened(str(tree), 120)}  {len(tree):,} files, {size}: {layout} ({understood.because})")
+    print_line(f"{shortened(str(tree), 120)}  {len(tree):,} files, {size}: {layout} ({understood.because})")
 
 
 def _report(understood: Understood, experiments: Sequence[str], target: Path) -> tuple[list[str], str]:

@@ -1,4 +1,4 @@
-"""What a doctor looks at in single 2D images, whatever they are for."""
+"""What ``medmim doctor`` checks in single 2D images."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +20,7 @@ def check_image(path: Path, case_id: str, deep: bool, frame: int | None = None) 
         frame: Which frame of a DICOM file with several is used; None refuses those.
 
     Returns:
-        What is wrong; else the file's check sum, empty where only the header was read.
+        The fault; otherwise the file's check sum, empty if only the header was read.
     """
     try:
         if deep:

@@ -1,4 +1,4 @@
-"""Predicted regions as run-length codes, in the table that the pneumothorax challenge asks for."""
+"""Predicted regions as run-length codes, in the format of the pneumothorax challenge."""
 
 from pathlib import Path
 from typing import Any
@@ -7,15 +7,15 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from common.distributed import gather_objects
-from common.runtime.reporting import is_dry_run, say, write_rows
+from common.runtime.reporting import is_dry_run, print_line, write_rows
 from datamodules.labelled.siim import encode_runs
 
 
 class RunLengthWriter(BasePredictionWriter):
-    """Writes ``predictions.csv`` in the run folder: ``ImageId`` and ``EncodedPixels``, -1 where there is no region.
+    """Writes ``predictions.csv`` in the run folder: ``ImageId`` and ``EncodedPixels``, -1 without a region.
 
-    The masks of the predictions are replaced by their codes: Lightning keeps predictions to the end, and of thousands
-    of radiographs that is gigabytes of masks.
+    Predicted masks are replaced by their codes: Lightning keeps all predictions, and masks of thousands of radiographs
+    take gigabytes.
     """
 
     def __init__(self) -> None:
@@ -44,4 +44,4 @@ class RunLengthWriter(BasePredictionWriter):
         if trainer.is_global_zero and not is_dry_run(trainer):
             path = Path(trainer.default_root_dir) / "predictions.csv"
             write_rows(path, sorted(rows, key=lambda row: row["ImageId"]))
-            say(f"predictions: {len(rows)} run-length codes in {path}")
+            print_line(f"predictions: {len(rows)} run-length codes in {path}")

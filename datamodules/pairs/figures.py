@@ -20,7 +20,7 @@ class FigureDataModule(PairDataModule):
         **settings: Those of :class:`datamodules.pairs.datamodule.PairDataModule`.
     """
 
-    noun = "figures"
+    item_name = "figures"
 
     def __init__(
         self,

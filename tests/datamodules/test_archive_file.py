@@ -88,7 +88,7 @@ def test_values_are_text_as_written():
         ("split: {fraction: [1, 0, 0]}", "split has no key 'fraction'; the nearest key is fractions"),
         ("split: {fractions: [0.5, 0.1, 0.1]}", "three shares that sum to 1"),
         ("split: {fractions: [0.8, 0.2]}", "a list of 3 values"),
-        ("layout: bidz", "no layout 'bidz'; nearest are bids"),
+        ("layout: bidz", "Unknown layout 'bidz'; nearest are bids"),
         ("version: 2", "version must be 1"),
         ("modalities: {t1: a, T1w: b}", "modalities names t1 twice, as t1 and T1w"),
         ("modalities: [t1]", "modalities must be a mapping"),

@@ -1,11 +1,9 @@
 """What init proposes for series of DICOM: explicit rules, which say the same as those that come with the project."""
 
-from pathlib import Path
-
 import pytest
 import yaml
 
-from datamodules.commands.dicom_series import _rules, is_series, propose_series
+from datamodules.commands.dicom_series import _rules, propose_series
 from datamodules.commands.proposals import begun
 from datamodules.dicom.index import Instance, Stack
 from datamodules.dicom.rules import classify, default_rules, parse_rules
@@ -51,7 +49,6 @@ def test_a_guess_is_said():
 @pytest.mark.real_data
 def test_a_dual_echo_is_told_by_its_times(real_data):
     tree = Tree(real_data("dicom_pdt2"))
-    assert is_series(tree)
     proposal = begun(tree, "dicom")
     assert propose_series(tree, proposal) == "2 series in 1 studies"
     assert [(rule["te"][0], rule["modality"]) for rule in proposal.said["series"][2:]] == [(0.0, "pd"), (51.5, "t2")]
@@ -66,8 +63,3 @@ def test_one_patient_id_for_all_is_asked_about(real_data):
     assert proposal.open == "subject: whose is a study?"
     assert "# subject: study" in proposal.text()
     assert "# guessed from its times: 1 series" in proposal.text()
-
-
-def test_other_trees_are_not_of_dicom(tmp_path: Path):
-    (tmp_path / "a.bin").write_bytes(bytes(200))
-    assert not is_series(Tree(tmp_path))

@@ -111,9 +111,9 @@ def test_the_first_window_of_any_function(ramp, tmp_path, function, tolerance):
 @pytest.mark.parametrize("window", [{"WindowCenter": 40, "WindowWidth": 80}, {"WindowCenter": 40, "WindowWidth": 0}])
 def test_a_window_of_other_values_is_dropped_and_counted(ramp, tmp_path, window, capsys):
     plain = read_gray(write(tmp_path / "plain.dcm", ramp, bits=12))
-    notes.say_notes()
+    notes.print_notes()
     assert np.array_equal(read_gray(write(tmp_path / "image.dcm", ramp, bits=12, **window)), plain)
-    notes.say_notes()
+    notes.print_notes()
     assert "was not used" in capsys.readouterr().out
 
 
@@ -170,9 +170,9 @@ def test_a_range_of_padding(ramp, tmp_path):
 def test_padding_that_is_most_of_the_middle_is_a_value(ramp, tmp_path, capsys):
     ramp[10:54, 10:54] = 3000
     plain = read_gray(write(tmp_path / "plain.dcm", ramp, bits=12))
-    notes.say_notes()
+    notes.print_notes()
     assert np.array_equal(read_gray(write(tmp_path / "image.dcm", ramp, bits=12, PixelPaddingValue=3000)), plain)
-    notes.say_notes()
+    notes.print_notes()
     assert "padding value" in capsys.readouterr().out
     ramp[...] = 3000
     assert fault_of(write(tmp_path / "image.dcm", ramp, bits=12))[0] == "constant"

@@ -81,10 +81,12 @@ def embed(root, ckpt, out, *more):
 
 @torch.no_grad()
 def tokens(encoder, module):
+    """In float64, so that another order of a sum is not taken for another kernel."""
+    encoder = encoder.double().eval()
     return {
         name: features
         for batch in module.central_samples()
-        for name, features in zip(batch["subject_id"], encoder.eval().forward_features(batch["image"]), strict=True)
+        for name, features in zip(batch["subject_id"], encoder.forward_features(batch["image"].double()), strict=True)
     }
 
 
