@@ -18,8 +18,8 @@ from common.distributed import agree, broadcast_object, rank, world_size
 from common.errors import PreemptedError
 from common.weights.files import LAST
 
-#: What a rank says before it closes its connection: that it has ended well, or with an error that it has printed itself;
-#: and what the first one says of a rank that has died.
+#: What a rank says before it closes its connection: that it has ended well, or with an error that it has printed; and
+#: what the first one says when another has died.
 _WELL, _FAILED, _DEAD = b"W", b"F", b"D"
 #: Seconds to connect in, that a rank has to print its own error where another has one, that an error may turn out to be
 #: another rank's death in, and that a checkpoint may take to be written to its end.
@@ -116,7 +116,7 @@ class RankWatch(pl.Callback):
             time.sleep(_OWN_ERROR)  # most errors are every rank's
         elif word == b"":
             self._say(_DEAD)
-            if rank() == 0 or number == 0 and rank() == 1:
+            if rank() == 0 or (number == 0 and rank() == 1):
                 os.write(2, f"\nerror: {self._sentence(number)}\n".encode())
         SAVING.acquire(timeout=_SAVE)
         for child in multiprocessing.active_children():

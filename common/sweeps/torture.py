@@ -367,7 +367,7 @@ def _follow(processes: Sequence[Any], log: Path, blow: Blow | None) -> str:
             struck = True
         if first_end is None and any(process.exitcode for process in processes):
             first_end = now
-        if first_end is not None and now - first_end > _FOLLOW or now - begin > _PATIENCE:
+        if (first_end is not None and now - first_end > _FOLLOW) or now - begin > _PATIENCE:
             # Before the ranks have met, whoever launches them ends those that wait for one that has died.
             met = "All distributed processes registered" in log.read_text(errors="replace")
             problem = "" if first_end and not met else "a rank does not follow another" if first_end else "it hangs"
