@@ -7,7 +7,6 @@ neither temporary files, nor processes, nor a run folder too many may be left. C
 process, which has imported what they import: importing takes longer than all they do.
 """
 
-import csv
 import functools
 import itertools
 import logging
@@ -29,16 +28,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common import entry
-from common.checkpoint import read_checkpoint
 from common.commands import execute
 from common.errors import UserError
-from common.files import is_temporary, make_folder, write_text
+from common.files import make_folder, write_text
 from common.runtime.configs import package_file, read_config
 from common.runtime.experiments import experiment_names
 from common.runtime.reporting import say
+from common.sweeps.torture_checks import judge
 
 #: Exit codes of a run that was asked to stop; before there is anything to save, the signal itself ends it.
 _CODES = {SIGTERM: (143, -SIGTERM), SIGUSR1: (143, -SIGUSR1), SIGINT: (130,)}
@@ -184,48 +182,6 @@ def _members(processes: Sequence[Any]) -> list[int]:
     return found
 
 
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping | list):
-        pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for key, part in pairs:
-            yield from _leaves(part, f"{name}.{key}")
-    else:
-        yield name, value
-
-
-def _state(folder: Path) -> dict[str, Any]:
-    checkpoint = read_checkpoint(folder, "last")
-    return dict(_leaves([checkpoint["state_dict"], checkpoint["optimizer_states"]]))
-
-
-def _same(a: Any, b: Any) -> bool:
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else bool(a == b)
-
-
-def _scalars(folder: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield step, name and value of every scalar in ``metrics.csv``."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            yield from (
-                (row["step"], name, value) for name, value in row.items() if value and name not in ("step", "epoch")
-            )
-
-
-def _twice(folder: Path) -> str:
-    """Return what a log of the run holds twice for one step."""
-    seen: set[tuple[str, str]] = set()
-    for step, name, _ in _scalars(folder):
-        if (step, name) in seen:
-            return f"metrics.csv holds {name} of step {step} twice"
-        seen.add((step, name))
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    for name in set(events.Tags()["scalars"]) - {"epoch"}:
-        steps = [event.step for event in events.Scalars(name)]
-        if len(set(steps)) < len(steps):
-            return f"TensorBoard holds {name} of one step twice"
-    return ""
-
-
 class Victim:
     """Runs of one experiment that are tortured.
 
@@ -292,7 +248,11 @@ class Victim:
             line = self._again(folder) or fresh
             starts += line is fresh
             tally.resumed += line is not fresh
-        faults += [] if faults else self._judge(folder, whole, starts, cache)
+        if not faults:
+            store = Path(cache.get("MEDMIM_CACHE", self.folder / "cache"))
+            faults += judge(self._newest(folder), whole, folder / "runs", store)
+            runs = len(list((folder / "runs").glob("*/*/*")))
+            faults += [f"{runs} run folders after {starts} starts"] if runs > starts else []
         tally.kills += kills
         tally.equal += 0 if faults else kills
         tally.faults += [f"{self.experiment}, {kind}, run {number} of seed {self.seed}: {fault}" for fault in faults]
@@ -337,23 +297,6 @@ class Victim:
         codes = [process.exitcode or 0 for process in processes]
         problem = fault or _look(text, codes, blow)
         return codes, f"{problem}; {log}: {text[-600:]}" if problem else ""
-
-    def _judge(self, folder: Path, whole: Path, starts: int, cache: Mapping[str, str]) -> list[str]:
-        """Return what is wrong with a run that has ended."""
-        run = self._newest(folder)
-        expected, found = _state(whole), _state(run)
-        different = [name for name in expected.keys() | found.keys() if not _same(expected.get(name), found.get(name))]
-        faults = [f"{len(different)} of {len(expected)} values differ, such as {min(different)}"] if different else []
-        faults += [twice] if (twice := _twice(run)) else []
-        values = {(step, name): value for step, name, value in _scalars(whole) if name.startswith(("train/", "val/"))}
-        other = [(step, name) for step, name, value in _scalars(run) if values.get((step, name), value) != value]
-        faults += [f"{other[0][1]} of step {other[0][0]} has another value"] if other else []
-        stores = (folder / "runs", Path(cache.get("MEDMIM_CACHE", self.folder / "cache")))
-        left = [path for store in stores for path in store.rglob("*")
-                if is_temporary(path.name) or path.name == "building.json"]  # fmt: skip
-        faults += [f"{left[0]} is left"] if left else []
-        runs = len(list((folder / "runs").glob("*/*/*")))
-        return faults + ([f"{runs} run folders after {starts} starts"] if runs > starts else [])
 
 
 def _follow(processes: Sequence[Any], log: Path, blow: Blow | None) -> str:
@@ -403,7 +346,7 @@ def _look(text: str, codes: Sequence[int], blow: Blow | None) -> str:
     if blow is None:
         return f"exit codes {codes}" if any(codes) else ""
     allowed = {0, *(code for number in blow.signals for code in _CODES.get(number, ()))}
-    if SIGKILL in blow.signals:
+    if SIGKILL in blow.signals or min(codes) < 0:  # the others follow a rank that has died with 1, or are ended
         allowed |= {-SIGKILL, 1}
     return "" if set(codes) <= allowed else f"exit codes {codes} after {[number.name for number in blow.signals]}"
 
