@@ -1,7 +1,7 @@
 # A thin layer over two commands: every target runs a command that you could type yourself. `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install init pretrain finetune evaluate doctor tensorboard export test test-all lint type bench
+.PHONY: help install init pretrain finetune evaluate doctor tensorboard export test test-all lint type bench torture
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,6 +14,7 @@ EXP ?=
 TASK ?=
 DATA ?=
 LAYOUT ?=
+KILLS ?=
 SIZE ?=
 CKPT ?=
 RESUME ?=
@@ -21,6 +22,7 @@ ARGS ?=
 DEEP ?=
 FORMAT ?=
 OUT ?=
+KILLS ?=
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | column -t -s '|'
@@ -94,3 +96,6 @@ type: $(STAMP) ## run mypy
 
 bench: $(STAMP) ## [EXP= ARGS=]: benchmark pairs of our own variants side by side
 	$(BIN)/medmim bench $(if $(EXP),--exp $(EXP)) $(ARGS)
+
+torture: $(STAMP) ## [EXP= KILLS= ARGS=]: kill and resume runs in many ways; they must end as whole ones do
+	$(BIN)/medmim torture $(if $(EXP),--exp $(EXP)) $(if $(KILLS),--kills $(KILLS)) $(ARGS)

@@ -1,6 +1,7 @@
 """Checkpoints on disk: written completely or not at all, with a check sum, the previous one kept, never unpickled."""
 
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from common.errors import StorageError
 from common.files import remove_file, whole_file
 from common.names import printable
 from common.weights.files import LAST, PREVIOUS, is_damaged, seal, trust
+
+#: Held while a checkpoint is written: who ends the process from another thread waits for it.
+SAVING = threading.Lock()
 
 
 def _keep_previous(path: Path) -> None:
@@ -51,7 +55,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             UserError: it cannot be written.
         """
-        atomic_save(checkpoint, Path(path))
+        with SAVING:
+            atomic_save(checkpoint, Path(path))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         """Load a checkpoint on the CPU without unpickling objects.

@@ -28,6 +28,7 @@ from common.callbacks.finite_check import FiniteCheck
 from common.callbacks.last_checkpoint import Cadence, LastCheckpoint, Safety
 from common.callbacks.membership import MembershipRecord
 from common.callbacks.preemption import Preemption, slurm_job
+from common.callbacks.rank_watch import RankWatch
 from common.callbacks.run_record import RunRecord, personal_settings
 from common.checkpoint import read_checkpoint, resolve_checkpoint, run_tokenizer, stored_membership
 from common.checkpoint_io import AtomicCheckpointIO
@@ -114,6 +115,7 @@ class MedmimCLI(LightningCLI):
         self._state = TaskState()
         self._members: dict[str, Any] | None = None
         laid, self._archive_file = with_archive_file(expand_config_arguments(arguments))
+        self._first_step: int | None = None
         defaults = str(files("experiments").joinpath("configs/defaults.yaml"))
         try:
             super().__init__(
@@ -153,6 +155,7 @@ class MedmimCLI(LightningCLI):
         if class_path == checkpoint.get("hyper_parameters", {}).get("_class_path", class_path):
             self._state = TaskState.read(checkpoint)
         self._members = checkpoint.get("membership")
+        self._first_step = checkpoint.get("global_step") if command == "fit" else None
 
     def before_instantiate_classes(self) -> None:
         """Give the data the tokenizer of the run that the weights come from, unless one is given (CLI hook)."""
@@ -247,7 +250,8 @@ class MedmimCLI(LightningCLI):
         config = dict(self._get(self.config_init, "trainer"))
         self._check_precision(config)
         if config["logger"] in (None, True):
-            config["logger"] = [RunTensorBoardLogger(str(folder)), RunCSVLogger(str(folder))]
+            config["logger"] = [RunTensorBoardLogger(str(folder), self._first_step),
+                                RunCSVLogger(str(folder), self._first_step)]  # fmt: skip
         if config["logger"]:
             given = config["logger"] if isinstance(config["logger"], list) else [config["logger"]]
             config["logger"] = [*given, SummaryLogger(str(folder))]
@@ -255,7 +259,9 @@ class MedmimCLI(LightningCLI):
         config["plugins"] = [*(config["plugins"] or []), AtomicCheckpointIO()]
         if SLURMEnvironment.detect():
             config["plugins"].append(SLURMEnvironment(auto_requeue=False))
-        callbacks: list[Any] = [RunRecord(folder, self._archive_file), MembershipRecord(folder), FaultReport(folder)]
+        watch = RankWatch(folder)
+        callbacks: list[Any] = [watch, RunRecord(folder, self._archive_file), MembershipRecord(folder)]
+        callbacks.append(FaultReport(folder))
         if config["enable_progress_bar"] is not False and not any(
             isinstance(c, ProgressBar) for c in config["callbacks"]
         ):
@@ -273,6 +279,7 @@ class MedmimCLI(LightningCLI):
                 f"The strategy {config['strategy']} splits the model over devices; losses over all ranks and exact "
                 f"resuming do not allow that: use ddp."
             )
+        watch.attach(trainer.strategy)
         return trainer
 
     def _checkpoint_callbacks(self, folder: Path, safety: Safety) -> list[Any]:

@@ -179,6 +179,13 @@ def _bench(parser: ArgumentParser) -> None:
     parser.add_argument("--out", help="JSON file to write in addition")
 
 
+def _torture(parser: ArgumentParser) -> None:
+    parser.add_argument("--exp", help="one experiment only (default: all)")
+    parser.add_argument("--kills", type=int, default=20, help="kills of each experiment (default: %(default)s)")
+    parser.add_argument("--out", help="folder to write all runs and the table to (default: a temporary one)")
+    parser.add_argument("--seed", type=int, default=0, help="other seeds, other kills (default: %(default)s)")
+
+
 #: What stands below every page of help.
 EXIT_CODES = "Exit codes: 0 done, 1 refused or failed with one line, 2 wrong usage."
 
@@ -218,6 +225,9 @@ COMMANDS = {
     ),
     "bench": Command(
         "common.sweeps.bench.run", "time pairs of our own variants side by side and print the ratios", _bench
+    ),
+    "torture": Command(
+        "common.sweeps.torture.run", "kill and resume runs in many ways and compare them with whole ones", _torture
     ),
 }
 

@@ -61,10 +61,18 @@ class EMATeacher(nn.Module):
         self._copy_buffers(student)
 
     @torch.no_grad()
-    def update(self, student: nn.Module) -> None:
-        """Move towards the student's weights by one step; buffers are copied."""
+    def update(self, student: nn.Module, hold: Tensor | None = None) -> None:
+        """Move towards the student's weights by one step; buffers are copied.
+
+        Args:
+            student: The network.
+            hold: 1 where the student's step was held back, so that the teacher stays as it is, else 0, on the device.
+        """
         mine, theirs = self._pairs(student)
-        torch._foreach_lerp_(mine, [x.to(m.dtype) for x, m in zip(theirs, mine, strict=True)], 1 - self.decay)
+        theirs = [x.to(m.dtype) for x, m in zip(theirs, mine, strict=True)]
+        if hold is not None:
+            theirs = [torch.where(hold > 0, m, x) for x, m in zip(theirs, mine, strict=True)]
+        torch._foreach_lerp_(mine, theirs, 1 - self.decay)
         self._copy_buffers(student)
 
     @torch.no_grad()

@@ -212,6 +212,11 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f".{_here()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.{path.name[-120:]}")
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file or folder of this name is one that :func:`temporary_beside` named."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
 def write_text(path: Path, text: str, owner: Path | None = None) -> None:
     """Write a text file as :func:`whole_file` does, in UTF-8; invalid Unicode is written as escapes."""
     with whole_file(path, owner) as temporary:

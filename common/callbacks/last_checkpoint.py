@@ -49,6 +49,24 @@ def training_ends(trainer: pl.Trainer) -> bool:
     return bool(by_epochs or by_steps or trainer.should_stop)
 
 
+def settle_progress(loop: dict[str, Any]) -> None:
+    """Bring Lightning's counters, as a checkpoint holds them, into the form of one of the two moments it resumes from.
+
+    They are the end of a step inside an epoch, and the end of an epoch. Where the last step of an epoch was saved, or a
+    step in a validation behind it, Lightning would not count the next epoch, and go astray from there on.
+
+    Args:
+        loop: ``fit_loop`` of the checkpoint's ``loops``; changed in place.
+    """
+    batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]
+    over = batches["is_last_batch"]
+    for part in ("total", "current"):
+        ready, epoch = batches[part]["ready"], epochs[part]["ready"]
+        batches[part] |= {"started": ready, "processed": ready, "completed": ready if over else ready - 1}
+        epochs[part] |= {"started": epoch, "processed": epoch if over else epoch - 1, "completed": epoch - 1}
+    loop["epoch_loop.val_loop.batch_progress"]["total"] = dict.fromkeys(batches["total"], 0)
+
+
 class LastCheckpoint(Checkpoint):
     """Writes ``checkpoints/last.ckpt`` by time or by steps, and when training ends; never twice at the same step.
 
@@ -81,15 +99,29 @@ class LastCheckpoint(Checkpoint):
         if is_dry_run(trainer) or trainer.global_step == self._saved_step:
             return
         trainer.save_checkpoint(self.path, weights_only=False)
+        for logger in trainer.loggers:  # else a run that is killed and resumed has a gap in its curves
+            logger.save()
         self._saved_step, self._saved_at = trainer.global_step, self._clock()
 
     def _is_old(self, trainer: pl.Trainer) -> bool:
         """Whether the last checkpoint is too old by the first rank's clock."""
         return agree(trainer.is_global_zero and self._clock() - self._saved_at >= 60 * self.cadence.every_minutes)
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Settle the counters that the run goes on from (Lightning hook)."""
+        settle_progress(checkpoint["loops"]["fit_loop"])
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock (Lightning hook)."""
         self._saved_at = self._clock()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Let loggers count optimiser steps, from which a resumed run would stray by one (Lightning hook)."""
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

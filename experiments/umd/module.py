@@ -160,7 +160,7 @@ class UMDPretrain(SSLModule[ImageTextBatch]):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let the teacher follow: once per optimiser step (Lightning hook)."""
         super().optimizer_step(*args, **kwargs)
-        self.network.update_teacher()
+        self.network.update_teacher(self.finite.flag)
 
     def draw_mask(self, batch: ImageTextBatch) -> MaskOutput:
         """Draw the masks that belong to the batch's samples."""
