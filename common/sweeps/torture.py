@@ -143,7 +143,8 @@ def _command(
         os.dup2(output, stream)
     os.chdir(folder)
     os.environ.update(environment)
-    rank_zero_only.rank = int(environment.get("LOCAL_RANK", "0"))  # Lightning read it at its import, in the parent
+    # Lightning read it at its import, in the parent.
+    rank_zero_only.rank = int(environment.get("LOCAL_RANK", "0"))  # type: ignore[attr-defined]
     sys.argv = ["lightning", *arguments]
     torch.set_num_threads(1)
     if blow is not None and blow.point:
