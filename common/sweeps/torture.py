@@ -251,7 +251,7 @@ class Victim:
             tally.resumed += line is not fresh
         if not faults:
             store = Path(cache.get("MEDMIM_CACHE", self.folder / "cache"))
-            faults += judge(self._newest(folder), whole, folder / "runs", store)
+            faults += judge(self._newest(folder), whole, store)
             runs = len(list((folder / "runs").glob("*/*/*")))
             faults += [f"{runs} run folders after {starts} starts"] if runs > starts else []
         tally.kills += kills

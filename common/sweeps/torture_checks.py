@@ -54,13 +54,12 @@ def logged_twice(folder: Path) -> str:
     return ""
 
 
-def judge(run: Path, whole: Path, runs: Path, cache: Path) -> list[str]:
+def judge(run: Path, whole: Path, cache: Path) -> list[str]:
     """Return what is wrong with a run that has ended.
 
     Args:
         run: Its folder.
         whole: Folder of the uninterrupted run.
-        runs: Folder of all its runs.
         cache: Its cache.
     """
     expected, found = _state(whole), _state(run)
@@ -70,6 +69,6 @@ def judge(run: Path, whole: Path, runs: Path, cache: Path) -> list[str]:
     values = {(step, name): value for step, name, value in _scalars(whole) if name.startswith(("train/", "val/"))}
     other = [(step, name) for step, name, value in _scalars(run) if values.get((step, name), value) != value]
     faults += [f"{other[0][1]} of step {other[0][0]} has another value"] if other else []
-    left = [path for store in (runs, cache) for path in store.rglob("*")
+    left = [path for store in (run, cache) for path in store.rglob("*")
             if is_temporary(path.name) or path.name == "building.json"]  # fmt: skip
     return faults + ([f"{left[0]} is left"] if left else [])

@@ -16,7 +16,7 @@ def progress(ready, completed, current, epoch, processed, over):
             "is_last_batch": over,
         },
         "epoch_loop.val_loop.batch_progress": {"total": counts(4, 4, 4), "current": counts(8, 8, 8)},
-        "epoch_progress": {name: counts(epoch, epoch - 1, processed) for name in ("total", "current")},
+        "epoch_progress": {part: counts(epoch, epoch - 1, processed) for part in ("total", "current")},
     }  # fmt: skip
 
 

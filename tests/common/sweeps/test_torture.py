@@ -37,17 +37,17 @@ def test_every_kind_of_harm_is_seen(tmp_path):
     whole, cache = left_by(tmp_path / "whole"), tmp_path / "cache"
     cache.mkdir()
     runs = tmp_path / "runs"
-    assert judge(left_by(runs / "good"), whole, runs, cache) == []
-    other = judge(left_by(runs / "other", weight=1.0000001), whole, runs, cache)
+    assert judge(left_by(runs / "good"), whole, cache) == []
+    other = judge(left_by(runs / "other", weight=1.0000001), whole, cache)
     assert other == ["1 of 2 values differ, such as .0.w"]
-    assert judge(left_by(runs / "twice", rows=("0,1.5", "0,1.5")), whole, runs, cache) == [
+    assert judge(left_by(runs / "twice", rows=("0,1.5", "0,1.5")), whole, cache) == [
         "metrics.csv holds train/loss of step 0 twice"
     ]
-    assert judge(left_by(runs / "value", rows=("0,1.5", "1,1.3")), whole, runs, cache) == [
+    assert judge(left_by(runs / "value", rows=("0,1.5", "1,1.3")), whole, cache) == [
         "train/loss of step 1 has another value"
     ]
     temporary_beside(cache / "entry.npy").touch()
-    assert judge(runs / "good", whole, runs, cache)[0].endswith("is left")
+    assert judge(runs / "good", whole, cache)[0].endswith("is left")
 
 
 @pytest.mark.slow
