@@ -87,11 +87,7 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
 
 
 def _read_up_to(file: BinaryIO | gzip.GzipFile, limit: int, path: Path) -> bytes:
-    """Read a file in pieces, so that memory is never allocated on a header's promise.
-
-    Raises:
-        DataError: it is larger than the limit.
-    """
+    """Read a file in pieces, so that memory is never allocated on a header's promise."""
     parts: list[bytes] = []
     total = 0
     while part := file.read(_CHUNK):
@@ -210,11 +206,7 @@ def parse_json(text: str, place: str) -> Any:
 
 
 def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dictionary from an object's members.
-
-    Raises:
-        ValueError: a key occurs twice.
-    """
+    """Make a dictionary from an object's members."""
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
@@ -224,11 +216,7 @@ def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_characters(text: str) -> None:
-    """Refuse unpaired surrogates and the zero character, which escapes can produce.
-
-    Raises:
-        ValueError: there is such a character.
-    """
+    """Refuse unpaired surrogates and the zero character, which escapes can produce."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

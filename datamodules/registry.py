@@ -495,11 +495,7 @@ def _matches(tree: Tree, entries: Iterable[Entry]) -> list[_Match]:
 
 
 def _best(tree: Tree, matches: Sequence[_Match]) -> _Match | None:
-    """Return the match with the strongest evidence; None without a match.
-
-    Raises:
-        DataError: several are equally strong.
-    """
+    """Return the match with the strongest evidence; None without a match."""
     found = [match for match in matches if match.evidence.score]
     if not found:
         return None

@@ -180,11 +180,7 @@ def read_split_file(path: Path) -> tuple[str, dict[str, str]]:
 
 
 def _split_by_file(cases: Sequence[Member], given: SplitFile) -> dict[str, str]:
-    """Return the split of every case listed in a file, and print how the two joined.
-
-    Raises:
-        DataError: the file names none of the cases, puts a patient into several splits, or lacks more than 1 % of them.
-    """
+    """Return the split of every case listed in a file, and print how the two joined."""
     path = Path(given.file)
     key, listed = read_split_file(path)
     name_of = {case.case_id: case.case_id if key == "case_id" else case.patient_id for case in cases}

@@ -84,11 +84,7 @@ def _delimiter_of(text: str) -> str:
 
 
 def _plain_table(text: str, place: str, delimiter: str) -> pd.DataFrame | None:
-    """Parse a table without quotes, ten times as fast as row by row; None if it is malformed.
-
-    Raises:
-        DataError: two columns with the same name.
-    """
+    """Parse a table without quotes, ten times as fast as row by row; None if it is malformed."""
     head = text[:MAX_CELL].lstrip("\n").partition("\n")[0].split(delimiter)
     if not any(name.strip() for name in head):
         return None
@@ -112,11 +108,7 @@ def _plain_table(text: str, place: str, delimiter: str) -> pd.DataFrame | None:
 
 
 def _quoted_table(text: str, place: str, delimiter: str, quotes: bool, skipped: int) -> pd.DataFrame:
-    """Parse a table row by row; see :func:`parse_table`.
-
-    Raises:
-        DataError: a rule of tables is broken; the message names the line.
-    """
+    """Parse a table row by row; see :func:`parse_table`."""
     csv.field_size_limit(MAX_CELL)
     quoting: Any = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     ended = (line + "\n" for line in text.split("\n"))
@@ -174,9 +166,6 @@ def _check_swallowed(row: Sequence[str], delimiter: str, place: str, first: int,
 
     Most such rows break a rule of quotes. This finds the rest, between two stray quotes: every line has enough fields
     and begins with the same kind of name as the row.
-
-    Raises:
-        DataError: names the lines.
     """
     place_of = next(index for index, cell in enumerate(row) if "\n" in cell or "\r" in cell)
     parts = re.split(r"\r\n|\r|\n", row[place_of])
@@ -268,11 +257,7 @@ def read_words(path: Path, names: Sequence[str] | None = None) -> pd.DataFrame:
 
 
 def _json_table(path: Path) -> pd.DataFrame:
-    """Read JSON lines as a table: one column per key, in order of appearance.
-
-    Raises:
-        DataError: a line is not an object, or a name or cell is too long.
-    """
+    """Read JSON lines as a table: one column per key, in order of appearance."""
     rows = [{name: _json_cell(value) for name, value in row.items()} for row in json_lines(path)]
     names = list(dict.fromkeys(name for row in rows for name in row))
     if not names:
@@ -328,11 +313,7 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def _check_names(path: Path, names: Sequence[str], wanted: Sequence[str]) -> None:
-    """Refuse a file with duplicate column names, or without a requested column.
-
-    Raises:
-        DataError: names it.
-    """
+    """Refuse a file with duplicate column names, or without a requested column."""
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
         raise DataError(f"{path} has two columns called {short(twice)!r}: rename one of them.")
@@ -342,11 +323,7 @@ def _check_names(path: Path, names: Sequence[str], wanted: Sequence[str]) -> Non
 
 
 def _unfolded_size(path: Path, column: pa.Array) -> int:
-    """Return the expanded size of a column in bytes, counting repeated texts.
-
-    Raises:
-        DataError: a cell is too long.
-    """
+    """Return the expanded size of a column in bytes, counting repeated texts."""
     if not pa.types.is_dictionary(column.type):
         return column.nbytes
     lengths = pc.binary_length(column.dictionary)
@@ -356,11 +333,7 @@ def _unfolded_size(path: Path, column: pa.Array) -> int:
 
 
 def _parquet_text(path: Path) -> pd.DataFrame:
-    """Read a Parquet file as text; columns of lists or bytes are left out, which is noted.
-
-    Raises:
-        DataError: it is damaged, or a column name occurs twice.
-    """
+    """Read a Parquet file as text; columns of lists or bytes are left out, which is noted."""
     table = read_parquet(path)
     found: dict[str, pd.Series] = {}
     left_out = []

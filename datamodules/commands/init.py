@@ -111,11 +111,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _write(target: Path, text: str, force: bool) -> str:
-    """Write the file, unless another one is there; return what was done, in words.
-
-    Raises:
-        UserError: there is.
-    """
+    """Write the file, unless another one is there; return what was done, in words."""
     if target.exists() and target.read_text(encoding="utf-8") == text:
         return f"{target} is there already, the same"
     if target.exists() and not force:
@@ -200,11 +196,7 @@ def _heading(tree: Tree, understood: Understood) -> None:
 
 
 def _report(understood: Understood, experiments: Sequence[str], target: Path) -> tuple[list[str], str]:
-    """Complete the proposal, and return what to print and the experiment to go on with.
-
-    Raises:
-        DataError: no experiment can use the archive.
-    """
+    """Complete the proposal, and return what to print and the experiment to go on with."""
     archive, proposal = understood.archive, understood.proposal
     if archive is None:
         return [f"open     {proposal.open}"], ""

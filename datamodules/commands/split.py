@@ -37,11 +37,7 @@ def run(archive: Archive, out: str, by: str, lists: Sequence[str] | None, repair
 
 
 def _published(cases: Sequence[Member], lists: Sequence[Path], repair: bool) -> dict[str, str]:
-    """Return the split that published lists give, without patients in several of them.
-
-    Raises:
-        DataError: a list is missing or names nothing of the archive, or a patient is in several unrepaired.
-    """
+    """Return the split that published lists give, without patients in several of them."""
     listed = listed_split(cases, lists)
     kept = repaired_split(cases, listed)
     dropped = Counter(split for name, splits in listed.items() for split in splits if kept.get(name) != split)

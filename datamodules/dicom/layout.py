@@ -128,11 +128,7 @@ def _record(study: DicomStudy, settings: DicomSettings) -> Record:
 
 
 def _check_headers(tree: Tree, index: DicomIndex) -> None:
-    """Refuse a tree of which many headers are broken; a few are counted in the account.
-
-    Raises:
-        DataError: more than one in a hundred, and more than two.
-    """
+    """Refuse a tree of which many headers are broken; a few are counted in the account."""
     lost, total = index.unreadable, len(index.unreadable) + len(index.instances) + len(index.copies)
     if len(lost) > max(_MAX_BROKEN * total, 2) or (lost and not index.instances):
         path, why = next(iter(lost.items()))

@@ -10,19 +10,7 @@ from fnmatch import fnmatch
 from typing import NamedTuple
 
 from common.errors import DataError
-from datamodules.account import (
-    ACQUISITION,
-    DISAGREE,
-    LISTED,
-    MAP,
-    MASK,
-    PARAMETRIC,
-    PART,
-    PIPELINE,
-    RUN,
-    SOURCE,
-    TIME,
-)
+from datamodules.account import ACQUISITION, DISAGREE, LISTED, MAP, MASK, PARAMETRIC, PART, PIPELINE, RUN, SOURCE, TIME
 from datamodules.files import read_lines
 from datamodules.registry import (
     NO_SETTINGS,
@@ -226,11 +214,7 @@ def _ignored(name: str, pattern: str) -> bool:
 
 
 def _one_space(found: Sequence[_Raw], pipeline: str) -> list[_Raw]:
-    """Keep the volumes of one space per case, preferring native space, whose files name no space.
-
-    Raises:
-        DataError: a case has volumes in several spaces and none in native space.
-    """
+    """Keep the volumes of one space per case, preferring native space, whose files name no space."""
     spaces: dict[str, set[str]] = {}
     for raw in found:
         spaces.setdefault(raw.name.case, set()).add(raw.name.entities.get("space", ""))
@@ -358,11 +342,7 @@ class _Tables:
                 self._scans[f"{folder}/{key}"] = row
 
     def _rows(self, what: str, name: str, key: str) -> dict[str, dict[str, str]]:
-        """Return the rows of a table by key; ``n/a`` means unknown.
-
-        Raises:
-            DataError: the key is missing, or a key occurs twice.
-        """
+        """Return the rows of a table by key; ``n/a`` means unknown."""
         path = self.tree / name
         table = read_table(path)
         self.read.append(name)

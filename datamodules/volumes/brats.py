@@ -109,9 +109,7 @@ BRATS2023 = Layout(
     find=find_cases,
     evidence=_recognise_new,
     facts=Facts(
-        modalities=MODALITIES,
-        regions={"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)},
-        label_values=frozenset({0, 1, 2, 3}),
+        modalities=MODALITIES, regions={"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}, label_values=frozenset({0, 1, 2, 3})
     ),
 )
 BRATS2021 = Layout(
@@ -120,8 +118,6 @@ BRATS2021 = Layout(
     find=find_cases,
     evidence=_recognise_old,
     facts=Facts(
-        modalities=MODALITIES,
-        regions={"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)},
-        label_values=frozenset({0, 1, 2, 4}),
+        modalities=MODALITIES, regions={"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}, label_values=frozenset({0, 1, 2, 4})
     ),
 )

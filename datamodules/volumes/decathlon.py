@@ -48,11 +48,7 @@ def _places(tree: Tree) -> list[_Place]:
 
 
 def _the_place(tree: Tree) -> _Place | None:
-    """Return the one data set of a tree.
-
-    Raises:
-        DataError: there are several.
-    """
+    """Return the one data set of a tree."""
     places = _places(tree)
     if len(places) > 1 and places[0].folder:
         names = ", ".join(place.folder.rstrip("/") for place in places[:4])
@@ -73,11 +69,7 @@ def _images(tree: Tree, folder: str) -> list[TreeFile]:
 
 
 def _numbered(names: Any, where: Path) -> list[str]:
-    """Return channel names in numeric order.
-
-    Raises:
-        DataError: they are not numbered from 0.
-    """
+    """Return channel names in numeric order."""
     if not isinstance(names, Mapping) or sorted(names) != sorted(str(number) for number in range(len(names))):
         raise DataError(f'{where} must number its channels from 0, such as {{"0": "T1"}}; it has {str(names)[:80]}.')
     return [str(names[str(number)]) for number in range(len(names))]
@@ -120,11 +112,7 @@ class _Listed(NamedTuple):
 
 
 def _listed(place: _Place, where: Path) -> Iterator[_Listed]:
-    """Yield the cases that ``dataset.json`` lists.
-
-    Raises:
-        DataError: an entry has no image.
-    """
+    """Yield the cases that ``dataset.json`` lists."""
     for key, split in (("training", "train"), ("test", "test")):
         for entry in place.content.get(key) or []:
             image = entry.get("image") if isinstance(entry, dict) else entry
@@ -135,11 +123,7 @@ def _listed(place: _Place, where: Path) -> Iterator[_Listed]:
 
 
 def _check_count(names: Sequence[str], cases: Sequence[tuple[str, Path]], where: Path) -> None:
-    """Check a few headers: each image must hold one volume per modality.
-
-    Raises:
-        DataError: the first image that does not.
-    """
+    """Check a few headers: each image must hold one volume per modality."""
     step = max(len(cases) // _LOOKED_AT, 1)
     for case, path in cases[::step][:_LOOKED_AT]:
         if not path.is_file():
@@ -217,11 +201,7 @@ def find_nnunet(tree: Tree) -> Listing:
 def _case(
     tree: Tree, case: str, files: Mapping[int, TreeFile], label: TreeFile | None, names: Sequence[str], split: str
 ) -> Record:
-    """Build a case from its channels.
-
-    Raises:
-        DataError: it has a channel without a name.
-    """
+    """Build a case from its channels."""
     if strange := [number for number in files if number >= len(names)]:
         raise DataError(f"{files[strange[0]].name} is of channel {strange[0]}, and {_FILE} names {len(names)}: "
                         f"{', '.join(names)}.")  # fmt: skip

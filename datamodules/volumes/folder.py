@@ -181,11 +181,7 @@ def _is_mask(name: str, labels: Sequence[str]) -> bool:
 
 
 def _check_names(images: Sequence[Sequence[str]], allowed: Iterable[str]) -> None:
-    """Refuse modalities found in only one of many cases: the names were misread.
-
-    Raises:
-        DataError: names the first.
-    """
+    """Refuse modalities found in only one of many cases: the names were misread."""
     counts = Counter(name for names in images for name in {canonical_name(name) for name in names})
     patterns = tuple(allowed)
     known = {canonical_name(name) for name in patterns}
@@ -232,11 +228,7 @@ def _records(
     images: Sequence[Sequence[tuple[str, TreeFile]]],
     masks: Sequence[Mapping[str, FileRef]],
 ) -> list[Record]:
-    """Join cases with their rows of ``cases.csv``.
-
-    Raises:
-        DataError: it names a case that has no folder.
-    """
+    """Join cases with their rows of ``cases.csv``."""
     table = read_case_table(tree / _TABLE) if tree.is_file(_TABLE) else {}
     listed, records = list(table), []
     for group, members, labels in zip(groups, images, masks, strict=True):

@@ -115,10 +115,7 @@ PI_CAI = Layout(
     find=find_cases,
     evidence=_recognise,
     facts=Facts(
-        modalities=MODALITIES,
-        regions={"TZ": (2,), "PZ": (1,)},
-        label_values=frozenset({0, 1, 2}),
-        profile="pi_cai",
+        modalities=MODALITIES, regions={"TZ": (2,), "PZ": (1,)}, label_values=frozenset({0, 1, 2}), profile="pi_cai"
     ),
     tables=tuple(f"{place}{name}" for place in ("labels/", "picai_labels/", "") for name in _MARKSHEETS),
 )

@@ -199,11 +199,7 @@ def _reference_of(case: Case, volumes: Mapping[str, Volume], layout: Layout) -> 
 def _on_reference_grid(
     case: Case, volumes: dict[str, Volume], layout: Layout
 ) -> tuple[dict[str, "MetaTensor"], Volume]:
-    """Resample all modalities to the reference's grid, then to the layout's spacing and size; background becomes 0.
-
-    Raises:
-        SampleFaultError: the header's voxel size would give too many voxels.
-    """
+    """Resample all modalities to the reference's grid, then to the layout's spacing and size; background becomes 0."""
     from monai.transforms import ResampleToMatch
 
     reference = volumes[_reference_of(case, volumes, layout) or next(iter(volumes))]
