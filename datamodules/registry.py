@@ -21,6 +21,8 @@ from datamodules.tree import Tree
 
 #: What a layout gives and a data module needs.
 VOCABULARY = ("volumes", "images", "text", "targets", "masks", "questions", "genetics", "views", "sessions")
+#: What a record keeps under another name.
+_ELSEWHERE = {"questions": "answers", "sessions": "session"}
 #: Most characters of an error message.
 MAX_SENTENCE = 300
 
@@ -258,20 +260,11 @@ class Archive:
     @cached_property
     def gives(self) -> frozenset[str]:
         """Kinds of data held by at least one sample."""
-        found = set()
-        for record in self.records:
-            present = {
-                "volumes": record.volumes,
-                "images": record.images,
-                "text": record.text,
-                "targets": record.targets,
-                "masks": record.masks,
-                "questions": record.answers,
-                "views": any(view for _, view in record.images),
-                "sessions": record.session,
-            }
-            found |= {name for name, value in present.items() if value}
-        return frozenset(found)
+        plain = [name for name in VOCABULARY if name not in _ELSEWHERE]
+        found = {name for record in self.records for name in plain if getattr(record, name, None)}
+        found |= {name for name, at in _ELSEWHERE.items() if any(getattr(record, at) for record in self.records)}
+        views = any(view for record in self.records for _, view in record.images)
+        return frozenset(found | {"views"} if views else found)
 
 
 class Listing(NamedTuple):
@@ -319,10 +312,6 @@ class Layout:
     tables: tuple[str, ...] = ()
     public: bool = True
     prefer: int = 0
-
-    def recognise(self, tree: Tree) -> Evidence:
-        """Return the evidence that a tree has this layout."""
-        return self.evidence(tree)
 
     def read(self, tree: Tree, settings: Settings = NO_SETTINGS) -> Archive:
         """List the content of a tree.
@@ -442,11 +431,7 @@ class _Match(NamedTuple):
 
 
 def _matches(tree: Tree, entries: Iterable[Entry]) -> list[_Match]:
-    found = []
-    for entry in entries:
-        layout = entry.load()
-        found.append(_Match(entry, layout, layout.recognise(tree)))
-    return found
+    return [_Match(entry, layout := entry.load(), layout.evidence(tree)) for entry in entries]
 
 
 def _best(tree: Tree, matches: Sequence[_Match]) -> _Match | None:
@@ -553,27 +538,13 @@ def open_archive(
     return archive
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file; numbers are kept as text.
-
-    Raises:
-        DataError: it cannot be read, or is not an object.
-    """
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise DataError(f"{path} is not a JSON object.")
-    return content
-
-
 def described(tree: Tree, name: str, *keys: str) -> dict[str, Any] | None:
     """Return the object in a JSON file of a tree if it has all keys; otherwise None."""
-    if not tree.is_file(name):
-        return None
     try:
-        content = read_object(tree / name)
+        content = read_json(tree / name) if tree.is_file(name) else None
     except DataError:
         return None
-    return content if all(key in content for key in keys) else None
+    return content if isinstance(content, dict) and all(key in content for key in keys) else None
 
 
 #: Share of DICOM among files that are not text, from which on a tree counts as DICOM.

@@ -89,11 +89,6 @@ class SplitFile:
         return cls(**given)  # type: ignore[arg-type]
 
 
-def hash_order(names: Iterable[str], seed: int) -> list[str]:
-    """Return distinct names in the order of xxh3(seed, name), independent of other names."""
-    return sorted(set(names), key=lambda name: (stable_hash(seed, name), name))
-
-
 def ordered_patients(patients: Iterable[str], seed: int, strata: Mapping[str, str] | None = None) -> list[str]:
     """Return the distinct patients in one seeded order, independent of their order of input.
 
@@ -103,7 +98,7 @@ def ordered_patients(patients: Iterable[str], seed: int, strata: Mapping[str, st
         strata: Stratum of each patient; every stretch of the order then has about the same share of each. Within a
             stratum it is the hash order, and a hash of the stratum's name decides where it begins.
     """
-    order = hash_order(patients, seed)
+    order = sorted(set(patients), key=lambda name: (stable_hash(seed, name), name))
     if strata is None:
         return order
     members: dict[str, list[str]] = {}
@@ -224,11 +219,9 @@ def check_unique(cases: Sequence[Member]) -> None:
     Raises:
         DataError: names the first.
     """
-    seen: set[str] = set()
-    for case in cases:
-        if case.case_id in seen:
-            raise DataError(f"The case {public_name(case.case_id)} is there twice; keep one copy under the root.")
-        seen.add(case.case_id)
+    counts = Counter(case.case_id for case in cases)
+    if twice := next((name for name, count in counts.items() if count > 1), None):
+        raise DataError(f"The case {public_name(twice)} is there twice; keep one copy under the root.")
 
 
 def assign_splits(

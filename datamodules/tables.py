@@ -8,7 +8,7 @@ Violations are refused with their line and never corrected, as a wrong subject i
 import csv
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,9 @@ def _quoted_table(text: str, place: str, delimiter: str, quotes: bool, skipped: 
                 columns = _Columns([name.strip() for name in row], place)
                 continue
             if len(row) != columns.width:
-                raise DataError(_miscounted(place, skipped + first, len(row), columns.width))
+                raise DataError(f"{place} line {skipped + first} has {len(row)} fields, the header has "
+                                f"{columns.width}: correct the line, or put quotes around a cell that holds the "
+                                f"character between fields.")  # fmt: skip
             if before > first:
                 _check_swallowed(row, delimiter, place, skipped + first, skipped + before)
             columns.add(row)
@@ -133,13 +135,6 @@ def _quoted_table(text: str, place: str, delimiter: str, quotes: bool, skipped: 
     if columns is None:
         raise DataError(f"{place} cannot be read as a table: it is empty.")
     return columns.table()
-
-
-def _miscounted(place: str, line: int, found: int, wanted: int) -> str:
-    return (
-        f"{place} line {line} has {found} fields, the header has {wanted}: correct the line, or put quotes around a "
-        f"cell that holds the character between fields."
-    )
 
 
 def _broken(error: str, place: str, first: int, last: int) -> str:
@@ -181,15 +176,17 @@ def _check_swallowed(row: Sequence[str], delimiter: str, place: str, first: int,
         )
 
 
+def _check_unique(place: object, names: Iterable[str]) -> None:
+    if (twice := next((name for name, count in Counter(names).items() if count > 1), None)) is not None:
+        raise DataError(f"{place} has two columns called {short(twice)!r}: rename one of them.")
+
+
 class _Columns:
     """The columns of a table, filled row by row.
 
     Args:
         names: Their names; columns without one are dropped.
         place: The table's name in error messages.
-
-    Raises:
-        DataError: a name occurs twice.
     """
 
     def __init__(self, names: Sequence[str], place: str) -> None:
@@ -197,9 +194,7 @@ class _Columns:
         self._names = names
         self._rows: list[Sequence[str]] = []
         self._parts: list[list[pa.Array]] = [[] for _ in names]
-        twice = next((name for name, count in Counter(names).items() if count > 1 and name), None)
-        if twice is not None:
-            raise DataError(f"{place} has two columns called {short(twice)!r}: rename one of them.")
+        _check_unique(place, filter(None, names))
 
     def add(self, row: Sequence[str]) -> None:
         """Add a row with one field per name."""
@@ -273,9 +268,7 @@ def _json_table(path: Path) -> pd.DataFrame:
 
 def _json_cell(value: Any) -> str:
     """Return the text of a value: null is empty, and numbers are already text."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else "" if value is None else str(value)
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -314,9 +307,7 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 def _check_names(path: Path, names: Sequence[str], wanted: Sequence[str]) -> None:
     """Refuse a file with duplicate column names, or without a requested column."""
-    twice = next((name for name, count in Counter(names).items() if count > 1), None)
-    if twice is not None:
-        raise DataError(f"{path} has two columns called {short(twice)!r}: rename one of them.")
+    _check_unique(path, names)
     missing = [name for name in wanted if name not in names]
     if missing:
         raise DataError(f"{path} has no column {', '.join(missing)}; it has {listing(names)}.")

@@ -115,7 +115,7 @@ def _archives(tree: Tree) -> tuple[dict[str, tuple[Layout, Tree]], list[str]]:
     for folder in folders if len(folders) <= _MAX_SOURCES else []:
         below = tree.sub(folder)
         plain = [(evidence.score, layout.prefer, layout) for layout in known
-                 if (evidence := layout.recognise(below)).score]  # fmt: skip
+                 if (evidence := layout.evidence(below)).score]  # fmt: skip
         # Volumes directly in the folder may be anything, such as one case of a generic tree.
         plain = [entry for entry in plain if entry[0] > 1 or not any(file.kind == "volume" for file in below.listed())]
         if plain:
@@ -151,7 +151,7 @@ def find_sources(tree: Tree) -> Listing:
 
 def _differ(tree: Tree, names: Collection[str]) -> bool:
     """Whether folders are archives of different layouts, not parts of one public set."""
-    return len(names) > 1 and not any(layout.name not in names and layout.recognise(tree).score for layout in _PUBLIC)
+    return len(names) > 1 and not any(layout.name not in names and layout.evidence(tree).score for layout in _PUBLIC)
 
 
 def _recognise_sources(tree: Tree) -> Evidence:

@@ -26,13 +26,7 @@ _MAX_DEPTH = 3
 
 
 class _Found(NamedTuple):
-    """A folder that holds a case.
-
-    Attributes:
-        folder: The folder.
-        members: Modality, or ``seg``, as written, and file.
-        others: How many volumes have other names.
-    """
+    """A folder of a case: its files by modality, or ``seg``, as written, and how many volumes are called otherwise."""
 
     folder: str
     members: list[tuple[str, Path]]

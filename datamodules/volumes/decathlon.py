@@ -7,6 +7,7 @@ of label values is a region (``region_based_training.md``).
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,12 +30,7 @@ _IGNORED = "ignore"
 
 
 class _Place(NamedTuple):
-    """A data set in a tree.
-
-    Attributes:
-        folder: Its folder under the root, ending in ``/``; empty: the root.
-        content: Content of its ``dataset.json``.
-    """
+    """A data set in a tree: its folder under the root, ending in ``/`` or empty, and its ``dataset.json``."""
 
     folder: str
     content: dict[str, Any]
@@ -138,19 +134,25 @@ def _check_count(names: Sequence[str], cases: Sequence[tuple[str, Path]], where:
                             f"({', '.join(names)}): correct one of them.")  # fmt: skip
 
 
-def find_msd(tree: Tree) -> Listing:
-    """List the cases of Medical Decathlon: imagesTr is split by case, imagesTs is for testing.
-
-    Raises:
-        DataError: several data sets, a damaged list, or images whose number of volumes is not the number of modalities.
-    """
+def _find(tree: Tree, nnunet: bool) -> Listing:
+    """List the cases of the data set of a tree."""
     place = _the_place(tree)
     if place is None:
         return Listing([])
     folder, where = place.folder, tree / f"{place.folder}{_FILE}"
-    names = _numbered(place.content.get("modality"), where)
+    channels = place.content.get("channel_names") if nnunet else None
+    names = _numbered(channels or place.content.get("modality"), where)
     regions, values = read_labels(place.content.get("labels"), where)
-    records, images = [], []
+    records = (_nnunet_records if nnunet else _msd_records)(tree, place, where, names)
+    used = {tree.name_of(path) for record in records for _, path in record.files()}
+    parts = [f"{folder}{part}" for part in ("imagesTr", "labelsTr", "imagesTs", "labelsTs")]
+    unlisted = [file.name for part in parts for file in _images(tree, part) if file.name not in used]
+    facts = Facts(tuple(names), regions, values, cut_validation=True)
+    return Listing(records, facts, {UNLISTED: unlisted}, [f"{folder}{_FILE}"])
+
+
+def _msd_records(tree: Tree, place: _Place, where: Path, names: list[str]) -> list[Record]:
+    folder, records, images = place.folder, [], []
     for entry in _listed(place, where):
         image = path_under(tree.root, f"{folder}{entry.image}", where)
         case = stem_of(entry.image)
@@ -162,16 +164,28 @@ def find_msd(tree: Tree) -> Listing:
         records.append(Record(case, case, volumes=volumes, masks=masks, split=entry.split))
         images.append((case, image))
     _check_count(names, images, where)
-    facts = Facts(tuple(names), regions, values, cut_validation=True)
-    return Listing(records, facts, _unlisted(tree, folder, records), [f"{folder}{_FILE}"])
+    return records
 
 
-def _unlisted(tree: Tree, folder: str, records: Sequence[Record]) -> dict[str, list[str]]:
-    """Return the files in the data set's folders that belong to no case."""
-    used = {tree.name_of(path) for record in records for _, path in record.files()}
-    files = [file.name for part in ("imagesTr", "labelsTr", "imagesTs", "labelsTs")
-             for file in _images(tree, f"{folder}{part}")]  # fmt: skip
-    return {UNLISTED: [name for name in files if name not in used]}
+def find_msd(tree: Tree) -> Listing:
+    """List the cases of Medical Decathlon: imagesTr is split by case, imagesTs is for testing.
+
+    Raises:
+        DataError: several data sets, a damaged list, or images whose number of volumes is not the number of modalities.
+    """
+    return _find(tree, nnunet=False)
+
+
+def _nnunet_records(tree: Tree, place: _Place, where: Path, names: list[str]) -> list[Record]:
+    records: list[Record] = []
+    for part, split in (("Tr", "train"), ("Ts", "test")):
+        channels: dict[str, dict[int, TreeFile]] = {}
+        for file in _images(tree, f"{place.folder}images{part}"):
+            if match := _CHANNEL.fullmatch(file.stem):
+                channels.setdefault(match["case"], {})[int(match["channel"])] = file
+        labels = {file.stem: file for file in _images(tree, f"{place.folder}labels{part}")}
+        records += [_case(tree, case, files, labels.get(case), names, split) for case, files in channels.items()]
+    return records
 
 
 def find_nnunet(tree: Tree) -> Listing:
@@ -180,22 +194,7 @@ def find_nnunet(tree: Tree) -> Listing:
     Raises:
         DataError: several data sets, or a ``dataset.json`` without numbered channels or named labels.
     """
-    place = _the_place(tree)
-    if place is None:
-        return Listing([])
-    folder, where = place.folder, tree / f"{place.folder}{_FILE}"
-    names = _numbered(place.content.get("channel_names") or place.content.get("modality"), where)
-    regions, values = read_labels(place.content.get("labels"), where)
-    records: list[Record] = []
-    for part, split in (("Tr", "train"), ("Ts", "test")):
-        channels: dict[str, dict[int, TreeFile]] = {}
-        for file in _images(tree, f"{folder}images{part}"):
-            if match := _CHANNEL.fullmatch(file.stem):
-                channels.setdefault(match["case"], {})[int(match["channel"])] = file
-        labels = {file.stem: file for file in _images(tree, f"{folder}labels{part}")}
-        records += [_case(tree, case, files, labels.get(case), names, split) for case, files in channels.items()]
-    facts = Facts(tuple(names), regions, values, cut_validation=True)
-    return Listing(records, facts, _unlisted(tree, folder, records), [f"{folder}{_FILE}"])
+    return _find(tree, nnunet=True)
 
 
 def _case(
@@ -226,25 +225,17 @@ def _recognised(tree: Tree, nnunet: bool) -> Evidence:
     return Evidence(3, f"{place.folder}{_FILE} beside imagesTr")
 
 
-def _recognise_msd(tree: Tree) -> Evidence:
-    return _recognised(tree, nnunet=False)
-
-
-def _recognise_nnunet(tree: Tree) -> Evidence:
-    return _recognised(tree, nnunet=True)
-
-
 MSD = Layout(
     name="msd",
     tree="ROOT/{dataset.json, imagesTr/CASE.nii.gz, labelsTr/CASE.nii.gz, imagesTs/CASE.nii.gz}",
     find=find_msd,
-    evidence=_recognise_msd,
+    evidence=partial(_recognised, nnunet=False),
     public=False,
 )
 NNUNET = Layout(
     name="nnunet",
     tree="ROOT/{dataset.json, imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz, imagesTs/CASE_0000.nii.gz}",
     find=find_nnunet,
-    evidence=_recognise_nnunet,
+    evidence=partial(_recognised, nnunet=True),
     public=False,
 )

@@ -37,20 +37,10 @@ DECODERS = {"reader": "2", "nibabel": nib.__version__, "SimpleITK": sitk.Version
 #: Bytes at the start of a file that hold the header of NIfTI or MGH.
 _START = 1024
 _READERS = {".mha": "MetaImageIO", ".mhd": "MetaImageIO", ".nrrd": "NrrdImageIO"}
-_DTYPES = {
-    sitk.sitkUInt8: np.uint8,
-    sitk.sitkInt8: np.int8,
-    sitk.sitkUInt16: np.uint16,
-    sitk.sitkInt16: np.int16,
-    sitk.sitkUInt32: np.uint32,
-    sitk.sitkInt32: np.int32,
-    sitk.sitkUInt64: np.uint64,
-    sitk.sitkInt64: np.int64,
-    sitk.sitkFloat32: np.float32,
-    sitk.sitkFloat64: np.float64,
-    sitk.sitkComplexFloat32: np.complex64,
-    sitk.sitkComplexFloat64: np.complex128,
-}
+_DTYPES: dict[int, Any] = {
+    getattr(sitk, f"sitk{name}"): getattr(np, name.lower())
+    for name in ("UInt8", "Int8", "UInt16", "Int16", "UInt32", "Int32", "UInt64", "Int64", "Float32", "Float64")
+} | {sitk.sitkComplexFloat32: np.complex64, sitk.sitkComplexFloat64: np.complex128}
 
 
 class Volume(NamedTuple):
