@@ -207,10 +207,6 @@ SCHEMA: dict[str, Check] = {
 def checked(content: Any, source: object = "data.archive") -> dict[str, Any]:
     """Check what is said about an archive, and return it with numbers where they belong and without what is null.
 
-    Args:
-        content: What is said, by key.
-        source: Where it stands, for the refusal.
-
     Raises:
         DataError: an unknown key (names the nearest), or a value of another type.
     """

@@ -62,10 +62,6 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
 
     gzip is recognised by its first bytes: browsers decompress downloads but keep their names.
 
-    Args:
-        path: The file.
-        limit: Most bytes, decompressed.
-
     Raises:
         DataError: it is not a regular file, cannot be read, is damaged or larger than the limit.
     """
@@ -121,10 +117,6 @@ def zipped_member(path: Path) -> bytes:
 def decoded(data: bytes, place: str) -> str:
     """Decode UTF-8, with or without a byte order mark.
 
-    Args:
-        data: The bytes.
-        place: Their name in error messages.
-
     Raises:
         DataError: they are not UTF-8, or hold a zero byte; the message names line and byte.
     """
@@ -177,10 +169,6 @@ def first_line(path: Path) -> str:
 
 def parse_json(text: str, place: str) -> Any:
     """Parse JSON; numbers are kept as text, and Python's NaN becomes null.
-
-    Args:
-        text: The document.
-        place: Its name in error messages.
 
     Raises:
         DataError: it is not JSON, is nested too deeply, has a duplicate key, or holds invalid characters.
@@ -250,10 +238,6 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def parse_xml(text: str, place: str) -> ElementTree.Element | None:
     """Parse an XML document; None if it is not well-formed.
-
-    Args:
-        text: The document.
-        place: Its name in error messages.
 
     Raises:
         DataError: it declares entities, which can expand a short document without bound.

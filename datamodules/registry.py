@@ -332,12 +332,7 @@ class Layout:
 
 
 def marked(*marks: str | tuple[str, ...], score: int = 3) -> Callable[[Tree], Evidence]:
-    """Make the evidence function of a layout identified by its files: each mark is a pattern, or several alternatives.
-
-    Args:
-        *marks: Patterns, each of which must match a file or folder.
-        score: Evidence if they do.
-    """
+    """Make the evidence of a layout told by its files: a pattern each, or several alternatives, all of which match."""
 
     def evidence(tree: Tree) -> Evidence:
         found, missing = [], []

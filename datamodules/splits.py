@@ -284,11 +284,7 @@ def nested_fraction(
 
 
 def joined_groups(memberships: Sequence[Sequence[str]]) -> list[int]:
-    """Number the groups of items that share a name, directly or indirectly.
-
-    Args:
-        memberships: The names of each item; empty names join nothing.
-    """
+    """Number the groups of items that share a name, directly or indirectly; empty names join nothing."""
     leader: dict[str, str] = {}
 
     def find(name: str) -> str:
@@ -323,12 +319,6 @@ def patients_of_files(files: Sequence[str], patients: Sequence[str]) -> list[str
 
 def fold_of_each(strata: Sequence[str], groups: Sequence[int], num_folds: int, seed: int) -> list[int]:
     """Assign items to folds: no group in two of them, strata spread evenly.
-
-    Args:
-        strata: Stratum of each item, such as its class.
-        groups: Group of each item.
-        num_folds: Number of folds.
-        seed: Seed of the shuffle.
 
     Raises:
         DataError: a stratum has fewer groups than there are folds.
@@ -394,13 +384,7 @@ def repaired_split(cases: Sequence[Member], listed: Mapping[str, Sequence[str]])
 def relatives_together(
     cases: Sequence[Member], parts: Mapping[str, str], pairs: Sequence[tuple[str, str]]
 ) -> dict[str, str]:
-    """Put relatives, and their relatives, into one split: test before val before train.
-
-    Args:
-        cases: The cases.
-        parts: Split of each case; no patient is divided.
-        pairs: Pairs of related patients.
-    """
+    """Put relatives, and their relatives, into one split: test before val before train."""
     used = [case for case in cases if case.case_id in parts]
     patients = sorted({case.patient_id for case in used})
     known = set(patients)

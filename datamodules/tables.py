@@ -182,12 +182,7 @@ def _check_unique(place: object, names: Iterable[str]) -> None:
 
 
 class _Columns:
-    """The columns of a table, filled row by row.
-
-    Args:
-        names: Their names; columns without one are dropped.
-        place: The table's name in error messages.
-    """
+    """The columns of a table, filled row by row."""
 
     def __init__(self, names: Sequence[str], place: str) -> None:
         self.width = len(names)
@@ -272,11 +267,7 @@ def _json_cell(value: Any) -> str:
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a Parquet file in pieces, with a memory limit.
-
-    Args:
-        path: The file.
-        columns: Columns to read; None: all.
+    """Read a Parquet file, or some of its columns, in pieces, with a memory limit.
 
     Raises:
         DataError: it is missing, damaged, too large, has a duplicate column, or lacks a requested one.
@@ -367,12 +358,7 @@ def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
 
 
 def read_numbers(path: Path, column: pd.Series, what: str) -> pd.Series:
-    """Return a column as float64; NaN for empty or unknown cells.
-
-    Args:
-        path: The table, for error messages.
-        column: Its cells.
-        what: Their description in error messages.
+    """Return a column as float64, NaN for empty or unknown cells; errors say ``what`` they are.
 
     Raises:
         DataError: a cell is not a finite number.

@@ -75,11 +75,6 @@ def label_tables(source: LabelSource, tree: Tree) -> list[Path]:
 def read_classes(cases: Sequence[Case], source: LabelSource, tables: Sequence[Path]) -> dict[str, int]:
     """Return the class index of every case that has one; cases with other values, such as -999, are left out.
 
-    Args:
-        cases: The cases.
-        source: Source of the classes.
-        tables: See :func:`label_tables`.
-
     Raises:
         DataError: a column is missing, or fewer than two classes have cases.
     """

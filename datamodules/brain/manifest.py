@@ -58,11 +58,7 @@ def recognise_manifest(tree: Tree) -> Evidence:
 
 
 def read_manifest(path: Path, root: Path) -> list[Case]:
-    """Read one manifest.
-
-    Args:
-        path: The JSON file.
-        root: What its paths are relative to.
+    """Read one manifest, whose paths are relative to ``root``.
 
     Raises:
         DataError: it has another form, or names paths outside the root.

@@ -57,14 +57,7 @@ class Understood(NamedTuple):
 
 
 def run(directory: str, exp: str | None, table: str | None, out: str | None, force: bool) -> None:
-    """Carry out ``medmim init``.
-
-    Args:
-        directory: The archive.
-        exp: Experiment that it is for; None tries all.
-        table: Table of its images, where that is not told from the tree.
-        out: File to write; None: ``archives/NAME.yaml``.
-        force: Write over a file of that name.
+    """Carry out ``medmim init``; its options are those of the command.
 
     Raises:
         DataError: nothing of it can be used.

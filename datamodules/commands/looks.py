@@ -70,12 +70,7 @@ class Look:
 
 
 def look_at(records: Sequence[Record], spelled: Mapping[str, str]) -> Look:
-    """Read up to eight cases whole, from all over an archive.
-
-    Args:
-        records: Its records.
-        spelled: What the archive calls each modality that is used.
-    """
+    """Read up to eight cases whole, from all over an archive: the modalities that are spelled out, and masks."""
     found = Look()
     for record in respelled(spread([record for record in records if record.volumes]), spelled, strict=False):
         for name, ref in record.volumes.items():

@@ -368,15 +368,7 @@ def prepare_case(case: Case, layout: Layout, modalities: tuple[str, ...]) -> Pre
 def _rescaled_stack(
     case: Case, layout: Layout, modalities: tuple[str, ...], images: dict[str, Any], levels: Mapping[str, float | None]
 ) -> tuple[NDArray[np.float32], list[bool], list[Fault]]:
-    """Scale the intensities of all modalities; if the cut is centred, using only the voxels inside it.
-
-    Args:
-        case: The case.
-        layout: Its layout.
-        modalities: Channels in order.
-        images: Volumes on the final grid, their background at 0.
-        levels: The background subtracted from each; None if it is not a single value.
-    """
+    """Scale all modalities, whose background ``levels`` were subtracted; if the cut is centred, inside it."""
     settings = layout.preprocessing
     arrays = {name: image[0].numpy() for name, image in images.items()}
     shape = next(iter(arrays.values())).shape

@@ -184,12 +184,7 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path, voxels: VoxelConfig = STRICT, place: int | None = None) -> Header:
-    """Read the header alone.
-
-    Args:
-        path: The file.
-        voxels: As in :func:`read_volume`.
-        place: Which volume of a 4-D NIfTI file, from 0; None: the file holds one volume.
+    """Read the header alone; arguments as in :func:`read_volume`.
 
     Raises:
         VolumeError: the header is missing, broken, or not that of a volume with three axes.
