@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold
 
 from common.errors import DataError
@@ -285,19 +287,12 @@ def nested_fraction(
 
 def joined_groups(memberships: Sequence[Sequence[str]]) -> list[int]:
     """Number the groups of items that share a name, directly or indirectly; empty names join nothing."""
-    leader: dict[str, str] = {}
-
-    def find(name: str) -> str:
-        while leader.setdefault(name, name) != name:
-            name = leader[name]
-        return name
-
-    for names in memberships:
-        roots = [find(name) for name in names if name]
-        for root in roots[1:]:
-            leader[root] = roots[0]
-    numbers: dict[str, int] = {}
-    return [numbers.setdefault(find(next(name for name in names if name)), len(numbers)) for names in memberships]
+    places = {name: place for place, name in enumerate(dict.fromkeys(name for names in memberships for name in names))}
+    total = len(memberships)
+    edges = [(item, total + places[name]) for item, names in enumerate(memberships) for name in names if name]
+    ends = np.array(edges, dtype=np.int64).reshape(-1, 2).T
+    matrix = coo_array((np.ones(len(edges)), (ends[0], ends[1])), shape=(total + len(places), total + len(places)))
+    return connected_components(matrix, directed=False)[1][:total].tolist()
 
 
 def patients_of_files(files: Sequence[str], patients: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.ndimage import find_objects
 
 from common.faults import Fault, SampleFaultError
 from datamodules.notes import note
@@ -263,12 +264,11 @@ def _label_volume(case: Case, layout: Layout, reference: Volume, sources: dict[s
 
 def _foreground_box(present: NDArray, centered: bool = False) -> tuple[slice, ...]:
     """Return the bounding box of the foreground, or the symmetric one around it."""
-    box = []
-    for axis in range(3):
-        indices = np.flatnonzero(present.any(tuple(other for other in range(3) if other != axis)))
-        low, high = (int(indices[0]), int(indices[-1]) + 1) if len(indices) else (0, present.shape[axis])
-        box.append(centered_slice(present.shape[axis], low, high) if centered else slice(low, high))
-    return tuple(box)
+    whole = tuple(slice(0, size) for size in present.shape)
+    box = next(iter(find_objects(present.astype(np.int8))), whole)
+    if centered:
+        box = tuple(centered_slice(size, edge.start, edge.stop) for size, edge in zip(present.shape, box, strict=True))
+    return box
 
 
 def centered_slice(size: int, low: int, high: int) -> slice:
@@ -350,19 +350,10 @@ def prepare_case(case: Case, layout: Layout, modalities: tuple[str, ...]) -> Pre
         shift[:3, 3] = start
         affine = affine @ shift
     return PreparedCase(
-        image=stack,
-        modality_mask=there,
-        modalities=modalities,
-        label=label,
-        affine=affine,
-        source_shape=reference.data.shape,
-        source_affine=reference.affine,
-        file_affine=reference.file_affine,
-        offset=offset,
-        faults=faults,
-        label_faults=label_faults,
-        sources=sources,
-    )
+        stack, there, modalities, label, affine,
+        source_shape=reference.data.shape, source_affine=reference.affine, file_affine=reference.file_affine,
+        offset=offset, faults=faults, label_faults=label_faults, sources=sources,
+    )  # fmt: skip
 
 
 def _rescaled_stack(
@@ -399,16 +390,14 @@ def _scale_member(shifted: NDArray, rule: str, level: float | None) -> NDArray[n
 
 
 def _nothing_left(case: Case, layout: Layout) -> Fault:
-    known = ", ".join(layout.modalities)
     found = [*map(layout.shown, case.images), *filter(None, [case.attributes.get("unknown")])]
     if layout.preprocessing.reference is not None:
         detail = f"the case has no {layout.shown(layout.preprocessing.reference)}"
     elif case.images:
         detail = f"the case has none of {', '.join(map(layout.shown, layout.modalities))}; it has {', '.join(found)}"
     else:
-        detail = (
-            f"the case has no sequence of a known name; it has {', '.join(found) or 'no image'}, and known are {known}"
-        )
+        detail = f"the case has no sequence of a known name; it has {', '.join(found) or 'no image'}, and known are "
+        detail += ", ".join(layout.modalities)
     return Fault(case.case_id, "missing", detail, case.case_id)
 
 
@@ -424,9 +413,8 @@ def _prepare_label(
         marked = label > 0
         outside = int((marked & (image == 0).all(0)).sum())
         if layout.preprocessing.crop_foreground and 2 * outside > int(marked.sum()):
-            raise VolumeError(
-                "label", f"{outside} of {int(marked.sum())} labelled voxels lie where every modality is 0"
-            )
+            words = f"{outside} of {int(marked.sum())} labelled voxels lie where every modality is 0"
+            raise VolumeError("label", words)
     except VolumeError as error:
         return None, [Fault(str(next(iter(case.labels.values()))), error.kind, error.detail, case.case_id)]
     return label, []

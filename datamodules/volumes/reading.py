@@ -223,9 +223,7 @@ def to_lps(array: NDArray) -> tuple[NDArray, NDArray[np.float64]]:
 
 def write_nifti(path: Path, data: NDArray[Any], affine: NDArray[np.float64]) -> None:
     """Write a NIfTI file under a temporary name and rename it."""
-    image = nib.Nifti1Image(data, affine)
-    buffer = io.BytesIO(image.to_bytes())
-    content = buffer.getvalue()
+    content = nib.Nifti1Image(data, affine).to_bytes()
     if path.name.endswith(".gz"):
         content = gzip.compress(content, compresslevel=4, mtime=0)
     with whole_file(path) as temporary:
