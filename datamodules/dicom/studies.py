@@ -66,6 +66,7 @@ class Understanding:
         ignored: Files by reason (see :mod:`datamodules.account`).
         guessed: Modality to the number of stacks that were assigned by their times alone.
         pictures: Single pictures, one by one.
+        unreadable: File to why its header cannot be read.
     """
 
     studies: list[DicomStudy] = field(default_factory=list)
@@ -73,6 +74,7 @@ class Understanding:
     ignored: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     guessed: Counter[str] = field(default_factory=Counter)
     pictures: list[Record] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
 
     @property
     def faults(self) -> list[Fault]:
@@ -87,7 +89,7 @@ def understand(root: Path, index: DicomIndex, settings: DicomSettings) -> Unders
         DataError: every study has the same PatientID and ``subject`` is not set, or one belongs to several subjects.
     """
     check_subjects(index.instances, settings.subject)
-    result = Understanding()
+    result = Understanding(unreadable=index.unreadable)
     result.ignored[COPY] += index.copies
     result.ignored[BROKEN] += index.unreadable
     candidates: dict[str, dict[str, list[_Candidate]]] = {}
