@@ -60,6 +60,8 @@ def test_the_wheel_holds_packages_configurations_and_results(tmp_path):
         "experiments/**/*.py",
         "experiments/**/*.yaml",
         "common/help/*.txt",
+        "datamodules/**/*.csv",
+        "datamodules/**/*.yaml",
     ):
         for path in REPOSITORY.glob(pattern):
             assert path.relative_to(REPOSITORY).as_posix() in names
