@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from common.randomness import numpy_generator
 from datamodules.files import optional_reader
 from datamodules.genetics.genotypes import MISSING
+from datamodules.synthetic.tables import write_image, write_table
 
 _SIZE = (192, 256)
 _VARIANTS, _CHROMOSOMES = 960, (1, 2, 22)
@@ -177,13 +178,11 @@ def _burden(path: Path, ids: Sequence[str], rng: np.random.Generator) -> None:
 
 
 def _table(path: Path, rows: Sequence[Mapping[str, object]], separator: str = ",") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(list(rows)).to_csv(path, index=False, sep=separator, lineterminator="\n")
+    write_table(path, list(rows[0]), rows, separator)
 
 
 def _save(path: Path, image: Image.Image) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, quality=92)
+    write_image(path, image, quality=92)
 
 
 def write_ukb(root: Path, num_cases: int, seed: int, size: Sequence[int] = _SIZE) -> None:

@@ -5,18 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 from common.randomness import numpy_generator
-from datamodules.synthetic.phrases import EXAMINATIONS
-from datamodules.synthetic.radiographs import CHEXPERT_COLUMNS, draw_findings, draw_image, write_report
-from datamodules.synthetic.tables import write_table
+from datamodules.synthetic.radiographs import CHEXPERT_COLUMNS, PHRASES, draw_findings, draw_image, write_report
+from datamodules.synthetic.tables import packaged, write_image, write_table
 
-_METADATA = (
-    "dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows", "Columns",
-    "StudyDate", "StudyTime", "ProcedureCodeSequence_CodeMeaning", "ViewCodeSequence_CodeMeaning",
-    "PatientOrientationCodeSequence_CodeMeaning",
-)  # fmt: skip
 _VIEW_CODES = {"PA": "postero-anterior", "AP": "antero-posterior", "LATERAL": "lateral"}
 
 
@@ -70,16 +62,14 @@ def _draw_study(root: Path, seed: int, index: int, size: Sequence[int]) -> _Stud
         report=None if index == 1 else report.text,
         labels=report.labels,
     )
-    folder = root / study.folder
-    folder.mkdir(parents=True, exist_ok=True)
     for dicom, view in study.images.items():
-        Image.fromarray(draw_image(rng, findings, size, view)).save(folder / f"{dicom}.jpg", quality=95)
+        write_image(root / study.folder / f"{dicom}.jpg", draw_image(rng, findings, size, view))
     return study
 
 
 def _metadata(study: _Study, size: Sequence[int]) -> list[tuple[object, ...]]:
     """Return the rows of a study in the order of the official columns."""
-    procedure, _ = EXAMINATIONS[" AND ".join(study.images.values())]
+    procedure, _ = PHRASES["examinations"][" AND ".join(study.images.values())]
     return [
         (dicom, study.subject, study.name, procedure, view, *size, study.date, study.time,
          procedure, _VIEW_CODES[view], "Recumbent" if view == "AP" else "Erect")
@@ -119,7 +109,7 @@ def write_mimic_cxr(root: Path, num_cases: int, seed: int, size: Sequence[int] =
 
     write_table(
         jpg / "mimic-cxr-2.0.0-metadata.csv.gz",
-        _METADATA,
+        packaged("layouts.yaml")["columns"]["mimic_metadata"],
         [row for study in studies for row in _metadata(study, size)],
     )
     write_table(
