@@ -18,15 +18,11 @@ from common.blocks.attention import Relations, TransformerBlock, relations_of
 from common.blocks.pos_embed import sincos_position_embedding
 from common.blocks.vit import VisionTransformer, init_xavier_weights
 from common.maskers.relation import TieRule
+from common.runtime.precision import at_least_float32
 from common.types import MaskOutput
 
 Pool = Literal["mean", "cls"]
 CrossParameters = Literal["shared", "dedicated"]
-
-
-def at_least_single(x: Tensor) -> Tensor:
-    """Return 16-bit values in float32; others stay."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class SegmentLinear(nn.Module):
@@ -508,11 +504,11 @@ class RelationNetwork(nn.Module):
         if tokens is None:
             return None, None
         prefix = self.encoder.num_prefix_tokens
-        image = at_least_single(tokens.image)
+        image = at_least_float32(tokens.image)
         image = image[:, 0] if self.pool == "cls" else image[:, prefix:].mean(1)
         if tokens.genome is None:
             return image, None
-        genome = at_least_single(tokens.genome)
+        genome = at_least_float32(tokens.genome)
         if real is None:
             return image, genome.mean(1)
         weight = real[..., None].to(genome.dtype)
