@@ -25,32 +25,9 @@ _VIEWS = ("PA", "AP")
 # Difference in gray value where a finding is drawn; at its edge about a third of that.
 _VISIBLE = 7
 
-_COLUMNS = packaged("layouts.yaml")["columns"]
-_NIH_FINDINGS = {
-    "effusion": "Effusion",
-    "nodule": "Nodule",
-    "pneumothorax": "Pneumothorax",
-    "consolidation": "Consolidation",
-    "cardiomegaly": "Cardiomegaly",
-}
-# What images of the RSNA challenge show in turn.
-_OPACITIES = (
-    ("Normal", ""),
-    ("Lung Opacity", "consolidation"),
-    ("No Lung Opacity / Not Normal", "effusion"),
-    ("Lung Opacity", "consolidation"),
-)
-# What patients have in turn, and how it looks; "one" is either side.
-_PNEUMONIAS: Sequence[tuple[str, Mapping[str, str]]] = (
-    ("COVID-19", {"consolidation": "both"}),
-    ("Streptococcus", {"consolidation": "one"}),
-    ("COVID-19", {"consolidation": "both"}),
-    ("Klebsiella", {"consolidation": "one"}),
-    ("COVID-19, ARDS", {"consolidation": "both", "effusion": "both"}),
-    ("Legionella", {"consolidation": "one", "effusion": "one"}),
-    ("Varicella", {"nodule": "both"}),
-    ("Pneumocystis", {"nodule": "one"}),
-)
+_LAYOUTS = packaged("layouts.yaml")
+_COLUMNS = _LAYOUTS["columns"]
+_NIH_FINDINGS: dict[str, str] = _LAYOUTS["nih_findings"]
 
 
 def _write_dicom(path: Path, image: NDArray[np.uint8], view: str, uids: Sequence[str]) -> None:
@@ -216,7 +193,7 @@ def write_rsna(root: Path, num_cases: int, seed: int, size: Sequence[int] = _SIZ
         digits = rng.bytes(16).hex()
         name = "-".join(digits[start:end] for start, end in ((0, 8), (8, 12), (12, 16), (16, 20), (20, 32)))
         key = ("synthetic", "rsna", seed, index, "image")
-        kind, finding = _OPACITIES[index % 4]
+        kind, finding = _LAYOUTS["rsna_cases"][index % 4]
         findings = _sided(rng, [finding] if finding else [])
         if findings and rng.random() < 0.3:
             findings["cardiomegaly"] = ""
@@ -251,10 +228,11 @@ def write_covid_cxr(root: Path, num_cases: int, seed: int, size: Sequence[int] =
     listed for two patients, an image without a finding, one that nobody has read, and a CT that is not there.
     """
     rows: list[dict[str, object]] = []
+    cases: list[tuple[str, dict[str, str]]] = _LAYOUTS["covid_cases"]
     for index in range(num_cases):
         patient = index - (index + 1) // 5
         person = numpy_generator("synthetic", "covid_cxr", seed, "patient", patient)
-        finding, look = _PNEUMONIAS[patient % len(_PNEUMONIAS)]
+        finding, look = cases[patient % len(cases)]
         side = str(person.choice(["left", "right"]))
         findings = {name: side if where == "one" else where for name, where in look.items()}
         rows += _covid_rows(root, (seed, index), patient, person, finding, findings, size)

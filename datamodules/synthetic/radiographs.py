@@ -54,20 +54,6 @@ class Report(NamedTuple):
     labels: dict[str, float]
 
 
-class Radiograph(NamedTuple):
-    """A radiograph with its report.
-
-    Attributes:
-        image: uint8 ``(H, W)``; the patient's right is at the image's left.
-        report: The whole report: preamble, sections, 79 columns.
-        findings: What is drawn, to ``left``, ``right``, ``both`` or empty text where it has no side.
-    """
-
-    image: NDArray[np.uint8]
-    report: str
-    findings: dict[str, str]
-
-
 class _Film(NamedTuple):
     """Where a chest lies on its film: coordinates ``(H, W)`` from the chest's middle, to the image's right and down."""
 
@@ -332,11 +318,7 @@ def _expose(rng: np.random.Generator, chest: _Chest, findings: Mapping[str, str]
 
 
 def _check(findings: Mapping[str, str]) -> None:
-    """Refuse findings that have no picture or are at no side.
-
-    Raises:
-        ValueError: a finding is unknown, or its side does not fit it.
-    """
+    """Refuse findings that have no picture or are at no side."""
     for finding, side in findings.items():
         if finding not in FINDINGS or side not in (SIDES if finding in SIDED_FINDINGS else ("",)):
             raise ValueError(f"There is no finding {finding!r} at side {side!r}.")
@@ -481,21 +463,3 @@ def write_report(
     if rng.random() < 0.15:
         parts.append(_wrap(f"NOTIFICATION:  {_pick(rng, PHRASES['notices'])}"))
     return Report("\n \n".join([_TITLE, *parts]) + "\n", _labels(full + short))
-
-
-def make_radiograph(
-    rng: np.random.Generator,
-    size: Sequence[int] = (320, 384),
-    view: str = "PA",
-    findings: Mapping[str, str] | None = None,
-) -> Radiograph:
-    """Draw a radiograph and write its report.
-
-    Args:
-        rng: Source of everything.
-        size: ``(H, W)``.
-        view: ``PA``, ``AP`` or ``LATERAL``.
-        findings: What to draw, and where; None draws 0 to 3 findings.
-    """
-    drawn = draw_findings(rng) if findings is None else dict(findings)
-    return Radiograph(draw_image(rng, drawn, size, view), write_report(rng, drawn, view).text, drawn)

@@ -13,17 +13,7 @@ _VIEW_CODES = {"PA": "postero-anterior", "AP": "antero-posterior", "LATERAL": "l
 
 
 class _Study(NamedTuple):
-    """One study.
-
-    Attributes:
-        subject: ``subject_id``.
-        name: ``study_id``.
-        images: ``dicom_id`` to view.
-        date: ``StudyDate``.
-        time: ``StudyTime``.
-        report: Text; None: the archive has none.
-        labels: CheXpert column to value.
-    """
+    """One study; ``images`` maps a ``dicom_id`` to its view, and ``report`` is None where the archive has none."""
 
     subject: int
     name: int
@@ -88,11 +78,10 @@ def _write_reports(path: Path, studies: Sequence[_Study]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w") as archive:
         for study in studies:
-            if study.report is not None:
-                member = zipfile.ZipInfo(f"{study.folder}.txt", date_time=(1980, 1, 1, 0, 0, 0))
-                member.create_system = 3
-                member.external_attr = 0o644 << 16
-                archive.writestr(member, study.report, zipfile.ZIP_DEFLATED)
+            member = zipfile.ZipInfo(f"{study.folder}.txt", date_time=(1980, 1, 1, 0, 0, 0))
+            member.create_system = 3
+            member.external_attr = 0o644 << 16
+            archive.writestr(member, study.report or "", zipfile.ZIP_DEFLATED)
 
 
 def write_mimic_cxr(root: Path, num_cases: int, seed: int, size: Sequence[int] = (320, 384)) -> None:
@@ -107,6 +96,7 @@ def write_mimic_cxr(root: Path, num_cases: int, seed: int, size: Sequence[int] =
     studies.sort(key=lambda study: (study.subject, study.name))
     images = [(study, dicom) for study in studies for dicom in study.images]
 
+    reported = [study for study in studies if study.report is not None]
     write_table(
         jpg / "mimic-cxr-2.0.0-metadata.csv.gz",
         packaged("layouts.yaml")["columns"]["mimic_metadata"],
@@ -120,11 +110,7 @@ def write_mimic_cxr(root: Path, num_cases: int, seed: int, size: Sequence[int] =
     write_table(
         jpg / "mimic-cxr-2.0.0-chexpert.csv.gz",
         ("subject_id", "study_id", *CHEXPERT_COLUMNS),
-        [
-            (study.subject, study.name, *(study.labels.get(column, "") for column in CHEXPERT_COLUMNS))
-            for study in studies
-            if study.report is not None
-        ],
+        [{"subject_id": study.subject, "study_id": study.name, **study.labels} for study in reported],
     )
     write_table(
         text / "cxr-record-list.csv.gz",
@@ -136,4 +122,4 @@ def write_mimic_cxr(root: Path, num_cases: int, seed: int, size: Sequence[int] =
         ("subject_id", "study_id", "path"),
         [(study.subject, study.name, f"{study.folder}.txt") for study in studies],
     )
-    _write_reports(text / "mimic-cxr-reports.zip", studies)
+    _write_reports(text / "mimic-cxr-reports.zip", reported)
