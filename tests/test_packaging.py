@@ -59,6 +59,7 @@ def test_the_wheel_holds_packages_configurations_and_results(tmp_path):
         "datamodules/**/*.py",
         "experiments/**/*.py",
         "experiments/**/*.yaml",
+        "datamodules/**/*.yaml",
         "common/help/*.txt",
         "datamodules/**/*.csv",
         "datamodules/**/*.yaml",
