@@ -59,11 +59,7 @@ class IDRiD(LabelLayout):
     classes = GRADES
 
     def _find(self, root: Tree) -> list[LabelledImage]:
-        """List the graded images.
-
-        Raises:
-            DataError: a table or a column is missing, or a grade is invalid.
-        """
+        """List the graded images."""
         found = []
         for split, place, word in (("train", "a. Training Set", "Training"), ("test", "b. Testing Set", "Testing")):
             path = need_file(root, [f"**/2. Groundtruths/*{word} Labels.csv", f"**/*{word} Labels.csv"], self)
@@ -81,11 +77,7 @@ class APTOS2019(LabelLayout):
     classes = GRADES
 
     def _find(self, root: Tree) -> list[LabelledImage]:
-        """List the graded images.
-
-        Raises:
-            DataError: the table or a column is missing, or a grade is invalid.
-        """
+        """List the graded images."""
         path = need_file(root, ["train.csv"], self)
         cropped = path.parent / "train_images_cropped"
         folder = cropped if root.is_dir(cropped) else path.parent / "train_images"
@@ -101,11 +93,7 @@ class EyePACS2015(LabelLayout):
     classes = GRADES
 
     def _find(self, root: Tree) -> list[LabelledImage]:
-        """List the graded images.
-
-        Raises:
-            DataError: the table or a column is missing, or a grade is invalid.
-        """
+        """List the graded images."""
         path = need_file(root, ["trainLabels.csv"], self)
         images = _graded(root, path, ["image", "level"], path.parent / "train")
         return [item._replace(patient_id=item.case_id.rsplit("_", 1)[0]) for item in images]
@@ -128,11 +116,7 @@ class RFMiD(LabelLayout):
         self.classes = ()
 
     def _find(self, root: Tree) -> list[LabelledImage]:
-        """List the labelled images; a split without its table is left out.
-
-        Raises:
-            DataError: the training table or a column is missing, the splits differ in columns, or a label is invalid.
-        """
+        """List the labelled images; a split without its table is left out."""
         parts = (("train", "Training", "Training"), ("val", "Validation", "Validation"), ("test", "Testing", "Test"))
         found: list[LabelledImage] = []
         self.classes = ()

@@ -83,11 +83,7 @@ class PALMStructures(LabelLayout):
     classes = STRUCTURES
 
     def _find(self, root: Tree) -> list[LabelledImage]:
-        """List the photographs with a disc mask; each is one patient.
-
-        Raises:
-            DataError: there are no masks, or two photographs have one name.
-        """
+        """List the photographs with a disc mask; each is one patient."""
         masks = palm_masks(root)
         if not masks["disc"]:
             raise DataError(f"There are no Disc_Masks under {root}, so it is not {self.name} ({self.tree}).")

@@ -37,11 +37,7 @@ class SIIMPneumothorax(LabelLayout):
     classes = ("Pneumothorax",)
 
     def _find(self, root: Tree) -> list[LabelledImage]:
-        """List the images of the table; each study is a patient, and so is an image outside any study.
-
-        Raises:
-            DataError: the table or a column is missing, a name is invalid, or an image has neither a code nor -1.
-        """
+        """List the images of the table; each study is a patient, and so is an image outside any study."""
         path = need_file(root, _TABLES, self)
         table = read_table(path)
         need_columns(path, table, ["ImageId", "EncodedPixels"])
@@ -90,11 +86,7 @@ def decode_runs(codes: Sequence[str], shape: tuple[int, int]) -> NDArray[np.uint
 
 
 def _numbers(code: str, num_pixels: int) -> NDArray[np.int64]:
-    """Read a code.
-
-    Raises:
-        ImageError: the code is invalid, or exceeds the image.
-    """
+    """Read a code."""
     words = code.split()
     odd = next((word for word in words if not (word.isascii() and word.isdigit())), None)
     if odd is not None:

@@ -185,11 +185,7 @@ class QuestionDataModule(PairDataModule):
         return splits
 
     def _one_question(self, image: Path, question: str) -> dict[str, list[Question]]:
-        """Return the one question that was asked on the command line.
-
-        Raises:
-            DataError: the image does not exist, or the question is empty.
-        """
+        """Return the one question that was asked on the command line."""
         if not image.is_file():
             raise DataError(f"There is no image at {public_name(image)}.")
         if not question.strip():

@@ -53,11 +53,7 @@ def question_of(record: Record) -> Question:
 
 
 def _json_rows(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
-    """Read a list of objects.
-
-    Raises:
-        DataError: the file is not such a list; names the first object without a needed field.
-    """
+    """Read a list of objects."""
     rows = read_json(path)
     if not isinstance(rows, list):
         raise DataError(f"{path} is not a list of questions.")
@@ -69,11 +65,7 @@ def _json_rows(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _under(root: Path, name: object, source: Path) -> Path:
-    """Return the file that a table names under ``root``; where it names none, one that is not there.
-
-    Raises:
-        DataError: it is outside the root.
-    """
+    """Return the file that a table names under ``root``; where it names none, one that is not there."""
     return path_under(root, str(name or "").strip() or "(no image)", source)
 
 
@@ -84,11 +76,7 @@ def _kind(value: object) -> str:
 
 
 def _rad_question(row: Mapping[str, Any], text: str, case: str, split: str, images: Path, source: Path) -> Question:
-    """Return a row of VQA-RAD as a question.
-
-    Raises:
-        DataError: its image is outside ``images``.
-    """
+    """Return a row of VQA-RAD as a question."""
     image = _under(images, row["image_name"], source)
     return Question(f"{split}/{case}", image.name, image, text, accepted_answers(row["answer"]),
                     _kind(row.get("answer_type")), split, str(row.get("question_type") or "").strip())  # fmt: skip
@@ -166,11 +154,7 @@ MED_CATEGORIES = ("modality", "plane", "organ")
 
 
 def _med_lines(path: Path, fields: int) -> list[list[str]]:
-    """Split lines at ``|``; the question keeps tabs as blanks, the answer all that is left.
-
-    Raises:
-        DataError: names the first line with fewer fields.
-    """
+    """Split lines at ``|``; the question keeps tabs as blanks, the answer all that is left."""
     rows = []
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():

@@ -482,11 +482,7 @@ class ImageTextDataModule(TextArchiveDataModule):
         return case.images
 
     def _complete(self, samples: Sequence[Sample]) -> list[Sample]:
-        """Keep the samples that have both an image and a text.
-
-        Raises:
-            DataError: there is none.
-        """
+        """Keep the samples that have both an image and a text."""
         kept = [sample for sample in samples if sample.images and sample.study.text]
         if not kept:
             raise DataError(f"None of the {len(samples)} samples under {self.root} has both an image and a text.")

@@ -57,11 +57,7 @@ def _table_path(tree: Tree, folder: str, name: str) -> Path | None:
 
 
 def _needed_table(path: Path, needed: Sequence[str]) -> pd.DataFrame:
-    """Read a table as text, without repeated rows.
-
-    Raises:
-        DataError: the file is damaged, or a column is missing.
-    """
+    """Read a table as text, without repeated rows."""
     table = read_table(path)
     missing = [column for column in needed if column not in table]
     if missing:
@@ -70,11 +66,7 @@ def _needed_table(path: Path, needed: Sequence[str]) -> pd.DataFrame:
 
 
 def _per_study(table: pd.DataFrame, path: Path, column: str) -> pd.Series:
-    """Return a column by study.
-
-    Raises:
-        DataError: a study has two values.
-    """
+    """Return a column by study."""
     pairs = table[["study_id", column]].drop_duplicates()
     twice = pairs.loc[pairs["study_id"].duplicated(), "study_id"]
     if len(twice):
@@ -85,11 +77,7 @@ def _per_study(table: pd.DataFrame, path: Path, column: str) -> pd.Series:
 
 
 def _with_views(images: pd.DataFrame, path: Path, views: Sequence[str]) -> pd.DataFrame:
-    """Keep images of the given views.
-
-    Raises:
-        DataError: there are none.
-    """
+    """Keep images of the given views."""
     wanted = {view.upper() for view in views}
     kept = images[images["ViewPosition"].str.upper().isin(wanted)]
     if kept.empty:
@@ -128,11 +116,7 @@ def _read_images(path: Path, views: Sequence[str] | None) -> pd.DataFrame:
 
 
 def _zipped_reports(path: Path) -> dict[str, ReportFile]:
-    """List the reports of an archive by study.
-
-    Raises:
-        DataError: the archive is damaged.
-    """
+    """List the reports of an archive by study."""
     try:
         with zipfile.ZipFile(path) as archive:
             matches = [_MEMBER.fullmatch(name) for name in archive.namelist()]
@@ -159,11 +143,7 @@ def _find_reports(tree: Tree, folders: Sequence[str], stems: Sequence[str]) -> M
 
 
 def _read_findings(path: Path | None, studies: Sequence[str]) -> list[Mapping[str, str]]:
-    """Read the findings of some studies, ``""`` if unknown; all unknown without the table.
-
-    Raises:
-        DataError: a damaged table.
-    """
+    """Read the findings of some studies, ``""`` if unknown; all unknown without the table."""
     if path is None:
         return [{} for _ in studies]
     table = _needed_table(path, ["study_id"]).drop_duplicates("study_id").set_index("study_id")
@@ -177,11 +157,7 @@ def _read_findings(path: Path | None, studies: Sequence[str]) -> list[Mapping[st
 
 
 def _read_splits(path: Path, studies: Sequence[str]) -> list[str]:
-    """Read the splits of some studies, ``""`` if unknown.
-
-    Raises:
-        DataError: a damaged table, or a study in two splits.
-    """
+    """Read the splits of some studies, ``""`` if unknown."""
     table = _needed_table(path, ["study_id", "split"])
     return _per_study(table, path, "split").replace(_SPLITS).reindex(studies, fill_value="").tolist()
 
