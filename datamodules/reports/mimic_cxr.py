@@ -19,8 +19,8 @@ import pandas as pd
 from common.errors import DataError
 from common.pseudonyms import public_name
 from datamodules.files import listing
-from datamodules.registry import Facts, Layout, marked
-from datamodules.reports.studies import ReportFile, Study
+from datamodules.registry import Facts, FileRef, Layout, marked
+from datamodules.reports.studies import Study
 from datamodules.reports.text import mimic_text
 from datamodules.tables import read_table
 from datamodules.tree import Tree
@@ -115,17 +115,17 @@ def _read_images(path: Path, views: Sequence[str] | None) -> pd.DataFrame:
     return images.assign(stem=stem)
 
 
-def _zipped_reports(path: Path) -> dict[str, ReportFile]:
+def _zipped_reports(path: Path) -> dict[str, FileRef]:
     """List the reports of an archive by study."""
     try:
         with zipfile.ZipFile(path) as archive:
             matches = [_MEMBER.fullmatch(name) for name in archive.namelist()]
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read as an archive ({error}); fetch it again.") from error
-    return {match.group(1): ReportFile(path, match.group(0)) for match in matches if match}
+    return {match.group(1): FileRef(path, member=match.group(0)) for match in matches if match}
 
 
-def _find_reports(tree: Tree, folders: Sequence[str], stems: Sequence[str]) -> Mapping[str, ReportFile]:
+def _find_reports(tree: Tree, folders: Sequence[str], stems: Sequence[str]) -> Mapping[str, FileRef]:
     """Find the reports of some studies, in a zip archive or unpacked; empty if there are none at all."""
     for folder in folders:
         if tree.is_file(f"{folder}/{REPORTS}".lstrip("/")):
@@ -136,7 +136,7 @@ def _find_reports(tree: Tree, folders: Sequence[str], stems: Sequence[str]) -> M
         files = f"{folder}/files".lstrip("/")
         if tree.is_dir(files):
             there = (stem for stem in stems if tree.is_file(f"{files}/{stem}.txt"))
-            unpacked = {stem: ReportFile(tree / f"{files}/{stem}.txt") for stem in there}
+            unpacked = {stem: FileRef(tree / f"{files}/{stem}.txt") for stem in there}
             if unpacked:
                 return unpacked
     return {}
@@ -177,7 +177,7 @@ def _collector_paused() -> Iterator[None]:
 def _studies(
     images: pd.DataFrame,
     files: Path,
-    reports: Mapping[str, ReportFile],
+    reports: Mapping[str, FileRef],
     splits: Sequence[str],
     findings: Sequence[Mapping[str, str]],
 ) -> list[Study]:

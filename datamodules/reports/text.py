@@ -14,8 +14,8 @@ from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 
-from datamodules.registry import Archive
-from datamodules.reports.studies import ReportFile, Study
+from datamodules.registry import Archive, FileRef
+from datamodules.reports.studies import Study
 
 PARTS = ("full", "findings_impression")
 MAX_BYTES = 2**20
@@ -186,7 +186,7 @@ def _read_file(path: Path) -> bytes:
         return file.read(MAX_BYTES + 1)
 
 
-def read_report(source: ReportFile) -> str:
+def read_report(source: FileRef) -> str:
     """Read a report from its file or archive.
 
     Raises:
