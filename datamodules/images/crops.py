@@ -20,16 +20,13 @@ def random_box(
     generator: np.random.Generator,
     ratio: Sequence[float] = (3 / 4, 4 / 3),
 ) -> Box:
-    """Draw a box as torchvision's ``RandomResizedCrop`` does: by share of the area and aspect ratio.
+    """Draw a box of ``shape`` as torchvision's ``RandomResizedCrop`` does; if ten do not fit, return a central one.
 
     Args:
         shape: Height and width.
         scale: Smallest and largest share of the area.
         generator: Random generator of the draw.
         ratio: Smallest and largest width over height.
-
-    Returns:
-        The box; if ten draws do not fit, the central one with an allowed ratio.
     """
     height, width = shape
     for _ in range(10):
