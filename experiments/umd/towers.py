@@ -130,14 +130,7 @@ class TextTower(nn.Module):
     """
 
     def __init__(
-        self,
-        vocab_size: int,
-        pad_id: int,
-        width: int,
-        depth: int,
-        num_heads: int,
-        max_positions: int,
-        dropout: float,
+        self, vocab_size: int, pad_id: int, width: int, depth: int, num_heads: int, max_positions: int, dropout: float
     ) -> None:
         super().__init__()
         config = RobertaConfig(
@@ -191,11 +184,9 @@ def _need_same(source: str, theirs: Any, ours: Any, names: Mapping[str, str]) ->
 
 
 def load_vision(tower: VisionTower, source: str) -> None:
-    """Take weights of CLIP's vision transformer; its first layers if it has more, its positions resampled once.
+    """Take weights of CLIP's vision transformer from a local folder or a name of the hub.
 
-    Args:
-        tower: Where they go.
-        source: A local folder or a name of the hub.
+    Of more layers these are the first; positions are resampled once.
 
     Raises:
         CheckpointError: there are none.
@@ -221,11 +212,7 @@ def load_vision(tower: VisionTower, source: str) -> None:
 
 
 def load_text(tower: TextTower, source: str) -> None:
-    """Take weights of RoBERTa.
-
-    Args:
-        tower: Where they go.
-        source: A local folder or a name of the hub.
+    """Take weights of RoBERTa from a local folder or a name of the hub.
 
     Raises:
         CheckpointError: there are none.
