@@ -50,13 +50,16 @@ def _graded(
     ]  # fmt: skip
 
 
-class IDRiD(LabelLayout):
+class _Graded(LabelLayout):
+    reader = FUNDUS
+    classes = GRADES
+
+
+class IDRiD(_Graded):
     """Grading part of IDRiD with its official split: retinopathy, 0 to 4. Names count from 1 in both parts."""
 
     name = "IDRiD"
     tree = "ROOT/B. Disease Grading/{1. Original Images/{a. Training Set, b. Testing Set}, 2. Groundtruths/*.csv}"
-    reader = FUNDUS
-    classes = GRADES
 
     def _find(self, root: Tree) -> list[LabelledImage]:
         """List the graded images."""
@@ -68,13 +71,11 @@ class IDRiD(LabelLayout):
         return found
 
 
-class APTOS2019(LabelLayout):
+class APTOS2019(_Graded):
     """The graded training images of APTOS 2019; there is no official split."""
 
     name = "APTOS 2019"
     tree = "ROOT/{train.csv, train_images/<id_code>.png}"
-    reader = FUNDUS
-    classes = GRADES
 
     def _find(self, root: Tree) -> list[LabelledImage]:
         """List the graded images."""
@@ -84,13 +85,11 @@ class APTOS2019(LabelLayout):
         return _graded(root, path, ["id_code", "diagnosis"], folder)
 
 
-class EyePACS2015(LabelLayout):
+class EyePACS2015(_Graded):
     """Training images of the EyePACS set of 2015, two eyes per patient."""
 
     name = "EyePACS 2015"
     tree = "ROOT/{trainLabels.csv, train/<patient>_<left|right>.jpeg}"
-    reader = FUNDUS
-    classes = GRADES
 
     def _find(self, root: Tree) -> list[LabelledImage]:
         """List the graded images."""
@@ -122,9 +121,7 @@ class RFMiD(LabelLayout):
         self.classes = ()
         for split, word, folder in parts:
             pattern = f"**/*RFMiD_{word}_Labels.csv"
-            path = root.first(pattern)
-            if path is None and split == "train":
-                path = need_file(root, [pattern], self)
+            path = root.first(pattern) or (need_file(root, [pattern], self) if split == "train" else None)
             if path is not None:
                 found += self._part(root, path, split, folder)
         return found
@@ -144,14 +141,11 @@ class RFMiD(LabelLayout):
         above = root.name_of(path.parent.parent) if path.parent != root.root else None
         originals = [] if above is None else root.glob(f"{above}/*Original Images/*{folder}*".lstrip("/"))
         places = [path.parent / folder, *originals]
-        files: dict[str, Path] = {}
-        for place in places:
-            files = files or _files(root, place)
+        files = next(filter(None, (_files(root, place) for place in places)), {})
+        rows = zip(names, zip(*columns, strict=True), strict=True)
         return [
-            LabelledImage(
-                f"{split}/{name}", f"{split}/{name}", files.get(name, places[0] / f"{name}.png"), targets, split
-            )
-            for name, targets in zip(names, zip(*columns, strict=True), strict=True)
+            LabelledImage(f"{split}/{n}", f"{split}/{n}", files.get(n, places[0] / f"{n}.png"), targets, split)
+            for n, targets in rows
         ]
 
 

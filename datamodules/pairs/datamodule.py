@@ -48,18 +48,10 @@ def other_images(paths: Iterable[Path], seed: int = 0) -> dict[Path, Path]:
 
 
 class PairDataset(FaultTolerantDataset):
-    """Crops of images, tokens of texts, and a task's additions.
+    """Crops of images, tokens of texts, and a task's additions, ``facts``.
 
-    Args:
-        pairs: The pairs.
-        store: Opens images.
-        encode: Makes tokens.
-        image: How images are cut.
-        facts: What the task adds.
-        train: Whether crops are drawn at random.
-        seed: Seed of the training draws.
-        substitutes: Image to the one that is shown in its place; None shows the mean gray.
-        anonymise: Whether subjects get pseudonyms.
+    Crops are drawn at random in training. ``substitutes`` are images that are shown in place of others; None shows the
+    mean gray.
     """
 
     def __init__(

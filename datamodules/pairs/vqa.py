@@ -131,8 +131,8 @@ def _find_rad_release(root: Tree) -> list[Question]:
     return found
 
 
-def find_slake(root: Tree, language: str = "en") -> list[Question]:
-    """List SLAKE in one language: ``{train,validate or validation,test}.json`` and ``imgs/``; empty without."""
+def find_slake(root: Tree) -> list[Question]:
+    """List SLAKE in English: ``{train,validate or validation,test}.json`` and ``imgs/``; empty without."""
     if not root.is_file("train.json") or not root.is_dir("imgs"):
         return []
     names = {"train": ("train",), "val": ("validate", "validation"), "test": ("test",)}
@@ -140,7 +140,7 @@ def find_slake(root: Tree, language: str = "en") -> list[Question]:
     for split, given in names.items():
         path = next((root / f"{name}.json" for name in given if root.is_file(f"{name}.json")), None)
         for row in _json_rows(path, ("img_name", "question", "answer", "q_lang")) if path else ():
-            if str(row["q_lang"]).strip().lower() == language:
+            if str(row["q_lang"]).strip().lower() == "en":
                 image, case = _under(root / "imgs", row["img_name"], path), row.get("qid", len(found))
                 text = collapsed(row["question"])
                 found.append(_question(row, case, image.parent.name, image, text, split, "content_type"))

@@ -183,20 +183,10 @@ def distinct(samples: Sequence[Sample], extract: Extract, text: ReportTextConfig
 class ImageTextDataset(FaultTolerantDataset):
     """Crops of images and tokens of their reports, with hidden words.
 
-    Args:
-        samples: The samples.
-        extract: Extracts the text to use from a report.
-        store: Opens images.
-        tokenizer: The tokenizer.
-        text: How reports become tokens.
-        image: How images are cut.
-        train: Whether crops, views and hidden words are drawn anew every epoch from the run's seed; otherwise they are
-            fixed per subject in every run.
-        seed: Seed of the training draws.
-        controls: Samples of other patients, the control of the collapse diagnostics; None: no control.
-        anonymise: Whether subjects get pseudonyms.
-        complete: Whether a sample needs both image and text; otherwise one is enough.
-        negatives: Whether each sample comes with the image of another one.
+    In training, crops, views and hidden words are drawn anew every epoch from the run's seed; otherwise they are fixed
+    per subject in every run. A complete sample needs both image and text; otherwise one is enough. With ``controls``,
+    samples of other patients, the collapse diagnostics get one of their images; with ``negatives`` each sample comes
+    with the image of another one.
     """
 
     def __init__(
