@@ -139,7 +139,9 @@ def find_slake(root: Tree) -> list[Question]:
     found: list[Question] = []
     for split, given in names.items():
         path = next((root / f"{name}.json" for name in given if root.is_file(f"{name}.json")), None)
-        for row in _json_rows(path, ("img_name", "question", "answer", "q_lang")) if path else ():
+        if path is None:
+            continue
+        for row in _json_rows(path, ("img_name", "question", "answer", "q_lang")):
             if str(row["q_lang"]).strip().lower() == "en":
                 image, case = _under(root / "imgs", row["img_name"], path), row.get("qid", len(found))
                 text = collapsed(row["question"])
