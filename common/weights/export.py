@@ -67,6 +67,29 @@ class Exported(NamedTuple):
 
 
 Writer = Callable[[StoredEncoder], Exported]
+_Arguments = Mapping[str, Any]
+
+
+def renaming_writer(
+    rename: Callable[[Mapping[str, Tensor], _Arguments], dict[str, Tensor]],
+    configure: Callable[[_Arguments], dict[str, Any]],
+    usage: str,
+) -> Writer:
+    """Return the writer of a format that is a library's own encoder under other names.
+
+    Args:
+        rename: Makes the library's weights from our weights and arguments; ValueError: it has no such encoder.
+        configure: Makes the library's arguments from ours; likewise.
+        usage: Python that loads the result.
+    """
+
+    def write(stored: StoredEncoder) -> Exported:
+        try:
+            return Exported(rename(stored.state, stored.init_args), configure(stored.init_args), usage)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    return write
 
 
 def formats_of(experiment: str) -> dict[str, Writer]:
