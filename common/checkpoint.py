@@ -302,11 +302,7 @@ def transfer_encoder(
 
 
 def _load(encoder: nn.Module, state: Mapping[str, Tensor], adapted: dict[str, str]) -> LoadReport:
-    """Load the weights that fit ``encoder`` and report on the rest.
-
-    Raises:
-        CheckpointError: a key differs in shape.
-    """
+    """Load the weights that fit ``encoder``, refuse those of another shape, and report on the rest."""
     wanted = encoder.state_dict()
     check_shapes({k: v for k, v in state.items() if k in wanted}, {k: wanted[k] for k in state if k in wanted})
     report = LoadReport(
