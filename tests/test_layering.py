@@ -94,7 +94,7 @@ FLOORS = (
     {"brain", "labelled", "reports", "pairs", "genetics", "synthetic"},
     {"volumes", "images", "dicom"},
     {"base", "examination", "controls"},
-    {"account", "archive_file", "configs", "loading", "membership", "registry", "splits", "subjects"},
+    {"account", "archive_file", "configs", "loading", "membership", "registry", "splits", "subjects", "targets"},
     {"files", "ids", "limits", "listed_files", "members", "notes", "storage", "tables", "tree"},
 )
 

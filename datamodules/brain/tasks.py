@@ -1,6 +1,6 @@
 """Labelled brain archives for fine-tuning after BrainMVP: volumes with regions, or with classes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +38,7 @@ class BrainTaskDataModule(BrainArchiveDataModule):
         Raises:
             DataError: there is no study of the cohort, or none with a sequence that is asked for.
         """
-        if self.cohort is not None:
+        if self.cohort is not None and not self.predicting:
             self.cases = self._of_cohort(self.cohort)
         layout = super().settle(layout)
         present = {name for case in self.cases for name in case.images}
@@ -90,7 +90,7 @@ class BrainClassDataModule(BrainTaskDataModule):
         )
         return replace(settled, preprocessing=preparation)
 
-    def _read_targets(self) -> dict[str, int] | None:
+    def _read_targets(self, parts: Mapping[str, str]) -> dict[str, int] | None:
         assert self.archive is not None
         tables = label_tables(self._source, self.archive.tree)
         self.archive.tables = [*self.archive.tables, *map(str, tables)]

@@ -15,7 +15,7 @@ from datamodules.files import listing, short
 from datamodules.ids import check_subjects
 from datamodules.images.reading import GRAY, ImageReader
 from datamodules.listed_files import path_under
-from datamodules.registry import Archive, Evidence, Facts, Layout, Listing, Record
+from datamodules.registry import Archive, Evidence, Facts, Layout, Listing, Record, Settings
 from datamodules.tables import read_table
 from datamodules.tree import Tree, as_tree
 
@@ -49,6 +49,19 @@ class LabelledImage(NamedTuple):
         named = zip(classes, self.targets, strict=False)
         targets = {name: "" if math.isnan(target) else f"{target:g}" for name, target in named}
         return Record(self.case_id, self.patient_id, images=((self.image, ""),), targets=targets, split=self.split)
+
+
+#: Whose an image is does not matter where it is only predicted.
+PREDICTED = Settings(subject="file")
+
+
+def pictures_of(record: Record, tree: Tree) -> list[LabelledImage]:
+    """Return the images of a sample of any layout, without targets; several are called by their paths."""
+    alone = len(record.images) == 1
+    return [
+        LabelledImage(record.case_id if alone else tree.name_of(path), record.patient_id, path, split=record.split)
+        for path, _ in record.images
+    ]
 
 
 class LabelLayout(ABC):
