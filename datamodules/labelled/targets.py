@@ -1,9 +1,9 @@
 """Images of any archive with what a person wants predicted of them, and images with a person's own masks."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from common.types import InputSpec
 from datamodules.images.reading import COLOUR, GRAY, ImageReader, read_header
 from datamodules.images.values import ImageError
 from datamodules.labelled.classification import LabelledImageDataModule
-from datamodules.labelled.layout import LabelLayout, LabelledImage, pictures_of
+from datamodules.labelled.layout import LabelledImage, pictures_of
 from datamodules.labelled.structures import StructureDataModule
 from datamodules.registry import NO_SETTINGS, Archive, Record, Settings
 from datamodules.tables import read_table
@@ -35,22 +35,21 @@ Colour = Literal["gray", "colour"]
 _FORMATS = ("PNG", "TIFF", "BMP")
 
 
-class AnyImages(LabelLayout):
-    """Images of whatever layout, once they are listed.
+@dataclass
+class FoundImages:
+    """What images of whatever layout are, in the place of a labelled set.
 
-    Args:
+    Attributes:
         reader: How files become pixels.
+        name: Name of the layout, once it is known.
+        tree: One line that shows the tree.
+        classes: What is learned, once it is known.
     """
 
-    name = "images"
-    tree: ClassVar[str] = "any archive of images"
-
-    def __init__(self, reader: ImageReader) -> None:
-        self.reader, self.classes = reader, ()  # type: ignore[misc]
-
-    def _find(self, root: Tree) -> list[LabelledImage]:
-        """List nothing: the data module opens the archive."""
-        return []
+    reader: ImageReader
+    name: str = "images"
+    tree: str = "any archive of images"
+    classes: tuple[str, ...] = ()
 
 
 class AnyImagesDataModule(LabelledImageDataModule):
@@ -73,7 +72,8 @@ class AnyImagesDataModule(LabelledImageDataModule):
         colour: Colour = "colour",
         **options: Any,
     ) -> None:
-        super().__init__(root, AnyImages(COLOUR if colour == "colour" else GRAY), **options)
+        labels: Any = FoundImages(COLOUR if colour == "colour" else GRAY)
+        super().__init__(root, labels, **options)
         self._layout, self._subject = layout, subject
 
     def settings(self) -> tuple[str, Settings]:
@@ -85,7 +85,7 @@ class AnyImagesDataModule(LabelledImageDataModule):
             return super()._listed(root)
         self.archive = self.open(root, *self.settings())
         images = [item for record in self.archive.records for item in self.items(record, root)]
-        self.labels.name = self.archive.layout.name  # type: ignore[misc]
+        self.labels.name = self.archive.layout.name  # type: ignore[misc]  # an instance's, not the class's
         return images
 
     def items(self, record: Record, root: Tree) -> list[LabelledImage]:
