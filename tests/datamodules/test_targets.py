@@ -99,7 +99,7 @@ def test_several_columns_are_findings_and_empty_cells_unknown():
     assert math.isnan(found.values["0002"][1])
     assert found.problems == []
     facts["0003"]["mass"] = "maybe"
-    with pytest.raises(DataError, match="mass of 0003 is 'maybe'.*findings"):
+    with pytest.raises(DataError, match=r"mass of 0003 is 'maybe'.*findings"):
         learned(TargetColumns(["edema", "mass"]), members, facts)
 
 
@@ -145,7 +145,7 @@ def test_tables_may_name_patients_and_must_name_someone(tmp_path):
         read_texts(TargetColumns("dx", write(tmp_path / "x.csv", "who,dx\na,x\n")), members, {})
     with pytest.raises(DataError, match="no column 'age'"):
         read_texts(TargetColumns("age", file), members, {})
-    with pytest.raises(DataError, match="Latin|UTF-8"):
+    with pytest.raises(DataError, match=r"Latin|UTF-8"):
         read_texts(TargetColumns("dx", write(tmp_path / "l.csv", "patient_id,dx\na,é\n", "latin-1")), members, {})
 
 

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -65,29 +66,34 @@ def test_the_loss_equals_a_slow_one(kind):
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("kind", ["classes", "labels", "ordinal", "regression", "segmentation"])
+@pytest.mark.parametrize("kind", ["classes", "labels", "ordinal", "regression"])
 def test_two_ranks_equal_one(rank_pool, kind):
     logits, known = torch.randn(5, 3), KNOWN.clone()
     known[3] = False
     tensors = {"logits": logits, "target": TARGET, "known": known}
-    loss, projected, settings = target_loss, "logits", {"kind": kind, "weight": torch.tensor([1.0, 2, 5])}
+    loss, projected = partial(target_loss, kind=kind, weight=torch.tensor([1.0, 2, 5])), "logits"
     if kind == "regression":
         tensors = {"pred": logits, "target": torch.randn(5, 3), "known": known}
-        loss, projected, settings = squared_errors, "pred", {}
-    if kind == "segmentation":
-        tensors = {"logits": torch.randn(5, 2, 3, 3, 3), "target": torch.randint(0, 2, (5, 2, 3, 3, 3)).float()}
-        loss, settings = RegionDiceBCE(), {}
+        loss, projected = squared_errors, "pred"
     parts = [{name: value[cut] for name, value in tensors.items()} for cut in (slice(5), slice(2), slice(2, 5))]
-    weight = torch.randn(3, 3)
-    value, gradient = loss_and_gradient(loss, parts[0], [projected], weight, **settings)
-    jobs = [(call, loss, part, [projected], weight, settings) for part in parts[1:]]
-    for rank_value, rank_gradient in rank_pool.run(call, [job[1:] for job in jobs]):
+    arguments = [(loss, part, [projected], torch.eye(3)) for part in parts]
+    value, gradient = loss_and_gradient(*arguments[0])
+    for rank_value, rank_gradient in rank_pool.run(loss_and_gradient, arguments[1:]):
         assert torch.allclose(rank_value, value, rtol=1e-6)
         assert torch.allclose(rank_gradient, gradient, rtol=1e-5, atol=1e-6)
 
 
-def call(loss, tensors, projected, weight, settings):
-    return loss_and_gradient(loss, tensors, projected, weight, **settings)
+@pytest.mark.ddp
+def test_crops_of_two_ranks_teach_what_those_of_one_do(rank_pool):
+    """Each crop is compared by itself, and ranks have equally many: the mean of their gradients is the whole's."""
+    tensors = {"logits": torch.randn(4, 2, 3, 3, 3), "target": torch.randint(0, 2, (4, 2, 3, 3, 3)).float()}
+    parts = [{name: value[cut] for name, value in tensors.items()} for cut in (slice(4), slice(2), slice(2, 4))]
+    arguments = [(RegionDiceBCE(), part, ["logits"], torch.eye(3)) for part in parts]
+    value, gradient = loss_and_gradient(*arguments[0])
+    results = rank_pool.run(loss_and_gradient, arguments[1:])
+    assert torch.allclose((results[0][0] + results[1][0]) / 2, value, rtol=1e-6)
+    for _, rank_gradient in results:
+        assert torch.allclose(rank_gradient, gradient, rtol=1e-5, atol=1e-6)
 
 
 def scores_of_rank(kind, rows):
