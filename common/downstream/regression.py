@@ -39,6 +39,7 @@ class ImageRegression(ImageClassifier):
     """
 
     monitor = ("val/mse", "min")
+    item_name = "cases"
 
     def build_network(self, spec: InputSpec) -> nn.Module:
         """Make encoder and head; mean and spread of the measurements are among the weights."""

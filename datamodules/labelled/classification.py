@@ -329,6 +329,11 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         """Return images with what is learned of each, once it is known who is trained on."""
         return images
 
+    @property
+    def counted(self) -> Sequence[str]:
+        """Names of the targets that are 1 or 0, whose positives reports count."""
+        return self.labels.classes
+
     def training_targets(self) -> list[tuple[float, ...]]:
         """Return the targets of the training images, NaN = unknown."""
         return [item.targets for item in self.splits["train"]]
@@ -384,9 +389,9 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         counts = self.admit(stage)
         positive: Counter[str] = Counter()
         for item in self.splits["train"]:
-            named = zip(self.labels.classes, item.targets, strict=True)
+            named = zip(self.counted, item.targets, strict=True) if self.counted else ()
             positive.update(name for name, target in named if target == 1)
-        shares = ", ".join(f"{name} {positive[name]}" for name in self.labels.classes if name in positive)
+        shares = ", ".join(f"{name} {positive[name]}" for name in self.counted if name in positive)
         say(f"data: {self.labels.name} at {self.root}, images {counts}"
             + (f"; positive in training: {shares}" if shares else ""))  # fmt: skip
 
@@ -412,4 +417,4 @@ class LabelledImageDataModule(ImageArchiveDataModule):
     def examine(self, deep: bool, workers: int) -> list[str]:
         """Print a report on the archive and return the reasons why training would refuse it."""
         labels = self.index()
-        return examine(labels.name, labels.classes, self.terms(self.paths_in_use()), deep, workers)
+        return examine(labels.name, self.counted, self.terms(self.paths_in_use()), deep, workers)

@@ -88,6 +88,11 @@ class AnyImagesDataModule(LabelledImageDataModule):
         self.labels.name = self.archive.layout.name  # type: ignore[misc]  # an instance's, not the class's
         return images
 
+    @property
+    def counted(self) -> Sequence[str]:
+        """Nothing: what is learned is said where it is read."""
+        return ()
+
     def items(self, record: Record, root: Tree) -> list[LabelledImage]:
         """Return the images of a sample."""
         return pictures_of(record, root)
