@@ -23,7 +23,7 @@ def folders(tmp_path):
 
 
 def test_class_folders_need_no_name_and_splits_hold_every_class(folders):
-    data = TargetImageDataModule(str(folders), subject="file")
+    data = TargetImageDataModule(str(folders), subject="file", batch_size=8)
     data.index()
     assert data.input_spec.classes == ("grade 1", "grade 2", "grade 3", "grade 10")
     assert data.input_spec.target == {"kind": "classes"}
