@@ -9,7 +9,7 @@ from datamodules.labelled.targets import RegionImageDataModule, TargetImageDataM
 from datamodules.targets import TargetColumns
 
 
-def picture(path, value=100, size=(24, 20)):
+def picture(path, value=100, size=(40, 36)):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.full(size, value, np.uint8)).save(path)
 
@@ -85,7 +85,7 @@ def test_masks_have_values_that_the_description_or_a_person_names(tmp_path):
     data = RegionImageDataModule(str(tmp_path / "own"), regions={"both": [7, 9], "core": [9]})
     data.index()
     items = {item.case_id: item for item in data.images}
-    assert data.masks_of(items["1.png"]).sum((1, 2)).tolist() == [480, 480]
+    assert data.masks_of(items["1.png"]).sum((1, 2)).tolist() == [1440, 1440]
     with pytest.raises(SampleFaultError, match="holds 3, which is of no region"):
         data.masks_of(items["0.png"])
     assert data.input_spec.regions == {"both": (7, 9), "core": (9,)}
