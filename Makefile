@@ -1,7 +1,7 @@
 # A thin layer over two commands: every target runs a command that you could type yourself. `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain finetune evaluate predict doctor tensorboard export test test-all lint type bench
+.PHONY: help install init pretrain finetune evaluate predict doctor tensorboard export test test-all lint type bench torture
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,6 +16,7 @@ DATA ?=
 LAYOUT ?=
 LABELS ?=
 TARGET ?=
+KILLS ?=
 SIZE ?=
 CKPT ?=
 RESUME ?=
@@ -23,6 +24,7 @@ ARGS ?=
 DEEP ?=
 FORMAT ?=
 OUT ?=
+KILLS ?=
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | column -t -s '|'
@@ -75,10 +77,14 @@ predict: $(STAMP) ## CKPT= DATA= OUT= [ARGS=]: masks or probabilities of an arch
 	$(call need,OUT,CKPT=runs/... DATA=/archive OUT=predictions)
 	$(BIN)/medmim predict --ckpt "$(CKPT)" --data "$(DATA)" --out "$(OUT)" $(foreach word,$(ARGS),--set=$(word))
 
-doctor: $(STAMP) ## EXP= DATA= [LAYOUT= DEEP=1]: report what is wrong with an archive
+init: $(STAMP) ## DATA= [EXP= ARGS=]: look at an archive and write archives/NAME.yaml, which DATA= takes
+	$(call need,DATA,DATA=/path)
+	$(BIN)/medmim init "$(DATA)" $(if $(EXP),--exp $(EXP)) $(ARGS)
+
+doctor: $(STAMP) ## EXP= DATA= [TASK= SIZE= LAYOUT= ARGS= DEEP=1]: report what is wrong with an archive
 	$(call need,EXP,EXP=e_mim DATA=/path)
 	$(call need,DATA,EXP=e_mim DATA=/path)
-	$(BIN)/medmim doctor --config $(CONFIGS)/pretrain.yaml --root "$(DATA)" $(if $(LAYOUT),--layout $(LAYOUT)) $(if $(DEEP),--deep)
+	$(BIN)/medmim doctor $(if $(TASK),$(task_config),$(pretrain_config)) --root "$(DATA)" $(if $(LAYOUT),--layout $(LAYOUT)) $(if $(DEEP),--deep) $(ARGS)
 
 tensorboard: $(STAMP) ## show runs/ in TensorBoard
 	$(BIN)/tensorboard --logdir runs $(ARGS)
@@ -105,3 +111,6 @@ type: $(STAMP) ## run mypy
 
 bench: $(STAMP) ## [EXP= ARGS=]: benchmark pairs of our own variants side by side
 	$(BIN)/medmim bench $(if $(EXP),--exp $(EXP)) $(ARGS)
+
+torture: $(STAMP) ## [EXP= KILLS= ARGS=]: kill and resume runs in many ways; they must end as whole ones do
+	$(BIN)/medmim torture $(if $(EXP),--exp $(EXP)) $(if $(KILLS),--kills $(KILLS)) $(ARGS)

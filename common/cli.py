@@ -1,4 +1,4 @@
-"""The ``lightning`` command: LightningCLI with our defaults, run folder and one-sentence refusals."""
+"""The ``lightning`` command: LightningCLI with our defaults, run folders and one-sentence errors."""
 
 from common.runtime.lean_imports import import_torchmetrics
 
@@ -28,6 +28,7 @@ from common.callbacks.finite_check import FiniteCheck
 from common.callbacks.last_checkpoint import Cadence, LastCheckpoint, Safety
 from common.callbacks.membership import MembershipRecord
 from common.callbacks.preemption import Preemption, slurm_job
+from common.callbacks.rank_watch import RankWatch
 from common.callbacks.run_record import RunRecord, personal_settings
 from common.checkpoint import read_checkpoint, resolve_checkpoint, run_tokenizer, stored_membership
 from common.checkpoint_io import AtomicCheckpointIO
@@ -39,10 +40,10 @@ from common.names import printable, safe_name
 from common.pseudonyms import public_name
 from common.randomness import DEFAULT_SEED
 from common.runtime.configs import expand_config_arguments
-from common.runtime.data_config import one_line
+from common.runtime.data_config import one_line, with_archive_file
 from common.runtime.loggers import RunCSVLogger, RunTensorBoardLogger, SummaryLogger
 from common.runtime.process import silence_advice
-from common.runtime.reporting import is_dry_run, say
+from common.runtime.reporting import is_dry_run, print_line
 from common.types import TaskState
 
 INTERRUPTED = 130
@@ -51,8 +52,8 @@ INTERRUPTED = 130
 def run_name(arguments: list[str], class_path: str) -> tuple[str, str]:
     """Return experiment and stage of a run.
 
-    They are read off the first configuration, ``experiments/<experiment>/configs/<stage>.yaml``; the config of an
-    earlier run, ``runs/<experiment>/<stage>/<time>/config.yaml``, keeps its names; else the model's package serves.
+    They come from the first configuration, ``experiments/<experiment>/configs/<stage>.yaml``; the config of an
+    earlier run, ``runs/<experiment>/<stage>/<time>/config.yaml``, keeps its names; otherwise from the model's package.
     """
     configs = [value for name, value in pairwise(arguments) if name in ("--config", "-c")]
     configs += [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
@@ -67,7 +68,7 @@ def run_name(arguments: list[str], class_path: str) -> tuple[str, str]:
 
 
 def supports_bfloat16(device_type: str) -> bool:
-    """Whether bfloat16 matrix products are faster than float32's on the device."""
+    """Whether matrix products on the device are faster in bfloat16 than in float32."""
     if device_type != "cpu":
         return True
     features = torch.cpu.get_capabilities()
@@ -80,7 +81,7 @@ class RunConfig(SaveConfigCallback):
     """Saves the resolved configuration as ``config.yaml`` in the run folder."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the file once, whole or not at all (Lightning hook)."""
+        """Write the file once, completely or not at all (Lightning hook)."""
         if self.already_saved or not trainer.is_global_zero or is_dry_run(trainer):
             return
         config = self.config.clone()
@@ -94,7 +95,7 @@ class RunConfig(SaveConfigCallback):
 
 
 class OneLineParser(LightningArgumentParser):
-    """Says what is wrong with the usage in one line, without the page of all options."""
+    """Reports wrong usage in one line, without the page of all options."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and exit with 2."""
@@ -106,13 +107,15 @@ class OneLineParser(LightningArgumentParser):
 
 
 class MedmimCLI(LightningCLI):
-    """LightningCLI that owns the run folder and what must never be switched off by another callback list."""
+    """LightningCLI that owns the run folder and the callbacks that no other callback list may switch off."""
 
     def __init__(self, arguments: list[str]) -> None:
-        self._arguments = arguments  # as given: they name the run
+        self._arguments = arguments  # as given: the paths name the run
         self._made: Path | None = None
         self._state = TaskState()
         self._members: dict[str, Any] | None = None
+        laid, self._archive_file = with_archive_file(expand_config_arguments(arguments))
+        self._first_step: int | None = None
         defaults = str(files("experiments").joinpath("configs/defaults.yaml"))
         try:
             super().__init__(
@@ -121,7 +124,7 @@ class MedmimCLI(LightningCLI):
                 parser_kwargs={name: {"default_config_files": [defaults]} for name in self.subcommands()},
                 auto_configure_optimizers=False,
                 parser_class=OneLineParser,
-                args=expand_config_arguments(arguments),
+                args=laid,
             )
         except BaseException:
             if self._made is not None:
@@ -129,15 +132,15 @@ class MedmimCLI(LightningCLI):
             raise
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Declare when checkpoints are written and what a run forgives (CLI hook)."""
+        """Add the options for checkpoint intervals and tolerated steps (CLI hook)."""
         parser.add_class_arguments(Cadence, "checkpoint")
         parser.add_class_arguments(Safety, "safety")
 
     def _parse_ckpt_path(self) -> None:
-        """Let a run folder stand for its checkpoint, and take what the network was built for from it.
+        """Resolve a run folder to its checkpoint, and take over the settings that its network depends on.
 
-        A folder means the last checkpoint to resume and the best for all else. Everything but what the weights' shapes
-        depend on stays as the configuration has it, so that a model can be scored under other settings.
+        A folder means the last checkpoint for resuming and the best one otherwise. Only settings that determine the
+        weights' shapes are taken over, so that a model can be evaluated under other settings.
         """
         command = self.config["subcommand"]
         config = self.config[command]
@@ -152,9 +155,10 @@ class MedmimCLI(LightningCLI):
         if class_path == checkpoint.get("hyper_parameters", {}).get("_class_path", class_path):
             self._state = TaskState.read(checkpoint)
         self._members = checkpoint.get("membership")
+        self._first_step = checkpoint.get("global_step") if command == "fit" else None
 
     def before_instantiate_classes(self) -> None:
-        """Give the data the tokenizer of the run that weights are from, unless one is asked for (CLI hook)."""
+        """Give the data the tokenizer of the run that the weights come from, unless one is given (CLI hook)."""
         config = self.config[self.config["subcommand"]]
         text = ((config.get("data") or {}).get("init_args") or {}).get("text")
         if text is None or "tokenizer" not in text or text["tokenizer"]:
@@ -174,7 +178,7 @@ class MedmimCLI(LightningCLI):
         return None
 
     def instantiate_classes(self) -> None:
-        """Make model, data and trainer; a value that one of them refuses is the user's to change."""
+        """Make model, data and trainer; a value that one of them refuses becomes a usage error."""
         try:
             super().instantiate_classes()
             if self.datamodule is not None:
@@ -188,21 +192,21 @@ class MedmimCLI(LightningCLI):
         self._recall_members()
 
     def _recall_members(self) -> None:
-        """Tell the data who was in which split of the runs that this one goes on from (those that keep it)."""
+        """Pass the data the split members of the runs that this one continues from, if they store them."""
         recall = getattr(self.datamodule, "recall", None)
         if recall is None:
             return
         pretrained = (self._get(self.config, "model").get("init_args") or {}).get("pretrained")
         started_from = stored_membership(pretrained) if pretrained else None
         if pretrained and started_from is None and not self._members:
-            say(f"note: whether patients were seen in pre-training cannot be checked: {pretrained} keeps no membership")
+            print_line(f"note: {pretrained} stores no membership: patients seen in pre-training cannot be told apart")
         kind = "resumed" if self.subcommand == "fit" else "weights"
         recall(**{"started_from": started_from, kind: self._members})
 
     def run_folder(self) -> Path:
         """Return the folder of this run; a resumed run continues in its own.
 
-        The first rank makes it, so that of two runs of one second each has its own.
+        The first rank creates it, so that two runs started in the same second get different folders.
         """
         ckpt_path = self._get(self.config, "ckpt_path")
         if self.subcommand == "fit" and ckpt_path and Path(ckpt_path).parent.name == "checkpoints":
@@ -211,7 +215,7 @@ class MedmimCLI(LightningCLI):
         experiment, stage = run_name(self._arguments, class_path)
         if self.subcommand != "fit":
             stage = f"{'evaluate' if self.subcommand == 'test' else self.subcommand}_{stage.removeprefix('finetune_')}"
-        # Ranks that this process starts inherit the name through the environment.
+        # Ranks started by this process inherit the name through the environment.
         stamp = safe_name(os.environ.setdefault("MEDMIM_RUN_TIME", time.strftime("%Y-%m-%d_%H-%M-%S")))
         folder = Path("runs") / experiment / stage / stamp
         if launched_rank() == 0 and not self._get(self.config_init, "trainer")["fast_dev_run"]:
@@ -229,17 +233,15 @@ class MedmimCLI(LightningCLI):
         return folder
 
     def _check_precision(self, trainer_config: dict[str, Any]) -> None:
-        """Refuse float16 on a CPU, and fall back to float32 where bfloat16 is only emulated."""
+        """Refuse float16 on a CPU, and fall back to float32 if bfloat16 is only emulated."""
         on_cpu = trainer_config["accelerator"] == "cpu" or (
             trainer_config["accelerator"] == "auto" and not torch.accelerator.is_available()
         )
         precision = str(trainer_config["precision"])
         if on_cpu and precision in ("16", "16-mixed", "16-true"):
-            raise UserError(
-                f"Precision {precision} is float16, which CPUs do not compute fast: use bf16-mixed or 32-true."
-            )
+            raise UserError(f"Precision {precision} is float16, which is slow on CPUs: use bf16-mixed or 32-true.")
         if on_cpu and precision == "bf16-mixed" and not supports_bfloat16("cpu"):
-            say("precision: this CPU has no bfloat16 instructions, training in 32-true instead of bf16-mixed")
+            print_line("precision: this CPU has no bfloat16 instructions, training in 32-true instead of bf16-mixed")
             trainer_config["precision"] = "32-true"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -248,7 +250,8 @@ class MedmimCLI(LightningCLI):
         config = dict(self._get(self.config_init, "trainer"))
         self._check_precision(config)
         if config["logger"] in (None, True):
-            config["logger"] = [RunTensorBoardLogger(str(folder)), RunCSVLogger(str(folder))]
+            config["logger"] = [RunTensorBoardLogger(str(folder), self._first_step),
+                                RunCSVLogger(str(folder), self._first_step)]  # fmt: skip
         if config["logger"]:
             given = config["logger"] if isinstance(config["logger"], list) else [config["logger"]]
             config["logger"] = [*given, SummaryLogger(str(folder))]
@@ -256,11 +259,13 @@ class MedmimCLI(LightningCLI):
         config["plugins"] = [*(config["plugins"] or []), AtomicCheckpointIO()]
         if SLURMEnvironment.detect():
             config["plugins"].append(SLURMEnvironment(auto_requeue=False))
-        callbacks: list[Any] = [RunRecord(folder), MembershipRecord(folder), FaultReport(folder)]
+        watch = RankWatch(folder)
+        callbacks: list[Any] = [watch, RunRecord(folder, self._archive_file), MembershipRecord(folder)]
+        callbacks.append(FaultReport(folder))
         if config["enable_progress_bar"] is not False and not any(
             isinstance(c, ProgressBar) for c in config["callbacks"]
         ):
-            # Every refresh reads values off the device, so not at every step.
+            # Every refresh reads values from the device, so not at every step.
             callbacks.append(TQDMProgressBar(refresh_rate=10))
         if self.subcommand == "fit":
             safety = self._get(self.config_init, "safety")
@@ -274,6 +279,7 @@ class MedmimCLI(LightningCLI):
                 f"The strategy {config['strategy']} splits the model over devices; losses over all ranks and exact "
                 f"resuming do not allow that: use ddp."
             )
+        watch.attach(trainer.strategy)
         return trainer
 
     def _checkpoint_callbacks(self, folder: Path, safety: Safety) -> list[Any]:
@@ -293,20 +299,27 @@ class MedmimCLI(LightningCLI):
 
 
 def _fail(error: Exception) -> NoReturn:
-    """Print one line and exit: with 2 for wrong usage, else with 1."""
+    """Print one line and exit: with 2 for wrong usage, otherwise with 1."""
     print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
     sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
-def execute(arguments: list[str]) -> Path:
+def execute(arguments: list[str], name: str | None = None) -> Path:
     """Run a command inside this process and return its run folder.
 
+    Args:
+        arguments: Words of the command.
+        name: Last part of the run folder; None: the time.
+
     Raises:
-        UserError: refused.
-        PreemptedError: stopped on request; the state is saved.
+        UserError: the command was refused.
+        PreemptedError: stopped on request, with its state saved.
     """
     silence_advice()
-    os.environ.pop("MEDMIM_RUN_TIME", None) if launched_rank() == 0 else None
+    if launched_rank() == 0:
+        os.environ.pop("MEDMIM_RUN_TIME", None)
+        if name is not None:
+            os.environ["MEDMIM_RUN_TIME"] = name
     return Path(MedmimCLI(arguments).trainer.default_root_dir)
 
 

@@ -18,9 +18,9 @@ from common.runtime.process import prepare_memory
 class Command(NamedTuple):
     """A subcommand.
 
-    Arguments are declared here, away from the function that takes them, because its module imports torch or pandas: a
-    page of help and a refusal of wrong usage must not. (jsonargparse would read them off the function, but has neither
-    ``--seeds 0 1``, nor a repeated ``--config``, nor ``--vocab-size``.)
+    Arguments are declared here, not in the module of the function that takes them, because that module imports torch or
+    pandas, which ``--help`` and usage errors must not. (jsonargparse could derive them from the function, but supports
+    neither ``--seeds 0 1``, nor a repeated ``--config``, nor ``--vocab-size``.)
 
     Attributes:
         function: Dotted path of the function; it takes what is declared, by name.
@@ -34,15 +34,22 @@ class Command(NamedTuple):
 
 
 def _archive(parser: ArgumentParser) -> None:
-    """Declare what becomes the argument ``archive``, a :class:`common.runtime.data_config.Archive`."""
+    """Declare the options that become the argument ``archive``, a :class:`common.runtime.data_config.Archive`."""
     parser.set_defaults(takes_archive=True)
     parser.add_argument(
         "--config", action="append", required=True, help="configuration with a data section; repeat to add overlays"
     )
-    parser.add_argument("--root", help="folder of the archive (default: data.root of the configuration)")
+    parser.add_argument(
+        "--root", help="folder of the archive, or an archive.yaml (default: data.root of the configuration)"
+    )
     parser.add_argument("--layout", help="use this layout instead of recognising it")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="another data setting, such as cache=b2nd"
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="another data setting, such as cache.format=b2nd; options of lightning's such as --data.NAME=VALUE are "
+        "taken too, and those of model and trainer are left aside",
     )
 
 
@@ -54,6 +61,14 @@ def _synthesize(parser: ArgumentParser) -> None:
     parser.add_argument("--out", help="folder to write (default: data/synthetic/LAYOUT, or the configuration's root)")
     parser.add_argument("--cases", type=int, default=16, help="number of cases (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the cases (default: %(default)s)")
+
+
+def _init(parser: ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="DIR", help="the archive; it is read, and nothing is written into it")
+    parser.add_argument("--exp", help="experiment that it is for (default: all are tried)")
+    parser.add_argument("--table", help="table of its images, where that lies elsewhere or is one of several")
+    parser.add_argument("--out", help="file to write (default: archives/NAME.yaml)")
+    parser.add_argument("--force", action="store_true", help="write over a file of that name")
 
 
 def _doctor(parser: ArgumentParser) -> None:
@@ -69,7 +84,7 @@ def _prepare(parser: ArgumentParser) -> None:
 
 def _split(parser: ArgumentParser) -> None:
     _archive(parser)
-    parser.add_argument("--out", required=True, help="CSV to write, for data.split_file")
+    parser.add_argument("--out", required=True, help="CSV to write, for data.split.file")
     parser.add_argument(
         "--by", choices=("case", "patient"), default="case", help="what each line names (default: %(default)s)"
     )
@@ -85,7 +100,7 @@ def _tokenizer(parser: ArgumentParser) -> None:
         "--kind", choices=("wordpiece", "bpe"), help="kind of tokenizer (default: the configuration's, else wordpiece)"
     )
     parser.add_argument("--vocab-size", type=int, help="maximum number of tokens (default: the configuration's)")
-    parser.add_argument("--out", required=True, help="JSON file to write, for data.tokenizer")
+    parser.add_argument("--out", required=True, help="JSON file to write, for data.text.tokenizer")
 
 
 def _export(parser: ArgumentParser) -> None:
@@ -103,7 +118,7 @@ def _convert(parser: ArgumentParser) -> None:
         "--weights", required=True, help="file with the weights: .safetensors, or written by torch.save"
     )
     parser.add_argument("--out", required=True, help="folder to write, to be used as CKPT=")
-    parser.add_argument("--num-heads", type=int, help="attention heads (default: width / 64)")
+    parser.add_argument("--num-heads", type=int, help="number of attention heads (default: width / 64)")
 
 
 def _embed(parser: ArgumentParser) -> None:
@@ -169,7 +184,7 @@ def _switches(parser: ArgumentParser, command: str) -> None:
 def _study(parser: ArgumentParser) -> None:
     parser.add_argument("study", nargs="?", help="YAML file, such as experiments/e_mim/configs/studies/collapse.yaml")
     parser.add_argument("--data", help="folder of the archive")
-    parser.add_argument("--out", help="JSON file to write (default: into the experiment's results folder)")
+    parser.add_argument("--out", help="JSON file to write (default: runs/EXP/study_NAME/)")
     parser.add_argument("--arms", nargs="+", help="only these arms")
     parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
     parser.add_argument(
@@ -185,14 +200,29 @@ def _bench(parser: ArgumentParser) -> None:
     parser.add_argument("--out", help="JSON file to write in addition")
 
 
+def _torture(parser: ArgumentParser) -> None:
+    parser.add_argument("--exp", help="one experiment only (default: all)")
+    parser.add_argument("--kills", type=int, default=20, help="kills of each experiment (default: %(default)s)")
+    parser.add_argument("--out", help="folder to write all runs and the table to (default: a temporary one)")
+    parser.add_argument("--seed", type=int, default=0, help="other seeds, other kills (default: %(default)s)")
+
+
+#: What stands below every page of help.
+EXIT_CODES = "Exit codes: 0 done, 1 refused or failed with one line, 2 wrong usage."
+
 COMMANDS = {
     "synthesize": Command(
         "datamodules.synthetic.command.run", "write a small synthetic tree in an official layout", _synthesize
     ),
     "doctor": Command(
         "datamodules.commands.doctor.run",
-        "read an archive's headers (--deep: every byte) and print what is wrong",
+        "read an archive's headers and 8 cases whole (--deep: every byte) and print what is wrong",
         _doctor,
+    ),
+    "init": Command(
+        "datamodules.commands.init.run",
+        "look at an archive and write archives/NAME.yaml, which says how it was understood; for DATA=",
+        _init,
     ),
     "prepare": Command("datamodules.commands.prepare.run", "build or verify the cache of an archive", _prepare),
     "split": Command("datamodules.commands.split.run", "write a split by patient as a file", _split),
@@ -223,16 +253,21 @@ COMMANDS = {
     "bench": Command(
         "common.sweeps.bench.run", "time pairs of our own variants side by side and print the ratios", _bench
     ),
+    "torture": Command(
+        "common.sweeps.torture.run", "kill and resume runs in many ways and compare them with whole ones", _torture
+    ),
 }
 
 
 def build_parser() -> ArgumentParser:
     """Make the parser of all subcommands."""
-    parser = ArgumentParser(prog="medmim", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="medmim", description=__doc__.splitlines()[0], epilog=EXIT_CODES)
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        command.declare(subparsers.add_parser(name, help=command.summary, description=command.summary))
+        command.declare(
+            subparsers.add_parser(name, help=command.summary, description=command.summary, epilog=EXIT_CODES)
+        )
     return parser
 
 
@@ -243,11 +278,18 @@ def execute(arguments: list[str]) -> None:
         UserError: refused.
         SystemExit: wrong usage.
     """
-    options = vars(build_parser().parse_args(arguments))
+    parser = build_parser()
+    found, others = parser.parse_known_args(arguments)
+    options = vars(found)
     module, _, function = COMMANDS[options.pop("command")].function.rpartition(".")
-    if options.pop("takes_archive", False):
-        from common.runtime.data_config import Archive
+    takes_archive = options.pop("takes_archive", False)
+    if others and not (takes_archive and others[0].startswith("--")):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if takes_archive:
+        from common.runtime.data_config import Archive, data_options
 
+        root, settings = data_options(others)
+        options["root"], options["set"] = root or options["root"], [*options["set"], *settings]
         options["archive"] = Archive(*(options.pop(name) for name in ("config", "root", "layout", "set")))
         import_torchmetrics()  # before the function's module imports Lightning
     getattr(importlib.import_module(module), function)(**options)

@@ -11,7 +11,7 @@ from common.checkpoint import load_encoder
 from common.downstream.encoder import mean_features, meet_encoder
 from common.files import whole_file
 from common.runtime.data_config import Archive
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from common.weights.channels import ChannelReport
 
 
@@ -35,7 +35,7 @@ def run(archive: Archive, ckpt: str, out: str) -> None:
     channels: ChannelReport | None = encoder.load_report.channels  # type: ignore[union-attr, assignment]
     if channels is not None:
         channels = channels.without(spec.absent)
-        say(channels.line(spec.shown))
+        print_line(channels.line(spec.shown))
     rows = []
     for split in ("train", "val", "test"):
         for batch in datamodule.central_samples((split,)):
@@ -46,4 +46,4 @@ def run(archive: Archive, ckpt: str, out: str) -> None:
     facts = {} if channels is None else {"channels": json.dumps(channels.facts())}
     with whole_file(Path(out)) as temporary:
         pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata(facts), temporary)
-    say(f"embedded {len(rows)} cases, {encoder.num_features} features each, to {out}")
+    print_line(f"embedded {len(rows)} cases, {encoder.num_features} features each, to {out}")

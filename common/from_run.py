@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.modalities import canonical_name
 from common.names import safe_name
 from common.runtime.process import silence_advice
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from common.types import InputSpec, TaskState
 
 
@@ -148,7 +148,7 @@ def predict(ckpt: str, data: Sequence[str], out: str, settings: Sequence[str] = 
         own = ["--data.root", str(root), "--trainer.logger=false", "--return_predictions=false"]
         own += ["--data.cache.format=none"] if root not in map(Path, data) else []
         _Predicting(run, [*run.arguments("predict"), *own, *settings], folder)
-    say(f"predictions: {folder}")
+    print_line(f"predictions: {folder}")
 
 
 def evaluate(ckpt: str, data: str | None = None, labels: str | None = None, settings: Sequence[str] = ()) -> None:
@@ -171,4 +171,4 @@ def evaluate(ckpt: str, data: str | None = None, labels: str | None = None, sett
         arguments += ["--data.target.file", labels]
     if run.spec.target.get("kind") in ("classes", "ordinal"):
         arguments.append(f"--data.target.classes={json.dumps(list(run.spec.classes))}")
-    say(f"results: {lightning([*arguments, *settings])}")
+    print_line(f"results: {lightning([*arguments, *settings])}")

@@ -1,5 +1,6 @@
 """What every archive shares: loaders, faults, replacement of broken samples, and the position for resuming."""
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,9 +17,10 @@ from common.errors import DataError
 from common.faults import Fault, FaultLedger, SampleFaultError
 from common.pseudonyms import hide_names, names_are_hidden
 from common.randomness import run_seed, stable_hash
-from common.runtime.reporting import is_dry_run, say
+from common.runtime.reporting import is_dry_run, print_line
 from common.types import InputSpec
 from datamodules.account import Account
+from datamodules.archive_file import OWN_KEYS, ArchiveFile, archive_file_of, checked, settings_of
 from datamodules.configs import LoaderConfig
 from datamodules.examination import Terms
 from datamodules.loading import Draw, EvaluationBatches, ResumableLoader, TrainBatches
@@ -35,11 +37,12 @@ from datamodules.membership import (
     used_rows,
 )
 from datamodules.registry import NO_SETTINGS, Archive, Settings, open_archive
+from datamodules.targets import with_targets
 from datamodules.tree import Tree
 
 
 class FaultTolerantDataset(Dataset):
-    """Replaces a broken sample by another one, the same one every time.
+    """Replaces a broken sample by another one, always the same.
 
     Subclasses implement :meth:`read`; each item carries the faults met on the way under ``"faults"``.
 
@@ -62,11 +65,11 @@ class FaultTolerantDataset(Dataset):
         """Return one item; may list member faults under ``"faults"``.
 
         Raises:
-            SampleFaultError: nothing of it can be used.
+            SampleFaultError: none of it can be used.
         """
 
     def draw_key(self, draw: Draw, train: bool) -> tuple[object, ...]:
-        """Return the key that seeds a draw: in training of the run's seed and the epoch, else of the subject alone."""
+        """Return the key that seeds a draw: from seed and epoch in training, otherwise from the subject."""
         subject = self.subject(draw.index)
         return ("train", self.seed, draw.epoch, subject, draw.draw) if train else ("val", subject, draw.draw)
 
@@ -90,7 +93,7 @@ class FaultTolerantDataset(Dataset):
 
 
 def collate_samples(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack tensors and numbers, list the rest, join the faults."""
+    """Stack tensors and numbers, list everything else, and join the faults."""
     batch: dict[str, Any] = {"faults": [fault for sample in samples for fault in sample.pop("faults")]}
     for name in samples[0]:
         values = [sample[name] for sample in samples]
@@ -100,12 +103,12 @@ def collate_samples(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_position(position: Mapping[str, Any], batch_size: int, ranks: int) -> None:
-    """Refuse to go on in the middle of an epoch with batches of another size, or on another number of ranks.
+    """Refuse to resume inside an epoch with another batch size or number of ranks.
 
-    Which samples were consumed would then be another question; at the boundary of an epoch nothing is.
+    The consumed samples would then be different ones; at the boundary of an epoch there are none.
 
     Raises:
-        DataError: with both values.
+        DataError: one of them differs; names both values.
     """
     if not 0 < position["consumed"] < position.get("batches", 0):
         return
@@ -117,6 +120,28 @@ def check_position(position: Mapping[str, Any], batch_size: int, ranks: int) -> 
                             f"of the end of an epoch.")  # fmt: skip
 
 
+def _parameters(cls: type) -> set[str]:
+    """Return the names of all arguments of a class, those of its bases included."""
+    bases = [base for base in cls.__mro__ if "__init__" in vars(base)]
+    return {name for base in bases for name in inspect.signature(base.__init__).parameters}  # type: ignore[misc]
+
+
+def _split_options(file: ArchiveFile) -> dict[str, Any]:
+    """Return the argument ``split`` that an archive file asks for.
+
+    Raises:
+        DataError: it says how a table joins, but not which.
+    """
+    said = dict(file.content.get("split", {}))
+    rules = {key: said.pop(key) for key in ("ids", "unlisted") if key in said}
+    if rules and "file" not in said:
+        raise DataError(f"{file.path}: split.{next(iter(rules))} says how a table joins, and split.file names none.")
+    if "file" in said:
+        place = file.located(said["file"])
+        said["file"] = {"file": place, **rules} if rules else place
+    return said
+
+
 class ArchiveDataModule(pl.LightningDataModule):
     """A data module that survives broken members, counts them, and resumes inside an epoch.
 
@@ -126,7 +151,7 @@ class ArchiveDataModule(pl.LightningDataModule):
     Args:
         batch_size: Samples per device.
         num_workers: Loader processes per rank.
-        anonymise: Whether persons, studies and files have pseudonyms in all that is printed, logged, drawn or written
+        anonymise: Whether people, studies and files get pseudonyms in all that is printed, logged, drawn or written
             outside the cache; see :mod:`common.pseudonyms`.
         seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
         loader: How samples are drawn, and how many may be broken.
@@ -135,12 +160,16 @@ class ArchiveDataModule(pl.LightningDataModule):
         changed_archive: Whether a run whose archive has lost or changed members since it began is ``refuse``d when it
             is resumed, or goes on with what is there (``use``).
         split_from: Run or checkpoint whose patients keep the split they have there; only others are placed.
+        archive: What is said about the archive where its tree leaves it open: keys of ``archive.yaml`` that no other
+            argument has, see :data:`datamodules.archive_file.OWN_KEYS`.
     """
 
     #: The archive.
     root: str
     #: Whether every member is only predicted, whatever is known of it.
     predicting = False
+    #: Keys of ``split:`` in an archive file that the argument ``split`` has.
+    split_keys: tuple[str, ...] = ("fractions", "seed", "file")
     #: Settings, by dotted name, that say something about one person; where names are hidden, no file of a run keeps
     #: their values.
     personal: tuple[str, ...] = ()
@@ -155,8 +184,12 @@ class ArchiveDataModule(pl.LightningDataModule):
         seen_patients: SeenPatients = "report",
         changed_archive: ChangedArchive = "refuse",
         split_from: str | None = None,
+        archive: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        #: What is said about the archive, as checked, and of it what its layout heeds.
+        self.said = checked(archive or {})
+        self.settings = settings_of(self.said)
         if batch_size < 1 or num_workers < 0:
             raise ValueError(f"`batch_size` must be at least 1 and `num_workers` at least 0, "
                              f"got {batch_size} and {num_workers}.")  # fmt: skip
@@ -176,7 +209,7 @@ class ArchiveDataModule(pl.LightningDataModule):
         self._earlier: Membership | None = None
         self._starts_from, self._where = False, "pre-training"
         self._placed: tuple[Sequence[Any], dict[str, str], str] | None = None
-        #: How many validation and test patients earlier training has seen, by split.
+        #: Number of validation and test patients seen by earlier training, by split.
         self.seen: dict[str, dict[str, int]] = {}
 
     @property
@@ -185,22 +218,22 @@ class ArchiveDataModule(pl.LightningDataModule):
         """What the batches will hold; known once the root has been indexed."""
 
     def deliver(self, channels: Sequence[str]) -> None:
-        """Give batches these channels in this order; those that the archive lacks are fed as absent.
+        """Deliver these channels in this order; those missing from the archive are marked absent.
 
         Raises:
             DataError: the channels of this archive are fixed.
         """
         given = self.input_spec.channels
         if tuple(channels) != given:
-            raise DataError(f"The data give the channels {', '.join(given)}, not {', '.join(channels)}.")
+            raise DataError(f"The dataset has the channels {', '.join(given)}, not {', '.join(channels)}.")
 
     def recall(self, resumed: Any = None, started_from: Any = None, weights: Any = None) -> None:
-        """Take the memberships of earlier runs, as their checkpoints hold them, before anything is indexed.
+        """Set the memberships of earlier runs, as stored in their checkpoints, before anything is indexed.
 
         Args:
-            resumed: Of the run that goes on.
-            started_from: Of the run whose encoder this one starts from.
-            weights: Of the run whose network is evaluated.
+            resumed: Membership of the run that is resumed.
+            started_from: Membership of the run whose encoder is used.
+            weights: Membership of the run whose network is evaluated.
         """
         self._resumed = Membership.read(resumed)
         self._starts_from = resumed is None and started_from is not None
@@ -210,16 +243,16 @@ class ArchiveDataModule(pl.LightningDataModule):
             self._earlier = self._resumed.before
 
     def place(self, cases: Sequence[Any], parts: Mapping[str, str], seeded: bool, setting: object) -> dict[str, str]:
-        """Return the split of every case: as a resumed run, or the one that it is to agree with, had it.
+        """Return the split of every case, kept from a resumed run or from ``split_from``.
 
         Args:
             cases: All cases.
-            parts: Where they would be placed.
-            seeded: Whether neither a file nor the archive says so.
-            setting: What places them.
+            parts: Their splits otherwise.
+            seeded: Whether the split is seeded, not given by a file or the archive.
+            setting: Description of how splits are made.
 
         Raises:
-            DataError: the archive is not the one that a resumed run began with.
+            DataError: the archive has changed since a resumed run began.
         """
         described = str(setting)
         if isinstance(setting, tuple):
@@ -239,7 +272,7 @@ class ArchiveDataModule(pl.LightningDataModule):
         return placed
 
     def sources(self, cases: Sequence[Any]) -> dict[str, tuple[str, ...]]:
-        """Return the check sums of the files of each case, as far as they are known."""
+        """Return the known check sums of each case's files."""
         return {}
 
     def predict_all(self, trained: InputSpec) -> None:
@@ -250,7 +283,7 @@ class ArchiveDataModule(pl.LightningDataModule):
         """
         self.predicting = True
 
-    def settle_membership(self) -> Membership | None:
+    def resolve_membership(self) -> Membership | None:
         """Compare the members with those of earlier runs, and return them; None where nothing was placed.
 
         Raises:
@@ -270,20 +303,20 @@ class ArchiveDataModule(pl.LightningDataModule):
         if self._earlier is None:
             return
         if not self._earlier.comparable():
-            say("note: whether pre-training has seen these patients can be told by equal files alone: its names are "
-                "hidden with another key")  # fmt: skip
+            print_line("note: pre-training hid its names with another key, so patients seen there are recognised by "
+                "equal files alone")  # fmt: skip
         for split in ("val", "test"):
             seen = seen_patients(self._earlier, [row for row in rows if row.split == split], self.root)
             if not seen.patients:
                 continue
             self.seen[split] = seen.facts()
             words = seen.words(split, self._where)
-            say(words)
+            print_line(words)
             if seen.certain and self._seen_patients == "refuse":
                 raise DataError(f"{words}: set data.seen_patients to drop to leave them out, or to report.")
             if seen.certain and self._seen_patients == "drop":
                 kept = [case for case in self.splits[split] if case.patient_id not in seen.certain]
-                say(f"{len(self.splits[split]) - len(kept)} {split} cases are left out (data.seen_patients)")
+                print_line(f"{len(self.splits[split]) - len(kept)} {split} cases are left out (data.seen_patients)")
                 self.splits[split] = kept
 
     @abstractmethod
@@ -295,46 +328,130 @@ class ArchiveDataModule(pl.LightningDataModule):
             workers: Threads.
         """
 
-    #: Who uses the archive, for refusals; the commands put the experiment's name here.
+    #: User of the archive in error messages; the commands set the experiment's name.
     purpose = "this experiment"
 
     @property
     def needs(self) -> frozenset[str]:
-        """What an archive must give, of :data:`datamodules.registry.VOCABULARY`."""
+        """What an archive must provide, from :data:`datamodules.registry.VOCABULARY`."""
         return frozenset()
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """What is needed of a layout, but may be missing from an archive of it."""
+        return ("genetics", "masks", "targets")
 
     @abstractmethod
     def used_files(self) -> Iterable[tuple[str, Path]]:
-        """Yield the archive's files that are used, each with what it is; known once the root has been indexed."""
+        """Yield the kind and path of the used files; known once the root has been indexed."""
 
-    def open(self, root: str | Path | Tree, layout: str = "auto", settings: Settings = NO_SETTINGS) -> Archive:
-        """Recognise the archive and list what it holds.
+    @classmethod
+    def archive_options(cls, root: str | ArchiveFile, given: Mapping[str, Any]) -> tuple[dict[str, Any], Path] | None:
+        """Return the arguments that the archive file of a root asks for, and the file; None where there is none.
+
+        What the task has no use for is said in one line.
+
+        Args:
+            root: A folder, or an archive file, read or not.
+            given: The arguments as they are without it.
 
         Raises:
-            DataError: it is of no known layout, lacks what is needed, or too many of its files have no place.
+            DataError: the file cannot be read, or says what it must not.
         """
-        archive = open_archive(root, layout, self.needs, self.purpose, settings)
+        file = root if isinstance(root, ArchiveFile) else archive_file_of(root)
+        if file is None:
+            return None
+        options, unused = cls.taken(file, given)
+        used = [key for key in file.content if key not in ("version", "root", *unused)]
+        print_line(f"archive: {file.path} is used ({', '.join(used) or 'its root'})"
+            + (f"; this task has no use for its {', '.join(unused)}" if unused else ""))  # fmt: skip
+        return options, file.path
+
+    @classmethod
+    def taken(cls, file: ArchiveFile, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Return the arguments that an archive file asks for, and its keys that this data module has no use for."""
+        content, names = file.content, _parameters(cls)
+        own = {key: content[key] for key in OWN_KEYS if key in content}
+        options: dict[str, Any] = {"root": str(file.root), "archive": own}
+        unused = [key for key in ("layout", "voxels") if key in content and key not in names]
+        options |= {key: content[key] for key in ("layout", "voxels") if key in content and key in names}
+        if "voxels" not in names:  # what is said of volumes says nothing to those who read pictures
+            unused += [key for key in ("modalities", "grid") if own.pop(key, None)]
+        if "table" in own:
+            own["table"] = file.located(own["table"])
+        if split := _split_options(file):
+            wanted = {key: value for key, value in split.items() if key in cls.split_keys and "split" in names}
+            unused += [] if len(wanted) == len(split) else ["split" if not wanted else "split.file"]
+            options |= {"split": wanted} if wanted else {}
+        if "targets" in own:
+            for target in own["targets"].values():
+                if "table" in target:
+                    target["table"] = file.located(target["table"])
+            found = cls.target_options(own, given)
+            options |= found or {}
+            unused += [] if found is not None else ["targets"]
+        return options, unused
+
+    @classmethod
+    def target_options(cls, own: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the arguments by which ``targets:`` of an archive file become this task's; None: it has no use for it.
+
+        Args:
+            own: What the argument ``archive`` will be; may be changed.
+            given: The arguments as they are without the file.
+        """
+        own.pop("targets")
+        return None
+
+    def walk(self) -> Tree:
+        """List the files of the archive, without those that are named under ``ignore``.
+
+        Raises:
+            DataError: the root is no folder, or its files are links without content.
+        """
+        tree = Tree(self.root)
+        tree = tree.without(self.settings.ignore) if self.settings.ignore else tree
+        tree.report_content()
+        return tree
+
+    def open(self, root: str | Path | Tree, layout: str = "auto", settings: Settings = NO_SETTINGS) -> Archive:
+        """Recognise the archive and list its samples.
+
+        Args:
+            root: The archive.
+            layout: Name of its layout, or ``"auto"``.
+            settings: What arguments of the data module's own say; they win over ``archive``.
+
+        Raises:
+            DataError: it is of no known layout, lacks what is needed, has a setting that its layout does not know, or
+                too many of its files have no place.
+        """
+        heeded = replace(self.settings, **{name: getattr(settings, name) for name in settings.said()})
+        if heeded.modalities and "volumes" not in self.needs:
+            raise DataError(f"modalities: names channels of volumes, and {self.purpose} reads none: leave it out.")
+        archive = open_archive(root, layout, self.needs, self.purpose, heeded, self.optional)
         Account(archive).check()
         for note in archive.notes:
-            say(f"note: {note}")
+            print_line(f"note: {note}")
+        with_targets(archive, self.said.get("targets", {}))
         return archive
 
     def keep_account(self, stage: str) -> None:
-        """When training: print what became of the archive's files, and keep it with the run."""
+        """In training, print the account of the archive's files and save it with the run."""
         if stage != "fit" or self.archive is None:
             return
         account = Account(self.archive, self.used_files())
         for line in account.lines():
-            say(line)
+            print_line(line)
         trainer = self.trainer
         if trainer is not None and trainer.is_global_zero and not is_dry_run(trainer):
             account.write(Path(trainer.default_root_dir) / "account.csv", examples=not self.ledger.anonymise)
 
     def terms(self, cached: Sequence[Any], draws: int = 1) -> Terms:
-        """Return what training asks of the archive, for its doctor.
+        """Return what training requires of the archive, for the doctor.
 
         Args:
-            cached: What the cache would be made of.
+            cached: Files that the cache would be built from.
             draws: Training samples that a member gives per epoch.
         """
         cache = None
@@ -342,11 +459,12 @@ class ArchiveDataModule(pl.LightningDataModule):
             cache = (self.store.estimated_bytes(cached), self.store.folder)
         settings = (self.batch_size, draws, self.ledger.max_fraction, self.ledger.anonymise)
         account = Account(self.archive, self.used_files()).lines() if self.archive is not None else []
-        return Terms(self.splits, *settings, cache, account)
+        frame = None if self.archive is None else self.archive.facts.frame
+        return Terms(self.splits, *settings, cache, account, frame)
 
     @abstractmethod
     def reference_samples(self, count: int) -> Iterable[Any]:
-        """Yield batches with at least ``count`` training samples, drawn and cut as validation samples are."""
+        """Yield batches with at least ``count`` training samples, drawn and cut like validation samples."""
 
     def _ranks(self) -> tuple[int, int]:
         trainer = self.trainer
@@ -356,7 +474,7 @@ class ArchiveDataModule(pl.LightningDataModule):
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def train_loader(self, dataset: FaultTolerantDataset, draws: int) -> ResumableLoader:
-        """Make the training loader, at the position a checkpoint gave."""
+        """Make the training loader, at the position from a checkpoint."""
         self.ledger.check()
         global_rank, world_size = self._ranks()
         batches = TrainBatches(len(dataset), draws, self.batch_size, global_rank, world_size, self.seed)
@@ -370,13 +488,13 @@ class ArchiveDataModule(pl.LightningDataModule):
     def evaluation_loader(
         self, dataset: FaultTolerantDataset, draws: int = 1, batch_size: int | None = None, all_ranks: bool = True
     ) -> ResumableLoader:
-        """Make a loader that reads everything once, shared out over the ranks."""
+        """Make a loader that reads everything once, divided among the ranks."""
         global_rank, world_size = self._ranks() if all_ranks else (0, 1)
         batches = EvaluationBatches(len(dataset), draws, batch_size or self.batch_size, global_rank, world_size)
         return self._make_loader(dataset, batches)
 
     def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """Return what makes a batch from samples."""
+        """Return the collate function."""
         return collate_samples
 
     def _make_loader(self, dataset: FaultTolerantDataset, batches: TrainBatches | EvaluationBatches) -> ResumableLoader:
@@ -395,7 +513,7 @@ class ArchiveDataModule(pl.LightningDataModule):
         self.teardown("exception")
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Take the faults out of a batch and into the ledger (Lightning hook)."""
+        """Move the faults of a batch into the ledger (Lightning hook)."""
         if isinstance(batch, dict):
             self.ledger.add(batch.pop("faults", []))
         return batch
@@ -408,5 +526,5 @@ class ArchiveDataModule(pl.LightningDataModule):
         return {**self._train_loader.state_dict(), **sizes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the position for the training loader, which is made later (Lightning hook)."""
+        """Keep the position for the training loader, which is created later (Lightning hook)."""
         self._position = state_dict if "consumed" in state_dict else None

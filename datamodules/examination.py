@@ -1,4 +1,4 @@
-"""What all examinations of an archive have in common, whatever it holds: look at every member, then judge the whole."""
+"""Shared by the examinations of all archives: check every member, then report on the whole."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,15 +10,15 @@ from tqdm import tqdm
 
 from common.faults import Fault, FaultLedger
 from common.pseudonyms import public_name
-from common.runtime.reporting import say
-from datamodules.notes import say_notes
-from datamodules.storage import say_cache
+from common.runtime.reporting import print_line
+from datamodules.notes import print_notes
+from datamodules.storage import print_cache_size
 
 _T = TypeVar("_T")
 
 
 class Member(NamedTuple):
-    """What was found in one member.
+    """Findings for one member.
 
     Attributes:
         case_id: Its name.
@@ -26,6 +26,7 @@ class Member(NamedTuple):
         faults: What is broken.
         sums: Check sum to path of every file that was read to its end.
         usable: Whether anything is left to train on.
+        whole: Whether it was read to its end, not its headers alone.
     """
 
     case_id: str
@@ -33,19 +34,44 @@ class Member(NamedTuple):
     faults: Sequence[Fault] = ()
     sums: Mapping[str, str] = {}
     usable: bool = True
+    whole: bool = False
+
+
+#: Members that are read to their end even where only headers are asked for.
+READ_WHOLE = 8
+
+
+def spread(members: Sequence[_T], count: int = READ_WHOLE) -> list[_T]:
+    """Return a few members from all over a list."""
+    step = max(len(members) / max(count, 1), 1.0)
+    return [members[int(place * step)] for place in range(min(count, len(members)))]
 
 
 def look_at_all(
-    check: Callable[[_T], Member], members: Sequence[_T], deep: bool, workers: int, unit: str = "pixel"
+    check: Callable[[_T, bool], Member], members: Sequence[_T], deep: bool, workers: int, unit: str = "pixel"
 ) -> list[Member]:
-    """Look at every member, several at once, with a bar that shows how far it is."""
+    """Look at every member, several at once, with a bar that shows how far it is.
+
+    Args:
+        check: Looks at a member: at its headers, or (second argument) at every byte.
+        members: The members.
+        deep: Whether to read all to their end; else :data:`READ_WHOLE` of them, from all over the list.
+        workers: Threads.
+        unit: What members are made of.
+    """
     title = f"reading every {unit}" if deep else "reading headers"
+    chosen = {id(member) for member in spread(members)}
+
+    def look(member: _T) -> Member:
+        whole = deep or id(member) in chosen
+        return check(member, whole)._replace(whole=whole)
+
     with ThreadPoolExecutor(workers) as pool:
-        return list(tqdm(pool.map(check, members), total=len(members), desc=title, unit="member"))
+        return list(tqdm(pool.map(look, members), total=len(members), desc=title, unit="member"))
 
 
 def copies(members: Iterable[Member]) -> list[list[str]]:
-    """Return groups of files of different patients that are equal byte by byte."""
+    """Return groups of byte-identical files of different patients."""
     owners: dict[str, dict[str, str]] = defaultdict(dict)
     for member in members:
         for checksum, path in member.sums.items():
@@ -54,16 +80,17 @@ def copies(members: Iterable[Member]) -> list[list[str]]:
 
 
 class Terms(NamedTuple):
-    """What training asks of an archive, in plain values: doctors know no data module.
+    """What training requires of an archive, as plain values: doctors do not depend on data modules.
 
     Attributes:
         splits: Members of train, val and test.
         batch_size: Samples per device.
-        draws: Training samples that a member gives per epoch.
-        max_fraction: Share of faulty members that is tolerated.
+        draws: Training samples per member and epoch.
+        max_fraction: Tolerated share of faulty members.
         anonymise: Whether members get pseudonyms.
         cache: Largest size of the cache in bytes, and its folder; None without a cache.
         account: What became of the archive's files, in lines.
+        frame: Which frame of a DICOM picture with several is used; None = none is.
     """
 
     splits: Mapping[str, Sequence[Any]]
@@ -73,6 +100,7 @@ class Terms(NamedTuple):
     anonymise: bool = False
     cache: tuple[int, Path] | None = None
     account: Sequence[str] = ()
+    frame: int | None = None
 
     @property
     def members(self) -> list[Any]:
@@ -80,14 +108,29 @@ class Terms(NamedTuple):
         return [member for part in self.splits.values() for member in part]
 
 
-def judge(terms: Terms, found: Sequence[Member], noun: str, deep: bool, unit: str = "pixel") -> list[str]:
+def _report_counts(ledger: FaultLedger, found: Sequence[Member], item_name: str, unit: str) -> list[str]:
+    """Print the faults; return the reasons that lie in them."""
+    read = [member for member in found if member.whole]
+    if not ledger.num_faulty:
+        more = f" in the headers and in the {len(read)} {item_name} read whole; DEEP=1 (--deep) reads every {unit}"
+        print_line(f"faults: none{more if len(read) < len(found) else ''}")
+        return []
+    print_line(f"faults: {ledger.num_faulty} of {len(found)} {item_name}. {ledger.describe()}")
+    broken = sum(bool(member.faults) for member in read)
+    if ledger.num_faulty > ledger.limit:
+        return [f"{ledger.num_faulty} faulty {item_name}, more than the {ledger.limit:g} that are tolerated"]
+    if len(read) < len(found) and 2 * broken > len(read):
+        return [f"{broken} of the {len(read)} {item_name} that were read whole are faulty"]
+    return []
+
+
+def report_faults(terms: Terms, found: Sequence[Member], item_name: str, unit: str = "pixel") -> list[str]:
     """Print the faults, the empty splits and the size of the cache; return why training would refuse the archive.
 
     Args:
-        terms: What training asks of it.
+        terms: What training requires.
         found: One entry per member in use.
-        noun: What members are called, plural.
-        deep: Whether members were read to their end.
+        item_name: What members are called, plural.
         unit: What members are made of.
     """
     ledger = FaultLedger(terms.max_fraction, terms.anonymise)
@@ -98,30 +141,25 @@ def judge(terms: Terms, found: Sequence[Member], noun: str, deep: bool, unit: st
     if not train:
         reasons.append("the train split is empty")
     elif all(member.case_id in lost for member in train):
-        reasons.append(f"none of the {noun} of the training split can be used")
+        reasons.append(f"none of the {item_name} of the training split can be used")
     elif len(train) * terms.draws < terms.batch_size:
         reasons.append(f"the training split gives {len(train) * terms.draws} samples, fewer than one batch of "
                        f"{terms.batch_size}")  # fmt: skip
-    say_notes()
-    if ledger.num_faulty:
-        say(f"faults: {ledger.num_faulty} of {len(found)} {noun}. {ledger.describe()}")
-        if ledger.num_faulty > ledger.limit:
-            reasons.append(f"{ledger.num_faulty} faulty {noun}, more than the {ledger.limit:g} that are tolerated")
-    else:
-        say(f"faults: none{'' if deep else f' in the headers; only DEEP=1 (--deep) reads the {unit}s'}")
+    print_notes()
+    reasons += _report_counts(ledger, found, item_name, unit)
     if same := copies(found):
         reasons.append(f"{len(same)} files occur in several patients, first {' = '.join(map(public_name, same[0]))}")
     if not terms.splits["val"]:
-        say("note: the val split is empty")
+        print_line("note: the val split is empty")
     if terms.cache is not None:
-        say_cache(*terms.cache)
+        print_cache_size(*terms.cache)
     return reasons
 
 
-def say_splits(what: str, terms: Terms, noun: str) -> None:
-    """Print how many members of how many patients there are, in which splits."""
+def print_splits(what: str, terms: Terms, item_name: str) -> None:
+    """Print the number of members, patients and members per split."""
     members = terms.members
-    say(f"{what}: {len(members)} {noun} of {len({member.patient_id for member in members})} patients, "
+    print_line(f"{what}: {len(members)} {item_name} of {len({member.patient_id for member in members})} patients, "
         + ", ".join(f"{len(part)} {name}" for name, part in terms.splits.items()))  # fmt: skip
     for line in terms.account:
-        say(line)
+        print_line(line)

@@ -1,4 +1,4 @@
-"""Ids of tables and of archives: they join by exact text, and what would join after mending is named, not mended."""
+"""Joining the ids of tables and archives by exact text; what a correction would join is named, not corrected."""
 
 import re
 from collections import Counter
@@ -9,10 +9,10 @@ from typing import Literal, NamedTuple
 import pandas as pd
 
 from common.errors import DataError
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from datamodules.files import listing, short
 
-#: How programs write that they do not know.
+#: Placeholders that programs write for unknown values.
 _UNKNOWN = ("nan", "none", "null", "na", "n/a")
 
 IdRule = Literal["exact", "pad"]
@@ -28,10 +28,10 @@ def natural_order(names: Iterable[str]) -> list[str]:
 
 
 def check_subjects(path: Path, subjects: Iterable[str]) -> None:
-    """Refuse a table in which several rows have as their subject what programs write for "unknown".
+    """Refuse a table in which several rows have a placeholder for "unknown" as subject.
 
     Raises:
-        DataError: says how many rows have it.
+        DataError: the message gives the number of rows.
     """
     counts = Counter(name for name in subjects if name.strip().lower() in _UNKNOWN)
     if counts.total() > 1:
@@ -42,10 +42,10 @@ def check_subjects(path: Path, subjects: Iterable[str]) -> None:
 
 
 def rows_by(path: Path, table: pd.DataFrame, key: str) -> dict[str, dict[str, str]]:
-    """Return the rows of a table by the text in one column; rows without any are left out.
+    """Return the rows of a table by the text in one column; rows without a key are left out.
 
     Raises:
-        DataError: the column is missing, a row comes twice and differs, or its key means "unknown".
+        DataError: the column is missing, a key occurs twice with different values, or means "unknown".
     """
     if key not in table.columns:
         raise DataError(f"{path} has no column {short(key)!r}; it has {listing(table.columns)}.")
@@ -59,22 +59,22 @@ def rows_by(path: Path, table: pd.DataFrame, key: str) -> dict[str, dict[str, st
 
 
 class Joined(NamedTuple):
-    """How the ids of an archive and those of a table fit.
+    """The result of joining an archive's ids with a table's.
 
     Attributes:
         found: Id in the archive to id in the table.
-        lacking: Ids of the archive that the table does not have.
-        spare: Ids of the table that the archive does not have.
+        lacking: Ids only in the archive.
+        spare: Ids only in the table.
     """
 
     found: dict[str, str]
     lacking: list[str]
     spare: list[str]
 
-    def counts(self, table: str, noun: str) -> str:
-        """Say what joined and what did not, on both sides."""
-        return (f"{table}: {len(self.found)} of {len(self.found) + len(self.lacking)} {noun} are listed; of the ids it "
-                f"lists, {len(self.spare)} are not in the archive")  # fmt: skip
+    def counts(self, table: str, item_name: str) -> str:
+        """Describe what joined and what did not, on both sides."""
+        return (f"{table}: {len(self.found)} of {len(self.found) + len(self.lacking)} {item_name} are listed; of the "
+                f"ids it lists, {len(self.spare)} are not in the archive")  # fmt: skip
 
 
 def without_zeros(name: str) -> str:
@@ -82,7 +82,7 @@ def without_zeros(name: str) -> str:
     return name.lstrip("0") or "0" if name.isascii() and name.isdigit() else name
 
 
-#: What an id may have lost or gained on its way through other programs: in words, and what both sides then share.
+#: Changes that other programs make to ids: a description, and the key that both sides then share.
 _MENDINGS: Mapping[str, Callable[[str], str]] = {
     "with leading zeros": without_zeros,
     "in the other case": str.casefold,
@@ -93,7 +93,7 @@ _MENDINGS: Mapping[str, Callable[[str], str]] = {
 
 
 def join_ids(names: Iterable[str], listed: Iterable[str], ids: IdRule = "exact") -> Joined:
-    """Join ids by exact text, and with ``pad`` numbers that lost their leading zeros too.
+    """Join ids by exact text, and with ``pad`` also numbers that lost their leading zeros.
 
     Args:
         names: Ids of the archive.
@@ -101,7 +101,7 @@ def join_ids(names: Iterable[str], listed: Iterable[str], ids: IdRule = "exact")
         ids: ``exact`` or ``pad``.
 
     Raises:
-        DataError: with ``pad`` an id could be two others.
+        DataError: with ``pad`` an id could match two others.
     """
     wanted, given = dict.fromkeys(names), dict.fromkeys(listed)
     found = {name: name for name in wanted if name in given}
@@ -114,10 +114,10 @@ def join_ids(names: Iterable[str], listed: Iterable[str], ids: IdRule = "exact")
 
 
 def _padded(lacking: Sequence[str], spare: Sequence[str]) -> dict[str, str]:
-    """Join what differs in leading zeros.
+    """Join ids that differ only in leading zeros.
 
     Raises:
-        DataError: an id could be two others.
+        DataError: an id could match two others.
     """
     place: dict[str, list[str]] = {}
     for name in spare:
@@ -138,11 +138,11 @@ def _padded(lacking: Sequence[str], spare: Sequence[str]) -> dict[str, str]:
 
 
 def mending(joined: Joined, setting: str = "") -> str:
-    """Say what would join after which mending; empty where nothing would.
+    """Describe which corrections would join more ids; empty if none would.
 
     Args:
-        joined: What joined and what did not.
-        setting: The setting that takes ids without their zeros, where there is one, such as ``split.ids``.
+        joined: The result of the join.
+        setting: The setting that accepts ids without leading zeros, if there is one, such as ``split.ids``.
     """
     best: tuple[int, str, str] = (0, "", "")
     for words, plain in _MENDINGS.items():
@@ -157,16 +157,16 @@ def mending(joined: Joined, setting: str = "") -> str:
     return f"; {number} would be {words} ({example}): {remedy}"
 
 
-def check_labels(path: Path, joined: Joined, noun: str, setting: str = "") -> None:
-    """Print what of a table of labels joined, and refuse one that has labels for under half of an archive.
+def check_labels(path: Path, joined: Joined, item_name: str, setting: str = "") -> None:
+    """Print how a table of labels joined, and refuse one with labels for less than half of an archive.
 
     Raises:
-        DataError: says how many, and what would join after mending.
+        DataError: the message gives the number, and what would join after a correction.
     """
     total = len(joined.found) + len(joined.lacking)
     if 2 * len(joined.found) < total:
         listed = f"; it lists {short(joined.spare[0])}" if joined.spare else ""
         more = mending(joined, setting) or f"{listed}: correct the file"
-        raise DataError(f"{len(joined.lacking)} of {total} {noun} are not in {path.name}, such as "
+        raise DataError(f"{len(joined.lacking)} of {total} {item_name} are not in {path.name}, such as "
                         f"{short(joined.lacking[0])}{more}.")  # fmt: skip
-    say(joined.counts(path.name, noun))
+    print_line(joined.counts(path.name, item_name))

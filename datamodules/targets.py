@@ -5,25 +5,24 @@ Everything is text until the split is known: classes are the values of training 
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
-
-import pandas as pd
+from typing import Any, Literal, NamedTuple, Protocol
 
 from common.errors import DataError
 from common.pseudonyms import public_name
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from datamodules.files import listing, short
 from datamodules.ids import IdRule, check_labels, join_ids, natural_order, rows_by
+from datamodules.registry import Archive
 from datamodules.tables import read_table
 
 TargetKind = Literal["auto", "classes", "ordinal", "labels", "regression"]
 Texts = dict[str, tuple[str, ...]]
 
-#: Columns of a table that name cases, and those that name patients.
-CASE_KEYS, PATIENT_KEYS = ("case_id", "image"), ("patient_id", "subject")
+#: Columns that may say whose a row is, in the order in which they are looked for.
+KEYS = ("case_id", "image", "patient_id", "participant_id", "subject")
 #: A column of numbers with more values than this is not taken for classes unless somebody says so.
 _MOST_NUMBERS = 20
 _REMEDY = "join it to another class by data.target.merge, or leave its cases out"
@@ -92,45 +91,101 @@ class Targets(NamedTuple):
     problems: list[str]
 
 
-def _key_of(path: Path, table: pd.DataFrame) -> tuple[str, bool]:
-    """Return the column that names cases or patients, and whether it is cases.
+def _joined(
+    path: Path, names: Sequence[str], members: Sequence[Member], ids: IdRule = "exact", setting: str = ""
+) -> dict[str, Mapping[str, str]]:
+    """Return the row of each member that a table lists, by its case or by its patient.
+
+    Args:
+        path: The table.
+        names: The columns that are needed.
+        members: The members.
+        ids: How ids are compared.
+        setting: What sets that.
 
     Raises:
-        DataError: there is neither.
+        DataError: there is no such column, or the table lists less than half of the members.
     """
-    for key in (*CASE_KEYS, *PATIENT_KEYS):
-        if key in table.columns:
-            return key, key in CASE_KEYS
-    raise DataError(f"{path} needs a column {listing(CASE_KEYS)} or {listing(PATIENT_KEYS)} to join by; it has "
-                    f"{listing(table.columns)}.")  # fmt: skip
-
-
-def _from_table(config: TargetColumns, members: Sequence[Member]) -> dict[str, Mapping[str, str]]:
-    """Return the row of each member that a table lists.
-
-    Raises:
-        DataError: there is no such table or column, or it lists under half of the members.
-    """
-    path = Path(config.file or "").expanduser()
-    if not path.is_file():
-        raise DataError(f"There is no table {path} (LABELS=, data.target.file).")
     table = read_table(path)
-    key, by_case = _key_of(path, table)
-    if missing := [name for name in config.names if name not in table.columns]:
-        raise DataError(f"{path} has no column {missing[0]!r}; it has {listing(table.columns)}.")
-    columns = list(dict.fromkeys([key, *config.names]))
-    rows = rows_by(path, table[columns].drop_duplicates(), key)
-    own = {member.case_id: member.case_id if by_case else member.patient_id for member in members}
-    joined = join_ids(own.values(), rows, config.ids)
-    check_labels(path, joined, "cases" if by_case else "patients", "data.target.ids")
+    if missing := [name for name in names if name not in table.columns]:
+        raise DataError(f"{path} has no column {short(missing[0])}; it has {listing(table.columns)}.")
+    key = next((key for key in KEYS if key in table.columns), table.columns[0])
+    rows = rows_by(path, table[list(dict.fromkeys([key, *names]))].drop_duplicates(), key)
+    cases = {member.case_id: member.case_id for member in members}
+    patients = {member.case_id: member.patient_id for member in members}
+    tried = [(join_ids(own.values(), rows, ids), own, of) for own, of in ((cases, "cases"), (patients, "patients"))]
+    joined, own, of = max(tried, key=lambda one: sum(name in one[0].found for name in one[1].values()))
+    check_labels(path, joined, of, setting)
     if joined.lacking or joined.spare:
         sides = [
-            f"{words} {listing([public_name(name) for name in names[:3]])}"
-            for words, names in (("not listed:", joined.lacking), ("not in the archive:", joined.spare))
-            if names
+            f"{words} {listing([public_name(name) for name in unmatched[:3]])}"
+            for words, unmatched in (("not listed:", joined.lacking), ("not in the archive:", joined.spare))
+            if unmatched
         ]
-        say(f"note: unmatched ids of {path.name}; {'; '.join(sides)}")  # fmt: skip
+        print_line(f"note: unmatched ids of {path.name}; {'; '.join(sides)}")
     return {case: rows[joined.found[name]] for case, name in own.items() if name in joined.found}
+
+
+def with_targets(archive: Archive, targets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give the records of an archive the targets that are named; a value of no class is unknown.
+
+    Args:
+        archive: The archive; its records and tables are changed.
+        targets: Name to ``table``, ``column``, ``classes`` and ``merge``, as in ``archive.yaml``.
+
+    Raises:
+        DataError: there is no such table or column, or it does not join the archive.
+    """
+    own = {str(archive.tree / archive.tree.name_of(table)) for table in archive.tables}
+    for name, rule in targets.items():
+        values = _values(archive, name, rule, own)
+        merged = {old: new for new, olds in rule.get("merge", {}).items() for old in olds}
+        classes = rule.get("classes")
+        found = {case: merged.get(value, value) for case, value in values.items()}
+        if classes is not None:
+            found = {case: value if value in classes else "" for case, value in found.items()}
+        if not any(found.values()):
+            seen = listing(sorted({value for value in values.values() if value}))
+            raise DataError(f"targets: no case has a value of {name}; the values found are {seen}.")
+        archive.records = [
+            record._replace(targets={**record.targets, name: found[record.case_id]}) for record in archive.records
+        ]
+
+
+def _values(archive: Archive, name: str, rule: Mapping[str, Any], own: Set[str]) -> dict[str, str]:
+    """Return the value of each case as it is written; empty = unknown.
+
+    Args:
+        archive: The archive.
+        name: The target.
+        rule: Where it comes from.
+        own: Tables that the layout has read already.
+    """
+    column, records = rule.get("column", name), archive.records
+    known: dict[str, Mapping[str, str]] = {r.case_id: {**r.attributes, **r.targets} for r in records}
+    path = archive.tree / rule.get("table", "")
+    if "table" in rule and str(path) not in own:
+        known = _joined(path, [column], records)
+        archive.tables = [*dict.fromkeys((*archive.tables, str(path)))]
+    elif not any(column in facts for facts in known.values()):
+        have = listing(sorted({key for facts in known.values() for key in facts}))
+        raise DataError(f"targets: no case has {short(column)}, which {name} is to be; known of cases are {have}.")
+    return {record.case_id: known.get(record.case_id, {}).get(column, "").strip() for record in records}
+
+
+def heeding(config: TargetColumns, targets: Mapping[str, Mapping[str, Any]]) -> TargetColumns:
+    """Return what is predicted, with what is said of it under ``targets`` of ``archive.yaml``: name, kind and classes.
+
+    Args:
+        config: What is predicted; what it says itself wins.
+        targets: As of :func:`with_targets`; where there is one, it needs no naming.
+    """
+    names = config.names or [*targets]
+    if config.file or len(names) != 1 or names[0] not in targets:
+        return config
+    rule = targets[names[0]]
+    kind = "regression" if config.kind == "auto" and rule.get("kind") == "regression" else config.kind
+    return replace(config, name=names, kind=kind, classes=config.classes or rule.get("classes"))
 
 
 def read_texts(
@@ -145,14 +200,19 @@ def read_texts(
         usual: What archives of this kind are labelled with, where nothing is named.
 
     Raises:
-        DataError: nothing says what is to be predicted, or no member has it; and as :func:`_from_table`.
+        DataError: nothing says what is to be predicted, or no member has it; and as :func:`_joined`.
     """
     names = config.names or list(usual)
     present = sorted({name for own in facts.values() for name, value in own.items() if value})
     if not names or (len(names) > 1 and not config.names):
         choice = listing(present) if present else "the columns of a table, and LABELS= to that table"
         raise DataError(f"What is to be predicted? Set TARGET= (data.target.name) to one of {choice}.")
-    rows = _from_table(config, members) if config.file else facts
+    rows = facts
+    if config.file:
+        path = Path(config.file).expanduser()
+        if not path.is_file():
+            raise DataError(f"There is no table {path} (LABELS=, data.target.file).")
+        rows = _joined(path, names, members, config.ids, "data.target.ids")
     texts = {m.case_id: tuple(rows.get(m.case_id, {}).get(name, "").strip() for name in names) for m in members}
     for place, name in enumerate(names):
         if not any(row[place] for row in texts.values()):
@@ -245,7 +305,7 @@ def learn_targets(
     """
     if kind in ("classes", "ordinal"):
         return _learn_classes(config, kind, names[0], texts, members, parts)
-    read, judge = (_measurement, _judge_numbers) if kind == "regression" else (_finding, _judge_finding)
+    read, problems_of = (_measurement, _judge_numbers) if kind == "regression" else (_finding, _judge_finding)
     values = {m.case_id: tuple(read(m.case_id, n, t) for n, t in zip(names, texts[m.case_id], strict=True))
               for m in members}  # fmt: skip
     known = {case: row for case, row in values.items() if not all(map(math.isnan, row))}
@@ -253,8 +313,8 @@ def learn_targets(
     for place, name in enumerate(names):
         held = {case: row[place] for case, row in known.items() if not math.isnan(row[place])}
         learned = [m for m in members if m.case_id in held and parts.get(m.case_id) == "train"]
-        say(f"{name}: known of {len(held)} of {len(texts)} cases")
-        problems += judge(config, name, held, learned)
+        print_line(f"{name}: known of {len(held)} of {len(texts)} cases")
+        problems += problems_of(config, name, held, learned)
     return Targets(kind, tuple(names), known, problems)
 
 
@@ -263,13 +323,13 @@ def _judge_numbers(config: TargetColumns, name: str, held: Mapping[str, float], 
     values = [held[member.case_id] for member in learned]
     if len(set(values)) < 2:
         return [f"{name} has {'one value' if values else 'no value'} in training"]
-    say(f"{name}: {min(values):g} to {max(values):g} in {len(values)} training cases")
+    print_line(f"{name}: {min(values):g} to {max(values):g} in {len(values)} training cases")
     return []
 
 
 def _judge_finding(config: TargetColumns, name: str, held: Mapping[str, float], learned: Sequence[Member]) -> list[str]:
     """Say how many training cases have a finding, and return what speaks against learning it."""
-    say(f"{name}: {sum(held[m.case_id] == 1 for m in learned)} of {len(learned)} training cases have it")
+    print_line(f"{name}: {sum(held[m.case_id] == 1 for m in learned)} of {len(learned)} training cases have it")
     patients = {value: {m.patient_id for m in learned if held[m.case_id] == value} for value in (1, 0)}
     few = [f"{len(people)} with {value}" for value, people in patients.items() if len(people) < config.fewest]
     if not few:
@@ -313,13 +373,13 @@ def _learn_classes(
     if lacking:
         count = sum(texts[member.case_id][0] in lacking for member in members)
         why = "not among data.target.classes" if config.classes else "that no training patient has"
-        say(f"note: {count} cases have classes {why}: {listing(lacking)}; they are left out")
+        print_line(f"note: {count} cases have classes {why}: {listing(lacking)}; they are left out")
     number = [len(patients.get(name, {}).get("train", ())) for name in classes]
     shown = ", ".join(f"{name} {count}" for name, count in zip(classes, number, strict=True))
     integers = all(name.isdigit() for name in classes)
     advice = "; integers are taken for classes: TASK=regression takes them for numbers" if integers else ""
     ordered = ", in this order" if kind == "ordinal" else ""
-    say(f"{column}: {len(classes)} classes{ordered} (training patients): {shown}{advice if not ordered else ''}")
+    print_line(f"{column}: {len(classes)} classes{ordered} (training patients): {shown}{advice if not ordered else ''}")
     problems = _judge_classes(config, column, dict(zip(classes, number, strict=True)))
     untested = [name for name in classes if "test" not in patients.get(name, {})]
     if "test" in parts.values() and untested:

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 
 import experiments
 from common.cli import MedmimCLI
-from common.commands import COMMANDS
+from common.commands import COMMANDS, build_parser
 from common.runtime.configs import find_config, read_config
 from common.sweeps.runner import read_study
 
@@ -71,6 +71,20 @@ def test_studies_name_configurations_that_exist(path):
         for step in steps:
             assert step.run in ("fit", "validate", "test") or step.run in COMMANDS
             assert all(find_config(str(path.parent.parent / config)).is_file() for config in step.config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", STUDIES, ids=name_of)
+def test_the_commands_of_studies_parse(monkeypatch, path):
+    """Every option of every step exists and takes its value; nothing is built, so no checkpoint is needed."""
+    for hook in ("_parse_ckpt_path", "before_instantiate_classes", "instantiate_classes", "_run_subcommand"):
+        monkeypatch.setattr(MedmimCLI, hook, lambda self, *_: None)
+    study = read_study(path)
+    names = {step.name for steps in study["arms"].values() for step in steps} | {"fit", "fold", "folder", "data"}
+    places = dict.fromkeys(names, "runs/example") | {"seed": str(study["seeds"][0]), "fold": "0"}
+    commands = {tuple(step.arguments(path.parent.parent, places)) for steps in study["arms"].values() for step in steps}
+    for command in sorted(commands):
+        build_parser().parse_args(command) if command[0] in COMMANDS else MedmimCLI(list(command))
 
 
 @pytest.mark.parametrize("experiment", sorted({path.parent.parent.name for path in STAGES}))

@@ -1,4 +1,4 @@
-"""Broken samples: listed in the run folder, logged, and a reason to stop."""
+"""Broken samples: listed in the run folder, logged, and the run stopped if there are too many."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from common.distributed import agree, gather_objects
 from common.faults import FaultLedger
 from common.pseudonyms import share_key
-from common.runtime.reporting import is_dry_run, say
+from common.runtime.reporting import is_dry_run, print_line
 
 
 class FaultReport(pl.Callback):
@@ -35,7 +35,7 @@ class FaultReport(pl.Callback):
         if ledger is None or is_dry_run(trainer):
             return
         if ledger.num_faulty:
-            say(f"faults: {ledger.num_faulty} of {ledger.num_samples} samples. {ledger.describe()}")
+            print_line(f"faults: {ledger.num_faulty} of {ledger.num_samples} samples. {ledger.describe()}")
         ledger.take_news()
         self._write(trainer, ledger)
 

@@ -1,4 +1,4 @@
-"""The record a run leaves behind, so that others can see how it was made."""
+"""The record of a run, from which others can see how it was made."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from common.pseudonyms import names_are_hidden, public_name
 from common.randomness import run_seed
 from common.runtime.loggers import SummaryLogger
 from common.runtime.provenance import environment
-from common.runtime.reporting import is_dry_run, say
+from common.runtime.reporting import is_dry_run, print_line
 
 
 def _encoder(module: torch.nn.Module) -> torch.nn.Module | None:
@@ -25,7 +25,7 @@ def _encoder(module: torch.nn.Module) -> torch.nn.Module | None:
 
 
 def personal_settings(trainer: pl.Trainer) -> tuple[str, ...]:
-    """Return the settings of the data module that say something about one person, where names are hidden."""
+    """Return the settings of the data module that reveal something about a person, if names are hidden."""
     return getattr(trainer.datamodule, "personal", ()) if names_are_hidden() else ()  # type: ignore[attr-defined]
 
 
@@ -45,14 +45,16 @@ def _command(trainer: pl.Trainer) -> list[str]:
 
 
 class RunRecord(pl.Callback):
-    """Writes ``environment.json``, adds to the summary what only callbacks know, and names the run folder.
+    """Writes ``environment.json``, adds to the summary what only callbacks know, and prints the run folder.
 
     Args:
         folder: The run folder.
+        archive_file: What a person says about the archive, of which the run keeps a copy; None: nothing.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, archive_file: Path | None = None) -> None:
         self.folder = Path(folder)
+        self._said = None if archive_file is None else archive_file.read_text(encoding="utf-8")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write ``environment.json`` (Lightning hook)."""
@@ -67,27 +69,30 @@ class RunRecord(pl.Callback):
             "command": _command(trainer),
         }
         write_text(self.folder / "environment.json", json.dumps(facts, indent=2))
-        say(f"run folder: {self.folder}")
+        if self._said is not None:
+            write_text(self.folder / "archive.yaml", self._said)
+        print_line(f"run folder: {self.folder}")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log how large the model is, and note how channels were matched (Lightning hook)."""
+        """Print the model's size, and record how channels were matched (Lightning hook)."""
         self._note_channels(trainer, pl_module)
         counts = [sum(p.numel() for p in m.parameters()) for m in (pl_module, _encoder(pl_module)) if m is not None]
         names = [f"{count / 1e6:.1f} M parameters" for count in counts]
-        say(f"model: {type(pl_module).__name__}, {names[0]}" + (f" ({names[1]} in the encoder)" if names[1:] else ""))
+        encoder = f" ({names[1]} in the encoder)" if names[1:] else ""
+        print_line(f"model: {type(pl_module).__name__}, {names[0]}{encoder}")
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note how channels were matched (Lightning hook)."""
+        """Record how channels were matched (Lightning hook)."""
         self._note_channels(trainer, pl_module)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note how channels were matched (Lightning hook)."""
+        """Record how channels were matched (Lightning hook)."""
         self._note_channels(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Complete the summary of a finished run (Lightning hook)."""
         self._complete(trainer, "finished")
-        say(f"run folder: {self.folder}")
+        print_line(f"run folder: {self.folder}")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Complete the summary of a run that stopped early (Lightning hook)."""

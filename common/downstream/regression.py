@@ -1,4 +1,4 @@
-"""Measurements of a person from an image: one output each, in units of the training images' spread.
+"""Regression of measurements from an image: one output each, in units of their training standard deviation.
 
 Letters: B batch, K measurements, S cases.
 """
@@ -33,7 +33,7 @@ def squared_errors(pred: Tensor, target: Tensor, known: Tensor) -> Tensor:
 class ImageRegression(ImageClassifier):
     """Fine-tunes on images or volumes with measurements; settings are those of :class:`ImageClassifier`.
 
-    Measurements are standardised by the training images, so that predicting their mean scores as many as there are.
+    Measurements are standardised by the training images, so that predicting their means scores their number.
     Logs ``val/mse``, the sum over measurements, and ``val/mse_<name>``; testing writes predictions in the units of the
     table.
     """
@@ -42,14 +42,14 @@ class ImageRegression(ImageClassifier):
     item_name = "cases"
 
     def build_network(self, spec: InputSpec) -> nn.Module:
-        """Make encoder and head; mean and spread of the measurements are among the weights."""
+        """Make encoder and head; mean and standard deviation of the measurements are stored as weights."""
         network = super().build_network(spec)
         network.register_buffer("target_mean", torch.zeros(len(spec.classes)))
         network.register_buffer("target_std", torch.ones(len(spec.classes)))
         return network
 
     def on_fit_start(self) -> None:
-        """Measure mean and spread over the training images, unless a checkpoint brings them (Lightning hook)."""
+        """Measure mean and spread over the training images, unless a checkpoint provides them (Lightning hook)."""
         if self.trainer.ckpt_path is not None:
             return
         values = torch.tensor(self.trainer.datamodule.training_targets(), dtype=torch.float64)  # type: ignore[attr-defined]
@@ -75,7 +75,7 @@ class ImageRegression(ImageClassifier):
     def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Return standardised squared errors, and MAE, RMSE and R2 in the table's units; see :meth:`_scored`.
 
-        Measurements that nobody has are left out.
+        Measurements without known targets are left out.
         """
         pred = torch.tensor([row["logits"] for row in rows])
         target = torch.tensor([row["target"] for row in rows])

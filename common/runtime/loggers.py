@@ -1,4 +1,4 @@
-"""Loggers of the run folder that Lightning lacks: a CSV that a resumed run continues, and a summary."""
+"""Loggers missing from Lightning: a CSV that a resumed run continues, and a summary."""
 
 import csv
 import json
@@ -13,31 +13,57 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
 from common.distributed import launched_rank
-from common.files import write_text
+from common.files import whole_file, write_text
 
 #: Scalars whose best value is the smallest.
 _SMALLER_IS_BETTER = ("loss", "mse", "floor", "hd95", "data_wait", "faulty")
 
 
 class _AppendingWriter(ExperimentWriter):
-    """Continues an existing ``metrics.csv``; Lightning's deletes it."""
+    """Continues an existing ``metrics.csv``, which Lightning's deletes, and rewrites it whole or not at all.
+
+    Args:
+        log_dir: The run folder.
+        first_step: Where a resumed run goes on: later rows, and one that is cut short, are left out.
+    """
+
+    def __init__(self, log_dir: str, first_step: int | None) -> None:
+        self._first_step = first_step
+        super().__init__(log_dir)
 
     def _check_log_dir_exists(self) -> None:
         path = Path(self.metrics_file_path)
         if path.is_file():
             with path.open(newline="") as file:
                 self.metrics_keys = next(csv.reader(file), [])
+            if self._first_step is not None:
+                self._rewrite_with_new_header(self.metrics_keys)
+                self._first_step = None
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        path = Path(self.metrics_file_path)
+        with path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if self._stays(row)]
+        with whole_file(path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=fieldnames)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def _stays(self, row: dict[str, str]) -> bool:
+        whole = None not in row.values() and None not in row and row.get("step", "").isdigit()
+        return whole and (self._first_step is None or int(row["step"]) < self._first_step)
 
 
 class RunTensorBoardLogger(TensorBoardLogger):
-    """Writes TensorBoard events directly into the run folder, and no second copy of the settings.
+    """Writes TensorBoard events directly into the run folder, without a second copy of the settings.
 
     Args:
         save_dir: The run folder.
+        first_step: Where a resumed run goes on: TensorBoard forgets what was logged from there on.
     """
 
-    def __init__(self, save_dir: str) -> None:
-        super().__init__(save_dir, name="", version="")
+    def __init__(self, save_dir: str, first_step: int | None = None) -> None:
+        super().__init__(save_dir, name="", version="", default_hp_metric=False, purge_step=first_step)
 
     @rank_zero_only
     def save(self) -> None:
@@ -50,20 +76,22 @@ class RunCSVLogger(CSVLogger):
 
     Args:
         save_dir: The run folder.
+        first_step: Where a resumed run goes on: what was logged from there on is logged again.
         flush_logs_every_n_steps: Steps between writes.
     """
 
-    def __init__(self, save_dir: str, flush_logs_every_n_steps: int = 50) -> None:
+    def __init__(self, save_dir: str, first_step: int | None = None, flush_logs_every_n_steps: int = 50) -> None:
         super().__init__(save_dir, name="", version="", flush_logs_every_n_steps=flush_logs_every_n_steps)
+        self._first_step = first_step
 
     @property
     def experiment(self) -> ExperimentWriter:
-        """The writer, made at first use."""
+        """The writer, created at first use."""
         if launched_rank() != 0:
             return super().experiment
         if self._experiment is None:
             Path(self.log_dir).mkdir(parents=True, exist_ok=True)
-            self._experiment = _AppendingWriter(log_dir=self.log_dir)
+            self._experiment = _AppendingWriter(self.log_dir, self._first_step)
         return self._experiment  # type: ignore[return-value]
 
     @rank_zero_only
@@ -74,7 +102,7 @@ class RunCSVLogger(CSVLogger):
 class SummaryLogger(Logger):
     """Keeps the final and the best value of every scalar for ``summary.json``.
 
-    A scalar whose last value is NaN or infinite has no final value (null), and ``not_finite`` tells since which step.
+    A scalar whose last value is NaN or infinite has no final value (null); ``not_finite`` gives the step since when.
 
     Args:
         save_dir: The run folder.
@@ -87,7 +115,7 @@ class SummaryLogger(Logger):
         self._not_finite: dict[str, dict[str, int]] = {}
         self._begin = time.perf_counter()
         self.facts: dict[str, Any] = {}
-        # A resumed run goes on in its folder: what it reached before the stop still counts.
+        # A resumed run continues in its folder: values from before the stop still count.
         path = self._folder / "summary.json"
         if path.is_file():
             before = json.loads(path.read_text())
@@ -97,12 +125,12 @@ class SummaryLogger(Logger):
 
     @property
     def name(self) -> str:
-        """Lightning asks for one."""
+        """Required by Lightning."""
         return "summary"
 
     @property
     def version(self) -> str:
-        """Lightning asks for one."""
+        """Required by Lightning."""
         return ""
 
     @property
@@ -116,7 +144,7 @@ class SummaryLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Take note of scalars."""
+        """Record scalars."""
         for name, value in metrics.items():
             value = float(value)
             if name == "epoch":

@@ -1,4 +1,4 @@
-"""Which code, on which machine: for run folders, results and export cards."""
+"""Code and machine of a run, for run folders, results and export cards."""
 
 import os
 import platform
@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 _PACKAGES = ("torch", "lightning", "torchmetrics", "timm", "transformers", "monai", "numpy")
 
 
 def _git(*arguments: str) -> str | None:
-    """Ask git about the checkout this code lies in; None outside of one."""
+    """Ask git about the checkout that contains this code; None outside a checkout."""
     folder = Path(__file__).resolve().parent
     try:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
@@ -23,9 +24,16 @@ def _git(*arguments: str) -> str | None:
 
 
 def source_state() -> dict[str, Any]:
-    """Return the commit of this code and whether files differ from it; None where it is not a checkout."""
+    """Return this code's commit and whether files differ from it; None outside a checkout."""
     status = _git("status", "--porcelain")
     return {"commit": _git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def source_digest() -> str:
+    """Return what changes whenever this code does: commit and uncommitted changes, or the installed version."""
+    changes = _git("diff", "HEAD")
+    state = version("medmim") if changes is None else f"{_git('rev-parse', 'HEAD')} {changes}"
+    return xxhash.xxh3_64_hexdigest(state.encode())
 
 
 def cpu_name() -> str:

@@ -26,7 +26,7 @@ from common.files import write_text
 from common.module import SSLModule
 from common.optim import param_groups
 from common.runtime.provenance import environment
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 
 
 @dataclass
@@ -206,13 +206,13 @@ def run(exp: str | None, out: str | None) -> None:
         out: JSON file to write as well.
     """
     facts = environment(torch.device("cpu"))
-    say(f"{facts['device']}, {facts['torch_threads']} threads, torch {facts['versions']['torch']}")
+    print_line(f"{facts['device']}, {facts['torch_threads']} threads, torch {facts['versions']['torch']}")
     rows: list[Row] = []
     for name in bench_modules(exp):
         for measure in importlib.import_module(name).ROWS:
             for row in measure():
                 rows.append(row)
-                say(row.line())
+                print_line(row.line())
     if out:
         chosen = f" --exp {exp}" if exp else ""
         result = {"command": f"medmim bench{chosen}", "environment": facts, "date": time.strftime("%Y-%m-%d"),

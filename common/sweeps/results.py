@@ -20,8 +20,9 @@ from sklearn.metrics import roc_auc_score
 from common.errors import UserError
 from common.files import write_text
 from common.metrics import bootstrap_auroc, central_interval, resampled_counts, weighted_mean, weighted_quadratic_kappa
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from common.sweeps import bench
+from common.sweeps.inference import Difference, holm, judge, verdict
 
 
 @dataclass
@@ -135,12 +136,12 @@ class Comparison:
                 raise UserError(f"{folder} was not scored on the same cases as the others, so they cannot be paired.")
         return [table.reindex(order) for table in tables]
 
-    def over_seeds(self, tables: Sequence[pd.DataFrame], draws: int = 2000) -> tuple[float, NDArray[np.float64]]:
-        """Return the mean over seeds of the metric, and of every resampling, the same for all seeds and arms."""
+    def by_seed(self, tables: Sequence[pd.DataFrame], draws: int = 2000) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return the metric of every seed ``(N,)``, and of every resampling ``(N, draws)``, the same for all arms."""
         counts = resampled_counts(tables[0][self.unit].tolist(), draws)
         whole = np.ones((1, counts.shape[1]))
-        means = [np.mean([self.of(table, each) for table in tables], axis=0) for each in (whole, counts)]
-        return float(means[0][0]), means[1]
+        values, drawn = (np.array([self.of(table, each) for table in tables]) for each in (whole, counts))
+        return values[:, 0], drawn
 
 
 @dataclass
@@ -187,8 +188,9 @@ class Breakdown:
 def compare(rows: Sequence[Mapping[str, Any]], comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
     """Return each arm's mean over seeds, and how much the reference is above it, with 95 % intervals.
 
-    Cases are matched by ``subject_id`` and resampled alike for all arms and seeds, so an interval shows how much
-    other cases would change the result, not how much other seeds would.
+    Cases are matched by ``subject_id`` and resampled alike for all arms and seeds. The interval of an arm shows how
+    much other cases would change it; that of a difference, and its P, other cases and other seeds together. P values
+    are corrected (Holm) over the arms of one score.
 
     Args:
         rows: With ``arm``, ``score``, ``seed`` and ``folder``.
@@ -205,24 +207,32 @@ def compare(rows: Sequence[Mapping[str, Any]], comparison: Comparison) -> dict[s
     result: dict[str, list[dict[str, Any]]] = {"intervals": [], "paired": []}
     for (arm, score), found in folders.items():
         try:
-            mean, drawn = comparison.over_seeds(comparison.table(list(found.values())))
-            result["intervals"].append(_interval(arm, score, list(found), mean, drawn))
+            values, drawn = comparison.by_seed(comparison.table(list(found.values())))
+            low, high = central_interval(drawn.mean(0))
+            entry = {"arm": arm, "score": score, "seeds": list(found), "mean": float(values.mean())}
+            result["intervals"].append(entry | {"low": low, "high": high})
             seeds = sorted(reference.keys() & found.keys())
             if not seeds or found is reference:
                 continue
             ours = comparison.table([reference[seed] for seed in seeds])
             others = comparison.table([found[seed] for seed in seeds], ours[0].index)
         except UserError as error:
-            say(f"note: {arm}, {score} is not compared: {error}")
+            print_line(f"note: {arm}, {score} is not compared: {error}")
             continue
-        (mean, drawn), (other, other_drawn) = comparison.over_seeds(ours), comparison.over_seeds(others)
-        result["paired"].append(_interval(arm, score, seeds, mean - other, drawn - other_drawn))
+        (values, drawn), (other, other_drawn) = comparison.by_seed(ours), comparison.by_seed(others)
+        difference = judge((values - other).tolist(), float(np.nanstd((drawn - other_drawn).mean(0), ddof=1)))
+        result["paired"].append({"arm": arm, "score": score, "seeds": seeds, "difference": difference})
+    for score in dict.fromkeys(entry["score"] for entry in result["paired"]):
+        _correct([entry for entry in result["paired"] if entry["score"] == score])
     return result
 
 
-def _interval(arm: str, score: str, seeds: list[int], mean: float, drawn: NDArray[np.float64]) -> dict[str, Any]:
-    low, high = central_interval(drawn)
-    return {"arm": arm, "score": score, "seeds": seeds, "mean": mean, "low": low, "high": high}
+def _correct(entries: Sequence[dict[str, Any]]) -> None:
+    """Write the differences of one score out, their P values corrected for their number."""
+    differences: list[Difference] = [entry.pop("difference") for entry in entries]
+    for entry, difference, p in zip(entries, differences, holm([each.p for each in differences]), strict=True):
+        interval = {name: getattr(difference, name) for name in ("mean", "low", "high")}
+        entry |= interval | {"p_holm": p, "verdict": verdict(difference, p)}
 
 
 def _cell(value: Mapping[str, Any] | None, digits: int) -> str:
@@ -260,10 +270,14 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _interval_lines(entries: Sequence[Mapping[str, Any]], first: str, value: str, style: str) -> list[str]:
-    lines = ["", f"| {first} | scored on | {value} | 95 % from | to |", "|---|---|---|---|---|"]
+    judged = all("verdict" in entry for entry in entries)
+    header = [first, "scored on", value, "95 % from", "to", *(["P (Holm)", "reference is"] if judged else [])]
+    lines = ["", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for entry in entries:
-        values = " | ".join(format(entry[name], style) for name in ("mean", "low", "high"))
-        lines.append(f"| {entry['arm']} | {entry['score']} | {values} |")
+        cells = [entry["arm"], entry["score"], *(format(entry[name], style) for name in ("mean", "low", "high"))]
+        if judged:
+            cells += [f"{entry['p_holm']:.2g}", entry["verdict"]]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 

@@ -23,8 +23,11 @@ from common.errors import UserError
 from common.files import write_text
 from common.runtime.configs import package_file
 from common.runtime.provenance import environment
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
+from common.sweeps.progress import Progress
 from common.sweeps.results import COSTS, Pool, merge, refuse_loss, table, update_readme, write_result
+
+_EXAMPLE = "experiments/e_mim/configs/studies/collapse.yaml"
 
 
 @dataclass
@@ -96,7 +99,7 @@ def run_arm(
     configs: Path,
     places: Mapping[str, str],
     columns: Mapping[str, str],
-    done: dict[tuple[str, ...], Path] | None = None,
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     """Run the steps of one arm and return one row per score: its metrics, what its last fit cost and its folder.
 
@@ -105,8 +108,8 @@ def run_arm(
         configs: Folder of the configurations.
         places: Values of the names in arguments.
         columns: Metrics that are wanted.
-        done: Commands that were run before, with their run folders: a command under the same seed gives the same, so
-            arms that begin alike share their beginning. New ones are added.
+        progress: Commands that were run before: arms that begin alike share their beginning, and a study that was
+            stopped goes on.
     """
     from common.cli import execute
     from common.commands import COMMANDS
@@ -121,10 +124,7 @@ def run_arm(
         if step.run in COMMANDS:
             execute_medmim(arguments)
             continue
-        before = None if done is None else done.get(tuple(arguments))
-        folder = before or execute(arguments)
-        if done is not None:
-            done[tuple(arguments)] = folder
+        folder = progress.run(arguments, execute)
         places[step.name or step.run] = str(folder)
         if step.run == "fit":
             summary = json.loads((folder / "summary.json").read_text())
@@ -137,13 +137,13 @@ def run_arm(
 
 
 def run_folds(
-    steps: list[Step], configs: Path, places: Mapping[str, str], folds: int, pool: Pool
+    steps: list[Step], configs: Path, places: Mapping[str, str], folds: int, pool: Pool, progress: Progress
 ) -> list[dict[str, Any]]:
     """Run one arm on every fold and return one row per score, its metrics those of all folds together."""
     parts: dict[str, list[dict[str, Any]]] = {}
     for fold in range(folds):
-        say(f"fold {fold} of {folds}")
-        for row in run_arm(steps, configs, {**places, "fold": str(fold)}, {}):
+        print_line(f"fold {fold} of {folds}")
+        for row in run_arm(steps, configs, {**places, "fold": str(fold)}, {}, progress):
             parts.setdefault(row["score"], []).append(row)
     return [
         {
@@ -164,13 +164,13 @@ def _rows(
     arm: str,
     configs: Path,
     places: Mapping[str, str],
-    done: dict[tuple[str, ...], Path],
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     """Run one arm, on every fold if there are folds, and return its rows with their run folders."""
     steps = study["arms"][arm]
     if "folds" in study:
-        return run_folds(steps, configs, places, study["folds"], Pool(**study["pool"]))
-    return run_arm(steps, configs, places, study["columns"], done)
+        return run_folds(steps, configs, places, study["folds"], Pool(**study["pool"]), progress)
+    return run_arm(steps, configs, places, study["columns"], progress)
 
 
 def run(
@@ -187,7 +187,7 @@ def run(
     Args:
         study: YAML file.
         data: The archive.
-        out: JSON file to write; None: into the experiment's results folder.
+        out: JSON file to write; None: into the study's folder under ``runs``.
         arms: Only these; None: all of the study.
         seeds: Only these; None: those of the study.
         parts: Results to put together instead of running anything.
@@ -199,8 +199,12 @@ def run(
     if readmes:
         _update_readmes(readmes)
         return
-    if not study or not (data or parts):
-        raise UserError("medmim study needs a study file, and --data or --merge.")
+    if not study:
+        raise UserError(f"medmim study needs a study file, such as {_EXAMPLE}; that folder and its siblings hold more.")
+    if not (data or parts):
+        raise UserError(
+            f"The study {study} also needs --data FOLDER, its archive, or --merge with parts of its result."
+        )
     path = Path(package_file(study)).resolve()
     content = read_study(path)
     unknown = set(arms or []) - content["arms"].keys()
@@ -214,23 +218,23 @@ def run(
     else:
         command = _command(configs.parent.name, path.name, arms, seeds)
         wanted = list(itertools.product(seeds or content["seeds"], arms or content["arms"]))
-    target = Path(out) if out else configs.parent / "results" / _file_name(path.stem, facts)
+    folder = Path("runs") / configs.parent.name / f"study_{path.stem}"
+    target = Path(out) if out else folder / _file_name(path.stem, facts)
     refuse_loss(target, wanted)
     if parts:
         result = write_result(target, content, command, facts, rows)
     else:
         rows = []
-        done: dict[tuple[str, ...], Path] = {}
-        folder = str(Path("runs") / configs.parent.name / f"study_{path.stem}")
+        progress = Progress(folder)
         for seed, arm in wanted:
-            say(f"study {path.stem}: seed {seed}, {arm}")
-            places = {"data": str(data), "seed": str(seed), "folder": folder}
-            rows += [{"arm": arm, "seed": seed, **row} for row in _rows(content, arm, configs, places, done)]
+            print_line(f"study {path.stem}: seed {seed}, {arm}")
+            places = {"data": str(data), "seed": str(seed), "folder": str(folder)}
+            rows += [{"arm": arm, "seed": seed, **row} for row in _rows(content, arm, configs, places, progress)]
             # After every arm, so that a study that is stopped keeps what it has.
             result = write_result(target, content, command, facts, rows)
     for line in table(result).splitlines():
-        say(line)
-    say(f"written to {target}")
+        print_line(line)
+    print_line(f"written to {target}")
 
 
 def _update_readmes(readmes: Sequence[str]) -> None:
@@ -238,7 +242,7 @@ def _update_readmes(readmes: Sequence[str]) -> None:
         if not readme.is_file():
             raise UserError(f"There is no README at {readme}.")
         write_text(readme, update_readme(readme))
-        say(f"tables of {readme} made anew")
+        print_line(f"tables of {readme} made anew")
 
 
 def _command(experiment: str, name: str, arms: Sequence[str] | None, seeds: Sequence[int] | None) -> str:

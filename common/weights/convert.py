@@ -15,7 +15,7 @@ from common.blocks.vit import VisionTransformer
 from common.checkpoint import StoredEncoder, read_foreign, transfer_encoder
 from common.errors import CheckpointError
 from common.runtime.experiments import experiment_module
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from common.weights.export import formats_of, write_export
 
 #: Width of a head in every published ViT.
@@ -71,7 +71,7 @@ def run(exp: str, weights: str, out: str, num_heads: int | None) -> None:
     if (module := experiment_module(exp, "convert")) is not None:
         stored = module.read_weights(Path(weights))
         where = write_export(stored, exp, module.FORMAT, Path(out), Path(weights).name)
-        say(f"converted to {where}")
+        print_line(f"converted to {where}")
         return
     state = read_foreign(weights)
     if "pos_embed" not in state:
@@ -80,8 +80,8 @@ def run(exp: str, weights: str, out: str, num_heads: int | None) -> None:
     path = class_path(VisionTransformer)
     encoder = build_encoder(path, arguments)
     report = transfer_encoder(StoredEncoder(path, arguments, state, _CHANNELS, {}), encoder)
-    say(report)
+    print_line(report)
     if report.missing:
         raise CheckpointError(f"{weights} lacks {', '.join(report.missing)}: no whole encoder can be made of it.")
     whole = StoredEncoder(path, arguments, encoder.state_dict(), _CHANNELS, {"source": Path(weights).name})
-    say(f"converted to {write_export(whole, exp, 'timm', Path(out), Path(weights).name)}")
+    print_line(f"converted to {write_export(whole, exp, 'timm', Path(out), Path(weights).name)}")

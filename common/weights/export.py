@@ -15,7 +15,7 @@ from common.files import whole_file, whole_folder, write_text
 from common.finite import check_finite
 from common.runtime.experiments import experiment_module, experiment_names
 from common.runtime.provenance import source_state
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 
 _CARD = """# Encoder exported from medmim
 
@@ -180,4 +180,4 @@ def _card(facts: dict[str, Any], source: str, usage: str) -> str:
 
 def run(exp: str, ckpt: str, format: str, out: str) -> None:
     """Carry out ``medmim export``: the encoder of a run, in a format of its experiment, into a folder."""
-    say(f"exported to {export(exp, Path(ckpt), format, Path(out))}")
+    print_line(f"exported to {export(exp, Path(ckpt), format, Path(out))}")

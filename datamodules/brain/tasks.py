@@ -19,8 +19,8 @@ class BrainTaskDataModule(BrainArchiveDataModule):
 
     Args:
         root: The archive.
-        modalities: Sequences in any usual spelling; None takes those of the layout that its cases have.
-        cohort: Challenge of BraTS 2023 whose studies are used, such as PED; None takes all.
+        modalities: Sequences in any usual spelling; None: those of the layout that occur in its cases.
+        cohort: BraTS 2023 challenge whose studies are used, such as PED; None: all.
         **options: As :class:`datamodules.brain.archive.BrainArchiveDataModule`.
     """
 
@@ -30,26 +30,26 @@ class BrainTaskDataModule(BrainArchiveDataModule):
         super().__init__(root, modalities=modalities, **options)
         self.cohort = cohort
 
-    def settle(self, layout: Layout) -> Layout:
-        """Settle the sequences: those asked for, or those of the layout that any case has.
+    def resolve_layout(self, layout: Layout) -> Layout:
+        """Resolve the sequences: the requested ones, or those of the layout that any case has.
 
-        Where the layout does not know the label's values, those of the regions and 0 are all that may occur.
+        If the layout defines no label values, only 0 and those of the regions may occur.
 
         Raises:
-            DataError: there is no study of the cohort, or none with a sequence that is asked for.
+            DataError: the cohort has no study, or no study has a requested sequence.
         """
         if self.cohort is not None and not self.predicting:
             self.cases = self._of_cohort(self.cohort)
-        layout = super().settle(layout)
+        layout = super().resolve_layout(layout)
         present = {name for case in self.cases for name in case.images}
         wanted = self._modalities or [name for name in layout.modalities if name in present]
-        settled = with_modalities(layout, self.cases, wanted)
-        if self._regions and not settled.label_values:
+        resolved = with_modalities(layout, self.cases, wanted)
+        if self._regions and not resolved.label_values:
             values = frozenset({0, *(value for region in self._regions.values() for value in region)})
-            settled = replace(settled, label_values=values)
+            resolved = replace(resolved, label_values=values)
         atlas = self.atlas if layout.preprocessing.atlas is not None else None
-        intensity = dict.fromkeys(settled.modalities, "percentile_5_95")
-        return replace(settled, preprocessing=replace(settled.preprocessing, intensity=intensity, atlas=atlas))
+        intensity = dict.fromkeys(resolved.modalities, "percentile_5_95")
+        return replace(resolved, preprocessing=replace(resolved.preprocessing, intensity=intensity, atlas=atlas))
 
     def _of_cohort(self, cohort: str) -> list[Case]:
         start = f"BraTS-{cohort}-"
@@ -62,12 +62,12 @@ class BrainTaskDataModule(BrainArchiveDataModule):
 
 
 class BrainClassDataModule(BrainTaskDataModule):
-    """Volumes with a class each: random crops to train on, central ones to score.
+    """Volumes with one class each: random crops for training, central ones for evaluation.
 
     Args:
         root: The archive.
-        classes: Where the classes come from; see :class:`datamodules.brain.labels.LabelSource`.
-        resize: Voxels that every volume is interpolated to.
+        classes: Source of the classes; see :class:`datamodules.brain.labels.LabelSource`.
+        resize: Voxels to which every volume is interpolated.
         **options: As :class:`BrainTaskDataModule`.
     """
 
@@ -77,18 +77,29 @@ class BrainClassDataModule(BrainTaskDataModule):
         super().__init__(root, **options)
         self._source, self._resize = classes, resize
 
-    def settle(self, layout: Layout) -> Layout:
+    @classmethod
+    def target_options(cls, own: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Tell the classes of the first target that has classes apart."""
+        named = [(name, rule["classes"]) for name, rule in own["targets"].items() if rule.get("classes")]
+        if not named:
+            return super().target_options(own, given)
+        name, classes = named[0]
+        own["targets"] = {name: own["targets"][name]}
+        values = {value: [value] for value in classes}
+        return {"classes": {"classes": values, "attribute": name, "table": None}}
+
+    def resolve_layout(self, layout: Layout) -> Layout:
         """Prepare for classification: 1 mm, 1st to 99th percentile, one size."""
-        settled = super().settle(layout)
+        resolved = super().resolve_layout(layout)
         preparation = replace(
-            settled.preprocessing,
-            intensity=dict.fromkeys(settled.modalities, "percentile_1_99"),
+            resolved.preprocessing,
+            intensity=dict.fromkeys(resolved.modalities, "percentile_1_99"),
             crop_foreground=False,
             centered=False,
             atlas=None,
             resize=self._resize,
         )
-        return replace(settled, preprocessing=preparation)
+        return replace(resolved, preprocessing=preparation)
 
     def _read_targets(self, parts: Mapping[str, str]) -> dict[str, int] | None:
         assert self.archive is not None
@@ -98,7 +109,7 @@ class BrainClassDataModule(BrainTaskDataModule):
 
     @property
     def input_spec(self) -> InputSpec:
-        """As every archive's, with the names of the classes."""
+        """The archive's input, with class names."""
         return super().input_spec._replace(classes=tuple(self._source.classes))
 
     def class_counts(self) -> list[int]:
@@ -124,9 +135,9 @@ class BrainClassDataModule(BrainTaskDataModule):
             DataError: the test split is empty.
         """
         if not self._usable(self.splits["test"]):
-            raise DataError(f"There is no case to test on under {self.root}: none is in the test split.")
+            raise DataError(f"The test split of {self.root} is empty: there is no case to test on.")
         return self._evaluated(self.splits["test"])
 
     def predict_dataloader(self) -> ResumableLoader:
-        """Return central crops of the test split, or of all cases where nothing is set aside (Lightning hook)."""
+        """Return central crops of the test split, or of all cases if it is empty (Lightning hook)."""
         return self._evaluated(self.splits["test"] or self.cases_in_use())

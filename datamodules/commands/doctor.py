@@ -2,7 +2,7 @@
 
 from common.errors import DataError
 from common.runtime.data_config import Archive
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 
 
 def run(archive: Archive, deep: bool, workers: int) -> None:
@@ -10,7 +10,7 @@ def run(archive: Archive, deep: bool, workers: int) -> None:
 
     Args:
         archive: The archive, with all settings that training would have.
-        deep: Read every byte, not headers alone.
+        deep: Read every byte; else headers, and a few members whole.
         workers: Threads.
 
     Raises:
@@ -19,4 +19,4 @@ def run(archive: Archive, deep: bool, workers: int) -> None:
     reasons = archive.datamodule().examine(deep, workers)
     if reasons:
         raise DataError(f"Training would refuse this archive: {'; '.join(reasons)}.")
-    say("training would accept this archive")
+    print_line("training would accept this archive")

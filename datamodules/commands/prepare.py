@@ -2,7 +2,7 @@
 
 from common.errors import DataError
 from common.runtime.data_config import Archive
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 
 
 def run(archive: Archive, workers: int) -> None:
@@ -24,8 +24,8 @@ def run(archive: Archive, workers: int) -> None:
     datamodule.setup("prepare")
     ledger = datamodule.ledger
     size = sum(path.stat().st_size for path in datamodule.store.folder.rglob("*") if path.is_file())
-    say(f"cache: {size / 2**30:.2f} GiB at {datamodule.store.folder}")
-    say(
+    print_line(f"cache: {size / 2**30:.2f} GiB at {datamodule.store.folder}")
+    print_line(
         f"faults: {ledger.num_faulty} of {ledger.num_samples} cases. {ledger.describe()}"
         if ledger.num_faulty
         else "faults: none"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.runtime.data_config import Archive
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from datamodules.splits import SPLITS, Member, listed_split, repaired_split, write_split_file
 
 
@@ -33,7 +33,7 @@ def run(archive: Archive, out: str, by: str, lists: Sequence[str] | None, repair
     write_split_file(Path(out), cases, parts, by_patient=by == "patient")
     counts = Counter(parts.values())
     shown = ", ".join(f"{counts[name]} {name}" for name in SPLITS)
-    say(f"split: {shown} cases, written to {out}")
+    print_line(f"split: {shown} cases, written to {out}")
 
 
 def _published(cases: Sequence[Member], lists: Sequence[Path], repair: bool) -> dict[str, str]:
@@ -52,5 +52,5 @@ def _published(cases: Sequence[Member], lists: Sequence[Path], repair: bool) -> 
         raise DataError(
             f"Patients are in several of the lists ({shown} are in a later list too); --repair leaves these out."
         )
-    say(f"repair: {shown} left out, whose patients are in a later list")
+    print_line(f"repair: {shown} left out, whose patients are in a later list")
     return kept

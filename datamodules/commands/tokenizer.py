@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.runtime.data_config import Archive
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 
 
 def run(archive: Archive, kind: Literal["wordpiece", "bpe"] | None, vocab_size: int | None, out: str) -> None:
@@ -27,4 +27,4 @@ def run(archive: Archive, kind: Literal["wordpiece", "bpe"] | None, vocab_size: 
     chosen = kind or configured
     tokenizer = train_tokenizer(texts, vocab_size or datamodule.vocab_size, chosen)
     tokenizer.save(Path(out))
-    say(f"tokenizer: {tokenizer.vocab_size} tokens ({chosen}) from {len(texts)} training texts, at {out}")
+    print_line(f"tokenizer: {tokenizer.vocab_size} tokens ({chosen}) from {len(texts)} training texts, at {out}")

@@ -9,15 +9,20 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from common.errors import UserError
-from common.files import make_folder, move
+from common.files import make_folder, move, remove_tree, storage_errors
 from datamodules.dicom.index import Stack
+from datamodules.notes import note
+from datamodules.storage import cache_root
 from datamodules.volumes.headers import VolumeError
+from datamodules.volumes.reading import Header, read_header, turned
 
 #: Time limit for one series, in seconds.
 TIMEOUT = 600
@@ -77,8 +82,15 @@ def converter() -> tuple[str, str]:
 
 
 def conversion_key(stack: Stack, uneven: str) -> str:
-    """Return the name of the folder that holds a stack's conversion: its instances, the converter, the options."""
-    parts = [*sorted(i.sop_uid for i in stack.instances), converter()[1], *_OPTIONS, uneven]
+    """Return the name of the folder that holds a stack's conversion: its instances, the converter, the options.
+
+    Size and time of change belong to it: copies that were defaced or corrected often keep their identifiers.
+    """
+    instances = sorted(f"{instance.sop_uid} {instance.stamp}" for instance in stack.instances)
+    return _digest([*instances, converter()[1], *_OPTIONS, uneven])
+
+
+def _digest(parts: Sequence[str]) -> str:
     return xxhash.xxh3_128_hexdigest("\x1f".join(parts).encode())
 
 
@@ -96,13 +108,16 @@ def convert(stack: Stack, folder: Path, uneven: str = "refuse") -> Path:
     Raises:
         VolumeError: the slices do not form a volume, or the converter wrote none.
         UserError: dcm2niix is not installed.
+        StorageError: the folder cannot be written.
     """
     check_geometry(stack, uneven)
     target = folder / conversion_key(stack, uneven)
-    if (target / "volume.json").is_file():
+    if _is_whole(target):
         return target / "volume.nii"
     make_folder(folder)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".converting-") as name:
+    if target.exists():  # it was cut short or changed since
+        remove_tree(target, folder)
+    with storage_errors(target), tempfile.TemporaryDirectory(dir=folder, prefix=".converting-") as name:
         work = Path(name)
         for part in ("in", "out", "done"):
             (work / part).mkdir()
@@ -113,15 +128,90 @@ def convert(stack: Stack, folder: Path, uneven: str = "refuse") -> Path:
         if is_uneven(stack) and not facts["slices_interpolated"]:
             raise VolumeError("geometry", "dcm2niix evens out no slices of this pixel type: leave the series out")
         _clear_text(image)
-        _clean_sidecar(image, work / "out", work / "done" / "volume.json", facts)
+        _clean_sidecar(work / "out", work / "done" / "volume.json", facts | {"bytes": image.stat().st_size})
         move(image, work / "done" / "volume.nii", work)
         try:
             move(work / "done", target, folder)
         except OSError:
             # Another process was faster; its conversion is identical.
-            if not (target / "volume.json").is_file():
+            if not _is_whole(target):
                 raise
     return target / "volume.nii"
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a conversion is there, as long as it was written."""
+    try:
+        return conversion_facts(folder / "volume.nii")["bytes"] == (folder / "volume.nii").stat().st_size
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+@dataclass(frozen=True)
+class ConvertedSeries:
+    """A stack of slices as a member of a case: :class:`datamodules.registry.Series`.
+
+    Attributes:
+        stack: The slices.
+        uneven: See :func:`check_geometry`.
+        fault: Kind and detail of what is wrong with it, known from the headers of its study; None = nothing.
+    """
+
+    stack: Stack
+    uneven: str = "refuse"
+    fault: tuple[str, str] | None = None
+
+    @property
+    def digest(self) -> str:
+        """Hash of the instances' identifiers."""
+        return _digest(sorted(instance.sop_uid for instance in self.stack.instances))
+
+    @property
+    def key(self) -> str:
+        """Hash of the instances, the converter, its options, and what is known to be wrong."""
+        return _digest([conversion_key(self.stack, self.uneven), *(self.fault or ())])
+
+    def files(self) -> list[Path]:
+        """Return the slices in the order of their places."""
+        return [Path(instance.path) for instance in self.stack.instances]
+
+    def convert(self) -> Path:
+        """Return the volume, converted on first use.
+
+        Raises:
+            VolumeError: as :func:`convert`, or the headers said so before.
+            UserError: dcm2niix is not installed.
+        """
+        self._check()
+        path = convert(self.stack, cache_root() / "dicom" / "volumes", self.uneven)
+        facts = conversion_facts(path)
+        for name, words in (("tilt_corrected", "the tilt of a CT's gantry was corrected"),
+                            ("slices_interpolated", "slices at uneven distances were interpolated")):  # fmt: skip
+            if facts[name]:
+                note(words, self.stack.first.path)
+        return path
+
+    def header(self) -> Header:
+        """Return shape and affine, from the slices' headers where these have them, else by conversion.
+
+        Raises:
+            VolumeError: as :func:`convert`.
+        """
+        self._check()
+        first, places = self.stack.first, self.stack.places()
+        if len(places) < 2 or len(first.size) < 2 or len(first.spacing) < 2 or is_uneven(self.stack):
+            return read_header(self.convert())
+        row, column = np.array(first.orientation[:3]), np.array(first.orientation[3:])
+        affine = np.eye(4)
+        edges = row * first.spacing[1], column * first.spacing[0]
+        affine[:3, :3] = np.stack([*edges, np.cross(row, column) * np.median(np.diff(places))], axis=1)
+        affine[:3, 3] = first.position
+        return turned((first.size[1], first.size[0], len(places)), np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine)
+
+    def _check(self) -> None:
+        if self.fault is not None:
+            raise VolumeError(*self.fault)
+        check_geometry(self.stack, self.uneven)
 
 
 def _run(work: Path) -> str:
@@ -152,7 +242,7 @@ def _chosen(images: Sequence[Path], said: str, uneven: str) -> tuple[Path, dict[
     return corrected[0], {"tilt_corrected": bool(tilted), "slices_interpolated": bool(evened)}
 
 
-def _clean_sidecar(image: Path, out: Path, target: Path, facts: dict[str, Any]) -> None:
+def _clean_sidecar(out: Path, target: Path, facts: dict[str, Any]) -> None:
     sidecar = next(iter(sorted(out.glob("*.json"))), None)
     content = json.loads(sidecar.read_text(errors="replace")) if sidecar is not None else {}
     target.write_text(json.dumps({name: content[name] for name in SIDECAR if name in content} | facts, indent=1))

@@ -59,6 +59,7 @@ class Instance(NamedTuple):
         samples: 1 for grey, 3 for colour.
         series_number: The scanner's number of the series.
         view: ViewPosition of a radiograph.
+        stamp: Size and time of change of the file.
     """
 
     path: str
@@ -84,6 +85,7 @@ class Instance(NamedTuple):
     samples: int
     series_number: int
     view: str
+    stamp: tuple[int, ...] = ()
 
 
 class Stack(NamedTuple):
@@ -99,6 +101,11 @@ class Stack(NamedTuple):
     def first(self) -> Instance:
         """The first slice, for what all have in common."""
         return self.instances[0]
+
+    @property
+    def paths(self) -> list[str]:
+        """The files."""
+        return [instance.path for instance in self.instances]
 
     def places(self) -> NDArray[np.float64]:
         """Return where the slices lie along their normal, in mm; empty for one file with many frames."""
@@ -253,7 +260,7 @@ class DicomIndex:
 
     def _read(self, files: Sequence[Path], workers: int) -> Iterator[tuple[str, Instance | str]]:
         kept = self._kept()
-        stamps = {path: [(s := path.stat()).st_size, s.st_mtime_ns] for path in files if path.is_file()}
+        stamps = {path: stamp for path in files if (stamp := _stamp(path)) is not None}
         new = [path for path in stamps if kept.get(str(path), [None])[0] != stamps[path]]
         if len(new) >= _PARALLEL_FROM and workers > 1:
             with ProcessPoolExecutor(workers) as pool:
@@ -263,7 +270,8 @@ class DicomIndex:
         result = {str(path): (stamps[path], read.get(path) or kept[str(path)][1]) for path in stamps}
         if new or len(kept) != len(result):
             self._keep(result)
-        yield from ((path, found) for path, (_, found) in result.items())
+        for path, (stamp, found) in result.items():
+            yield path, found if isinstance(found, str) else found._replace(stamp=tuple(stamp))
         yield from ((str(path), "the file is not there") for path in files if path not in stamps)
 
     @property
@@ -306,6 +314,15 @@ class DicomIndex:
             order = np.argsort(places, kind="stable") if len(places) else range(len(members))
             stacks.append(Stack(tuple(members[int(i)] for i in order)))
         return sorted(stacks, key=lambda s: (s.first.study_uid, s.first.series_number, s.first.echo_time or 0.0))
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """Return size and time of change of a file; None where it cannot be reached."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return [facts.st_size, facts.st_mtime_ns]
 
 
 def _restored(found: list[Any]) -> Instance:

@@ -107,11 +107,13 @@ class Verdict(NamedTuple):
         modality: Its name; None where it is left out.
         reason: Why it is left out, or which rule decided.
         guessed: Whether the decision rests on its times alone.
+        ruled: Whether a rule decided.
     """
 
     modality: str | None
     reason: str
     guessed: bool = False
+    ruled: bool = True
 
 
 def is_volume(stack: Stack) -> bool:
@@ -157,4 +159,4 @@ def classify(stack: Stack, rules: Sequence[Rule]) -> Verdict:
             if rule.ignore is not None:
                 return Verdict(None, rule.ignore)
             return Verdict(rule.modality, f"rule {number}", rule.guessed)
-    return Verdict(None, "no rule matches it")
+    return Verdict(None, "no rule matches it", ruled=False)

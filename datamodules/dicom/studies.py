@@ -1,7 +1,7 @@
-"""What a DICOM archive of volumes holds: studies with one stack per modality, and what was left out and why."""
+"""What a DICOM archive holds: studies with one stack per modality, pictures, and what was left out and why."""
 
-from collections import Counter
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -10,27 +10,31 @@ import xxhash
 
 from common.errors import DataError
 from common.faults import Fault
+from common.pseudonyms import public_name
+from datamodules.account import BROKEN, COPY, FEW, FRAMES, OBJECT, RULED_OUT, RULELESS, SCREEN, SERIES
 from datamodules.dicom.convert import check_geometry
 from datamodules.dicom.index import DicomIndex, Stack, check_subjects
-from datamodules.dicom.rules import Rule, classify, default_rules, is_picture
+from datamodules.dicom.rules import Rule, classify, default_rules, is_picture, is_volume
 from datamodules.volumes.headers import VolumeError
 
 
 @dataclass(frozen=True)
 class DicomSettings:
-    """How a DICOM archive of volumes is interpreted.
+    """How a DICOM archive is interpreted.
 
     Attributes:
         rules: From series to modality; None takes those that come with the project.
         subject: Whose a study is: ``patient`` (PatientID), ``study``, or the ``folder`` under the root.
         min_slices: A series with fewer slices is left out.
         uneven: Whether slices at uneven distances are refused or interpolated.
+        frame: Which frame of a picture with several is taken; None leaves such pictures out.
     """
 
     rules: tuple[Rule, ...] | None = None
     subject: Literal["patient", "study", "folder"] | None = None
     min_slices: int = 10
     uneven: Literal["refuse", "interpolate"] = "refuse"
+    frame: int | None = None
 
 
 class DicomStudy(NamedTuple):
@@ -41,103 +45,158 @@ class DicomStudy(NamedTuple):
         patient_id: Splits are by this.
         session: The study's UID.
         stacks: Modality to the slices it is made of.
+        faults: Modality to what is wrong with its slices.
     """
 
     case_id: str
     patient_id: str
     session: str
     stacks: dict[str, Stack]
+    faults: dict[str, Fault]
 
 
-class Understanding(NamedTuple):
+class DicomPicture(NamedTuple):
+    """One picture of a visit.
+
+    Attributes:
+        case_id: Patient and a short hash of the instance's UID.
+        patient_id: Splits are by this.
+        session: The study's UID.
+        path: The file.
+        view: ViewPosition; empty where the header does not say.
+    """
+
+    case_id: str
+    patient_id: str
+    session: str
+    path: Path
+    view: str
+
+
+@dataclass
+class Understanding:
     """How an archive was understood.
 
     Attributes:
-        studies: Those with at least one usable stack.
+        studies: Those with at least one stack of a modality, usable or not.
         reference: The modality whose grid all others of a study are resampled to; None without studies.
-        ignored: Number of files by reason.
+        ignored: Files by reason (see :mod:`datamodules.account`).
         guessed: Modality to the number of stacks that were assigned by their times alone.
-        pictures: Stacks of single pictures.
-        faults: Stacks that should be used but cannot be.
+        pictures: Single pictures.
+        unreadable: File to why its header cannot be read.
     """
 
-    studies: list[DicomStudy]
-    reference: str | None
-    ignored: Counter[str]
-    guessed: Counter[str]
-    pictures: list[Stack]
-    faults: list[Fault]
+    studies: list[DicomStudy] = field(default_factory=list)
+    reference: str | None = None
+    ignored: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    guessed: Counter[str] = field(default_factory=Counter)
+    pictures: list[DicomPicture] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def faults(self) -> list[Fault]:
+        """Stacks that should be used but cannot be."""
+        return [fault for study in self.studies for fault in study.faults.values()]
 
 
 def understand(root: Path, index: DicomIndex, settings: DicomSettings) -> Understanding:
-    """Find the volumes of an archive.
+    """Find the volumes and pictures of an archive.
 
     Raises:
-        DataError: every study has the same PatientID and ``subject`` is not set.
+        DataError: every study has the same PatientID and ``subject`` is not set, or one belongs to several subjects.
     """
     check_subjects(index.instances, settings.subject)
-    result = Understanding([], None, Counter(), Counter(), [], [])
-    if index.copies:
-        result.ignored["another copy of the same instance"] += len(index.copies)
-    result.faults.extend(Fault(path, "unreadable", why, Path(path).name) for path, why in index.unreadable.items())
-    candidates: dict[str, dict[str, list[Stack]]] = {}
+    result = Understanding(unreadable=index.unreadable)
+    result.ignored[COPY] += index.copies
+    result.ignored[BROKEN] += index.unreadable
+    candidates: dict[str, dict[str, list[_Candidate]]] = {}
     for stack in index.stacks:
-        modality = _sort(root, stack, settings, result)
-        if modality is not None:
-            candidates.setdefault(stack.first.study_uid, {}).setdefault(modality, []).append(stack)
-    reference = _reference(candidates)
+        if is_picture(stack):
+            _add_pictures(root, stack, settings, result)
+        elif (modality := _modality(stack, settings, result)) is not None:
+            found = _Candidate(stack, _fault(root, stack, settings))
+            if found.fault is None and stack.num_slices < settings.min_slices:
+                result.ignored[FEW] += stack.paths
+            else:
+                candidates.setdefault(stack.first.study_uid, {}).setdefault(modality, []).append(found)
+    result.reference = _reference(candidates)
     for uid, by_modality in candidates.items():
         chosen = {}
-        for modality, stacks in by_modality.items():
-            best, *others = sorted(stacks, key=_preference)
+        for modality, members in by_modality.items():
+            best, *others = sorted(members, key=_preference)
             chosen[modality] = best
-            if others:
-                result.ignored[f"another series of {modality}"] += sum(len(s.instances) for s in others)
-        study = _study(root, uid, chosen, settings)
-        outside = _outside(study, reference)
-        result.faults.extend(outside.values())
-        result.studies.append(study._replace(stacks={k: v for k, v in chosen.items() if k not in outside}))
-    return result._replace(reference=reference, studies=sorted(result.studies, key=lambda study: study.case_id))
+            result.ignored[f"{SERIES} {modality}"] += [path for other in others for path in other.stack.paths]
+        result.studies.append(_study(root, uid, chosen, result.reference, settings))
+    result.studies.sort(key=lambda study: study.case_id)
+    result.ignored = {reason: paths for reason, paths in result.ignored.items() if paths}
+    return result
 
 
-def _sort(root: Path, stack: Stack, settings: DicomSettings, result: Understanding) -> str | None:
-    """Return a stack's modality, or count why it is not used."""
-    if is_picture(stack):
-        result.pictures.append(stack)
+class _Candidate(NamedTuple):
+    """A stack that may become the volume of its modality, and what is wrong with it."""
+
+    stack: Stack
+    fault: Fault | None
+
+
+def _add_pictures(root: Path, stack: Stack, settings: DicomSettings, result: Understanding) -> None:
+    """List every file of a stack of pictures, but for those of screens and those of several frames."""
+    if "SCREEN SAVE" in stack.first.image_type:
+        result.ignored[SCREEN] += stack.paths
+        return
+    if stack.first.frames > 1 and settings.frame is None:
+        result.ignored[FRAMES] += stack.paths
+        return
+    patient = _subject(root, stack, settings)
+    result.pictures += [
+        DicomPicture(f"{patient}_{_short(i.sop_uid)}", patient, i.study_uid, Path(i.path), i.view)
+        for i in stack.instances
+    ]
+
+
+def _modality(stack: Stack, settings: DicomSettings, result: Understanding) -> str | None:
+    """Return a stack's modality, or count why it has none."""
+    if not is_volume(stack):
+        result.ignored[f"{OBJECT} {stack.first.modality or 'of no modality'}"] += stack.paths
         return None
     verdict = classify(stack, settings.rules if settings.rules is not None else default_rules())
     if verdict.modality is None:
-        result.ignored[verdict.reason] += len(stack.instances)
-        return None
-    try:
-        check_geometry(stack, settings.uneven)
-    except VolumeError as error:
-        sample = _subject(root, stack, settings)
-        result.faults.append(Fault(stack.first.path, error.kind, error.detail, sample))
-        return None
-    if stack.num_slices < settings.min_slices:
-        result.ignored[f"fewer than {settings.min_slices} slices"] += len(stack.instances)
-        return None
-    if verdict.guessed:
+        result.ignored[f"{RULED_OUT} {verdict.reason}" if verdict.ruled else RULELESS] += stack.paths
+    elif verdict.guessed:
         result.guessed[verdict.modality] += 1
     return verdict.modality
 
 
-def _preference(stack: Stack) -> tuple[bool, bool, float, int]:
-    """Order the series of one modality: 3D first, then originals, small voxels, and the later number."""
+def _fault(root: Path, stack: Stack, settings: DicomSettings) -> Fault | None:
+    """Say why the slices of a stack form no volume; None where they do."""
+    try:
+        check_geometry(stack, settings.uneven)
+    except VolumeError as error:
+        return Fault(stack.first.path, error.kind, error.detail, _subject(root, stack, settings))
+    return None
+
+
+def _preference(candidate: _Candidate) -> tuple[bool, bool, bool, float, int]:
+    """Order the series of one modality: usable ones, 3D, originals, small voxels, and the later number first."""
+    stack = candidate.stack
     first = stack.first
-    return first.acquisition != "3D", "DERIVED" in first.image_type, stack.voxel_volume, -first.series_number
+    return (
+        candidate.fault is not None,
+        first.acquisition != "3D",
+        "DERIVED" in first.image_type,
+        stack.voxel_volume,
+        -first.series_number,
+    )
 
 
-def _reference(candidates: dict[str, dict[str, list[Stack]]]) -> str | None:
+def _reference(candidates: dict[str, dict[str, list[_Candidate]]]) -> str | None:
     """Return the modality in most studies; on a tie the one with the finest slices, then by name."""
-    counts = Counter(name for study in candidates.values() for name in study)
-    if not counts:
-        return None
-    finest = {
-        name: min(_depth(s) for study in candidates.values() for s in study.get(name, ())) for name in counts
-    }  # fmt: skip
-    return min(counts, key=lambda name: (-counts[name], finest[name], name))
+    depths: dict[str, list[float]] = {}
+    for study in candidates.values():
+        for name, members in study.items():
+            if usable := [_depth(member.stack) for member in members if member.fault is None]:
+                depths.setdefault(name, []).append(min(usable))
+    return min(depths, key=lambda name: (-len(depths[name]), min(depths[name]), name), default=None)
 
 
 def _depth(stack: Stack) -> float:
@@ -150,7 +209,10 @@ def _subject(root: Path, stack: Stack, settings: DicomSettings) -> str:
     if settings.subject == "study":
         return _short(first.study_uid)
     if settings.subject == "folder":
-        return Path(first.path).relative_to(root).parts[0]
+        folder, *below = Path(first.path).relative_to(root).parts
+        if not below:
+            raise DataError(f"subject: folder needs a folder per person, and {folder} lies in {root} itself.")
+        return folder
     return first.patient_id
 
 
@@ -158,20 +220,29 @@ def _short(uid: str) -> str:
     return xxhash.xxh3_64_hexdigest(uid.encode())[:8]
 
 
-def _study(root: Path, uid: str, stacks: dict[str, Stack], settings: DicomSettings) -> DicomStudy:
-    patients = {_subject(root, stack, settings) for stack in stacks.values()}
+def _study(
+    root: Path, uid: str, chosen: dict[str, _Candidate], reference: str | None, settings: DicomSettings
+) -> DicomStudy:
+    patients = {_subject(root, candidate.stack, settings) for candidate in chosen.values()}
     if len(patients) > 1:
-        raise DataError(f"The study {uid} belongs to {len(patients)} subjects ({', '.join(sorted(patients)[:3])}).")
+        raise DataError(f"The study {uid} belongs to {len(patients)} subjects, such as {public_name(min(patients))}: "
+                        f"set subject: study or folder.")  # fmt: skip
     (patient,) = patients
     name = patient if settings.subject == "study" else f"{patient}_{_short(uid)}"
-    return DicomStudy(name, patient, uid, stacks)
+    faults = {modality: found.fault._replace(sample=name) for modality, found in chosen.items() if found.fault}
+    stacks = {modality: found.stack for modality, found in chosen.items()}
+    sound = {modality: stack for modality, stack in stacks.items() if modality not in faults}
+    faults |= _outside(name, sound, reference)
+    return DicomStudy(name, patient, uid, stacks, faults)
 
 
-def _outside(study: DicomStudy, reference: str | None) -> dict[str, Fault]:
+def _outside(case_id: str, stacks: dict[str, Stack], reference: str | None) -> dict[str, Fault]:
     """Return the modalities that do not share the reference's space, or cover less than half of it."""
-    base = study.stacks.get(reference or "") or next(iter(study.stacks.values()))
-    faults = {}
-    for modality, stack in study.stacks.items():
+    faults: dict[str, Fault] = {}
+    if not stacks:
+        return faults
+    base = stacks.get(reference or "") or next(iter(stacks.values()))
+    for modality, stack in stacks.items():
         uid, wanted = stack.first.frame_of_reference, base.first.frame_of_reference
         if uid and wanted and uid != wanted:
             why = f"{modality} has another frame of reference than the rest of its study: register it first"
@@ -179,7 +250,7 @@ def _outside(study: DicomStudy, reference: str | None) -> dict[str, Fault]:
             why = f"{modality} covers less than half of the reference's box: leave it out, or register it first"
         else:
             continue
-        faults[modality] = Fault(stack.first.path, "space", why, study.case_id)
+        faults[modality] = Fault(stack.first.path, "space", why, case_id)
     return faults
 
 

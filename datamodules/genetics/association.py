@@ -22,7 +22,7 @@ from sklearn.decomposition import PCA
 from common.errors import DataError
 from common.files import whole_file, write_text
 from common.pseudonyms import public_name
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from datamodules.files import listing
 from datamodules.genetics.genotypes import Genotypes, allele_frequencies, open_genotypes
 from datamodules.genetics.kinship import KINSHIP, kinship, read_kinship, unrelated
@@ -223,9 +223,9 @@ def associate(
         row_of.setdefault(str(name), row)
     place_of = {name: place for place, name in enumerate(genotypes.ids)}
     known = None if covariates is None else set(covariates.dropna().index.astype(str))
-    say(join_ids(row_of, place_of).counts("genotypes", "people with features"))
+    print_line(join_ids(row_of, place_of).counts("genotypes", "people with features"))
     if known is not None:
-        say(join_ids(row_of, known).counts("covariates without gaps", "people with features"))
+        print_line(join_ids(row_of, known).counts("covariates without gaps", "people with features"))
     names = [name for name in row_of if name in place_of and (known is None or name in known)]
     if not names:
         one, other = public_name(next(iter(row_of), "-")), public_name(genotypes.ids[0])
@@ -390,5 +390,5 @@ def run(
     for name, figure in figures.items():
         with whole_file(folder / name) as temporary:
             figure.savefig(temporary, dpi=120)
-    say(f"{found.persons} people ({found.relatives} relatives left out), {len(found.table)} variants, "
+    print_line(f"{found.persons} people ({found.relatives} relatives left out), {len(found.table)} variants, "
         f"{len(found.clumps)} independent regions: {out}")  # fmt: skip

@@ -1,7 +1,7 @@
 """The checks of ``medmim doctor`` for images with genetics."""
 
-from common.runtime.reporting import say
-from datamodules.examination import Terms, judge, look_at_all, say_splits
+from common.runtime.reporting import print_line
+from datamodules.examination import Terms, look_at_all, print_splits, report_faults
 from datamodules.genetics.genome import Genome
 from datamodules.images.checks import check_images
 
@@ -17,15 +17,18 @@ def examine(name: str, genome: Genome | None, terms: Terms, deep: bool, workers:
         workers: Threads.
     """
     samples = terms.members
-    say_splits(f"layout {name}", terms, "samples")
+    print_splits(f"layout {name}", terms, "samples")
     if genome is not None:
-        say(f"genetics: {genome.describe()}")
+        print_line(f"genetics: {genome.describe()}")
         for index, kind in enumerate(genome.kinds):
             having = sum(genome.has(sample.person)[index] for sample in samples)
-            say(f"{kind.name}: {having} of {len(samples)} samples have it")
+            print_line(f"{kind.name}: {having} of {len(samples)} samples have it")
     else:
-        say("genetics: none")
+        print_line("genetics: none")
     found = look_at_all(
-        lambda sample: check_images(sample.images, sample.case_id, sample.patient_id, deep), samples, deep, workers
+        lambda sample, whole: check_images(sample.images, sample.case_id, sample.patient_id, whole, terms.frame),
+        samples,
+        deep,
+        workers,
     )
-    return judge(terms, found, "samples", deep)
+    return report_faults(terms, found, "samples")

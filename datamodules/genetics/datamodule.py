@@ -15,7 +15,7 @@ from common.errors import DataError
 from common.faults import Fault, SampleFaultError
 from common.pseudonyms import pseudonym, public_name
 from common.randomness import numpy_generator, stable_hash
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from common.types import InputSpec
 from datamodules.base import FaultTolerantDataset, collate_samples
 from datamodules.configs import (
@@ -36,7 +36,7 @@ from datamodules.images.cache import BoxChoice, ImageCache, SourceImages
 from datamodules.images.crops import center_box, cut_box, random_box
 from datamodules.images.datamodule import ImageArchiveDataModule
 from datamodules.images.pictures import Picture, pictures_of
-from datamodules.images.reading import CHANNELS, COLOUR, ImageReader, per_channel
+from datamodules.images.reading import CHANNELS, ImageReader, colour_at, per_channel
 from datamodules.images.values import ImageError
 from datamodules.loading import Draw
 from datamodules.registry import Archive
@@ -264,7 +264,7 @@ class ImageGenomeDataset(FaultTolerantDataset):
 
 def _reader_of(archive: Archive) -> ImageReader:
     """Return how an archive's files become pixels."""
-    reader: ImageReader = archive.facts.reader or COLOUR
+    reader: ImageReader = archive.facts.reader or colour_at(archive.facts.frame)
     return reader
 
 
@@ -349,7 +349,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         num_workers: Loader processes per rank; also threads that build the cache.
         anonymise: Whether subjects get pseudonyms in logs, pictures and fault files.
         seed: Seed of order and crops; None takes ``seed_everything``'s.
-        **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of
+        **membership: ``archive``, ``seen_patients``, ``changed_archive`` and ``split_from`` of
             :class:`datamodules.base.ArchiveDataModule`.
     """
 
@@ -444,7 +444,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         moved = {
             picture.patient_id for picture in pictures if parts.get(picture.case_id) != together.get(picture.case_id)
         }
-        say(f"kinship: {len(moved)} people are in another split, with their relatives")
+        print_line(f"kinship: {len(moved)} people are in another split, with their relatives")
         if "train" not in together.values():
             raise DataError("Everyone is related to someone who is held out, so nobody is left to train on.")
         return together
@@ -467,7 +467,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
                 raise DataError(f"data.genome.pairing is 'id', but no genotypes, scores or burden table lie in {root}: "
                                 "looked for genetics/*_chr{1..22}* or *_c{1..22}_b0_v*, pgs/*.sscore and "
                                 "burden/combined_burdens.h5.")  # fmt: skip
-            say("genetics: none")
+            print_line("genetics: none")
             return {}
         training = [patient for patient, split in split_of.items() if split == "train"]
         self.genome = read_genome(files, root, self._clip, training)
@@ -476,7 +476,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         synthetic = self.pairing == "synthetic" or (self.pairing == "auto" and not facts.named)
         if synthetic:
             name = archive.layout.name
-            say(f"note: {name} and these genetics are of different people, so their pairing is synthetic")
+            print_line(f"note: {name} and these genetics are of different people, so their pairing is synthetic")
             return pair_persons(split_of, known, self._split[1])
         joined = join_ids(split_of, known)
         if not joined.found:
@@ -486,7 +486,7 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
                 f"genetics (such as {other}): check the identifiers, or set data.genome.pairing to "
                 f"synthetic to pair strangers{mending(joined)}."
             )
-        say(joined.counts("genetics", "people with images") + mending(joined))
+        print_line(joined.counts("genetics", "people with images") + mending(joined))
         return joined.found
 
     def _samples(self, pictures: Sequence[Picture], persons: dict[str, str]) -> list[Sample]:
@@ -567,9 +567,9 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         Raises:
             DataError: no image can be used.
         """
-        layout, counts = self.index().layout, self.admit(stage)
+        layout, counts = self.index().layout, self.register_faults(stage)
         size = "x".join(map(str, self.image_size))
-        say(f"data: {layout.name} at {self.root}, samples {counts}, images {size}, "
+        print_line(f"data: {layout.name} at {self.root}, samples {counts}, images {size}, "
             + (f"genetics: {self.genome.describe()}" if self.genome else "no genetics"))  # fmt: skip
 
     def _dataset(self, cases: Sequence[Sample], train: bool = False, controls: bool = False) -> ImageGenomeDataset:

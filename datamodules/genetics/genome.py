@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from common.errors import DataError
 from common.randomness import numpy_generator, stable_hash
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from datamodules.genetics.genotypes import MISSING, allele_frequencies, counts_of, open_genotypes
 from datamodules.genetics.scores import (
     apply_score,
@@ -233,7 +233,7 @@ def read_genome(
         genotypes = open_genotypes(files.genotypes, root, files.step)
         names = [f"{v.chrom}:{v.pos}:{v.id}" for v in genotypes.variants.itertuples(index=False)]
         if genotypes.withdrawn:
-            say(f"genetics: {genotypes.withdrawn} people with negative numbers have withdrawn and are left out")
+            print_line(f"genetics: {genotypes.withdrawn} people with negative numbers have withdrawn and are left out")
         kinds.append(Kind("snp", genotypes.ids, names, genotypes.table(), "genotype"))
         if files.scores:
             every = genotypes if files.step == 1 else open_genotypes(files.genotypes, root)
@@ -245,7 +245,7 @@ def read_genome(
                 among = reference if len(reference) else None
                 values, counts = apply_score(score, every, build, files.keep_ambiguous, among)
                 scored[score.name] = every.ids, values
-                say(f"genetics: {score.name}, " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+                print_line(f"genetics: {score.name}, " + ", ".join(f"{count} {name}" for name, count in counts.items()))
     elif files.scores:
         raise DataError("Scoring files are applied to genotypes: name these with data.genome.genotypes, or give "
                         "data.genome.score_tables.")  # fmt: skip

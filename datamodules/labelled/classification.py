@@ -16,7 +16,7 @@ from common.errors import DataError
 from common.faults import SampleFaultError
 from common.pseudonyms import pseudonym
 from common.randomness import numpy_generator
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from common.types import InputSpec
 from datamodules.base import FaultTolerantDataset
 from datamodules.configs import CacheConfig, Channelwise, ImageConfig, LoaderConfig, SplitConfig, check_crop_scale
@@ -25,7 +25,7 @@ from datamodules.images.crops import center_box, random_box
 from datamodules.images.datamodule import ImageArchiveDataModule
 from datamodules.images.reading import CHANNELS, GRAY, per_channel, plain_numbers
 from datamodules.labelled.checks import examine
-from datamodules.labelled.layout import PREDICTED, LabelLayout, LabelledImage, as_archive, pictures_of
+from datamodules.labelled.layout import PREDICTED, LabelLayout, LabelledImage, LabelledTable, as_archive, pictures_of
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.registry import NO_SETTINGS, recognise
 from datamodules.splits import (
@@ -47,14 +47,14 @@ class LabelledImageDataset(FaultTolerantDataset):
         images: The images.
         store: Opens them.
         image_size: Height and width of a crop.
-        train: Whether crops are drawn anew every epoch; else they are central.
+        train: Whether crops are drawn anew every epoch; otherwise they are central.
         seed: Seed of the training draws.
-        crop_scale: Share of an image's area that a training crop has.
+        crop_scale: Area of a training crop as a share of the image.
         flip: Whether half of the training crops are mirrored.
         mean: Subtracted from pixels in [0, 1].
-        std: What they are divided by then.
+        std: Divisor after that.
         anonymise: Whether subjects get pseudonyms.
-        degrees: Largest angle by which training crops are turned.
+        degrees: Largest rotation of training crops.
     """
 
     def __init__(
@@ -86,18 +86,18 @@ class LabelledImageDataset(FaultTolerantDataset):
         return self.images[index].case_id
 
     def generator(self, draw: Draw) -> np.random.Generator:
-        """Return the randomness of a draw."""
+        """Return the random generator of a draw."""
         return numpy_generator("crop", self.seed, draw.epoch, self.subject(draw.index), draw.draw)
 
     def names(self, item: LabelledImage) -> dict[str, str]:
-        """Return who an image is of."""
+        """Return the names that come with a sample."""
         hide = pseudonym if self.anonymise else str
         return {"subject_id": hide(item.case_id), "patient_id": hide(item.patient_id)}
 
     def crop(
         self, item: LabelledImage, choose: BoxChoice, size: Sequence[int], mirror: bool, degrees: float = 0.0
     ) -> Tensor:
-        """Cut the box that ``choose`` wants out of an image, ``(C, *size)`` in [0, 1].
+        """Cut the box that ``choose`` selects from an image, ``(C, *size)`` in [0, 1].
 
         Raises:
             SampleFaultError: the image cannot be used.
@@ -134,7 +134,7 @@ class LabelledImageDataset(FaultTolerantDataset):
 
 
 def strata_of(images: Sequence[LabelledImage]) -> dict[str, str]:
-    """Return a stratum for each patient: the rarest class that any of their images has, or none."""
+    """Return a stratum per patient: the rarest class among their images, or none."""
     patients: dict[str, NDArray[np.bool_]] = {}
     for item in images:
         positive = np.array([target == 1 for target in item.targets], dtype=bool)
@@ -147,7 +147,7 @@ def strata_of(images: Sequence[LabelledImage]) -> dict[str, str]:
 
 
 def shuffled_targets(images: Sequence[LabelledImage], seed: int) -> list[LabelledImage]:
-    """Give every patient the targets of a random patient's first image: a control that nothing can be learned from."""
+    """Give every patient the targets of a random patient's first image: a control from which nothing can be learned."""
     first: dict[str, tuple[float, ...]] = {}
     for item in images:
         first.setdefault(item.patient_id, item.targets)
@@ -162,9 +162,9 @@ class LabelledImageConfig(ImageConfig):
     """Crops of labelled images.
 
     Args:
-        crop_scale: Share of an image's area that a training crop has.
+        crop_scale: Area of a training crop as a share of the image.
         flip: Whether half of the training crops are mirrored.
-        degrees: Largest angle by which training crops are turned.
+        degrees: Largest rotation of training crops.
     """
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -177,15 +177,15 @@ class LabelledImageConfig(ImageConfig):
 
 @dataclass(frozen=True)
 class FoldConfig(SplitConfig):
-    """Who is trained, validated and tested on, once or by turns.
+    """Which patients train, validate and test: one split, or a fold of a cross-validation.
 
     Args:
-        fold: Number of the fold to test on, from 0: cross-validation instead of any other split. No patient and no
-            group of the layout is in two folds; validation patients are cut out of the other folds.
+        fold: Number of the test fold, from 0: cross-validation instead of any other split. No patient and no group of
+            the layout is in two folds; validation patients are taken from the other folds.
         num_folds: How many folds there are.
 
     Raises:
-        ValueError: there is no such fold, or a file says who is tested on as well.
+        ValueError: no such fold, or a split file is given as well.
     """
 
     fold: int | None = None
@@ -195,16 +195,16 @@ class FoldConfig(SplitConfig):
         if self.fold is not None and not 0 <= self.fold < self.num_folds:
             raise ValueError(f"`fold` counts from 0 to num_folds - 1 = {self.num_folds - 1}, got {self.fold}.")
         if self.fold is not None and self.file is not None:
-            raise ValueError("`split.fold` and `split.file` both say what is tested on: set one of them to null.")
+            raise ValueError("`split.fold` and `split.file` both define the test split: set one of them to null.")
 
 
 @dataclass(frozen=True)
 class ShuffleConfig:
-    """Targets that mean nothing: a control.
+    """Meaningless targets, as a control.
 
     Args:
-        seed: Seed of a permutation of the targets over patients; None leaves them.
-        tested: Whether that permutes the targets of test images too; else they and the split stay true.
+        seed: Seed of a permutation of the targets over patients; None: no permutation.
+        tested: Whether targets of test images are permuted as well; otherwise they and the split stay true.
     """
 
     seed: int | None = None
@@ -212,27 +212,27 @@ class ShuffleConfig:
 
 
 class LabelledImageDataModule(ImageArchiveDataModule):
-    """Labelled images in any layout of :mod:`datamodules.labelled.layout`, cached, split by patient.
+    """Labelled images in any layout of :mod:`datamodules.labelled.layout`, cached and split by patient.
 
     Args:
         root: The archive.
         labels: Its layout.
-        image: The crops, and how those of training vary.
-        cache: Copies of the images that are kept.
-        split: Who is trained, validated and tested on. An archive that names training images but no validation ones has
-            the latter cut out of the former, in the ratio of the first two fractions.
-        label_fraction: Share of the training patients to use, of every class alike; shares are nested.
+        image: The crops, and how training crops vary.
+        cache: The cache of images.
+        split: Which patients train, validate and test. If an archive defines training but no validation images,
+            the latter are taken from the former in the ratio of the first two fractions.
+        label_fraction: Share of training patients to use, equally from every class; shares are nested.
         shuffle: A permutation of the targets, as a control.
-        loader: How samples are drawn, and how many may be broken.
+        loader: How samples are drawn, and how many may be faulty.
         batch_size: Images per device.
         num_workers: Loader processes per rank; also threads that build the cache.
         anonymise: Whether subjects get pseudonyms in logs, tables and fault files.
         seed: Seed of order and crops; None takes ``seed_everything``'s.
-        **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of
+        **membership: ``archive``, ``seen_patients``, ``changed_archive`` and ``split_from`` of
             :class:`datamodules.base.ArchiveDataModule`.
     """
 
-    noun = "images"
+    item_name = "images"
 
     def __init__(
         self,
@@ -269,14 +269,28 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         self._split = (split.fractions, split.seed, split.file)
         self.images: list[LabelledImage] = []
 
+    #: Whether the targets of a table are what the task is about.
+    takes_targets = True
+
+    @classmethod
+    def target_options(cls, own: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Read targets of 0 and 1 as the columns of a :class:`datamodules.labelled.layout.LabelledTable`."""
+        columns = {rule.get("column", name): rule for name, rule in own["targets"].items()}
+        classes = [name for name, rule in columns.items() if rule.get("classes") == ["0", "1"] and "merge" not in rule]
+        if not classes or not cls.takes_targets or "table" not in own:
+            return super().target_options(own, given)
+        own.pop("targets")
+        path = f"{LabelledTable.__module__}.{LabelledTable.__qualname__}"
+        return {"labels": {"class_path": path, "init_args": {"classes": classes}}}
+
     def index(self) -> LabelLayout:
-        """List and split the images. Reads names and tables, no image.
+        """List and split the images. Reads names and tables only, no images.
 
         Raises:
-            DataError: not the layout, missing columns, a patient in two splits, and the like.
+            DataError: another layout, missing columns, a patient in two splits, and the like.
         """
         if not self.splits:
-            images = self._listed(Tree(self.root))
+            images = self._listed(self.walk())
             check_unique(images)
             images, splits = self._split_up(images)
             self.ledger.num_samples = sum(map(len, splits.values()))
@@ -290,7 +304,7 @@ class LabelledImageDataModule(ImageArchiveDataModule):
             layout = recognise(root, self.needs, self.purpose)[0]
             self.archive = self.open(root, layout.name, PREDICTED if "subject" in layout.takes else NO_SETTINGS)
             return [item for record in self.archive.records for item in pictures_of(record, root)]
-        root.report_content()
+        self.labels = self.labels.heeding(self.settings)
         images = self.labels.find(root)
         if not images:
             raise DataError(f"{root} holds no labelled image of {self.labels.name} ({self.labels.tree}).")
@@ -344,7 +358,7 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         if self.fold is None:
             return assign_splits(images, fractions, split_seed, split_file, strata, cut_validation=True)
         groups = joined_groups([(f"patient {item.patient_id}", item.group) for item in images])
-        # Patients that share a group are dealt together, so they must agree where they go: they count as one.
+        # Patients that share a group are assigned together, so they count as one.
         joined = [item._replace(patient_id=str(group)) for item, group in zip(images, groups, strict=True)]
         strata = self._strata(joined)
         folds = fold_of_each(
@@ -377,22 +391,22 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         return self.images
 
     def images_of(self, case: LabelledImage) -> Sequence[Path]:
-        """Return the one image."""
+        """Return the image."""
         return (case.image,)
 
     def setup(self, stage: str) -> None:
-        """Put what is broken into the ledger and say what there is (Lightning hook).
+        """Record broken files in the ledger and log a summary (Lightning hook).
 
         Raises:
             DataError: no image can be used.
         """
-        counts = self.admit(stage)
+        counts = self.register_faults(stage)
         positive: Counter[str] = Counter()
         for item in self.splits["train"]:
             named = zip(self.counted, item.targets, strict=True) if self.counted else ()
             positive.update(name for name, target in named if target == 1)
         shares = ", ".join(f"{name} {positive[name]}" for name in self.counted if name in positive)
-        say(f"data: {self.labels.name} at {self.root}, images {counts}"
+        print_line(f"data: {self.labels.name} at {self.root}, images {counts}"
             + (f"; positive in training: {shares}" if shares else ""))  # fmt: skip
 
     def _dataset(self, cases: Sequence[LabelledImage], train: bool = False) -> LabelledImageDataset:
@@ -411,7 +425,7 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         )
 
     def predict_dataloader(self) -> ResumableLoader:
-        """Return the test images, or all where nothing is set aside (Lightning hook)."""
+        """Return the test images, or all images if there are none (Lightning hook)."""
         return self.evaluation_loader(self._evaluated(self._usable(self.splits["test"] or self.cases_in_use())))
 
     def examine(self, deep: bool, workers: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Predicted regions of images: as run-length codes in the pneumothorax challenge's table, or as masks."""
+"""Predicted regions of images: as run-length codes in the format of the pneumothorax challenge, or as masks."""
 
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,15 @@ from PIL import Image
 from common.distributed import gather_objects
 from common.files import whole_file
 from common.names import safe_name
-from common.runtime.reporting import is_dry_run, say, write_rows
+from common.runtime.reporting import is_dry_run, print_line, write_rows
 from datamodules.labelled.siim import encode_runs
 
 
 class RunLengthWriter(BasePredictionWriter):
-    """Writes ``predictions.csv`` in the run folder: ``ImageId`` and ``EncodedPixels``, -1 where there is no region.
+    """Writes ``predictions.csv`` in the run folder: ``ImageId`` and ``EncodedPixels``, -1 without a region.
 
-    The masks of the predictions are replaced by their codes: Lightning keeps predictions to the end, and of thousands
-    of radiographs that is gigabytes of masks.
+    Predicted masks are replaced by their codes: Lightning keeps all predictions, and masks of thousands of radiographs
+    take gigabytes.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class RunLengthWriter(BasePredictionWriter):
         if trainer.is_global_zero and not is_dry_run(trainer):
             path = Path(trainer.default_root_dir) / "predictions.csv"
             write_rows(path, sorted(rows, key=lambda row: row["ImageId"]))
-            say(f"predictions: {len(rows)} run-length codes in {path}")
+            print_line(f"predictions: {len(rows)} run-length codes in {path}")
 
 
 class MaskWriter(BasePredictionWriter):
@@ -89,4 +89,4 @@ class MaskWriter(BasePredictionWriter):
         total = sum(gather_objects(self._count))
         spec: Any = pl_module.spec
         names = ", ".join(f"{place} {name}" for place, name in enumerate(spec.regions, 1))
-        say(f"predictions: {total} masks ({names}) in {Path(trainer.default_root_dir) / 'predictions'}")
+        print_line(f"predictions: {total} masks ({names}) in {Path(trainer.default_root_dir) / 'predictions'}")

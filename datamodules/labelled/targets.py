@@ -22,6 +22,7 @@ from datamodules.tables import read_table
 from datamodules.targets import (
     TargetColumns,
     Targets,
+    heeding,
     kind_of,
     learn_targets,
     merged,
@@ -76,14 +77,14 @@ class AnyImagesDataModule(LabelledImageDataModule):
         super().__init__(root, labels, **options)
         self._layout, self._subject = layout, subject
 
-    def settings(self) -> tuple[str, Settings]:
+    def opening(self) -> tuple[str, Settings]:
         """Return the layout, and what is said of the archive."""
         return self._layout, NO_SETTINGS if self._subject is None else Settings(subject=self._subject)
 
     def _listed(self, root: Tree) -> list[LabelledImage]:
         if self.predicting:
             return super()._listed(root)
-        self.archive = self.open(root, *self.settings())
+        self.archive = self.open(root, *self.opening())
         images = [item for record in self.archive.records for item in self.items(record, root)]
         self.labels.name = self.archive.layout.name  # type: ignore[misc]  # an instance's, not the class's
         return images
@@ -111,22 +112,27 @@ class TargetImageDataModule(AnyImagesDataModule):
 
     def __init__(self, root: str, target: TargetColumns = TargetColumns(), **options: Any) -> None:
         super().__init__(root, **options)
-        self.target = target
+        self.target = heeding(target, self.said.get("targets", {}))
         self.learned = Targets("classes", (), {}, [])
         self._facts: dict[str, Mapping[str, str]] = {}
+
+    @classmethod
+    def target_options(cls, own: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Take all that the archive file says: :func:`datamodules.targets.heeding` chooses."""
+        return {}
 
     @property
     def needs(self) -> frozenset[str]:
         """Images, with targets where no table gives them."""
-        wanted = {"images"} if self.predicting or self.target.file or self.target.names else {"images", "targets"}
-        return frozenset(wanted)
+        said = self.target.file or self.target.names or self.said.get("targets")
+        return frozenset({"images"} if self.predicting or said else {"images", "targets"})
 
-    def settings(self) -> tuple[str, Settings]:
+    def opening(self) -> tuple[str, Settings]:
         """Return the layout, and what is said of the archive: its table, where the table of labels lists images."""
-        layout, settings = super().settings()
+        layout, settings = super().opening()
         if layout == "auto" and self.target.file and Path(self.target.file).is_file():
             columns = set(read_table(Path(self.target.file)).columns)
-            if "image" in columns and ("subject" in columns or self._subject):
+            if "image" in columns and ("subject" in columns or settings.subject or self.settings.subject):
                 return "table", replace(settings, table=str(Path(self.target.file).absolute()))
         return layout, settings
 

@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from common.faults import Fault
-from common.runtime.reporting import say
-from datamodules.examination import Member, Terms, judge, look_at_all
+from common.runtime.reporting import print_line
+from datamodules.examination import Member, Terms, look_at_all, report_faults
 from datamodules.images.checks import check_images
 
 
 def examine(
-    name: str, noun: str, paths: Sequence[Path], terms: Terms, deep: bool, workers: int, more: str = ""
+    name: str, item_name: str, paths: Sequence[Path], terms: Terms, deep: bool, workers: int, more: str = ""
 ) -> list[str]:
     """Print a report on an archive and return the reasons why training would refuse it.
 
     Args:
         name: Name of its layout.
-        noun: What its pairs are called.
+        item_name: What its pairs are called.
         paths: The images in use, each once.
         terms: What training requires of it.
         deep: Whether to read every byte, not only headers.
@@ -26,8 +26,8 @@ def examine(
         more: Further facts to report.
     """
     sizes = ", ".join(f"{len(part)} {split}" for split, part in terms.splits.items())
-    say(f"{name}: {len(terms.members)} {noun} of {len(paths)} images, {sizes}{more}")
-    images = look_at_all(lambda path: check_images([path], str(path), str(path), deep), paths, deep, workers)
+    print_line(f"{name}: {len(terms.members)} {item_name} of {len(paths)} images, {sizes}{more}")
+    images = look_at_all(lambda path, whole: check_images([path], str(path), str(path), whole), paths, deep, workers)
     by_path = dict(zip(paths, images, strict=True))
     train = terms.splits["train"]
     seen, read = {pair.image for pair in train}, {pair.text for pair in train}
@@ -35,10 +35,10 @@ def examine(
         part = terms.splits[split]
         shared = Counter((pair.image in seen, pair.text in read) for pair in part)
         if part:
-            say(f"{split}: {shared[True, True] + shared[True, False]} of {len(part)} show a training image, "
+            print_line(f"{split}: {shared[True, True] + shared[True, False]} of {len(part)} show a training image, "
                 f"{shared[True, True] + shared[False, True]} have a text that occurs in training")  # fmt: skip
     found = [_member(pair, by_path[pair.image]) for pair in terms.members]
-    return judge(terms, found, noun, deep)
+    return report_faults(terms, found, item_name)
 
 
 def _member(pair: Any, image: Member) -> Member:
@@ -46,4 +46,5 @@ def _member(pair: Any, image: Member) -> Member:
     faults = [fault._replace(sample=pair.case_id) for fault in image.faults]
     if not pair.text:
         faults.append(Fault(pair.case_id, "empty", "no text", pair.case_id))
-    return Member(pair.case_id, pair.case_id, faults, usable=image.usable and bool(pair.text))
+    usable = image.usable and bool(pair.text)
+    return Member(pair.case_id, pair.case_id, faults, usable=usable, whole=image.whole)

@@ -14,7 +14,7 @@ from common.errors import DataError
 from common.faults import Fault, SampleFaultError
 from common.pseudonyms import pseudonym
 from common.randomness import numpy_generator, stable_hash
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from common.types import InputSpec
 from datamodules.base import FaultTolerantDataset, collate_samples
 from datamodules.configs import CacheConfig, Channelwise, ImageConfig, LoaderConfig, check_crop_scale, three_values
@@ -193,11 +193,11 @@ class PairDataModule(TextArchiveDataModule):
         num_workers: Loader processes per rank; also threads that build the cache.
         anonymise: Whether subjects and texts stay out of logs, tables and fault files.
         seed: Seed of order and crops; None takes ``seed_everything``'s.
-        **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of
+        **membership: ``archive``, ``seen_patients``, ``changed_archive`` and ``split_from`` of
             :class:`datamodules.base.ArchiveDataModule`.
     """
 
-    noun = "pairs"
+    item_name = "pairs"
 
     def __init__(
         self,
@@ -314,9 +314,9 @@ class PairDataModule(TextArchiveDataModule):
         Raises:
             DataError: no pair can be used.
         """
-        counts = self.admit(stage)
-        say(f"data: {self.layout_name} at {self.root}, {self.noun} {counts}, {len(self.paths_in_use())} images, "
-            f"vocabulary of {self.tokenizer.vocab_size}{self.describe()}")  # fmt: skip
+        counts = self.register_faults(stage)
+        print_line(f"data: {self.layout_name} at {self.root}, {self.item_name} {counts}, {len(self.paths_in_use())} "
+            f"images, vocabulary of {self.tokenizer.vocab_size}{self.describe()}")  # fmt: skip
         self.keep_tokenizer(stage)
 
     def _dataset(self, cases: Sequence[Any], train: bool = False) -> PairDataset:
@@ -350,4 +350,4 @@ class PairDataModule(TextArchiveDataModule):
     def examine(self, deep: bool, workers: int) -> list[str]:
         """Print a report on the archive and return the reasons why training would refuse it."""
         name, paths = self.index(), self.paths_in_use()
-        return examine(name, self.noun, paths, self.terms(paths), deep, workers, self.describe())
+        return examine(name, self.item_name, paths, self.terms(paths), deep, workers, self.describe())

@@ -9,7 +9,6 @@ from datamodules.loading import Draw
 from datamodules.pairs.datamodule import PairDataModule
 from datamodules.reports.melinda import CaptionedFigure, read_melinda
 from datamodules.splits import SPLITS
-from datamodules.tree import Tree
 
 
 class FigureDataModule(PairDataModule):
@@ -21,7 +20,7 @@ class FigureDataModule(PairDataModule):
         **settings: Those of :class:`datamodules.pairs.datamodule.PairDataModule`.
     """
 
-    noun = "figures"
+    item_name = "figures"
 
     def __init__(
         self,
@@ -44,7 +43,9 @@ class FigureDataModule(PairDataModule):
         Raises:
             DataError: the root is another archive, a table is damaged, or no training figure has a class.
         """
-        tree = Tree(root)
+        if strange := [name for name in self.settings.said() if name != "ignore"]:
+            raise DataError(f"{root} is of the layout melinda, which has no setting {strange[0]}.")
+        tree = self.walk()
         rows = read_melinda(tree, self._task)
         if not rows:
             raise DataError(f"{root} holds no train.csv beside melinda_images/; it holds {contents(tree.root)}.")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from common.errors import DataError
 from common.pseudonyms import public_name
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.pairs.answers import answer_classes, unseen
 from datamodules.pairs.datamodule import PairDataModule
@@ -108,7 +108,8 @@ class QuestionDataModule(PairDataModule):
         **settings: Those of :class:`datamodules.pairs.datamodule.PairDataModule`.
     """
 
-    noun = "questions"
+    item_name = "questions"
+    split_keys = ("fractions", "seed")
     personal = ("single.image", "single.question")
 
     def __init__(
@@ -155,7 +156,7 @@ class QuestionDataModule(PairDataModule):
         silent = [question for question in splits["train"] if not question.answers]
         splits["train"] = [question for question in splits["train"] if question.answers]
         if silent:
-            say(f"note: {len(silent)} training questions have no answer and are left out")
+            print_line(f"note: {len(silent)} training questions have no answer and are left out")
         if self._questions == "ambiguous":
             splits["train"] = ambiguous(splits["train"])
             splits["val"] = splits["train"] if not splits["val"] else splits["val"]
@@ -174,7 +175,7 @@ class QuestionDataModule(PairDataModule):
             return {name: [q for q in found if parts[q.case_id] == name] for name in SPLITS}
         splits = {name: [q for q in found if q.split == name] for name in SPLITS}
         if self._val == "test":
-            say("warning: validation is the test split, so the choice of the best checkpoint has seen the answers")
+            print_line("warning: validation uses the test split, so the best checkpoint is chosen with its answers")
             splits["val"] = splits["test"]
         elif not splits["val"] and self._fractions[1]:
             share = self._fractions[1] / (self._fractions[0] + self._fractions[1])

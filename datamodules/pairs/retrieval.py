@@ -79,7 +79,7 @@ class RetrievalDataModule(PairDataModule):
         **settings: Those of :class:`datamodules.pairs.datamodule.PairDataModule`.
     """
 
-    noun = "images with captions"
+    item_name = "images with captions"
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What ``medmim doctor`` looks at in an archive of images with reports."""
+"""What ``medmim doctor`` checks in an archive of images with reports."""
 
 import re
 from collections import Counter, defaultdict
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from common.faults import Fault
-from common.runtime.reporting import say
-from datamodules.examination import Member, Terms, judge, look_at_all, say_splits
+from common.runtime.reporting import print_line
+from datamodules.examination import Member, Terms, look_at_all, print_splits, report_faults
 from datamodules.images.checks import check_images
 from datamodules.reports.text import ReportError
 from datamodules.reports.tokens import ReportTokenizer
@@ -18,7 +18,7 @@ _WORD = re.compile(r"[^\W\d_]+")
 
 
 def check_sample(sample: Any, text_of: Callable[[Any], str], deep: bool) -> tuple[Member, str]:
-    """Look at the headers of a sample's images, or (``deep``) at every pixel; return also the text that is used."""
+    """Check the headers of a sample's images, or every pixel if ``deep``; also return the text that is used."""
     images = check_images(sample.images, sample.case_id, sample.patient_id, deep)
     faults = list(images.faults)
     try:
@@ -32,35 +32,35 @@ def check_sample(sample: Any, text_of: Callable[[Any], str], deep: bool) -> tupl
     return images._replace(faults=faults, usable=images.usable or bool(text)), text
 
 
-def _say_unseen(texts: Mapping[str, str], training: Set[str]) -> None:
-    """Print how many words of held-out reports no training report has; numbers and redactions are no words."""
+def _print_unseen(texts: Mapping[str, str], training: Set[str]) -> None:
+    """Print how many words of held-out reports are in no training report; numbers and redactions do not count."""
     seen: Counter[str] = Counter()
     held_out: Counter[str] = Counter()
     for study, text in texts.items():
         (seen if study in training else held_out).update(_WORD.findall(text.lower()))
     unseen = Counter({word: count for word, count in held_out.items() if word not in seen})
     if held_out:
-        say(f"words: {unseen.total()} of {held_out.total()} in held-out reports occur in no training report "
+        print_line(f"words: {unseen.total()} of {held_out.total()} in held-out reports occur in no training report "
             f"({len(unseen)} of {len(held_out)} distinct ones)")  # fmt: skip
 
 
-def _say_texts(terms: Terms, read: Sequence[str], tokenizer: Callable[[], ReportTokenizer], limit: int) -> None:
-    """Print how long the reports are, what the tokenizer does not know, and which words training never sees."""
+def _print_texts(terms: Terms, read: Sequence[str], tokenizer: Callable[[], ReportTokenizer], limit: int) -> None:
+    """Print the lengths of reports, the unknown tokens, and the words not seen in training."""
     samples = terms.members
     texts = {sample.study.case_id: text for sample, text in zip(samples, read, strict=True) if text}
     without = len({sample.study.case_id for sample in samples}) - len(texts)
     if not texts:
-        say("texts: none")
+        print_line("texts: none")
         return
     learned = tokenizer()
     encoded = [learned.encode(text, 1 << 20) for text in texts.values()]
     lengths = np.array([len(entry.ids) for entry in encoded])
     unknown = sum(int((entry.ids == learned.unk_id).sum()) for entry in encoded)
-    say(f"texts: {len(texts)} studies with one, {without} without; tokens median {np.median(lengths):.0f}, "
+    print_line(f"texts: {len(texts)} studies with one, {without} without; tokens median {np.median(lengths):.0f}, "
         f"90th percentile {np.percentile(lengths, 90):.0f}, {np.mean(lengths > limit):.1%} lose their end after "
         f"{limit} (data.text.length); {unknown} of {lengths.sum()} tokens unknown to the vocabulary of "
         f"{learned.vocab_size}")  # fmt: skip
-    _say_unseen(texts, {sample.study.case_id for sample in terms.splits["train"]})
+    _print_unseen(texts, {sample.study.case_id for sample in terms.splits["train"]})
     split_of = {sample.case_id: name for name, part in terms.splits.items() for sample in part}
     parts: dict[str, set[str]] = defaultdict(set)
     for sample in samples:
@@ -68,7 +68,7 @@ def _say_texts(terms: Terms, read: Sequence[str], tokenizer: Callable[[], Report
             parts[text.lower()].add(split_of[sample.case_id])
     shared = sum(len(found) > 1 for found in parts.values())
     if shared:
-        say(f"note: {shared} of {len(parts)} distinct texts occur in several splits, under different patients")
+        print_line(f"note: {shared} of {len(parts)} distinct texts occur in several splits, under different patients")
 
 
 def examine(
@@ -83,25 +83,25 @@ def examine(
     """Print a report on an archive and return the reasons why training would refuse it.
 
     Args:
-        name: Its layout's.
-        terms: What training asks of it.
+        name: Name of its layout.
+        terms: What training requires.
         text_of: Returns the text of a sample; raises :class:`datamodules.reports.text.ReportError`.
-        tokenizer: Returns what makes tokens of texts; asked only where there are texts.
-        limit: Tokens of a text at most.
+        tokenizer: Returns the tokenizer; called only if there are texts.
+        limit: Most tokens per text.
         deep: Whether to read every byte, not only headers.
         workers: Threads.
     """
     samples = terms.members
-    say_splits(f"layout {name}", terms, "samples")
+    print_splits(f"layout {name}", terms, "samples")
     views = Counter(view or "unknown" for s in {s.study.case_id: s.study for s in samples}.values() for view in s.views)
     if set(views) != {"unknown"}:
-        say("views: " + (", ".join(f"{view} {count}" for view, count in views.most_common(8)) or "no images"))
+        print_line("views: " + (", ".join(f"{view} {count}" for view, count in views.most_common(8)) or "no images"))
     texts: dict[str, str] = {}
 
-    def look_at(sample: Any) -> Member:
-        member, texts[sample.case_id] = check_sample(sample, text_of, deep)
+    def look_at(sample: Any, whole: bool) -> Member:
+        member, texts[sample.case_id] = check_sample(sample, text_of, whole)
         return member
 
     found = look_at_all(look_at, samples, deep, workers)
-    _say_texts(terms, [texts[sample.case_id] for sample in samples], tokenizer, limit)
-    return judge(terms, found, "samples", deep)
+    _print_texts(terms, [texts[sample.case_id] for sample in samples], tokenizer, limit)
+    return report_faults(terms, found, "samples")

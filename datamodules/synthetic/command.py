@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.files import make_folder, move, remove_tree, storage_errors
 from common.randomness import numpy_generator
 from common.runtime.data_config import Archive
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from datamodules.synthetic.anatomy import make_brain, make_lung, make_prostate
 from datamodules.synthetic.brain import BRAIN_WRITERS
 from datamodules.synthetic.figures import (
@@ -198,4 +198,4 @@ def run(layout: str | None, config: Sequence[str] | None, out: str | None, cases
     layout = layout or root.name
     written = synthesize(layout, root, cases, seed)
     state = "written to" if written else "at"
-    say(f"synthetic {layout}: {cases} cases {state} {root} (DATA= takes your own archive)")
+    print_line(f"synthetic {layout}: {cases} cases {state} {root} (DATA= takes your own archive)")

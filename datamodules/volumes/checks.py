@@ -1,4 +1,4 @@
-"""What ``medmim doctor`` looks at in an archive of volumes."""
+"""What ``medmim doctor`` checks in an archive of volumes."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -6,25 +6,25 @@ from collections.abc import Iterator
 import numpy as np
 
 from common.faults import Fault, SampleFaultError
-from common.runtime.reporting import say
-from datamodules.examination import Member, Terms, judge, look_at_all, say_splits
+from common.runtime.reporting import print_line
+from datamodules.examination import Member, Terms, look_at_all, print_splits, report_faults
 from datamodules.volumes.cases import Case, Layout
 from datamodules.volumes.headers import VolumeError
-from datamodules.volumes.prepare import native_space, prepare_case
-from datamodules.volumes.reading import Header, read_header
+from datamodules.volumes.prepare import header_of, native_space, prepare_case
+from datamodules.volumes.reading import Header
 from datamodules.volumes.voxels import VoxelConfig
 
 
 def _headers(case: Case, paths: dict[str, str], voxels: VoxelConfig) -> Iterator[tuple[str, Header | Fault]]:
     for name, path in paths.items():
         try:
-            yield name, read_header(case.images.get(name) or case.labels[name], voxels, case.places.get(name))
+            yield name, header_of(case, name, voxels)
         except VolumeError as error:
             yield name, Fault(path, error.kind, error.detail, case.case_id)
 
 
 def check_headers(case: Case, layout: Layout, labels: bool) -> Member:
-    """Look at the headers of a case: readable, three axes, on one grid where the layout needs one."""
+    """Check the headers of a case: readable, three axes, and on one grid where the layout needs it."""
     paths = {name: str(path) for name, path in case.images.items() if name in layout.modalities}
     paths |= {name: str(path) for name, path in case.labels.items() if labels}
     found = dict(_headers(case, paths, layout.preprocessing.voxels))
@@ -45,7 +45,8 @@ def check_headers(case: Case, layout: Layout, labels: bool) -> Member:
     ):
         native = Fault(case.case_id, "space", f"not in atlas space: {reason}", case.case_id)
         return Member(case.case_id, case.patient_id, [*faults, native], usable=False)
-    reference = layout.preprocessing.reference
+    # A study of DICOM series that lacks the reference has its own; see prepare_case.
+    reference = None if case.series else layout.preprocessing.reference
     if reference is not None and reference not in case.images:
         faults.append(Fault(case.case_id, "missing", f"the case has no {layout.shown(reference)}", case.case_id))
     readable = [name for name in headers if name in case.images]
@@ -70,17 +71,20 @@ def examine(layout: Layout, terms: Terms, labels: bool, deep: bool, workers: int
     """Print a report on an archive and return the reasons why training would refuse it.
 
     Args:
-        layout: Its layout, with settled modalities.
-        terms: What training asks of it.
+        layout: Its layout, with resolved modalities.
+        terms: What training requires.
         labels: Whether training needs labels.
         deep: Whether to read every byte, not only headers.
         workers: Threads.
     """
     cases = terms.members
-    say_splits(f"layout {layout.name}", terms, "cases")
+    print_splits(f"layout {layout.name}", terms, "cases")
     counts = {name: sum(name in case.images for case in cases) for name in layout.modalities}
-    say("modalities: " + ", ".join(f"{layout.shown(name)} in {count}" for name, count in counts.items())
+    print_line("modalities: " + ", ".join(f"{layout.shown(name)} in {count}" for name, count in counts.items())
         + f"; labels in {sum(bool(case.labels) for case in cases)}")  # fmt: skip
-    check = check_bytes if deep else check_headers
-    found = look_at_all(lambda case: check(case, layout, labels), cases, deep, workers, "voxel")
-    return judge(terms, found, "cases", deep, "voxel")
+
+    def check(case: Case, whole: bool) -> Member:
+        return (check_bytes if whole else check_headers)(case, layout, labels)
+
+    found = look_at_all(check, cases, deep, workers, "voxel")
+    return report_faults(terms, found, "cases", "voxel")

@@ -1,7 +1,7 @@
 """Multi-modal volumes for pre-training, segmentation and probes: one data module for every layout."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,18 +10,20 @@ import torch
 
 from common.errors import DataError
 from common.faults import Fault, SampleFaultError
+from common.modalities import canonical_name
 from common.names import case_twins
 from common.pseudonyms import pseudonym, public_name
 from common.randomness import numpy_generator, stable_hash
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from common.types import InputSpec
+from datamodules.archive_file import ArchiveFile
 from datamodules.base import ArchiveDataModule, FaultTolerantDataset
 from datamodules.configs import LoaderConfig, SplitConfig
 from datamodules.controls import read_control
 from datamodules.ids import check_labels, join_ids, rows_by
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.membership import MASK
-from datamodules.notes import say_notes
+from datamodules.notes import print_notes
 from datamodules.registry import Archive, Settings
 from datamodules.splits import assign_splits, nested_fraction
 from datamodules.tables import read_table
@@ -29,7 +31,7 @@ from datamodules.volumes.cache import CacheFormat, OpenCase, Record, SourceVolum
 from datamodules.volumes.cases import Case, Layout, case_of
 from datamodules.volumes.checks import examine
 from datamodules.volumes.crops import arranged, center_start, cut, flip, random_start, start_around, to_tensor
-from datamodules.volumes.modalities import under_canonical_names, with_modalities
+from datamodules.volumes.modalities import respelled, under_canonical_names, with_modalities
 from datamodules.volumes.profiles import as_trained, prepared
 from datamodules.volumes.voxels import STRICT, VoxelConfig
 
@@ -53,17 +55,17 @@ class VolumeDataset(FaultTolerantDataset):
         cases: The cases.
         store: Opens them.
         crop_size: Voxels along R, A, S.
-        domain: ``"train"`` draws anew every epoch under the run's seed; ``"val"`` draws crops and masks that are fixed
-            per subject whatever the run; ``"center"`` cuts the central crop; ``"full"`` gives the whole volume.
+        domain: ``"train"`` draws new crops every epoch from the run's seed; ``"val"`` draws crops and masks that are
+            fixed per subject in every run; ``"center"`` cuts the central crop; ``"full"`` gives the whole volume.
         seed: Seed of the training draws.
         flip_axes: Axes mirrored with probability one half, in training only.
         overhang: Share of a crop that may reach beyond the volume; see :func:`datamodules.volumes.crops.random_start`.
         regions: Region to label values, for labelled sets; None leaves labels out.
-        label_crop_probability: Share of the training crops that must contain a labelled voxel.
-        controls: Other patients' cases, for the control of the collapse diagnostics; None leaves it out.
+        label_crop_probability: Share of training crops that must contain a labelled voxel.
+        controls: Cases of other patients, the control of the collapse diagnostics; None: no control.
         targets: Class index, or numbers of which NaN is unknown, by case id; None leaves them out.
         anonymise: Whether subjects get pseudonyms.
-        order: Place of each channel of a sample among the stored ones, negative = absent; None takes them as stored.
+        order: Index of each channel of a sample among the stored ones, negative if absent; None: as stored.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ class VolumeDataset(FaultTolerantDataset):
         """Return one sample; see :class:`common.types.VolumeBatch`.
 
         Raises:
-            SampleFaultError: the case, or the label it needs, cannot be used.
+            SampleFaultError: the case or its required label cannot be used.
         """
         case = self.cases[draw.index]
         opened = self.store.open(case)
@@ -150,7 +152,7 @@ class VolumeDataset(FaultTolerantDataset):
         if self.domain == "center":
             return center_start(shape, self.crop_size), self.crop_size
         voxels = opened.label_voxels if self.domain == "train" else None
-        # The draw comes first, so that the crops of a set do not depend on which cases have a label.
+        # Draw first, so that the crops do not depend on which cases have a label.
         wanted = generator.random() < self.label_crop_probability
         if wanted and voxels is not None and len(voxels):
             value = generator.choice(np.unique(voxels[:, 0]))
@@ -159,7 +161,7 @@ class VolumeDataset(FaultTolerantDataset):
         return random_start(shape, self.crop_size, generator, self.overhang), self.crop_size
 
     def _control(self, draw: Draw) -> dict[str, Any]:
-        """Cut a crop out of another patient."""
+        """Cut a crop from another patient."""
 
         def read(other: Case) -> dict[str, Any]:
             opened = self.store.open(other)
@@ -170,12 +172,12 @@ class VolumeDataset(FaultTolerantDataset):
 
 
 class NamesDataset(FaultTolerantDataset):
-    """Names and classes of cases whose features are kept elsewhere; reads no volume.
+    """Names and classes of cases whose features are already computed; reads no volume.
 
     Args:
-        names: Subject of each case, as its features are filed.
+        names: Subject of each case, the key of its features.
         targets: Class of each case.
-        seed: Unused; nothing here can break.
+        seed: Unused; nothing here can fail.
     """
 
     def __init__(self, names: Sequence[str], targets: Sequence[int], seed: int = 0) -> None:
@@ -196,14 +198,14 @@ class NamesDataset(FaultTolerantDataset):
 
 @dataclass(frozen=True)
 class CropConfig:
-    """What is cut out of a volume.
+    """How crops are cut from a volume.
 
     Args:
         size: Voxels along R, A, S; None takes the layout's.
         flip_axes: Axes (0 R, 1 A, 2 S) that training crops are mirrored along with probability one half.
         overhang: Share of a crop that may reach beyond the foreground, in each direction. Official volumes are about
-            three quarters air; at 0 a crop of half the head's size would hardly ever see the brain's surface.
-        label_probability: Share of the labelled training crops that must contain a labelled voxel.
+            three quarters air; at 0 a crop of half the head's size would rarely contain the brain's surface.
+        label_probability: Share of labelled training crops that must contain a labelled voxel.
     """
 
     size: tuple[int, int, int] | None = None
@@ -214,7 +216,7 @@ class CropConfig:
 
 @dataclass(frozen=True)
 class LabelConfig:
-    """Whether samples have labels, and what these mean.
+    """Whether samples have labels, and what the label values mean.
 
     Args:
         needed: Whether samples need labels; validation and test then give whole volumes.
@@ -229,7 +231,7 @@ class LabelConfig:
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """A class of every case, for probes.
+    """A class per case, for probes.
 
     Args:
         name: A case attribute to classify, 0 or 1; cases without it are left out. Training and validation then give
@@ -243,7 +245,7 @@ class TargetConfig:
 
 @dataclass(frozen=True)
 class VolumeCacheConfig:
-    """Copies of volumes that are kept to be read quickly.
+    """The cache of prepared volumes.
 
     Args:
         format: ``"npy"``, ``"b2nd"``, or ``"none"`` to read the sources at every access.
@@ -254,7 +256,7 @@ class VolumeCacheConfig:
 
 @dataclass(frozen=True)
 class VolumeLoaderConfig(LoaderConfig):
-    """How crops are drawn, and how many cases may be broken.
+    """How crops are drawn, and how many cases may be faulty.
 
     Args:
         val_draws: Fixed validation crops per case.
@@ -271,18 +273,19 @@ class VolumeDataModule(ArchiveDataModule):
         layout: Name of its layout; ``"auto"`` recognises it from the tree.
         profile: How volumes are prepared (:mod:`datamodules.volumes.profiles`); None takes what suits the layout.
         modalities: Channels in order, in any usual spelling; None takes the layout's.
-        crops: What is cut out of a volume.
-        labels: Whether samples have labels, and what these mean.
-        target: A class of every case, for probes.
-        voxels: What is done about volumes that are a fault as they are.
-        cache: Copies of the volumes that are kept.
-        split: Who is trained, validated and tested on.
-        loader: How samples are drawn, and how many may be broken.
+        crops: How crops are cut from a volume.
+        labels: Whether samples have labels, and what the label values mean.
+        target: A class per case, for probes.
+        voxels: How to handle volumes that would otherwise count as faulty.
+        cache: The cache of prepared volumes.
+        split: Which patients train, validate and test.
+        loader: How samples are drawn, and how many may be faulty.
         batch_size: Crops per device.
         num_workers: Loader processes per rank; also threads that build the cache.
-        anonymise: Whether subject ids are replaced by pseudonyms in logs, pictures and fault files.
+        anonymise: Whether subject ids are replaced by pseudonyms in logs, figures and fault files.
         seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
-        **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of :class:`ArchiveDataModule`.
+        **membership: ``archive``, ``seen_patients``, ``changed_archive`` and ``split_from`` of
+            :class:`datamodules.base.ArchiveDataModule`.
     """
 
     def __init__(
@@ -322,46 +325,89 @@ class VolumeDataModule(ArchiveDataModule):
         self._delivered: tuple[str, ...] | None = None
         self._trained: InputSpec | None = None
 
-    #: Profile where none is named; None takes the one that suits the layout.
+    #: Default profile; None: the one that suits the layout.
     default_profile: str | None = None
 
     @property
     def needs(self) -> frozenset[str]:
-        """Volumes, with masks or targets where the task is about them."""
+        """Volumes, with masks or targets if the task needs them."""
         wanted = {"volumes"} | ({"masks"} if self.labels else set())
         return frozenset(wanted | ({"targets"} if self.target and not self.target_file else set()))
 
     def used_files(self) -> Iterable[tuple[str, Path]]:
-        """Yield the volumes of the channels, and the labels where they are needed."""
+        """Yield the volumes of the channels, and the labels if they are needed."""
         layout = self.index()
         for case in self.cases_in_use():
-            yield from (("volume", path) for name, path in case.images.items() if name in layout.modalities)
+            names = [name for name in case.images if name in layout.modalities]
+            yield from (("volume", path) for name in names for path in case.files_of(name))
             yield from (("mask", path) for path in case.labels.values() if self.labels)
+
+    @classmethod
+    def taken(cls, file: ArchiveFile, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Return the arguments that an archive file asks for, and its keys that this data module has no use for."""
+        options, unused = super().taken(file, given)
+        if "modalities" in file.content:
+            options["modalities"] = list(file.content["modalities"])
+        if "masks" in file.content and "labels" in given:
+            options["labels"] = {"regions": None}  # what the masks are says what the regions are
+        return options, unused
+
+    @classmethod
+    def target_options(cls, own: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Have a probe tell the two classes of the first target that has two."""
+        pairs = [name for name, rule in own["targets"].items() if len(rule.get("classes", ())) == 2]
+        if not (given.get("target") or {}).get("name") or not pairs:
+            return super().target_options(own, given)
+        own["targets"] = {pairs[0]: own["targets"][pairs[0]]}
+        return {"target": {"name": pairs[0], "file": None}}
 
     def prepare_layout(self, archive: Archive) -> Layout:
         """Return what the archive's files are, and how they are prepared."""
-        return prepared(archive, self._profile)
+        layout, grid = prepared(archive, self._profile), self.said.get("grid", {})
+        wanted: dict[str, Any] = dict(grid)
+        wanted |= {"spacing": tuple(grid["spacing"])} if "spacing" in grid else {}
+        return replace(layout, preprocessing=replace(layout.preprocessing, **wanted))
 
-    def settle(self, layout: Layout) -> Layout:
-        """Settle channels and preparation of a recognised layout, once the cases are listed."""
+    def _check_grid(self, layout: Layout) -> None:
+        """Refuse a grid that this task's own preparation takes no heed of.
+
+        Raises:
+            DataError: says which.
+        """
+        spacing = self.said.get("grid", {}).get("spacing")
+        if spacing and layout.preprocessing.spacing != tuple(spacing):
+            sides = " x ".join(f"{side:g}" for side in layout.preprocessing.spacing or ())
+            raise DataError(f"grid.spacing has no effect on {self.purpose}, which prepares volumes at {sides} mm: "
+                            f"leave it out.")  # fmt: skip
+
+    def _spelled(self) -> dict[str, str]:
+        """Return what the archive calls the modalities that are named, by the names that they are given."""
+        said = dict(self.settings.modalities)
+        given = {canonical_name(name): name for name in said}
+        chosen = {given.get(canonical_name(name), name): name for name in self._modalities or ()}
+        return {name: said.get(name, name) for name in chosen} | said
+
+    def resolve_layout(self, layout: Layout) -> Layout:
+        """Resolve channels and preprocessing of a recognised layout, once the cases are listed."""
         return with_modalities(layout, self.cases, self._modalities)
 
     def index(self) -> Layout:
-        """Recognise the layout, list and split the cases. Reads names and tables, no volume.
+        """Recognise the layout, list and split the cases. Reads names and tables only, no volumes.
 
         Raises:
             DataError: unknown layout, missing split file, a patient in two splits, no labelled case, and the like.
         """
         if self._layout is None:
-            named = {name: name for name in self._modalities or ()}
-            archive = self.open(self.root, self._layout_name, Settings(modalities=named))
+            archive = self.open(self.root, self._layout_name, Settings(modalities=self._spelled()))
             self.archive = archive
-            cases = [case_of(record) for record in archive.records]
+            records = [record for record in archive.records if record.volumes or not record.images]
+            cases = [case_of(record) for record in respelled(records, self.settings.modalities)]
             layout, self.cases = under_canonical_names(self.prepare_layout(archive), cases)
-            layout = self.settle(layout)
+            layout = self.resolve_layout(layout)
             if self._trained is not None:
                 layout = as_trained(layout, self._trained)
             layout = layout.with_voxels(self._voxels)
+            self._check_grid(layout)
             parts = self._parts(archive.facts.cut_validation)
             usable = [case for case in self.cases if self._is_wanted(case)]
             self.splits = {
@@ -404,7 +450,7 @@ class VolumeDataModule(ArchiveDataModule):
         return None
 
     def _is_wanted(self, case: Case) -> bool:
-        """Whether a case has the class or the label that is asked for; to have none is no fault."""
+        """Whether a case has the requested class or label; a case without one is not faulty."""
         if self.targets is not None:
             return case.case_id in self.targets
         return bool(case.labels) or not self.labels
@@ -432,6 +478,8 @@ class VolumeDataModule(ArchiveDataModule):
             facts = rows_by(path, table, "case_id")
             check_labels(path, join_ids([case.case_id for case in self.cases], facts), "cases")
         texts = {name: facts.get(name, {}).get(self.target, "").strip() for name in (c.case_id for c in self.cases)}
+        classes = self.said.get("targets", {}).get(self.target, {}).get("classes", ())
+        texts = {name: str(classes.index(text)) if text in classes else text for name, text in texts.items()}
         wrong = {name: text for name, text in texts.items() if text not in ("", "0", "1")}
         if wrong:
             name, text = next(iter(wrong.items()))
@@ -448,7 +496,7 @@ class VolumeDataModule(ArchiveDataModule):
 
     @property
     def regions(self) -> dict[str, tuple[int, ...]]:
-        """Region to label values; empty without labels."""
+        """Region to label values; empty if samples have no labels."""
         if not self.labels:
             return {}
         return {name: tuple(values) for name, values in (self._regions or self.index().regions).items()}
@@ -476,7 +524,7 @@ class VolumeDataModule(ArchiveDataModule):
         )
 
     def deliver(self, channels: Sequence[str]) -> None:
-        """Give batches these channels in this order; those that the archive lacks are fed as absent.
+        """Deliver these channels in this order; those missing from the archive are marked absent.
 
         Raises:
             DataError: a channel of the data is not among them.
@@ -487,7 +535,7 @@ class VolumeDataModule(ArchiveDataModule):
         self._delivered = tuple(channels)
 
     def _order(self) -> list[int] | None:
-        """Return where each channel of the batches is among the stored ones, -1 = nowhere; None = they are the same."""
+        """Return the index of each batch channel among the stored ones, -1 if absent; None if they are the same."""
         stored = self.index().modalities
         if self._delivered in (None, stored):
             return None
@@ -497,7 +545,7 @@ class VolumeDataModule(ArchiveDataModule):
         """Build and verify the cache, once per machine (Lightning hook)."""
         self.index()
         self.store.ensure(self.cases_in_use(), max(self.num_workers, 1))
-        say_notes()
+        print_notes()
 
     def all_cases(self) -> list[Case]:
         """Return every case of the archive, whether or not it is used."""
@@ -505,7 +553,7 @@ class VolumeDataModule(ArchiveDataModule):
         return self.cases
 
     def sources(self, cases: Sequence[Case]) -> dict[str, tuple[str, ...]]:
-        """Return the check sums of the files of each case; without a cache none is known."""
+        """Return the check sums of each case's files; unknown without a cache."""
         found: dict[str, tuple[str, ...]] = {}
         if not isinstance(self.store, VolumeCache):
             return found
@@ -522,7 +570,7 @@ class VolumeDataModule(ArchiveDataModule):
         return [case for part in self.splits.values() for case in part]
 
     def setup(self, stage: str) -> None:
-        """Put what is broken into the ledger and say what there is (Lightning hook).
+        """Record broken files in the ledger and log a summary (Lightning hook).
 
         Raises:
             DataError: no case can be used.
@@ -538,11 +586,11 @@ class VolumeDataModule(ArchiveDataModule):
                             f"{self.ledger.describe()}")  # fmt: skip
         counts = ", ".join(f"{len(part)} {name}" for name, part in self.splits.items() if part)
         modalities = ", ".join(layout.shown(name) for name in layout.modalities)
-        say(f"data: {layout.name} at {self.root}, cases {counts}, modalities {modalities}, "
+        print_line(f"data: {layout.name} at {self.root}, cases {counts}, modalities {modalities}, "
             f"crops {'x'.join(map(str, self.crop_size))}")  # fmt: skip
         self.keep_account(stage)
         if stage == "fit" and not self.splits["val"]:
-            say("note: the val split is empty, so nothing will be measured and there will be no best checkpoint")
+            print_line("note: the val split is empty, so nothing will be measured and there will be no best checkpoint")
 
     def _dataset(self, cases: Sequence[Case], domain: Domain, **options: Any) -> VolumeDataset:
         return VolumeDataset(
@@ -560,7 +608,7 @@ class VolumeDataModule(ArchiveDataModule):
         )
 
     def _usable(self, cases: Iterable[Case]) -> list[Case]:
-        """Leave out cases known to be broken: evaluation replaces nothing."""
+        """Leave out cases known to be broken: evaluation does not replace them."""
         bad = {fault.sample for fault in self.ledger.faults}
         return [case for case in cases if case.case_id not in bad or self._still_usable(case)]
 
@@ -593,13 +641,13 @@ class VolumeDataModule(ArchiveDataModule):
         return self.evaluation_loader(dataset, self.val_crops_per_case)
 
     def test_dataloader(self) -> ResumableLoader:
-        """Return whole test volumes, or central crops where a class is wanted (Lightning hook).
+        """Return whole test volumes, or central crops if a class is predicted (Lightning hook).
 
         Raises:
             DataError: the test split is empty.
         """
         if not self._usable(self.splits["test"]):
-            raise DataError(f"There is no case to test on under {self.root}: none is in the test split"
+            raise DataError(f"The test split of {self.root} is empty: there is no case to test on"
                             + (", with a label." if self.labels else "."))  # fmt: skip
         if self.targets is not None:
             return self.evaluation_loader(self._dataset(self._usable(self.splits["test"]), "center"))
@@ -612,7 +660,7 @@ class VolumeDataModule(ArchiveDataModule):
         return NamesDataset(names, [targets[case.case_id] for case in cases], self.seed)
 
     def predict_dataloader(self) -> ResumableLoader:
-        """Return whole test volumes, or all where nothing is set aside (Lightning hook)."""
+        """Return whole volumes of the test split, or of all cases if it is empty (Lightning hook)."""
         cases = self.splits["test"] or self.cases_in_use()
         return self.evaluation_loader(self._unlabelled(cases), batch_size=1)
 
@@ -621,7 +669,7 @@ class VolumeDataModule(ArchiveDataModule):
         return VolumeDataset(cases, self.store, self.crop_size, "full", self.seed, anonymise=anonymise, order=order)
 
     def reference_samples(self, count: int) -> Iterable[Any]:
-        """Yield batches with at least ``count`` training crops, cut as validation crops are and never mirrored."""
+        """Yield batches with at least ``count`` training crops, cut like validation crops and never mirrored."""
         dataset = self._dataset(self._usable(self.splits["train"]), "val")
         draws = -(-count // max(len(dataset), 1))
         for batch in self.evaluation_loader(dataset, draws, all_ranks=False):

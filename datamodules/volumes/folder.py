@@ -1,7 +1,7 @@
 """Any volumes in folders: ``CASE/[PREFIX]<modality>``, flat ``CASE_<modality>``, ``PATIENT/SESSION/<modality>``.
 
 ``cases.csv``, if there is one, needs ``case_id`` and may have ``patient_id``, ``session``, ``split`` and any further
-columns, which become attributes (such as ``disease``). Files called ``seg``, ``label``, ``mask`` or ``msk`` are labels;
+columns, which become attributes (such as ``disease``). Files named ``seg``, ``label``, ``mask`` or ``msk`` are labels;
 several binary masks become the bits of one label. The lung layout is the same tree with proton and xenon images and the
 masks of thoracic cavity and ventilation.
 """
@@ -9,13 +9,14 @@ masks of thoracic cavity and ventilation.
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import DataError
 from common.modalities import CANONICAL, canonical_name
 from common.pseudonyms import public_name
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from datamodules.account import MASK
 from datamodules.files import listing
 from datamodules.ids import check_subjects, join_ids, mending
@@ -30,6 +31,7 @@ from datamodules.registry import (
     Settings,
     foreign_marker,
 )
+from datamodules.subjects import owner_of
 from datamodules.tables import read_table
 from datamodules.tree import Tree, TreeFile
 from datamodules.volumes.cases import patient_of
@@ -39,12 +41,12 @@ from datamodules.volumes.modalities import one_file_each
 LABEL_STEMS = ("seg", "label", "mask", "msk")
 LUNG_MODALITIES = ("1h", "xe")
 LUNG_LABELS = ("cavity", "vent")
-#: What a volume is called whose name says no more than whose it is.
+#: Modality of a volume whose name gives only the case.
 SINGLE = "image"
 #: Folders of Medical Decathlon and nnU-Net, which are never cases.
 _PARTS = ("imagesTr", "labelsTr", "imagesTs", "labelsTs")
 _TABLE = "cases.csv"
-#: From this many cases on, a modality that one case alone has is taken for a misunderstanding.
+#: With at least this many cases, a modality found in only one is taken for a misread name.
 _MANY = 3
 
 
@@ -54,7 +56,7 @@ class Group(NamedTuple):
     Attributes:
         case_id: Its name.
         patient_id: Whose it is.
-        session: Visit; empty = the tree knows none.
+        session: Visit; empty if the tree has no visits.
         files: Modality or label, as written, and file.
     """
 
@@ -83,12 +85,12 @@ def read_case_table(path: Path) -> dict[str, dict[str, str]]:
 
 
 def volumes_in(tree: Tree, folder: str) -> list[TreeFile]:
-    """Return the volumes that lie directly in a folder, without the shadow files that macOS leaves behind."""
+    """Return the volumes that lie directly in a folder, without the ``._`` files that macOS leaves behind."""
     return [file for file in tree.listed(folder) if file.kind == "volume" and not file.hidden]
 
 
 def _cut(stem: str, owner: str) -> str | None:
-    """Return what follows an owner's name in a stem; None where the stem does not begin with it."""
+    """Return the rest of a stem after its owner's name; None if the stem does not begin with it."""
     if not owner or not stem.lower().startswith(owner.lower()):
         return None
     rest = stem[len(owner) :]
@@ -96,12 +98,12 @@ def _cut(stem: str, owner: str) -> str | None:
 
 
 def _is_known(name: str) -> bool:
-    """Whether a name is a modality wherever it stands, so that it is neither a prefix nor a case."""
+    """Whether a name always is a modality, and so neither a prefix nor a case."""
     return canonical_name(name) in CANONICAL
 
 
 def _shared_prefix(stems: Sequence[str]) -> str:
-    """Return what several stems begin with, up to the last ``_`` or ``-``; nothing where that is a modality itself."""
+    """Return the common prefix of several stems, up to the last ``_`` or ``-``; empty if it is itself a modality."""
     if len(stems) < 2:
         return ""
     first, last = min(stems), max(stems)
@@ -112,18 +114,18 @@ def _shared_prefix(stems: Sequence[str]) -> str:
 
 
 def names_of(files: Sequence[TreeFile], owners: Sequence[str]) -> list[tuple[str, TreeFile]]:
-    """Return the files of a case with what their names say once the case's own name is cut off.
+    """Return the files of a case by name, without the case's own name.
 
     Args:
         files: The files.
-        owners: Names of the folders they lie in, the longest first.
+        owners: Names of the folders they lie in, longest first.
     """
     stems = [file.stem for file in files]
     owner = next((name for name in owners if any(_cut(stem, name) is not None for stem in stems)), "")
     prefix = "" if owner else _shared_prefix(stems)
     rests = [_cut(stem, owner) for stem in stems]
     names = [stem[len(prefix) :] if rest is None else rest for stem, rest in zip(stems, rests, strict=True)]
-    # A label of 3D Slicer says so in its suffix.
+    # 3D Slicer marks labels by the suffix.
     kinds = ["seg" if file.suffix == ".seg.nrrd" else name or SINGLE for name, file in zip(names, files, strict=True)]
     return list(zip(kinds, files, strict=True))
 
@@ -131,7 +133,7 @@ def names_of(files: Sequence[TreeFile], owners: Sequence[str]) -> list[tuple[str
 def _flat(tree: Tree, files: Sequence[TreeFile]) -> Iterator[Group]:
     """Yield the cases whose files lie in the root itself: ``CASE_<modality>``, ``CASE_0000``, or one file per case.
 
-    Files that are all of different modalities are one case.
+    If all files are of different modalities, they are one case.
     """
     sequences = [canonical_name(file.stem[max(file.stem.rfind("_"), file.stem.rfind("-")) + 1 :]) for file in files]
     if len(files) > 1 and len({*sequences}) == len(files) and set(sequences) <= {*CANONICAL, *LABEL_STEMS}:
@@ -142,7 +144,7 @@ def _flat(tree: Tree, files: Sequence[TreeFile]) -> Iterator[Group]:
         cut = max(file.stem.rfind("_"), file.stem.rfind("-"))
         groups.setdefault(file.stem[: max(cut, 0)], []).append((file.stem[cut + 1 :], file))
     names = [{name for name, _ in members} for members in groups.values()]
-    # Numbers are channels only as nnU-Net writes them: four digits, and the first of them in every case.
+    # Numbers are channels only in nnU-Net's form: four digits, and every case has the first.
     numbered = all(re.fullmatch(r"\d{4}", name) for found in names for name in found)
     numbered = numbered and len(groups) > 1 and all("0000" in found for found in names)
     for case, members in groups.items():
@@ -174,19 +176,21 @@ def groups_of(tree: Tree) -> list[Group]:
 
 
 def _is_mask(name: str, labels: Sequence[str]) -> bool:
-    """Whether a name is a label's, or ends with one."""
+    """Whether a name is, or ends with, the name of a label."""
     return name.lower().replace("-", "_").rpartition("_")[2] in labels
 
 
 def _check_names(images: Sequence[Sequence[str]], allowed: Iterable[str]) -> None:
-    """Refuse modalities that one of many cases alone has: names were understood wrongly.
+    """Refuse modalities found in only one of many cases: the names were misread.
 
     Raises:
         DataError: names the first.
     """
     counts = Counter(name for names in images for name in {canonical_name(name) for name in names})
-    known = {canonical_name(name) for name in allowed}
+    patterns = tuple(allowed)
+    known = {canonical_name(name) for name in patterns}
     once = sorted(name for name, count in counts.items() if count == 1 and name not in known)
+    once = [name for name in once if not any(fnmatch(f"_{name}", pattern.lower()) for pattern in patterns)]
     if once and len(images) >= _MANY:
         raise DataError(
             f"The modality {once[0][:40]} occurs in one case only ({len(once)} such of {len(counts)}): files of one "
@@ -199,12 +203,17 @@ def find_cases(tree: Tree, settings: Settings = NO_SETTINGS) -> Listing:
 
     Args:
         tree: The archive.
-        settings: ``masks`` names masks that are called otherwise; modalities that it lists may occur in one case only.
+        settings: ``masks`` names masks that are called otherwise, ``subject`` whose a case is by its name; modalities
+            that it lists may occur in one case only.
 
     Raises:
         DataError: ``cases.csv`` names a case that has no folder, or a modality occurs in one case only.
     """
     groups = groups_of(tree)
+    if (rule := settings.subject) is not None:
+        owners = [owner_of(group.case_id, rule) for group in groups]
+        groups = [group._replace(patient_id=owner.subject, session=owner.session or group.session)
+                  for group, owner in zip(groups, owners, strict=True)]  # fmt: skip
     images = [[member for member in group.files if not _is_mask(member[0], LABEL_STEMS)] for group in groups]
     _check_names([[name for name, _ in members] for members in images if members], settings.modalities.values())
     masks = [
@@ -223,7 +232,7 @@ def _records(
     images: Sequence[Sequence[tuple[str, TreeFile]]],
     masks: Sequence[Mapping[str, FileRef]],
 ) -> list[Record]:
-    """Join the cases with their rows in ``cases.csv``.
+    """Join cases with their rows of ``cases.csv``.
 
     Raises:
         DataError: it names a case that has no folder.
@@ -248,7 +257,7 @@ def _records(
             f"{public_name(next(iter(table)))}{mending(joined) or ': correct the file'}."
         )
     if listed and joined.lacking:
-        say(joined.counts(_TABLE, "cases"))
+        print_line(joined.counts(_TABLE, "cases"))
     return records
 
 
@@ -262,7 +271,7 @@ def _recognise(tree: Tree) -> Evidence:
 
 
 def find_lung(tree: Tree) -> Listing:
-    """List the chests of a lung archive; a chest is labelled only if it has both masks.
+    """List the cases of a lung archive; a case is labelled only if it has both masks.
 
     Raises:
         DataError: as :func:`find_cases`.
@@ -273,7 +282,7 @@ def find_lung(tree: Tree) -> Listing:
     for group in groups:
         files = {name.lower(): file for name, file in group.files}
         found = {name: FileRef(tree / files[name].name) for name in LUNG_LABELS if name in files}
-        # A mask's place among the labels is its bit: with one missing, the others would mean something else.
+        # A mask's position is its bit: with one missing, the others would change their meaning.
         masks.append(found if len(found) == len(LUNG_LABELS) else {})
     return Listing(_records(tree, groups, images, masks), tables=[_TABLE] if tree.is_file(_TABLE) else [])
 
@@ -291,7 +300,7 @@ FOLDER = Layout(
     tree="ROOT/CASE/[PREFIX]<modality>.nii.gz, CASE_<modality>.nii.gz or PATIENT/SESSION/<modality>.nii.gz",
     find=find_cases,
     evidence=_recognise,
-    takes=("masks",),
+    takes=("masks", "subject"),
     public=False,
     prefer=-1,
 )
@@ -302,7 +311,7 @@ LUNG = Layout(
     evidence=_recognise_lung,
     facts=Facts(
         modalities=LUNG_MODALITIES,
-        # Bit 0 is the thoracic cavity, bit 1 what is ventilated; the defect is cavity without ventilation.
+        # Bit 0 is the thoracic cavity, bit 1 the ventilated part; the defect is cavity without ventilation.
         regions={"TC": (1, 3), "VD": (1,)},
         label_values=frozenset({0, 1, 2, 3}),
         profile="lung",

@@ -9,6 +9,7 @@ from datamodules.loading import ResumableLoader
 from datamodules.targets import (
     TargetColumns,
     Targets,
+    heeding,
     kind_of,
     learn_targets,
     merged,
@@ -39,22 +40,27 @@ class TargetVolumeDataModule(VolumeDataModule):
         **options: Any,
     ) -> None:
         super().__init__(root, **options)
-        self.columns, self._resize = target, resize
+        self.columns, self._resize = heeding(target, self.said.get("targets", {})), resize
         self.learned = Targets("classes", (), {}, [])
         self._read: tuple[list[str], Any, dict[str, tuple[str, ...]]] | None = None
+
+    @classmethod
+    def target_options(cls, own: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Take all that the archive file says: :func:`datamodules.targets.heeding` chooses."""
+        return {}
 
     @property
     def needs(self) -> frozenset[str]:
         """Volumes, with targets where no table gives them."""
-        return frozenset({"volumes"} if self.predicting or self.columns.file or self.columns.names
-                         else {"volumes", "targets"})  # fmt: skip
+        said = self.columns.file or self.columns.names or self.said.get("targets")
+        return frozenset({"volumes"} if self.predicting or said else {"volumes", "targets"})
 
-    def settle(self, layout: Layout) -> Layout:
-        """Settle channels and preparation, with one size for all volumes where that is wanted."""
-        settled = super().settle(layout)
+    def resolve_layout(self, layout: Layout) -> Layout:
+        """Resolve channels and preprocessing, with one size for all volumes where that is wanted."""
+        resolved = super().resolve_layout(layout)
         if self._resize is None:
-            return settled
-        return replace(settled, preprocessing=replace(settled.preprocessing, resize=self._resize))
+            return resolved
+        return replace(resolved, preprocessing=replace(resolved.preprocessing, resize=self._resize))
 
     def _texts(self) -> tuple[list[str], Any, dict[str, tuple[str, ...]]]:
         """Return columns, kind and texts of the targets, read once."""

@@ -11,7 +11,7 @@ from common.blocks.uniformer import UniFormer3D
 from common.checkpoint import StoredEncoder, read_checkpoint
 from common.errors import CheckpointError
 from common.modalities import TEMPLATES
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from common.weights.uniformer_keys import from_released
 
 #: Format of ``medmim export`` that the converted weights are kept in.
@@ -70,7 +70,7 @@ def read_weights(path: Path, min_share: float = MIN_SHARE) -> StoredEncoder:
     fresh = [name for name in wanted if name not in found]
     unused += [f"encoder.{name}" for name in given if name not in wanted]
     share = len(found) / len(wanted)
-    say(f"released weights: {len(found)} of {len(wanted)} encoder tensors loaded, re-initialised: "
+    print_line(f"released weights: {len(found)} of {len(wanted)} encoder tensors loaded, re-initialised: "
         f"{', '.join(fresh) or 'none'}; unused: {', '.join(unused) or 'none'}")  # fmt: skip
     if share < min_share:
         raise CheckpointError(f"{path} holds only {share:.0%} of the encoder's tensors; {min_share:.0%} are needed.")

@@ -23,7 +23,7 @@ from common.losses.region import BatchDiceBCE
 from common.metrics import region_dice
 from common.optim import OptimizerConfig
 from common.randomness import KeyedGenerator
-from common.runtime.reporting import say, write_rows
+from common.runtime.reporting import print_line, write_rows
 from common.types import InputSpec
 from common.weights.channels import NewChannels
 from experiments.brainmvp.export import normalized_templates
@@ -160,7 +160,8 @@ class BrainSegmentation(SegmentationModule):
         if self._pretrained and resumed is None:
             stored = read_encoder(self._pretrained)
             taken, found = network.take(stored.rest), templates_of(stored, spec.channels)
-            say(f"decoder from pre-training: {len(taken)} tensors; templates: {'no' if found is None else 'yes'}")
+            templates = "no" if found is None else "yes"
+            print_line(f"decoder from pre-training: {len(taken)} tensors; templates: {templates}")
             if found is not None:
                 content, shape = found, list(found.shape[1:])
         self.state = self.state._replace(encoder={**(self.state.encoder or {}), "templates": shape})
@@ -238,9 +239,10 @@ class BrainSegmentation(SegmentationModule):
         if self.trainer.is_global_zero:
             path = Path(self.trainer.default_root_dir) / "missing_sequences.csv"
             write_rows(path, table)
-            say(f"Dice by set of sequences, absent ones filled with their templates: {path}")
+            print_line(f"Dice by set of sequences, absent ones filled with their templates: {path}")
             for line in table:
-                say(f"  {line['sequences']}: " + ", ".join(f"{r} {100 * line[f'dice_{r}']:.1f}" for r in self.regions))
+                scores = ", ".join(f"{region} {100 * line[f'dice_{region}']:.1f}" for region in self.regions)
+                print_line(f"  {line['sequences']}: {scores}")
         return _by_absent(table)
 
 

@@ -18,7 +18,7 @@ from common.module import SSLModule, StepOutput, Term
 from common.optim import OptimizerConfig
 from common.panels import colour_panel
 from common.randomness import KeyedGenerator
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from common.types import ImageGenomeBatch, ImageKey, InputSpec, MaskOutput, Panel, Reconstruction, TokenFeatures
 from experiments.mrm_genetics.model import (
     FusedDecoder,
@@ -137,7 +137,7 @@ class RelationPretrain(SSLModule[ImageGenomeBatch]):
     def on_fit_start(self) -> None:
         """Take the encoder's first weights from a file, unless a checkpoint brings all (Lightning hook)."""
         if self.trainer.ckpt_path is None and self.init_from:
-            say(f"encoder from {self.init_from}: {init_encoder(self.network.encoder, self.init_from)}")
+            print_line(f"encoder from {self.init_from}: {init_encoder(self.network.encoder, self.init_from)}")
 
     def draw_mask(self, batch: ImageGenomeBatch) -> MaskOutput | None:
         """Draw the hidden patches that belong to the batch's samples; None where nothing is hidden at the input."""

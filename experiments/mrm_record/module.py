@@ -18,7 +18,7 @@ from common.module import SSLModule, StepOutput, Term
 from common.optim import OptimizerConfig
 from common.panels import image_panel
 from common.randomness import KeyedGenerator
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from common.types import (
     HiddenTokens,
     ImageKey,
@@ -120,13 +120,13 @@ class MRMPretrain(SSLModule[ImageTextBatch]):
         """Log what is unusual; take the encoder's first weights, unless a checkpoint brings all (Lightning hook)."""
         patches = self.network.encoder.patch_embed.num_patches
         if not self.masker(1, patches, generator=torch.Generator()).mask.any():
-            say("note: the masker hides no patch, so the image's loss is taken over all: super-resolution alone")
+            print_line("note: the masker hides no patch, so the image's loss is taken over all: super-resolution alone")
         if self.trainer.ckpt_path is not None:
             return
         if self.init_from:
-            say(f"encoder from {self.init_from}: {init_encoder(self.network.encoder, self.init_from)}")
+            print_line(f"encoder from {self.init_from}: {init_encoder(self.network.encoder, self.init_from)}")
         else:
-            say("note: the encoder starts from scratch; the published runs started from MAE's ImageNet weights "
+            print_line("note: the encoder starts from scratch; the published runs started from MAE's ImageNet weights "
                 "(model.init_from)")  # fmt: skip
 
     def draw_mask(self, batch: ImageTextBatch) -> MaskOutput:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from common.distributed import all_reduce_sum
 from common.errors import UserError
 from common.randomness import run_seed, stable_hash
-from common.runtime.reporting import log_figure, log_text, say
+from common.runtime.reporting import log_figure, log_text, print_line
 from experiments.umd.coordination import (
     Noise,
     NoiseScope,
@@ -56,8 +56,8 @@ class TeacherWatch(pl.Callback):
         )
         if min(values.values()) < self.floor and not self._said:
             self._said = True
-            say(f"warning: the teacher's projected features have a spread of {min(values.values()):.1e}: they have "
-                f"collapsed, and the losses of features mean nothing (model.features.target)")  # fmt: skip
+            print_line(f"warning: the teacher's projected features have a spread of {min(values.values()):.1e}: they "
+                f"have collapsed, and the losses of features mean nothing (model.features.target)")  # fmt: skip
 
 
 class AttentionOverlay(pl.Callback):

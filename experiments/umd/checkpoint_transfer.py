@@ -9,7 +9,7 @@ from torch import nn
 from common.blocks.registry import build_recorded
 from common.checkpoint import load_encoder, read_checkpoint
 from common.errors import CheckpointError, UserError
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from common.types import InputSpec, TaskState
 from experiments.umd.encoder import UMDEncoder
 
@@ -73,7 +73,7 @@ def make_umd_encoder(
         settings = {name: wanted[name] for name in _OF_THE_STAGE}
         encoder = load_encoder(pretrained, image_size=spec.image_size, settings=settings)
         said = ", ".join(f"{name} {value}" for name, value in settings.items())
-        say(f"encoder from {pretrained}: {encoder.load_report}; {said}")
+        print_line(f"encoder from {pretrained}: {encoder.load_report}; {said}")
     else:
         encoder = _from_scratch(factory, spec)
     if not isinstance(encoder, UMDEncoder):
@@ -104,4 +104,4 @@ def load_heads(network: nn.Module, source: str) -> None:
             )
     network.load_state_dict(heads, strict=False)
     parts = sorted({key.split(".")[0] for key in heads})
-    say(f"heads from {source}: {', '.join(parts) or 'none'}")
+    print_line(f"heads from {source}: {', '.join(parts) or 'none'}")

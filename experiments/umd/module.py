@@ -15,7 +15,7 @@ from common.module import SSLModule, StepOutput
 from common.optim import OptimizerConfig, Schedule, WarmupLinear
 from common.panels import image_panel
 from common.randomness import KeyedGenerator
-from common.runtime.reporting import say
+from common.runtime.reporting import print_line
 from common.types import (
     HiddenTokens,
     ImageKey,
@@ -145,9 +145,9 @@ class UMDPretrain(SSLModule[ImageTextBatch]):
         for name, source in self._weights_of.items():
             if source:
                 load_vision(encoder.vision, source) if name == "vision" else load_text(encoder.text, source)
-                say(f"{name} tower from {source}")
+                print_line(f"{name} tower from {source}")
         if not all(self._weights_of.values()):
-            say("note: not both towers start from published weights; the paper's start from CLIP and RoBERTa "
+            print_line("note: not both towers start from published weights; the paper's start from CLIP and RoBERTa "
                 "(SIZE=clip_roberta, or model.vision_weights and model.text_weights)")  # fmt: skip
         self.network.reset_teacher()
 
@@ -160,7 +160,7 @@ class UMDPretrain(SSLModule[ImageTextBatch]):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let the teacher follow: once per optimiser step (Lightning hook)."""
         super().optimizer_step(*args, **kwargs)
-        self.network.update_teacher()
+        self.network.update_teacher(self.finite.flag)
 
     def draw_mask(self, batch: ImageTextBatch) -> MaskOutput:
         """Draw the masks that belong to the batch's samples."""

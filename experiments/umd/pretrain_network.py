@@ -157,10 +157,10 @@ class UMDNetwork(nn.Module):
         if self.teacher is not None:
             self.teacher.reset(self.averaged())
 
-    def update_teacher(self) -> None:
-        """Move the teacher by one step (Eq. 5)."""
+    def update_teacher(self, hold: Tensor | None = None) -> None:
+        """Move the teacher by one step (Eq. 5), unless ``hold`` is raised: the student has not moved either."""
         if self.teacher is not None:
-            self.teacher.update(self.averaged())
+            self.teacher.update(self.averaged(), hold)
 
     def forward(
         self, batch: ImageTextBatch, mask: MaskOutput, index: Tensor | None, words: bool, shown: Tensor | None

@@ -25,7 +25,7 @@ from common.files import write_text
 from common.metrics import bootstrap_mean
 from common.optim import OptimizerConfig, Schedule, WarmupCosine
 from common.runtime.precision import at_least_float32
-from common.runtime.reporting import is_dry_run, say
+from common.runtime.reporting import is_dry_run, print_line
 from common.types import InputSpec
 from experiments.umd.checkpoint_transfer import EncoderFactory, make_umd_encoder, tower_scale
 from experiments.umd.coordination import ContributionSums, true_class_probability
@@ -283,11 +283,11 @@ class AnswerTask(PairTask):
             return
         if len(rows) == 1:
             for entry in rows[0]["answers"]:
-                say(f"{entry['score']:.3f}  {entry['answer']}")
+                print_line(f"{entry['score']:.3f}  {entry['answer']}")
         if not is_dry_run(self.trainer):
             path = Path(self.trainer.default_root_dir) / "predictions.json"
             write_text(path, json.dumps(rows, indent=1, ensure_ascii=False))
-            say(f"answered {len(rows)} questions: {path}")
+            print_line(f"answered {len(rows)} questions: {path}")
 
 
 class FigureTask(PairTask):
@@ -376,7 +376,7 @@ class RetrievalTask(PairTask):
             with torch.no_grad():
                 head.weight.copy_(state["network.itm_head.weight"][1:])
                 head.bias.copy_(state["network.itm_head.bias"][1:])
-            say("the retrieval head starts from image-text matching")
+            print_line("the retrieval head starts from image-text matching")
         return network
 
     def loss(self, batch: Any) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ def test_batch_size_is_the_first_tensors(batch):
 def saving(tmp_path, cadence, now):
     saved = []
     trainer = SimpleNamespace(global_step=0, fast_dev_run=False, is_global_zero=True, max_epochs=-1, max_steps=-1,
-                              current_epoch=0, should_stop=False)  # fmt: skip
+                              current_epoch=0, should_stop=False, loggers=[])  # fmt: skip
     trainer.save_checkpoint = lambda path, **more: saved.append((path.name, trainer.global_step))
     trainer.fit_loop = SimpleNamespace(_should_accumulate=lambda: False)
     callback = LastCheckpoint(tmp_path, cadence, clock=lambda: now[0])

@@ -7,6 +7,7 @@ from sklearn.metrics import cohen_kappa_score
 
 from common.errors import UserError
 from common.sweeps import results
+from common.sweeps.inference import judge
 
 
 def test_arms_are_compared_case_by_case(tmp_path):
@@ -31,8 +32,10 @@ def test_arms_are_compared_case_by_case(tmp_path):
     (entry,) = result["paired"]
     assert entry["arm"] == "less"
     assert entry["mean"] == 0.25
-    assert entry["low"] == 0
-    assert entry["high"] == 0.5
+    # Two patients, 0.5 and 0 apart, and equal seeds: the standard error is 0.25 x sqrt(1 / 2).
+    assert [entry["low"], entry["high"]] == pytest.approx([0.25 - 0.3465, 0.25 + 0.3465], abs=0.02)
+    assert entry["p_holm"] == pytest.approx(0.157, abs=0.03)
+    assert entry["verdict"] == "not told apart"
     assert [(e["arm"], e["mean"]) for e in result["intervals"]] == [("full", 0.625), ("less", 0.375), ("elsewhere", 1)]
     with pytest.raises(UserError, match="mean or quadratic_kappa, got 'median'"):
         results.Comparison("", "patient_id", "full", "test", metric="median")
@@ -57,6 +60,9 @@ def test_kappas_are_compared_on_the_same_resampling(tmp_path):
     comparison = results.Comparison("good minus", "patient_id", "good", "test", metric="quadratic_kappa")
     result = results.compare(rows, comparison)
 
+    def kappa_of(arm, seed):
+        return cohen_kappa_score(truth, grades[arm, seed], weights="quadratic")
+
     def kappa(arm, cases):
         parts = [cohen_kappa_score(truth[cases], grades[arm, s][cases], weights="quadratic") for s in (0, 1)]
         return sum(parts) / 2
@@ -74,7 +80,10 @@ def test_kappas_are_compared_on_the_same_resampling(tmp_path):
         slow["gap"].append(one - other)
     expected = np.percentile(slow["good"], [2.5, 97.5])
     assert [result["intervals"][0][name] for name in ("low", "high")] == pytest.approx(expected, abs=0.02)
-    assert [entry["low"], entry["high"]] == pytest.approx(np.percentile(slow["gap"], [2.5, 97.5]), abs=0.04)
+    gaps = [kappa_of("good", seed) - kappa_of("bad", seed) for seed in (0, 1)]
+    expected = judge(gaps, float(np.std(slow["gap"], ddof=1)))
+    assert entry["p_holm"] == pytest.approx(expected.p, abs=0.05)
+    assert entry["high"] - entry["low"] == pytest.approx(expected.high - expected.low, rel=0.1)
 
 
 def test_the_gain_over_a_baseline_is_of_the_mean_over_seeds(tmp_path, capsys):

@@ -34,7 +34,7 @@ def experiment(tmp_path, monkeypatch):
     path.write_text(STUDY)
     calls = []
 
-    def execute(arguments):
+    def execute(arguments, name=None):
         calls.append(arguments)
         folder = tmp_path / f"run{len(calls)}"
         folder.mkdir()
@@ -47,6 +47,7 @@ def experiment(tmp_path, monkeypatch):
         return folder
 
     monkeypatch.setattr("common.cli.execute", execute)
+    monkeypatch.chdir(tmp_path)
     return path, calls
 
 
@@ -126,8 +127,8 @@ def test_folds_are_pooled_by_rank(experiment, tmp_path, monkeypatch):
     path.write_text(FOLDS)
     plain = runner.run_arm
 
-    def run_arm(steps, configs, places, columns, done=None):
-        rows = plain(steps, configs, places, columns)
+    def run_arm(steps, configs, places, columns, progress):
+        rows = plain(steps, configs, places, columns, progress)
         fold = int(places["fold"])
         # The second fold's scores are all higher, which must not matter.
         lines = [f"s{fold}{i},p{fold}{i},{fold * 10 + i},{int(i >= 3)}" for i in range(6)]
@@ -166,8 +167,8 @@ def test_a_table_of_the_runs_stands_with_the_arms_side_by_side(experiment, tmp_p
     path, _ = experiment
     fitted = common.cli.execute
 
-    def execute(arguments):
-        folder = fitted(arguments)
+    def execute(arguments, name=None):
+        folder = fitted(arguments, name)
         seed = 1.0 if "--seed_everything=1" in arguments else 0.0
         pd.DataFrame({"without": ["t1", "t2"], "dice": [0.5, seed], "n": 2}).to_csv(folder / "sets.csv", index=False)
         return folder
@@ -195,8 +196,8 @@ def compared(experiment, monkeypatch):
     path, calls = experiment
     fitted = common.cli.execute
 
-    def execute(arguments):
-        folder = fitted(arguments)
+    def execute(arguments, name=None):
+        folder = fitted(arguments, name)
         seed = int("--seed_everything=1" in arguments)
         answers(folder, [1, 0, 1, seed] if arguments[0] == "test" else [0, seed, 1, 0])
         return folder
@@ -267,3 +268,44 @@ def test_a_result_is_not_written_over_by_one_that_lacks_some_of_it(experiment, t
     assert len(calls) == count, "said before anything is run"
     run_study(path, "--out", out)
     assert {row["arm"] for row in json.loads(Path(out).read_text())["rows"]} == {"short", "long"}
+
+
+def test_a_study_that_was_stopped_goes_on(experiment, tmp_path, monkeypatch):
+    path, calls = experiment
+    plain = common.cli.execute
+
+    def stopped(arguments, name=None):
+        if len(calls) == 1:
+            (tmp_path / f"runs/e/pretrain/{name}/checkpoints").mkdir(parents=True)
+            (tmp_path / f"runs/e/pretrain/{name}/checkpoints/last.ckpt").touch()
+            raise KeyboardInterrupt
+        return plain(arguments, name)
+
+    monkeypatch.setattr("common.cli.execute", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(path, "--out", str(tmp_path / "result.json"))
+    monkeypatch.setattr("common.cli.execute", plain)
+    run_study(path, "--out", str(tmp_path / "result.json"))
+    assert [c[0] for c in calls] == ["validate", "fit", "test", "validate", "fit", "test"], (
+        "the first was not run again"
+    )
+    assert calls[1][-1].startswith("--ckpt_path=runs/e/pretrain/study_"), "the fit went on from its checkpoint"
+    assert not any(word.startswith("--ckpt_path=runs") for word in calls[4]), "that of another seed began anew"
+    count = len(calls)
+    run_study(path, "--out", str(tmp_path / "result.json"))
+    assert len(calls) == count
+    monkeypatch.setattr("common.sweeps.progress.source_digest", lambda: "other code")
+    run_study(path, "--out", str(tmp_path / "result.json"))
+    assert len(calls) == 2 * count
+
+
+def test_what_a_study_needs_is_said_and_nothing_lands_in_the_package(experiment, tmp_path):
+    path, _ = experiment
+    with pytest.raises(UserError, match="needs a study file, such as experiments/e_mim"):
+        execute(["study"])
+    with pytest.raises(UserError, match=r"try\.yaml also needs --data FOLDER"):
+        execute(["study", str(path)])
+    run_study(path)
+    (result,) = (tmp_path / "runs/e/study_try").glob("try_*.json")
+    assert json.loads(result.read_text())["rows"]
+    assert not (path.parent.parent.parent / "results").exists()

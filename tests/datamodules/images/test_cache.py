@@ -354,7 +354,7 @@ def test_size_estimate(root, paths, monkeypatch):
     files = sum(cache.image_file(path).stat().st_size for path in paths)
     assert cache.estimated_bytes(paths) == files
     read = []
-    monkeypatch.setattr(cache_module, "read_header", lambda path: read.append(path) or read_header(path))
+    monkeypatch.setattr(cache_module, "read_header", lambda path, frame: read.append(path) or read_header(path, frame))
     assert cache.estimated_bytes(paths[:1] * 999) == 999 * cache.image_file(paths[0]).stat().st_size
     assert len(read) <= cache_module.SAMPLED_HEADERS
     assert cache.estimated_bytes([]) == 0

@@ -1,9 +1,13 @@
 import io
+import re
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import datamodules
 from common.errors import UserError
 from datamodules import notes
 from datamodules.images import dicom as dicom_pictures
@@ -107,9 +111,9 @@ def test_the_first_window_of_any_function(ramp, tmp_path, function, tolerance):
 @pytest.mark.parametrize("window", [{"WindowCenter": 40, "WindowWidth": 80}, {"WindowCenter": 40, "WindowWidth": 0}])
 def test_a_window_of_other_values_is_dropped_and_counted(ramp, tmp_path, window, capsys):
     plain = read_gray(write(tmp_path / "plain.dcm", ramp, bits=12))
-    notes.say_notes()
+    notes.print_notes()
     assert np.array_equal(read_gray(write(tmp_path / "image.dcm", ramp, bits=12, **window)), plain)
-    notes.say_notes()
+    notes.print_notes()
     assert "was not used" in capsys.readouterr().out
 
 
@@ -166,9 +170,9 @@ def test_a_range_of_padding(ramp, tmp_path):
 def test_padding_that_is_most_of_the_middle_is_a_value(ramp, tmp_path, capsys):
     ramp[10:54, 10:54] = 3000
     plain = read_gray(write(tmp_path / "plain.dcm", ramp, bits=12))
-    notes.say_notes()
+    notes.print_notes()
     assert np.array_equal(read_gray(write(tmp_path / "image.dcm", ramp, bits=12, PixelPaddingValue=3000)), plain)
-    notes.say_notes()
+    notes.print_notes()
     assert "padding value" in capsys.readouterr().out
     ramp[...] = 3000
     assert fault_of(write(tmp_path / "image.dcm", ramp, bits=12))[0] == "constant"
@@ -273,3 +277,13 @@ def test_real_slices(real_data):
     for path in sorted(folder.rglob("*.dcm")):
         assert read_gray(path).ndim == 2
     assert np.ptp(read_colour(folder / "rgb" / "IM-0001-0001-0001.dcm").astype(int), axis=-1).max() > 0
+
+
+def test_decoders_have_licences_that_go_with_ours():
+    """Archives.md, section 8.6: pylibjpeg-libjpeg (GPL-3.0) is neither asked for nor locked."""
+    folder = Path(datamodules.__path__[0]).parent
+    extra = tomllib.loads((folder / "pyproject.toml").read_text())["project"]["optional-dependencies"]["dicom"]
+    assert {re.split("[>=]", entry)[0] for entry in extra} == {
+        "pydicom", "pylibjpeg", "pylibjpeg-openjpeg", "python-gdcm", "dcm2niix"
+    }  # fmt: skip
+    assert "pylibjpeg-libjpeg" not in (folder / "requirements.lock").read_text()

@@ -1,8 +1,10 @@
+import re
 import shutil
 
 import pytest
 
 from common.commands import main
+from datamodules.examination import spread
 
 CONFIG = ["--config", "experiments/e_mim/configs/pretrain.yaml"]
 
@@ -27,17 +29,39 @@ def test_a_sound_archive(brats_root, capsys, deep):
     assert "training would accept" in text
 
 
-def test_voxels_are_read_only_when_asked(copy, capsys):
+def test_a_few_cases_are_read_whole_and_all_when_asked(copy, capsys, monkeypatch):
+    monkeypatch.setattr(spread, "__defaults__", (0,))
     path = next((copy / "BraTS-GLI-00001-000").glob("*-t1n.nii.gz"))
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(bytes(content))
     doctor(copy)
-    assert "faults: none in the headers; only DEEP=1" in capsys.readouterr().out
+    assert "faults: none in the headers and in the 0 cases read whole; DEEP=1" in capsys.readouterr().out
     doctor(copy, "--deep")
     text = capsys.readouterr().out
     assert "faults: 1 of 8 cases. By kind: checksum 1." in text
     assert str(path) in text
+    monkeypatch.setattr(spread, "__defaults__", (8,))
+    doctor(copy)
+    assert "faults: 1 of 8 cases. By kind: checksum 1." in capsys.readouterr().out
+
+
+def test_members_are_chosen_from_all_over():
+    assert spread(range(100)) == [0, 12, 25, 37, 50, 62, 75, 87]
+    assert spread(range(3)) == [0, 1, 2]
+    assert spread([]) == []
+
+
+def test_faults_of_most_cases_that_were_read_whole_are_a_reason(copy, capsys, monkeypatch):
+    monkeypatch.setattr(spread, "__defaults__", (7,))
+    for folder in sorted(path for path in copy.iterdir() if path.is_dir())[:5]:
+        path = next(folder.glob("*-t1n.nii.gz"))
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(bytes(content))
+    with pytest.raises(SystemExit):
+        doctor(copy)
+    assert re.search("[45] of the 7 cases that were read whole are faulty", capsys.readouterr().err)
 
 
 def test_it_fails_where_training_would_refuse(copy, capsys):

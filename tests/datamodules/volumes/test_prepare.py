@@ -261,12 +261,12 @@ def test_standardised_intensities_need_their_rule(head):
 
 
 def test_a_few_negative_voxels_are_said_and_left(head, capsys):
-    notes.say_notes()
+    notes.print_notes()
     head(0, lambda body: body - 55)
-    notes.say_notes()
+    notes.print_notes()
     assert "more than 1% of the foreground of t1 is negative: 1 file" in capsys.readouterr().out
     head(0, lambda body: np.maximum(body, 0.1))
-    notes.say_notes()
+    notes.print_notes()
     assert "negative" not in capsys.readouterr().out
 
 

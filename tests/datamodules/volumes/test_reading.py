@@ -313,7 +313,7 @@ def test_a_header_that_contradicts_itself(volume, tmp_path, fields, message, cap
     path.write_bytes(nifti_bytes(data, **PLAIN | fields))
     if message is None:
         assert read_volume(path).data.shape == data.shape
-        notes.say_notes()
+        notes.print_notes()
         assert ("template" in capsys.readouterr().out) == (fields.get("sform_code") == 4)
         return
     for read in (read_volume, read_header):

@@ -1,11 +1,14 @@
 import math
 from functools import partial
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from common.blocks.template_bank import TemplateBank
 from common.blocks.uniformer import UniFormer3D
+from common.callbacks.finite_check import FiniteCheck
 from common.maskers.voxel_blocks import blocks_to_voxels
 from common.module import StepOutput, Term
 from common.runtime.configs import find_config, read_config
@@ -221,3 +224,29 @@ def test_what_it_refuses():
     with pytest.raises(ValueError, match="temperature"):
         make(temperature=0)
     assert math.isclose(make().progress, 1.0)
+
+
+def trained(batches, forgiven):
+    """Train on batches in order, at a learning rate that does not depend on how many there are."""
+    module = make(contrastive_start=0)
+    module.configure_optimizers = lambda: torch.optim.AdamW(module.parameter_groups(), lr=1e-2, fused=True)
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, callbacks=[FiniteCheck(10, forgiven)],
+                         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    return module.state_dict(), trainer.optimizers[0].state_dict()["state"]
+
+
+@pytest.mark.parametrize("part", ["image", "partner"])
+def test_a_step_that_is_not_finite_leaves_the_templates_where_they_are(part):
+    """Weights, templates, their moments and the optimiser are those of a run that never met the batch, bit by bit."""
+    batches = [batch_of(size) for size in (2, 3, 4)]
+    bad = batch_of(3)
+    bad[part] = bad[part].clone().index_fill_(0, torch.tensor([1]), math.nan)
+    with_it, moments = trained([*batches[:2], bad, *batches[2:]], forgiven=1)
+    without, expected = trained(batches, forgiven=0)
+    assert without["network.templates.weight"].any()
+    for key, value in without.items():
+        assert torch.equal(with_it[key], value), key
+    for index, state in expected.items():
+        assert all(torch.equal(torch.as_tensor(moments[index][name]), torch.as_tensor(value))
+                   for name, value in state.items())  # fmt: skip

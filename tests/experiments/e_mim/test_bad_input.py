@@ -153,7 +153,8 @@ def test_a_checkpoint_of_another_shape(refusal, pretrain_arguments):
 def test_a_checkpoint_for_other_data(refusal, pretrain_arguments, lung_root):
     folder = execute(pretrain_arguments("--trainer.max_steps=1", "--trainer.limit_val_batches=1"))
     arguments = [*pretrain_arguments(f"--ckpt_path={folder}", root=lung_root), "--data.crops.size=[32,32,16]"]
-    assert "t1c" in refusal(arguments)
+    assert "8 of its 8 cases are gone" in refusal(arguments)
+    assert "none of its 8 cases is there" in refusal([*arguments, "--data.changed_archive=use"])
 
 
 def test_something_that_is_no_checkpoint(refusal, pretrain_arguments, tmp_path):

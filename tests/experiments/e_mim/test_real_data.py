@@ -12,6 +12,7 @@ import pytest
 from common.cli import execute, main
 from common.errors import DataError
 from datamodules.configs import SplitConfig
+from datamodules.registry import open_archive
 from datamodules.volumes.datamodule import CropConfig, VolumeDataModule
 from datamodules.volumes.pi_cai import read_marksheet
 from datamodules.volumes.prepare import prepare_case
@@ -67,14 +68,10 @@ def test_the_official_marksheet(real_data):
     assert sum(row["csPCa"] == "1" for row in rows.values()) == 425
 
 
-def test_a_raw_case_is_refused_flat_and_only_what_shares_a_grid_is_stacked(
-    real_data, tmp_path, capsys, pretrain_arguments
-):
+def test_a_raw_case_is_one_case_flat_too_and_only_what_shares_a_grid_is_stacked(real_data, tmp_path):
     root = real_data("tcga_fg_6692")
-    with pytest.raises(SystemExit):
-        main(pretrain_arguments(root=root))
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert "brats2023" in line
+    (record,) = open_archive(root, needs={"volumes"}).records
+    assert sorted(record.volumes) == ["flair", "t1", "t1c", "t2"]
     case = tmp_path / "raw/TCGA-FG-6692"
     case.mkdir(parents=True)
     for path in root.glob("*.nii.gz"):

@@ -14,6 +14,7 @@ from datamodules.labelled.classification import FoldConfig, LabelledImageDataMod
 from datamodules.labelled.covid import CovidFindings
 from datamodules.reports.covid_cxr import COVID_CXR
 from datamodules.synthetic.command import WRITERS
+from datamodules.tree import Tree
 
 CONFIGS = "experiments/mrm_record/configs"
 TREES = {"chexpert": "chexpert", "nih": "nih_cxr", "rsna": "rsna", "covid": "covid_cxr", "viral": "covid_cxr",
@@ -94,7 +95,7 @@ def test_a_fine_tuning_resumes(trees, monkeypatch):
 @pytest.mark.parametrize("task", ["covid", "viral"])
 def test_real_folds_share_no_patient_and_no_note(real_data, task):
     root = real_data("covid_cxr")
-    notes = {study.images[0].name: study.text for study in COVID_CXR.find(root)}
+    notes = {study.images[0][0].name: study.text for study in COVID_CXR.find(Tree(root))}
     tested = []
     for fold in range(5):
         datamodule = LabelledImageDataModule(

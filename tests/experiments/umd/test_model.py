@@ -1,13 +1,16 @@
 import math
 from functools import partial
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 from transformers import CLIPVisionConfig, CLIPVisionModel, RobertaConfig, RobertaModel
 
 from common.blocks.decoder import MAEDecoder
 from common.blocks.patch_embed import normalise_patches, patchify_channels_last
+from common.callbacks.finite_check import FiniteCheck
 from common.errors import CheckpointError, UserError
 from common.losses.reconstruction import masked_mse
 from common.losses.text import masked_cross_entropy
@@ -409,3 +412,31 @@ def test_feature_weights_of_zero_leave_the_teacher_out():
     assert module.network.teacher is None
     assert "feature_image" not in module.step(batch_of(), sync=False).terms
     assert math.isfinite(module.step(batch_of(), sync=False).terms["itm"].value.item())
+
+
+def trained(batches, forgiven):
+    """Train on batches in order, at a learning rate that does not depend on how many there are."""
+    module = make(teacher_decay=0.9)
+    module.configure_optimizers = lambda: torch.optim.AdamW(module.parameter_groups(), lr=1e-2, fused=True)
+    module.log_dict = lambda *args, **kwargs: None
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, callbacks=[FiniteCheck(10, forgiven)],
+                         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    return module.state_dict(), trainer.optimizers[0].state_dict()["state"]
+
+
+def test_a_step_that_is_not_finite_leaves_the_teacher_where_it_is():
+    """Weights, teacher and optimiser are those of a run that never met the batch, bit by bit."""
+    batches = [batch_of(seed=seed) for seed in range(4)]
+    bad = batch_of(seed=9)
+    bad["image"][0] = math.nan
+    with_it, moments = trained([*batches[:2], bad, *batches[2:]], forgiven=1)
+    without, expected = trained(batches, forgiven=0)
+    begin = trained([], forgiven=0)[0]
+    for key, value in without.items():
+        assert torch.equal(with_it[key], value), key
+    for index, state in expected.items():
+        assert all(torch.equal(torch.as_tensor(moments[index][name]), torch.as_tensor(value))
+                   for name, value in state.items())  # fmt: skip
+    moved = [key for key in without if key.startswith("network.teacher.") and not torch.equal(without[key], begin[key])]
+    assert len(moved) > 10

@@ -240,7 +240,7 @@ def test_longer_captions_and_gone_images(trees, tmp_path, capsys):
     )
     said = capsys.readouterr().out
     assert "have no image file" in said
-    assert "longer than text_length 8" in said
+    assert "longer than data.text.length 8" in said
     assert broken.name in (folder / "data_faults.csv").read_text()
 
 
