@@ -11,6 +11,7 @@ from PIL import Image
 
 from common.errors import DataError
 from common.faults import Fault, SampleFaultError
+from common.pseudonyms import public_name
 from common.types import InputSpec
 from datamodules.images.reading import COLOUR, GRAY, ImageReader, read_header
 from datamodules.images.values import ImageError
@@ -225,11 +226,11 @@ class RegionImageDataModule(AnyImagesDataModule, StructureDataModule):
 
     def items(self, record: Record, root: Tree) -> list[LabelledImage]:
         """Return the images of a sample, each with its one mask; those without are of no use here."""
-        if len(record.images) > 1 and record.masks:
-            raise DataError(f"The case {record.case_id} has {len(record.images)} images for one mask: give each image "
-                            f"a mask of its own.")  # fmt: skip
         masks = tuple(str(ref.path) for ref in record.masks.values())
-        return [item._replace(masks=masks[:1]) for item in super().items(record, root) if masks]
+        if masks and (len(record.images), len(masks)) != (1, 1):
+            raise DataError(f"The case {public_name(record.case_id)} has {len(record.images)} images and {len(masks)} "
+                            f"masks: give each image one mask, of label values.")  # fmt: skip
+        return [item._replace(masks=masks) for item in super().items(record, root) if masks]
 
     def _listed(self, root: Tree) -> list[LabelledImage]:
         images = super()._listed(root)

@@ -6,6 +6,7 @@ import pytest
 from common.errors import DataError
 from datamodules.targets import (
     TargetColumns,
+    heeding,
     kind_of,
     learn_targets,
     merged,
@@ -141,12 +142,21 @@ def test_tables_may_name_patients_and_must_name_someone(tmp_path):
     file = write(tmp_path / "labels.csv", "patient_id,dx\na,x\nb,y\n")
     _, texts = read_texts(TargetColumns("dx", file), members, {})
     assert texts == {"a/1": ("x",), "a/2": ("x",), "b/1": ("y",)}
-    with pytest.raises(DataError, match="needs a column case_id, image or patient_id, subject"):
-        read_texts(TargetColumns("dx", write(tmp_path / "x.csv", "who,dx\na,x\n")), members, {})
-    with pytest.raises(DataError, match="no column 'age'"):
+    with pytest.raises(DataError, match=r"(2 of 2 patients|3 of 3 cases) are not in x\.csv"):
+        read_texts(TargetColumns("dx", write(tmp_path / "x.csv", "who,dx\nz,x\n")), members, {})
+    with pytest.raises(DataError, match="no column age"):
         read_texts(TargetColumns("age", file), members, {})
     with pytest.raises(DataError, match=r"Latin|UTF-8"):
         read_texts(TargetColumns("dx", write(tmp_path / "l.csv", "patient_id,dx\na,é\n", "latin-1")), members, {})
+
+
+def test_an_archive_file_names_the_target_its_kind_and_the_order_of_its_classes():
+    said = {"grade": {"classes": ["low", "high"]}, "age": {"kind": "regression"}}
+    assert heeding(TargetColumns(), said) == TargetColumns()
+    assert heeding(TargetColumns("grade"), said).classes == ["low", "high"]
+    assert heeding(TargetColumns("age"), said).kind == "regression"
+    assert heeding(TargetColumns(), {"grade": said["grade"]}).names == ["grade"]
+    assert heeding(TargetColumns("grade", file="own.csv"), said).classes is None
 
 
 def test_what_is_predicted_must_be_said_where_there_is_a_choice():
