@@ -84,11 +84,7 @@ def _channel_of(path: Path, channels: Sequence[str]) -> tuple[str, str] | None:
 
 
 def _staged(files: Sequence[Path], spec: InputSpec) -> dict[str, Path]:
-    """Return where single files go so that they make an archive: ``CASE/CHANNEL.nii.gz``, or images by their names.
-
-    Raises:
-        UserError: two files have one place, or a volume's name does not say its channel.
-    """
+    """Return where single files go so that they make an archive: ``CASE/CHANNEL.nii.gz``, or images by their names."""
     found: dict[str, Path] = {}
     for path in files:
         place = safe_name(path.name)
@@ -106,11 +102,7 @@ def _staged(files: Sequence[Path], spec: InputSpec) -> dict[str, Path]:
 
 @contextmanager
 def _root_of(data: Sequence[str], spec: InputSpec) -> Iterator[Path]:
-    """Yield an archive: the one that is given, or one of links to single files.
-
-    Raises:
-        UserError: something that is given does not exist.
-    """
+    """Yield an archive: the one that is given, or one of links to single files."""
     paths = [Path(name).expanduser() for name in data]
     for path in paths:
         if not path.exists():

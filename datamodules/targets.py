@@ -94,18 +94,7 @@ class Targets(NamedTuple):
 def _joined(
     path: Path, names: Sequence[str], members: Sequence[Member], ids: IdRule = "exact", setting: str = ""
 ) -> dict[str, Mapping[str, str]]:
-    """Return the row of each member that a table lists, by its case or by its patient.
-
-    Args:
-        path: The table.
-        names: The columns that are needed.
-        members: The members.
-        ids: How ids are compared.
-        setting: What sets that.
-
-    Raises:
-        DataError: there is no such column, or the table lists less than half of the members.
-    """
+    """Return the row of each member that a table lists, by its case or by its patient."""
     table = read_table(path)
     if missing := [name for name in names if name not in table.columns]:
         raise DataError(f"{path} has no column {short(missing[0])}; it has {listing(table.columns)}.")
@@ -153,14 +142,7 @@ def with_targets(archive: Archive, targets: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def _values(archive: Archive, name: str, rule: Mapping[str, Any], own: Set[str]) -> dict[str, str]:
-    """Return the value of each case as it is written; empty = unknown.
-
-    Args:
-        archive: The archive.
-        name: The target.
-        rule: Where it comes from.
-        own: Tables that the layout has read already.
-    """
+    """Return the value of each case as it is written; empty = unknown."""
     column, records = rule.get("column", name), archive.records
     known: dict[str, Mapping[str, str]] = {r.case_id: {**r.attributes, **r.targets} for r in records}
     path = archive.tree / rule.get("table", "")

@@ -164,11 +164,7 @@ class LabelClassifier(ImageClassifier):
         return loss
 
     def _patients(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Return one row for each patient: the mean of the logits.
-
-        Raises:
-            UserError: the cases of a patient have different targets.
-        """
+        """Return one row for each patient: the mean of the logits."""
         groups: dict[str, list[Mapping[str, Any]]] = {}
         for row in rows:
             groups.setdefault(row["patient_id"], []).append(row)
