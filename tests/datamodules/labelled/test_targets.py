@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -6,7 +8,9 @@ from common.errors import DataError
 from common.faults import SampleFaultError
 from common.types import InputSpec
 from datamodules.labelled.targets import RegionImageDataModule, TargetImageDataModule
+from datamodules.registry import FileRef, Record
 from datamodules.targets import TargetColumns
+from datamodules.tree import Tree
 
 
 def picture(path, value=100, size=(40, 36)):
@@ -92,3 +96,19 @@ def test_masks_have_values_that_the_description_or_a_person_names(tmp_path):
     with pytest.raises(SampleFaultError, match="holds 3, which is of no region"):
         data.masks_of(items["0.png"])
     assert data.input_spec.regions == {"both": (7, 9), "core": (9,)}
+
+
+def test_an_archive_file_says_what_is_learned(folders):
+    merge = {"late": ["grade 3", "grade 10"], "early": ["grade 1", "grade 2"]}
+    rule = {"column": "class", "classes": ["late", "early"], "merge": merge}
+    data = TargetImageDataModule(str(folders), archive={"subject": "file", "targets": {"stage": rule}})
+    data.index()
+    assert data.input_spec.classes == ("late", "early")
+    assert len(data.images) == 40
+
+
+def test_an_image_with_several_masks_is_refused(tmp_path):
+    refs = {name: FileRef(Path(f"{name}.png")) for name in "ab"}
+    record = Record("1", "1", images=((Path("1.png"), ""),), masks=refs)
+    with pytest.raises(DataError, match="1 images and 2 masks"):
+        RegionImageDataModule(str(tmp_path)).items(record, Tree(tmp_path))
