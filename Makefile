@@ -1,7 +1,7 @@
 # A thin layer over two commands: every target runs a command that you could type yourself. `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install init pretrain finetune evaluate doctor tensorboard export test test-all lint type bench torture
+.PHONY: help install init pretrain finetune evaluate predict doctor tensorboard export test test-all lint type bench torture
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,6 +14,8 @@ EXP ?=
 TASK ?=
 DATA ?=
 LAYOUT ?=
+LABELS ?=
+TARGET ?=
 KILLS ?=
 SIZE ?=
 CKPT ?=
@@ -38,6 +40,9 @@ $(STAMP): requirements.lock pyproject.toml
 
 # Without DATA a synthetic tree is used, with the sizes of the smoke overlay.
 size = $(if $(SIZE),$(SIZE),$(if $(DATA),,smoke))
+# Own labels: of an own archive, there are no synthetic ones.
+own = $(filter classification regression segmentation,$(TASK))
+target = $(if $(LABELS),--data.target.file "$(LABELS)") $(if $(TARGET),--data.target.name "$(TARGET)")
 data = $(if $(DATA),--data.root "$(DATA)") $(if $(LAYOUT),--data.layout $(LAYOUT))
 pretrain_config = --config $(CONFIGS)/pretrain.yaml $(if $(size),--config $(CONFIGS)/$(size).yaml)
 task_config = --config $(CONFIGS)/finetune_$(TASK).yaml $(if $(size),--config $(CONFIGS)/finetune_$(TASK).$(size).yaml)
@@ -49,18 +54,28 @@ pretrain: $(STAMP) ## EXP= [DATA= LAYOUT= SIZE= RESUME= ARGS=]: pre-train, on sy
 	@$(if $(RESUME),,$(call synthesize,$(pretrain_config)))
 	$(BIN)/lightning fit $(if $(RESUME),--config "$(RESUME)/config.yaml" --ckpt_path "$(RESUME)",$(pretrain_config)) $(data) $(ARGS)
 
-finetune: $(STAMP) ## EXP= TASK= [CKPT= DATA= LAYOUT= SIZE= ARGS=]: train a downstream task, from scratch without CKPT
+finetune: $(STAMP) ## EXP= TASK= [CKPT= DATA= LABELS= TARGET= LAYOUT= SIZE= ARGS=]: train a downstream task, from scratch without CKPT
 	$(call need,EXP,EXP=e_mim TASK=brats_seg)
 	$(call need,TASK,EXP=e_mim TASK=brats_seg)
+	$(if $(own),$(call need,DATA,EXP=e_mim TASK=$(TASK) DATA=/archive))
 	@$(call synthesize,$(task_config))
-	$(BIN)/lightning fit $(task_config) $(if $(CKPT),--model.pretrained "$(CKPT)") $(data) $(ARGS)
+	$(BIN)/lightning fit $(task_config) $(if $(CKPT),--model.pretrained "$(CKPT)") $(data) $(target) $(ARGS)
 
-evaluate: $(STAMP) ## EXP= TASK= CKPT= [DATA= SIZE= ARGS=]: write metrics.json and a per-case CSV
+evaluate: $(STAMP) ## CKPT= [DATA= LABELS=], or EXP= TASK= CKPT= [DATA= SIZE= ARGS=]: write metrics.json and a per-case CSV
+	$(call need,CKPT,CKPT=runs/...)
+ifeq ($(strip $(TASK)),)
+	$(BIN)/medmim evaluate --ckpt "$(CKPT)" $(if $(DATA),--data "$(DATA)") $(if $(LABELS),--labels "$(LABELS)") $(foreach word,$(ARGS),--set=$(word))
+else
 	$(call need,EXP,EXP=e_mim TASK=brats_seg CKPT=runs/...)
-	$(call need,TASK,EXP=e_mim TASK=brats_seg CKPT=runs/...)
-	$(call need,CKPT,EXP=e_mim TASK=brats_seg CKPT=runs/...)
 	@$(call synthesize,$(task_config))
-	$(BIN)/lightning test $(task_config) --ckpt_path "$(CKPT)" $(data) $(ARGS)
+	$(BIN)/lightning test $(task_config) --ckpt_path "$(CKPT)" $(data) $(target) $(ARGS)
+endif
+
+predict: $(STAMP) ## CKPT= DATA= OUT= [ARGS=]: masks or probabilities of an archive or of files, and pictures
+	$(call need,CKPT,CKPT=runs/... DATA=/archive OUT=predictions)
+	$(call need,DATA,CKPT=runs/... DATA=/archive OUT=predictions)
+	$(call need,OUT,CKPT=runs/... DATA=/archive OUT=predictions)
+	$(BIN)/medmim predict --ckpt "$(CKPT)" --data "$(DATA)" --out "$(OUT)" $(foreach word,$(ARGS),--set=$(word))
 
 init: $(STAMP) ## DATA= [EXP= ARGS=]: look at an archive and write archives/NAME.yaml, which DATA= takes
 	$(call need,DATA,DATA=/path)

@@ -160,6 +160,27 @@ def _associate(parser: ArgumentParser) -> None:
     )
 
 
+def _predict(parser: ArgumentParser) -> None:
+    parser.add_argument("--ckpt", required=True, help="run folder of a downstream task, or a checkpoint in it")
+    parser.add_argument("--data", nargs="+", required=True, help="folder with an archive, or single files")
+    parser.add_argument("--out", required=True, help="new folder for masks or probabilities, and pictures")
+    _switches(parser, "predict")
+
+
+def _evaluate(parser: ArgumentParser) -> None:
+    parser.add_argument("--ckpt", required=True, help="run folder of a downstream task, or a checkpoint in it")
+    parser.add_argument("--data", help="folder of another archive (default: the run's)")
+    parser.add_argument("--labels", help="another table of labels (default: the run's)")
+    _switches(parser, "test")
+
+
+def _switches(parser: ArgumentParser, command: str) -> None:
+    parser.add_argument(
+        "--set", dest="settings", action="append", default=[], metavar="SWITCH",
+        help=f"a switch of lightning {command}, such as --set=--model.flip_ensemble=true; repeat for more",
+    )  # fmt: skip
+
+
 def _study(parser: ArgumentParser) -> None:
     parser.add_argument("study", nargs="?", help="YAML file, such as experiments/e_mim/configs/studies/collapse.yaml")
     parser.add_argument("--data", help="folder of the archive")
@@ -213,6 +234,12 @@ COMMANDS = {
         "common.weights.convert.run",
         "turn the weights of MAE, timm or published code into an encoder for CKPT=",
         _convert,
+    ),
+    "predict": Command(
+        "common.from_run.predict", "predict an archive or files by a fine-tuned run, without a configuration", _predict
+    ),
+    "evaluate": Command(
+        "common.from_run.evaluate", "score a fine-tuned run on its test split, without a configuration", _evaluate
     ),
     "embed": Command("common.embed.run", "write the features of every case to Parquet", _embed),
     "associate": Command(

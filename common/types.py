@@ -335,6 +335,7 @@ _RULES = {
     "regions": _Rule(filled=True),
     "vocabulary": _Rule(agree=_includes, advice=_OTHER_WORDS),
     "classes": _Rule(filled=True),
+    "target": _Rule(filled=True),
     "genome": _Rule(),
 }
 
@@ -349,6 +350,7 @@ class InputSpec(NamedTuple):
         preprocessing: what was done to the intensities and the grid, for the card of an exported encoder.
         vocabulary: size, length and fingerprint of the text's tokens; empty without text.
         classes: names of the classes that images are labelled with; empty without such labels.
+        target: ``kind`` of the target whose classes these are, where a person chose it; empty in official sets.
         genome: features of each kind of genetics, by name and in order; empty without genetics.
         names: the archive's names of the channels, for figures and logs; empty: as ``channels``.
         absent: channels that no case has, delivered as absent.
@@ -361,6 +363,7 @@ class InputSpec(NamedTuple):
     preprocessing: Mapping[str, Any] = {}
     vocabulary: Mapping[str, Any] = {}
     classes: tuple[str, ...] = ()
+    target: Mapping[str, str] = {}
     genome: Mapping[str, int] = {}
     names: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()

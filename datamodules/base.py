@@ -166,6 +166,8 @@ class ArchiveDataModule(pl.LightningDataModule):
 
     #: The archive.
     root: str
+    #: Whether every member is only predicted, whatever is known of it.
+    predicting = False
     #: Keys of ``split:`` in an archive file that the argument ``split`` has.
     split_keys: tuple[str, ...] = ("fractions", "seed", "file")
     #: Settings, by dotted name, that say something about one person; where names are hidden, no file of a run keeps
@@ -272,6 +274,14 @@ class ArchiveDataModule(pl.LightningDataModule):
     def sources(self, cases: Sequence[Any]) -> dict[str, tuple[str, ...]]:
         """Return the known check sums of each case's files."""
         return {}
+
+    def predict_all(self, trained: InputSpec) -> None:
+        """Have every member predicted and nothing else, whatever is known of it; before anything is indexed.
+
+        Args:
+            trained: What the network was trained on; members are brought to the same form.
+        """
+        self.predicting = True
 
     def resolve_membership(self) -> Membership | None:
         """Compare the members with those of earlier runs, and return them; None where nothing was placed.

@@ -1,5 +1,6 @@
 """Joining the ids of tables and archives by exact text; what a correction would join is named, not corrected."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,15 @@ from datamodules.files import listing, short
 _UNKNOWN = ("nan", "none", "null", "na", "n/a")
 
 IdRule = Literal["exact", "pad"]
+
+
+def natural_order(names: Iterable[str]) -> list[str]:
+    """Return distinct names with their numbers in the order of their values: 2 before 10."""
+
+    def key(name: str) -> list[tuple[int, int, str]]:
+        return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+
+    return sorted(set(names), key=key)
 
 
 def check_subjects(path: Path, subjects: Iterable[str]) -> None:

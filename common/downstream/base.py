@@ -5,7 +5,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
@@ -33,6 +33,7 @@ class FineTuning(BuiltFromData):
         optimization: How the weights are updated.
         new_channels: Initial weights of channels that the pre-trained encoder does not know: the mean of the known
             ones, or random; a frozen encoder refuses them.
+        freeze_encoder: Whether the encoder stays as it is, without dropout, and only what is around it is trained.
     """
 
     def __init__(
@@ -41,11 +42,14 @@ class FineTuning(BuiltFromData):
         encoder: EncoderFactory = VisionTransformer,
         optimization: OptimizerConfig = OptimizerConfig(),
         new_channels: NewChannels = "mean",
+        freeze_encoder: bool = False,
     ) -> None:
         super().__init__(optimization)
         self.rows: list[dict[str, Any]] = []
         self._pretrained, self._make_encoder = pretrained, encoder
-        self.new_channels: NewChannels = new_channels
+        self.new_channels: NewChannels = "refuse" if freeze_encoder else new_channels
+        self.freeze_encoder = freeze_encoder
+        self._frozen: list[nn.Module] = []  # in a list, it is no second submodule
 
     def meet_channels(self, datamodule: Any, stored: InputSpec | None) -> InputSpec:
         """Have the data also deliver, as absent, the channels that only the pre-trained encoder knows.
@@ -64,7 +68,24 @@ class FineTuning(BuiltFromData):
         if report is not None and report.channels is not None:
             self.note_channels(report.channels.without(spec.absent), spec)
         self.state = self.state._replace(encoder=encoder_architecture(encoder))
+        if callable(leave := getattr(encoder, "train_image_alone", None)):
+            leave()
+        if self.freeze_encoder:
+            self._frozen = [encoder]
         return encoder
+
+    def build(self, spec: InputSpec) -> None:
+        """Build the network; what is not trained of its encoder gets no gradient."""
+        super().build(spec)
+        for encoder in self._frozen:
+            encoder.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch the network; a frozen encoder stays in evaluation mode."""
+        super().train(mode)
+        for encoder in self._frozen:
+            encoder.eval()
+        return self
 
     def take_rows(self) -> list[dict[str, Any]]:
         """Return and clear the rows of all ranks, ordered by ``subject_id``, the same on each rank."""

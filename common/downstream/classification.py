@@ -22,22 +22,24 @@ from common.errors import UserError
 from common.optim import OptimizerConfig
 from common.runtime.reporting import is_dry_run, print_line, write_rows
 from common.types import InputSpec
+from common.weights.channels import NewChannels
 
 
 class ClassifierNetwork(nn.Module):
     """An encoder, the mean over its patch tokens, a fresh LayerNorm and a linear layer (MRM, fine-tuning recipe).
 
-    The encoder's final norm is removed; its position embeddings are trained.
+    The encoder's final norm is removed and its position embeddings are trained, unless it stays as it is.
 
     Args:
         encoder: With ``num_features`` and ``forward_features``.
         num_classes: K.
         norm_eps: Added to the variance in the LayerNorm.
+        frozen: Whether the encoder stays as it is.
     """
 
-    def __init__(self, encoder: nn.Module, num_classes: int, norm_eps: float = 1e-6) -> None:
+    def __init__(self, encoder: nn.Module, num_classes: int, norm_eps: float = 1e-6, frozen: bool = False) -> None:
         super().__init__()
-        if isinstance(encoder, VisionTransformer):
+        if isinstance(encoder, VisionTransformer) and not frozen:
             encoder.norm = nn.Identity()  # type: ignore[assignment]
             encoder.pos_embed.requires_grad_(True)
         self.encoder = encoder
@@ -48,7 +50,7 @@ class ClassifierNetwork(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return logits ``(B, K)`` of images ``(B, C, H, W)``; a single channel is repeated."""
+        """Return logits ``(B, K)`` of images ``(B, C, *space)``; a single channel is repeated."""
         return self.head(self.norm(mean_features(self.encoder, image)))
 
 
@@ -99,7 +101,7 @@ def macro_auroc(probabilities: Tensor, labels: Tensor) -> tuple[float, int]:
 
 
 class ImageClassifier(ScoredTask):
-    """Fine-tunes all weights on labelled images.
+    """Fine-tunes on labelled images, with an output a class.
 
     Validation logs ``val/auroc``, the mean over the classes that have both values, ``val/auroc_<class>``,
     ``val/classes_left_out`` and ``val/loss``. Testing writes ``metrics.json`` and ``per_case.csv``.
@@ -109,10 +111,12 @@ class ImageClassifier(ScoredTask):
         encoder: Makes the encoder from (channels, image size) without pre-training.
         drop_path: Rate of stochastic depth in the last block of the encoder.
         optimization: How the weights are updated.
+        new_channels: What channels start as that the pre-trained encoder does not know.
+        freeze_encoder: Whether only norm and head are trained.
     """
 
     monitor = ("val/auroc", "max")
-    remembered = ("channels", "image_size", "classes")
+    remembered = ("channels", "image_size", "classes", "target")
     item_name = "images"
 
     def __init__(
@@ -121,12 +125,10 @@ class ImageClassifier(ScoredTask):
         encoder: EncoderFactory = VisionTransformer,
         drop_path: float = 0.1,
         optimization: OptimizerConfig = OptimizerConfig(torch.optim.SGD),
+        new_channels: NewChannels = "mean",
+        freeze_encoder: bool = False,
     ) -> None:
-        super().__init__(
-            pretrained,
-            encoder,
-            optimization=optimization,
-        )
+        super().__init__(pretrained, encoder, optimization, new_channels, freeze_encoder)
         self.save_hyperparameters()
         self._drop_path = drop_path
 
@@ -144,9 +146,9 @@ class ImageClassifier(ScoredTask):
         if not spec.classes:
             raise UserError("The dataset defines no classes; classification needs labelled images.")
         encoder = self.build_encoder(spec)
-        if isinstance(encoder, VisionTransformer):
+        if isinstance(encoder, VisionTransformer) and not self.freeze_encoder:
             encoder.set_drop_path(self._drop_path)
-        return ClassifierNetwork(encoder, len(spec.classes))
+        return ClassifierNetwork(encoder, len(spec.classes), frozen=self.freeze_encoder)
 
     def forward(self, image: Tensor) -> Tensor:
         """Return logits ``(B, K)``."""
@@ -198,15 +200,16 @@ class ImageClassifier(ScoredTask):
         return line
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
-        """Return the scores of a batch by image, and keep them for ``predictions.csv`` (Lightning hook)."""
-        scores = self(batch["image"]).float().sigmoid().tolist()
-        names = [f"score_{name}" for name in self.classes]
-        rows = [
-            {"subject_id": subject, **dict(zip(names, row, strict=True))}
-            for subject, row in zip(batch["subject_id"], scores, strict=True)
-        ]
+        """Return the predictions of a batch by image, and keep them for ``predictions.csv`` (Lightning hook)."""
+        outputs = self.predicted(self(batch["image"]).float())
+        rows = [{"subject_id": subject, **row} for subject, row in zip(batch["subject_id"], outputs, strict=True)]
         self.rows += rows
         return rows
+
+    def predicted(self, logits: Tensor) -> list[dict[str, Any]]:
+        """Return what logits ``(B, K)`` say, one row of ``predictions.csv`` each."""
+        names = [f"score_{name}" for name in self.classes]
+        return [dict(zip(names, row, strict=True)) for row in logits.sigmoid().tolist()]
 
     def on_predict_epoch_end(self) -> None:
         """Write ``predictions.csv`` (Lightning hook)."""
@@ -214,4 +217,4 @@ class ImageClassifier(ScoredTask):
         if self.trainer.is_global_zero and not is_dry_run(self.trainer):
             path = Path(self.trainer.default_root_dir) / "predictions.csv"
             write_rows(path, rows)
-            print_line(f"predicted {len(rows)} images: {path}")
+            print_line(f"predicted {len(rows)} {self.item_name}: {path}")

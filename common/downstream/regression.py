@@ -4,7 +4,8 @@ Letters: B batch, K measurements, S cases.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from common.distributed import all_reduce_sum
 from common.downstream.classification import ImageClassifier
+from common.downstream.scores import Scores, intervals, measurement_scores, once
 from common.types import InputSpec
 
 
@@ -29,7 +31,7 @@ def squared_errors(pred: Tensor, target: Tensor, known: Tensor) -> Tensor:
 
 
 class ImageRegression(ImageClassifier):
-    """Fine-tunes all weights on images with measurements; settings are those of :class:`ImageClassifier`.
+    """Fine-tunes on images or volumes with measurements; settings are those of :class:`ImageClassifier`.
 
     Measurements are standardised by the training images, so that predicting their means scores their number.
     Logs ``val/mse``, the sum over measurements, and ``val/mse_<name>``; testing writes predictions in the units of the
@@ -37,6 +39,7 @@ class ImageRegression(ImageClassifier):
     """
 
     monitor = ("val/mse", "min")
+    item_name = "cases"
 
     def build_network(self, spec: InputSpec) -> nn.Module:
         """Make encoder and head; mean and standard deviation of the measurements are stored as weights."""
@@ -49,8 +52,7 @@ class ImageRegression(ImageClassifier):
         """Measure mean and spread over the training images, unless a checkpoint provides them (Lightning hook)."""
         if self.trainer.ckpt_path is not None:
             return
-        images = self.trainer.datamodule.splits["train"]  # type: ignore[attr-defined]
-        values = torch.tensor([item.targets for item in images], dtype=torch.float64)
+        values = torch.tensor(self.trainer.datamodule.training_targets(), dtype=torch.float64)  # type: ignore[attr-defined]
         mean = values.nanmean(0)
         std = ((values - mean) ** 2).nanmean(0).sqrt().clamp(min=1e-6)
         self.network.target_mean.copy_(mean)
@@ -60,6 +62,10 @@ class ImageRegression(ImageClassifier):
         """Return targets ``(B, K)`` in units of the training images."""
         return (target - self.network.target_mean) / self.network.target_std
 
+    def in_units(self, pred: Tensor) -> Tensor:
+        """Return predictions ``(..., K)`` in the units of the table."""
+        return pred * self.network.target_std + self.network.target_mean
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch (Lightning hook)."""
         loss = squared_errors(self(batch["image"]), self.standardised(batch["target"]), batch["target_mask"])
@@ -67,7 +73,10 @@ class ImageRegression(ImageClassifier):
         return loss
 
     def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Return the mean squared errors of collected rows; measurements without known targets are left out."""
+        """Return standardised squared errors, and MAE, RMSE and R2 in the table's units; see :meth:`_scored`.
+
+        Measurements without known targets are left out.
+        """
         pred = torch.tensor([row["logits"] for row in rows])
         target = torch.tensor([row["target"] for row in rows])
         known = ~target.isnan()
@@ -78,27 +87,35 @@ class ImageRegression(ImageClassifier):
             if known[:, index].any()
         }
         total = sum(by_name.values()) if by_name else math.nan
-        return {"loss": total, "mse": total} | {f"mse_{name}": value for name, value in by_name.items()}
+        scores = {"loss": total, "mse": total} | {f"mse_{name}": value for name, value in by_name.items()}
+        return scores | once(self._scored(rows), len(rows))
+
+    def _scored(self, rows: Sequence[Mapping[str, Any]]) -> Callable[[Any], Scores]:
+        """Return the scores of collected rows in the units of the table, for any counting of them."""
+        target = torch.tensor([row["target"] for row in rows], dtype=torch.float64)
+        pred = self.in_units(torch.tensor([row["logits"] for row in rows]).to(self.device)).double().cpu()
+        return partial(measurement_scores, self.classes, pred.numpy(), target.numpy())
+
+    def test_metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Return the intervals of MAE, RMSE and R2 under resampling of patients."""
+        score = self._scored(rows)
+        return intervals(score, [row["patient_id"] for row in rows], once(score, len(rows)))
 
     def verdict(self, metrics: Mapping[str, float]) -> str:
-        """Return the error in words."""
-        return f"sum of squared errors {metrics['mse']:.3f}; predicting the mean would score {len(self.classes)}"
+        """Return the errors in words."""
+        own = [f"{name} MAE {metrics[f'mae_{name}']:.4g}, R2 {metrics[f'r2_{name}']:.3f}"
+               for name in self.classes if f"mae_{name}" in metrics]  # fmt: skip
+        return f"sum of squared errors {metrics['mse']:.3f} (the mean scores {len(self.classes)}); {'; '.join(own)}"
 
     def line(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Return one line of the table: names, then prediction and target (empty: unknown) of each measurement."""
         line = {"subject_id": row["subject_id"], "patient_id": row["patient_id"]}
-        mean, std = self.network.target_mean.cpu(), self.network.target_std.cpu()
-        values = (torch.tensor(row["logits"]) * std + mean).tolist()
+        values = self.in_units(torch.tensor(row["logits"], device=self.device)).tolist()
         for name, value, target in zip(self.classes, values, row["target"], strict=True):
             line |= {f"predicted_{name}": value, f"target_{name}": "" if math.isnan(target) else target}
         return line
 
-    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
-        """Return the predictions of a batch, and keep them for ``predictions.csv`` (Lightning hook)."""
-        values = self(batch["image"]).float() * self.network.target_std + self.network.target_mean
-        rows = [
-            {"subject_id": subject, **{f"predicted_{n}": v for n, v in zip(self.classes, row, strict=True)}}
-            for subject, row in zip(batch["subject_id"], values.tolist(), strict=True)
-        ]
-        self.rows += rows
-        return rows
+    def predicted(self, logits: Tensor) -> list[dict[str, Any]]:
+        """Return the measurements in the units of the table."""
+        names = [f"predicted_{name}" for name in self.classes]
+        return [dict(zip(names, row, strict=True)) for row in self.in_units(logits).tolist()]

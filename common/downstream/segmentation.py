@@ -12,6 +12,7 @@ from common.blocks.unetr import UNETR
 from common.blocks.vit import VisionTransformer
 from common.downstream.base import FineTuning
 from common.downstream.encoder import EncoderFactory
+from common.errors import UserError
 from common.losses.region import RegionDiceBCE
 from common.metrics import region_dice, region_hd95
 from common.optim import OptimizerConfig
@@ -22,6 +23,8 @@ from common.weights.channels import NewChannels
 NetworkFactory = Callable[[VisionTransformer, int], nn.Module]
 WindowMode = Literal["constant", "gaussian"]
 
+#: Voxels of a volume above which the stitched output lies in the machine's memory, not in the device's.
+_STITCHED_ON_DEVICE = 512 * 512 * 256
 _FLIPS = ((), (2,), (3,), (4,), (2, 3), (2, 4), (3, 4), (2, 3, 4))
 
 
@@ -42,8 +45,8 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 class SegmentationModule(FineTuning):
     """Trains a segmentation network on crops and scores whole volumes through a sliding window.
 
-    Validation logs ``val/dice`` and one Dice per region. Testing adds HD95 in mm and writes ``metrics.json`` and
-    ``per_case.csv`` into the run folder; predicting gives label volumes on the source grid.
+    Validation logs ``val/dice`` and one Dice per region. Testing adds HD95 in mm and volumes in ml, and writes
+    ``metrics.json`` and ``per_case.csv`` into the run folder; predicting gives label volumes on the source grid.
 
     Args:
         pretrained: Run folder, checkpoint or export whose encoder to start from; None: from scratch.
@@ -58,6 +61,7 @@ class SegmentationModule(FineTuning):
         optimization: How the weights are updated.
         new_channels: Initial weights of channels that the pre-trained encoder does not know: ``"mean"`` of the known
             ones, or ``"fresh"``, random.
+        freeze_encoder: Whether only what is around the encoder is trained.
     """
 
     monitor = ("val/dice", "max")
@@ -76,13 +80,9 @@ class SegmentationModule(FineTuning):
         flip_ensemble: bool = False,
         optimization: OptimizerConfig = OptimizerConfig(),
         new_channels: NewChannels = "mean",
+        freeze_encoder: bool = False,
     ) -> None:
-        super().__init__(
-            pretrained,
-            encoder,
-            optimization=optimization,
-            new_channels=new_channels,
-        )
+        super().__init__(pretrained, encoder, optimization, new_channels, freeze_encoder)
         self.save_hyperparameters()
         self.loss = loss or RegionDiceBCE()
         self._make_network, self._dropout = network, dropout
@@ -91,11 +91,17 @@ class SegmentationModule(FineTuning):
         self._predict: SlidingWindowInferer | None = None
 
     def build_network(self, spec: InputSpec) -> nn.Module:
-        """Make the network around the encoder."""
+        """Make the network around the encoder.
+
+        Raises:
+            UserError: the data have no regions.
+        """
         encoder = self.build_encoder(spec)
         for module in encoder.modules():
             if isinstance(module, nn.Dropout):
                 module.p = self._dropout
+        if not spec.regions:
+            raise UserError("The data define no regions: set data.labels.needed, and give DATA= with masks.")
         return self._make_network(cast(VisionTransformer, encoder), len(spec.regions))
 
     @property
@@ -117,7 +123,9 @@ class SegmentationModule(FineTuning):
         """Return logits ``(B, R, X, Y, Z)`` of whole volumes ``(B, C, X, Y, Z)``."""
         if self._predict is None:
             size = [int(n) for n in self.spec.image_size]
-            self._predict = SlidingWindowInferer(size, self._window_batch, self._overlap, mode=self._window_mode)
+            self._predict = SlidingWindowInferer(
+                size, self._window_batch, self._overlap, mode=self._window_mode, cpu_thresh=_STITCHED_ON_DEVICE
+            )
         logits = torch.zeros(())
         flips = _FLIPS if self._flip_ensemble else _FLIPS[:1]
         for axes in flips:
@@ -142,21 +150,30 @@ class SegmentationModule(FineTuning):
         return batch["image"]
 
     def _score(self, batch: Any, distance: bool) -> None:
-        logits, target = self.logits(self.inputs(batch)), batch["label"] > 0.5
+        logits = self.logits(self.inputs(batch))
+        label = batch["label"].to(logits.device)
+        target = label > 0.5
         pred, dice = logits > 0, region_dice(logits > 0, target)
         for index, subject in enumerate(batch["subject_id"]):
             row: dict[str, Any] = {"subject_id": subject}
             row |= {f"dice_{name}": float(dice[index, r]) for r, name in enumerate(self.regions)}
-            row["loss"] = float(self.loss(logits[index : index + 1], batch["label"][index : index + 1]))
+            row["loss"] = float(self.loss(logits[index : index + 1], label[index : index + 1]))
             if distance:
                 record, one = batch["record"][index], slice(index, index + 1)
                 hd95 = region_hd95(pred[one], target[one], record.source_diagonal, record.spacing)[0]
                 row |= {f"hd95_{name}": float(hd95[r]) for r, name in enumerate(self.regions)}
+                row |= self._volumes(pred[index], target[index], math.prod(record.spacing) / 1000)
                 row |= {
                     f"empty_{name}": self._emptiness(pred[index, r], target[index, r])
                     for r, name in enumerate(self.regions)
                 }
             self.rows.append(row)
+
+    def _volumes(self, pred: Tensor, target: Tensor, voxel: float) -> dict[str, float]:
+        """Return the volume of each region as predicted and as it is, in ml, of a voxel's."""
+        sides = (("predicted", pred.sum((1, 2, 3))), ("reference", target.sum((1, 2, 3))))
+        return {f"ml_{side}_{name}": count * voxel for side, counts in sides
+                for name, count in zip(self.regions, counts.tolist(), strict=True)}  # fmt: skip
 
     @staticmethod
     def _emptiness(pred: Tensor, target: Tensor) -> str:

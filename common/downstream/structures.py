@@ -17,10 +17,12 @@ from common.distributed import all_reduce_sum
 from common.downstream.base import ScoredTask
 from common.downstream.encoder import EncoderFactory
 from common.errors import UserError
-from common.metrics import region_dice
+from common.metrics import region_dice, region_hd95
 from common.optim import OptimizerConfig
 from common.types import InputSpec
+from common.weights.channels import NewChannels
 
+_FLIPS = ((), (2,), (3,), (2, 3))
 NetworkFactory = Callable[[VisionTransformer, int], nn.Module]
 
 
@@ -53,7 +55,8 @@ class StructureSegmentation(ScoredTask):
     """Fine-tunes all weights on images with masks of structures, one sigmoid each.
 
     Validation logs ``val/dice_<structure>`` (per image; 1 where neither prediction nor truth has it, 0 where one has),
-    their mean ``val/dice``, and ``val/loss``. Testing writes ``metrics.json`` and ``per_case.csv``.
+    their mean ``val/dice``, and ``val/loss``. Testing adds HD95 in pixels of the file, and writes
+    ``metrics.json`` and ``per_case.csv``.
 
     Args:
         pretrained: Run folder, checkpoint or export whose encoder to start from; None: from scratch.
@@ -62,6 +65,9 @@ class StructureSegmentation(ScoredTask):
         drop_path: Rate of stochastic depth in the last block of the encoder.
         dice_weight: Weight of the Dice term in the loss.
         optimization: How the weights are updated.
+        new_channels: What channels start as that the pre-trained encoder does not know.
+        freeze_encoder: Whether only what is around the encoder is trained.
+        flip_ensemble: Whether to average over all mirrorings when evaluating.
     """
 
     monitor = ("val/dice", "max")
@@ -76,14 +82,14 @@ class StructureSegmentation(ScoredTask):
         drop_path: float = 0.1,
         dice_weight: float = 0.8,
         optimization: OptimizerConfig = OptimizerConfig(layer_decay=0.65),
+        new_channels: NewChannels = "mean",
+        freeze_encoder: bool = False,
+        flip_ensemble: bool = False,
     ) -> None:
-        super().__init__(
-            pretrained,
-            encoder,
-            optimization=optimization,
-        )
+        super().__init__(pretrained, encoder, optimization, new_channels, freeze_encoder)
         self.save_hyperparameters()
         self._make_network, self._drop_path, self._dice_weight = network, drop_path, dice_weight
+        self._flips = _FLIPS if flip_ensemble else _FLIPS[:1]
 
     @property
     def structures(self) -> list[str]:
@@ -99,7 +105,8 @@ class StructureSegmentation(ScoredTask):
         if not spec.regions:
             raise UserError("The dataset defines no structures; segmentation needs images with masks.")
         encoder = cast(VisionTransformer, self.build_encoder(spec))
-        encoder.set_drop_path(self._drop_path)
+        if not self.freeze_encoder and isinstance(encoder, VisionTransformer):
+            encoder.set_drop_path(self._drop_path)
         return self._make_network(encoder, len(spec.regions))
 
     def forward(self, image: Tensor) -> Tensor:
@@ -112,13 +119,18 @@ class StructureSegmentation(ScoredTask):
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
         return loss
 
+    def logits(self, image: Tensor) -> Tensor:
+        """Return logits ``(B, R, H, W)``, the mean over mirrorings where that is wanted."""
+        outputs = [self(image.flip(axes) if axes else image) for axes in self._flips]
+        return torch.stack([o.flip(axes) if axes else o for o, axes in zip(outputs, self._flips, strict=True)]).mean(0)
+
     def _found(self, logits: Tensor, shape: Sequence[int]) -> Tensor:
         """Return where the structures are on the grid of a file, bool ``(R, X, Y)``, from ``(R, H, W)``."""
         return F.interpolate(logits[None].float(), size=tuple(shape), mode="bilinear")[0] > 0
 
     def score(self, batch: Any) -> list[dict[str, Any]]:
         """Return Dice and loss of each image of a batch."""
-        logits, rows = self(batch["image"]), []
+        logits, rows = self.logits(batch["image"]), []
         for index, region in enumerate(batch["region"]):
             truth = torch.as_tensor(region, device=logits.device) > 0
             pred = self._found(logits[index], truth.shape[1:])
@@ -127,8 +139,12 @@ class StructureSegmentation(ScoredTask):
             loss = dice_and_cross_entropy(logits[one], batch["label"][one], self._dice_weight, sync=False)
             row = {"subject_id": batch["subject_id"][index], "patient_id": batch["patient_id"][index]}
             row |= {f"dice_{name}": value for name, value in zip(self.structures, dice, strict=True)}
-            pixels = truth.sum((1, 2)).tolist()
-            row |= {f"pixels_{name}": value for name, value in zip(self.structures, pixels, strict=True)}
+            if getattr(self._trainer, "testing", False):
+                distances = region_hd95(pred[None], truth[None], math.hypot(*truth.shape[1:]), (1.0, 1.0))[0].tolist()
+                row |= {f"hd95_{name}": value for name, value in zip(self.structures, distances, strict=True)}
+            for side, counts in (("pixels", truth), ("predicted_pixels", pred)):
+                pixels = counts.sum((1, 2)).tolist()
+                row |= {f"{side}_{name}": value for name, value in zip(self.structures, pixels, strict=True)}
             rows.append(row | {"loss": float(loss)})
         return rows
 
@@ -140,6 +156,8 @@ class StructureSegmentation(ScoredTask):
             having = [row[f"dice_{name}"] for row in rows if row[f"pixels_{name}"]]
             if having:
                 scores[f"dice_{name}_positive"] = math.fsum(having) / len(having)
+            if f"hd95_{name}" in rows[0]:
+                scores[f"hd95_{name}"] = math.fsum(row[f"hd95_{name}"] for row in rows) / len(rows)
         means = [scores[f"dice_{name}"] for name in self.structures]
         return {"dice": math.fsum(means) / len(means)} | scores
 
@@ -149,7 +167,7 @@ class StructureSegmentation(ScoredTask):
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         """Return each image's structures as uint8 ``(R, X, Y)`` on the CPU (Lightning hook)."""
-        columns = zip(batch["subject_id"], self(batch["image"]), batch["region"], strict=True)
+        columns = zip(batch["subject_id"], self.logits(batch["image"]), batch["region"], strict=True)
         return [
             {"subject_id": subject, "region": self._found(logits, region.shape[1:]).to(torch.uint8).cpu()}
             for subject, logits, region in columns

@@ -38,7 +38,7 @@ class BrainTaskDataModule(BrainArchiveDataModule):
         Raises:
             DataError: the cohort has no study, or no study has a requested sequence.
         """
-        if self.cohort is not None:
+        if self.cohort is not None and not self.predicting:
             self.cases = self._of_cohort(self.cohort)
         layout = super().resolve_layout(layout)
         present = {name for case in self.cases for name in case.images}
@@ -101,7 +101,7 @@ class BrainClassDataModule(BrainTaskDataModule):
         )
         return replace(resolved, preprocessing=preparation)
 
-    def _read_targets(self) -> dict[str, int] | None:
+    def _read_targets(self, parts: Mapping[str, str]) -> dict[str, int] | None:
         assert self.archive is not None
         tables = label_tables(self._source, self.archive.tree)
         self.archive.tables = [*self.archive.tables, *map(str, tables)]

@@ -14,8 +14,7 @@ from common.errors import DataError
 from common.modalities import CANONICAL, canonical_name, canonical_order
 from datamodules.account import Account
 from datamodules.archive_file import SCHEMA, VERSION
-from datamodules.ids import join_ids
-from datamodules.images.plain import natural_order
+from datamodules.ids import join_ids, natural_order
 from datamodules.images.table import COLUMNS
 from datamodules.registry import Archive, Record
 from datamodules.splits import read_split_file

@@ -4,10 +4,10 @@ Where a folder holds several images, only the user knows whose they are: splits 
 assumed.
 """
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from common.errors import DataError
+from datamodules.ids import natural_order
 from datamodules.registry import NO_SETTINGS, Evidence, Layout, Listing, Record, Settings, foreign_marker, shortened
 from datamodules.subjects import Owner, needs_rule, owner_of
 from datamodules.tree import Tree, TreeFile
@@ -24,15 +24,6 @@ _MAX_CLASSES = 1000
 def pictures(tree: Tree) -> list[TreeFile]:
     """Return the images of a tree, without the ``._`` files that macOS leaves behind."""
     return [file for file in tree.images if file.kind == "image"]
-
-
-def natural_order(names: Iterable[str]) -> list[str]:
-    """Return distinct names in natural order: 2 before 10."""
-
-    def key(name: str) -> list[tuple[int, int, str]]:
-        return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
-
-    return sorted(set(names), key=key)
 
 
 def _owners(tree: Tree, files: Sequence[TreeFile], settings: Settings) -> list[Owner]:

@@ -25,8 +25,9 @@ from datamodules.images.crops import center_box, random_box
 from datamodules.images.datamodule import ImageArchiveDataModule
 from datamodules.images.reading import CHANNELS, GRAY, per_channel, plain_numbers
 from datamodules.labelled.checks import examine
-from datamodules.labelled.layout import LabelLayout, LabelledImage, LabelledTable, as_archive
+from datamodules.labelled.layout import PREDICTED, LabelLayout, LabelledImage, LabelledTable, as_archive, pictures_of
 from datamodules.loading import Draw, ResumableLoader
+from datamodules.registry import NO_SETTINGS, recognise
 from datamodules.splits import (
     SPLITS,
     assign_splits,
@@ -36,6 +37,7 @@ from datamodules.splits import (
     nested_fraction,
     seeded_split,
 )
+from datamodules.tree import Tree
 
 
 class LabelledImageDataset(FaultTolerantDataset):
@@ -288,32 +290,69 @@ class LabelledImageDataModule(ImageArchiveDataModule):
             DataError: another layout, missing columns, a patient in two splits, and the like.
         """
         if not self.splits:
-            root = self.walk()
-            self.labels = self.labels.heeding(self.settings)
-            images = self.labels.find(root)
-            if not images:
-                raise DataError(f"{root} holds no labelled image of {self.labels.name} ({self.labels.tree}).")
+            images = self._listed(self.walk())
             check_unique(images)
-            _, split_seed, _ = self._split
-            if self.shuffle_targets is not None and self.shuffle_tested:
-                images = shuffled_targets(images, self.shuffle_targets)
-            strata = strata_of(images)
-            seeded = self._split[2] is None and self.fold is None and not any(item.split for item in images)
-            setting = self._split if self.fold is None else (*self._split, self.fold, self.num_folds)
-            parts = self.place(images, self._parts(images, strata), seeded, setting)
-            if self.shuffle_targets is not None and not self.shuffle_tested:
-                learned = [item for item in images if parts.get(item.case_id) in ("train", "val")]
-                given = {item.case_id: item for item in shuffled_targets(learned, self.shuffle_targets)}
-                images = [given.get(item.case_id, item) for item in images]
-            splits = {name: [item for item in images if parts.get(item.case_id) == name] for name in SPLITS}
-            splits["train"] = nested_fraction(splits["train"], self.label_fraction, split_seed, strata)
+            images, splits = self._split_up(images)
             self.ledger.num_samples = sum(map(len, splits.values()))
             self.images, self.splits = images, splits
             self.store = self.make_store(self.labels.reader)
-            self.archive = as_archive(self.labels, root, images)
         return self.labels
 
-    def _parts(self, images: Sequence[LabelledImage], strata: Mapping[str, str]) -> dict[str, str]:
+    def _listed(self, root: Tree) -> list[LabelledImage]:
+        """List the images of a tree, and keep its archive."""
+        if self.predicting:
+            layout = recognise(root, self.needs, self.purpose)[0]
+            self.archive = self.open(root, layout.name, PREDICTED if "subject" in layout.takes else NO_SETTINGS)
+            return [item for record in self.archive.records for item in pictures_of(record, root)]
+        self.labels = self.labels.heeding(self.settings)
+        images = self.labels.find(root)
+        if not images:
+            raise DataError(f"{root} holds no labelled image of {self.labels.name} ({self.labels.tree}).")
+        self.archive = as_archive(self.labels, root, images)
+        return images
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Images; layouts with labels are opened by their own rules."""
+        return frozenset({"images"})
+
+    def _split_up(self, images: list[LabelledImage]) -> tuple[list[LabelledImage], dict[str, list[LabelledImage]]]:
+        """Return the images with the targets that are learned, and those of each split."""
+        if self.predicting:
+            return images, {"train": [], "val": [], "test": images}
+        if self.shuffle_targets is not None and self.shuffle_tested:
+            images = shuffled_targets(images, self.shuffle_targets)
+        strata = self._strata(images)
+        seeded = self._split[2] is None and self.fold is None and not any(item.split for item in images)
+        setting = self._split if self.fold is None else (*self._split, self.fold, self.num_folds)
+        parts = self.place(images, self._parts(images, strata), seeded, setting)
+        images = self._learned(images, parts)
+        if self.shuffle_targets is not None and not self.shuffle_tested:
+            learned = [item for item in images if parts.get(item.case_id) in ("train", "val")]
+            given = {item.case_id: item for item in shuffled_targets(learned, self.shuffle_targets)}
+            images = [given.get(item.case_id, item) for item in images]
+        splits = {name: [item for item in images if parts.get(item.case_id) == name] for name in SPLITS}
+        splits["train"] = nested_fraction(splits["train"], self.label_fraction, self._split[1], strata)
+        return images, splits
+
+    def _strata(self, images: Sequence[LabelledImage]) -> Mapping[str, str] | None:
+        """Return a stratum for each patient; None splits without."""
+        return strata_of(images)
+
+    def _learned(self, images: list[LabelledImage], parts: Mapping[str, str]) -> list[LabelledImage]:
+        """Return images with what is learned of each, once it is known who is trained on."""
+        return images
+
+    @property
+    def counted(self) -> Sequence[str]:
+        """Names of the targets that are 1 or 0, whose positives reports count."""
+        return self.labels.classes
+
+    def training_targets(self) -> list[tuple[float, ...]]:
+        """Return the targets of the training images, NaN = unknown."""
+        return [item.targets for item in self.splits["train"]]
+
+    def _parts(self, images: Sequence[LabelledImage], strata: Mapping[str, str] | None) -> dict[str, str]:
         """Return the split of each image."""
         fractions, split_seed, split_file = self._split
         if self.fold is None:
@@ -321,8 +360,10 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         groups = joined_groups([(f"patient {item.patient_id}", item.group) for item in images])
         # Patients that share a group are assigned together, so they count as one.
         joined = [item._replace(patient_id=str(group)) for item, group in zip(images, groups, strict=True)]
-        strata = strata_of(joined)
-        folds = fold_of_each([strata[item.patient_id] for item in joined], groups, self.num_folds, split_seed)
+        strata = self._strata(joined)
+        folds = fold_of_each(
+            [(strata or {}).get(item.patient_id, "") for item in joined], groups, self.num_folds, split_seed
+        )
         tested = {item.case_id for item, fold in zip(joined, folds, strict=True) if fold == self.fold}
         rest = [item for item in joined if item.case_id not in tested]
         share = fractions[1] / (fractions[0] + fractions[1])
@@ -362,9 +403,9 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         counts = self.register_faults(stage)
         positive: Counter[str] = Counter()
         for item in self.splits["train"]:
-            named = zip(self.labels.classes, item.targets, strict=True)
+            named = zip(self.counted, item.targets, strict=True) if self.counted else ()
             positive.update(name for name, target in named if target == 1)
-        shares = ", ".join(f"{name} {positive[name]}" for name in self.labels.classes if name in positive)
+        shares = ", ".join(f"{name} {positive[name]}" for name in self.counted if name in positive)
         print_line(f"data: {self.labels.name} at {self.root}, images {counts}"
             + (f"; positive in training: {shares}" if shares else ""))  # fmt: skip
 
@@ -390,4 +431,4 @@ class LabelledImageDataModule(ImageArchiveDataModule):
     def examine(self, deep: bool, workers: int) -> list[str]:
         """Print a report on the archive and return the reasons why training would refuse it."""
         labels = self.index()
-        return examine(labels.name, labels.classes, self.terms(self.paths_in_use()), deep, workers)
+        return examine(labels.name, self.counted, self.terms(self.paths_in_use()), deep, workers)

@@ -52,6 +52,19 @@ class LabelledImage(NamedTuple):
         return Record(self.case_id, self.patient_id, images=((self.image, ""),), targets=targets, split=self.split)
 
 
+#: Whose an image is does not matter where it is only predicted.
+PREDICTED = Settings(subject="file")
+
+
+def pictures_of(record: Record, tree: Tree) -> list[LabelledImage]:
+    """Return the images of a sample of any layout, without targets; several are called by their paths."""
+    alone = len(record.images) == 1
+    return [
+        LabelledImage(record.case_id if alone else tree.name_of(path), record.patient_id, path, split=record.split)
+        for path, _ in record.images
+    ]
+
+
 class LabelLayout(ABC):
     """A labelled archive in its official layout; its arguments are the options of a task.
 

@@ -1,6 +1,6 @@
 """Images with masks of several structures, which may overlap: whole images at one size, with their masks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,19 @@ def read_structures(item: LabelledImage) -> np.ndarray:
 
 
 class StructureDataset(LabelledImageDataset):
-    """Whole images with the masks of their structures; the arguments are those of :class:`LabelledImageDataset`."""
+    """Whole images with the masks of their structures.
+
+    Args:
+        *args: As :class:`LabelledImageDataset`.
+        masks_of: Reads the masks of an image.
+        **options: As :class:`LabelledImageDataset`.
+    """
+
+    def __init__(
+        self, *args: Any, masks_of: Callable[[LabelledImage], np.ndarray] = read_structures, **options: Any
+    ) -> None:
+        super().__init__(*args, **options)
+        self.masks_of = masks_of
 
     def read(self, draw: Draw) -> dict[str, Any]:
         """Return one sample.
@@ -43,7 +55,7 @@ class StructureDataset(LabelledImageDataset):
             SampleFaultError: the image or a mask cannot be used.
         """
         item = self.images[draw.index]
-        masks = read_structures(item)
+        masks = self.masks_of(item)
         mirror = self.train and self.flip and self.generator(draw).random() < 0.5
         image = self.crop(item, whole_box, self.image_size, mirror)
         label = torch.cat([reduced_mask(mask, self.image_size, mirror) for mask in masks])
@@ -59,6 +71,19 @@ class StructureDataModule(LabelledImageDataModule):
 
     takes_targets = False
 
+    def masks_of(self, item: LabelledImage) -> np.ndarray:
+        """Read the masks of an image, uint8 ``(R, X, Y)``.
+
+        Raises:
+            SampleFaultError: one is damaged.
+        """
+        return read_structures(item)
+
+    def used_files(self) -> Iterable[tuple[str, Path]]:
+        """Yield the images of all splits and their masks."""
+        yield from super().used_files()
+        yield from (("mask", Path(name)) for item in self.cases_in_use() for name in item.masks if name)
+
     @property
     def input_spec(self) -> InputSpec:
         """Channels, size, structures and preprocessing of the batches."""
@@ -71,7 +96,7 @@ class StructureDataModule(LabelledImageDataModule):
         for part in ("val", "test"):
             for item in self._usable(self.splits[part]):
                 try:
-                    read_structures(item)
+                    self.masks_of(item)
                 except SampleFaultError as error:
                     self.ledger.add(error.faults)
 
@@ -82,6 +107,7 @@ class StructureDataModule(LabelledImageDataModule):
             self.image_size,
             train,
             self.seed,
+            masks_of=self.masks_of,
             flip=self.flip,
             mean=self.mean,
             std=self.std,

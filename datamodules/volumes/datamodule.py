@@ -32,10 +32,20 @@ from datamodules.volumes.cases import Case, Layout, case_of
 from datamodules.volumes.checks import examine
 from datamodules.volumes.crops import arranged, center_start, cut, flip, random_start, start_around, to_tensor
 from datamodules.volumes.modalities import respelled, under_canonical_names, with_modalities
-from datamodules.volumes.profiles import prepared
+from datamodules.volumes.profiles import as_trained, prepared
 from datamodules.volumes.voxels import STRICT, VoxelConfig
 
 Domain = Literal["train", "val", "center", "full"]
+Target = int | tuple[float, ...]
+
+
+def _target(value: Target) -> dict[str, Any]:
+    """Return the entries of a sample that say its target: a class index alone, or numbers and which are known."""
+    if isinstance(value, int):
+        return {"target": value}
+    numbers = torch.tensor(value, dtype=torch.float32)
+    known = ~numbers.isnan()
+    return {"target": numbers.where(known, torch.zeros(())), "target_mask": known}
 
 
 class VolumeDataset(FaultTolerantDataset):
@@ -53,7 +63,7 @@ class VolumeDataset(FaultTolerantDataset):
         regions: Region to label values, for labelled sets; None leaves labels out.
         label_crop_probability: Share of training crops that must contain a labelled voxel.
         controls: Cases of other patients, the control of the collapse diagnostics; None: no control.
-        targets: Class index by case id.
+        targets: Class index, or numbers of which NaN is unknown, by case id; None leaves them out.
         anonymise: Whether subjects get pseudonyms.
         order: Index of each channel of a sample among the stored ones, negative if absent; None: as stored.
     """
@@ -70,7 +80,7 @@ class VolumeDataset(FaultTolerantDataset):
         regions: Mapping[str, Sequence[int]] | None = None,
         label_crop_probability: float = 0.0,
         controls: Sequence[Case] | None = None,
-        targets: Mapping[str, int] | None = None,
+        targets: Mapping[str, Target] | None = None,
         anonymise: bool = False,
         order: Sequence[int] | None = None,
     ) -> None:
@@ -125,7 +135,7 @@ class VolumeDataset(FaultTolerantDataset):
         if self.domain == "full":
             sample["record"] = opened.record
         if self.targets is not None:
-            sample |= {"target": self.targets[case.case_id], "patient_id": hide(case.patient_id)}
+            sample |= {**_target(self.targets[case.case_id]), "patient_id": hide(case.patient_id)}
         if self.controls is not None:
             sample |= self._control(draw)
         return sample
@@ -310,9 +320,10 @@ class VolumeDataModule(ArchiveDataModule):
         self._split = (split.fractions, split.seed, split.file)
         self._layout: Layout | None = None
         self.cases: list[Case] = []
-        self.targets: dict[str, int] | None = None
+        self.targets: dict[str, Any] | None = None
         self.twins: frozenset[str] = frozenset()
         self._delivered: tuple[str, ...] | None = None
+        self._trained: InputSpec | None = None
 
     #: Default profile; None: the one that suits the layout.
     default_profile: str | None = None
@@ -392,19 +403,20 @@ class VolumeDataModule(ArchiveDataModule):
             records = [record for record in archive.records if record.volumes or not record.images]
             cases = [case_of(record) for record in respelled(records, self.settings.modalities)]
             layout, self.cases = under_canonical_names(self.prepare_layout(archive), cases)
-            layout = self.resolve_layout(layout).with_voxels(self._voxels)
+            layout = self.resolve_layout(layout)
+            if self._trained is not None:
+                layout = as_trained(layout, self._trained)
+            layout = layout.with_voxels(self._voxels)
             self._check_grid(layout)
-            fractions, split_seed, split_file = self._split
-            cut = archive.facts.cut_validation
-            parts = assign_splits(self.cases, fractions, split_seed, split_file, cut_validation=cut)
-            seeded = split_file is None and not any(case.split for case in self.cases)
-            parts = self.place(self.cases, parts, seeded, self._split)
-            self.targets = self._read_targets()
+            parts = self._parts(archive.facts.cut_validation)
             usable = [case for case in self.cases if self._is_wanted(case)]
             self.splits = {
                 name: [c for c in usable if parts.get(c.case_id) == name] for name in ("train", "val", "test")
             }
-            self.splits["train"] = nested_fraction(self.splits["train"], self.label_fraction, split_seed)
+            if not self.predicting:
+                self.splits["train"] = nested_fraction(
+                    self.splits["train"], self.label_fraction, self._split[1], self._strata()
+                )
             self._check_regions(layout)
             self.ledger.num_samples = len(parts)
             self._layout = layout
@@ -415,6 +427,27 @@ class VolumeDataModule(ArchiveDataModule):
                 else VolumeCache(self.root, layout, self._cache, twins=self.twins)
             )
         return self._layout
+
+    def predict_all(self, trained: InputSpec) -> None:
+        """Have every case predicted, without label or target, prepared as those that were trained on."""
+        super().predict_all(trained)
+        self.labels, self.target, self._layout_name, self._modalities = False, None, "auto", None
+        self._trained, self._crop_size = trained, (trained.image_size[0], trained.image_size[1], trained.image_size[2])
+
+    def _parts(self, cut_validation: bool) -> dict[str, str]:
+        """Return the split of each case, and read the targets."""
+        if self.predicting:
+            return {case.case_id: "test" for case in self.cases}
+        fractions, split_seed, split_file = self._split
+        parts = assign_splits(self.cases, fractions, split_seed, split_file, self._strata(), cut_validation)
+        seeded = split_file is None and not any(case.split for case in self.cases)
+        parts = self.place(self.cases, parts, seeded, self._split)
+        self.targets = self._read_targets(parts)
+        return parts
+
+    def _strata(self) -> Mapping[str, str] | None:
+        """Return a stratum for each patient, of which every split gets its share; None splits without."""
+        return None
 
     def _is_wanted(self, case: Case) -> bool:
         """Whether a case has the requested class or label; a case without one is not faulty."""
@@ -430,8 +463,8 @@ class VolumeDataModule(ArchiveDataModule):
             raise DataError(f"No case under {self.root} has a label file; looked for {layout.tree}. "
                             f"To predict without labels, set data.labels.needed to false.")  # fmt: skip
 
-    def _read_targets(self) -> dict[str, int] | None:
-        """Return the class of each case that has one."""
+    def _read_targets(self, parts: Mapping[str, str]) -> dict[str, Any] | None:
+        """Return the class of each case that has one; ``parts`` says who is trained on."""
         if self.target is None:
             return None
         facts: Mapping[str, Mapping[str, str]] = {case.case_id: case.attributes for case in self.cases}

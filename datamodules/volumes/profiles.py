@@ -1,8 +1,11 @@
 """Profiles: named ways of preparing volumes, independent of the archive's layout."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from common.errors import DataError
+from common.runtime.reporting import print_line
+from common.types import InputSpec
 from datamodules.registry import Archive
 from datamodules.volumes.cases import Layout, Preprocessing
 
@@ -45,6 +48,33 @@ PROFILES = {
     ),
     "lung": Profile(Preprocessing({}), crop_size=(96, 96, 32)),
 }
+
+
+def as_trained(layout: Layout, trained: InputSpec) -> Layout:
+    """Return a layout with the channels that a network was trained on, brought to the form that they had then.
+
+    Args:
+        layout: The layout of another archive.
+        trained: What it was trained on. Preprocessing that it does not name stays the layout's own.
+
+    Raises:
+        DataError: the archive has none of the channels.
+    """
+    kept = tuple(name for name in layout.modalities if name in trained.channels)
+    if not kept:
+        raise DataError(f"The archive has {', '.join(layout.modalities)}; the network was trained on "
+                        f"{', '.join(trained.names or trained.channels)}: files must be named so.")  # fmt: skip
+    if left_out := [layout.shown(name) for name in layout.modalities if name not in kept]:
+        print_line(f"note: {', '.join(left_out)} are not used: the network was not trained on them")
+    own, preprocessing = layout.preprocessing, trained.preprocessing
+    names = [field.name for field in fields(own) if field.name in preprocessing and field.name != "voxels"]
+    values: dict[str, Any] = {
+        name: tuple(v) if isinstance(v := preprocessing[name], list | tuple) else v for name in names
+    }
+    values["intensity"] = {**own.intensity, **preprocessing.get("intensity", {})}
+    if values.get("reference") not in {None, *kept}:
+        values["reference"] = own.reference
+    return replace(layout, modalities=kept, preprocessing=replace(own, **values))
 
 
 def prepared(archive: Archive, profile: str | None = None) -> Layout:

@@ -128,6 +128,11 @@ class UMDEncoder(nn.Module):
         """N."""
         return self.grid_size[0] * self.grid_size[1]
 
+    def train_image_alone(self) -> None:
+        """Leave out of training whatever ``forward_features`` does not go through: DDP would wait for its gradients."""
+        self.requires_grad_(False)
+        self.vision.requires_grad_(True)
+
     def no_weight_decay(self) -> set[str]:
         """Name the parameters that weight decay must leave alone; biases, norms and the class token are anyway."""
         table = "text.roberta.embeddings"

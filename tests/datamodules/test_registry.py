@@ -15,7 +15,7 @@ from common.modalities import canonical_order
 from datamodules.brain.datamodule import BrainDataModule
 from datamodules.configs import SplitConfig
 from datamodules.genetics.datamodule import ImageGenomeDataModule, PictureConfig
-from datamodules.images.plain import natural_order
+from datamodules.ids import natural_order
 from datamodules.labelled.layout import LabelLayout
 from datamodules.registry import LAYOUTS, VOCABULARY, Settings, open_archive
 from datamodules.synthetic.command import synthesize, write_brats

@@ -150,8 +150,8 @@ def test_predicting_the_mean_scores_as_many_as_there_are_measurements():
     module = ImageRegression()
     module.build(InputSpec(*SIZE, classes=("age", "bmi")))
     values = torch.tensor([[50.0, 20], [60, 30], [70, float("nan")]])
-    splits = {"train": [SimpleNamespace(targets=tuple(row)) for row in values.tolist()]}
-    module._trainer = SimpleNamespace(ckpt_path=None, datamodule=SimpleNamespace(splits=splits))
+    data = SimpleNamespace(training_targets=lambda: [tuple(row) for row in values.tolist()])
+    module._trainer = SimpleNamespace(ckpt_path=None, datamodule=data)
     module.on_fit_start()
     assert module.network.target_mean.tolist() == [60, 25]
     assert module.network.target_std.tolist() == pytest.approx([66.667**0.5, 5], rel=1e-4)

@@ -345,6 +345,17 @@ def test_sizes_that_do_not_fit():
         make(mim_layer=2)
 
 
+def test_of_an_image_alone_only_the_vision_tower_learns():
+    """DDP waits for the gradient of whatever is to be trained."""
+    encoder = UMDEncoder([32, 32], 40, 0, **TINY)
+    encoder.train_image_alone()
+    encoder.forward_features(torch.randn(2, 3, 32, 32)).sum().backward()
+    trained = [name for name, p in encoder.named_parameters() if p.requires_grad]
+    assert trained
+    assert all(name.startswith("vision.") for name in trained)
+    assert all(encoder.get_parameter(name).grad is not None for name in trained)
+
+
 def test_pooling():
     encoder = UMDEncoder([32, 32], 40, 0, **TINY).eval()
     batch = batch_of()
