@@ -330,4 +330,5 @@ def settings_of(content: Mapping[str, Any]) -> Settings:
         raise DataError(f"No layout takes {strange[0]}: leave it out of {NAME}.")
     if "series" in said:
         said["series"] = _parse_series(said["series"])
-    return Settings(**{key: tuple(value) if isinstance(value, list) else value for key, value in said.items()})
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()}
+    return Settings(**given)
