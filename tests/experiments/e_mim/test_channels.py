@@ -58,6 +58,7 @@ def renamed(archive, target, *without, swi=False):
             source = case / f"{case.name}-{old}.nii.gz"
             if source.is_file() and old not in without:
                 shutil.copy(source, target / case.name / f"{new}.nii.gz")
+        shutil.copy(case / f"{case.name}-seg.nii.gz", target / case.name / "seg.nii.gz")
         if swi:
             shutil.copy(case / f"{case.name}-t1n.nii.gz", target / case.name / "SWI.nii.gz")
     return target
@@ -69,6 +70,10 @@ def data(root, **options):
     module.prepare_data()
     module.setup("predict")
     return module
+
+
+def with_regions(root, **options):
+    return data(root, labels=LabelConfig(needed=True, regions={"tumour": (1, 2, 3)}), **options)
 
 
 def embed(root, ckpt, out, *more):
@@ -161,17 +166,17 @@ def kernel(module):
 
 def test_fine_tuning_starts_new_channels_as_the_mean(archive, pretrained, tmp_path):
     old = load_encoder(pretrained).patch_embed.proj.weight.unflatten(1, (4, -1))
-    module = built(segmentation(pretrained=str(pretrained)), data(renamed(archive, tmp_path / "more", swi=True)))
+    module = built(segmentation(pretrained=str(pretrained)), with_regions(renamed(archive, tmp_path / "more", swi=True)))
     assert list(module.spec.channels) == ["flair", "t1", "t1c", "t2", "swi"]
     assert torch.equal(kernel(module)[:, :4], old[:, [2, 1, 0, 3]])
     assert torch.allclose(kernel(module)[:, 4], old.mean(1))
     assert module.channel_report.new == ["swi"]
     # Channels that the configuration names are all there are; the encoder's others are dropped.
-    some = built(segmentation(pretrained=str(pretrained)), data(tmp_path / "more", modalities=["T2", "flair"]))
+    some = built(segmentation(pretrained=str(pretrained)), with_regions(tmp_path / "more", modalities=["T2", "flair"]))
     assert list(some.spec.channels) == ["t2", "flair"]
     assert some.channel_report.dropped == ["t1c", "t1"]
     # Without such a choice they stay, as absent.
-    few = built(segmentation(pretrained=str(pretrained)), data(renamed(archive, tmp_path / "less", "t2f", "t2w")))
+    few = built(segmentation(pretrained=str(pretrained)), with_regions(renamed(archive, tmp_path / "less", "t2f", "t2w")))
     assert list(few.spec.channels) == ["t1", "t1c", "flair", "t2"]
     assert few.channel_report.absent == ["flair", "t2"]
 
@@ -196,7 +201,7 @@ def test_a_trained_model_meets_other_archives_in_its_own_order(archive, tmp_path
         module.state = TaskState.read({"state": {"spec": spec, "encoder": None}})
         return module
 
-    module = data(renamed(archive, tmp_path / "renamed", "t2w"))
+    module = with_regions(renamed(archive, tmp_path / "renamed", "t2w"))
     built(trained(), module)
     assert module.input_spec.channels == ("t1c", "t1", "flair", "t2")
     assert "3 of 4" not in (line := capsys.readouterr().out)
@@ -209,7 +214,7 @@ def test_a_trained_model_meets_other_archives_in_its_own_order(archive, tmp_path
     assert torch.equal(batch["image"][:, :3], expected["image"][:, :3])
     assert batch["modality_mask"][0].tolist() == [True, True, True, False]
     with pytest.raises(CheckpointError, match="no kernel for swi"):
-        built(trained(), data(renamed(archive, tmp_path / "more", swi=True)))
+        built(trained(), with_regions(renamed(archive, tmp_path / "more", swi=True)))
 
 
 def test_two_files_of_one_modality(archive, tmp_path):
