@@ -39,7 +39,7 @@ def check_crop_scale(scale: tuple[float, float] | None) -> None:
         ValueError: the shares do not increase, or lie outside (0, 1].
     """
     if scale is not None and not 0 < scale[0] <= scale[1] <= 1:
-        raise ValueError(f"`crop_scale` must be two increasing shares in (0, 1], got {list(scale)}.")
+        raise ValueError(f"`image.crop_scale` must be two increasing shares in (0, 1], got {list(scale)}.")
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def seeded_split(
     """
     if len(fractions) != 3 or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
         raise DataError(
-            f"split_fractions must be three shares that sum to 1 (train, val, test), got {list(fractions)}."
+            f"data.split.fractions must be three shares that sum to 1 (train, val, test), got {list(fractions)}."
         )
     patients = ordered_patients([case.patient_id for case in cases], seed, strata)
     train, val, test = _counts(len(patients), fractions)
@@ -279,7 +279,9 @@ def nested_fraction(
         DataError: the fraction is outside (0, 1].
     """
     if not 0 < fraction <= 1:
-        raise DataError(f"label_fraction must lie in (0, 1], got {fraction}.")
+        raise DataError(
+            f"data.labels.fraction (of labelled images: data.label_fraction) must lie in (0, 1], got {fraction}."
+        )
     patients = ordered_patients([case.patient_id for case in cases], seed, strata)
     kept = set(patients[: math.ceil(fraction * len(patients) - 1e-9)])
     return [case for case in cases if case.patient_id in kept]

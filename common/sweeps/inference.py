@@ -38,7 +38,7 @@ class Difference(NamedTuple):
     seeds: int
 
 
-def judge(by_seed: Sequence[float], standard_error_of_cases: float) -> Difference:
+def difference_of(by_seed: Sequence[float], standard_error_of_cases: float) -> Difference:
     """Return what the differences of paired seeds amount to.
 
     Args:

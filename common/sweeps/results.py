@@ -22,7 +22,7 @@ from common.files import write_text
 from common.metrics import bootstrap_auroc, central_interval, resampled_counts, weighted_mean, weighted_quadratic_kappa
 from common.runtime.reporting import markdown_table, print_line
 from common.sweeps import bench
-from common.sweeps.inference import Difference, holm, judge, verdict
+from common.sweeps.inference import Difference, difference_of, holm, verdict
 
 
 @dataclass
@@ -219,7 +219,7 @@ def compare(rows: Sequence[Mapping[str, Any]], comparison: Comparison) -> dict[s
             print_line(f"note: {arm}, {score} is not compared: {error}")
             continue
         (values, drawn), (other, other_drawn) = comparison.by_seed(ours), comparison.by_seed(others)
-        difference = judge((values - other).tolist(), float(np.nanstd((drawn - other_drawn).mean(0), ddof=1)))
+        difference = difference_of((values - other).tolist(), float(np.nanstd((drawn - other_drawn).mean(0), ddof=1)))
         result["paired"].append({"arm": arm, "score": score, "seeds": seeds, "difference": difference})
     for score in dict.fromkeys(entry["score"] for entry in result["paired"]):
         _correct([entry for entry in result["paired"] if entry["score"] == score])

@@ -1,4 +1,4 @@
-"""``medmim tokenizer``: a vocabulary from the training texts of an archive, as JSON for ``data.tokenizer``."""
+"""``medmim tokenizer``: a vocabulary from the training texts of an archive, as JSON for ``data.text.tokenizer``."""
 
 from pathlib import Path
 from typing import Literal

@@ -200,7 +200,7 @@ class Genotypes:
 
     def __init__(self, files: Sequence[GenotypeFile], step: int = 1) -> None:
         if step < 1:
-            raise ValueError(f"`step` must be at least 1, got {step}.")
+            raise ValueError(f"`genome.step` must be at least 1, got {step}.")
         first = files[0]
         for file in files[1:]:
             if file.ids != first.ids:

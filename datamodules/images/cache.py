@@ -182,7 +182,9 @@ class ImageCache:
         reader: ImageReader = GRAY,
     ) -> None:
         if shorter_side < 1:
-            raise ValueError(f"`shorter_side` must be at least 1 pixel, got {shorter_side}.")
+            raise ValueError(
+                f"The shorter side of cached images (data.cache.side) must be at least 1 pixel, got {shorter_side}."
+            )
         self.root = Path(os.path.abspath(Path(root).expanduser()))
         self.shorter_side = shorter_side
         resolved = self.root.resolve()

@@ -193,7 +193,7 @@ class FoldConfig(SplitConfig):
 
     def __post_init__(self) -> None:
         if self.fold is not None and not 0 <= self.fold < self.num_folds:
-            raise ValueError(f"`fold` counts from 0 to num_folds - 1 = {self.num_folds - 1}, got {self.fold}.")
+            raise ValueError(f"`split.fold` counts from 0 to num_folds - 1 = {self.num_folds - 1}, got {self.fold}.")
         if self.fold is not None and self.file is not None:
             raise ValueError("`split.fold` and `split.file` both define the test split: set one of them to null.")
 

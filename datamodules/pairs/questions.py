@@ -90,7 +90,7 @@ class SingleQuestion:
 
     def __post_init__(self) -> None:
         if (self.image is None) != (self.question is None):
-            raise ValueError("`image` and `question` go together: give both, or neither.")
+            raise ValueError("`single.image` and `single.question` go together: give both, or neither.")
 
 
 class QuestionDataModule(PairDataModule):

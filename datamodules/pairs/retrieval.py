@@ -45,7 +45,7 @@ class PoolConfig:
 
     def __post_init__(self) -> None:
         if self.candidates < 2:
-            raise ValueError(f"`candidates` must be at least 2, a caption and another one, got {self.candidates}.")
+            raise ValueError(f"`pools.candidates` must be at least 2, a caption and another, got {self.candidates}.")
 
 
 class RetrievalDataModule(PairDataModule):

@@ -130,7 +130,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: Kind = "wordpie
     if not texts:
         raise DataError("There is no text in the training split to learn a vocabulary from.")
     if vocab_size <= len(SPECIAL):
-        raise DataError(f"vocab_size must be above {len(SPECIAL)}, got {vocab_size}.")
+        raise DataError(f"data.text.vocab_size (--vocab-size) must be above {len(SPECIAL)}, got {vocab_size}.")
     return ReportTokenizer(
         _train_wordpiece(texts, vocab_size) if kind == "wordpiece" else _train_bpe(texts, vocab_size)
     )

@@ -426,7 +426,7 @@ class RelationNetwork(nn.Module):
             raise ValueError(f"Relations are masked in two blocks, so depth must be at least 2, "
                              f"got {len(encoder.blocks)}.")  # fmt: skip
         if pool == "cls" and not encoder.num_prefix_tokens:
-            raise ValueError("match_pool cls needs an encoder with a class token.")
+            raise ValueError("model.matching.pool=cls needs an encoder with a class token.")
         self.encoder, self.genome = encoder, genome
         self.decoder, self.genome_decoder = decoder, genome_decoder
         self.tau_image, self.tau_genome, self.tie_rule = tau_image, tau_genome, relations.tie_rule

@@ -95,7 +95,7 @@ def test_few_patients(total, counts):
 
 
 def test_fractions_must_be_shares():
-    with pytest.raises(DataError, match="sum to 1"):
+    with pytest.raises(DataError, match=r"^data\.split\.fractions must be three shares that sum to 1"):
         seeded_split(MANY, (0.8, 0.3, 0.1), 0)
 
 
@@ -223,7 +223,7 @@ def test_fractions_are_nested_by_patient():
     for smaller, larger in pairwise(kept):
         assert smaller < larger
     assert len({name.split("-")[0] for name in kept[0]}) == 8
-    with pytest.raises(DataError, match="label_fraction"):
+    with pytest.raises(DataError, match=r"^data\.labels\.fraction .*data\.label_fraction\) must lie in"):
         nested_fraction(MANY, 0, 3)
 
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from common.sweeps.inference import ExpectedAUROC, holm, judge, smallest_difference, verdict
+from common.sweeps.inference import ExpectedAUROC, difference_of, holm, smallest_difference, verdict
 
 
 def test_seeds_and_cases_together():
-    found = judge([0.05, 0.02, 0.08], 0.04)
+    found = difference_of([0.05, 0.02, 0.08], 0.04)
     assert found.standard_error == pytest.approx(0.0435890, abs=1e-6)
     assert found.degrees == pytest.approx(80.222, abs=1e-3)
     assert (found.low, found.high) == pytest.approx((-0.036741, 0.136741), abs=1e-6)
@@ -18,7 +18,7 @@ def test_seeds_and_cases_together():
 
 def test_without_uncertainty_of_cases_it_is_the_paired_t_test():
     values = np.random.default_rng(0).normal(0.3, 1, 7)
-    found = judge(values.tolist(), 0.0)
+    found = difference_of(values.tolist(), 0.0)
     reference = stats.ttest_1samp(values, 0)
     assert found.p == pytest.approx(reference.pvalue, rel=1e-9)
     assert (found.low, found.high) == pytest.approx(tuple(reference.confidence_interval()), rel=1e-9)
@@ -26,12 +26,12 @@ def test_without_uncertainty_of_cases_it_is_the_paired_t_test():
 
 def test_one_seed_or_equal_seeds_rest_on_the_cases_alone():
     for values in ([0.05], [0.05, 0.05]):
-        found = judge(values, 0.02)
+        found = difference_of(values, 0.02)
         assert found.p == pytest.approx(2 * stats.norm.sf(2.5))
         assert found.high - found.mean == pytest.approx(1.959964 * 0.02)
-    assert judge([0.0], 0.0).p == 1
+    assert difference_of([0.0], 0.0).p == 1
     with pytest.raises(ValueError, match="at least one seed"):
-        judge([], 0.1)
+        difference_of([], 0.1)
 
 
 def test_holm():
@@ -41,11 +41,11 @@ def test_holm():
 
 
 def test_better_needs_both():
-    clear, mixed = judge([0.1, 0.11, 0.12], 0.01), judge([0.3, -0.01, 0.3], 0.001)
+    clear, mixed = difference_of([0.1, 0.11, 0.12], 0.01), difference_of([0.3, -0.01, 0.3], 0.001)
     assert verdict(clear, 0.049) == "better"
     assert verdict(clear, 0.05) == "not told apart"
     assert verdict(mixed, 0.001) == "not told apart"
-    assert verdict(judge([-0.1, -0.11], 0.01), 0.01) == "worse"
+    assert verdict(difference_of([-0.1, -0.11], 0.01), 0.01) == "worse"
 
 
 def test_what_can_be_found_at_all():
@@ -60,6 +60,7 @@ def test_what_can_be_found_at_all():
 def test_no_false_better_in_most_of_many_null_comparisons():
     generator = np.random.default_rng(3)
     said = [
-        verdict(found, found.p) for found in (judge(generator.normal(0, 0.05, 3).tolist(), 0.03) for _ in range(400))
+        verdict(found, found.p)
+        for found in (difference_of(generator.normal(0, 0.05, 3).tolist(), 0.03) for _ in range(400))
     ]
     assert sum(each != "not told apart" for each in said) <= 0.05 * len(said)

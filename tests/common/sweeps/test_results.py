@@ -7,7 +7,7 @@ from sklearn.metrics import cohen_kappa_score
 
 from common.errors import UserError
 from common.sweeps import results
-from common.sweeps.inference import judge
+from common.sweeps.inference import difference_of
 
 
 def test_arms_are_compared_case_by_case(tmp_path):
@@ -81,7 +81,7 @@ def test_kappas_are_compared_on_the_same_resampling(tmp_path):
     expected = np.percentile(slow["good"], [2.5, 97.5])
     assert [result["intervals"][0][name] for name in ("low", "high")] == pytest.approx(expected, abs=0.02)
     gaps = [kappa_of("good", seed) - kappa_of("bad", seed) for seed in (0, 1)]
-    expected = judge(gaps, float(np.std(slow["gap"], ddof=1)))
+    expected = difference_of(gaps, float(np.std(slow["gap"], ddof=1)))
     assert entry["p_holm"] == pytest.approx(expected.p, abs=0.05)
     assert entry["high"] - entry["low"] == pytest.approx(expected.high - expected.low, rel=0.1)
 
