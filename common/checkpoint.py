@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common.blocks.patch_embed import grid_of
+from common.blocks.patch_embed import grid_of, patch_sides
 from common.blocks.pos_embed import resize_position_embedding
 from common.blocks.registry import build_encoder, check_arguments, class_path, declared_default, fits
 from common.errors import CheckpointError
@@ -292,8 +292,7 @@ def transfer_encoder(
     state[key] = kernel
     old_size, new_size = list(stored.init_args["image_size"]), list(config["image_size"])
     if old_size != new_size and "pos_embed" in state:
-        patch = config["patch_size"]
-        patch = [patch] * len(new_size) if isinstance(patch, int) else patch
+        patch = patch_sides(config["patch_size"], len(new_size))
         grids = grid_of(old_size, patch), grid_of(new_size, patch)
         # A crop of another size has voxels as large as before: fixed positions go on. A whole image has not.
         go_on = config.get("pos_embed") == "sincos" and len(new_size) == 3
@@ -303,11 +302,7 @@ def transfer_encoder(
 
 
 def _load(encoder: nn.Module, state: Mapping[str, Tensor], adapted: dict[str, str]) -> LoadReport:
-    """Load the weights that fit ``encoder`` and report on the rest.
-
-    Raises:
-        CheckpointError: a key differs in shape.
-    """
+    """Load the weights that fit ``encoder``, refuse those of another shape, and report on the rest."""
     wanted = encoder.state_dict()
     check_shapes({k: v for k, v in state.items() if k in wanted}, {k: wanted[k] for k in state if k in wanted})
     report = LoadReport(
@@ -354,16 +349,12 @@ def init_encoder(encoder: nn.Module, path: str | Path) -> LoadReport:
     """
     config: Mapping[str, Any] = encoder.config  # type: ignore[assignment]
     state = read_foreign(path, class_token=bool(config.get("class_token")))
-    arguments = dict(config)
+    arguments, patch = dict(config), patch_sides(config["patch_size"], len(config["image_size"]))
     if "pos_embed" in state:
         side = math.isqrt(state["pos_embed"].shape[1])
-        patch = config["patch_size"]
-        first, second = (patch, patch) if isinstance(patch, int) else patch
-        if side**2 == state["pos_embed"].shape[1] != math.prod(grid_of(config["image_size"], (first, second))):
-            arguments["image_size"] = [side * first, side * second]
-    patch = config["patch_size"]
-    values = patch**2 if isinstance(patch, int) else math.prod(patch)
-    arguments["in_channels"] = max(state["patch_embed.proj.weight"].shape[1] // values, 1)
+        if side**2 == state["pos_embed"].shape[1] != math.prod(grid_of(config["image_size"], patch)):
+            arguments["image_size"] = [side * length for length in patch]
+    arguments["in_channels"] = max(state["patch_embed.proj.weight"].shape[1] // math.prod(patch), 1)
     return transfer_encoder(StoredEncoder("", arguments, state, [], {}), encoder, new_channels="mean")
 
 

@@ -20,11 +20,7 @@ def run(archive: Archive, ckpt: str, out: str) -> None:
     """Carry out ``medmim embed``: mean over the tokens of the central crop, one row per case.
 
     How channels were matched is logged, and kept in the file's metadata under ``channels``, as JSON.
-
-    Args:
-        archive: The archive, with all settings that training would have.
-        ckpt: Run folder, checkpoint or export.
-        out: Parquet file to write.
+    ``archive`` has all settings that training would have; ``ckpt`` is a run folder, a checkpoint or an export.
     """
     datamodule = archive.datamodule()
     datamodule.prepare_data()

@@ -1,6 +1,5 @@
 """Broken members of an archive: one row each, counted, never hidden, fatal only when there are too many."""
 
-import csv
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -8,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import TooManyFaultsError
-from common.files import whole_file
 from common.pseudonyms import pseudonym
+from common.runtime.reporting import write_rows
 
 #: The part of a file's name that a pseudonym keeps: its type, which identifies nobody.
 _SUFFIX = re.compile(r"\.(nii|mha|mhd|dcm|png|jpe?g|tiff?|bmp|txt|xml|json|csv|npy)(\.gz)?$", re.IGNORECASE)
@@ -128,12 +127,7 @@ class FaultLedger:
 
     def write(self, path: Path) -> None:
         """Write all faults as CSV, completely or not at all."""
-        with (
-            whole_file(path) as temporary,
-            temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-        ):
-            writer = csv.writer(file)
-            writer.writerow(FIELDS)
-            for fault in self.faults:
-                detail = "" if self.anonymise else fault.detail  # which may name files
-                writer.writerow([self.shown_path(fault), fault.kind, detail, fault.rank, fault.worker])
+        details = ("" if self.anonymise else fault.detail for fault in self.faults)  # which may name files
+        rows = [(self.shown_path(fault), fault.kind, detail, fault.rank, fault.worker)
+                for fault, detail in zip(self.faults, details, strict=True)]  # fmt: skip
+        write_rows(path, [dict(zip(FIELDS, row, strict=True)) for row in rows], FIELDS)

@@ -25,6 +25,16 @@ def fullest_slice(volume: Tensor) -> int:
     return int(max(range(volume.shape[-1]), key=lambda i: (float(count[i]), -offset[i])))
 
 
+def _axial_panel(
+    subject: str, index: int, target: Tensor, hidden: Tensor, prediction: Tensor, filled: Tensor | None = None
+) -> Panel:
+    """Cut an axial slice out of volumes ``(X, Y, Z)``."""
+    title = f"{subject}, axial slice {index + 1} of {target.shape[-1]}"
+    shown, guess = axial(target, index), axial(prediction, index)
+    seen = None if filled is None else axial(filled, index)
+    return Panel(title, shown, axial(hidden, index) > 0.5, guess, ("R", "L"), seen)
+
+
 def image_panel(subject: str, target: Tensor, hidden: Tensor, prediction: Tensor) -> Panel:
     """Show an image as it is stored: for a frontal radiograph, the patient's right on the left.
 
@@ -72,17 +82,9 @@ def volume_panels(
         prediction: ``(C, X, Y, Z)``, true values where visible.
     """
     index = fullest_slice(target)
-    return {
-        name: Panel(
-            f"{subject}, axial slice {index + 1} of {target.shape[-1]}",
-            axial(target[channel], index),
-            axial(hidden[channel], index) > 0.5,
-            axial(prediction[channel], index),
-            ("R", "L"),
-        )
-        for channel, name in enumerate(names)
-        if bool(acquired[channel])
-    }
+    volumes = zip(names, target, hidden, prediction, strict=True)
+    return {name: _axial_panel(subject, index, *parts)
+            for (name, *parts), there in zip(volumes, acquired.tolist(), strict=True) if there}  # fmt: skip
 
 
 def filled_panel(subject: str, target: Tensor, hidden: Tensor, filled: Tensor, prediction: Tensor) -> Panel:
@@ -95,12 +97,4 @@ def filled_panel(subject: str, target: Tensor, hidden: Tensor, filled: Tensor, p
         filled: ``(1, X, Y, Z)``, what the encoder saw.
         prediction: ``(1, X, Y, Z)``, true values where visible.
     """
-    index = fullest_slice(target)
-    return Panel(
-        f"{subject}, axial slice {index + 1} of {target.shape[-1]}",
-        axial(target[0], index),
-        axial(hidden[0], index) > 0.5,
-        axial(prediction[0], index),
-        ("R", "L"),
-        axial(filled[0], index),
-    )
+    return _axial_panel(subject, fullest_slice(target), target[0], hidden[0], prediction[0], filled[0])

@@ -76,11 +76,7 @@ def _key() -> bytes:
 
 @lru_cache(maxsize=4)
 def _stored_key(path: Path) -> bytes:
-    """Read the key, or create it if missing; of several processes only one creates it.
-
-    Raises:
-        StorageError: it cannot be read or made, is damaged, or others may read it.
-    """
+    """Read the key, or create it if missing; of several processes only one creates it."""
     if not path.exists():
         _make_key(path)
     with storage_errors(path, "read"):
@@ -99,11 +95,7 @@ def _stored_key(path: Path) -> bytes:
 
 
 def _make_key(path: Path) -> None:
-    """Write a new key under a temporary name and link it into place, which fails if another process was faster.
-
-    Raises:
-        StorageError: the folder cannot be written.
-    """
+    """Write a new key under a temporary name and link it into place, which fails if another process was faster."""
     make_folder(path.parent)
     temporary = temporary_beside(path)
     with storage_errors(path):

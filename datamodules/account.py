@@ -174,12 +174,7 @@ class Account:
         return lines[:_MAX_LINES]
 
     def write(self, path: Path, examples: bool = True) -> None:
-        """Write the account as CSV.
-
-        Args:
-            path: The file.
-            examples: Whether to name files; names may identify patients.
-        """
+        """Write the account as CSV; ``examples`` names files, whose names may identify patients."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
             writer = csv.writer(file)

@@ -4,6 +4,7 @@ The command line wins over this file, and this file over an experiment's configu
 that ``01`` is not 1 and ``no`` is a word; numbers are numbers where a key asks for one.
 """
 
+import contextlib
 import math
 import os
 import re
@@ -32,8 +33,8 @@ LAYOUT_KEYS = ("modalities", "ignore", "masks", "subject", "table", "columns", "
 OWN_KEYS = (*LAYOUT_KEYS, "session", "grid", "targets")
 #: Values that say what goes without saying, so that no layout needs to know the key.
 _PLAIN = {"subject": "sub", "session": "ses", "missing": "refuse", "uneven": "refuse"}
-#: Makes what a key means of what it says, where a room has to.
-_PARSERS = {"series": "datamodules.dicom.rules:parse_rules"}
+#: The room that makes rules of what stands under ``series``; imported only where there are some.
+_SERIES_ROOM = "datamodules.dicom.rules"
 
 #: Checks a value and returns it as it is used; raises :class:`_Wrong` where it is of another type.
 Check = Callable[[Any, str], Any]
@@ -56,32 +57,24 @@ def _text(value: Any, where: str) -> str:
 
 
 def _number(value: Any, where: str) -> float:
-    try:
-        number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        _refuse(where, "a number", value)
-    return number
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            if math.isfinite(number := float(value)):
+                return number
+    _refuse(where, "a number", value)
 
 
 def _whole(least: int) -> Check:
     def check(value: Any, where: str) -> int:
-        text = str(value)
-        if isinstance(value, bool) or not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) < least:
+        if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,9}", str(value)) or int(value) < least:
             _refuse(where, f"a whole number from {least} on", value)
-        return int(text)
+        return int(value)
 
     return check
 
 
 def _one_of(*words: str) -> Check:
-    def check(value: Any, where: str) -> str:
-        if value not in words:
-            _refuse(where, " or ".join(words), value)
-        return str(value)
-
-    return check
+    return lambda value, where: value if value in words else _refuse(where, " or ".join(words), value)
 
 
 def _list_of(check: Check, count: int | None = None, least: int = 0) -> Check:
@@ -147,18 +140,12 @@ def _subject(value: Any, where: str) -> str | dict[str, str]:
     return rule
 
 
-def _shares(value: Any, where: str) -> list[float]:
-    shares: list[float] = _list_of(_number, 3)(value, where)
-    if min(shares) < 0 or not math.isclose(sum(shares), 1, abs_tol=1e-6):
-        _refuse(where, "three shares that sum to 1 (train, val, test)", value)
-    return shares
+def _three(wanted: str, holds: Callable[[list[float]], bool]) -> Check:
+    def check(value: Any, where: str) -> list[float]:
+        numbers: list[float] = _list_of(_number, 3)(value, where)
+        return numbers if holds(numbers) else _refuse(where, wanted, value)
 
-
-def _spacing(value: Any, where: str) -> list[float]:
-    sides: list[float] = _list_of(_number, 3)(value, where)
-    if min(sides) <= 0:
-        _refuse(where, "three lengths above 0 in mm", value)
-    return sides
+    return check
 
 
 def _inside(value: Any, where: str) -> str:
@@ -169,16 +156,14 @@ def _inside(value: Any, where: str) -> str:
 
 
 def _version(value: Any, where: str) -> int:
-    if str(value) != str(VERSION):
-        _refuse(where, f"{VERSION}, the only version there is", value)
-    return VERSION
+    return VERSION if str(value) == str(VERSION) else _refuse(where, f"{VERSION}, the only version there is", value)
 
 
 def _series(value: Any, where: str) -> list[Mapping[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(rule, Mapping) for rule in value):
         _refuse(where, "a list of rules, such as {description: mprage, modality: t1}", value)
     try:
-        _parse("series", value)
+        _parse_series(value)
     except (DataError, TypeError) as error:
         raise _Wrong(str(error).removesuffix(".")) from error
     return value
@@ -186,7 +171,10 @@ def _series(value: Any, where: str) -> list[Mapping[str, Any]]:
 
 _TARGET = _fields(table=_text, column=_text, kind=_one_of("classification", "regression"),
                   classes=_list_of(_text, least=2), merge=_mapping_of(_list_of(_text, least=1)))  # fmt: skip
-_SPLIT = _fields(file=_text, fractions=_shares, seed=_whole(0), ids=_one_of("exact", "pad"),
+_SHARES = _three("three shares that sum to 1 (train, val, test)",
+                 lambda shares: min(shares) >= 0 and math.isclose(sum(shares), 1, abs_tol=1e-6))  # fmt: skip
+_SPACING = _three("three lengths above 0 in mm", lambda sides: min(sides) > 0)
+_SPLIT = _fields(file=_text, fractions=_SHARES, seed=_whole(0), ids=_one_of("exact", "pad"),
                  unlisted=_one_of("refuse", "ignore"))  # fmt: skip
 _VOXELS = _fields(intensity=_mapping_of(_text), nan=_one_of("refuse", "zero"), complex=_one_of("refuse", "magnitude"),
                   header=_one_of("refuse", "sform", "qform"))  # fmt: skip
@@ -202,7 +190,7 @@ SCHEMA: dict[str, Check] = {
     "subject": _subject,
     "session": _text,
     "split": _SPLIT,
-    "grid": _fields(reference=_text, spacing=_spacing),
+    "grid": _fields(reference=_text, spacing=_SPACING),
     "voxels": _VOXELS,
     "series": _series,
     "pipeline": _inside,
@@ -218,10 +206,6 @@ SCHEMA: dict[str, Check] = {
 
 def checked(content: Any, source: object = "data.archive") -> dict[str, Any]:
     """Check what is said about an archive, and return it with numbers where they belong and without what is null.
-
-    Args:
-        content: What is said, by key.
-        source: Where it stands, for the refusal.
 
     Raises:
         DataError: an unknown key (names the nearest), or a value of another type.
@@ -327,12 +311,8 @@ def archive_file_of(root: str | Path) -> ArchiveFile | None:
     return found
 
 
-def _parse(key: str, value: Any) -> Any:
-    """Make what a key means of what it says."""
-    if key not in _PARSERS:
-        return tuple(value) if isinstance(value, list) else value
-    module, _, function = _PARSERS[key].partition(":")
-    return getattr(import_module(module), function)(value)
+def _parse_series(rules: Sequence[Mapping[str, Any]]) -> Any:
+    return import_module(_SERIES_ROOM).parse_rules(rules)
 
 
 def settings_of(content: Mapping[str, Any]) -> Settings:
@@ -348,4 +328,7 @@ def settings_of(content: Mapping[str, Any]) -> Settings:
     known = {field.name for field in fields(Settings)}
     if strange := [key for key in said if key not in known]:
         raise DataError(f"No layout takes {strange[0]}: leave it out of {NAME}.")
-    return Settings(**{key: _parse(key, value) for key, value in said.items()})
+    if "series" in said:
+        said["series"] = _parse_series(said["series"])
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()}
+    return Settings(**given)

@@ -125,14 +125,7 @@ def _report_counts(ledger: FaultLedger, found: Sequence[Member], item_name: str,
 
 
 def report_faults(terms: Terms, found: Sequence[Member], item_name: str, unit: str = "pixel") -> list[str]:
-    """Print the faults, the empty splits and the size of the cache; return why training would refuse the archive.
-
-    Args:
-        terms: What training requires.
-        found: One entry per member in use.
-        item_name: What members are called, plural.
-        unit: What members are made of.
-    """
+    """Print the faults, the empty splits and the size of the cache; return why training would refuse the archive."""
     ledger = FaultLedger(terms.max_fraction, terms.anonymise)
     ledger.num_samples = len(found)
     ledger.add(fault for member in found for fault in member.faults)

@@ -62,10 +62,6 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
 
     gzip is recognised by its first bytes: browsers decompress downloads but keep their names.
 
-    Args:
-        path: The file.
-        limit: Most bytes, decompressed.
-
     Raises:
         DataError: it is not a regular file, cannot be read, is damaged or larger than the limit.
     """
@@ -87,11 +83,7 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
 
 
 def _read_up_to(file: BinaryIO | gzip.GzipFile, limit: int, path: Path) -> bytes:
-    """Read a file in pieces, so that memory is never allocated on a header's promise.
-
-    Raises:
-        DataError: it is larger than the limit.
-    """
+    """Read a file in pieces, so that memory is never allocated on a header's promise."""
     parts: list[bytes] = []
     total = 0
     while part := file.read(_CHUNK):
@@ -124,10 +116,6 @@ def zipped_member(path: Path) -> bytes:
 
 def decoded(data: bytes, place: str) -> str:
     """Decode UTF-8, with or without a byte order mark.
-
-    Args:
-        data: The bytes.
-        place: Their name in error messages.
 
     Raises:
         DataError: they are not UTF-8, or hold a zero byte; the message names line and byte.
@@ -182,10 +170,6 @@ def first_line(path: Path) -> str:
 def parse_json(text: str, place: str) -> Any:
     """Parse JSON; numbers are kept as text, and Python's NaN becomes null.
 
-    Args:
-        text: The document.
-        place: Its name in error messages.
-
     Raises:
         DataError: it is not JSON, is nested too deeply, has a duplicate key, or holds invalid characters.
     """
@@ -210,11 +194,7 @@ def parse_json(text: str, place: str) -> Any:
 
 
 def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dictionary from an object's members.
-
-    Raises:
-        ValueError: a key occurs twice.
-    """
+    """Make a dictionary from an object's members."""
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
@@ -224,11 +204,7 @@ def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_characters(text: str) -> None:
-    """Refuse unpaired surrogates and the zero character, which escapes can produce.
-
-    Raises:
-        ValueError: there is such a character.
-    """
+    """Refuse unpaired surrogates and the zero character, which escapes can produce."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -262,10 +238,6 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def parse_xml(text: str, place: str) -> ElementTree.Element | None:
     """Parse an XML document; None if it is not well-formed.
-
-    Args:
-        text: The document.
-        place: Its name in error messages.
 
     Raises:
         DataError: it declares entities, which can expand a short document without bound.

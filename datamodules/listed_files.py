@@ -13,11 +13,6 @@ _MAX_PATH = 4000
 def path_under(root: Path, name: str, source: object) -> Path:
     """Return the path of a file that a table or a manifest names.
 
-    Args:
-        root: Base of the name.
-        name: The name.
-        source: Where it is listed, for error messages.
-
     Raises:
         DataError: it is absolute, contains ``..``, or is not a valid file name.
     """

@@ -115,15 +115,7 @@ def _resolved(root: str) -> str:
 def make_membership(
     rows: Iterable[Row], root: str, setting: str, hidden: bool, before: Membership | None = None
 ) -> Membership:
-    """Record the members of an archive, under pseudonyms if names are hidden.
-
-    Args:
-        rows: With plain names.
-        root: The archive.
-        setting: How splits were made.
-        hidden: Whether names are hidden.
-        before: The membership of the run whose encoder this one starts from.
-    """
+    """Record the members of an archive, under pseudonyms if names are hidden."""
     if not hidden:
         return Membership(tuple(rows), _resolved(root), setting, before=before)
     keyed = (row._replace(case_id=pseudonym(row.case_id), patient_id=pseudonym(row.patient_id)) for row in rows)
@@ -134,12 +126,6 @@ def resumed_parts(
     stored: Membership, cases: Sequence[Member], setting: str, changed_archive: ChangedArchive
 ) -> dict[str, str]:
     """Return the splits that a run began with; new cases get none.
-
-    Args:
-        stored: The run's membership.
-        cases: The present cases.
-        setting: How splits are made now.
-        changed_archive: Whether to continue if a member is missing or the setting differs.
 
     Raises:
         DataError: a member is missing or splits are made differently, and ``changed_archive`` does not allow it; or
@@ -170,11 +156,6 @@ def resumed_parts(
 
 def inherited_parts(stored: Membership, cases: Sequence[Member], parts: Mapping[str, str]) -> dict[str, str]:
     """Keep the split that another run assigned to a patient; only new patients keep the given one.
-
-    Args:
-        stored: The other run's membership.
-        cases: The cases.
-        parts: Their splits otherwise.
 
     Raises:
         DataError: names cannot be compared.
@@ -240,13 +221,7 @@ class Seen(NamedTuple):
 
 
 def seen_patients(earlier: Membership, rows: Sequence[Row], root: str) -> Seen:
-    """Find the patients of some rows that earlier runs were trained on.
-
-    Args:
-        earlier: Membership of the run whose weights are used; earlier runs count as well.
-        rows: Rows of one split, with plain names.
-        root: Their archive.
-    """
+    """Find the patients of some rows, of one split, with plain names, that earlier runs were trained on."""
     certain: set[str] = set()
     possible: set[str] = set()
     for run in earlier.chain():
@@ -269,14 +244,7 @@ def used_rows(
     splits: Mapping[str, Sequence[Any]],
     sources: Mapping[str, tuple[str, ...]],
 ) -> list[Row]:
-    """Return the rows of all assigned cases.
-
-    Args:
-        cases: The cases.
-        parts: Their splits.
-        splits: The cases in use.
-        sources: Check sums of the files of each case.
-    """
+    """Return the rows of all assigned cases, with the check sums of their files (``sources``)."""
     used = {(name, case.patient_id) for name in SPLITS for case in splits.get(name, ())}
     return [
         Row(

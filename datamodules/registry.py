@@ -4,11 +4,13 @@ A layout says what the files of an archive are; a profile says how they are prep
 and every layout that gives it can be read. A layout's module is imported only when it is used.
 """
 
+import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
 from importlib import import_module
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +21,8 @@ from datamodules.tree import Tree
 
 #: What a layout gives and a data module needs.
 VOCABULARY = ("volumes", "images", "text", "targets", "masks", "questions", "genetics", "views", "sessions")
+#: What a record keeps under another name.
+_ELSEWHERE = {"questions": "answers", "sessions": "session"}
 #: Most characters of an error message.
 MAX_SENTENCE = 300
 
@@ -256,20 +260,11 @@ class Archive:
     @cached_property
     def gives(self) -> frozenset[str]:
         """Kinds of data held by at least one sample."""
-        found = set()
-        for record in self.records:
-            present = {
-                "volumes": record.volumes,
-                "images": record.images,
-                "text": record.text,
-                "targets": record.targets,
-                "masks": record.masks,
-                "questions": record.answers,
-                "views": any(view for _, view in record.images),
-                "sessions": record.session,
-            }
-            found |= {name for name, value in present.items() if value}
-        return frozenset(found)
+        plain = [name for name in VOCABULARY if name not in _ELSEWHERE]
+        found = {name for record in self.records for name in plain if getattr(record, name, None)}
+        found |= {name for name, at in _ELSEWHERE.items() if any(getattr(record, at) for record in self.records)}
+        views = any(view for record in self.records for _, view in record.images)
+        return frozenset(found | {"views"} if views else found)
 
 
 class Listing(NamedTuple):
@@ -318,10 +313,6 @@ class Layout:
     public: bool = True
     prefer: int = 0
 
-    def recognise(self, tree: Tree) -> Evidence:
-        """Return the evidence that a tree has this layout."""
-        return self.evidence(tree)
-
     def read(self, tree: Tree, settings: Settings = NO_SETTINGS) -> Archive:
         """List the content of a tree.
 
@@ -341,12 +332,7 @@ class Layout:
 
 
 def marked(*marks: str | tuple[str, ...], score: int = 3) -> Callable[[Tree], Evidence]:
-    """Make the evidence function of a layout identified by its files: each mark is a pattern, or several alternatives.
-
-    Args:
-        *marks: Patterns, each of which must match a file or folder.
-        score: Evidence if they do.
-    """
+    """Make the evidence of a layout told by its files: a pattern each, or several alternatives, all of which match."""
 
     def evidence(tree: Tree) -> Evidence:
         found, missing = [], []
@@ -387,61 +373,14 @@ class Entry(NamedTuple):
         return layout
 
 
-def _entry(name: str, at: str, gives: str, labels: str = "", title: str = "") -> Entry:
+def _entry(name: str, at: str, gives: str, labels: str, title: str) -> Entry:
     return Entry(name, f"datamodules.{at}", frozenset(gives.split()), labels and f"datamodules.{labels}", title)
 
 
-#: Every layout, and the only list of them.
-LAYOUTS: tuple[Entry, ...] = (
-    _entry("brats2023", "volumes.brats:BRATS2023", "volumes masks", title="BraTS 2023"),
-    _entry("brats2021", "volumes.brats:BRATS2021", "volumes masks", title="BraTS 2021"),
-    _entry("pi_cai", "volumes.pi_cai:PI_CAI", "volumes masks targets", title="PI-CAI"),
-    _entry("lung", "volumes.folder:LUNG", "volumes masks targets"),
-    _entry("folder", "volumes.folder:FOLDER", "volumes masks targets sessions"),
-    _entry("bids", "volumes.bids:BIDS", "volumes images masks targets sessions", title="BIDS"),
-    _entry("msd", "volumes.decathlon:MSD", "volumes masks", title="Medical Decathlon"),
-    _entry("nnunet", "volumes.decathlon:NNUNET", "volumes images masks", title="nnU-Net"),
-    _entry("ucsf_pdgm", "brain.layouts:UCSF_PDGM", "volumes masks", title="UCSF-PDGM"),
-    _entry("upenn_gbm", "brain.layouts:UPENN_GBM", "volumes masks", title="UPENN-GBM"),
-    _entry("ixi", "brain.layouts:IXI", "volumes", title="IXI"),
-    _entry("isles22", "brain.layouts:ISLES22", "volumes masks", title="ISLES 2022"),
-    _entry("mrbrains13", "brain.layouts:MRBRAINS13", "volumes masks", title="MRBrainS13"),
-    _entry("vsseg", "brain.layouts:VSSEG", "volumes masks", title="VSSeg"),
-    _entry("adni", "brain.layouts:ADNI", "volumes", title="ADNI"),
-    _entry("indi", "brain.layouts:INDI", "volumes", title="INDI"),
-    _entry("sources", "brain.layouts:SOURCES", "volumes masks"),
-    _entry("brain_manifest", "brain.layouts:MANIFEST", "volumes masks"),
-    _entry("dicom", "dicom.layout:DICOM", "volumes images views sessions", title="DICOM"),
-    _entry("images", "images.plain:IMAGES", "images views sessions", title="plain image"),
-    _entry("class_folders", "images.plain:CLASS_FOLDERS", "images targets views sessions", title="class folder"),
-    _entry("mimic_cxr", "reports.mimic_cxr:MIMIC_CXR", "images text views targets", title="MIMIC-CXR"),
-    _entry("open_i", "reports.open_i:OPEN_I", "images text", title="Open-I"),
-    _entry("covid_cxr", "reports.covid_cxr:COVID_CXR", "images text views",
-           "labelled.covid:CovidFindings", "COVID-19 image collection"),
-    _entry("manifest", "images.table:MANIFEST", "images text views targets masks sessions"),
-    _entry("table", "images.table:TABLE", "images text views targets masks sessions", "labelled.layout:LabelledTable"),
-    _entry("medicat", "reports.medicat:MEDICAT", "images text", title="MedICaT"),
-    _entry("medicat_all", "reports.medicat:MEDICAT_ALL", "images text", title="MedICaT"),
-    _entry("roco", "reports.roco:ROCO", "images text", title="ROCO"),
-    _entry("medicat_roco", "reports.roco:MEDICAT_ROCO", "images text"),
-    _entry("melinda", "reports.melinda:MELINDA", "images text", title="MELINDA"),
-    _entry("vqa_rad", "pairs.vqa:VQA_RAD", "images text questions", title="VQA-RAD"),
-    _entry("slake", "pairs.vqa:SLAKE", "images text questions", title="SLAKE"),
-    _entry("vqa_med_2019", "pairs.vqa:VQA_MED", "images text questions", title="VQA-Med-2019"),
-    _entry("ukb", "genetics.ukb:UKB", "images genetics targets", "genetics.ukb:UKBRisk", "UK Biobank"),
-    _entry("tcga_gbmlgg", "genetics.tcga:TCGA", "images genetics targets", "genetics.tcga:TCGAGrade", "TCGA GBM-LGG"),
-    _entry("idrid", "labelled.fundus:IDRID", "images targets", "labelled.fundus:IDRiD", "IDRiD"),
-    _entry("aptos2019", "labelled.fundus:APTOS", "images targets", "labelled.fundus:APTOS2019", "APTOS 2019"),
-    _entry("eyepacs2015", "labelled.fundus:EYEPACS", "images targets", "labelled.fundus:EyePACS2015", "EyePACS 2015"),
-    _entry("rfmid", "labelled.fundus:RFMID", "images targets", "labelled.fundus:RFMiD", "RFMiD"),
-    _entry("palm", "labelled.palm:PALM", "images masks", "labelled.palm:PALMStructures", "PALM"),
-    _entry("chexpert", "labelled.chexpert:CHEXPERT", "images targets views", "labelled.chexpert:CheXpert", "CheXpert"),
-    _entry("nih_cxr14", "labelled.nih_cxr:NIH_CXR14", "images targets",
-           "labelled.nih_cxr:NIHChestXray14", "NIH ChestX-ray14"),
-    _entry("rsna_pneumonia", "labelled.rsna:RSNA", "images targets", "labelled.rsna:RSNAPneumonia", "RSNA Pneumonia"),
-    _entry("siim_pneumothorax", "labelled.siim:SIIM", "images targets masks",
-           "labelled.siim:SIIMPneumothorax", "SIIM-ACR"),
-)  # fmt: skip
+#: Every layout, and the only list of them: ``layouts.csv``.
+LAYOUTS: tuple[Entry, ...] = tuple(
+    _entry(**row) for row in csv.DictReader(files("datamodules").joinpath("layouts.csv").read_text().splitlines())
+)
 
 
 def entry_of(name: str) -> Entry:
@@ -487,19 +426,11 @@ class _Match(NamedTuple):
 
 
 def _matches(tree: Tree, entries: Iterable[Entry]) -> list[_Match]:
-    found = []
-    for entry in entries:
-        layout = entry.load()
-        found.append(_Match(entry, layout, layout.recognise(tree)))
-    return found
+    return [_Match(entry, layout := entry.load(), layout.evidence(tree)) for entry in entries]
 
 
 def _best(tree: Tree, matches: Sequence[_Match]) -> _Match | None:
-    """Return the match with the strongest evidence; None without a match.
-
-    Raises:
-        DataError: several are equally strong.
-    """
+    """Return the match with the strongest evidence; None without a match."""
     found = [match for match in matches if match.evidence.score]
     if not found:
         return None
@@ -602,27 +533,13 @@ def open_archive(
     return archive
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file; numbers are kept as text.
-
-    Raises:
-        DataError: it cannot be read, or is not an object.
-    """
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise DataError(f"{path} is not a JSON object.")
-    return content
-
-
 def described(tree: Tree, name: str, *keys: str) -> dict[str, Any] | None:
     """Return the object in a JSON file of a tree if it has all keys; otherwise None."""
-    if not tree.is_file(name):
-        return None
     try:
-        content = read_object(tree / name)
+        content = read_json(tree / name) if tree.is_file(name) else None
     except DataError:
         return None
-    return content if all(key in content for key in keys) else None
+    return content if isinstance(content, dict) and all(key in content for key in keys) else None
 
 
 #: Share of DICOM among files that are not text, from which on a tree counts as DICOM.

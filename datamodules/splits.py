@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold
 
 from common.errors import DataError
@@ -89,11 +91,6 @@ class SplitFile:
         return cls(**given)  # type: ignore[arg-type]
 
 
-def hash_order(names: Iterable[str], seed: int) -> list[str]:
-    """Return distinct names in the order of xxh3(seed, name), independent of other names."""
-    return sorted(set(names), key=lambda name: (stable_hash(seed, name), name))
-
-
 def ordered_patients(patients: Iterable[str], seed: int, strata: Mapping[str, str] | None = None) -> list[str]:
     """Return the distinct patients in one seeded order, independent of their order of input.
 
@@ -103,7 +100,7 @@ def ordered_patients(patients: Iterable[str], seed: int, strata: Mapping[str, st
         strata: Stratum of each patient; every stretch of the order then has about the same share of each. Within a
             stratum it is the hash order, and a hash of the stratum's name decides where it begins.
     """
-    order = hash_order(patients, seed)
+    order = sorted(set(patients), key=lambda name: (stable_hash(seed, name), name))
     if strata is None:
         return order
     members: dict[str, list[str]] = {}
@@ -180,11 +177,7 @@ def read_split_file(path: Path) -> tuple[str, dict[str, str]]:
 
 
 def _split_by_file(cases: Sequence[Member], given: SplitFile) -> dict[str, str]:
-    """Return the split of every case listed in a file, and print how the two joined.
-
-    Raises:
-        DataError: the file names none of the cases, puts a patient into several splits, or lacks more than 1 % of them.
-    """
+    """Return the split of every case listed in a file, and print how the two joined."""
     path = Path(given.file)
     key, listed = read_split_file(path)
     name_of = {case.case_id: case.case_id if key == "case_id" else case.patient_id for case in cases}
@@ -228,11 +221,9 @@ def check_unique(cases: Sequence[Member]) -> None:
     Raises:
         DataError: names the first.
     """
-    seen: set[str] = set()
-    for case in cases:
-        if case.case_id in seen:
-            raise DataError(f"The case {public_name(case.case_id)} is there twice; keep one copy under the root.")
-        seen.add(case.case_id)
+    counts = Counter(case.case_id for case in cases)
+    if twice := next((name for name, count in counts.items() if count > 1), None):
+        raise DataError(f"The case {public_name(twice)} is there twice; keep one copy under the root.")
 
 
 def assign_splits(
@@ -295,24 +286,13 @@ def nested_fraction(
 
 
 def joined_groups(memberships: Sequence[Sequence[str]]) -> list[int]:
-    """Number the groups of items that share a name, directly or indirectly.
-
-    Args:
-        memberships: The names of each item; empty names join nothing.
-    """
-    leader: dict[str, str] = {}
-
-    def find(name: str) -> str:
-        while leader.setdefault(name, name) != name:
-            name = leader[name]
-        return name
-
-    for names in memberships:
-        roots = [find(name) for name in names if name]
-        for root in roots[1:]:
-            leader[root] = roots[0]
-    numbers: dict[str, int] = {}
-    return [numbers.setdefault(find(next(name for name in names if name)), len(numbers)) for names in memberships]
+    """Number the groups of items that share a name, directly or indirectly; empty names join nothing."""
+    places = {name: place for place, name in enumerate(dict.fromkeys(name for names in memberships for name in names))}
+    total = len(memberships)
+    edges = [(item, total + places[name]) for item, names in enumerate(memberships) for name in names if name]
+    ends = np.array(edges, dtype=np.int64).reshape(-1, 2).T
+    matrix = coo_array((np.ones(len(edges)), (ends[0], ends[1])), shape=(total + len(places), total + len(places)))
+    return connected_components(matrix, directed=False)[1][:total].tolist()
 
 
 def patients_of_files(files: Sequence[str], patients: Sequence[str]) -> list[str]:
@@ -334,12 +314,6 @@ def patients_of_files(files: Sequence[str], patients: Sequence[str]) -> list[str
 
 def fold_of_each(strata: Sequence[str], groups: Sequence[int], num_folds: int, seed: int) -> list[int]:
     """Assign items to folds: no group in two of them, strata spread evenly.
-
-    Args:
-        strata: Stratum of each item, such as its class.
-        groups: Group of each item.
-        num_folds: Number of folds.
-        seed: Seed of the shuffle.
 
     Raises:
         DataError: a stratum has fewer groups than there are folds.
@@ -405,13 +379,7 @@ def repaired_split(cases: Sequence[Member], listed: Mapping[str, Sequence[str]])
 def relatives_together(
     cases: Sequence[Member], parts: Mapping[str, str], pairs: Sequence[tuple[str, str]]
 ) -> dict[str, str]:
-    """Put relatives, and their relatives, into one split: test before val before train.
-
-    Args:
-        cases: The cases.
-        parts: Split of each case; no patient is divided.
-        pairs: Pairs of related patients.
-    """
+    """Put relatives, and their relatives, into one split: test before val before train."""
     used = [case for case in cases if case.case_id in parts]
     patients = sorted({case.patient_id for case in used})
     known = set(patients)

@@ -8,7 +8,7 @@ Violations are refused with their line and never corrected, as a wrong subject i
 import csv
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -84,11 +84,7 @@ def _delimiter_of(text: str) -> str:
 
 
 def _plain_table(text: str, place: str, delimiter: str) -> pd.DataFrame | None:
-    """Parse a table without quotes, ten times as fast as row by row; None if it is malformed.
-
-    Raises:
-        DataError: two columns with the same name.
-    """
+    """Parse a table without quotes, ten times as fast as row by row; None if it is malformed."""
     head = text[:MAX_CELL].lstrip("\n").partition("\n")[0].split(delimiter)
     if not any(name.strip() for name in head):
         return None
@@ -112,11 +108,7 @@ def _plain_table(text: str, place: str, delimiter: str) -> pd.DataFrame | None:
 
 
 def _quoted_table(text: str, place: str, delimiter: str, quotes: bool, skipped: int) -> pd.DataFrame:
-    """Parse a table row by row; see :func:`parse_table`.
-
-    Raises:
-        DataError: a rule of tables is broken; the message names the line.
-    """
+    """Parse a table row by row; see :func:`parse_table`."""
     csv.field_size_limit(MAX_CELL)
     quoting: Any = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     ended = (line + "\n" for line in text.split("\n"))
@@ -132,7 +124,9 @@ def _quoted_table(text: str, place: str, delimiter: str, quotes: bool, skipped: 
                 columns = _Columns([name.strip() for name in row], place)
                 continue
             if len(row) != columns.width:
-                raise DataError(_miscounted(place, skipped + first, len(row), columns.width))
+                raise DataError(f"{place} line {skipped + first} has {len(row)} fields, the header has "
+                                f"{columns.width}: correct the line, or put quotes around a cell that holds the "
+                                f"character between fields.")  # fmt: skip
             if before > first:
                 _check_swallowed(row, delimiter, place, skipped + first, skipped + before)
             columns.add(row)
@@ -141,13 +135,6 @@ def _quoted_table(text: str, place: str, delimiter: str, quotes: bool, skipped: 
     if columns is None:
         raise DataError(f"{place} cannot be read as a table: it is empty.")
     return columns.table()
-
-
-def _miscounted(place: str, line: int, found: int, wanted: int) -> str:
-    return (
-        f"{place} line {line} has {found} fields, the header has {wanted}: correct the line, or put quotes around a "
-        f"cell that holds the character between fields."
-    )
 
 
 def _broken(error: str, place: str, first: int, last: int) -> str:
@@ -174,9 +161,6 @@ def _check_swallowed(row: Sequence[str], delimiter: str, place: str, first: int,
 
     Most such rows break a rule of quotes. This finds the rest, between two stray quotes: every line has enough fields
     and begins with the same kind of name as the row.
-
-    Raises:
-        DataError: names the lines.
     """
     place_of = next(index for index, cell in enumerate(row) if "\n" in cell or "\r" in cell)
     parts = re.split(r"\r\n|\r|\n", row[place_of])
@@ -192,25 +176,20 @@ def _check_swallowed(row: Sequence[str], delimiter: str, place: str, first: int,
         )
 
 
+def _check_unique(place: object, names: Iterable[str]) -> None:
+    if (twice := next((name for name, count in Counter(names).items() if count > 1), None)) is not None:
+        raise DataError(f"{place} has two columns called {short(twice)!r}: rename one of them.")
+
+
 class _Columns:
-    """The columns of a table, filled row by row.
-
-    Args:
-        names: Their names; columns without one are dropped.
-        place: The table's name in error messages.
-
-    Raises:
-        DataError: a name occurs twice.
-    """
+    """The columns of a table, filled row by row."""
 
     def __init__(self, names: Sequence[str], place: str) -> None:
         self.width = len(names)
         self._names = names
         self._rows: list[Sequence[str]] = []
         self._parts: list[list[pa.Array]] = [[] for _ in names]
-        twice = next((name for name, count in Counter(names).items() if count > 1 and name), None)
-        if twice is not None:
-            raise DataError(f"{place} has two columns called {short(twice)!r}: rename one of them.")
+        _check_unique(place, filter(None, names))
 
     def add(self, row: Sequence[str]) -> None:
         """Add a row with one field per name."""
@@ -268,11 +247,7 @@ def read_words(path: Path, names: Sequence[str] | None = None) -> pd.DataFrame:
 
 
 def _json_table(path: Path) -> pd.DataFrame:
-    """Read JSON lines as a table: one column per key, in order of appearance.
-
-    Raises:
-        DataError: a line is not an object, or a name or cell is too long.
-    """
+    """Read JSON lines as a table: one column per key, in order of appearance."""
     rows = [{name: _json_cell(value) for name, value in row.items()} for row in json_lines(path)]
     names = list(dict.fromkeys(name for row in rows for name in row))
     if not names:
@@ -288,17 +263,11 @@ def _json_table(path: Path) -> pd.DataFrame:
 
 def _json_cell(value: Any) -> str:
     """Return the text of a value: null is empty, and numbers are already text."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else "" if value is None else str(value)
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a Parquet file in pieces, with a memory limit.
-
-    Args:
-        path: The file.
-        columns: Columns to read; None: all.
+    """Read a Parquet file, or some of its columns, in pieces, with a memory limit.
 
     Raises:
         DataError: it is missing, damaged, too large, has a duplicate column, or lacks a requested one.
@@ -328,25 +297,15 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def _check_names(path: Path, names: Sequence[str], wanted: Sequence[str]) -> None:
-    """Refuse a file with duplicate column names, or without a requested column.
-
-    Raises:
-        DataError: names it.
-    """
-    twice = next((name for name, count in Counter(names).items() if count > 1), None)
-    if twice is not None:
-        raise DataError(f"{path} has two columns called {short(twice)!r}: rename one of them.")
+    """Refuse a file with duplicate column names, or without a requested column."""
+    _check_unique(path, names)
     missing = [name for name in wanted if name not in names]
     if missing:
         raise DataError(f"{path} has no column {', '.join(missing)}; it has {listing(names)}.")
 
 
 def _unfolded_size(path: Path, column: pa.Array) -> int:
-    """Return the expanded size of a column in bytes, counting repeated texts.
-
-    Raises:
-        DataError: a cell is too long.
-    """
+    """Return the expanded size of a column in bytes, counting repeated texts."""
     if not pa.types.is_dictionary(column.type):
         return column.nbytes
     lengths = pc.binary_length(column.dictionary)
@@ -356,11 +315,7 @@ def _unfolded_size(path: Path, column: pa.Array) -> int:
 
 
 def _parquet_text(path: Path) -> pd.DataFrame:
-    """Read a Parquet file as text; columns of lists or bytes are left out, which is noted.
-
-    Raises:
-        DataError: it is damaged, or a column name occurs twice.
-    """
+    """Read a Parquet file as text; columns of lists or bytes are left out, which is noted."""
     table = read_parquet(path)
     found: dict[str, pd.Series] = {}
     left_out = []
@@ -403,12 +358,7 @@ def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
 
 
 def read_numbers(path: Path, column: pd.Series, what: str) -> pd.Series:
-    """Return a column as float64; NaN for empty or unknown cells.
-
-    Args:
-        path: The table, for error messages.
-        column: Its cells.
-        what: Their description in error messages.
+    """Return a column as float64, NaN for empty or unknown cells; errors say ``what`` they are.
 
     Raises:
         DataError: a cell is not a finite number.

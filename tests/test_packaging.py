@@ -59,7 +59,10 @@ def test_the_wheel_holds_packages_configurations_and_results(tmp_path):
         "datamodules/**/*.py",
         "experiments/**/*.py",
         "experiments/**/*.yaml",
+        "datamodules/**/*.yaml",
         "common/help/*.txt",
+        "datamodules/**/*.csv",
+        "datamodules/**/*.yaml",
     ):
         for path in REPOSITORY.glob(pattern):
             assert path.relative_to(REPOSITORY).as_posix() in names

@@ -124,11 +124,7 @@ class CoAttentionFusion(nn.Module):
         return first_text.attend_self(text, text_mask), first_image.attend_self(image, None)
 
     def forward(
-        self,
-        text: Tensor,
-        image: Tensor,
-        text_mask: Tensor | None,
-        attended: tuple[Tensor, Tensor] | None = None,
+        self, text: Tensor, image: Tensor, text_mask: Tensor | None, attended: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Fuse the streams.
 

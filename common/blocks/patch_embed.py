@@ -10,7 +10,6 @@ which is the order of a convolution's weight.
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 #: Added to a patch's variance when it is standardised.
@@ -26,6 +25,11 @@ def grid_of(image_size: Sequence[int], patch_size: Sequence[int]) -> tuple[int, 
     if any(size % patch or size < patch for size, patch in zip(image_size, patch_size, strict=True)):
         raise ValueError(f"An image of {tuple(image_size)} cannot be cut into patches of {tuple(patch_size)}.")
     return tuple(size // patch for size, patch in zip(image_size, patch_size, strict=True))
+
+
+def patch_sides(patch_size: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    """Return a patch's side along each of ``axes`` axes, of which one number names all."""
+    return (patch_size,) * axes if isinstance(patch_size, int) else tuple(patch_size)
 
 
 def patchify(image: Tensor, patch_size: Sequence[int]) -> Tensor:
@@ -89,7 +93,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.in_channels = in_channels
         self.image_size = tuple(image_size)
-        self.patch_size = (patch_size,) * len(self.image_size) if isinstance(patch_size, int) else tuple(patch_size)
+        self.patch_size = patch_sides(patch_size, len(self.image_size))
         self.grid_size = grid_of(self.image_size, self.patch_size)
         self.num_patches = math.prod(self.grid_size)
         self.proj = nn.Linear(in_channels * math.prod(self.patch_size), embed_dim)
@@ -114,10 +118,3 @@ class PatchEmbed(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """Project ``(B, N, C P)`` or any subset of patches to ``(B, N, E)``."""
         return self.proj(patches)
-
-    @torch.no_grad()
-    def load_conv(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Take the weights of a convolution ``(E, C, *patch_size)``."""
-        self.proj.weight.copy_(conv_to_linear(weight))
-        if bias is not None:
-            self.proj.bias.copy_(bias)

@@ -55,25 +55,19 @@ class Preemption(Checkpoint):
             # Only a plain write is safe here: the signal may have arrived inside a print.
             os.write(2, b"\nstopping: the step is finished and saved first; Ctrl-C again quits at once\n")
 
-    def _install(self, trainer: pl.Trainer) -> None:
-        """Install our signal handlers; Lightning has just installed its own."""
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Install our signal handlers; Lightning has just installed its own (Lightning hook)."""
         for number in SIGNALS:
             signal.signal(number, self._handle)
         # Lightning broadcasts its own flag from the device at every step of a distributed run: a host sync for a flag
         # that can no longer be set.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
+    on_train_start = on_sanity_check_start
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Remember the handlers that were in place before this run (Lightning hook)."""
         self._original = {number: signal.getsignal(number) for number in SIGNALS}
-
-    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Install our signal handlers (Lightning hook)."""
-        self._install(trainer)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Install our signal handlers (Lightning hook)."""
-        self._install(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

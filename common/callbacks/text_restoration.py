@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from common.callbacks.validation import ValidationCallback
 from common.module import SSLModule
 from common.names import printable
-from common.runtime.reporting import log_text
+from common.runtime.reporting import log_text, markdown_table
 from common.types import Reconstruction
 
 _RIGHT, _WRONG = "\N{LARGE GREEN SQUARE}", "\N{LARGE RED SQUARE}"
@@ -101,7 +101,6 @@ class TextRestoration(ValidationCallback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Send the texts to the loggers (Lightning hook)."""
         if self._rows:
-            lines = ["| sample | report, hidden words bold | prediction, truth in italics |", "|---|---|---|"]
             rows = [(_plain(printable(name)), text, filled) for name, text, filled in self._rows]
-            lines += [f"| {' | '.join(row)} |".replace("\n", " ") for row in rows]
-            log_text(trainer, "reconstruction/report", "\n".join(lines))
+            lines = markdown_table(["sample", "report, hidden words bold", "prediction, truth in italics"], rows)
+            log_text(trainer, "reconstruction/report", "\n".join(line.replace("\n", " ") for line in lines))

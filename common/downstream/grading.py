@@ -16,12 +16,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_average_precision, multiclass_cohen_kappa, multiclass_f1_score
 
 from common.distributed import all_reduce_sum
-from common.downstream.classification import (
-    ImageClassifier,
-    auroc_by_class,
-    macro_auroc,
-    masked_binary_cross_entropy,
-)
+from common.downstream.classification import ImageClassifier, auroc_by_class, macro_auroc, masked_binary_cross_entropy
 from common.downstream.encoder import mean_features
 from common.errors import UserError
 from common.metrics import central_interval, resampled_counts, weighted_quadratic_kappa

@@ -90,11 +90,7 @@ class ImageSegmentation(ScoredTask):
         auxiliary_weight: float = 0.4,
         optimization: OptimizerConfig = OptimizerConfig(layer_decay=0.65),
     ) -> None:
-        super().__init__(
-            pretrained,
-            encoder,
-            optimization=optimization,
-        )
+        super().__init__(pretrained, encoder, optimization=optimization)
         self.save_hyperparameters()
         self.loss = loss or FocalDice()
         self._make_network, self._drop_path, self._auxiliary_weight = network, drop_path, auxiliary_weight

@@ -27,10 +27,7 @@ class BertMasker:
     """
 
     def __init__(
-        self,
-        ratio: float = 0.15,
-        unit: Literal["word", "token"] = "word",
-        replaced: tuple[float, float] = (0.8, 0.1),
+        self, ratio: float = 0.15, unit: Literal["word", "token"] = "word", replaced: tuple[float, float] = (0.8, 0.1)
     ) -> None:
         if not 0 <= ratio <= 1:
             raise ValueError(f"`ratio` must be in [0, 1], got {ratio}.")

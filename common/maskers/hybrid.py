@@ -57,12 +57,9 @@ class HybridMasker:
                 raise ValueError(f"`{name}` must lie in [0, 1], got {value}.")
         if hidden_per_position is not None and hidden_per_position < 0:
             raise ValueError(f"`hidden_per_position` must not be negative, got {hidden_per_position}.")
-        self.modal = modal
-        self.position = position
-        self.patch = patch
-        self.position_ratio = position_ratio
+        self.modal, self.position, self.patch = modal, position, patch
+        self.position_ratio, self.mask_ratio = position_ratio, mask_ratio
         self.hidden_per_position = hidden_per_position
-        self.mask_ratio = mask_ratio
 
     def __call__(
         self,

@@ -37,11 +37,7 @@ class RandomMasker:
         return int(num_tokens * (1 - self.mask_ratio) + 1e-9)
 
     def __call__(
-        self,
-        batch_size: int,
-        num_tokens: int,
-        device: torch.device | str | None = None,
-        generator: RandomSource = None,
+        self, batch_size: int, num_tokens: int, device: torch.device | str | None = None, generator: RandomSource = None
     ) -> MaskOutput:
         """Draw a mask.
 

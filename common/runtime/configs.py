@@ -51,11 +51,7 @@ def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """Read one file without merging its bases.
-
-    Raises:
-        UsageError: it is not a YAML mapping, or its ``base`` is not a list of names.
-    """
+    """Read one file without merging its bases."""
     try:
         content = get_loader("yaml")(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -1,7 +1,7 @@
 """Scalars, figures, lines and tables for people, from any hook and to any logger."""
 
 import csv
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,18 +49,23 @@ def log_text(trainer: "pl.Trainer", tag: str, markdown: str) -> None:
             log(key=tag, columns=["text"], data=[[markdown]], step=trainer.global_step)
 
 
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    return [f"| {' | '.join(header)} |", "|" + "---|" * len(header), *(f"| {' | '.join(row)} |" for row in rows)]
+
+
 def is_dry_run(trainer: "pl.Trainer") -> bool:
     """Return whether the trainer only tries a few batches (``--trainer.fast_dev_run``) and must not leave files."""
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a CSV with one line per case, completely or not at all."""
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], fields: Sequence[str] = ("subject_id",)) -> None:
+    """Write a CSV with one line per case, completely or not at all; ``fields`` are its columns if there is no case."""
     with (
         whole_file(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["subject_id"])
+        writer = csv.DictWriter(file, fieldnames=list(rows[0] if rows else fields))
         writer.writeheader()
         writer.writerows(rows)
 

@@ -26,7 +26,7 @@ from common.files import write_text
 from common.module import SSLModule
 from common.optim import param_groups
 from common.runtime.provenance import environment
-from common.runtime.reporting import print_line
+from common.runtime.reporting import markdown_table, print_line
 
 
 @dataclass
@@ -61,11 +61,9 @@ class Row:
 
 def table(result: Mapping[str, Any]) -> str:
     """Return what ``medmim bench --out`` wrote as a Markdown table."""
-    lines = ["| what | value | at least | how |", "|---|---|---|---|"]
-    for row in (Row(**entry) for entry in result["rows"]):
-        target = "" if row.target is None else f"{row.target:g}"
-        lines.append(f"| {row.name} | {row.amount()} | {target} | {row.detail} |")
-    return "\n".join(lines)
+    rows = [Row(**entry) for entry in result["rows"]]
+    cells = ((row.name, row.amount(), "" if row.target is None else f"{row.target:g}", row.detail) for row in rows)
+    return "\n".join(markdown_table(["what", "value", "at least", "how"], cells))
 
 
 def seconds(function: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
@@ -76,10 +74,7 @@ def seconds(function: Callable[[], object], clock: Callable[[], float] = time.pe
 
 
 def in_turn(
-    *functions: Callable[[], object],
-    rounds: int = 7,
-    calls: int = 1,
-    clock: Callable[[], float] = time.perf_counter,
+    *functions: Callable[[], object], rounds: int = 7, calls: int = 1, clock: Callable[[], float] = time.perf_counter
 ) -> list[list[float]]:
     """Time functions in turn, after one call each to warm up; one list of times per function.
 
@@ -199,12 +194,7 @@ def bench_modules(experiment: str | None = None) -> list[str]:
 
 
 def run(exp: str | None, out: str | None) -> None:
-    """Carry out ``medmim bench``.
-
-    Args:
-        exp: One experiment only; None: all.
-        out: JSON file to write as well.
-    """
+    """Carry out ``medmim bench`` for one experiment or all; ``out`` names a JSON file to write as well."""
     facts = environment(torch.device("cpu"))
     print_line(f"{facts['device']}, {facts['torch_threads']} threads, torch {facts['versions']['torch']}")
     rows: list[Row] = []

@@ -20,7 +20,7 @@ from sklearn.metrics import roc_auc_score
 from common.errors import UserError
 from common.files import write_text
 from common.metrics import bootstrap_auroc, central_interval, resampled_counts, weighted_mean, weighted_quadratic_kappa
-from common.runtime.reporting import print_line
+from common.runtime.reporting import markdown_table, print_line
 from common.sweeps import bench
 from common.sweeps.inference import Difference, holm, judge, verdict
 
@@ -177,12 +177,11 @@ class Breakdown:
         """Return the lines of a Markdown table: one per line of the file, every arm's columns side by side."""
         arms = list(dict.fromkeys(entry["arm"] for entry in entries))
         header = [self.by, *(f"{title}, {arm}" for title in self.columns.values() for arm in arms)]
-        lines = ["", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        rows = []
         for line in dict.fromkeys(entry["line"] for entry in entries):
             found = {entry["arm"]: entry for entry in entries if entry["line"] == line}
-            cells = [_cell(found.get(arm, {}).get(name), digits) for name in self.columns for arm in arms]
-            lines.append("| " + " | ".join([line, *cells]) + " |")
-        return lines
+            rows.append([line, *(_cell(found.get(arm, {}).get(name), digits) for name in self.columns for arm in arms)])
+        return ["", *markdown_table(header, rows)]
 
 
 def compare(rows: Sequence[Mapping[str, Any]], comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
@@ -249,7 +248,7 @@ def table(result: Mapping[str, Any]) -> str:
     header = ["arm", "scored on", *columns.values(), "samples", "training TFLOP", "training s"]
     if paper:
         header.append("paper")
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    rows = []
     for entry in result["summary"]:
         cost = entry["cost"]
         operations = cost["samples"] * cost["flops_per_sample"] / 1e12
@@ -257,7 +256,8 @@ def table(result: Mapping[str, Any]) -> str:
         cells += [f"{cost['samples']:.0f}", f"{operations:.0f}", f"{cost['train_seconds']:.0f}"]
         if paper:
             cells.append(paper.get(entry["arm"], "-"))
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
+    lines = markdown_table(header, rows)
     if result.get("intervals"):
         lines += _interval_lines(result["intervals"], "arm", result["metric"].replace("_", " "), f".{digits}f")
     if result.get("paired"):
@@ -272,13 +272,13 @@ def table(result: Mapping[str, Any]) -> str:
 def _interval_lines(entries: Sequence[Mapping[str, Any]], first: str, value: str, style: str) -> list[str]:
     judged = all("verdict" in entry for entry in entries)
     header = [first, "scored on", value, "95 % from", "to", *(["P (Holm)", "reference is"] if judged else [])]
-    lines = ["", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    rows = []
     for entry in entries:
         cells = [entry["arm"], entry["score"], *(format(entry[name], style) for name in ("mean", "low", "high"))]
         if judged:
             cells += [f"{entry['p_holm']:.2g}", entry["verdict"]]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        rows.append(cells)
+    return ["", *markdown_table(header, rows)]
 
 
 def update_readme(readme: Path) -> str:
@@ -324,11 +324,7 @@ def further_tables(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) 
 
 
 def write_result(
-    out: Path,
-    study: Mapping[str, Any],
-    command: str,
-    facts: Mapping[str, Any],
-    rows: Sequence[Mapping[str, Any]],
+    out: Path, study: Mapping[str, Any], command: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Write the result of a study and return it.
 
@@ -353,11 +349,7 @@ def write_result(
 
 
 def _read_result(path: Path) -> dict[str, Any]:
-    """Read the result of a study.
-
-    Raises:
-        UserError: there is no result.
-    """
+    """Read the result of a study."""
     if not path.is_file():
         raise UserError(f"There is no result at {path}.")
     try:

@@ -95,11 +95,7 @@ def _metrics(folder: Path, columns: Mapping[str, str]) -> dict[str, float]:
 
 
 def run_arm(
-    steps: list[Step],
-    configs: Path,
-    places: Mapping[str, str],
-    columns: Mapping[str, str],
-    progress: Progress,
+    steps: list[Step], configs: Path, places: Mapping[str, str], columns: Mapping[str, str], progress: Progress
 ) -> list[dict[str, Any]]:
     """Run the steps of one arm and return one row per score: its metrics, what its last fit cost and its folder.
 
@@ -160,11 +156,7 @@ def run_folds(
 
 
 def _rows(
-    study: Mapping[str, Any],
-    arm: str,
-    configs: Path,
-    places: Mapping[str, str],
-    progress: Progress,
+    study: Mapping[str, Any], arm: str, configs: Path, places: Mapping[str, str], progress: Progress
 ) -> list[dict[str, Any]]:
     """Run one arm, on every fold if there are folds, and return its rows with their run folders."""
     steps = study["arms"][arm]
@@ -182,16 +174,7 @@ def run(
     parts: Sequence[str] | None,
     readmes: Sequence[str] | None,
 ) -> None:
-    """Carry out ``medmim study``.
-
-    Args:
-        study: YAML file.
-        data: The archive.
-        out: JSON file to write; None: into the study's folder under ``runs``.
-        arms: Only these; None: all of the study.
-        seeds: Only these; None: those of the study.
-        parts: Results to put together instead of running anything.
-        readmes: READMEs whose tables are regenerated instead.
+    """Carry out ``medmim study``, whose help explains the arguments; ``parts`` are those of ``--merge``.
 
     Raises:
         UserError: the study, its data or an arm is missing, a result would be lost, or parts do not fit together.

@@ -56,13 +56,7 @@ def architecture(state: dict[str, Tensor], num_heads: int | None = None) -> dict
 
 
 def run(exp: str, weights: str, out: str, num_heads: int | None) -> None:
-    """Carry out ``medmim convert`` and report the keys that were not used.
-
-    Args:
-        exp: Experiment whose fine-tuning will take the encoder.
-        weights: File with a ViT.
-        out: Folder to write.
-        num_heads: Attention heads; None: width / 64.
+    """Carry out ``medmim convert``, whose help explains the arguments, and report the keys that were not used.
 
     Raises:
         CheckpointError: the file holds no ViT, or an incomplete one.

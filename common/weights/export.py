@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,24 +17,6 @@ from common.finite import check_finite
 from common.runtime.experiments import experiment_module, experiment_names
 from common.runtime.provenance import source_state
 from common.runtime.reporting import print_line
-
-_CARD = """# Encoder exported from medmim
-
-Pre-trained with the experiment `{experiment}`, written in the format `{format}`.
-
-- weights: `{weights_file}`, sha256 `{sha256}`
-- channels, in this order: {channels}
-- input size: {image_size}
-- preprocessing: `{preprocessing}`
-- checkpoint: `{checkpoint}`
-- commit of the code: {commit}{dirty}
-
-Load it with:
-
-```python
-{usage}
-```
-"""
 
 
 class Part(NamedTuple):
@@ -67,6 +50,29 @@ class Exported(NamedTuple):
 
 
 Writer = Callable[[StoredEncoder], Exported]
+_Arguments = Mapping[str, Any]
+
+
+def renaming_writer(
+    rename: Callable[[Mapping[str, Tensor], _Arguments], dict[str, Tensor]],
+    configure: Callable[[_Arguments], dict[str, Any]],
+    usage: str,
+) -> Writer:
+    """Return the writer of a format that is a library's own encoder under other names.
+
+    Args:
+        rename: Makes the library's weights from our weights and arguments; ValueError: it has no such encoder.
+        configure: Makes the library's arguments from ours; likewise.
+        usage: Python that loads the result.
+    """
+
+    def write(stored: StoredEncoder) -> Exported:
+        try:
+            return Exported(rename(stored.state, stored.init_args), configure(stored.init_args), usage)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    return write
 
 
 def formats_of(experiment: str) -> dict[str, Writer]:
@@ -163,7 +169,8 @@ def _named(channels: Sequence[str], names: Sequence[str]) -> str:
 
 
 def _card(facts: dict[str, Any], source: str, usage: str) -> str:
-    return _CARD.format(
+    card = files("common").joinpath("help", "export_card.txt").read_text(encoding="utf-8")
+    return card.format(
         experiment=facts["experiment"],
         format=facts["format"],
         weights_file="model.safetensors",

@@ -11,32 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.blocks.patch_embed import conv_to_linear, linear_to_conv
+from common.blocks.patch_embed import conv_to_linear, linear_to_conv, patch_sides
+from common.weights.names import renamed, weight_names
 
-_RENAMED = {
-    "attn.qkv": "attn.qkv",
-    "attn.proj": "attn.out_proj",
-    "mlp.fc1": "mlp.linear1",
-    "mlp.fc2": "mlp.linear2",
-    "norm1": "norm1",
-    "norm2": "norm2",
-}
-
-
-def _rename_block(key: str, names: Mapping[str, str]) -> str:
-    prefix, index, rest = key.split(".", 2)
-    part, kind = rest.rsplit(".", 1)
-    return f"{prefix}.{index}.{names[part]}.{kind}"
+_NAMES = weight_names(
+    {"patch_embed.proj": "patch_embedding.patch_embeddings", "norm": "norm"},
+    {"attn.qkv": "attn.qkv", "attn.proj": "attn.out_proj", "mlp.fc1": "mlp.linear1", "mlp.fc2": "mlp.linear2",
+     "norm1": "norm1", "norm2": "norm2"},
+) | {"pos_embed": "patch_embedding.position_embeddings"}  # fmt: skip
+_PATCHES = _NAMES["patch_embed.proj.weight"]
 
 
 def monai_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments that make MONAI's ViT of the same shape from our encoder's ``config``."""
     dims = len(config["image_size"])
-    patch = config["patch_size"]
     return {
         "in_channels": config["in_channels"],
         "img_size": list(config["image_size"]),
-        "patch_size": [patch] * dims if isinstance(patch, int) else list(patch),
+        "patch_size": list(patch_sides(config["patch_size"], dims)),
         "hidden_size": config["embed_dim"],
         "mlp_dim": int(config["embed_dim"] * config["mlp_ratio"]),
         "num_layers": config["depth"],
@@ -50,21 +42,17 @@ def monai_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_monai(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Rename an encoder's weights for ``monai.networks.nets.ViT(**monai_config(config))``; loads strictly."""
+    """Rename an encoder's weights for ``monai.networks.nets.ViT(**monai_config(config))``; loads strictly.
+
+    Raises:
+        ValueError: positions are fixed sine-cosine, which MONAI computes in another order, or MONAI lacks a weight.
+    """
+    if config.get("pos_embed", "learnable") != "learnable":
+        raise ValueError("Only encoders with learnable positions can be exported to MONAI; this one has "
+                         f"{config['pos_embed']}.")  # fmt: skip
     target = monai_config(config)
-    result: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if key.startswith("blocks."):
-            result[_rename_block(key, _RENAMED)] = value
-        elif key == "patch_embed.proj.weight":
-            weight = linear_to_conv(value, target["in_channels"], target["patch_size"])
-            result["patch_embedding.patch_embeddings.weight"] = weight
-        elif key == "patch_embed.proj.bias":
-            result["patch_embedding.patch_embeddings.bias"] = value
-        elif key == "pos_embed":
-            result["patch_embedding.position_embeddings"] = value
-        else:
-            result[key] = value
+    result = {renamed(key, _NAMES): value for key, value in state.items()}
+    result[_PATCHES] = linear_to_conv(result[_PATCHES], target["in_channels"], target["patch_size"])
     width = state["norm.weight"]
     for index in range(config["depth"]):
         result[f"blocks.{index}.norm_cross_attn.weight"] = torch.ones_like(width)
@@ -78,20 +66,13 @@ def from_monai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: a key does not belong to MONAI's ViT.
     """
-    names = {theirs: ours for ours, theirs in _RENAMED.items()}
-    fixed = {
-        "patch_embedding.patch_embeddings.weight": "patch_embed.proj.weight",
-        "patch_embedding.patch_embeddings.bias": "patch_embed.proj.bias",
-        "patch_embedding.position_embeddings": "pos_embed",
-        "norm.weight": "norm.weight",
-        "norm.bias": "norm.bias",
-    }
+    names = {theirs: ours for ours, theirs in _NAMES.items()}
     result: dict[str, Tensor] = {}
     for key, value in state.items():
         if "cross_attn" in key:
             continue
-        if key not in fixed and not (key.startswith("blocks.") and key.split(".", 2)[2].rsplit(".", 1)[0] in names):
-            raise ValueError(f"{key!r} is not a weight of MONAI's ViT without a classification head.")
-        value = conv_to_linear(value) if key.endswith("patch_embeddings.weight") else value
-        result[fixed.get(key) or _rename_block(key, names)] = value
+        try:
+            result[renamed(key, names)] = conv_to_linear(value) if key == _PATCHES else value
+        except ValueError:
+            raise ValueError(f"{key!r} is not a weight of MONAI's ViT without a classification head.") from None
     return result

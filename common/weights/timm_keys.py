@@ -10,16 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.blocks.patch_embed import conv_to_linear, linear_to_conv
+from common.blocks.patch_embed import conv_to_linear, linear_to_conv, patch_sides
+from common.weights.names import renamed, weight_names
 
 _TIMM_EPS = 1e-6
 _WRAPPERS = ("model", "state_dict", "teacher")
 _PREFIXES = ("module.", "encoder.", "backbone.")
-
-
-def _patch_size(config: Mapping[str, Any]) -> list[int]:
-    patch = config["patch_size"]
-    return [patch] * len(config["image_size"]) if isinstance(patch, int) else list(patch)
 
 
 def timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,7 +30,7 @@ def timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"timm's ViT has a LayerNorm epsilon of {_TIMM_EPS:g}, not {config['norm_eps']:g}.")
     return {
         "img_size": list(config["image_size"]),
-        "patch_size": _patch_size(config),
+        "patch_size": list(patch_sides(config["patch_size"], 2)),
         "in_chans": config["in_channels"],
         "embed_dim": config["embed_dim"],
         "depth": config["depth"],
@@ -54,8 +50,8 @@ def to_timm(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str,
     Biases that our encoder lacks (``qkv_bias=False``) are not written: timm's counterpart lacks them too.
     """
     result = dict(state)
-    weight = result["patch_embed.proj.weight"]
-    result["patch_embed.proj.weight"] = linear_to_conv(weight, config["in_channels"], _patch_size(config))
+    patch, weight = patch_sides(config["patch_size"], len(config["image_size"])), result["patch_embed.proj.weight"]
+    result["patch_embed.proj.weight"] = linear_to_conv(weight, config["in_channels"], patch)
     if config.get("class_token"):
         positions = result["pos_embed"]
         result["pos_embed"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
@@ -93,21 +89,12 @@ def from_timm(loaded: Mapping[str, Any], class_token: bool = True) -> dict[str, 
     return state
 
 
-_HF_BLOCK = {
-    "attn.proj": "attention.o_proj",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-}
-_HF_OTHER = {
-    "cls_token": "embeddings.cls_token",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
-    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
-    "norm.weight": "layernorm.weight",
-    "norm.bias": "layernorm.bias",
-}
+_HF_NAMES = weight_names(
+    {"patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm"},
+    {"attn.proj": "attention.o_proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2", "norm1": "layernorm_before",
+     "norm2": "layernorm_after"},
+    "layers",
+) | {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings"}  # fmt: skip
 
 
 def hf_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,7 +103,7 @@ def hf_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: transformers' ViT cannot represent it: it needs square patches and a class token.
     """
-    patch = _patch_size(config)
+    patch = patch_sides(config["patch_size"], len(config["image_size"]))
     if not config.get("class_token") or len(patch) != 2 or patch[0] != patch[1]:
         raise ValueError("transformers' ViT needs square patches of an image and a class token.")
     return {
@@ -136,14 +123,10 @@ def to_hf(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, T
     """Rename an encoder's weights for transformers; loads strictly into ``ViTModel(..., add_pooling_layer=False)``."""
     result: dict[str, Tensor] = {}
     for key, value in to_timm(state, config).items():
-        if not key.startswith("blocks."):
-            result[_HF_OTHER[key]] = value
-            continue
-        _, index, rest = key.split(".", 2)
-        part, kind = rest.rsplit(".", 1)
-        if part == "attn.qkv":
+        if ".attn.qkv." in key:
+            _, index, _, _, kind = key.split(".")
             for name, piece in zip("qkv", value.chunk(3), strict=True):
                 result[f"layers.{index}.attention.{name}_proj.{kind}"] = piece
         else:
-            result[f"layers.{index}.{_HF_BLOCK[part]}.{kind}"] = value
+            result[renamed(key, _HF_NAMES)] = value
     return result

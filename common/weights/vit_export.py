@@ -1,8 +1,6 @@
 """Image encoders with a class token in the formats of timm and transformers."""
 
-from common.checkpoint import StoredEncoder
-from common.errors import UserError
-from common.weights.export import Exported, Writer
+from common.weights.export import Writer, renaming_writer
 from common.weights.timm_keys import hf_config, timm_config, to_hf, to_timm
 
 _TIMM = """import json
@@ -22,29 +20,7 @@ encoder = ViTModel(config, add_pooling_layer=False)
 encoder.load_state_dict(load_file("model.safetensors"))
 tokens = encoder(images).last_hidden_state  # the class token first; images standardised as the card says"""
 
-
-def to_timm_format(stored: StoredEncoder) -> Exported:
-    """Write the encoder for timm.
-
-    Raises:
-        UserError: timm has no encoder of this form.
-    """
-    try:
-        return Exported(to_timm(stored.state, stored.init_args), timm_config(stored.init_args), _TIMM)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def to_hf_format(stored: StoredEncoder) -> Exported:
-    """Write the encoder for transformers.
-
-    Raises:
-        UserError: transformers has no encoder of this form.
-    """
-    try:
-        return Exported(to_hf(stored.state, stored.init_args), hf_config(stored.init_args), _HF)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-FORMATS: dict[str, Writer] = {"timm": to_timm_format, "hf": to_hf_format}
+FORMATS: dict[str, Writer] = {
+    "timm": renaming_writer(to_timm, timm_config, _TIMM),
+    "hf": renaming_writer(to_hf, hf_config, _HF),
+}

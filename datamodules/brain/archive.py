@@ -54,10 +54,7 @@ class BrainArchiveDataModule(VolumeDataModule):
         regions = {name: layout.regions[name] for name in known} | dict(layout.regions)
         rules = dict.fromkeys(names, "percentile_5_95")
         return replace(
-            layout,
-            modalities=names,
-            regions=regions,
-            preprocessing=replace(layout.preprocessing, intensity=rules),
+            layout, modalities=names, regions=regions, preprocessing=replace(layout.preprocessing, intensity=rules)
         )
 
     def resolve_layout(self, layout: Layout) -> Layout:

@@ -3,9 +3,9 @@
 Letters: S canonical sequences, H W D space.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -110,12 +110,7 @@ class PairDataset(VolumeDataset):
                 target, partner = wanted, target if target != wanted else partner
             return self._pair(opened, start, target, partner, "control_")
 
-        same_target = partial(_shows, name=target_name)
-        return read_control(case, draw, self.controls or (), read, same_target) or {}
-
-
-def _shows(case: Case, name: str) -> bool:
-    return name in case.images
+        return read_control(case, draw, self.controls or (), read, lambda other: target_name in other.images) or {}
 
 
 def _index(opened: OpenCase, channel: int) -> int:
@@ -205,11 +200,8 @@ class BrainDataModule(BrainArchiveDataModule):
             raise DataError(f"data.modalities names {', '.join(unknown)}; pre-training knows {', '.join(TEMPLATES)}.")
         asked = {canonical_name(name) for name in self._modalities}
         wanted = tuple(name for name in TEMPLATES if name in asked)
-        kept = []
-        for case in self.cases:
-            images = {name: path for name, path in case.images.items() if name in wanted}
-            if images:
-                kept.append(case._replace(images=images))
+        shown = [{name: path for name, path in case.images.items() if name in wanted} for case in self.cases]
+        kept = [case._replace(images=images) for case, images in zip(self.cases, shown, strict=True) if images]
         if not kept:
             present = ", ".join(sorted({layout.shown(name) for case in self.cases for name in case.images}))
             raise DataError(f"No study under {self.root} has one of {', '.join(wanted)}, which data.modalities asks "
@@ -227,10 +219,7 @@ class BrainDataModule(BrainArchiveDataModule):
                 f"{public_name(strange[0].case_id)}: {public_name(strange[0].attributes['unknown'])}")  # fmt: skip
         counts = {name: sum(name in case.images for case in self.cases) for name in TEMPLATES}
         shown = ", ".join(f"{layout.shown(name)} in {count}" for name, count in counts.items() if count)
-        sources: dict[str, int] = {}
-        for case in self.cases:
-            source = case.attributes.get("source", "")
-            sources[source] = sources.get(source, 0) + 1
+        sources = Counter(case.attributes.get("source", "") for case in self.cases)
         of = ", ".join(f"{count} of {name}" for name, count in sources.items() if name)
         print_line(f"sequences: {shown}{'; studies ' + of if of else ''}")
 
@@ -243,20 +232,11 @@ class BrainDataModule(BrainArchiveDataModule):
         ArchiveDataModule.deliver(self, channels)
 
     def _dataset(self, cases: Sequence[Case], domain: Domain, **options: Any) -> VolumeDataset:
-        options = {
-            name: value for name, value in options.items() if name not in ("flip_axes", "label_crop_probability")
-        }
+        options = {name: options[name] for name in options if name not in ("flip_axes", "label_crop_probability")}
+        options |= {"overhang": self.overhang, "anonymise": self.ledger.anonymise}
+        lesions = self.lesions and domain == "val"
         return PairDataset(
-            cases,
-            self.store,
-            self.crop_size,
-            domain,
-            self.seed,
-            overhang=self.overhang,
-            anonymise=self.ledger.anonymise,
-            atlas=self.atlas,
-            lesions=self.lesions and domain == "val",
-            **options,
+            cases, self.store, self.crop_size, domain, self.seed, atlas=self.atlas, lesions=lesions, **options
         )
 
     def reference_samples(self, count: int) -> Iterator[Any]:

@@ -34,11 +34,7 @@ class LabelSource:
 
 
 def _values(paths: Sequence[Path], source: LabelSource) -> dict[str, str]:
-    """Return the value of each name in some tables.
-
-    Raises:
-        DataError: a column is missing, or a name has two values.
-    """
+    """Return the value of each name in some tables."""
     values: dict[str, str] = {}
     for path in paths:
         table = read_table(path)
@@ -52,11 +48,7 @@ def _values(paths: Sequence[Path], source: LabelSource) -> dict[str, str]:
 
 
 def _listed(cases: Sequence[Case], source: LabelSource, paths: Sequence[Path]) -> dict[str, str]:
-    """Return the value of each case, listed in the tables under the case's or the patient's name.
-
-    Raises:
-        DataError: as :func:`_values`, or the tables list fewer than half of the cases.
-    """
+    """Return the value of each case, listed in the tables under the case's or the patient's name."""
     values = _values(paths, source)
     by_case = join_ids([case.case_id for case in cases], values, source.ids)
     by_patient = join_ids([case.patient_id for case in cases], values, source.ids)
@@ -82,11 +74,6 @@ def label_tables(source: LabelSource, tree: Tree) -> list[Path]:
 
 def read_classes(cases: Sequence[Case], source: LabelSource, tables: Sequence[Path]) -> dict[str, int]:
     """Return the class index of every case that has one; cases with other values, such as -999, are left out.
-
-    Args:
-        cases: The cases.
-        source: Source of the classes.
-        tables: See :func:`label_tables`.
 
     Raises:
         DataError: a column is missing, or fewer than two classes have cases.

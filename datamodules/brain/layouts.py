@@ -7,19 +7,20 @@ atlas's grid) is decided from its volumes: see :attr:`datamodules.volumes.cases.
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from common.errors import DataError
 from common.modalities import CANONICAL, canonical_name
 from datamodules.brain.manifest import find_manifest, recognise_manifest
-from datamodules.registry import LAYOUTS, NO_FACTS, Evidence, Facts, Layout, Listing, Record
+from datamodules.registry import LAYOUTS, Evidence, Facts, Layout, Listing, Record
 from datamodules.tree import Tree, TreeFile
 from datamodules.volumes.cases import Case
 from datamodules.volumes.modalities import one_file_each
 
-#: Regions of a glioma by the label of the enhancing part, in the order of BrainMVP's outputs.
-_GLIOMA = {"TC": (1, 4), "WT": (1, 2, 4), "ET": (4,)}
-_GLIOMA_VALUES = frozenset({0, 1, 2, 4})
 _MAX_DEPTH = 6
 _SUFFIXES = (".nii.gz", ".nii")
 #: With more folders than this, a root holds cases, not archives.
@@ -83,69 +84,22 @@ def volumes(tree: Tree) -> Iterator[TreeFile]:
     return (file for file in tree.under("", _SUFFIXES) if not file.hidden and file.name.count("/") <= _MAX_DEPTH)
 
 
-def _pattern(
-    name: str,
-    tree: str,
-    image: str,
-    label: str | None = None,
-    facts: Facts = NO_FACTS,
-    names: Mapping[str, str] | None = None,
-    study: str = Pattern.study,
-    attribute: str = Pattern.attribute,
-) -> Layout:
-    """Make a layout from a :class:`Pattern`, given as texts."""
-    label_pattern = re.compile(label, re.IGNORECASE) if label else None
+def _pattern(name: str, tree: str, image: str, label: str = "", facts: Mapping[str, Any] = {}, **more: Any) -> Layout:
+    """Make a layout of an entry of ``public_sets.yaml``; ``more`` are further attributes of :class:`Pattern`."""
+    image_pattern, label_pattern = (re.compile(text + _END, re.IGNORECASE) for text in (image, label))
     example = tree.removeprefix("ROOT/").split("{", 1)[0]
-    pattern = Pattern(re.compile(image, re.IGNORECASE), label_pattern, names, study, attribute, example)
-    return Layout(name, tree, pattern.find, pattern.recognise, facts, prefer=1)
+    pattern = Pattern(image_pattern, label_pattern if label else None, example=example, **more)
+    regions = {region: tuple(values) for region, values in facts.get("regions", {}).items()}
+    known = {**facts, "regions": regions, "label_values": frozenset(facts.get("label_values", ()))}
+    known["modalities"] = tuple(facts.get("modalities", ()))
+    return Layout(name, tree, pattern.find, pattern.recognise, Facts(**known), prefer=1)
 
 
 _END = r"\.nii(\.gz)?$"
-_GLIOMA_FACTS = Facts(regions=_GLIOMA, label_values=_GLIOMA_VALUES)
-
-UCSF_PDGM = _pattern(
-    "ucsf_pdgm", "ROOT/UCSF-PDGM-0004_nifti/UCSF-PDGM-0004_{ADC,DWI,FLAIR,T1,T1c,T2[,tumor_segmentation]}.nii.gz",
-    r"(?P<study>(?P<patient>UCSF-PDGM-\d+)(_FU\d+d)?)_nifti/[^/]*_(?P<sequence>ADC|DWI|FLAIR|T1|T1c|T2)" + _END,
-    r"(?P<study>UCSF-PDGM-\d+(_FU\d+d)?)_nifti/[^/]*_tumor_segmentation" + _END,
-    _GLIOMA_FACTS,
-)  # fmt: skip
-UPENN_GBM = _pattern(
-    "upenn_gbm", "ROOT/images_structural/UPENN-GBM-00002_11/UPENN-GBM-00002_11_{T1,T1GD,T2,FLAIR}.nii.gz, images_segm/",
-    r"images_structural/(?P<study>(?P<patient>UPENN-GBM-\d+)_\d+)/[^/]*_(?P<sequence>T1|T1GD|T2|FLAIR)" + _END,
-    r"images_segm/(?P<study>UPENN-GBM-\d+_\d+)_segm" + _END, _GLIOMA_FACTS,
-)  # fmt: skip
-IXI = _pattern(
-    "ixi", "ROOT/[FOLDER/]IXI002-Guys-0828-{T1,T2,PD,MRA}.nii.gz, registered to the atlas and skull-stripped",
-    r"(?P<study>(?P<patient>IXI\d+)-(Guys|HH|IOP)-\d+)-(?P<sequence>[A-Za-z0-9]+)" + _END,
-)  # fmt: skip
-ISLES22 = _pattern(
-    "isles22", "ROOT/sub-strokecase0001/ses-0001/{anat/*_FLAIR,dwi/*_dwi,dwi/*_adc}.nii.gz, derivatives/ with *_msk",
-    r"(?P<study>(?P<patient>sub-strokecase\d+)_ses-\d+)_(?P<sequence>flair|dwi|adc)" + _END,
-    r"(?P<study>sub-strokecase\d+_ses-\d+)_msk" + _END,
-    Facts(("adc", "dwi", "flair"), {"lesion": (1,)}, frozenset({0, 1}), native=True, reference="dwi"),
-)  # fmt: skip
-MRBRAINS13 = _pattern(
-    "mrbrains13", "ROOT/{TrainingData,TestData}/1/{T1,T1_IR,T2_FLAIR,LabelsForTraining}.nii",
-    r"(?P<attribute>Training|Test)Data/(?P<study>\d+)/(?P<sequence>T1|T1_IR|T2_FLAIR)" + _END,
-    r"(?P<attribute>Training)Data/(?P<study>\d+)/LabelsForTraining" + _END,
-    Facts(("t1", "t1ir", "flair"), {"CSF": (5, 6), "GM": (1, 2), "WM": (3, 4)}, frozenset(range(9)), native=True),
-    names={"t1_ir": "t1ir", "t2_flair": "flair"}, study="{attribute}-{study}", attribute="part",
-)  # fmt: skip
-VSSEG = _pattern(
-    "vsseg", "ROOT/vs_gk_1/{vs_gk_t1_refT1,vs_gk_seg_refT1}.nii.gz",
-    r"(?P<study>vs_gk_\d+)/vs_gk_(?P<sequence>t1_refT1)" + _END, r"(?P<study>vs_gk_\d+)/vs_gk_seg_refT1" + _END,
-    Facts(("t1c",), {"tumour": (1,)}, frozenset({0, 1}), native=True), names={"t1_reft1": "t1c"},
-)  # fmt: skip
-ADNI = _pattern(
-    "adni", "ROOT/ADNI/002_S_0295/SERIES/DATE/I40966/*.nii",
-    r"(?P<patient>\d{3}_S_\d{4})/[^/]+/[^/]+/(?P<study>I\d+)/(?P<sequence>ADNI)_[^/]*" + _END,
-    facts=Facts(("t1",), native=True), names={"adni": "t1"},
-)  # fmt: skip
-INDI = _pattern(
-    "indi", "ROOT/SITE/0050002/session_1/anat_1/mprage.nii.gz (ADHD-200, ABIDE-I)",
-    r"(?P<attribute>[^/]+)/(?P<study>\d{5,7})/session_1/anat_1/(?P<sequence>mprage)" + _END,
-    facts=Facts(("t1",), native=True), names={"mprage": "t1"}, attribute="site",
-)  # fmt: skip
+_PUBLIC = tuple(
+    _pattern(**entry) for entry in yaml.safe_load(files(__package__).joinpath("public_sets.yaml").read_text())
+)
+UCSF_PDGM, UPENN_GBM, IXI, ISLES22, MRBRAINS13, VSSEG, ADNI, INDI = _PUBLIC
 MANIFEST = Layout(
     "brain_manifest", "ROOT/datalist.json or ROOT/dataset_*.json with training, validation [, test]", find_manifest,
     recognise_manifest, prefer=4,
@@ -161,7 +115,7 @@ def _archives(tree: Tree) -> tuple[dict[str, tuple[Layout, Tree]], list[str]]:
     for folder in folders if len(folders) <= _MAX_SOURCES else []:
         below = tree.sub(folder)
         plain = [(evidence.score, layout.prefer, layout) for layout in known
-                 if (evidence := layout.recognise(below)).score]  # fmt: skip
+                 if (evidence := layout.evidence(below)).score]  # fmt: skip
         # Volumes directly in the folder may be anything, such as one case of a generic tree.
         plain = [entry for entry in plain if entry[0] > 1 or not any(file.kind == "volume" for file in below.listed())]
         if plain:
@@ -197,8 +151,7 @@ def find_sources(tree: Tree) -> Listing:
 
 def _differ(tree: Tree, names: Collection[str]) -> bool:
     """Whether folders are archives of different layouts, not parts of one public set."""
-    public = (UCSF_PDGM, UPENN_GBM, IXI, ISLES22, MRBRAINS13, VSSEG, ADNI, INDI)
-    return len(names) > 1 and not any(layout.name not in names and layout.recognise(tree).score for layout in public)
+    return len(names) > 1 and not any(layout.name not in names and layout.evidence(tree).score for layout in _PUBLIC)
 
 
 def _recognise_sources(tree: Tree) -> Evidence:

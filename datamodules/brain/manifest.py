@@ -58,11 +58,7 @@ def recognise_manifest(tree: Tree) -> Evidence:
 
 
 def read_manifest(path: Path, root: Path) -> list[Case]:
-    """Read one manifest.
-
-    Args:
-        path: The JSON file.
-        root: What its paths are relative to.
+    """Read one manifest, whose paths are relative to ``root``.
 
     Raises:
         DataError: it has another form, or names paths outside the root.
@@ -85,11 +81,7 @@ def read_manifest(path: Path, root: Path) -> list[Case]:
 
 
 def _listed_images(entry: Any, where: str) -> list[tuple[str, str]]:
-    """Return the names of a study's sequences with their paths.
-
-    Raises:
-        DataError: the entry is not a study, or its images are neither a mapping nor a list of paths.
-    """
+    """Return the names of a study's sequences with their paths."""
     listed = entry.get("image") if isinstance(entry, dict) else None
     if isinstance(listed, dict):
         named = list(listed.items())

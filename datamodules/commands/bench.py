@@ -17,7 +17,7 @@ from datamodules.images.cache import ImageCache
 from datamodules.images.crops import cut_box, random_box
 from datamodules.registry import open_archive
 from datamodules.synthetic.anatomy import make_brain
-from datamodules.synthetic.radiographs import make_radiograph
+from datamodules.synthetic.radiographs import draw_findings, draw_image
 from datamodules.volumes.brats import BRATS2023
 from datamodules.volumes.cache import CacheFormat, VolumeCache
 from datamodules.volumes.cases import Case
@@ -79,7 +79,7 @@ def cached_crop() -> list[Row]:
 def _radiograph(path: Path) -> None:
     """Write a radiograph of the official size, with film noise: 2000 x 2500, about 1.5 MB."""
     rng = np.random.default_rng(0)
-    small = Image.fromarray(make_radiograph(rng).image).resize((2500, 2000), Image.Resampling.BICUBIC)
+    small = Image.fromarray(draw_image(rng, draw_findings(rng))).resize((2500, 2000), Image.Resampling.BICUBIC)
     noisy = np.asarray(small, dtype=np.float32) + rng.normal(0, 4, (2000, 2500))
     Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(path, quality=95)
 

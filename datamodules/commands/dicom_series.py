@@ -33,9 +33,8 @@ def propose_series(tree: Tree, proposal: Proposal) -> str:
     try:
         check_subjects(index.instances, None)
     except DataError as error:
-        proposal.open = "subject: whose is a study?"
-        proposal.aside("subject", f"{str(error).rstrip('.')}; keep one line:",
-                       "subject: study  # each study is a patient", "subject: folder", "subject: patient")  # fmt: skip
+        proposal.ask("subject: whose is a study?", f"{str(error).rstrip('.')}; keep one line:",
+                     "subject: study  # each study is a patient", "subject: folder", "subject: patient")  # fmt: skip
     if any(stack.first.frames > 1 for stack in index.stacks if is_picture(stack)):
         proposal.aside("frame", "frame: 0  # takes one frame of pictures that have several, which else are left aside")
     if not stacks:

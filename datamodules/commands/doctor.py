@@ -6,12 +6,7 @@ from common.runtime.reporting import print_line
 
 
 def run(archive: Archive, deep: bool, workers: int) -> None:
-    """Carry out ``medmim doctor``.
-
-    Args:
-        archive: The archive, with all settings that training would have.
-        deep: Read every byte; else headers, and a few members whole.
-        workers: Threads.
+    """Carry out ``medmim doctor``; its options are those of the command.
 
     Raises:
         DataError: training would refuse this archive.

@@ -6,9 +6,11 @@ Nothing is written under the archive, and nothing over a file of the person's wi
 import contextlib
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import pandas as pd
 
 from common.errors import DataError, UserError
 from common.files import write_text
@@ -19,24 +21,10 @@ from common.runtime.reporting import print_line
 from datamodules.account import Account
 from datamodules.archive_file import ArchiveFile, parsed, settings_of
 from datamodules.base import ArchiveDataModule
+from datamodules.commands import proposals
 from datamodules.commands.dicom_series import propose_series
 from datamodules.commands.looks import look_at, propose_voxels
-from datamodules.commands.proposals import (
-    Proposal,
-    ask_for_people,
-    begun,
-    looks_like_people,
-    propose_columns,
-    propose_ignore,
-    propose_masks,
-    propose_modalities,
-    propose_patterns,
-    propose_split,
-    propose_subject,
-    propose_targets,
-    propose_visits,
-    table_of,
-)
+from datamodules.commands.proposals import Proposal
 from datamodules.examination import spread
 from datamodules.images.plain import pictures
 from datamodules.registry import Archive, entry_of, open_archive, recognise, shortened
@@ -69,14 +57,7 @@ class Understood(NamedTuple):
 
 
 def run(directory: str, exp: str | None, table: str | None, out: str | None, force: bool) -> None:
-    """Carry out ``medmim init``.
-
-    Args:
-        directory: The archive.
-        exp: Experiment that it is for; None tries all.
-        table: Table of its images, where that is not told from the tree.
-        out: File to write; None: ``archives/NAME.yaml``.
-        force: Write over a file of that name.
+    """Carry out ``medmim init``; its options are those of the command.
 
     Raises:
         DataError: nothing of it can be used.
@@ -88,7 +69,7 @@ def run(directory: str, exp: str | None, table: str | None, out: str | None, for
     target = Path(out or Path("archives") / f"{safe_name(tree.root.resolve().name)}.yaml")
     if tree.root.resolve() in (target.resolve(), *target.resolve().parents):
         raise UserError(f"{target} would lie in the archive, where nothing is written: give --out, or start elsewhere.")
-    with _quiet():
+    with contextlib.redirect_stdout(io.StringIO()):  # what is said while an archive is tried in many ways
         tree.report_content()
         understood = understand(tree, table)
         lines, fits = _report(understood, [exp] if exp else experiment_names(), target)
@@ -103,19 +84,8 @@ def run(directory: str, exp: str | None, table: str | None, out: str | None, for
     print_line(f"{done}; next: make doctor {fits}")
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out what is said while an archive is tried in many ways."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
-
-
 def _write(target: Path, text: str, force: bool) -> str:
-    """Write the file, unless another one is there; return what was done, in words.
-
-    Raises:
-        UserError: there is.
-    """
+    """Write the file, unless another one is there; return what was done, in words."""
     if target.exists() and target.read_text(encoding="utf-8") == text:
         return f"{target} is there already, the same"
     if target.exists() and not force:
@@ -130,51 +100,46 @@ def understand(tree: Tree, table: str | None) -> Understood:
     Raises:
         DataError: nothing of it can be used.
     """
+    layout, because = "", ""
+    refusal: DataError | None = None
     if table is None:
         try:
-            layout, evidence = recognise(tree, frozenset())
+            found, evidence = recognise(tree, frozenset())
+            layout, because = found.name, evidence.because
         except DataError as error:
-            if (found := _table(tree, None)) is None:
-                raise error
-            return found
-        generic = layout.name in ("images", "class_folders", "dicom")
-        if not generic or (found := _table(tree, None)) is None:
-            return _of_layout(tree, layout.name, evidence.because)
-        return found
-    named = _table(tree, table)
-    assert named is not None
-    return named
+            refusal = error
+    if layout in ("", "images", "class_folders", "dicom") and (named := proposals.table_of(tree, table)):
+        return _of_table(tree, *named)
+    if refusal is not None:
+        raise refusal
+    return _of_layout(tree, layout, because)
 
 
-def _table(tree: Tree, named: str | None) -> Understood | None:
-    """Return an archive as its table says what it holds; None where no table names images."""
-    found = table_of(tree, named)
-    if found is None:
-        return None
-    path, rows, image, folder = found
+def _of_table(tree: Tree, path: Path, rows: pd.DataFrame, image: str, folder: str) -> Understood:
+    """Return an archive as its table says what it holds."""
     place = tree.sub(folder) if folder else tree
-    proposal = begun(place, "table")
+    proposal = proposals.begun(place, "table")
     inside = path.resolve().parent == place.root.resolve()
-    propose_columns(Path(path.name) if inside else path.resolve(), rows, image, proposal)
+    proposals.propose_columns(Path(path.name) if inside else path.resolve(), rows, image, proposal)
     return _opened(place, proposal, f"{path.name}, whose column {image} names images")
 
 
 def _of_layout(tree: Tree, layout: str, because: str) -> Understood:
     """Return an archive of a layout that needs no table to be named."""
-    proposal = begun(tree, layout)
+    proposal = proposals.begun(tree, layout)
     if layout in ("images", "class_folders"):
         names = [file.name for file in pictures(tree)]
-        if layout == "class_folders" and looks_like_people(names):
-            ask_for_people(proposal)
+        if layout == "class_folders" and proposals.looks_like_people(names):
+            proposals.ask_for_people(proposal)
         else:
-            propose_subject(names, proposal, layout == "class_folders")
+            proposals.propose_subject(names, proposal, layout == "class_folders")
     if layout == "dicom":
         because = propose_series(tree, proposal)
     if layout == "folder":
         try:
             entry_of(layout).load().read(tree)
         except DataError as error:
-            propose_patterns(tree, proposal)
+            proposals.propose_patterns(tree, proposal)
             if "modalities" not in proposal.said:
                 hint = "; medmim init DIR proposes a pattern."
                 raise DataError(str(error).replace(hint, f", and none is to be seen in {tree}.")) from error
@@ -191,52 +156,43 @@ def _opened(tree: Tree, proposal: Proposal, because: str) -> Understood:
 
 
 def _heading(tree: Tree, understood: Understood) -> None:
-    total, unit = float(sum(max(file.size, 0) for file in tree.files)), 0
-    while total >= 1000 and unit < len(_UNITS) - 1:
-        total, unit = total / 1000, unit + 1
-    size = f"{total:.{1 if unit else 0}f} {_UNITS[unit]}"
+    total = sum(max(file.size, 0) for file in tree.files)
+    unit = min((len(str(total)) - 1) // 3, len(_UNITS) - 1)
+    size = f"{total / 1000**unit:.{1 if unit else 0}f} {_UNITS[unit]}"
     layout = understood.proposal.said["layout"]
     print_line(f"{shortened(str(tree), 120)}  {len(tree):,} files, {size}: {layout} ({understood.because})")
 
 
 def _report(understood: Understood, experiments: Sequence[str], target: Path) -> tuple[list[str], str]:
-    """Complete the proposal, and return what to print and the experiment to go on with.
-
-    Raises:
-        DataError: no experiment can use the archive.
-    """
+    """Complete the proposal, and return what to print and the experiment to go on with."""
     archive, proposal = understood.archive, understood.proposal
     if archive is None:
         return [f"open     {proposal.open}"], ""
     lines = [*_used(archive, proposal), *_ignored(archive, proposal), _patients(archive, proposal)]
     if "volumes" in archive.gives:
         look = look_at(archive.records, proposal.said["modalities"])
-        masks = propose_masks(archive, proposal, {name: sorted(found) for name, found in look.values.items()})
-        if masks:
+        if masks := proposals.propose_masks(archive, proposal, look.values):
             shown = ", ".join(f"{name} in {count}" for name, count in masks.most_common(4))
             lines.insert(1, f"masks    {shown} (not used: name one under masks:)")
         lines.append(f"voxels   {propose_voxels(look, proposal)}")
-        propose_visits(archive, proposal)
+        proposals.propose_visits(archive, proposal)
     fits = _fits(understood, experiments)
     if fits[0].reason:
         why = shortened("; ".join(f"{fit.name}: {fit.reason}" for fit in fits), 190)
         raise DataError(f"Nothing can be trained on {shortened(str(understood.tree), 70)}: {why}.")
     targets = ", ".join(proposal.said.get("targets", {}))
-    words = [f"{fit.name} not ({_short(fit.reason)})" if fit.reason else " ".join((fit.name, fit.more)).strip()
-             for fit in fits]  # fmt: skip
+    short = [fit.reason if len(fit.reason) <= _REASON else f"{fit.reason[:_REASON]}..." for fit in fits]
+    words = [f"{fit.name} not ({why})" if why else f"{fit.name} {fit.more}".strip()
+             for fit, why in zip(fits, short, strict=True)]  # fmt: skip
     lines.append(f"fits     {'; '.join(words)}" + (f"; targets: {targets}" if targets else ""))
     return lines, " ".join(filter(None, (f"EXP={fits[0].name}", f"DATA={target}", fits[0].more)))
-
-
-def _short(reason: str) -> str:
-    return reason if len(reason) <= _REASON else f"{reason[:_REASON]}..."
 
 
 def _used(archive: Archive, proposal: Proposal) -> list[str]:
     """Say what is used, and write down what it is called."""
     records, words = archive.records, []
     if "volumes" in archive.gives:
-        counts = propose_modalities(archive, proposal)
+        counts = proposals.propose_modalities(archive, proposal)
         total = sum(bool(record.volumes) for record in records)
         words.append(f"{', '.join(f'{name} in {count}' for name, count in counts.items())} of {total} cases")
     if "images" in archive.gives:
@@ -248,8 +204,7 @@ def _used(archive: Archive, proposal: Proposal) -> list[str]:
     if "columns" in proposal.said:
         words.append("columns " + ", ".join(f"{name} = {role}" for role, name in proposal.said["columns"].items()))
     if not archive.layout.public:
-        shown = propose_targets(records, proposal)
-        words += [f"{', '.join(list(shown.values())[:6])}"] if shown else []
+        words += filter(None, [", ".join(proposals.propose_targets(records, proposal)[:6])])
     return [f"used     {'; '.join(words)}"]
 
 
@@ -257,14 +212,14 @@ def _ignored(archive: Archive, proposal: Proposal) -> list[str]:
     account = Account(archive)
     rows = [row for row in account.rows if row.use == "ignored"]
     shown = "; ".join(f"{row.count} {row.reason}" for row in rows[:5]) or "nothing"
-    unknown = propose_ignore(account, proposal)
+    unknown = proposals.propose_ignore(account, proposal)
     return [f"ignored  {shown}" + (f"; unknown: {unknown}" if unknown else "")]
 
 
 def _patients(archive: Archive, proposal: Proposal) -> str:
     """Say how many patients and cases there are, and who would be held out."""
     records = archive.records
-    patients, split = len({record.patient_id for record in records}), propose_split(archive, proposal)
+    patients, split = len({record.patient_id for record in records}), proposals.propose_split(archive, proposal)
     sessions = ", several cases of a patient stay in one split" if patients < len(records) else ""
     counts = ""
     if split.startswith("no split"):
@@ -276,14 +231,7 @@ def _patients(archive: Archive, proposal: Proposal) -> str:
 
 
 class _Fit(NamedTuple):
-    """Whether an experiment can use an archive.
-
-    Attributes:
-        name: The experiment.
-        reason: Why it cannot; empty where it can.
-        more: What ``make`` needs besides, such as ``SIZE=small``.
-        uses: How many kinds of what the archive gives it uses, and how many files.
-    """
+    """Why an experiment cannot use an archive, or what ``make`` needs besides, and how many kinds and files it uses."""
 
     name: str
     reason: str = ""

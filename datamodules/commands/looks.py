@@ -22,8 +22,9 @@ _MAX_VALUES = 12
 
 
 class _Seen(NamedTuple):
-    """One volume."""
+    """One volume: its case's place, voxel size in mm, shape, affine, and the share of its foreground below 0."""
 
+    case: int
     spacing: tuple[float, ...]
     shape: tuple[int, ...]
     affine: Any
@@ -36,14 +37,14 @@ class Look:
 
     Attributes:
         cases: Cases that were read.
-        volumes: The volumes of each case by canonical modality.
+        volumes: The volumes of each canonical modality, in the order in which they came.
         faults: Files by kind of fault.
         details: The first fault of each kind, in words.
         values: Values of each mask.
     """
 
     cases: int = 0
-    volumes: list[dict[str, _Seen]] = field(default_factory=list)
+    volumes: dict[str, list[_Seen]] = field(default_factory=dict)
     faults: Counter[str] = field(default_factory=Counter)
     details: dict[str, str] = field(default_factory=dict)
     values: dict[str, set[int]] = field(default_factory=dict)
@@ -53,53 +54,31 @@ class Look:
         self.faults[error.kind] += 1
         self.details.setdefault(error.kind, error.detail)
 
-    @property
-    def modalities(self) -> list[str]:
-        """The modalities that were seen, in the order in which they came."""
-        return list(dict.fromkeys(name for case in self.volumes for name in case))
-
-    def spacing(self, name: str) -> str:
-        """Return the middle voxel size of a modality, in words."""
-        sides = np.median([case[name].spacing for case in self.volumes if name in case], axis=0)
-        return " x ".join(f"{side:.2g}" for side in sides)
-
-    def negative(self, name: str) -> float:
-        """Return the middle share of a modality's foreground that is below 0."""
-        return float(np.median([case[name].negative for case in self.volumes if name in case]))
-
     def one_grid(self) -> bool:
         """Whether the volumes of each case share a grid."""
+        every = [seen for found in self.volumes.values() for seen in found]
+        first = {seen.case: seen for seen in reversed(every)}
         return all(
-            seen.shape == first.shape and np.allclose(seen.affine, first.affine, atol=1e-2)
-            for case in self.volumes
-            for first in list(case.values())[:1]
-            for seen in case.values()
+            seen.shape == first[seen.case].shape and np.allclose(seen.affine, first[seen.case].affine, atol=1e-2)
+            for seen in every
         )
 
     def reference(self) -> str:
         """Return the modality in most cases, and of those the one with the finest slices."""
-        counts = Counter(name for case in self.volumes for name in case)
-        depths = {name: min(max(case[name].spacing) for case in self.volumes if name in case) for name in counts}
-        return min(counts, key=lambda name: (-counts[name], round(depths[name], 2), self.modalities.index(name)))
+        depths = {name: min(max(seen.spacing) for seen in found) for name, found in self.volumes.items()}
+        return min(depths, key=lambda name: (-len(self.volumes[name]), round(depths[name], 2)))
 
 
 def look_at(records: Sequence[Record], spelled: Mapping[str, str]) -> Look:
-    """Read up to eight cases whole, from all over an archive.
-
-    Args:
-        records: Its records.
-        spelled: What the archive calls each modality that is used.
-    """
+    """Read up to eight cases whole, from all over an archive: the modalities that are spelled out, and masks."""
     found = Look()
     for record in respelled(spread([record for record in records if record.volumes]), spelled, strict=False):
-        found.cases += 1
-        seen = {}
         for name, ref in record.volumes.items():
             if name in spelled and (volume := _look_at_one(ref, found)):
-                seen[canonical_name(name)] = volume
-        found.volumes.append(seen)
+                found.volumes.setdefault(canonical_name(name), []).append(volume)
         for name, ref in record.masks.items():
             _look_at_mask(name, ref, found)
+        found.cases += 1
     return found
 
 
@@ -118,7 +97,7 @@ def _look_at_one(ref: FileRef, found: Look) -> _Seen | None:
             return None
     sides = tuple(np.linalg.norm(volume.affine[:3, :3], axis=0).tolist())
     share = negative_share(volume.data, background_of(volume.data))
-    return _Seen(sides, volume.data.shape, volume.affine, share)
+    return _Seen(found.cases, sides, volume.data.shape, volume.affine, share)
 
 
 def _look_at_mask(name: str, ref: FileRef, found: Look) -> None:
@@ -131,19 +110,6 @@ def _look_at_mask(name: str, ref: FileRef, found: Look) -> None:
         found.values.setdefault(name, set()).update(int(value) for value in values if value)
 
 
-def _rules(look: Look) -> tuple[dict[str, str], str]:
-    """Return the intensity rules that differ from the usual one, and why, in words."""
-    rules, words = {}, ""
-    for name in look.modalities:
-        share = look.negative(name)
-        if name == "ct":
-            rules[name] = "ct"
-        elif share > MAX_NEGATIVE:
-            rules[name] = "standardised"
-            words += f"; {share:.0%} of {name}'s foreground is negative, so standardised"
-    return rules, words
-
-
 #: What a person may set, by a word of the fault: the key it stands above, and the line.
 _REMEDIES = (
     ("not finite", "voxels", "voxels: {nan: zero}  # voxels that are not a number lie within the body"),
@@ -153,16 +119,30 @@ _REMEDIES = (
 )
 
 
+def _rules(look: Look) -> tuple[dict[str, str], list[str], str]:
+    """Return the intensity rules that differ from the usual one, middle voxel sizes, and why, in words."""
+    rules, sizes, why = {}, [], ""
+    for name, found in look.volumes.items():
+        sides, share = np.median([seen.spacing for seen in found], axis=0), np.median([seen.negative for seen in found])
+        sizes.append(f"{name} {' x '.join(f'{side:.2g}' for side in sides)}")
+        if name == "ct":
+            rules[name] = "ct"
+        elif share > MAX_NEGATIVE:
+            rules[name] = "standardised"
+            why += f"; {share:.0%} of {name}'s foreground is negative, so standardised"
+    return rules, sizes, why
+
+
 def propose_voxels(look: Look, proposal: Proposal) -> str:
     """Propose grid and intensities from what was seen; return it in words."""
-    words = ", ".join(f"{name} {look.spacing(name)}" for name in look.modalities)
-    words = f"{look.cases} cases read: {words} mm" if words else f"{look.cases} cases read, none of which can be used"
-    if look.volumes and not look.one_grid():
+    rules, sizes, why = _rules(look)
+    shown = f"{', '.join(sizes)} mm" if sizes else "none of which can be used"
+    words = f"{look.cases} cases read{':' if sizes else ','} {shown}"
+    if not look.one_grid():
         reference = look.reference()
         proposal.said["grid"] = {"reference": reference}
         words += f": not one grid, so grid.reference: {reference}"
         proposal.remarks["grid"] = "the others are resampled to its grid: they must lie in one space"
-    rules, why = _rules(look)
     voxels: dict[str, Any] = {"intensity": rules} if rules else {}
     if "outside the body" in look.details.get("nan", ""):
         voxels["nan"] = "zero"

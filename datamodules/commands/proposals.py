@@ -20,7 +20,7 @@ from datamodules.registry import Archive, Record
 from datamodules.splits import read_split_file
 from datamodules.subjects import needs_rule
 from datamodules.tables import read_table
-from datamodules.tree import IMAGE_KINDS, Tree, TreeFile, stem_of
+from datamodules.tree import IMAGE_KINDS, Tree, stem_of
 from datamodules.volumes.modalities import respelled
 
 #: Share of a column's values that must be files for it to be one of images, and most values of a column of classes.
@@ -62,6 +62,11 @@ class Proposal:
         """Put lines above a key."""
         self.asides.setdefault(key, []).extend(lines)
 
+    def ask(self, open: str, *lines: str) -> None:
+        """Leave open whose a file is: a question, and the lines of which a person keeps one."""
+        self.open = open
+        self.aside("subject", *lines)
+
     def text(self) -> str:
         """Return the file's text."""
         lines = ["# How medmim init understood this archive. DATA= takes this file; the command line wins over it."]
@@ -79,13 +84,14 @@ def flow(value: Any) -> str:
 
 
 def _lines(key: str, value: Any, remarks: Mapping[str, str]) -> list[str]:
-    remark = f"  # {remarks[key]}" if key in remarks else ""
+    def remark(name: str) -> str:
+        return f"  # {remarks[name]}" if name in remarks else ""
+
     if key == "series":
-        rules = [f"- {flow(rule)}" + (f"  # {remarks[flow(rule)]}" if flow(rule) in remarks else "") for rule in value]
-        return [f"series:{remark}", *rules]
+        return [f"series:{remark(key)}", *(f"- {flow(rule)}{remark(flow(rule))}" for rule in value)]
     if key == "targets":
-        return [f"targets:{remark}", *(f"  {flow(name)}: {flow(rule)}" for name, rule in value.items())]
-    return [f"{key}: {flow(value)}{remark}"]
+        return [f"targets:{remark(key)}", *(f"  {flow(name)}: {flow(rule)}" for name, rule in value.items())]
+    return [f"{key}: {flow(value)}{remark(key)}"]
 
 
 def begun(tree: Tree, layout: str) -> Proposal:
@@ -101,15 +107,14 @@ def propose_patterns(tree: Tree, proposal: Proposal) -> None:
     cases: dict[str, list[str]] = {}
     for file in tree.images:
         cases.setdefault(file.folder, []).append(file.stem)
-    parts = [Counter(part for stem in stems for part in set(re.split(r"[_.-]", stem))) for stems in cases.values()]
-    counts = Counter(part for found in parts for part, count in found.items() if count == 1)
-    wanted = [part for part, count in counts.items() if 2 * count > len(cases) and not part.isdigit()]
-    wanted = [part for part in wanted if canonical_name(part) in CANONICAL] or wanted
     if len(cases) < 2:  # all in one folder: nothing says what a case is
         return
+    parts = [Counter(part for stem in stems for part in set(re.split(r"[_.-]", stem))) for stems in cases.values()]
+    counts = Counter(part for found in parts for part, count in found.items() if count == 1)
+    wanted = [part for part, count in counts.items() if part and 2 * count > len(cases) and not part.isdigit()]
+    wanted = [part for part in wanted if canonical_name(part) in CANONICAL] or wanted
     stems = [stem for found in cases.values() for stem in found]
-    found = {canonical_name(part): _pattern(part, stems) for part in wanted if part}
-    if found:
+    if found := {canonical_name(part): _pattern(part, stems) for part in wanted}:
         proposal.said["modalities"] = {name: found[name] for name in canonical_order(found)}
         proposal.remarks["modalities"] = "patterns of file names; the order is that of the channels"
 
@@ -138,26 +143,19 @@ def propose_modalities(archive: Archive, proposal: Proposal) -> dict[str, int]:
     return {name: spelled[name].total() for name in order}
 
 
-def mask_name(name: str) -> str:
-    """Return what a mask is called by its file's name."""
+def _mask_name(name: str) -> str:
     match = re.search(r"(?:(?:label|desc)-[A-Za-z0-9+]+_)*(?:dseg|mask|probseg)$", stem_of(name))
     return match[0] if match else stem_of(name).rpartition("_")[2]
 
 
-def propose_masks(archive: Archive, proposal: Proposal, values: Mapping[str, Sequence[int]]) -> Counter[str]:
-    """Offer the masks that nobody has named; return in how many cases each is.
-
-    Args:
-        archive: The archive.
-        proposal: What is proposed.
-        values: Values that were found in masks by name.
-    """
-    found = Counter(mask_name(name) for reason, names in archive.reasons.items() if reason.startswith("mask")
+def propose_masks(archive: Archive, proposal: Proposal, values: Mapping[str, Iterable[int]]) -> Counter[str]:
+    """Offer the masks that nobody has named, with the values found in them; return in how many cases each is."""
+    found = Counter(_mask_name(name) for reason, names in archive.reasons.items() if reason.startswith("mask")
                     for name in names)  # fmt: skip
     used = Counter(name for record in archive.records for name in record.masks)
     for name, _ in (found + used).most_common(3) if "masks" in archive.layout.takes else []:
         region = re.sub(r"[^a-z0-9]+", "_", name.lower().removesuffix("-manual")).strip("_")
-        rule = {region: {"name": name, "values": list(values.get(name.lower(), (1,)))}}
+        rule = {region: {"name": name, "values": sorted(values.get(name.lower(), (1,)))}}
         proposal.aside("masks", f"masks: {flow(rule)}  # for segmentation: what its values mean is for you to say")
     return found
 
@@ -165,32 +163,30 @@ def propose_masks(archive: Archive, proposal: Proposal, values: Mapping[str, Seq
 # Whose a file is
 
 
+_EACH = "subject: file  # each image counts as a patient"
+_WHOSE = "subject: whose is an image?"
+
+
 def propose_subject(names: Sequence[str], proposal: Proposal, classes: bool = False) -> None:
     """Propose whose each image is, where a folder holds several; where names repeat, that is left as a question."""
     if needs_rule(names) is None:
         return
-    stems = [stem_of(name) for name in names]
-    fits = [match["subject"] for stem in stems if (match := _VISIT.fullmatch(stem))]
-    repeated = Counter(fits)
+    fits = [(match["subject"], stem) for stem in map(stem_of, names) if (match := _VISIT.fullmatch(stem))]
+    repeated = Counter(subject for subject, _ in fits)
     several = sum(count > 1 for count in repeated.values())
-    if len(repeated) > 1 and 2 * several >= len(repeated) and 2 * len(fits) >= len(stems):
-        rule = {"regex": r"(?P<subject>[^/]*?[A-Za-z0-9])[_-](?P<session>\d{1,2}|[A-Za-z]+)\.[^/]+$"}
-        example = next(stem for stem in stems if (match := _VISIT.fullmatch(stem)) and repeated[match["subject"]] > 1)
-        proposal.open = "subject: whose is an image?"
-        proposal.aside("subject", f"Whose is an image? Splits are by patient. Names such as {example} repeat but for "
-                       f"their end; keep one line:", f"subject: {flow(rule)}",
-                       "subject: file  # each image counts as a patient")  # fmt: skip
-        return
     folders = {name.rpartition("/")[0] for name in names}
-    if not classes and len(folders) > 2 and len(names) <= 50 * len(folders):
-        proposal.open = "subject: whose is an image?"
-        proposal.aside("subject", "Whose is an image? Splits are by patient; keep one line:", "subject: folder",
-                       "subject: file  # each image counts as a patient")  # fmt: skip
-        return
-    proposal.said["subject"] = "file"
-    proposal.remarks["subject"] = (
-        "each image counts as a patient; where people have several, say folder or {regex: ...}"
-    )
+    if len(repeated) > 1 and 2 * several >= len(repeated) and 2 * len(fits) >= len(names):
+        rule = {"regex": r"(?P<subject>[^/]*?[A-Za-z0-9])[_-](?P<session>\d{1,2}|[A-Za-z]+)\.[^/]+$"}
+        example = next(stem for subject, stem in fits if repeated[subject] > 1)
+        proposal.ask(_WHOSE, f"Whose is an image? Splits are by patient. Names such as {example} repeat but for "
+                     f"their end; keep one line:", f"subject: {flow(rule)}", _EACH)  # fmt: skip
+    elif not classes and len(folders) > 2 and len(names) <= 50 * len(folders):
+        proposal.ask(_WHOSE, "Whose is an image? Splits are by patient; keep one line:", "subject: folder", _EACH)
+    else:
+        proposal.said["subject"] = "file"
+        proposal.remarks["subject"] = (
+            "each image counts as a patient; where people have several, say folder or {regex: ...}"
+        )
 
 
 def looks_like_people(names: Sequence[str]) -> bool:
@@ -202,11 +198,10 @@ def looks_like_people(names: Sequence[str]) -> bool:
 def ask_for_people(proposal: Proposal) -> None:
     """Ask whether folders are patients or classes."""
     proposal.said["layout"] = "images"
-    proposal.open = "subject: are the folders patients or classes?"
     proposal.aside("layout", "layout: class_folders  # in place of the next line, where the folders are classes")
-    proposal.aside("subject", "Are the folders patients, or classes? Splits are by patient; keep one line:",
-                   "subject: folder  # each folder is a patient",
-                   "subject: file  # each image counts as a patient")  # fmt: skip
+    proposal.ask("subject: are the folders patients or classes?",
+                 "Are the folders patients, or classes? Splits are by patient; keep one line:",
+                 "subject: folder  # each folder is a patient", _EACH)  # fmt: skip
 
 
 def propose_visits(archive: Archive, proposal: Proposal) -> None:
@@ -241,19 +236,17 @@ def table_of(tree: Tree, named: str | None) -> tuple[Path, pd.DataFrame, str, st
     Raises:
         DataError: the table that is named is not there, or names no images of the archive.
     """
+    paths = [tree / file.name for file in tree.listed() if file.suffix in _TABLES and not file.hidden][:8]
     if named is not None:
-        path = next((place for place in (Path(named).expanduser(), tree / named) if place.is_file()), None)
-        if path is None:
+        paths = [place.resolve() for place in (Path(named).expanduser(), tree / named) if place.is_file()][:1]
+        if not paths:
             raise DataError(f"There is no table {named}, here or under {tree}.")
-        paths = [path.resolve()]
-    else:
-        paths = [tree / file.name for file in tree.listed() if file.suffix in _TABLES and not file.hidden]
-    for path in paths[:8]:
+    for path in paths:
         try:
             table = read_table(path)
-        except DataError as error:
+        except DataError:
             if named is not None:
-                raise error
+                raise
             continue  # another table, which the account counts
         if found := image_column(tree, table):
             return path, table, *found
@@ -288,23 +281,22 @@ def _is_text(values: pd.Series) -> bool:
     return bool(texts) and sum(value.count(" ") > 3 for value in texts) >= _MOSTLY * len(texts)
 
 
-def propose_targets(records: Sequence[Record], proposal: Proposal) -> dict[str, str]:
+def propose_targets(records: Sequence[Record], proposal: Proposal) -> list[str]:
     """Propose what may be predicted: columns of few values are classes, those of many numbers are measured."""
     columns: dict[str, list[str]] = {}
     for record in records:
         for name, value in {**record.attributes, **record.targets}.items():
             columns.setdefault(name, []).append(value.strip())
     rules: dict[str, dict[str, Any]] = {}
-    shown = {}
     for column, values in columns.items():
         name = re.sub(r"\W+", "_", column).strip("_")
         rule = _target([value for value in values if value and value.isprintable()])
         if rule and name and len(rules) < _MAX_TARGETS:
             rules[name] = ({} if name == column else {"column": column}) | rule
-            shown[name] = f"{name} ({len(rule['classes'])} classes)" if "classes" in rule else f"{name} (numbers)"
     if rules:
         proposal.said["targets"] = rules
-    return shown
+    return [f"{name} ({len(rule['classes'])} classes)" if "classes" in rule else f"{name} (numbers)"
+            for name, rule in rules.items()]  # fmt: skip
 
 
 def _target(values: Sequence[str]) -> dict[str, Any] | None:
@@ -312,8 +304,8 @@ def _target(values: Sequence[str]) -> dict[str, Any] | None:
     distinct = set(values)
     if 2 <= len(distinct) <= _MAX_CLASSES and len(distinct) < len(values):
         return {"classes": natural_order(distinct)}
-    numbers = [value for value in distinct if re.fullmatch(r"[+-]?\d*\.?\d+(e[+-]?\d+)?", value, re.IGNORECASE)]
-    return {"kind": "regression"} if len(distinct) > _MAX_CLASSES and len(numbers) == len(distinct) else None
+    number = re.compile(r"[+-]?\d*\.?\d+(e[+-]?\d+)?", re.IGNORECASE)
+    return {"kind": "regression"} if len(distinct) > _MAX_CLASSES and all(map(number.fullmatch, distinct)) else None
 
 
 # Splits and what has no place
@@ -353,17 +345,11 @@ def _split_file(archive: Archive) -> dict[str, str] | None:
 
 def propose_ignore(account: Account, proposal: Proposal) -> str:
     """Propose to leave aside what has no place and shows nothing; return what has none, in words."""
-    others = [file for file in account.unknown if file.kind not in IMAGE_KINDS]
-    images = [file for file in account.unknown if file.kind in IMAGE_KINDS]
-    if patterns := sorted({f"*{file.suffix}" if file.suffix else file.name for file in others}):
-        proposal.said["ignore"] = patterns
-    if images:
-        stems = ", ".join(file.name for file in images[:3])
-        proposal.aside("ignore", f"{len(images)} image files have no place, such as {stems}")
-    return counted(account.unknown)
-
-
-def counted(files: Iterable[TreeFile], most: int = 4) -> str:
-    """Return how many files there are of each suffix, in words."""
-    counts = Counter(file.suffix or file.stem for file in files)
-    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda c: (-c[1], c[0]))[:most])
+    others = {file.name: f"*{file.suffix}" if file.suffix else file.name
+              for file in account.unknown if file.kind not in IMAGE_KINDS}  # fmt: skip
+    if others:
+        proposal.said["ignore"] = sorted({*others.values()})
+    if images := [file.name for file in account.unknown if file.name not in others]:
+        proposal.aside("ignore", f"{len(images)} image files have no place, such as {', '.join(images[:3])}")
+    counts = Counter(file.suffix or file.stem for file in account.unknown)
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda c: (-c[1], c[0]))[:4])

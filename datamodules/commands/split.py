@@ -11,14 +11,7 @@ from datamodules.splits import SPLITS, Member, listed_split, repaired_split, wri
 
 
 def run(archive: Archive, out: str, by: str, lists: Sequence[str] | None, repair: bool) -> None:
-    """Carry out ``medmim split``.
-
-    Args:
-        archive: The archive, with all settings that training would have.
-        out: CSV to write.
-        by: What a line is, ``case`` or ``patient``.
-        lists: Text files of training, validation and test cases; None: the split that training would make.
-        repair: Leave out of a list whoever is in a later one.
+    """Carry out ``medmim split``; its options are those of the command.
 
     Raises:
         DataError: a list is missing or names nothing of the archive, or a patient is in several of them.
@@ -37,11 +30,7 @@ def run(archive: Archive, out: str, by: str, lists: Sequence[str] | None, repair
 
 
 def _published(cases: Sequence[Member], lists: Sequence[Path], repair: bool) -> dict[str, str]:
-    """Return the split that published lists give, without patients in several of them.
-
-    Raises:
-        DataError: a list is missing or names nothing of the archive, or a patient is in several unrepaired.
-    """
+    """Return the split that published lists give, without patients in several of them."""
     listed = listed_split(cases, lists)
     kept = repaired_split(cases, listed)
     dropped = Counter(split for name, splits in listed.items() for split in splits if kept.get(name) != split)

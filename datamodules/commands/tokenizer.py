@@ -8,13 +8,7 @@ from common.runtime.reporting import print_line
 
 
 def run(archive: Archive, kind: Literal["wordpiece", "bpe"] | None, vocab_size: int | None, out: str) -> None:
-    """Carry out ``medmim tokenizer``.
-
-    Args:
-        archive: The archive, with all settings that training would have.
-        kind: ``wordpiece`` or ``bpe``; None: the configuration's, else wordpiece.
-        vocab_size: Tokens at most; None: the configuration's.
-        out: JSON file to write.
+    """Carry out ``medmim tokenizer``; its options are those of the command, else the configuration's.
 
     Raises:
         DataError: the archive has no text to train on.

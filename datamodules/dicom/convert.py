@@ -95,12 +95,7 @@ def _digest(parts: Sequence[str]) -> str:
 
 
 def convert(stack: Stack, folder: Path, uneven: str = "refuse") -> Path:
-    """Return the NIfTI volume of a stack, converted on first use.
-
-    Args:
-        stack: The slices of one series, echo and orientation.
-        folder: Where conversions are kept.
-        uneven: See :func:`check_geometry`.
+    """Return the NIfTI volume of a stack, converted on first use and kept in a folder.
 
     Returns:
         ``volume.nii``; ``volume.json`` beside it has the parameters of the sequence and what was corrected.

@@ -244,7 +244,7 @@ class DicomIndex:
     """
 
     def __init__(self, files: Sequence[Path], folder: Path | None = None, workers: int | None = None) -> None:
-        self._folder = folder
+        self._file = None if folder is None else folder / f"headers-{INDEX_VERSION}.jsonl"
         self.instances: list[Instance] = []
         self.copies: list[str] = []
         self.unreadable: dict[str, str] = {}
@@ -274,10 +274,6 @@ class DicomIndex:
             yield path, found if isinstance(found, str) else found._replace(stamp=tuple(stamp))
         yield from ((str(path), "the file is not there") for path in files if path not in stamps)
 
-    @property
-    def _file(self) -> Path | None:
-        return None if self._folder is None else self._folder / f"headers-{INDEX_VERSION}.jsonl"
-
     def _kept(self) -> dict[str, Any]:
         if self._file is None or not self._file.is_file():
             return {}
@@ -285,7 +281,8 @@ class DicomIndex:
         try:
             for line in self._file.read_text().splitlines():
                 path, stamp, found = json.loads(line)
-                kept[path] = (stamp, found if isinstance(found, str) else _restored(found))
+                values: Any = [tuple(value) if isinstance(value, list) else value for value in found]
+                kept[path] = (stamp, found if isinstance(found, str) else Instance(*values))
         except (ValueError, TypeError):
             return {}
         return kept
@@ -323,11 +320,6 @@ def _stamp(path: Path) -> list[int] | None:
     except OSError:
         return None
     return [facts.st_size, facts.st_mtime_ns]
-
-
-def _restored(found: list[Any]) -> Instance:
-    values: list[Any] = [tuple(value) if isinstance(value, list) else value for value in found]
-    return Instance(*values)
 
 
 def check_subjects(instances: Iterable[Instance], subject: str | None) -> None:

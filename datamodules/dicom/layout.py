@@ -1,9 +1,8 @@
 """The layout of DICOM trees: known by content, since their names mean nothing."""
 
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
@@ -66,29 +65,16 @@ def read_index(tree: Tree) -> DicomIndex:
     return index
 
 
-def kinds_of_series(index: DicomIndex) -> set[tuple[Any, ...]]:
-    """Return the kinds of series that may become volumes: by modality and description, else by their times."""
-    return {
-        (first.modality, first.description.lower() or (first.echo_time, first.repetition_time, first.inversion_time))
-        for first in (stack.first for stack in index.stacks if is_volume(stack))
-    }
-
-
 def settings_of(settings: Settings) -> DicomSettings:
     """Return what a person says of a DICOM archive; without rules no series is a volume.
 
     Raises:
-        DataError: a value that there is not.
+        DataError: ``subject`` is none of its three; the other values are checked with the archive file.
     """
     said = {name: value for name in (field.name for field in fields(DicomSettings))
             if (value := getattr(settings, name, None)) is not None}  # fmt: skip
     if settings.subject not in (None, *_SUBJECTS):
         raise DataError(f"subject: of a DICOM archive is patient, study or folder, not {settings.subject!r}.")
-    if settings.uneven not in (None, "refuse", "interpolate"):
-        raise DataError(f"uneven: is refuse or interpolate, not {settings.uneven!r}.")
-    for name in ("min_slices", "frame"):
-        if isinstance(said.get(name, 0), bool) or not isinstance(said.get(name, 0), int) or said.get(name, 0) < 0:
-            raise DataError(f"{name}: is a whole number from 0 on, not {said[name]!r}.")
     return DicomSettings(rules=tuple(settings.series), **said)
 
 
@@ -107,10 +93,7 @@ def find_dicom(tree: Tree, settings: Settings = NO_SETTINGS) -> Listing:
     index = read_index(tree)
     _check_headers(tree, index)
     found = understand(tree.root, index, wanted)
-    pictures = [
-        Record(item.case_id, item.patient_id, item.session, images=((item.path, item.view),)) for item in found.pictures
-    ]
-    records = [*(_record(study, wanted) for study in found.studies), *pictures]
+    records = [*(_record(study, wanted) for study in found.studies), *found.pictures]
     facts = Facts(reference=found.reference, frame=settings.frame, lacking=_lacking(index, found, settings))
     notes = [f"{name} of {count} series is guessed from echo, repetition and inversion times"
              for name, count in sorted(found.guessed.items())]  # fmt: skip
@@ -128,11 +111,7 @@ def _record(study: DicomStudy, settings: DicomSettings) -> Record:
 
 
 def _check_headers(tree: Tree, index: DicomIndex) -> None:
-    """Refuse a tree of which many headers are broken; a few are counted in the account.
-
-    Raises:
-        DataError: more than one in a hundred, and more than two.
-    """
+    """Refuse a tree of which many headers are broken; a few are counted in the account."""
     lost, total = index.unreadable, len(index.unreadable) + len(index.instances) + len(index.copies)
     if len(lost) > max(_MAX_BROKEN * total, 2) or (lost and not index.instances):
         path, why = next(iter(lost.items()))
@@ -144,7 +123,11 @@ def _check_headers(tree: Tree, index: DicomIndex) -> None:
 def _lacking(index: DicomIndex, found: Understanding, settings: Settings) -> dict[str, str]:
     """Say why there are no volumes or no pictures, where settings could change that."""
     words = {}
-    volumes = kinds_of_series(index)
+    # Kinds of series are told by modality and description, else by their times.
+    volumes = {
+        (first.modality, first.description.lower() or (first.echo_time, first.repetition_time, first.inversion_time))
+        for first in (stack.first for stack in index.stacks if is_volume(stack))
+    }
     if volumes and not settings.series:
         words["volumes"] = f"DICOM, {len(volumes)} kinds of series: run medmim init DIR first"
     elif volumes and not found.studies:
@@ -157,10 +140,8 @@ def _lacking(index: DicomIndex, found: Understanding, settings: Settings) -> dic
 
 def _most(found: Understanding) -> str:
     """Return the commonest reasons why series are left out."""
-    counted: Sequence[tuple[str, int]] = sorted(
-        ((reason, len(paths)) for reason, paths in found.ignored.items()), key=lambda item: -item[1]
-    )
-    return "; ".join(f"{count} files {shortened(reason, 60)}" for reason, count in counted[:2])
+    counts = Counter({reason: len(paths) for reason, paths in found.ignored.items()})
+    return "; ".join(f"{count} files {shortened(reason, 60)}" for reason, count in counts.most_common(2))
 
 
 DICOM = Layout(

@@ -61,9 +61,8 @@ class Rule:
             try:
                 re.compile(getattr(self, name) or "")
             except re.error as error:
-                raise DataError(
-                    f"series: {name} {getattr(self, name)!r} is not a valid regular expression ({error})."
-                ) from error
+                raise DataError(f"series: {name} {getattr(self, name)!r} is not a valid regular expression "
+                                f"({error}).") from error  # fmt: skip
         for name in ("te", "tr", "ti"):
             limits = getattr(self, name)
             if limits is not None and not _is_range(limits):
@@ -72,32 +71,23 @@ class Rule:
     def matches(self, stack: Stack) -> bool:
         """Whether all conditions hold for a stack."""
         first = stack.first
-        if self.description is not None and not re.search(self.description, first.description, re.IGNORECASE):
-            return False
-        if self.unless is not None and re.search(self.unless, first.description, re.IGNORECASE):
-            return False
-        if self.image_type and not {v.upper() for v in self.image_type} & {v.upper() for v in first.image_type}:
-            return False
-        if self.contrast is not None and self.contrast != first.contrast:
-            return False
-        if self.repeated is not None and self.repeated != (stack.repeats > 1):
-            return False
         times = ((self.te, first.echo_time), (self.tr, first.repetition_time), (self.ti, first.inversion_time))
-        return self._fits_kind(stack) and all(limits is None or _inside(value, limits) for limits, value in times)
-
-    def _fits_kind(self, stack: Stack) -> bool:
-        if self.kind is None:
-            return True
-        return not is_volume(stack) if self.kind == "other" else stack.first.modality == self.kind
+        types = {v.upper() for v in self.image_type} & {v.upper() for v in first.image_type}
+        kind = "other" if self.kind == "other" and not is_volume(stack) else first.modality
+        return (
+            (self.description is None or re.search(self.description, first.description, re.IGNORECASE) is not None)
+            and (self.unless is None or re.search(self.unless, first.description, re.IGNORECASE) is None)
+            and (not self.image_type or bool(types))
+            and self.contrast in (None, first.contrast)
+            and (self.repeated is None or self.repeated == (stack.repeats > 1))
+            and self.kind in (None, kind)
+            and all(limits is None or (value is not None and limits[0] <= value < limits[1]) for limits, value in times)
+        )
 
 
 def _is_range(limits: Any) -> bool:
     numbers = isinstance(limits, list | tuple) and len(limits) == 2
     return numbers and all(isinstance(v, int | float) for v in limits) and limits[0] < limits[1]
-
-
-def _inside(value: float | None, limits: tuple[float, float]) -> bool:
-    return value is not None and limits[0] <= value < limits[1]
 
 
 class Verdict(NamedTuple):
@@ -140,16 +130,13 @@ def parse_rules(entries: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
         DataError: a key is unknown, a regular expression or a range is invalid.
     """
     known = {field.name for field in fields(Rule)}
-    rules = []
     for number, entry in enumerate(entries, 1):
         if not isinstance(entry, Mapping):
             raise DataError(f"Rule {number} under series: must be a mapping, got {entry!r}.")
-        unknown = [name for name in entry if name not in known]
-        if unknown:
+        if unknown := [name for name in entry if name not in known]:
             raise DataError(f"Rule {number} under series: has the unknown key {unknown[0]!r}; known are "
                             f"{', '.join(sorted(known))}.")  # fmt: skip
-        rules.append(Rule(**entry))
-    return tuple(rules)
+    return tuple(Rule(**entry) for entry in entries)
 
 
 def classify(stack: Stack, rules: Sequence[Rule]) -> Verdict:

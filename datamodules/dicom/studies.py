@@ -15,6 +15,7 @@ from datamodules.account import BROKEN, COPY, FEW, FRAMES, OBJECT, RULED_OUT, RU
 from datamodules.dicom.convert import check_geometry
 from datamodules.dicom.index import DicomIndex, Stack, check_subjects
 from datamodules.dicom.rules import Rule, classify, default_rules, is_picture, is_volume
+from datamodules.registry import Record
 from datamodules.volumes.headers import VolumeError
 
 
@@ -55,24 +56,6 @@ class DicomStudy(NamedTuple):
     faults: dict[str, Fault]
 
 
-class DicomPicture(NamedTuple):
-    """One picture of a visit.
-
-    Attributes:
-        case_id: Patient and a short hash of the instance's UID.
-        patient_id: Splits are by this.
-        session: The study's UID.
-        path: The file.
-        view: ViewPosition; empty where the header does not say.
-    """
-
-    case_id: str
-    patient_id: str
-    session: str
-    path: Path
-    view: str
-
-
 @dataclass
 class Understanding:
     """How an archive was understood.
@@ -82,7 +65,7 @@ class Understanding:
         reference: The modality whose grid all others of a study are resampled to; None without studies.
         ignored: Files by reason (see :mod:`datamodules.account`).
         guessed: Modality to the number of stacks that were assigned by their times alone.
-        pictures: Single pictures.
+        pictures: Single pictures, one by one.
         unreadable: File to why its header cannot be read.
     """
 
@@ -90,7 +73,7 @@ class Understanding:
     reference: str | None = None
     ignored: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     guessed: Counter[str] = field(default_factory=Counter)
-    pictures: list[DicomPicture] = field(default_factory=list)
+    pictures: list[Record] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -141,15 +124,13 @@ class _Candidate(NamedTuple):
 
 def _add_pictures(root: Path, stack: Stack, settings: DicomSettings, result: Understanding) -> None:
     """List every file of a stack of pictures, but for those of screens and those of several frames."""
-    if "SCREEN SAVE" in stack.first.image_type:
-        result.ignored[SCREEN] += stack.paths
-        return
-    if stack.first.frames > 1 and settings.frame is None:
-        result.ignored[FRAMES] += stack.paths
+    screen = "SCREEN SAVE" in stack.first.image_type
+    if screen or (stack.first.frames > 1 and settings.frame is None):
+        result.ignored[SCREEN if screen else FRAMES] += stack.paths
         return
     patient = _subject(root, stack, settings)
     result.pictures += [
-        DicomPicture(f"{patient}_{_short(i.sop_uid)}", patient, i.study_uid, Path(i.path), i.view)
+        Record(f"{patient}_{_short(i.sop_uid)}", patient, i.study_uid, images=((Path(i.path), i.view),))
         for i in stack.instances
     ]
 
@@ -178,15 +159,9 @@ def _fault(root: Path, stack: Stack, settings: DicomSettings) -> Fault | None:
 
 def _preference(candidate: _Candidate) -> tuple[bool, bool, bool, float, int]:
     """Order the series of one modality: usable ones, 3D, originals, small voxels, and the later number first."""
-    stack = candidate.stack
-    first = stack.first
-    return (
-        candidate.fault is not None,
-        first.acquisition != "3D",
-        "DERIVED" in first.image_type,
-        stack.voxel_volume,
-        -first.series_number,
-    )
+    stack, first = candidate.stack, candidate.stack.first
+    derived = "DERIVED" in first.image_type
+    return candidate.fault is not None, first.acquisition != "3D", derived, stack.voxel_volume, -first.series_number
 
 
 def _reference(candidates: dict[str, dict[str, list[_Candidate]]]) -> str | None:
@@ -194,14 +169,10 @@ def _reference(candidates: dict[str, dict[str, list[_Candidate]]]) -> str | None
     depths: dict[str, list[float]] = {}
     for study in candidates.values():
         for name, members in study.items():
-            if usable := [_depth(member.stack) for member in members if member.fault is None]:
+            distances = [member.stack.slice_distances() for member in members if member.fault is None]
+            if usable := [round(float(np.median(d)), 3) if len(d) else float("inf") for d in distances]:
                 depths.setdefault(name, []).append(min(usable))
     return min(depths, key=lambda name: (-len(depths[name]), min(depths[name]), name), default=None)
-
-
-def _depth(stack: Stack) -> float:
-    distances = stack.slice_distances()
-    return round(float(np.median(distances)), 3) if len(distances) else float("inf")
 
 
 def _subject(root: Path, stack: Stack, settings: DicomSettings) -> str:

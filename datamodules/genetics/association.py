@@ -9,6 +9,7 @@ Letters: P people, V variants, C covariates, K components.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,14 +111,25 @@ class Clump(NamedTuple):
     members: list[int]
 
 
+@dataclass(frozen=True)
+class Thresholds:
+    """What makes a region.
+
+    Attributes:
+        first: Largest P of a leading variant.
+        second: Largest P of a member.
+        r2: Squared correlation from which variants are in linkage.
+        kilobases: How far they may lie from the leading one.
+    """
+
+    first: float = 5e-8
+    second: float = 1e-7
+    r2: float = 0.1
+    kilobases: float = 150
+
+
 def clump(
-    p: Array,
-    variants: pd.DataFrame,
-    dosage: Mapping[int, Array],
-    first: float = 5e-8,
-    second: float = 1e-7,
-    r2: float = 0.1,
-    kilobases: float = 150,
+    p: Array, variants: pd.DataFrame, dosage: Mapping[int, Array], limits: Thresholds = Thresholds()
 ) -> list[Clump]:
     """Join significant variants in linkage to regions, the most significant one leading, as PLINK's ``--clump``.
 
@@ -125,17 +137,14 @@ def clump(
         p: Of each variant ``(V,)``.
         variants: With chrom and pos.
         dosage: Standardised counts ``(P,)`` of every variant with ``p <= second``.
-        first: Largest P of a leading variant.
-        second: Largest P of a member.
-        r2: Squared correlation from which variants are in linkage.
-        kilobases: How far they may lie from the leading one.
+        limits: What makes a region.
     """
     chrom, pos = variants["chrom"].to_numpy(), variants["pos"].to_numpy()
-    candidates = [int(index) for index in np.argsort(p, kind="stable") if p[index] <= second]
+    candidates = [int(index) for index in np.argsort(p, kind="stable") if p[index] <= limits.second]
     taken: set[int] = set()
     found = []
     for index in candidates:
-        if index in taken or p[index] > first:
+        if index in taken or p[index] > limits.first:
             continue
         members = [
             other
@@ -143,8 +152,8 @@ def clump(
             if other != index
             and other not in taken
             and chrom[other] == chrom[index]
-            and abs(int(pos[other]) - int(pos[index])) <= 1000 * kilobases
-            and float(dosage[index] @ dosage[other] / len(dosage[index])) ** 2 >= r2
+            and abs(int(pos[other]) - int(pos[index])) <= 1000 * limits.kilobases
+            and float(dosage[index] @ dosage[other] / len(dosage[index])) ** 2 >= limits.r2
         ]
         taken |= {index, *members}
         found.append(Clump(index, members))
@@ -195,10 +204,7 @@ def associate(
     components: int = 10,
     genetic: int = 0,
     relatives: Sequence[tuple[str, str]] | None = None,
-    first: float = 5e-8,
-    second: float = 1e-7,
-    r2: float = 0.1,
-    kilobases: float = 150,
+    limits: Thresholds = Thresholds(),
 ) -> Association:
     """Test all variants against the principal components of image features.
 
@@ -210,10 +216,7 @@ def associate(
         components: K; no more than there are features.
         genetic: Principal components of the genotypes that are added to the covariates.
         relatives: Pairs of relatives; None estimates kinship from the genotypes.
-        first: See :func:`clump`.
-        second: See :func:`clump`.
-        r2: See :func:`clump`.
-        kilobases: See :func:`clump`.
+        limits: What makes a region.
 
     Raises:
         DataError: ids do not join, or people are too few.
@@ -246,10 +249,10 @@ def associate(
     p = combined_p(tested.p)
     best = tested.p.argmin(1)
     table = genotypes.variants.assign(p=p, component=best + 1, beta=tested.beta[np.arange(len(p)), best])
-    wanted = np.flatnonzero(p <= second)
+    wanted = np.flatnonzero(p <= limits.second)
     values = standardised(genotypes.counts(persons, wanted)) if len(wanted) else np.zeros((len(kept), 0))
     dosage = {int(index): values[:, column] for column, index in enumerate(wanted)}
-    clumps = clump(p, genotypes.variants, dosage, first, second, r2, kilobases)
+    clumps = clump(p, genotypes.variants, dosage, limits)
     inflation = [genomic_inflation(column) for column in tested.p.T]
     return Association(table, clumps, inflation, len(kept), len(names) - len(kept))
 
@@ -257,11 +260,7 @@ def associate(
 def _estimated_relatives(
     genotypes: Genotypes, names: Sequence[str], place_of: Mapping[str, int]
 ) -> list[tuple[str, str]]:
-    """Estimate who is related.
-
-    Raises:
-        DataError: there are too many people for every pair of them.
-    """
+    """Estimate who is related."""
     if len(names) > _MOST_PERSONS:
         raise DataError(f"Kinship of {len(names)} people is not estimated here: give --kinship, a table of plink2 or "
                         f"KING with ID1 or IID1, ID2 or IID2, and KINSHIP.")  # fmt: skip
@@ -331,19 +330,7 @@ def run(
 ) -> None:
     """Carry out ``medmim associate``: ``associations.csv``, ``regions.csv``, ``summary.json`` and two pictures.
 
-    Args:
-        features: Parquet file of ``medmim embed``.
-        genotypes: Where the genotypes are; see :func:`datamodules.genetics.genotypes.open_genotypes`.
-        out: Folder to write.
-        split: People of this split alone, or ``all``.
-        covariates: CSV with IID and columns of numbers.
-        components: Of the features.
-        genetic_components: Of the genotypes, added as covariates.
-        kinship: Table of pairs; None: estimated from the genotypes.
-        p1: Of a region's leading variant.
-        p2: Of its members.
-        r2: Linkage inside a region.
-        kb: Reach of a region.
+    The arguments are the command's options.
 
     Raises:
         DataError: a file is missing or damaged, or people do not join.
@@ -364,10 +351,7 @@ def run(
         components,
         genetic_components,
         read_kinship(Path(kinship)) if kinship else None,
-        p1,
-        p2,
-        r2,
-        kb,
+        Thresholds(p1, p2, r2, kb),
     )
     folder = Path(out)
     write_text(folder / "associations.csv", found.table.to_csv(index=False))

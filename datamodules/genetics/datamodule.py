@@ -1,7 +1,7 @@
 """Colour images of people, alone or with their genetics, for pre-training: one data module for every layout."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -46,22 +46,28 @@ from datamodules.splits import SPLITS, assign_splits, relatives_together
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class Augmentation(NamedTuple):
-    """How training images are augmented.
+@dataclass(frozen=True)
+class PictureConfig(ImageConfig):
+    """Colour images, and how those of training vary.
 
-    Attributes:
-        crop_scale: Share of an image's area that a crop has; 1 to 1 takes the whole central part.
-        degrees: Largest angle by which a crop is turned.
-        flip: Whether half of the crops are mirrored.
+    Args:
+        crop_scale: Share of an image's area that a training crop has.
+        degrees: Largest angle by which a training image is turned.
+        flip: Whether half of the training images are mirrored.
         upside_down: Whether half of them are turned upside down.
-        jitter: Largest relative change of brightness, contrast and saturation, and shift of the hue.
+        jitter: Largest change of brightness, contrast, saturation and hue.
     """
 
+    mean: Channelwise = IMAGENET_MEAN
+    std: Channelwise = IMAGENET_STD
     crop_scale: tuple[float, float] = (1.0, 1.0)
     degrees: float = 20.0
     flip: bool = True
     upside_down: bool = False
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        check_crop_scale(self.crop_scale)
 
 
 def jittered(image: Tensor, amounts: Sequence[float], generator: np.random.Generator) -> Tensor:
@@ -79,7 +85,7 @@ def cut_picture(
     store: ImageCache | SourceImages,
     path: Path,
     size: Sequence[int],
-    augmentation: Augmentation | None = None,
+    augmentation: PictureConfig | None = None,
     generator: np.random.Generator | None = None,
 ) -> Tensor:
     """Cut one image to a size, ``(3, *size)`` in [0, 1].
@@ -156,12 +162,9 @@ class ImageGenomeDataset(FaultTolerantDataset):
         samples: The samples.
         store: Opens images.
         genome: Their genetics; None without any.
-        image_size: Height and width.
+        image: Their size and scale, and how those of training are augmented.
         train: Whether images are augmented and alternate under the run's seed; else they are fixed per subject.
         seed: Seed of the training draws.
-        augmentation: How training images are augmented.
-        mean: Of each channel, subtracted from pixels in [0, 1].
-        std: What they are then divided by.
         controls: Other people's samples, for the control of the collapse diagnostics; None leaves it out.
         lesions: Masks to be drawn; None where the archive has none.
         anonymise: Whether subjects get pseudonyms.
@@ -172,20 +175,17 @@ class ImageGenomeDataset(FaultTolerantDataset):
         samples: Sequence[Sample],
         store: ImageCache | SourceImages,
         genome: Genome | None,
-        image_size: Sequence[int],
+        image: PictureConfig,
         train: bool,
         seed: int,
-        augmentation: Augmentation,
-        mean: Sequence[float],
-        std: Sequence[float],
         controls: Sequence[Sample] | None = None,
         lesions: Lesions | None = None,
         anonymise: bool = False,
     ) -> None:
         super().__init__(seed)
         self.samples, self.store, self.genome = list(samples), store, genome
-        self.image_size, self.train, self.augmentation = tuple(image_size), train, augmentation
-        self.mean, self.std = per_channel(mean), per_channel(std)
+        self.image_size, self.train, self.augmentation = tuple(image.size), train, image if train else None
+        self.mean, self.std = per_channel(three_values(image.mean)), per_channel(three_values(image.std))
         self.controls = list(controls or ())
         self.lesions = lesions
         self.anonymise = anonymise
@@ -244,9 +244,7 @@ class ImageGenomeDataset(FaultTolerantDataset):
         for step in range(len(sample.images)):
             path = sample.images[(first + step) % len(sample.images)]
             try:
-                pixels = cut_picture(
-                    self.store, path, self.image_size, self.augmentation if self.train else None, generator
-                )
+                pixels = cut_picture(self.store, path, self.image_size, self.augmentation, generator)
             except SampleFaultError as error:
                 faults += [fault._replace(sample=sample.case_id) for fault in error.faults]
                 continue
@@ -275,59 +273,19 @@ def collate_images(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class PictureConfig(ImageConfig):
-    """Colour images, and how those of training vary.
-
-    Args:
-        crop_scale: Share of an image's area that a training crop has.
-        degrees: Largest angle by which a training image is turned.
-        flip: Whether half of the training images are mirrored.
-        upside_down: Whether half of them are turned upside down.
-        jitter: Largest change of brightness, contrast, saturation and hue.
-    """
-
-    mean: Channelwise = IMAGENET_MEAN
-    std: Channelwise = IMAGENET_STD
-    crop_scale: tuple[float, float] = (1.0, 1.0)
-    degrees: float = 20.0
-    flip: bool = True
-    upside_down: bool = False
-    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-
-    def __post_init__(self) -> None:
-        check_crop_scale(self.crop_scale)
-
-
-@dataclass(frozen=True)
-class GenomeConfig:
+class GenomeConfig(GenomeFiles):
     """Where genetics are, and how they join the images.
 
     Args:
-        genotypes: PLINK prefix, ``.bed`` or ``.bgen``, with ``{chrom}`` for 1 to 22; None = what the layout has.
-        step: Use every n-th variant; None = as the layout has it, else 1.
-        scores: Scoring files of the PGS Catalog, or a folder of them, applied to the genotypes.
-        score_tables: ``.sscore`` files of plink2, or a folder of them.
-        burden: ``combined_burdens.h5``.
-        build: Genome build of the genotypes, such as GRCh37; empty = not known.
         pairing: ``"auto"`` joins genetics by the person where the layout names persons, and else gives every image the
             genetics of a stranger, which means nothing but exercises the method; ``"id"`` and ``"synthetic"`` insist.
         complete_only: Whether persons who lack a kind of genetics are left out.
         clip: Standardised genetics are cut to this on both sides.
     """
 
-    genotypes: str | None = None
-    step: int | None = None
-    scores: str | list[str] | None = None
-    score_tables: str | list[str] | None = None
-    burden: str | None = None
-    build: str = ""
     pairing: Literal["auto", "id", "synthetic"] = "auto"
     complete_only: bool = False
     clip: float = 5.0
-
-    def files(self) -> GenomeFiles:
-        """Return the files that are named."""
-        return GenomeFiles(self.genotypes, self.step or 1, self.scores, self.score_tables, self.burden, self.build)
 
 
 class ImageGenomeDataModule(ImageArchiveDataModule):
@@ -382,15 +340,8 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
             seed=seed,
             **membership,
         )
-        low, high = image.crop_scale
-        brightness, contrast, saturation, hue = image.jitter
-        self.augmentation = Augmentation(
-            (low, high), image.degrees, image.flip, image.upside_down, (brightness, contrast, saturation, hue)
-        )
-        self.mean, self.std = three_values(image.mean), three_values(image.std)
-        self.genetics, self.pairing, self.complete_only = genetics, genome.pairing, genome.complete_only
-        self._layout_name, self._one_per_subject, self._clip = layout, one_per_subject, genome.clip
-        self._files, self._step = genome.files(), genome.step
+        self._image, self._config, self.genetics = image, genome, genetics
+        self._layout_name, self._one_per_subject = layout, one_per_subject
         self._split = (split.fractions, split.seed, split.file)
         self._kinship = kinship
         self._lesions: Lesions | None = None
@@ -427,18 +378,15 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
             self.splits = {
                 name: [sample for sample in samples if split_of[sample.patient_id] == name] for name in SPLITS
             }
-            self._fit()
+            if self.genome is not None:
+                self.genome.fit({sample.person for sample in self.splits["train"] if sample.person is not None})
             self.ledger.num_samples = len(samples)
             self.store = self.make_store(_reader_of(archive))
             self.archive = archive
         return self.archive
 
     def _without_relatives(self, pictures: Sequence[Picture], parts: dict[str, str]) -> dict[str, str]:
-        """Move people until nobody has a relative in another split.
-
-        Raises:
-            DataError: the table cannot be used, or nobody would be left to train on.
-        """
+        """Move people until nobody has a relative in another split."""
         assert self._kinship is not None
         together = relatives_together(pictures, parts, read_kinship(Path(self._kinship).expanduser()))
         moved = {
@@ -450,31 +398,26 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         return together
 
     def _join(self, archive: Archive, split_of: dict[str, str]) -> dict[str, str]:
-        """Read the genetics, and return whose belong to each patient.
-
-        Raises:
-            DataError: no patient is a person of the genetics.
-        """
-        root, facts = archive.tree.root, archive.facts
-        files = self._files
-        if not files.any and facts.genome_files is not None:
+        """Read the genetics, and return whose belong to each patient."""
+        root, facts, named, pairing = archive.tree.root, archive.facts, self._config, self._config.pairing
+        files: GenomeFiles = named
+        if not named.any and facts.genome_files is not None:
             files = facts.genome_files(archive.tree)
-        if self._step is not None:
-            files = GenomeFiles(**{**files.__dict__, "step": self._step})
-        kinds = facts.genome_kinds(archive.tree) if facts.genome_kinds is not None and not self._files.any else []
+        if named.step is not None:
+            files = replace(files, step=named.step)
+        kinds = facts.genome_kinds(archive.tree) if facts.genome_kinds is not None and not named.any else []
         if not files.any and not kinds:
-            if self.pairing == "id":
+            if pairing == "id":
                 raise DataError(f"data.genome.pairing is 'id', but no genotypes, scores or burden table lie in {root}: "
                                 "looked for genetics/*_chr{1..22}* or *_c{1..22}_b0_v*, pgs/*.sscore and "
                                 "burden/combined_burdens.h5.")  # fmt: skip
             print_line("genetics: none")
             return {}
         training = [patient for patient, split in split_of.items() if split == "train"]
-        self.genome = read_genome(files, root, self._clip, training)
+        self.genome = read_genome(files, root, named.clip, training)
         self.genome.kinds += kinds
         known = self.genome.persons
-        synthetic = self.pairing == "synthetic" or (self.pairing == "auto" and not facts.named)
-        if synthetic:
+        if pairing == "synthetic" or (pairing == "auto" and not facts.named):
             name = archive.layout.name
             print_line(f"note: {name} and these genetics are of different people, so their pairing is synthetic")
             return pair_persons(split_of, known, self._split[1])
@@ -491,21 +434,16 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
 
     def _samples(self, pictures: Sequence[Picture], persons: dict[str, str]) -> list[Sample]:
         if not self._one_per_subject:
-            return self._kept(
-                [Sample(p.case_id, p.patient_id, (p.image,), persons.get(p.patient_id)) for p in pictures]
-            )
+            whose = [(p.case_id, p.patient_id, (p.image,), persons.get(p.patient_id)) for p in pictures]
+            return self._kept([Sample(*each) for each in whose])
         images: dict[str, list[Path]] = {}
         for picture in pictures:
             images.setdefault(picture.patient_id, []).append(picture.image)
         return self._kept([Sample(name, name, tuple(files), persons.get(name)) for name, files in images.items()])
 
     def _kept(self, samples: list[Sample]) -> list[Sample]:
-        """Leave out people who lack a kind of genetics, where that was asked for.
-
-        Raises:
-            DataError: nobody is left, or there are no genetics at all.
-        """
-        if not self.complete_only:
+        """Leave out people who lack a kind of genetics, where that was asked for."""
+        if not self._config.complete_only:
             return samples
         if self.genome is None:
             raise DataError("data.genome.complete_only asks for genetics, and there are none: name them with "
@@ -514,11 +452,6 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
         if not kept:
             raise DataError(f"None of the {len(samples)} people has every kind of genetics.")
         return kept
-
-    def _fit(self) -> None:
-        if self.genome is not None:
-            training = {sample.person for sample in self.splits["train"] if sample.person is not None}
-            self.genome.fit(training)
 
     @property
     def input_spec(self) -> InputSpec:
@@ -577,12 +510,9 @@ class ImageGenomeDataModule(ImageArchiveDataModule):
             cases,
             self.store,
             self.genome,
-            self.image_size,
+            self._image,
             train,
             self.seed,
-            self.augmentation,
-            three_values(self.mean),
-            three_values(self.std),
             controls=self.splits["train"] if controls else None,
             lesions=self._lesions if controls else None,
             anonymise=self.ledger.anonymise,

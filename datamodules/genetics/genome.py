@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from common.errors import DataError
@@ -17,7 +18,6 @@ from common.runtime.reporting import print_line
 from datamodules.genetics.genotypes import MISSING, allele_frequencies, counts_of, open_genotypes
 from datamodules.genetics.scores import (
     apply_score,
-    join_scores,
     normal_build,
     read_burden,
     read_score,
@@ -187,25 +187,21 @@ class Genome:
 class GenomeFiles:
     """Where the genetics are stored, and how they are read.
 
-    Attributes:
-        genotypes: A PLINK prefix, ``.bed`` or ``.bgen``; ``{chrom}`` stands for 1 to 22.
-        step: Use every n-th variant.
+    Args:
+        genotypes: PLINK prefix, ``.bed`` or ``.bgen``, with ``{chrom}`` for 1 to 22; None = what the layout has.
+        step: Use every n-th variant; None = as the layout has it, else 1.
         scores: Scoring files of the PGS Catalog, or a folder of them, applied to the genotypes.
         score_tables: ``.sscore`` files of plink2, or a folder of them.
         burden: ``combined_burdens.h5``.
-        build: Genome build of the genotypes; empty if unknown.
-        keep_ambiguous: Whether scores use A/T and C/G variants.
-        min_carriers: People that a gene of the burden scores needs.
+        build: Genome build of the genotypes, such as GRCh37; empty = not known.
     """
 
     genotypes: str | None = None
-    step: int = 1
-    scores: str | Sequence[str] | None = None
-    score_tables: str | Sequence[str] | None = None
+    step: int | None = None
+    scores: str | list[str] | None = None
+    score_tables: str | list[str] | None = None
     burden: str | None = None
     build: str = ""
-    keep_ambiguous: bool = False
-    min_carriers: int = 1
 
     @property
     def any(self) -> bool:
@@ -230,20 +226,20 @@ def read_genome(
     kinds = []
     scored: dict[str, tuple[Sequence[str], NDArray[np.floating]]] = {}
     if files.genotypes:
-        genotypes = open_genotypes(files.genotypes, root, files.step)
+        step = files.step or 1
+        genotypes = open_genotypes(files.genotypes, root, step)
         names = [f"{v.chrom}:{v.pos}:{v.id}" for v in genotypes.variants.itertuples(index=False)]
         if genotypes.withdrawn:
             print_line(f"genetics: {genotypes.withdrawn} people with negative numbers have withdrawn and are left out")
         kinds.append(Kind("snp", genotypes.ids, names, genotypes.table(), "genotype"))
         if files.scores:
-            every = genotypes if files.step == 1 else open_genotypes(files.genotypes, root)
+            every = genotypes if step == 1 else open_genotypes(files.genotypes, root)
             build = normal_build(files.build)
             known = set(training)
             reference = np.array([place for place, name in enumerate(every.ids) if name in known], dtype=np.int64)
             for path in score_files(files.scores, (".txt", ".txt.gz")):
                 score = read_score(path, build)
-                among = reference if len(reference) else None
-                values, counts = apply_score(score, every, build, files.keep_ambiguous, among)
+                values, counts = apply_score(score, every, build, reference=reference if len(reference) else None)
                 scored[score.name] = every.ids, values
                 print_line(f"genetics: {score.name}, " + ", ".join(f"{count} {name}" for name, count in counts.items()))
     elif files.scores:
@@ -253,20 +249,12 @@ def read_genome(
         for path in score_files(files.score_tables, (".sscore",)):
             scored[path.stem] = read_score_table(path)
     if scored:
-        kinds.append(Kind("pgs", *_named(scored), "z_score"))
+        joined = pd.DataFrame({name: pd.Series(values, index=list(ids)) for name, (ids, values) in scored.items()})
+        kinds.append(Kind("pgs", [*map(str, joined.index)], list(scored), joined.to_numpy(np.float32), "z_score"))
     if files.burden:
-        kinds.append(Kind("burden", *_burden(Path(files.burden), root, files.min_carriers), "log_z_score"))
+        inside = Path(files.burden) if root is None else root / files.burden
+        kinds.append(Kind("burden", *read_burden(inside if inside.is_file() else Path(files.burden)), "log_z_score"))
     return Genome(kinds, limit)
-
-
-def _named(scored: Mapping[str, Any]) -> tuple[list[str], list[str], NDArray[np.float32]]:
-    ids, values = join_scores(scored)
-    return ids, list(scored), values
-
-
-def _burden(path: Path, root: Path | None, min_carriers: int) -> tuple[list[str], list[str], NDArray[np.float32]]:
-    inside = None if root is None else root / path
-    return read_burden(inside if inside is not None and inside.is_file() else path, min_carriers)
 
 
 def pair_persons(patients: Mapping[str, str], persons: Sequence[str], seed: int = 0) -> dict[str, str]:

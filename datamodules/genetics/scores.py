@@ -4,7 +4,7 @@ Letters: P people, V variants.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,11 +107,7 @@ def read_score(path: Path, build: str = "") -> Score:
 
 
 def _header_and_table(path: Path) -> tuple[dict[str, str], pd.DataFrame]:
-    """Read the header lines before the table, and the table.
-
-    Raises:
-        DataError: it is damaged, not UTF-8, or breaks a rule of tables.
-    """
+    """Read the header lines before the table, and the table."""
     text = read_text(path)
     header: dict[str, str] = {}
     start = skipped = 0
@@ -222,7 +218,6 @@ def apply_score(
     build: str = "",
     keep_ambiguous: bool = False,
     reference: NDArray[np.int64] | None = None,
-    min_overlap: float = 0.0,
 ) -> tuple[NDArray[np.float64], dict[str, int]]:
     """Sum a score's weights over everyone's effect alleles.
 
@@ -234,17 +229,15 @@ def apply_score(
         build: Their genome build; empty if unknown.
         keep_ambiguous: See :func:`match_score`.
         reference: Places of the people that frequencies come from, such as those of the training split; None: all.
-        min_overlap: Share of the score's rows that must find a variant.
 
     Returns:
         The score of each person ``(P,)``, and the number of rows by outcome, with ``imputed`` genotypes.
 
     Raises:
-        DataError: too few rows found a variant, or the builds differ.
+        DataError: no row found a variant, or the builds differ.
     """
     match = match_score(score, genotypes.variants, build, keep_ambiguous)
-    share = len(match.rows) / max(len(score.variants), 1)
-    if share < min_overlap or not len(match.rows):
+    if not len(match.rows):
         found = ", ".join(f"{count} {name}" for name, count in match.why.items())
         raise DataError(
             f"Of the {len(score.variants)} variants of {score.name} only {len(match.rows)} are among the genotypes "
@@ -278,19 +271,6 @@ def read_score_table(path: Path) -> tuple[list[str], NDArray[np.float32]]:
     if len(set(ids)) != len(ids):
         raise DataError(f"{path} lists a person twice.")
     return ids, read_numbers(path, table[value], "scores").to_numpy(dtype=np.float32)
-
-
-def join_scores(
-    tables: Mapping[str, tuple[Sequence[str], NDArray[np.float32]]],
-) -> tuple[list[str], NDArray[np.float32]]:
-    """Join scores of different persons: everyone who has any, and NaN where one is missing.
-
-    Returns:
-        People, and ``(P, len(tables))``.
-    """
-    series = {name: pd.Series(values, index=list(ids)) for name, (ids, values) in tables.items()}
-    joined = pd.DataFrame(series)
-    return [str(name) for name in joined.index], joined.to_numpy(dtype=np.float32)
 
 
 def read_burden(path: Path, min_carriers: int = 1) -> tuple[list[str], list[str], NDArray[np.float32]]:

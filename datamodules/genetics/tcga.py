@@ -41,11 +41,7 @@ _FACTS = (
 
 
 def _patients(path: Path, table: pd.DataFrame) -> pd.Series:
-    """Return the patient of each row.
-
-    Raises:
-        DataError: no column names patients.
-    """
+    """Return the patient of each row."""
     for name in ("TCGA ID", "case_id"):
         if name in table.columns:
             return table[name].str.upper().str[:PATIENT_LENGTH]
@@ -98,11 +94,7 @@ class TCGAGrade(LabelLayout):
     classes = GRADES
 
     def _find(self, root: Tree) -> list[LabelledImage]:
-        """List the regions whose patient has a grade.
-
-        Raises:
-            DataError: the table is missing or damaged, a grade is invalid, or no region has one.
-        """
+        """List the regions whose patient has a grade."""
         path = root.first("**/grade_data.csv")
         if path is None:
             raise DataError(f"There is no grade_data.csv under {root} ({self.tree}).")

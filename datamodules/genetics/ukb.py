@@ -88,11 +88,7 @@ _CHROMOSOME = re.compile(r"_c(?:hr)?(\d{1,2}|X|Y|XY|MT)(?=[_.]|$)", re.IGNORECAS
 
 
 def _genotype_pattern(root: Tree) -> str | None:
-    """Return the one family of genotype files in a folder, ``{chrom}`` for 1 to 22; None where there is none.
-
-    Raises:
-        DataError: there are several families, or only sex chromosomes.
-    """
+    """Return the one family of genotype files in a folder, ``{chrom}`` for 1 to 22; None where there is none."""
     families: dict[str, set[str]] = {}
     folder = root / "genetics"
     for path in (root / file.name for file in root.listed("genetics")):
@@ -179,11 +175,7 @@ class UKBRisk(LabelLayout):
         self.classes = RISKS[task]
 
     def _find(self, root: Tree) -> list[LabelledImage]:
-        """List the photographs of people with any of the measurements.
-
-        Raises:
-            DataError: the table or a column is missing, or it and the photographs have no person in common.
-        """
+        """List the photographs of people with any of the measurements."""
         path = need_file(root, ["phenotypes.csv", "ukb*_full.csv"], self)
         table = read_phenotypes(path)[list(self.classes)]
         table = table[table.notna().any(axis=1)]

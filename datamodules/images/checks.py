@@ -11,13 +11,7 @@ from datamodules.storage import fingerprint
 
 
 def check_image(path: Path, case_id: str, deep: bool, frame: int | None = None) -> Fault | str:
-    """Look at an image's header, or (``deep``) at every pixel.
-
-    Args:
-        path: The image.
-        case_id: Whose it is.
-        deep: Whether to read it to its end.
-        frame: Which frame of a DICOM file with several is used; None refuses those.
+    """Look at an image's header, or (``deep``) at every pixel; ``frame`` as in :func:`read_header`.
 
     Returns:
         The fault; otherwise the file's check sum, empty if only the header was read.

@@ -14,32 +14,25 @@ from torch import Tensor
 Box = tuple[float, float, float, float]
 
 
-def random_box(
-    shape: Sequence[int],
-    scale: Sequence[float],
-    generator: np.random.Generator,
-    ratio: Sequence[float] = (3 / 4, 4 / 3),
-) -> Box:
-    """Draw a box as torchvision's ``RandomResizedCrop`` does: by share of the area and aspect ratio.
+#: Smallest and largest width over height of a random box.
+_RATIO = (3 / 4, 4 / 3)
 
-    Args:
-        shape: Height and width.
-        scale: Smallest and largest share of the area.
-        generator: Random generator of the draw.
-        ratio: Smallest and largest width over height.
 
-    Returns:
-        The box; if ten draws do not fit, the central one with an allowed ratio.
+def random_box(shape: Sequence[int], scale: Sequence[float], generator: np.random.Generator) -> Box:
+    """Draw a box of (height, width) as torchvision's ``RandomResizedCrop`` does, by share of the area and aspect ratio.
+
+    ``scale`` is the smallest and the largest share. If ten draws do not fit, the central box with an allowed ratio is
+    returned.
     """
     height, width = shape
     for _ in range(10):
         area = height * width * generator.uniform(scale[0], scale[1])
-        aspect = math.exp(generator.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        aspect = math.exp(generator.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(generator.integers(0, width - w + 1)), int(generator.integers(0, height - h + 1))
             return (left, top, left + w, top + h)
-    inner_width, inner_height = min(width, height * ratio[1]), min(height, width / ratio[0])
+    inner_width, inner_height = min(width, height * _RATIO[1]), min(height, width / _RATIO[0])
     left_rest, top_rest = (width - inner_width) / 2, (height - inner_height) / 2
     return (left_rest, top_rest, width - left_rest, height - top_rest)
 
@@ -57,17 +50,9 @@ def cut_box(
 ) -> Tensor:
     """Resize a box of ``(H, W)`` to ``(1, *size)`` float32 in [0, 1], of ``(H, W, 3)`` to ``(3, *size)``.
 
-    The resize is bicubic and antialiased.
-
-    Boxes of whole pixels, as training draws them, use PyTorch's byte kernel, 1.6 times as fast as Pillow's; fractional
-    boxes need Pillow. The two agree to within 2 of 255.
-
-    Args:
-        image: 8 bits per pixel and channel.
-        box: The box to cut.
-        size: Height and width of the result.
-        mirror: Whether to mirror left and right.
-        degrees: Rotation of the result about its centre, filled with black.
+    The resize is bicubic and antialiased; the result may be mirrored left and right and rotated about its centre, where
+    black fills in. Boxes of whole pixels, as training draws them, use PyTorch's byte kernel, 1.6 times as fast as
+    Pillow's; fractional boxes need Pillow. The two agree to within 2 of 255.
     """
     left, top = math.floor(box[0]), math.floor(box[1])
     part = np.ascontiguousarray(image[top : math.ceil(box[3]), left : math.ceil(box[2])])

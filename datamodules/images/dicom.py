@@ -51,11 +51,7 @@ def import_pydicom() -> Any:
 
 
 def read_size(path: Path, frame: int | None = None) -> tuple[int, int]:
-    """Read height and width from the header.
-
-    Args:
-        path: The file.
-        frame: Which frame is meant where there are several, from 0; None refuses those.
+    """Read height and width from the header; ``frame``, from 0, is meant where there are several, None refuses those.
 
     Raises:
         ImageError: the file does not hold exactly one image.
@@ -98,12 +94,9 @@ def _check_deflated(path: Path) -> None:
 
 
 def read_picture(path: Path, check: Callable[[int, int], None], frame: int | None = None) -> NDArray[np.uint8]:
-    """Read the picture of a file that holds one, or one of several.
+    """Read the picture of a file that holds one, or one of several (``frame`` as in :func:`read_size`).
 
-    Args:
-        path: The file.
-        check: Takes height and width before anything is decoded, and may raise.
-        frame: As in :func:`read_size`.
+    ``check`` takes height and width before anything is decoded, and may raise.
 
     Returns:
         ``(H, W)``, or ``(H, W, 3)`` in RGB.

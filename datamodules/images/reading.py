@@ -30,6 +30,9 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
 CHANNELS = ("red", "green", "blue")
 #: Least side in pixels; smaller images are refused.
 MIN_SIDE = 32
+_LIMITS = (MIN_SIDE, MAX_PIXELS)
+#: Value of the brightest channel, of 255, that a row or column must exceed well inside to be part of an eye.
+_DARK = 20
 _PHOTOMETRIC = 262
 
 
@@ -110,14 +113,10 @@ def read_header(path: Path, frame: int | None = None) -> tuple[int, int]:
 def reduced_size(height: int, width: int, shorter_side: int | None) -> tuple[int, int]:
     """Return the size with ``shorter_side`` as the shorter side; never enlarged."""
     scale = (shorter_side or min(height, width)) / min(height, width)
-    if scale >= 1:
-        return height, width
-    return round(height * scale), round(width * scale)
+    return (height, width) if scale >= 1 else (round(height * scale), round(width * scale))
 
 
-def read_gray(
-    path: Path, shorter_side: int | None = None, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS
-) -> NDArray[np.uint8]:
+def read_gray(path: Path, shorter_side: int | None = None, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Read an image as grayscale.
 
     Colour becomes luma; alpha is dropped. Grey above 8 bits is stretched from its 0.5th to 99.5th percentile; 16-bit
@@ -127,7 +126,6 @@ def read_gray(
         path: The file; DICOM is recognised by suffix or content, ``FORMATS`` by content.
         shorter_side: Shorter side of the result in pixels, aspect kept; smaller images keep their size. A JPEG is
             decoded at the smallest of 1, 1/2, 1/4 and 1/8 that is not below it.
-        min_side: Images with a smaller side are refused.
         max_pixels: Larger images are refused before decoding; Pillow's own limit of
             ``2 * PIL.Image.MAX_IMAGE_PIXELS`` applies, too.
 
@@ -138,33 +136,19 @@ def read_gray(
         ImageError: missing, empty, truncated, damaged, too small, too large or constant.
         UserError: a DICOM file whose decoder is not installed.
     """
-    return _read_whole(path, shorter_side, (min_side, max_pixels), "L")
+    return _read_whole(path, shorter_side, (MIN_SIDE, max_pixels), "L")
 
 
-def read_colour(
-    path: Path,
-    shorter_side: int | None = None,
-    min_side: int = MIN_SIDE,
-    max_pixels: int = MAX_PIXELS,
-    frame: int | None = None,
-) -> NDArray[np.uint8]:
-    """Read an image in colour: grey becomes three equal channels, alpha is dropped; otherwise as :func:`read_gray`.
+def read_colour(path: Path, shorter_side: int | None = None, frame: int | None = None) -> NDArray[np.uint8]:
+    """Read an image in colour, ``(H, W, 3)``: grey becomes three equal channels, alpha is dropped.
 
-    Args:
-        path: As in :func:`read_gray`.
-        shorter_side: As in :func:`read_gray`.
-        min_side: As in :func:`read_gray`.
-        max_pixels: As in :func:`read_gray`.
-        frame: As in :func:`read_header`.
-
-    Returns:
-        ``(H, W, 3)``.
+    Otherwise as :func:`read_gray`; ``frame`` is that of :func:`read_header`.
 
     Raises:
         ImageError: as :func:`read_gray`.
         UserError: as :func:`read_gray`.
     """
-    return _read_whole(path, shorter_side, (min_side, max_pixels), "RGB", frame)
+    return _read_whole(path, shorter_side, _LIMITS, "RGB", frame)
 
 
 def _read_whole(
@@ -180,35 +164,21 @@ def _read_whole(
         return _varied(np.array(image))
 
 
-def read_field_of_view(path: Path, shorter_side: int | None = None, threshold: int = 20) -> NDArray[np.uint8]:
-    """Read a fundus image, crop it to the field of view, and pad it with black to a square.
+def read_field_of_view(path: Path, shorter_side: int | None = None) -> NDArray[np.uint8]:
+    """Read a fundus image, crop it to the field of view, and pad it with black to a square ``(S, S, 3)``.
 
-    Args:
-        path: The file.
-        shorter_side: Side of the square in pixels; None keeps the file's resolution.
-        threshold: Value of the brightest channel, of 255, that a row or column must reach well inside to be kept.
-
-    Returns:
-        ``(S, S, 3)``.
+    The square's side is ``shorter_side`` pixels; None keeps the file's resolution.
 
     Raises:
-        ImageError: as :func:`read_gray`; also ``constant`` if nothing is brighter than the threshold.
+        ImageError: as :func:`read_gray`; also ``constant`` if nothing is bright enough for an eye.
         UserError: as :func:`read_gray`.
     """
-    pixels, field = _field_of_view(path, shorter_side, threshold)
+    pixels, field = _field_of_view(path, shorter_side)
     return _squared(pixels[field], shorter_side, Image.Resampling.BICUBIC)
 
 
 def cut_to_field_of_view(mask: NDArray[np.uint8], path: Path, shorter_side: int | None = None) -> NDArray[np.uint8]:
-    """Crop and pad a mask as :func:`read_field_of_view` does its image.
-
-    Args:
-        mask: ``(H, W)`` on the grid of the image's file.
-        path: The image.
-        shorter_side: Side of the square in pixels; None keeps the file's resolution.
-
-    Returns:
-        ``(S, S)``.
+    """Crop and pad a mask ``(H, W)`` on the grid of an image's file as :func:`read_field_of_view` does the image.
 
     Raises:
         ImageError: as :func:`read_field_of_view`.
@@ -219,17 +189,15 @@ def cut_to_field_of_view(mask: NDArray[np.uint8], path: Path, shorter_side: int 
     return _squared(reduced[field], shorter_side, Image.Resampling.NEAREST)
 
 
-def _field_of_view(
-    path: Path, shorter_side: int | None, threshold: int = 20
-) -> tuple[NDArray[np.uint8], tuple[slice, slice]]:
+def _field_of_view(path: Path, shorter_side: int | None) -> tuple[NDArray[np.uint8], tuple[slice, slice]]:
     """Read a fundus image and find the rows and columns of its field of view."""
     # Twice the side, so that the cropped image is not smaller than requested.
     pixels = read_colour(path, None if shorter_side is None else 2 * shorter_side)
-    bright = pixels.max(-1) > threshold
+    bright = pixels.max(-1) > _DARK
     # One hundredth of a line, so that speckles and printed letters do not count as the eye.
     rows, columns = (np.flatnonzero(bright.sum(axis) > max(bright.shape[axis] / 100, 2)) for axis in (1, 0))
     if not len(rows) or not len(columns):
-        raise ImageError("constant", f"nothing is brighter than {threshold} of 255, so there is no field of view")
+        raise ImageError("constant", f"nothing is brighter than {_DARK} of 255, so there is no field of view")
     return pixels, (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
 
 
@@ -247,19 +215,8 @@ def _squared(pixels: NDArray[np.uint8], shorter_side: int | None, resampling: Im
     return square
 
 
-def read_figure(
-    path: Path, shorter_side: int | None = None, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS
-) -> NDArray[np.uint8]:
-    """Read a paper's figure in colour: transparent parts become white, EXIF orientation is applied.
-
-    Args:
-        path: As in :func:`read_gray`.
-        shorter_side: As in :func:`read_gray`.
-        min_side: As in :func:`read_gray`.
-        max_pixels: As in :func:`read_gray`.
-
-    Returns:
-        ``(H, W, 3)``.
+def read_figure(path: Path, shorter_side: int | None = None) -> NDArray[np.uint8]:
+    """Read a paper's figure in colour, ``(H, W, 3)``: transparent parts become white, EXIF orientation is applied.
 
     Raises:
         ImageError: as :func:`read_gray`.
@@ -267,12 +224,9 @@ def read_figure(
     """
     with _reading(path):
         if is_dicom(path):
-            return read_colour(path, shorter_side, min_side, max_pixels)
+            return read_colour(path, shorter_side)
     with _reading(path), Image.open(path, formats=FORMATS) as image:
-        check_size(image.height, image.width, (min_side, max_pixels))
-        if image.format == "PNG":
-            _check_png(path)
-        _check_kind(image)
+        _check(image, path, _LIMITS)
         figure = ImageOps.exif_transpose(_on_white(image))
         height, width = reduced_size(figure.height, figure.width, shorter_side)
         if (figure.height, figure.width) != (height, width):
@@ -309,26 +263,18 @@ def colour_at(frame: int | None) -> ImageReader:
     return ImageReader(f"colour, frame {frame}", 3, partial(read_colour, frame=frame), frame)
 
 
-def read_reduced(
-    path: Path, shorter_side: int, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS
-) -> tuple[NDArray[np.uint8], float]:
+def read_reduced(path: Path, shorter_side: int) -> tuple[NDArray[np.uint8], float]:
     """Read an image like :func:`read_gray`, but keep the scale at which it was decoded.
 
-    Args:
-        path: The file.
-        shorter_side: Least pixels of the shorter side; only JPEGs are decoded at a smaller scale.
-        min_side: As in :func:`read_gray`.
-        max_pixels: As in :func:`read_gray`.
-
     Returns:
-        ``(H, W)`` and its scale relative to the file.
+        ``(H, W)``, its shorter side at least ``shorter_side``, and its scale relative to the file: 1 but for JPEGs.
 
     Raises:
         ImageError: as :func:`read_gray`.
         UserError: as :func:`read_gray`.
     """
     with _reading(path):
-        gray, full, box = _decode(path, shorter_side, (min_side, max_pixels), "L")
+        gray, full, box = _decode(path, shorter_side, _LIMITS, "L")
         return _varied(np.array(gray)), 1.0 if box is None else box[2] / full[1]
 
 
@@ -359,16 +305,27 @@ class _Decoded(NamedTuple):
 def _read_picture(path: Path, shorter_side: int | None, limits: tuple[int, int], mode: str) -> _Decoded:
     with Image.open(path, formats=FORMATS) as image:
         full = (image.height, image.width)
-        check_size(*full, limits)
-        if image.format == "PNG":
-            _check_png(path)
-        _check_kind(image)
+        _check(image, path, limits)
         drafted = None
         if shorter_side is not None and min(full) > shorter_side:
             drafted = image.draft(mode, (shorter_side, shorter_side))
         # The last row and column of a draft may reach beyond the image, hence the box.
         converted = _to_gray(image) if mode == "L" else _to_colour(image)
         return _Decoded(converted, full, drafted[1] if drafted else None)
+
+
+def _check(image: Image.Image, path: Path, limits: tuple[int, int]) -> None:
+    """Refuse files of another size, with damaged chunks, with several images or with ambiguous colours."""
+    check_size(image.height, image.width, limits)
+    if image.format == "PNG":
+        _check_png(path)
+    if _is_series(image):
+        frames = getattr(image, "n_frames", 1)
+        raise ImageError("shape", f"holds {frames} frames or pages; one image is needed: save that one")
+    if image.mode == "CMYK" and (_is_deep(image) or (image.format == "JPEG" and "adobe" not in image.info)):
+        raise ImageError("dtype", "CMYK colours, which may or may not be inverted: save it as RGB")
+    if any("LA;16" in str(tile.args) for tile in getattr(image, "tile", ())):
+        raise ImageError("dtype", "16-bit grey with transparency is not supported: save it without transparency")
 
 
 def _check_png(path: Path) -> None:
@@ -379,17 +336,6 @@ def _check_png(path: Path) -> None:
     except SyntaxError as error:
         kind = "checksum" if "bad" in str(error) else "unreadable"
         raise ImageError(kind, f"the file is damaged or ends early ({error})") from error
-
-
-def _check_kind(image: Image.Image) -> None:
-    """Refuse files with several images or with ambiguous colours."""
-    if _is_series(image):
-        frames = getattr(image, "n_frames", 1)
-        raise ImageError("shape", f"holds {frames} frames or pages; one image is needed: save that one")
-    if image.mode == "CMYK" and (_is_deep(image) or (image.format == "JPEG" and "adobe" not in image.info)):
-        raise ImageError("dtype", "CMYK colours, which may or may not be inverted: save it as RGB")
-    if any("LA;16" in str(tile.args) for tile in getattr(image, "tile", ())):
-        raise ImageError("dtype", "16-bit grey with transparency is not supported: save it without transparency")
 
 
 def _is_series(image: Image.Image) -> bool:

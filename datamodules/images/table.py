@@ -122,11 +122,7 @@ def _record(tree: Tree, name: str, patient: str, fact: Mapping[str, str], rest: 
 
 
 def _joined(path: Path, known: Record | None, row: Record) -> Record:
-    """Join a row with earlier rows of the same file.
-
-    Raises:
-        DataError: the rows give two splits.
-    """
+    """Join a row with earlier rows of the same file."""
     if known is None:
         return row
     if row.split and known.split and row.split != known.split:
@@ -138,11 +134,7 @@ def _joined(path: Path, known: Record | None, row: Record) -> Record:
 
 
 def _image_name(tree: Tree, path: Path, fact: Mapping[str, str]) -> str:
-    """Return an image's path under the root, completing a missing suffix if one file fits; empty without image.
-
-    Raises:
-        DataError: the path leaves the root.
-    """
+    """Return an image's path under the root, completing a missing suffix if one file fits; empty without image."""
     if not fact["image"]:
         return ""
     name = "/".join(part for part in (fact.get("folder", ""), fact["image"]) if part)
@@ -169,11 +161,7 @@ def _print_shared(path: Path, names: Sequence[str], subjects: Sequence[str]) -> 
 
 
 def _there(tree: Tree, path: Path, records: list[Record], missing: str | None) -> list[Record]:
-    """Check for missing files; a few become faults on reading, many are refused.
-
-    Raises:
-        DataError: more than one in twenty is missing, unless ``missing`` is ``ignore``.
-    """
+    """Check for missing files; a few become faults on reading, many are refused."""
     lost = {record.case_id for record in records if record.images and not tree.is_file(record.images[0][0])}
     if missing == "ignore":
         if lost:

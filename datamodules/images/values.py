@@ -30,12 +30,7 @@ class UnreachableImageError(ImageError):
 
 
 def check_size(height: int, width: int, limits: tuple[int, int]) -> None:
-    """Check an image's size as given in its header.
-
-    Args:
-        height: Rows.
-        width: Columns.
-        limits: Least pixels of the smaller side, and most pixels of the image.
+    """Check an image's size in pixels, as its header gives it, against the least side and the most pixels.
 
     Raises:
         ImageError: ``shape``.
@@ -50,11 +45,9 @@ def check_size(height: int, width: int, limits: tuple[int, int]) -> None:
 
 
 def stretched(values: NDArray[Any], ignored: NDArray[np.bool_] | None = None) -> NDArray[np.uint8]:
-    """Map the 0.5th .. 99.5th percentile to 0 .. 255; minimum and maximum if these are equal.
+    """Map the 0.5th .. 99.5th percentile of ``(H, W)`` to 0 .. 255; minimum and maximum if these are equal.
 
-    Args:
-        values: ``(H, W)``, more than 8 bits.
-        ignored: Pixels to exclude from the percentiles.
+    Pixels that are ``ignored`` do not count for the percentiles.
 
     Raises:
         ImageError: ``nan`` or ``constant``.

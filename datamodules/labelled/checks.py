@@ -2,31 +2,22 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from common.runtime.reporting import print_line
-from datamodules.examination import Terms, look_at_all, print_splits, report_faults
+from datamodules.examination import Member, Terms, look_at_all, print_splits, report_faults
 from datamodules.images.checks import check_images
 
 
 def examine(name: str, classes: Sequence[str], terms: Terms, deep: bool, workers: int) -> list[str]:
-    """Print a report on an archive and return the reasons why training would refuse it.
-
-    Args:
-        name: Name of its layout.
-        classes: Names of the targets.
-        terms: What training requires.
-        deep: Whether to read every byte, not only headers.
-        workers: Threads.
-    """
+    """Print a report on an archive and return the reasons why training would refuse it; ``deep`` reads every byte."""
     print_splits(name, terms, "images")
     for index, target in enumerate(classes):
         counts = {part: Counter(item.targets[index] for item in items) for part, items in terms.splits.items()}
         print_line(f"{target}: positive " + ", ".join(f"{count[1.0]} of {count[0.0] + count[1.0]} in {part}"
                                              for part, count in counts.items()))  # fmt: skip
-    found = look_at_all(
-        lambda item, whole: check_images([item.image], item.case_id, item.patient_id, whole),
-        terms.members,
-        deep,
-        workers,
-    )
-    return report_faults(terms, found, "images")
+
+    def look_at(item: Any, whole: bool) -> Member:
+        return check_images([item.image], item.case_id, item.patient_id, whole)
+
+    return report_faults(terms, look_at_all(look_at, terms.members, deep, workers), "images")

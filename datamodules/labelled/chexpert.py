@@ -43,11 +43,7 @@ class CheXpert(LabelLayout):
         self.classes = tuple(classes)
 
     def _find(self, root: Tree) -> list[LabelledImage]:
-        """List the images of both tables.
-
-        Raises:
-            DataError: a table or a column is missing, a path is not CheXpert's, or a label is not 1, 0, -1 or blank.
-        """
+        """List the images of both tables."""
         train = need_file(root, [f"{folder}train.csv" for folder in _FOLDERS], self)
         valid = need_file(root, [f"{root.name_of(train.parent)}/valid.csv".lstrip("/")], self)
         return self._read(train, "train") + self._read(valid, "test")

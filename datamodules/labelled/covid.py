@@ -54,12 +54,7 @@ class CovidFindings(LabelLayout):
         self.classes = _CLASSES[task]
 
     def _find(self, root: Tree) -> list[LabelledImage]:
-        """List the images of the task.
-
-        Raises:
-            DataError: the table or a column is missing, a file name leads outside the folder of images, rows of a file
-                disagree, or no image fits the task and the views.
-        """
+        """List the images of the task."""
         path = need_file(root, ["metadata.csv"], self)
         table = read_table(path)
         table.columns = table.columns.str.lower().str.replace(" ", "_")
@@ -88,11 +83,7 @@ class CovidFindings(LabelLayout):
         return list(found.values())
 
     def _image(self, root: Path, path: Path, row: Mapping[str, str]) -> LabelledImage | None:
-        """Make an image from a row; None if the task does not include it.
-
-        Raises:
-            DataError: the file name leads outside the folder of images.
-        """
+        """Make an image from a row; None if the task does not include it."""
         target = self._target(row["finding"].lower())
         if target is None or row["view"].lower() not in (view.lower() for view in self.views):
             return None

@@ -50,20 +50,19 @@ def _graded(
     ]  # fmt: skip
 
 
-class IDRiD(LabelLayout):
+class _Graded(LabelLayout):
+    reader = FUNDUS
+    classes = GRADES
+
+
+class IDRiD(_Graded):
     """Grading part of IDRiD with its official split: retinopathy, 0 to 4. Names count from 1 in both parts."""
 
     name = "IDRiD"
     tree = "ROOT/B. Disease Grading/{1. Original Images/{a. Training Set, b. Testing Set}, 2. Groundtruths/*.csv}"
-    reader = FUNDUS
-    classes = GRADES
 
     def _find(self, root: Tree) -> list[LabelledImage]:
-        """List the graded images.
-
-        Raises:
-            DataError: a table or a column is missing, or a grade is invalid.
-        """
+        """List the graded images."""
         found = []
         for split, place, word in (("train", "a. Training Set", "Training"), ("test", "b. Testing Set", "Testing")):
             path = need_file(root, [f"**/2. Groundtruths/*{word} Labels.csv", f"**/*{word} Labels.csv"], self)
@@ -72,40 +71,28 @@ class IDRiD(LabelLayout):
         return found
 
 
-class APTOS2019(LabelLayout):
+class APTOS2019(_Graded):
     """The graded training images of APTOS 2019; there is no official split."""
 
     name = "APTOS 2019"
     tree = "ROOT/{train.csv, train_images/<id_code>.png}"
-    reader = FUNDUS
-    classes = GRADES
 
     def _find(self, root: Tree) -> list[LabelledImage]:
-        """List the graded images.
-
-        Raises:
-            DataError: the table or a column is missing, or a grade is invalid.
-        """
+        """List the graded images."""
         path = need_file(root, ["train.csv"], self)
         cropped = path.parent / "train_images_cropped"
         folder = cropped if root.is_dir(cropped) else path.parent / "train_images"
         return _graded(root, path, ["id_code", "diagnosis"], folder)
 
 
-class EyePACS2015(LabelLayout):
+class EyePACS2015(_Graded):
     """Training images of the EyePACS set of 2015, two eyes per patient."""
 
     name = "EyePACS 2015"
     tree = "ROOT/{trainLabels.csv, train/<patient>_<left|right>.jpeg}"
-    reader = FUNDUS
-    classes = GRADES
 
     def _find(self, root: Tree) -> list[LabelledImage]:
-        """List the graded images.
-
-        Raises:
-            DataError: the table or a column is missing, or a grade is invalid.
-        """
+        """List the graded images."""
         path = need_file(root, ["trainLabels.csv"], self)
         images = _graded(root, path, ["image", "level"], path.parent / "train")
         return [item._replace(patient_id=item.case_id.rsplit("_", 1)[0]) for item in images]
@@ -128,19 +115,13 @@ class RFMiD(LabelLayout):
         self.classes = ()
 
     def _find(self, root: Tree) -> list[LabelledImage]:
-        """List the labelled images; a split without its table is left out.
-
-        Raises:
-            DataError: the training table or a column is missing, the splits differ in columns, or a label is invalid.
-        """
+        """List the labelled images; a split without its table is left out."""
         parts = (("train", "Training", "Training"), ("val", "Validation", "Validation"), ("test", "Testing", "Test"))
         found: list[LabelledImage] = []
         self.classes = ()
         for split, word, folder in parts:
             pattern = f"**/*RFMiD_{word}_Labels.csv"
-            path = root.first(pattern)
-            if path is None and split == "train":
-                path = need_file(root, [pattern], self)
+            path = root.first(pattern) or (need_file(root, [pattern], self) if split == "train" else None)
             if path is not None:
                 found += self._part(root, path, split, folder)
         return found
@@ -160,14 +141,11 @@ class RFMiD(LabelLayout):
         above = root.name_of(path.parent.parent) if path.parent != root.root else None
         originals = [] if above is None else root.glob(f"{above}/*Original Images/*{folder}*".lstrip("/"))
         places = [path.parent / folder, *originals]
-        files: dict[str, Path] = {}
-        for place in places:
-            files = files or _files(root, place)
+        files = next(filter(None, (_files(root, place) for place in places)), {})
+        rows = zip(names, zip(*columns, strict=True), strict=True)
         return [
-            LabelledImage(
-                f"{split}/{name}", f"{split}/{name}", files.get(name, places[0] / f"{name}.png"), targets, split
-            )
-            for name, targets in zip(names, zip(*columns, strict=True), strict=True)
+            LabelledImage(f"{split}/{n}", f"{split}/{n}", files.get(n, places[0] / f"{n}.png"), targets, split)
+            for n, targets in rows
         ]
 
 

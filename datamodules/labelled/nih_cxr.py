@@ -35,12 +35,7 @@ class NIHChestXray14(LabelLayout):
     classes = CLASSES
 
     def _find(self, root: Tree) -> list[LabelledImage]:
-        """List the images of the table.
-
-        Raises:
-            DataError: the table, a column or one of the two lists is missing, a finding or a name is invalid, or an
-                image is in both lists.
-        """
+        """List the images of the table."""
         path = need_file(root, _TABLES, self)
         table = read_table(path)
         need_columns(path, table, ["Image Index", "Finding Labels", "Patient ID"])
@@ -58,11 +53,7 @@ class NIHChestXray14(LabelLayout):
 
 
 def _targets(path: Path, table: pd.DataFrame) -> list[tuple[float, ...]]:
-    """Return the classes of each row.
-
-    Raises:
-        DataError: unknown finding.
-    """
+    """Return the classes of each row."""
     meaning = {}
     for text in table["Finding Labels"].unique():
         findings = [finding.strip() for finding in text.split("|")]
@@ -78,11 +69,7 @@ def _targets(path: Path, table: pd.DataFrame) -> list[tuple[float, ...]]:
 
 
 def _splits(root: Tree) -> dict[str, str]:
-    """Return the split of each image by the official lists; empty without lists.
-
-    Raises:
-        DataError: one list is missing, or an image is in both.
-    """
+    """Return the split of each image by the official lists; empty without lists."""
     there = {split: root / name for split, name in _LISTS.items() if root.is_file(name)}
     if not there:
         return {}

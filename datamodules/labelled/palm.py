@@ -3,6 +3,7 @@
 In a mask 0 is the structure and 255 the background; an image without atrophy mask has no atrophy.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from datamodules.tree import Tree
 #: The structures, in the order of the channels.
 STRUCTURES = ("disc", "atrophy")
 _SUFFIXES = (".jpg", ".jpeg", ".png")
+_NAME = re.compile(r"[HNPVT]\d{4}", re.IGNORECASE)
 _MASKS = {"disc": "**/Disc_Masks", "atrophy": "**/Lesion_Masks/Atrophy"}
 #: Grey values this close to 0 or 255 are compression artefacts at edges, not a third value.
 _TOLERANCE = 16
@@ -29,12 +31,8 @@ _TOLERANCE = 16
 
 def palm_images(root: Tree) -> list[Path]:
     """List the photographs: names of one letter (H, N, P, V or T) and four digits."""
-    found = []
-    for path in files_under(root, [""], _SUFFIXES):
-        stem = path.stem.upper()
-        if len(stem) == 5 and stem[0] in "HNPVT" and stem[1:].isdigit() and "Masks" not in str(path.parent):
-            found.append(path)
-    return found
+    paths = files_under(root, [""], _SUFFIXES)
+    return [path for path in paths if _NAME.fullmatch(path.stem) and "Masks" not in str(path.parent)]
 
 
 def palm_masks(root: Tree) -> dict[str, dict[str, Path]]:
@@ -46,11 +44,7 @@ def palm_masks(root: Tree) -> dict[str, dict[str, Path]]:
 
 
 def read_structure(path: Path | None, shape: tuple[int, int]) -> NDArray[np.uint8]:
-    """Read a structure's mask, ``(H, W)``, 1 inside; all 0 without a file.
-
-    Args:
-        path: The mask.
-        shape: Height and width of its image.
+    """Read a structure's mask, ``(H, W)`` as its image's ``shape``, 1 inside; all 0 without a file.
 
     Raises:
         ImageError: the mask is unreadable, differs in size from its image, or has values other than 0 and 255.
@@ -83,11 +77,7 @@ class PALMStructures(LabelLayout):
     classes = STRUCTURES
 
     def _find(self, root: Tree) -> list[LabelledImage]:
-        """List the photographs with a disc mask; each is one patient.
-
-        Raises:
-            DataError: there are no masks, or two photographs have one name.
-        """
+        """List the photographs with a disc mask; each is one patient."""
         masks = palm_masks(root)
         if not masks["disc"]:
             raise DataError(f"There are no Disc_Masks under {root}, so it is not {self.name} ({self.tree}).")

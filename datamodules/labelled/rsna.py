@@ -21,11 +21,7 @@ class RSNAPneumonia(LabelLayout):
     classes = ("Pneumonia",)
 
     def _find(self, root: Tree) -> list[LabelledImage]:
-        """List the images of the table; each belongs to a different patient.
-
-        Raises:
-            DataError: the table or a column is missing, a name is invalid, or a target is not 0 or 1.
-        """
+        """List the images of the table; each belongs to a different patient."""
         path = need_file(root, [TABLE], self)
         table = read_table(path)
         need_columns(path, table, ["patientId", "Target"])

@@ -43,10 +43,7 @@ def whole_box(shape: Sequence[int]) -> Box:
 
 
 def read_mask(item: LabelledImage) -> NDArray[np.uint8]:
-    """Draw an image's regions on the grid of its file, reading only the header.
-
-    Returns:
-        ``(H, W)``, 1 inside.
+    """Draw an image's regions on the grid of its file, ``(H, W)``, 1 inside, reading only the header.
 
     Raises:
         SampleFaultError: a code or the file's header is invalid.
@@ -58,13 +55,7 @@ def read_mask(item: LabelledImage) -> NDArray[np.uint8]:
 
 
 def reduced_mask(mask: NDArray[np.uint8], size: Sequence[int], mirror: bool = False) -> Tensor:
-    """Resize a mask ``(H, W)`` to ``(1, *size)`` float32 by the nearest pixel, matching ``cut_box`` for images.
-
-    Args:
-        mask: 0 and 1.
-        size: Height and width of the result.
-        mirror: Whether to mirror left and right.
-    """
+    """Resize a mask ``(H, W)`` of 0 and 1 to ``(1, *size)`` float32 by the nearest pixel, as ``cut_box`` images."""
     resized = np.asarray(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
     if mirror:
         resized = resized[:, ::-1]
@@ -122,11 +113,7 @@ class MaskedImageDataModule(LabelledImageDataModule):
         label_fraction: Share of training patients to use, equally with and without regions; shares are nested.
         loader: How samples are drawn, and how many may be faulty.
         batch_size: Images per device.
-        num_workers: Loader processes per rank; also threads that build the cache.
-        anonymise: Whether subjects get pseudonyms in logs, tables and fault files.
-        seed: Seed of order and flips; None takes ``seed_everything``'s.
-        **membership: ``archive``, ``seen_patients``, ``changed_archive`` and ``split_from`` of
-            :class:`datamodules.base.ArchiveDataModule`.
+        **settings: Those of :class:`datamodules.base.ArchiveDataModule`.
 
     Raises:
         ValueError: the layout has several classes, or cached copies would be smaller than the images.
@@ -144,10 +131,7 @@ class MaskedImageDataModule(LabelledImageDataModule):
         label_fraction: float = 1.0,
         loader: LoaderConfig = LoaderConfig(),
         batch_size: int = 8,
-        num_workers: int = 0,
-        anonymise: bool = False,
-        seed: int | None = None,
-        **membership: Any,
+        **settings: Any,
     ) -> None:
         super().__init__(
             root,
@@ -158,15 +142,11 @@ class MaskedImageDataModule(LabelledImageDataModule):
             label_fraction,
             loader=loader,
             batch_size=batch_size,
-            num_workers=num_workers,
-            anonymise=anonymise,
-            seed=seed,
-            **membership,
+            **settings,
         )
         if len(labels.classes) != 1:
-            raise ValueError(
-                f"Regions of one kind are segmented here, {labels.name} has {len(labels.classes)} classes."
-            )
+            kinds = len(labels.classes)
+            raise ValueError(f"Regions of one kind are segmented here, {labels.name} has {kinds} classes.")
         if cache.format == "npy" and cache.side < min(self.image_size):
             raise ValueError(
                 f"`cache.side` must be at least the smaller side of `image.size`, {min(self.image_size)}, or images "
@@ -205,16 +185,9 @@ class MaskedImageDataModule(LabelledImageDataModule):
             raise DataError(f"None of the {len(self.splits['train'])} training images under {self.root} has a region.")
 
     def _dataset(self, cases: Sequence[LabelledImage], train: bool = False) -> MaskedImageDataset:
+        whole, hidden = (1.0, 1.0), self.ledger.anonymise
         return MaskedImageDataset(
-            cases,
-            self.store,
-            self.image_size,
-            train,
-            self.seed,
-            flip=self.flip,
-            mean=self.mean,
-            std=self.std,
-            anonymise=self.ledger.anonymise,
+            cases, self.store, self.image_size, train, self.seed, whole, self.flip, self.mean, self.std, hidden
         )
 
     def examine(self, deep: bool, workers: int) -> list[str]:

@@ -37,11 +37,7 @@ class SIIMPneumothorax(LabelLayout):
     classes = ("Pneumothorax",)
 
     def _find(self, root: Tree) -> list[LabelledImage]:
-        """List the images of the table; each study is a patient, and so is an image outside any study.
-
-        Raises:
-            DataError: the table or a column is missing, a name is invalid, or an image has neither a code nor -1.
-        """
+        """List the images of the table; each study is a patient, and so is an image outside any study."""
         path = need_file(root, _TABLES, self)
         table = read_table(path)
         need_columns(path, table, ["ImageId", "EncodedPixels"])
@@ -67,14 +63,7 @@ def _image(name: str, file: Path, tree: Path, masks: Sequence[str]) -> LabelledI
 
 
 def decode_runs(codes: Sequence[str], shape: tuple[int, int]) -> NDArray[np.uint8]:
-    """Draw the regions of run-length codes into one mask.
-
-    Args:
-        codes: Pairs of gap and run, column-major; ``-1`` means no region.
-        shape: ``(H, W)`` of the image for which the codes were made.
-
-    Returns:
-        ``(H, W)``, 1 inside any of the regions and 0 elsewhere.
+    """Draw the regions of run-length codes, ``-1`` for none, into one mask ``(H, W)``, 1 inside any of them.
 
     Raises:
         ImageError: a code is not a list of pairs of whole numbers, or exceeds the image.
@@ -90,11 +79,7 @@ def decode_runs(codes: Sequence[str], shape: tuple[int, int]) -> NDArray[np.uint
 
 
 def _numbers(code: str, num_pixels: int) -> NDArray[np.int64]:
-    """Read a code.
-
-    Raises:
-        ImageError: the code is invalid, or exceeds the image.
-    """
+    """Read a code."""
     words = code.split()
     odd = next((word for word in words if not (word.isascii() and word.isdigit())), None)
     if odd is not None:
@@ -108,11 +93,7 @@ def _numbers(code: str, num_pixels: int) -> NDArray[np.int64]:
 
 
 def encode_runs(mask: NDArray) -> str:
-    """Return the run-length code of a mask; the inverse of :func:`decode_runs`.
-
-    Args:
-        mask: ``(H, W)``; nonzero pixels are inside.
-    """
+    """Return the run-length code of a mask ``(H, W)``, not 0 inside; the inverse of :func:`decode_runs`."""
     inside = np.concatenate([[False], mask.T.ravel() != 0, [False]])
     edges = np.flatnonzero(inside[1:] != inside[:-1])
     return " ".join(map(str, np.diff(edges, prepend=0).tolist())) or NO_REGION

@@ -16,14 +16,7 @@ _FILE_NAME = r"\w[\w.-]*"
 def column_targets(
     path: Path, table: pd.DataFrame, column: str, allowed: Mapping[str, float], case_ids: Sequence[str]
 ) -> list[float]:
-    """Return the meaning of the cells of a label column.
-
-    Args:
-        path: The table's file.
-        table: Its content as text.
-        column: One of its columns.
-        allowed: Allowed cell to its meaning.
-        case_ids: Name of each row.
+    """Return the meaning of the cells of a label column, ``allowed`` by their text; ``case_ids`` name the rows.
 
     Raises:
         DataError: unknown value.

@@ -14,16 +14,9 @@ from datamodules.images.checks import check_images
 def examine(
     name: str, item_name: str, paths: Sequence[Path], terms: Terms, deep: bool, workers: int, more: str = ""
 ) -> list[str]:
-    """Print a report on an archive and return the reasons why training would refuse it.
+    """Print a report on an archive, and ``more``, and return the reasons why training would refuse it.
 
-    Args:
-        name: Name of its layout.
-        item_name: What its pairs are called.
-        paths: The images in use, each once.
-        terms: What training requires of it.
-        deep: Whether to read every byte, not only headers.
-        workers: Threads.
-        more: Further facts to report.
+    ``paths`` are the images in use, each once; with ``deep`` every byte is read, not only headers.
     """
     sizes = ", ".join(f"{len(part)} {split}" for split, part in terms.splits.items())
     print_line(f"{name}: {len(terms.members)} {item_name} of {len(paths)} images, {sizes}{more}")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ from datamodules.images.crops import center_box, random_box
 from datamodules.images.reading import CHANNELS, FIGURE, per_channel
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.pairs.checks import examine
+from datamodules.pairs.vqa import Question
 from datamodules.reports.archive import TextArchiveDataModule, TextConfig
+from datamodules.reports.studies import CaptionedImage
 
 #: Mean and standard deviation of CLIP's preprocessing: red, green, blue.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -32,30 +34,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 Shown = Literal["own", "permuted", "blank"]
 
 
-class Pair(Protocol):
-    """An image with a text."""
-
-    @property
-    def case_id(self) -> str:
-        """Unique name."""
-        ...
-
-    @property
-    def patient_id(self) -> str:
-        """What equal images share."""
-        ...
-
-    @property
-    def image(self) -> Path:
-        """The image's file."""
-        ...
-
-    @property
-    def text(self) -> str:
-        """The text; may be empty."""
-        ...
-
-
+#: An image with a text, which may be empty.
+Pair = CaptionedImage | Question
 #: Computes a task's additions to a sample from the pair and its draw.
 Facts = Callable[[Any, Draw], Mapping[str, Any]]
 
@@ -68,20 +48,10 @@ def other_images(paths: Iterable[Path], seed: int = 0) -> dict[Path, Path]:
 
 
 class PairDataset(FaultTolerantDataset):
-    """Crops of images, tokens of texts, and a task's additions.
+    """Crops of images, tokens of texts, and a task's additions, ``facts``.
 
-    Args:
-        pairs: The pairs.
-        store: Opens images.
-        encode: Makes tokens.
-        image_size: Height and width of a crop.
-        facts: What the task adds.
-        seed: Seed of the training draws.
-        crop_scale: Share of the image's area that a training crop has; None cuts the central crop.
-        mean: Subtracted from pixels in [0, 1].
-        std: What they are then divided by.
-        substitutes: Image to the one that is shown in its place; None shows the mean gray.
-        anonymise: Whether subjects get pseudonyms.
+    Crops are drawn at random in training. ``substitutes`` are images that are shown in place of others; None shows the
+    mean gray.
     """
 
     def __init__(
@@ -89,19 +59,17 @@ class PairDataset(FaultTolerantDataset):
         pairs: Sequence[Pair],
         store: ImageCache | SourceImages,
         encode: Callable[[str], Tensor],
-        image_size: Sequence[int],
+        image: "PairImageConfig",
         facts: Facts,
+        train: bool,
         seed: int,
-        crop_scale: Sequence[float] | None = None,
-        mean: Sequence[float] = CLIP_MEAN,
-        std: Sequence[float] = CLIP_STD,
         substitutes: Mapping[Path, Path] | None = {},
         anonymise: bool = False,
     ) -> None:
         super().__init__(seed)
         self.pairs, self.store, self.encode = list(pairs), store, encode
-        self.image_size, self.crop_scale = tuple(image_size), crop_scale
-        self.mean, self.std = per_channel(mean), per_channel(std)
+        self.image_size, self.crop_scale = tuple(image.size), image.crop_scale if train else None
+        self.mean, self.std = (per_channel(three_values(value)) for value in (image.mean, image.std))
         self.facts, self.substitutes, self.anonymise = facts, substitutes, anonymise
 
     def __len__(self) -> int:
@@ -190,14 +158,12 @@ class PairDataModule(TextArchiveDataModule):
         loader: How samples are drawn, and how many may be broken.
         test_split: Split that ``lightning test`` reads.
         batch_size: Pairs per device.
-        num_workers: Loader processes per rank; also threads that build the cache.
-        anonymise: Whether subjects and texts stay out of logs, tables and fault files.
-        seed: Seed of order and crops; None takes ``seed_everything``'s.
-        **membership: ``archive``, ``seen_patients``, ``changed_archive`` and ``split_from`` of
-            :class:`datamodules.base.ArchiveDataModule`.
+        **settings: Those of :class:`datamodules.base.ArchiveDataModule`.
     """
 
     item_name = "pairs"
+    #: What the archive is called.
+    layout_name = ""
 
     def __init__(
         self,
@@ -208,26 +174,11 @@ class PairDataModule(TextArchiveDataModule):
         loader: LoaderConfig = LoaderConfig(),
         test_split: Literal["train", "val", "test"] = "test",
         batch_size: int = 32,
-        num_workers: int = 0,
-        anonymise: bool = False,
-        seed: int | None = None,
-        **membership: Any,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            text,
-            root=root,
-            image=image,
-            cache=cache,
-            loader=loader,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            anonymise=anonymise,
-            seed=seed,
-            **membership,
-        )
-        self.crop_scale = image.crop_scale
-        self.mean, self.std = three_values(image.mean), three_values(image.std)
-        self.shown, self.test_split = image.shown, test_split
+        super().__init__(text, root=root, image=image, cache=cache, loader=loader, batch_size=batch_size, **settings)
+        self._image, self.shown, self.test_split = image, image.shown, test_split
+        self._classes: tuple[str, ...] = ()
 
     @abstractmethod
     def find(self, root: str) -> dict[str, list[Any]]:
@@ -246,13 +197,9 @@ class PairDataModule(TextArchiveDataModule):
         return ""
 
     def task_classes(self) -> tuple[str, ...]:
-        """Return the classes that the task chooses from."""
-        return ()
-
-    @property
-    def layout_name(self) -> str:
-        """What the archive is called."""
-        return type(self).__name__
+        """Return the classes that the task chooses from; none for a single question, which the checkpoint knows."""
+        self.index()
+        return self._classes
 
     def index(self) -> str:
         """List the pairs; return the layout's name.
@@ -325,18 +272,9 @@ class PairDataModule(TextArchiveDataModule):
             substitutes = None
         elif self.shown == "permuted" and not train:
             substitutes = other_images(case.image for case in cases)
+        hidden = self.ledger.anonymise
         return PairDataset(
-            cases,
-            self.store,
-            self.encode,
-            self.image_size,
-            self.facts,
-            self.seed,
-            crop_scale=self.crop_scale if train else None,
-            mean=three_values(self.mean),
-            std=three_values(self.std),
-            substitutes=substitutes,
-            anonymise=self.ledger.anonymise,
+            cases, self.store, self.encode, self._image, self.facts, train, self.seed, substitutes, hidden
         )
 
     def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:

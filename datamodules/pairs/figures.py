@@ -7,7 +7,8 @@ from common.errors import DataError
 from common.runtime.reporting import contents
 from datamodules.loading import Draw
 from datamodules.pairs.datamodule import PairDataModule
-from datamodules.reports.melinda import CaptionedFigure, read_melinda
+from datamodules.reports.melinda import read_melinda
+from datamodules.reports.studies import CaptionedImage
 from datamodules.splits import SPLITS
 
 
@@ -21,6 +22,7 @@ class FigureDataModule(PairDataModule):
     """
 
     item_name = "figures"
+    layout_name = "melinda"
 
     def __init__(
         self,
@@ -30,14 +32,8 @@ class FigureDataModule(PairDataModule):
     ) -> None:
         super().__init__(root, **settings)
         self._task = task
-        self._classes: tuple[str, ...] = ()
 
-    @property
-    def layout_name(self) -> str:
-        """What the archive is called."""
-        return "melinda"
-
-    def find(self, root: str) -> dict[str, list[CaptionedFigure]]:
+    def find(self, root: str) -> dict[str, list[CaptionedImage]]:
         """List the figures by split.
 
         Raises:
@@ -56,15 +52,10 @@ class FigureDataModule(PairDataModule):
         splits["train"] = [row for row in splits["train"] if row.label]
         return splits
 
-    def task_classes(self) -> tuple[str, ...]:
-        """Return the classes of the training split."""
-        self.index()
-        return self._classes
-
     def describe(self) -> str:
         """Return how many classes there are."""
         return f", {len(self._classes)} classes of {self._task}"
 
-    def facts(self, pair: CaptionedFigure, draw: Draw) -> Mapping[str, Any]:
+    def facts(self, pair: CaptionedImage, draw: Draw) -> Mapping[str, Any]:
         """Return the class, -1 if the training split does not have it."""
         return {"label": self._classes.index(pair.label) if pair.label in self._classes else -1}

@@ -109,6 +109,7 @@ class QuestionDataModule(PairDataModule):
     """
 
     item_name = "questions"
+    needs = frozenset({"images", "questions"})
     split_keys = ("fractions", "seed")
     personal = ("single.image", "single.question")
 
@@ -127,19 +128,8 @@ class QuestionDataModule(PairDataModule):
         self._classes_from, self._questions = questions.classes_from, questions.chosen
         self._categories = questions.categories
         self._single = None if single.image is None else (Path(single.image), str(single.question))
-        self._name = ""
-        self._classes: tuple[str, ...] = ()
         self._frequent: dict[str, str] = {}
-
-    @property
-    def layout_name(self) -> str:
-        """What the archive is called."""
-        return self._name
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Images and questions."""
-        return frozenset({"images", "questions"})
+        self._number: dict[str, int] = {}
 
     def find(self, root: str) -> dict[str, list[Question]]:
         """List the questions by split; training questions without an answer are left out.
@@ -151,7 +141,7 @@ class QuestionDataModule(PairDataModule):
         if self._single is not None:
             return self._one_question(*self._single)
         archive = self.open(root, self._layout, Settings(categories=tuple(self._categories or ())))
-        self._name = archive.layout.name
+        self.layout_name = archive.layout.name
         splits = self._assign_splits([question_of(record) for record in archive.records])
         silent = [question for question in splits["train"] if not question.answers]
         splits["train"] = [question for question in splits["train"] if question.answers]
@@ -185,16 +175,12 @@ class QuestionDataModule(PairDataModule):
         return splits
 
     def _one_question(self, image: Path, question: str) -> dict[str, list[Question]]:
-        """Return the one question that was asked on the command line.
-
-        Raises:
-            DataError: the image does not exist, or the question is empty.
-        """
+        """Return the one question that was asked on the command line."""
         if not image.is_file():
             raise DataError(f"There is no image at {public_name(image)}.")
         if not question.strip():
             raise DataError("The question is empty: give one with --data.single.question.")
-        self._name, self.test_split = "one question", "test"
+        self.layout_name, self.test_split = "one question", "test"
         one = [Question(image.name, image.name, image, " ".join(question.split()), (), "", "test")]
         return {"train": one, "val": [], "test": one}
 
@@ -205,11 +191,6 @@ class QuestionDataModule(PairDataModule):
                 raise DataError("One question needs the tokenizer of the checkpoint: give --ckpt_path a run folder.")
             self.root, self._cache = str(self._single[0].parent), "none"
         return super().index()
-
-    def task_classes(self) -> tuple[str, ...]:
-        """Return the answers to choose from; none for a single question, which the checkpoint knows."""
-        self.index()
-        return self._classes
 
     def most_frequent(self) -> dict[str, str]:
         """Return the most frequent training answer to each kind of question, and under ``""`` to any."""
@@ -234,11 +215,11 @@ class QuestionDataModule(PairDataModule):
 
     def facts(self, pair: Question, draw: Draw) -> Mapping[str, Any]:
         """Return the class of the answer (-1 = none), what else counts as right, and the kind of question."""
-        label = next((self._number[name] for name in pair.answers if name in self._number), -1) if self._classes else -1
+        label = next((self._number[name] for name in pair.answers if name in self._number), -1)
         return {"label": label, "answers": list(pair.answers), "kind": pair.kind}
 
     def predict_dataloader(self) -> ResumableLoader:
         """Return the one question, or those that ``test`` reads (Lightning hook)."""
-        return (
-            self.evaluation_loader(self._dataset(self.splits["test"])) if self._single else super().predict_dataloader()
-        )
+        if self._single:
+            return self.evaluation_loader(self._dataset(self.splits["test"]))
+        return super().predict_dataloader()

@@ -3,34 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from common.errors import DataError
 from common.randomness import numpy_generator, stable_hash
 from datamodules.configs import SplitConfig
 from datamodules.loading import Draw, ResumableLoader
 from datamodules.pairs.datamodule import PairDataModule, PairDataset
-from datamodules.reports.studies import Study, studies_of
+from datamodules.reports.studies import CaptionedImage, Study, studies_of
 from datamodules.reports.text import Extract, extract_of
 from datamodules.splits import SPLITS, assign_splits
-
-
-class CaptionedImage(NamedTuple):
-    """An image with its caption.
-
-    Attributes:
-        case_id: Unique name.
-        patient_id: What splits are by.
-        image: The image's file.
-        text: The caption.
-        split: The archive's own split.
-    """
-
-    case_id: str
-    patient_id: str
-    image: Path
-    text: str
-    split: str | None = None
 
 
 def captioned_images(studies: Sequence[Study], extract: Extract) -> list[CaptionedImage]:
@@ -80,6 +62,7 @@ class RetrievalDataModule(PairDataModule):
     """
 
     item_name = "images with captions"
+    needs = frozenset({"images", "text"})
 
     def __init__(
         self,
@@ -93,17 +76,6 @@ class RetrievalDataModule(PairDataModule):
         self._layout, self._candidates = layout, pools.candidates
         self._pools = {"val": pools.val_size, "test": pools.size}
         self._split = (split.fractions, split.seed, split.file)
-        self._name = ""
-
-    @property
-    def layout_name(self) -> str:
-        """What the archive is called."""
-        return self._name
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Images and texts."""
-        return frozenset({"images", "text"})
 
     def find(self, root: str) -> dict[str, list[CaptionedImage]]:
         """List the images with captions by split; validation and test are cut to their pools.
@@ -112,7 +84,7 @@ class RetrievalDataModule(PairDataModule):
             DataError: an unknown layout, a damaged table, or fewer captions than candidates.
         """
         archive = self.open(root, self._layout)
-        self._name = archive.layout.name
+        self.layout_name = archive.layout.name
         items = captioned_images(studies_of(archive), extract_of(archive))
         parts = assign_splits(items, *self._split, cut_validation=True)
         splits = {name: [item for item in items if parts.get(item.case_id) == name] for name in SPLITS}
@@ -127,7 +99,7 @@ class RetrievalDataModule(PairDataModule):
         return splits
 
     def facts(self, pair: CaptionedImage, draw: Draw) -> Mapping[str, Any]:
-        """Return the candidates' tokens, the true caption's first; none when evaluating."""
+        """Return nothing: only training has further candidates."""
         return {}
 
     def training_facts(self, pair: CaptionedImage, draw: Draw) -> Mapping[str, Any]:

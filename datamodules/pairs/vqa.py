@@ -53,11 +53,7 @@ def question_of(record: Record) -> Question:
 
 
 def _json_rows(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
-    """Read a list of objects.
-
-    Raises:
-        DataError: the file is not such a list; names the first object without a needed field.
-    """
+    """Read a list of objects."""
     rows = read_json(path)
     if not isinstance(rows, list):
         raise DataError(f"{path} is not a list of questions.")
@@ -69,11 +65,7 @@ def _json_rows(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _under(root: Path, name: object, source: Path) -> Path:
-    """Return the file that a table names under ``root``; where it names none, one that is not there.
-
-    Raises:
-        DataError: it is outside the root.
-    """
+    """Return the file that a table names under ``root``; where it names none, one that is not there."""
     return path_under(root, str(name or "").strip() or "(no image)", source)
 
 
@@ -84,14 +76,17 @@ def _kind(value: object) -> str:
 
 
 def _rad_question(row: Mapping[str, Any], text: str, case: str, split: str, images: Path, source: Path) -> Question:
-    """Return a row of VQA-RAD as a question.
-
-    Raises:
-        DataError: its image is outside ``images``.
-    """
+    """Return a row of VQA-RAD as a question."""
     image = _under(images, row["image_name"], source)
-    return Question(f"{split}/{case}", image.name, image, text, accepted_answers(row["answer"]),
-                    _kind(row.get("answer_type")), split, str(row.get("question_type") or "").strip())  # fmt: skip
+    return _question(row, case, image.name, image, text, split, "question_type")
+
+
+def _question(
+    row: Mapping[str, Any], case: str, patient: str, image: Path, text: str, split: str, category: str
+) -> Question:
+    """Return a row as a question; ``category`` is the field of its category."""
+    return Question(f"{split}/{case}", patient, image, text, accepted_answers(row["answer"]),
+                    _kind(row.get("answer_type")), split, str(row.get(category) or "").strip())  # fmt: skip
 
 
 def find_vqa_rad(root: Tree) -> list[Question]:
@@ -102,17 +97,16 @@ def find_vqa_rad(root: Tree) -> list[Question]:
     Raises:
         DataError: a damaged list.
     """
-    files = {"train": root / "trainset.json", "test": root / "testset.json"}
     if not root.is_file("trainset.json") or not root.is_dir("images"):
         return _find_rad_release(root)
-    found = []
-    for split, path in files.items():
-        if not root.is_file(path):
-            continue
-        for number, row in enumerate(_json_rows(path, ("image_name", "question", "answer"))):
-            case = f"{row.get('qid', number)}-{number}"
-            found.append(_rad_question(row, collapsed(row["question"]), case, split, root / "images", path))
-    return found
+    paths = {split: root / f"{split}set.json" for split in ("train", "test") if root.is_file(f"{split}set.json")}
+    return [
+        _rad_question(
+            row, collapsed(row["question"]), f"{row.get('qid', number)}-{number}", split, root / "images", path
+        )
+        for split, path in paths.items()
+        for number, row in enumerate(_json_rows(path, ("image_name", "question", "answer")))
+    ]
 
 
 def _find_rad_release(root: Tree) -> list[Question]:
@@ -137,26 +131,21 @@ def _find_rad_release(root: Tree) -> list[Question]:
     return found
 
 
-def find_slake(root: Tree, language: str = "en") -> list[Question]:
-    """List SLAKE in one language: ``{train,validate or validation,test}.json`` and ``imgs/``; empty without."""
+def find_slake(root: Tree) -> list[Question]:
+    """List SLAKE in English: ``{train,validate or validation,test}.json`` and ``imgs/``; empty without."""
     if not root.is_file("train.json") or not root.is_dir("imgs"):
         return []
     names = {"train": ("train",), "val": ("validate", "validation"), "test": ("test",)}
-    files = {split: [root / f"{name}.json" for name in given] for split, given in names.items()}
     found: list[Question] = []
-    for split, paths in files.items():
-        path = next((path for path in paths if root.is_file(path)), None)
+    for split, given in names.items():
+        path = next((root / f"{name}.json" for name in given if root.is_file(f"{name}.json")), None)
         if path is None:
             continue
         for row in _json_rows(path, ("img_name", "question", "answer", "q_lang")):
-            if str(row["q_lang"]).strip().lower() != language:
-                continue
-            image = _under(root / "imgs", row["img_name"], path)
-            found.append(
-                Question(f"{split}/{row.get('qid', len(found))}", image.parent.name, image, collapsed(row["question"]),
-                         accepted_answers(row["answer"]), _kind(row.get("answer_type")), split,
-                         str(row.get("content_type") or "").strip())
-            )  # fmt: skip
+            if str(row["q_lang"]).strip().lower() == "en":
+                image, case = _under(root / "imgs", row["img_name"], path), row.get("qid", len(found))
+                text = collapsed(row["question"])
+                found.append(_question(row, case, image.parent.name, image, text, split, "content_type"))
     return found
 
 
@@ -166,22 +155,15 @@ MED_CATEGORIES = ("modality", "plane", "organ")
 
 
 def _med_lines(path: Path, fields: int) -> list[list[str]]:
-    """Split lines at ``|``; the question keeps tabs as blanks, the answer all that is left.
-
-    Raises:
-        DataError: names the first line with fewer fields.
-    """
+    """Split lines at ``|``; the question keeps tabs as blanks, the answer all that is left."""
     rows = []
     for number, line in enumerate(read_lines(path), 1):
-        if not line.strip():
-            continue
         parts = line.split("|", fields - 1)
-        if len(parts) < fields:
-            raise DataError(
-                f"{path} line {number} has {len(parts)} fields between |, {fields} are needed: "
-                f"'{public_name(line[:60])}'."
-            )
-        rows.append([collapsed(part) for part in parts])
+        if len(parts) < fields and line.strip():
+            raise DataError(f"{path} line {number} has {len(parts)} fields between |, {fields} are needed: "
+                            f"'{public_name(line[:60])}'.")  # fmt: skip
+        if line.strip():
+            rows.append([collapsed(part) for part in parts])
     return rows
 
 
@@ -206,17 +188,15 @@ def find_vqa_med(root: Tree, settings: Settings = NO_SETTINGS) -> list[Question]
     parts = {"train": training, "val": _med_folder(root, "*Validation*"), "test": test}
     found: list[Question] = []
     for split, folder in parts.items():
-        if folder is None:
-            continue
-        part = root.sub(root.name_of(folder))
-        images = _med_folder(part, "*[Ii]mages")
-        if images is None:
+        part = None if folder is None else root.sub(root.name_of(folder))
+        images = None if part is None else _med_folder(part, "*[Ii]mages")
+        if part is None or images is None:
             continue
         rows = _med_test(part, categories) if split == "test" else _med_training(part, categories)
         for name, category, question, answer in rows:
             image = images / (name if Path(name).suffix else f"{name}.jpg")
-            case = f"{split}/{image.stem}/{category}-{len(found)}"
             patient = f"{split}/{image.stem}"
+            case = f"{patient}/{category}-{len(found)}"
             found.append(Question(case, patient, image, question, accepted_answers(answer), "", split, category))
     return found
 

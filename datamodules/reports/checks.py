@@ -82,14 +82,8 @@ def examine(
 ) -> list[str]:
     """Print a report on an archive and return the reasons why training would refuse it.
 
-    Args:
-        name: Name of its layout.
-        terms: What training requires.
-        text_of: Returns the text of a sample; raises :class:`datamodules.reports.text.ReportError`.
-        tokenizer: Returns the tokenizer; called only if there are texts.
-        limit: Most tokens per text.
-        deep: Whether to read every byte, not only headers.
-        workers: Threads.
+    ``text_of`` may raise :class:`datamodules.reports.text.ReportError`; ``tokenizer`` is called only if there are
+    texts; ``limit`` is in tokens; with ``deep`` every byte is read, not only headers.
     """
     samples = terms.members
     print_splits(f"layout {name}", terms, "samples")

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,13 +46,9 @@ def swap_sides(text: str) -> str:
 
     def other(match: re.Match[str]) -> str:
         word = _OTHER_SIDE[match[0].lower()]
-        return (
-            word.upper()
-            if match[0].isupper() and len(match[0]) > 1
-            else word.title()
-            if match[0][0].isupper()
-            else word
-        )
+        if match[0].isupper():
+            return word.upper()
+        return word.title() if match[0][0].isupper() else word
 
     return _SIDES.sub(other, text)
 
@@ -128,24 +125,6 @@ class SampleConfig:
     negative_images: bool = False
 
 
-class TextSettings(NamedTuple):
-    """How reports become tokens.
-
-    Attributes:
-        part: ``"findings_impression"`` or ``"full"``; see :mod:`datamodules.reports.text`.
-        length: T, most tokens, including the class token.
-        masker: Chooses the hidden words and replaces them.
-        end: Whether the tokenizer's end token, if it has one, comes last.
-        redactions: Whether ``___``, which marks removed parts of a report, is kept.
-    """
-
-    part: str
-    length: int
-    masker: WordMasker | BertMasker
-    end: bool = False
-    redactions: bool = False
-
-
 class Sample(NamedTuple):
     """An image with its report, or a study with views to draw from.
 
@@ -175,29 +154,26 @@ def samples_of(studies: Sequence[Study], pair: str, views: Sequence[str] | None)
     wanted = {view.upper() for view in views} if views is not None and known else None
     for study in studies:
         shown = study.views or ("",) * len(study.images)
-        images = [
-            path for path, view in zip(study.images, shown, strict=True) if wanted is None or view.upper() in wanted
-        ]
-        if study.images and not images:
-            continue
-        if pair == "study" or len(study.images) <= 1:
-            samples.append(Sample(study.case_id, study.patient_id, tuple(images), study, study.split))
-        else:
-            samples += [
-                Sample(f"{study.case_id}/{path.stem}", study.patient_id, (path,), study, study.split) for path in images
-            ]
+        named = zip(study.images, shown, strict=True)
+        images = tuple(path for path, view in named if wanted is None or view.upper() in wanted)
+        together = pair == "study" or len(study.images) <= 1
+        if together and (images or not study.images):
+            samples.append(Sample(study.case_id, study.patient_id, images, study, study.split))
+        for path in () if together else images:
+            name = f"{study.case_id}/{path.stem}"
+            samples.append(Sample(name, study.patient_id, (path,), study, study.split))
     if not samples:
         found = sorted({view for study in studies for view in study.views})
         raise DataError(f"No image shows any of the views {', '.join(views or ())}; there are {', '.join(found)}.")
     return samples
 
 
-def distinct(samples: Sequence[Sample], extract: Extract, text: TextSettings) -> list[Sample]:
+def distinct(samples: Sequence[Sample], extract: Extract, text: ReportTextConfig) -> list[Sample]:
     """Keep the first sample of each distinct text, ignoring capitals; drop samples without readable text."""
     kept: dict[str, Sample] = {}
     for sample in samples:
         try:
-            kept.setdefault(study_text(sample.study, extract, text.part, text.redactions).lower(), sample)
+            kept.setdefault(study_text(sample.study, extract, text.part, text.keep_redactions).lower(), sample)
         except ReportError:
             continue
     kept.pop("", None)
@@ -207,20 +183,10 @@ def distinct(samples: Sequence[Sample], extract: Extract, text: TextSettings) ->
 class ImageTextDataset(FaultTolerantDataset):
     """Crops of images and tokens of their reports, with hidden words.
 
-    Args:
-        samples: The samples.
-        extract: Extracts the text to use from a report.
-        store: Opens images.
-        tokenizer: The tokenizer.
-        text: How reports become tokens.
-        image: How images are cut.
-        train: Whether crops, views and hidden words are drawn anew every epoch from the run's seed; otherwise they are
-            fixed per subject in every run.
-        seed: Seed of the training draws.
-        controls: Samples of other patients, the control of the collapse diagnostics; None: no control.
-        anonymise: Whether subjects get pseudonyms.
-        complete: Whether a sample needs both image and text; otherwise one is enough.
-        negatives: Whether each sample comes with the image of another one.
+    In training, crops, views and hidden words are drawn anew every epoch from the run's seed; otherwise they are fixed
+    per subject in every run. A complete sample needs both image and text; otherwise one is enough. With ``controls``,
+    samples of other patients, the collapse diagnostics get one of their images; with ``negatives`` each sample comes
+    with the image of another one.
     """
 
     def __init__(
@@ -229,7 +195,7 @@ class ImageTextDataset(FaultTolerantDataset):
         extract: Extract,
         store: ImageCache | SourceImages,
         tokenizer: ReportTokenizer,
-        text: TextSettings,
+        text: ReportTextConfig,
         image: ReportImageConfig,
         train: bool,
         seed: int,
@@ -241,8 +207,7 @@ class ImageTextDataset(FaultTolerantDataset):
         super().__init__(seed)
         self.samples = list(samples)
         self.extract, self.store, self.tokenizer, self.text = extract, store, tokenizer, text
-        self.image_size = tuple(image.size)
-        self.train = train
+        self.masker, self.image_size, self.train = text.masker(), tuple(image.size), train
         self.crop_scale, self.flip = image.crop_scale, image.flip
         self.mean, self.std = per_channel(image.mean), per_channel(image.std)
         self.complete, self.negatives = complete, negatives
@@ -309,19 +274,17 @@ class ImageTextDataset(FaultTolerantDataset):
     def _text(self, sample: Sample, faults: list[Fault]) -> str:
         """Return the text; empty if there is none, with a fault if one is listed but damaged."""
         try:
-            return study_text(sample.study, self.extract, self.text.part, self.text.redactions)
+            return study_text(sample.study, self.extract, self.text.part, self.text.keep_redactions)
         except ReportError as error:
             if error.kind != "empty":
                 faults.append(Fault(str(sample.study.text), error.kind, error.detail, sample.case_id))
             return ""
 
     def _tokens(self, text: str, key: Tensor) -> dict[str, Tensor]:
-        encoded = self.tokenizer.encode(text, self.text.length, self.text.end)
-        generator = KeyedGenerator(key[None], "words")
-        hidden = self.text.masker(encoded.starts[None], encoded.maskable[None], generator)[0]
-        seen = self.text.masker.corrupt(
-            encoded.ids[None], hidden[None], self.tokenizer.mask_id, self.tokenizer.vocab_size, generator
-        )
+        tokenizer, generator = self.tokenizer, KeyedGenerator(key[None], "words")
+        encoded = tokenizer.encode(text, self.text.length, self.text.end_token)
+        hidden = self.masker(encoded.starts[None], encoded.maskable[None], generator)[0]
+        seen = self.masker.corrupt(encoded.ids[None], hidden[None], tokenizer.mask_id, tokenizer.vocab_size, generator)
         return {"input_ids": seen[0], "labels": encoded.ids.masked_fill(~hidden, -100)}
 
     def _standardised(self, image: Tensor | None) -> Tensor:
@@ -392,11 +355,7 @@ class ImageTextDataModule(TextArchiveDataModule):
         split: Which patients train, validate and test.
         loader: How samples are drawn, and how many may be faulty.
         batch_size: Samples per device.
-        num_workers: Loader processes per rank; also threads that build the cache.
-        anonymise: Whether subjects and texts are kept out of logs, figures and fault files.
-        seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
-        **membership: ``archive``, ``seen_patients``, ``changed_archive`` and ``split_from`` of
-            :class:`datamodules.base.ArchiveDataModule`.
+        **settings: Those of :class:`datamodules.base.ArchiveDataModule`.
     """
 
     def __init__(
@@ -412,42 +371,23 @@ class ImageTextDataModule(TextArchiveDataModule):
         split: SplitConfig = SplitConfig(),
         loader: LoaderConfig = LoaderConfig(),
         batch_size: int = 256,
-        num_workers: int = 0,
-        anonymise: bool = False,
-        seed: int | None = None,
-        **membership: Any,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            text,
-            root=root,
-            image=image,
-            cache=cache,
-            loader=loader,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            anonymise=anonymise,
-            seed=seed,
-            **membership,
-        )
+        super().__init__(text, root=root, image=image, cache=cache, loader=loader, batch_size=batch_size, **settings)
         manifest = table is not None or columns is not None or bool({"table", "columns"} & self.said.keys())
         if manifest and layout not in ("auto", "manifest", "table"):
             raise ValueError(f"`table` and `columns` describe a manifest, not the layout {layout}: leave one out.")
-        self._image = image
-        self.text = TextSettings(text.part, text.length, text.masker(), text.end_token, text.keep_redactions)
-        self.pad_to_length = text.pad_to_length
-        self.colour, self.complete, self.negative_images = image.colour, samples.complete, samples.negative_images
+        text.masker()  # a bad ratio is refused here
+        self._image, self.text, self._samples = image, text, samples
+        self.complete = samples.complete
         self._layout_name = "manifest" if manifest else layout
         self._settings = Settings(table=table, columns=columns or {})
-        self._pair, self._views = samples.pair, samples.views
-        self._unique_texts = text.unique
         self._split = (split.fractions, split.seed, split.file)
         self.samples: list[Sample] = []
         self._counts: Tensor | None = None
 
-    @property
-    def needs(self) -> frozenset[str]:
-        """Images and texts; a sample may lack one of them unless ``complete`` is set."""
-        return frozenset({"images", "text"})
+    #: A sample may lack one of them unless ``complete`` is set.
+    needs = frozenset({"images", "text"})
 
     @property
     def optional(self) -> tuple[str, ...]:
@@ -462,10 +402,10 @@ class ImageTextDataModule(TextArchiveDataModule):
         """
         if self.archive is None:
             archive = self.open(self.root, self._layout_name, self._settings)
-            samples = samples_of(studies_of(archive), self._pair, self._views)
+            samples = samples_of(studies_of(archive), self._samples.pair, self._samples.views)
             if self.complete:
                 samples = self._complete(samples)
-            if self._unique_texts:
+            if self.text.unique:
                 samples = distinct(samples, extract_of(archive), self.text)
             parts = assign_splits(samples, *self._split)
             seeded = self._split[2] is None and not any(sample.split for sample in samples)
@@ -473,7 +413,7 @@ class ImageTextDataModule(TextArchiveDataModule):
             self.samples = samples
             self.splits = {name: [sample for sample in samples if parts.get(sample.case_id) == name] for name in SPLITS}
             self.ledger.num_samples = len(parts)
-            self.store = self.make_store(FIGURE if self.colour else GRAY)
+            self.store = self.make_store(FIGURE if self._image.colour else GRAY)
             self.archive = archive
         return self.archive
 
@@ -482,11 +422,7 @@ class ImageTextDataModule(TextArchiveDataModule):
         return case.images
 
     def _complete(self, samples: Sequence[Sample]) -> list[Sample]:
-        """Keep the samples that have both an image and a text.
-
-        Raises:
-            DataError: there is none.
-        """
+        """Keep the samples that have both an image and a text."""
         kept = [sample for sample in samples if sample.images and sample.study.text]
         if not kept:
             raise DataError(f"None of the {len(samples)} samples under {self.root} has both an image and a text.")
@@ -500,28 +436,27 @@ class ImageTextDataModule(TextArchiveDataModule):
         Raises:
             ReportError: a listed report cannot be read.
         """
-        return study_text(sample.study, extract_of(self.index()), self.text.part, self.text.redactions)
+        return study_text(sample.study, extract_of(self.index()), self.text.part, self.text.keep_redactions)
 
     def training_texts(self) -> list[str]:
         """Return the texts of the training studies, each once, in a fixed order; unreadable ones are left out."""
         self.index()
-        texts = {}
+        first: dict[str, Sample] = {}
         for sample in self.splits["train"]:
-            if sample.study.case_id not in texts:
-                try:
-                    texts[sample.study.case_id] = self.text_of(sample)
-                except ReportError:
-                    texts[sample.study.case_id] = ""
-        return [text for text in texts.values() if text]
+            first.setdefault(sample.study.case_id, sample)
+        texts = []
+        for sample in first.values():
+            with suppress(ReportError):
+                texts.append(self.text_of(sample))
+        return [text for text in texts if text]
 
     @property
     def input_spec(self) -> InputSpec:
         """Channels, crop size, vocabulary and preprocessing of the batches."""
+        grey = "grayscale in [0, 1], minus mean, over std, repeated three times"
         preprocessing = {
             "layout": self.index().layout.name,
-            "intensity": "RGB in [0, 1], minus mean, over std"
-            if self.colour
-            else "grayscale in [0, 1], minus mean, over std, repeated three times",
+            "intensity": "RGB in [0, 1], minus mean, over std" if self._image.colour else grey,
             "mean": plain_numbers(self.mean),
             "std": plain_numbers(self.std),
             "resize": "bicubic, antialiased",
@@ -560,7 +495,7 @@ class ImageTextDataModule(TextArchiveDataModule):
             controls=self.splits["train"] if controls else None,
             anonymise=self.ledger.anonymise,
             complete=self.complete,
-            negatives=self.negative_images,
+            negatives=self._samples.negative_images,
         )
 
     def _evaluated(self, cases: Sequence[Sample]) -> ImageTextDataset:
@@ -574,7 +509,7 @@ class ImageTextDataModule(TextArchiveDataModule):
 
     def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Return the collate function."""
-        length = self.text.length if self.pad_to_length else 0
+        length = self.text.length if self.text.pad_to_length else 0
         return partial(collate_image_text, pad_id=self.tokenizer.pad_id, length=length)
 
     def token_counts(self) -> Tensor:

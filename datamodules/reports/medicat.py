@@ -5,7 +5,7 @@ inline references to ROCO's figures (``roco_{train,val,test}_references.jsonl``)
 :mod:`datamodules.reports.roco`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,18 +74,38 @@ def read_figures(path: Path) -> list[Figure]:
     return figures
 
 
-def studies_of_texts(name: str, patient: str, image: Path, texts: list[str], split: str | None) -> list[Study]:
-    """Make one study per distinct text of an image with enough words."""
-    usable = [text for text in dict.fromkeys(texts) if len(text.split()) >= MIN_WORDS]
-    return [Study(f"{name}#{i}", patient, (image,), ("",), text, split) for i, text in enumerate(usable)]
+class Captioned(NamedTuple):
+    """A figure with texts.
+
+    Attributes:
+        case_id: Unique name.
+        patient_id: What splits are by.
+        image: Its file; None if it is missing.
+        texts: The texts, white space collapsed.
+        split: The archive's own split.
+    """
+
+    case_id: str
+    patient_id: str
+    image: Path | None
+    texts: Sequence[str]
+    split: str | None = None
 
 
-def print_left_out(what: str, total: int, missing: int, silent: int) -> None:
-    """Print how many figures have no file and how many no text."""
-    if missing or silent:
-        print_line(
-            f"note: of {total} {what}, {missing} have no image file and {silent} no text of {MIN_WORDS} words; left out"
-        )
+def studies_of_figures(what: str, figures: Sequence[Captioned]) -> list[Study]:
+    """Make one study per distinct text with enough words of each figure, and print how many have no file or no text."""
+    studies: list[Study] = []
+    silent = 0
+    for name, patient, image, texts, split in figures:
+        if image is not None:
+            usable = [text for text in dict.fromkeys(texts) if len(text.split()) >= MIN_WORDS]
+            studies += [Study(f"{name}#{i}", patient, (image,), ("",), text, split) for i, text in enumerate(usable)]
+            silent += not usable
+    missing = sum(figure.image is None for figure in figures)
+    if studies and (missing or silent):
+        print_line(f"note: of {len(figures)} {what}, {missing} have no image file and {silent} no text of {MIN_WORDS} "
+            f"words; left out")  # fmt: skip
+    return studies
 
 
 def find_medicat(root: Tree, radiology_only: bool = True) -> list[Study]:
@@ -100,19 +120,12 @@ def find_medicat(root: Tree, radiology_only: bool = True) -> list[Study]:
     folder = root / place
     lists = [root / file.name for file in root.listed(place) if file.suffix == ".jsonl"]
     lists = [path for path in lists if _lists_figures(path)]
-    figures = [figure for path in lists for figure in read_figures(path)]
-    if radiology_only:
-        figures = [figure for figure in figures if figure.radiology]
-    there = {file.name.rpartition("/")[2] for file in root.listed(folder / "figures")}
-    present = [figure for figure in figures if figure.name in there]
-    if figures and not present:
+    figures = [figure for path in lists for figure in read_figures(path) if figure.radiology or not radiology_only]
+    there = {file.name.rpartition("/")[2]: root / file.name for file in root.listed(folder / "figures")}
+    if figures and there.keys().isdisjoint(figure.name for figure in figures):
         raise DataError(f"None of the {len(figures)} figures of {lists[0]} is in {folder / 'figures'}.")
-    studies = [
-        studies_of_texts(f.name, f.paper, folder / "figures" / f.name, [f.caption, *f.references], None)
-        for f in present
-    ]
-    print_left_out("MedICaT figures", len(figures), len(figures) - len(present), sum(not part for part in studies))
-    return [study for part in studies for study in part]
+    listed = [Captioned(f.name, f.paper, there.get(f.name), [f.caption, *f.references]) for f in figures]
+    return studies_of_figures("MedICaT figures", listed)
 
 
 def _release(tree: Tree) -> str | None:

@@ -4,8 +4,6 @@
 """
 
 from collections import Counter
-from pathlib import Path
-from typing import NamedTuple
 
 from common.errors import DataError
 from common.runtime.reporting import print_line
@@ -13,7 +11,7 @@ from datamodules.files import listing
 from datamodules.listed_files import path_under
 from datamodules.registry import Layout, marked
 from datamodules.reports.medicat import collapsed
-from datamodules.reports.studies import Study
+from datamodules.reports.studies import CaptionedImage, Study
 from datamodules.tables import read_table
 from datamodules.tree import Tree
 
@@ -23,27 +21,7 @@ _FILES = {"train": "train.csv", "val": "dev.csv", "test": "test.csv"}
 _ROWS = {"train": 4344, "val": 449, "test": 578}
 
 
-class CaptionedFigure(NamedTuple):
-    """One figure, or part of one, with a caption and a class.
-
-    Attributes:
-        case_id: Unique name.
-        patient_id: The figure, which several rows may share.
-        image: Its file.
-        text: Caption, white space collapsed; may be empty.
-        label: The class; empty if the task defines none.
-        split: ``train``, ``val`` or ``test``.
-    """
-
-    case_id: str
-    patient_id: str
-    image: Path
-    text: str
-    label: str
-    split: str | None
-
-
-def read_melinda(root: Tree, task: str = "p_meth_label") -> list[CaptionedFigure]:
+def read_melinda(root: Tree, task: str = "p_meth_label") -> list[CaptionedImage]:
     """List MELINDA's rows in its official splits; empty if the root is another archive.
 
     Warns if their numbers are not the published ones.
@@ -68,7 +46,7 @@ def read_melinda(root: Tree, task: str = "p_meth_label") -> list[CaptionedFigure
             figure = row["figure_file"]
             text = "" if row["caption"].lower() == "nan" else collapsed(row["caption"])
             image = path_under(root / "melinda_images", figure or "(no image)", path)
-            rows.append(CaptionedFigure(f"{split}/{number}-{figure}", figure, image, text, row[task], split))
+            rows.append(CaptionedImage(f"{split}/{number}-{figure}", figure, image, text, split, row[task]))
     counts = Counter(row.split for row in rows)
     if any(counts[split] != number for split, number in _ROWS.items()):
         here, published = (", ".join(f"{numbers[split]} {split}" for split in _ROWS) for numbers in (counts, _ROWS))

@@ -19,8 +19,8 @@ import pandas as pd
 from common.errors import DataError
 from common.pseudonyms import public_name
 from datamodules.files import listing
-from datamodules.registry import Facts, Layout, marked
-from datamodules.reports.studies import ReportFile, Study
+from datamodules.registry import Facts, FileRef, Layout, marked
+from datamodules.reports.studies import Study
 from datamodules.reports.text import mimic_text
 from datamodules.tables import read_table
 from datamodules.tree import Tree
@@ -57,11 +57,7 @@ def _table_path(tree: Tree, folder: str, name: str) -> Path | None:
 
 
 def _needed_table(path: Path, needed: Sequence[str]) -> pd.DataFrame:
-    """Read a table as text, without repeated rows.
-
-    Raises:
-        DataError: the file is damaged, or a column is missing.
-    """
+    """Read a table as text, without repeated rows."""
     table = read_table(path)
     missing = [column for column in needed if column not in table]
     if missing:
@@ -70,11 +66,7 @@ def _needed_table(path: Path, needed: Sequence[str]) -> pd.DataFrame:
 
 
 def _per_study(table: pd.DataFrame, path: Path, column: str) -> pd.Series:
-    """Return a column by study.
-
-    Raises:
-        DataError: a study has two values.
-    """
+    """Return a column by study."""
     pairs = table[["study_id", column]].drop_duplicates()
     twice = pairs.loc[pairs["study_id"].duplicated(), "study_id"]
     if len(twice):
@@ -84,31 +76,8 @@ def _per_study(table: pd.DataFrame, path: Path, column: str) -> pd.Series:
     return pairs.set_index("study_id")[column]
 
 
-def _with_views(images: pd.DataFrame, path: Path, views: Sequence[str]) -> pd.DataFrame:
-    """Keep images of the given views.
-
-    Raises:
-        DataError: there are none.
-    """
-    wanted = {view.upper() for view in views}
-    kept = images[images["ViewPosition"].str.upper().isin(wanted)]
-    if kept.empty:
-        counts = images["ViewPosition"].value_counts()
-        present = listing(f"{view or 'blank'} ({count})" for view, count in counts.items())
-        raise DataError(f"{path} lists no image of the views {', '.join(views)}; it has {present}.")
-    return kept
-
-
-def _read_images(path: Path, views: Sequence[str] | None) -> pd.DataFrame:
-    """Read the table of images, ordered by study.
-
-    Returns:
-        One row per image: the columns of the table and ``stem``, the folder of its study under ``files``.
-
-    Raises:
-        DataError: a damaged or empty table, an entry that is not an identifier, a study of two patients, or no image
-            of the views.
-    """
+def _read_images(path: Path) -> pd.DataFrame:
+    """Return the table of images, ordered by study, with the column ``stem``, its study's folder under ``files``."""
     images = _needed_table(path, [*_IDENTIFIERS, "ViewPosition"]).drop_duplicates("dicom_id")
     for column, pattern in _IDENTIFIERS.items():
         odd = images.loc[~images[column].str.fullmatch(pattern), column]
@@ -119,69 +88,51 @@ def _read_images(path: Path, views: Sequence[str] | None) -> pd.DataFrame:
     if images.empty:
         raise DataError(f"{path} lists no image.")
     _per_study(images, path, "subject_id")
-    if views:
-        images = _with_views(images, path, views)
     images = images.sort_values("study_id", kind="stable")
     subject = images["subject_id"]
-    stem = "p" + subject.str[:2] + "/p" + subject + "/s" + images["study_id"]
-    return images.assign(stem=stem)
+    return images.assign(stem="p" + subject.str[:2] + "/p" + subject + "/s" + images["study_id"])
 
 
-def _zipped_reports(path: Path) -> dict[str, ReportFile]:
-    """List the reports of an archive by study.
-
-    Raises:
-        DataError: the archive is damaged.
-    """
+def _zipped_reports(path: Path) -> dict[str, FileRef]:
+    """List the reports of an archive by study."""
     try:
         with zipfile.ZipFile(path) as archive:
             matches = [_MEMBER.fullmatch(name) for name in archive.namelist()]
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read as an archive ({error}); fetch it again.") from error
-    return {match.group(1): ReportFile(path, match.group(0)) for match in matches if match}
+    return {match.group(1): FileRef(path, member=match.group(0)) for match in matches if match}
 
 
-def _find_reports(tree: Tree, folders: Sequence[str], stems: Sequence[str]) -> Mapping[str, ReportFile]:
+def _find_reports(tree: Tree, folders: Sequence[str], stems: Sequence[str]) -> Mapping[str, FileRef]:
     """Find the reports of some studies, in a zip archive or unpacked; empty if there are none at all."""
     for folder in folders:
-        if tree.is_file(f"{folder}/{REPORTS}".lstrip("/")):
-            zipped = _zipped_reports(tree / f"{folder}/{REPORTS}".lstrip("/"))
+        if tree.is_file(place := f"{folder}/{REPORTS}".lstrip("/")):
+            zipped = _zipped_reports(tree / place)
             if not zipped.keys().isdisjoint(stems):
                 return zipped
     for folder in folders:
         files = f"{folder}/files".lstrip("/")
         if tree.is_dir(files):
             there = (stem for stem in stems if tree.is_file(f"{files}/{stem}.txt"))
-            unpacked = {stem: ReportFile(tree / f"{files}/{stem}.txt") for stem in there}
-            if unpacked:
+            if unpacked := {stem: FileRef(tree / f"{files}/{stem}.txt") for stem in there}:
                 return unpacked
     return {}
 
 
 def _read_findings(path: Path | None, studies: Sequence[str]) -> list[Mapping[str, str]]:
-    """Read the findings of some studies, ``""`` if unknown; all unknown without the table.
-
-    Raises:
-        DataError: a damaged table.
-    """
-    if path is None:
-        return [{} for _ in studies]
-    table = _needed_table(path, ["study_id"]).drop_duplicates("study_id").set_index("study_id")
-    names = [name for name in table if name != "subject_id"]
-    if not names:
+    """Read the findings of some studies, ``""`` if unknown; all unknown without the table."""
+    table = None if path is None else _needed_table(path, ["study_id"]).drop_duplicates("study_id")
+    names = [] if table is None else [name for name in table if name not in ("study_id", "subject_id")]
+    if table is None or not names:
         return [{} for _ in studies]
     # Few rows are distinct: sharing them saves most of the memory.
-    groups = table[names].reindex(studies, fill_value="").groupby(names, sort=False)
+    groups = table.set_index("study_id")[names].reindex(studies, fill_value="").groupby(names, sort=False)
     shared = groups.head(1).to_dict("records")
     return [shared[number] for number in groups.ngroup().tolist()]
 
 
 def _read_splits(path: Path, studies: Sequence[str]) -> list[str]:
-    """Read the splits of some studies, ``""`` if unknown.
-
-    Raises:
-        DataError: a damaged table, or a study in two splits.
-    """
+    """Read the splits of some studies, ``""`` if unknown."""
     table = _needed_table(path, ["study_id", "split"])
     return _per_study(table, path, "split").replace(_SPLITS).reindex(studies, fill_value="").tolist()
 
@@ -201,7 +152,7 @@ def _collector_paused() -> Iterator[None]:
 def _studies(
     images: pd.DataFrame,
     files: Path,
-    reports: Mapping[str, ReportFile],
+    reports: Mapping[str, FileRef],
     splits: Sequence[str],
     findings: Sequence[Mapping[str, str]],
 ) -> list[Study]:
@@ -218,18 +169,15 @@ def _studies(
 
 
 @_collector_paused()
-def find_studies(root: Tree, views: Sequence[str] | None = None) -> list[Study]:
+def find_studies(root: Tree) -> list[Study]:
     """List the studies of MIMIC-CXR-JPG that have an image, in the order of their ids.
 
-    Of several versions of a product the newest is taken. Ids are those of the tables, without ``p`` and ``s``.
-
-    Args:
-        root: A folder that holds both products, at most three levels down.
-        views: Views to keep, such as ``AP`` and ``PA``; None: all.
+    Both products lie at most three levels under the root; of several versions of one the newest is taken. Ids are those
+    of the tables, without ``p`` and ``s``.
 
     Raises:
-        DataError: no split table, no reports, a table or archive that is damaged or lacks a column, a study in two
-            splits or of two patients, or no image of the views.
+        DataError: no split table, no reports, a table or archive that is damaged or lacks a column, or a study in two
+            splits or of two patients.
     """
     folders = _folders(root)
     tables = [(path.name, path) for folder in folders if (path := _table_path(root, folder, "metadata"))]
@@ -240,7 +188,7 @@ def find_studies(root: Tree, views: Sequence[str] | None = None) -> list[Study]:
     split_path = _table_path(root, place, "split")
     if split_path is None:
         raise DataError(f"{product} has no mimic-cxr-*-split.csv.gz beside {metadata.name}; fetch it too.")
-    images = _read_images(metadata, views)
+    images = _read_images(metadata)
     studies = images.drop_duplicates("study_id")
     ids, stems = studies["study_id"].tolist(), studies["stem"].tolist()
     reports = _find_reports(root, folders, stems)
@@ -250,9 +198,8 @@ def find_studies(root: Tree, views: Sequence[str] | None = None) -> list[Study]:
             f"or anywhere under {root} at most three folders down."
         )
     splits = _read_splits(split_path, ids)
-    return _studies(
-        images, product / "files", reports, splits, _read_findings(_table_path(root, place, "chexpert"), ids)
-    )
+    findings = _read_findings(_table_path(root, place, "chexpert"), ids)
+    return _studies(images, product / "files", reports, splits, findings)
 
 
 MIMIC_CXR = Layout(
@@ -262,9 +209,7 @@ MIMIC_CXR = Layout(
         f"[,chexpert]}}.csv.gz}} and ROOT/mimic-cxr/VERSION/{REPORTS} (or files/pXX/pXXXXXXXX/sXXXXXXXX.txt)"
     ),
     find=find_studies,
-    evidence=marked(
-        tuple(f"{'*/' * depth}mimic-cxr-*-metadata.csv*" for depth in range(_MAX_DEPTH + 1)),
-    ),
+    evidence=marked(tuple(f"{'*/' * depth}mimic-cxr-*-metadata.csv*" for depth in range(_MAX_DEPTH + 1))),
     facts=Facts(extract=mimic_text),
     tables=tuple(f"{'*/' * depth}{name}" for depth in range(_MAX_DEPTH + 1) for name in ("mimic-cxr-*.csv*", REPORTS)),
 )

@@ -26,11 +26,7 @@ _ROOT_TAG = b"<eCitation"
 
 
 def _archived(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """Yield name and content of an archive's reports.
-
-    Raises:
-        DataError: a member's path leads outside the archive, or the archive is damaged.
-    """
+    """Yield name and content of an archive's reports."""
     try:
         with tarfile.open(fileobj=io.BytesIO(read_bytes(path)), mode="r:") as archive:
             for member in archive:
@@ -56,11 +52,7 @@ def _unpacked(root: Tree) -> Iterator[tuple[PurePosixPath, bytes]]:
 
 
 def _parse(place: str, data: bytes) -> ElementTree.Element:
-    """Parse a report; one that is not well-formed becomes an empty element.
-
-    Raises:
-        DataError: the report is too long, or declares entities.
-    """
+    """Parse a report; one that is not well-formed becomes an empty element."""
     if len(data) > MAX_BYTES:
         raise DataError(f"{place} is longer than {MAX_BYTES} bytes, which no report is.")
     report = parse_xml(decode(data), place)

@@ -6,6 +6,7 @@
 ``net/nfs2.corp/allennlp/sanjays/roco_files/roco_{train,val,test}_references.jsonl``, used as texts of these figures.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,11 +17,11 @@ from common.runtime.reporting import print_line
 from datamodules.files import json_lines, listing, read_lines
 from datamodules.registry import Layout, marked
 from datamodules.reports.medicat import (
+    Captioned,
     collapsed,
     find_medicat,
     hashed_split,
-    print_left_out,
-    studies_of_texts,
+    studies_of_figures,
     texts_of,
 )
 from datamodules.reports.studies import Study
@@ -37,13 +38,11 @@ class Caption(NamedTuple):
     Attributes:
         name: ROCO's number, such as ``ROCO_00020``.
         text: Caption, white space collapsed; may be empty.
-        paper: PMC number of its paper; empty if the links do not give it.
-        fetched: File name given by the download script; empty likewise.
+        fetched: File name given by the download script; empty if the links do not give it.
     """
 
     name: str
     text: str
-    paper: str = ""
     fetched: str = ""
 
 
@@ -55,27 +54,23 @@ def read_captions(path: Path) -> list[Caption]:
     """
     found = []
     for number, line in enumerate(read_lines(path), 1):
-        if not line.strip():
-            continue
         name, _, text = line.partition("\t")
-        if not name.strip():
+        if line.strip() and not name.strip():
             raise DataError(f"{path} line {number} has no number before the tab.")
-        found.append(Caption(name.strip(), collapsed(text)))
+        if line.strip():
+            found.append(Caption(name.strip(), collapsed(text)))
     return found
 
 
-def read_links(path: Path) -> dict[str, tuple[str, str]]:
-    """Read ``dlinks.txt``: number to PMC number and to the file name given by the download script."""
-    links: dict[str, tuple[str, str]] = {}
-    if not path.is_file():
-        return links
-    for line in read_lines(path):
+def read_links(path: Path) -> dict[str, str]:
+    """Read ``dlinks.txt``: number to the file name given by the download script, ``{PMCID}_{original name}``."""
+    links: dict[str, str] = {}
+    for line in read_lines(path) if path.is_file() else ():
         parts = line.split("\t")
-        if len(parts) < 3:
-            continue
-        archive = next((word for word in parts[1].split() if word.endswith(".tar.gz")), "")
-        paper = archive.rsplit("/", 1)[-1].removesuffix(".tar.gz")
-        links[parts[0].strip()] = (paper, f"{paper}_{parts[2].strip()}")
+        if len(parts) >= 3:
+            archive = next((word for word in parts[1].split() if word.endswith(".tar.gz")), "")
+            paper = archive.rsplit("/", 1)[-1].removesuffix(".tar.gz")
+            links[parts[0].strip()] = f"{paper}_{parts[2].strip()}"
     return links
 
 
@@ -86,15 +81,13 @@ def read_part(folder: Path) -> list[Caption]:
         DataError: as :func:`read_captions`.
     """
     links = read_links(folder / "dlinks.txt")
-    return [caption._replace(**dict(zip(("paper", "fetched"), links.get(caption.name, ("", "")), strict=True)))
-            for caption in read_captions(folder / "captions.txt")]  # fmt: skip
+    return [c._replace(fetched=links.get(c.name, "")) for c in read_captions(folder / "captions.txt")]
 
 
-def image_of(caption: Caption, folder: Path, there: set[str]) -> Path | None:
+def _image_of(caption: Caption, there: Mapping[str, Path]) -> Path | None:
     """Return the image of a caption under either name; None if it is missing."""
-    names = [f"{caption.name}{suffix}" for suffix in _SUFFIXES] + ([caption.fetched] if caption.fetched else [])
-    found = next((name for name in names if name in there), None)
-    return None if found is None else folder / found
+    names = [*(f"{caption.name}{suffix}" for suffix in _SUFFIXES), caption.fetched]
+    return next((there[name] for name in names if name in there), None)
 
 
 def _references(*roots: Tree) -> dict[str, list[str]]:
@@ -129,30 +122,20 @@ def find_roco(root: Tree, medicat: Tree | None = None) -> list[Study]:
     if not folders:
         return _find_v2(root)
     references = _references(*filter(None, (root, medicat)))
-    studies: list[Study] = []
-    total = missing = silent = joined = 0
+    figures = []
     for split, folder in folders.items():
-        images = folder / "images"
-        there = {file.name.rpartition("/")[2] for file in root.listed(images)}
+        there = {file.name.rpartition("/")[2]: root / file.name for file in root.listed(folder / "images")}
         for caption in read_part(folder):
-            total += 1
-            image = image_of(caption, images, there)
-            if image is None:
-                missing += 1
-                continue
-            sentences = references.get(caption.fetched, [])
-            texts = [caption.text, *sentences]
-            found = studies_of_texts(f"{split}/{caption.name}", f"{split}/{caption.name}", image, texts, split)
-            joined += len(sentences)
-            silent += not found
-            studies += found
+            name, texts = f"{split}/{caption.name}", [caption.text, *references.get(caption.fetched, [])]
+            figures.append(Captioned(name, name, _image_of(caption, there), texts, split))
+    studies = studies_of_figures("ROCO figures", figures)
     if not studies:
         raise DataError(
-            f"{root} has {total} captions of ROCO, but none of their images (ROCO_00020.jpg or PMC123_name.jpg under "
-            f"radiology/images); its fetch script downloads them."
+            f"{root} has {len(figures)} captions of ROCO, but none of their images (ROCO_00020.jpg or PMC123_name.jpg "
+            f"under radiology/images); its fetch script downloads them."
         )
-    print_left_out("ROCO figures", total, missing, silent)
     if references:
+        joined = sum(len(figure.texts) - 1 for figure in figures if figure.image)
         print_line(f"note: {joined} of {sum(map(len, references.values()))} sentences that MedICaT has about ROCO "
             f"figures refer to images that exist here")  # fmt: skip
     elif medicat is not None:
@@ -163,8 +146,7 @@ def find_roco(root: Tree, medicat: Tree | None = None) -> list[Study]:
 
 def _find_v2(root: Tree) -> list[Study]:
     """List the figures of ROCOv2: ``{train,valid,test}_captions.csv`` with ID and Caption, and image folders."""
-    studies: list[Study] = []
-    total = missing = silent = 0
+    figures = []
     for split in _FOLDERS:
         tables = [path for name in _FOLDERS[split] for path in root.glob(f"{name}*_captions.csv")]
         if not tables:
@@ -175,14 +157,8 @@ def _find_v2(root: Tree) -> list[Study]:
         folder = next((name for name in _FOLDERS[split] if root.is_dir(name)), split)
         there = {file.stem: root / file.name for file in root.listed(folder)}
         for name, text in zip(table["ID"], table["Caption"], strict=True):
-            total += 1
-            missing += name not in there
-            if name in there:
-                found = studies_of_texts(f"{split}/{name}", f"{split}/{name}", there[name], [collapsed(text)], split)
-                silent += not found
-                studies += found
-    print_left_out("ROCOv2 figures", total, missing, silent)
-    return studies
+            figures.append(Captioned(f"{split}/{name}", f"{split}/{name}", there.get(name), [collapsed(text)], split))
+    return studies_of_figures("ROCOv2 figures", figures)
 
 
 def find_medicat_roco(root: Tree) -> list[Study]:

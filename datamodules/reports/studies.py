@@ -1,4 +1,4 @@
-"""Images with text: studies, and the location of their reports."""
+"""Images with text: studies, and single images with captions."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,16 +7,24 @@ from typing import NamedTuple
 from datamodules.registry import Archive, FileRef, Record
 
 
-class ReportFile(NamedTuple):
-    """The location of a report.
+class CaptionedImage(NamedTuple):
+    """An image with its caption.
 
     Attributes:
-        path: A text file, or the archive that holds it.
-        member: Name inside a zip archive; None for a plain file.
+        case_id: Unique name.
+        patient_id: What splits are by, such as a figure that several rows share.
+        image: The image's file.
+        text: The caption; may be empty.
+        split: The archive's own split.
+        label: The class; empty if there is none.
     """
 
-    path: Path
-    member: str | None = None
+    case_id: str
+    patient_id: str
+    image: Path
+    text: str
+    split: str | None = None
+    label: str = ""
 
 
 class Study(NamedTuple):
@@ -36,24 +44,22 @@ class Study(NamedTuple):
     patient_id: str
     images: tuple[Path, ...]
     views: tuple[str, ...] = ()
-    text: str | ReportFile | None = None
+    text: str | FileRef | None = None
     split: str | None = None
     attributes: Mapping[str, str] = {}
 
     def record(self) -> Record:
         """Return the study as every data module can read it."""
         views = self.views or ("",) * len(self.images)
-        text = FileRef(self.text.path, member=self.text.member) if isinstance(self.text, ReportFile) else self.text
         images = tuple(zip(self.images, views, strict=True))
-        return Record(self.case_id, self.patient_id, images=images, text=text, attributes=self.attributes,
+        return Record(self.case_id, self.patient_id, images=images, text=self.text, attributes=self.attributes,
                       split=self.split)  # fmt: skip
 
 
 def study_of(record: Record) -> Study:
     """Return the images and the text of a record as a study."""
-    text = ReportFile(record.text.path, record.text.member) if isinstance(record.text, FileRef) else record.text
     images, views = tuple(path for path, _ in record.images), tuple(view for _, view in record.images)
-    return Study(record.case_id, record.patient_id, images, views, text, record.split, record.attributes)
+    return Study(record.case_id, record.patient_id, images, views, record.text, record.split, record.attributes)
 
 
 def studies_of(archive: Archive) -> list[Study]:

@@ -14,8 +14,8 @@ from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 
-from datamodules.registry import Archive
-from datamodules.reports.studies import ReportFile, Study
+from datamodules.registry import Archive, FileRef
+from datamodules.reports.studies import Study
 
 PARTS = ("full", "findings_impression")
 MAX_BYTES = 2**20
@@ -71,22 +71,12 @@ def check_part(part: str) -> None:
 
 
 def clean(text: str, keep_redactions: bool = False) -> str:
-    """Collapse white space and drop runs of ``_``.
-
-    Args:
-        text: Any text.
-        keep_redactions: Whether ``___``, which marks removed parts of the report, is kept.
-    """
+    """Collapse white space and drop runs of ``_``, but for ``___``, a removed part of a report, if it is to be kept."""
     return " ".join((_NO_REDACTION if keep_redactions else _UNDERSCORES).sub(" ", text).split())
 
 
 def plain_text(text: str, part: str, keep_redactions: bool = False) -> str:
-    """Return a text that has no sections, such as a clinical note.
-
-    Args:
-        text: The text.
-        part: As :func:`mimic_text`; it makes no difference here.
-        keep_redactions: As :func:`clean`.
+    """Return a text that has no sections, such as a clinical note; the part makes no difference to it.
 
     Raises:
         ValueError: an unknown part.
@@ -101,8 +91,7 @@ def _section_name(header: str) -> str:
     name = header.strip().lower()
     if name in _CANONICAL:
         return _CANONICAL[name]
-    contained = next((usual for usual in _CONTAINED if usual in name), None)
-    if contained is not None:
+    if contained := next((usual for usual in _CONTAINED if usual in name), None):
         return contained
     if _VIEWS.search(name):
         return "findings"
@@ -174,19 +163,14 @@ def _open_zip(path: Path, process: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def _read_member(path: Path, member: str) -> bytes:
-    """Read a member, at most one byte more than the limit."""
-    with _open_zip(path, os.getpid()).open(member) as file:
+def _read(source: FileRef) -> bytes:
+    """Read a file or a member, at most one byte more than the limit."""
+    zipped = None if source.member is None else _open_zip(source.path, os.getpid())
+    with source.path.open("rb") if zipped is None else zipped.open(str(source.member)) as file:
         return file.read(MAX_BYTES + 1)
 
 
-def _read_file(path: Path) -> bytes:
-    """Read a file, at most one byte more than the limit."""
-    with path.open("rb") as file:
-        return file.read(MAX_BYTES + 1)
-
-
-def read_report(source: ReportFile) -> str:
+def read_report(source: FileRef) -> str:
     """Read a report from its file or archive.
 
     Raises:
@@ -195,7 +179,7 @@ def read_report(source: ReportFile) -> str:
     """
     place = str(source.path) if source.member is None else f"{source.member} in {source.path}"
     try:
-        data = _read_file(source.path) if source.member is None else _read_member(source.path, source.member)
+        data = _read(source)
     except (FileNotFoundError, KeyError) as error:
         raise ReportError("missing", f"{place} does not exist") from error
     except (OSError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error) as error:
@@ -213,21 +197,12 @@ Extract = Callable[[str, str, bool], str]
 
 
 def extract_of(archive: Archive) -> Extract:
-    """Return the function that extracts an archive's texts; by default reports are used as they are.
-
-    See :func:`plain_text`.
-    """
+    """Return the function that extracts an archive's texts: by default :func:`plain_text`."""
     return archive.facts.extract or plain_text
 
 
 def study_text(study: Study, extract: Extract, part: str, redactions: bool) -> str:
     """Return a study's text as it is used; empty if it has none.
-
-    Args:
-        study: The study.
-        extract: Extracts the text from a report.
-        part: See :func:`plain_text`.
-        redactions: Whether ``___`` is kept.
 
     Raises:
         ReportError: a listed report cannot be read.

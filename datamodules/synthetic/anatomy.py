@@ -59,12 +59,8 @@ def _grid(rng: np.random.Generator, shape: Sequence[int], bend: float) -> Array:
     turn = np.eye(3)
     for axis, (a, b) in enumerate(((1, 2), (0, 2), (0, 1))):
         step = np.eye(3)
-        step[[a, a, b, b], [a, b, a, b]] = (
-            np.cos(angle[axis]),
-            -np.sin(angle[axis]),
-            np.sin(angle[axis]),
-            np.cos(angle[axis]),
-        )
+        cosine, sine = np.cos(angle[axis]), np.sin(angle[axis])
+        step[[a, a, b, b], [a, b, a, b]] = cosine, -sine, sine, cosine
         turn = turn @ step
     grid = np.einsum("ij,jxyz->ixyz", turn.astype(np.float32), grid) * rng.uniform(0.94, 1.06, 3)[:, None, None, None]
     smooth = min(shape) / 8
@@ -171,9 +167,8 @@ def make_prostate(rng: np.random.Generator, shape: Sequence[int]) -> ProstateCas
     }
     images = {}
     for name, values in means.items():
-        image = np.array(values, dtype=np.float32)[region] * (
-            1 + 0.10 * nodules * (1 if name == "hbv" else -1) * (zones == 2)
-        )
+        grain = 1 + 0.10 * nodules * (1 if name == "hbv" else -1) * (zones == 2)
+        image = np.array(values, dtype=np.float32)[region] * grain
         image = gaussian_filter(image, (0.8, 0.8, 0.3)) * np.exp(0.08 * _noise(rng, shape, min(shape) / 2))
         image *= 1 + 0.03 * rng.standard_normal(shape)
         images[name] = (np.maximum(image, 0) * (1 if name == "adc" else 900)).astype(np.float32)

@@ -30,12 +30,10 @@ from datamodules.synthetic.figures import (
 from datamodules.synthetic.fundus import write_aptos, write_idrid, write_palm, write_rfmid, write_tcga, write_ukb
 from datamodules.synthetic.labelled import write_chexpert, write_covid_cxr, write_nih, write_rsna, write_siim
 from datamodules.synthetic.reports import write_mimic_cxr
-from datamodules.synthetic.tables import write_table
+from datamodules.synthetic.tables import packaged, write_table
 from datamodules.volumes.reading import to_lps, write_nifti
 
 NOTE = "SYNTHETIC.json"
-_MARKSHEET = ("patient_id", "study_id", "mri_date", "patient_age", "psa", "psad", "prostate_volume", "histopath_type",
-              "lesion_PIRADS", "lesion_GS", "lesion_ISUP", "case_ISUP", "case_csPCa", "center")  # fmt: skip
 
 
 def write_brats(
@@ -105,7 +103,7 @@ def write_pi_cai(root: Path, num_cases: int, seed: int, shape: Sequence[int] = (
         grade = 3 if case.significant else 1
         rows.append((patient, study, "2020-01-01", 65, 7.1, 0.14, 50, "MRBx", 4, "4+3" if case.significant else "3+3",
                      grade, grade, "YES" if case.significant else "NO", "SYN"))  # fmt: skip
-    write_table(root / "labels/clinical_information/marksheet.csv", _MARKSHEET, rows)
+    write_table(root / "labels/clinical_information/marksheet.csv", packaged("layouts.yaml")["columns"]["pi_cai"], rows)
 
 
 def write_lung(root: Path, num_cases: int, seed: int, shape: Sequence[int] = (96, 96, 24)) -> None:

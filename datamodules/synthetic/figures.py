@@ -5,16 +5,16 @@ says about a figure can only be known by looking at it.
 """
 
 import json
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from common.randomness import numpy_generator
-from datamodules.synthetic.tables import write_table
+from datamodules.synthetic.tables import write_image, write_table
 
 SHAPES = ("disc", "square", "cross", "ring", "bar", "wedge")
 PLACES = ("upper left", "upper right", "lower left", "lower right")
@@ -94,26 +94,26 @@ def caption_of(rng: np.random.Generator, scene: Scene) -> str:
     return f"{text[0].upper()}{text[1:]}"
 
 
-def _scenes(layout: str, count: int, seed: int) -> list[tuple[np.random.Generator, Scene]]:
-    generators = [numpy_generator("synthetic", layout, seed, index) for index in range(count)]
-    return [(rng, draw_scene(rng)) for rng in generators]
+def _scenes(
+    layout: str, num_cases: int, seed: int, splits: Sequence[str] = ("train", "val", "test")
+) -> Iterator[tuple[int, np.random.Generator, Scene, str]]:
+    """Yield eight scenes per case: number, source of all that is drawn for it, scene, and split.
+
+    The last eighth is for testing, the eighth before it for validation.
+    """
+    for index in range(8 * num_cases):
+        rng = numpy_generator("synthetic", layout, seed, index)
+        yield index, rng, draw_scene(rng), splits[max(0, index // num_cases - 5)]
 
 
 def _save(path: Path, rng: np.random.Generator, scene: Scene) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(draw_figure(rng, scene)).save(path)
-
-
-def _part_of(index: int, count: int) -> str:
-    """Return the split of a case: the last eighth is for testing, the eighth before it for validation."""
-    held = max(count // 8, 1)
-    return "test" if index >= count - held else "val" if index >= count - 2 * held else "train"
+    write_image(path, draw_figure(rng, scene), quality=75)
 
 
 def write_medicat(root: Path, num_cases: int, seed: int) -> None:
     """Write MedICaT: eight figures per case, every third with a sentence that refers to it; one caption is null."""
     rows = []
-    for index, (rng, scene) in enumerate(_scenes("medicat", 8 * num_cases, seed)):
+    for index, rng, scene, _ in _scenes("medicat", num_cases, seed):
         paper, figure = f"{index // 2:040x}", f"{index % 2 + 2}-Figure{index % 2 + 1}-1.png"
         _save(root / "release/figures" / f"{paper}_{figure}", rng, scene)
         references = [f"As {caption_of(rng, scene)[:-1].lower()}, we agree (Figure {index % 2 + 1})."]
@@ -137,11 +137,9 @@ def write_medicat(root: Path, num_cases: int, seed: int) -> None:
 
 def write_roco(root: Path, num_cases: int, seed: int) -> None:
     """Write ROCO, eight figures per case, under the authors' names in training and the fetched ones elsewhere."""
-    count = 8 * num_cases
-    captions: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-    links: dict[str, list[str]] = {name: [] for name in captions}
-    for index, (rng, scene) in enumerate(_scenes("roco", count, seed)):
-        split = {"val": "validation"}.get(_part_of(index, count), _part_of(index, count))
+    captions: dict[str, list[str]] = defaultdict(list)
+    links: dict[str, list[str]] = defaultdict(list)
+    for index, rng, scene, split in _scenes("roco", num_cases, seed, ("train", "validation", "test")):
         name, paper, original = f"ROCO_{index + 1:05d}", f"PMC{3970000 + index}", f"fig{index}.jpg"
         folder = root / split / "radiology/images"
         _save(folder / (f"{name}.jpg" if split == "train" else f"{paper}_{original}"), rng, scene)
@@ -167,11 +165,9 @@ def _questions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str, s
 
 def write_vqa_rad(root: Path, num_cases: int, seed: int) -> None:
     """Write VQA-RAD, eight images per case, in its community split; the last eighth of the images is tested on."""
-    count = 8 * num_cases
-    parts: dict[str, list[dict[str, object]]] = {"train": [], "test": []}
-    for index, (rng, scene) in enumerate(_scenes("vqa_rad", count, seed)):
+    parts: dict[str, list[dict[str, object]]] = defaultdict(list)
+    for index, rng, scene, split in _scenes("vqa_rad", num_cases, seed, ("train", "train", "test")):
         _save(root / "images" / f"synpic{index:05d}.jpg", rng, scene)
-        split = "test" if _part_of(index, count) == "test" else "train"
         for question, answer, kind in _questions(scene, rng):
             parts[split].append(
                 {"qid": len(parts[split]) + 1, "image_name": f"synpic{index:05d}.jpg", "image_organ": "CHEST",
@@ -184,11 +180,9 @@ def write_vqa_rad(root: Path, num_cases: int, seed: int) -> None:
 
 def write_slake(root: Path, num_cases: int, seed: int) -> None:
     """Write SLAKE, eight images per case, with one question in Chinese and one answer empty."""
-    count = 8 * num_cases
-    parts: dict[str, list[dict[str, object]]] = {"train": [], "validate": [], "test": []}
-    for index, (rng, scene) in enumerate(_scenes("slake", count, seed)):
+    parts: dict[str, list[dict[str, object]]] = defaultdict(list)
+    for index, rng, scene, split in _scenes("slake", num_cases, seed, ("train", "validate", "test")):
         _save(root / "imgs" / f"xmlab{index}" / "source.jpg", rng, scene)
-        split = {"val": "validate"}.get(_part_of(index, count), _part_of(index, count))
         for number, (question, answer, kind) in enumerate(_questions(scene, rng)):
             parts[split].append(
                 {"img_id": index, "img_name": f"xmlab{index}/source.jpg", "question": question,
@@ -204,13 +198,12 @@ def write_slake(root: Path, num_cases: int, seed: int) -> None:
 
 def write_vqa_med_2019(root: Path, num_cases: int, seed: int) -> None:
     """Write VQA-Med-2019, eight images per case; some answers have alternatives or parts that may be left out."""
-    count = 8 * num_cases
     training = "ImageClef-2019-VQA-Med-Training"
     folders = {"train": training, "val": training.replace("Training", "Validation"), "test": "VQAMed2019Test"}
     images = {"train": "Train_images", "val": "Val_images", "test": "VQAMed2019_Test_Images"}
     lines: dict[tuple[str, str], list[str]] = {}
-    for index, (rng, scene) in enumerate(_scenes("vqa_med_2019", count, seed)):
-        split, name = _part_of(index, count), f"synpic{index:05d}"
+    for index, rng, scene, split in _scenes("vqa_med_2019", num_cases, seed):
+        name = f"synpic{index:05d}"
         _save(root / folders[split] / images[split] / f"{name}.jpg", rng, scene)
         asked = {
             "C1_Modality": ("what modality was used to take this image?", f"{scene.modality} (with contrast)"),
@@ -228,20 +221,17 @@ def write_vqa_med_2019(root: Path, num_cases: int, seed: int) -> None:
             with (folder / "VQAMed2019_Test_Questions_w_Ref_Answers.txt").open("a", newline="") as file:
                 file.writelines(rows)
         else:
-            path = folder / "QAPairsByCategory" / f"{category}_{split}.txt"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text("".join(rows), newline="")
+            (folder / "QAPairsByCategory").mkdir(exist_ok=True)
+            (folder / "QAPairsByCategory" / f"{category}_{split}.txt").write_text("".join(rows), newline="")
 
 
 def write_melinda(root: Path, num_cases: int, seed: int) -> None:
     """Write MELINDA, eight figures per case, two rows per figure; captions name everything but the shape, the class."""
-    count = 8 * num_cases
     header = ("figure_file", "caption", "i_meth", "p_meth", "i_meth_label", "p_meth_label")
-    rows: dict[str, list[tuple[str, ...]]] = {"train": [], "dev": [], "test": []}
-    for index, (rng, scene) in enumerate(_scenes("melinda", count, seed)):
+    rows: dict[str, list[tuple[str, ...]]] = defaultdict(list)
+    for index, rng, scene, split in _scenes("melinda", num_cases, seed, ("train", "dev", "test")):
         name = f"figure_{index:04d}.png"
         _save(root / "melinda_images" / name, rng, scene)
-        split = {"val": "dev"}.get(_part_of(index, count), _part_of(index, count))
         for part in ("A", "B"):
             text = f"({part}) {scene.plane} {scene.modality}, the {scene.place} quarter is stained {scene.tone}."
             rows[split].append((name, text, scene.plane, scene.shape, scene.plane, scene.shape))

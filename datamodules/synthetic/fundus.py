@@ -14,6 +14,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from common.randomness import numpy_generator
 from datamodules.files import optional_reader
 from datamodules.genetics.genotypes import MISSING
+from datamodules.genetics.ukb import FIELDS
+from datamodules.synthetic.tables import write_image, write_table
 
 _SIZE = (192, 256)
 _VARIANTS, _CHROMOSOMES = 960, (1, 2, 22)
@@ -172,18 +174,15 @@ def _burden(path: Path, ids: Sequence[str], rng: np.random.Generator) -> None:
     with h5py.File(path, "w") as file:
         file["G"] = values.astype(np.float32)
     path.with_name(f"{path.stem}_iid.txt").write_text("\n".join(ids) + "\n")
-    names = [f"GENE{index}" for index in range(_GENES)]
-    path.with_name(f"{path.stem}_colnames.txt").write_text("\n".join(names) + "\n")
+    path.with_name(f"{path.stem}_colnames.txt").write_text("".join(f"GENE{index}\n" for index in range(_GENES)))
 
 
 def _table(path: Path, rows: Sequence[Mapping[str, object]], separator: str = ",") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(list(rows)).to_csv(path, index=False, sep=separator, lineterminator="\n")
+    write_table(path, list(rows[0]) if rows else [], rows, separator)
 
 
 def _save(path: Path, image: Image.Image) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, quality=92)
+    write_image(path, image, quality=92)
 
 
 def write_ukb(root: Path, num_cases: int, seed: int, size: Sequence[int] = _SIZE) -> None:
@@ -198,12 +197,9 @@ def write_ukb(root: Path, num_cases: int, seed: int, size: Sequence[int] = _SIZE
     facts = []
     for person, eid in enumerate(eids):
         own = numpy_generator("synthetic", "ukb", seed, person)
-        for side, field in (("left", "21015"), ("right", "21016")):
-            if person == 4 and side == "right":
-                continue
-            _save(
-                root / "fundus" / eid[:2] / f"{eid}_{field}_0_0.png", draw_fundus(own, people.grade(person), size=size)
-            )
+        for field in FIELDS[: 1 if person == 4 else 2]:
+            eye = draw_fundus(own, people.grade(person), size=size)
+            _save(root / "fundus" / eid[:2] / f"{eid}_{field}_0_0.png", eye)
         risk = people.risk[person]
         facts.append(
             {
@@ -260,8 +256,8 @@ def write_aptos(root: Path, num_cases: int, seed: int, size: Sequence[int] = _SI
     rows = []
     for index in range(5 * num_cases):
         name, grade = f"{index + 0xA0000:012x}", index % 5
-        _save(root / "train_images" / f"{name}.png",
-              draw_fundus(numpy_generator("synthetic", "aptos", seed, index), grade, size=size))  # fmt: skip
+        eye = draw_fundus(numpy_generator("synthetic", "aptos", seed, index), grade, size=size)
+        _save(root / "train_images" / f"{name}.png", eye)
         rows.append({"id_code": name, "diagnosis": grade})
     _table(root / "train.csv", rows)
 
@@ -269,19 +265,15 @@ def write_aptos(root: Path, num_cases: int, seed: int, size: Sequence[int] = _SI
 def write_idrid(root: Path, num_cases: int, seed: int, size: Sequence[int] = _SIZE) -> None:
     """Write graded eyes in the layout of IDRiD; names count from 1 in both parts."""
     base = root / "B. Disease Grading"
-    for part, word, letter in (("Training", "Training", "a"), ("Testing", "Testing", "b")):
+    columns = ("Image name", "Retinopathy grade", "Risk of macular edema ", "")
+    for part, letter, share in (("Training", "a", 4), ("Testing", "b", 2)):
         rows = []
-        for index in range((4 if letter == "a" else 2) * num_cases):
+        for index in range(share * num_cases):
             grade, name = index % 5, f"IDRiD_{index + 1:03d}"
-            rng = numpy_generator("synthetic", "idrid", seed, part, index)
-            _save(
-                base / "1. Original Images" / f"{letter}. {word} Set" / f"{name}.jpg",
-                draw_fundus(rng, grade, size=size),
-            )
-            rows.append(
-                {"Image name": name, "Retinopathy grade": grade, "Risk of macular edema ": min(grade, 2), "": ""}
-            )
-        _table(base / "2. Groundtruths" / f"{letter}. IDRiD_Disease Grading_{word} Labels.csv", rows)
+            eye = draw_fundus(numpy_generator("synthetic", "idrid", seed, part, index), grade, size=size)
+            _save(base / "1. Original Images" / f"{letter}. {part} Set" / f"{name}.jpg", eye)
+            rows.append((name, grade, min(grade, 2), ""))
+        write_table(base / "2. Groundtruths" / f"{letter}. IDRiD_Disease Grading_{part} Labels.csv", columns, rows)
 
 
 def write_rfmid(root: Path, num_cases: int, seed: int, size: Sequence[int] = _SIZE) -> None:
@@ -295,10 +287,9 @@ def write_rfmid(root: Path, num_cases: int, seed: int, size: Sequence[int] = _SI
             lesions, atrophy = index % 2, index // 2 % 2
             place = root / folder / folder / images / f"{index + 1}.png"
             _save(place, draw_fundus(rng, 4 * lesions, bool(atrophy), size))
-            rows.append(
-                {"ID": index + 1, "Disease_Risk": int(lesions or atrophy), "DR": lesions, "MYA": atrophy, "HR": 0}
-            )
-        _table(root / folder / folder / f"RFMiD_{word}_Labels.csv", rows)
+            rows.append((index + 1, int(lesions or atrophy), lesions, atrophy, 0))
+        table = root / folder / folder / f"RFMiD_{word}_Labels.csv"
+        write_table(table, ("ID", "Disease_Risk", "DR", "MYA", "HR"), rows)
 
 
 def write_palm(root: Path, num_cases: int, seed: int, size: Sequence[int] = _SIZE) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from scipy import ndimage
 
 from common.errors import UserError
@@ -19,68 +18,20 @@ from datamodules.labelled.chexpert import MIXED
 from datamodules.labelled.siim import NO_REGION, encode_runs
 from datamodules.reports.text import mimic_text
 from datamodules.synthetic.radiographs import SIDED_FINDINGS, SIDES, draw_image, write_report
-from datamodules.synthetic.tables import write_table
+from datamodules.synthetic.tables import packaged, write_image, write_table
 
 _SIZE = (320, 384)
 _VIEWS = ("PA", "AP")
 # Difference in gray value where a finding is drawn; at its edge about a third of that.
 _VISIBLE = 7
 
-_CHEXPERT = (
-    "Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly",
-    "Lung Opacity", "Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax",
-    "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices",
-)  # fmt: skip
-_NIH = (
-    "Image Index", "Finding Labels", "Follow-up #", "Patient ID", "Patient Age", "Patient Gender", "View Position",
-    "OriginalImage[Width", "Height]", "OriginalImagePixelSpacing[x", "y]",
-)  # fmt: skip
-_NIH_FINDINGS = {
-    "effusion": "Effusion",
-    "nodule": "Nodule",
-    "pneumothorax": "Pneumothorax",
-    "consolidation": "Consolidation",
-    "cardiomegaly": "Cardiomegaly",
-}
-# What images of the RSNA challenge show in turn.
-_OPACITIES = (
-    ("Normal", ""),
-    ("Lung Opacity", "consolidation"),
-    ("No Lung Opacity / Not Normal", "effusion"),
-    ("Lung Opacity", "consolidation"),
-)
-_COVID = (
-    "patientid", "offset", "sex", "age", "finding", "survival", "intubated", "intubation_present", "went_icu", "in_icu",
-    "needed_supplemental_O2", "extubated", "temperature", "pO2_saturation", "leukocyte_count", "neutrophil_count",
-    "lymphocyte_count", "view", "modality", "date", "location", "folder", "filename", "doi", "url", "license",
-    "clinical_notes", "other_notes", "",
-)  # fmt: skip
-# What patients have in turn, and how it looks; "one" is either side.
-_PNEUMONIAS: Sequence[tuple[str, Mapping[str, str]]] = (
-    ("COVID-19", {"consolidation": "both"}),
-    ("Streptococcus", {"consolidation": "one"}),
-    ("COVID-19", {"consolidation": "both"}),
-    ("Klebsiella", {"consolidation": "one"}),
-    ("COVID-19, ARDS", {"consolidation": "both", "effusion": "both"}),
-    ("Legionella", {"consolidation": "one", "effusion": "one"}),
-    ("Varicella", {"nodule": "both"}),
-    ("Pneumocystis", {"nodule": "one"}),
-)
-
-
-def _save(path: Path, image: NDArray[np.uint8], mode: str = "L") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).convert(mode).save(path, quality=95)
+_LAYOUTS = packaged("layouts.yaml")
+_COLUMNS = _LAYOUTS["columns"]
+_NIH_FINDINGS: dict[str, str] = _LAYOUTS["nih_findings"]
 
 
 def _write_dicom(path: Path, image: NDArray[np.uint8], view: str, uids: Sequence[str]) -> None:
-    """Write 8 bits, uncompressed.
-
-    Args:
-        path: The file.
-        image: ``(H, W)``.
-        view: ``PA`` or ``AP``.
-        uids: Of study, series and image.
+    """Write 8 bits ``(H, W)``, uncompressed; ``uids`` are those of study, series and image.
 
     Raises:
         UserError: pydicom is not installed.
@@ -162,7 +113,7 @@ def _chexpert_labels(rng: np.random.Generator, findings: Mapping[str, str], cert
         "Pleural Effusion": "effusion" in findings,
         "Support Devices": "devices" in findings,
     }
-    labels = dict.fromkeys(_CHEXPERT[5:], "0.0" if certain else "")
+    labels = dict.fromkeys(_COLUMNS["chexpert"][5:], "0.0" if certain else "")
     for column, value in present.items():
         doubt, gap = rng.random(2) < (0.3, 0.5)
         if certain or not (doubt or gap):
@@ -196,11 +147,11 @@ def write_chexpert(root: Path, num_cases: int, seed: int, size: Sequence[int] = 
         for place, view in enumerate([frontal, "LATERAL"] if index % 3 == 2 else [frontal], 1):
             side = "Lateral" if view == "LATERAL" else "Frontal"
             name = f"{part}/patient{number:05d}/study{visit + 1}/view{place}_{side.lower()}.jpg"
-            _save(folder / name, draw_image(rng, findings, size, view))
+            write_image(folder / name, draw_image(rng, findings, size, view))
             shown = {"Frontal/Lateral": side, "AP/PA": view if side == "Frontal" else ""}
             rows[part].append({"Path": f"{folder.name}/{name}", **facts, **shown, **labels})
     for part, listed in rows.items():
-        write_table(folder / f"{part}.csv", _CHEXPERT, listed)
+        write_table(folder / f"{part}.csv", _COLUMNS["chexpert"], listed)
 
 
 def write_nih(root: Path, num_cases: int, seed: int, size: Sequence[int] = _SIZE) -> None:
@@ -220,15 +171,15 @@ def write_nih(root: Path, num_cases: int, seed: int, size: Sequence[int] = _SIZE
         name = f"{patient + 1:08d}_{visit:03d}.png"
         part = 1 if 2 * index < num_cases else 2
         image = draw_image(rng, findings, size, view)
-        _save(root / f"images_{part:03d}/images/{name}", image, "RGBA" if index == 3 else "L")
+        write_image(root / f"images_{part:03d}/images/{name}", image, "RGBA" if index == 3 else "L")
         labels = "|".join(label for finding, label in _NIH_FINDINGS.items() if finding in findings)
-        taken = dict(zip(_NIH[6:], (view, size[1], size[0], 0.143, 0.143), strict=True))
+        taken = dict(zip(_COLUMNS["nih_cxr"][6:], (view, size[1], size[0], 0.143, 0.143), strict=True))
         rows.append(
             {"Image Index": name, "Finding Labels": labels or "No Finding", "Follow-up #": visit,
              "Patient ID": patient + 1, **facts, **taken}
         )  # fmt: skip
         lists["test_list.txt" if _set_aside(patient) else "train_val_list.txt"].append(name)
-    write_table(root / "Data_Entry_2017_v2020.csv", _NIH, rows)
+    write_table(root / "Data_Entry_2017_v2020.csv", _COLUMNS["nih_cxr"], rows)
     for file, names in lists.items():
         (root / file).write_text("\n".join(names))
 
@@ -242,7 +193,7 @@ def write_rsna(root: Path, num_cases: int, seed: int, size: Sequence[int] = _SIZ
         digits = rng.bytes(16).hex()
         name = "-".join(digits[start:end] for start, end in ((0, 8), (8, 12), (12, 16), (16, 20), (20, 32)))
         key = ("synthetic", "rsna", seed, index, "image")
-        kind, finding = _OPACITIES[index % 4]
+        kind, finding = _LAYOUTS["rsna_cases"][index % 4]
         findings = _sided(rng, [finding] if finding else [])
         if findings and rng.random() < 0.3:
             findings["cardiomegaly"] = ""
@@ -277,10 +228,11 @@ def write_covid_cxr(root: Path, num_cases: int, seed: int, size: Sequence[int] =
     listed for two patients, an image without a finding, one that nobody has read, and a CT that is not there.
     """
     rows: list[dict[str, object]] = []
+    cases: list[tuple[str, dict[str, str]]] = _LAYOUTS["covid_cases"]
     for index in range(num_cases):
         patient = index - (index + 1) // 5
         person = numpy_generator("synthetic", "covid_cxr", seed, "patient", patient)
-        finding, look = _PNEUMONIAS[patient % len(_PNEUMONIAS)]
+        finding, look = cases[patient % len(cases)]
         side = str(person.choice(["left", "right"]))
         findings = {name: side if where == "one" else where for name, where in look.items()}
         rows += _covid_rows(root, (seed, index), patient, person, finding, findings, size)
@@ -289,7 +241,7 @@ def write_covid_cxr(root: Path, num_cases: int, seed: int, size: Sequence[int] =
         rows += _covid_rows(root, (seed, num_cases + number), num_cases + number, person, finding, {}, size)
     rows.append({**rows[0], "patientid": num_cases + 2})
     rows.append({**rows[0], "view": "Axial", "modality": "CT", "folder": "volumes", "filename": "ct_001.nii.gz"})
-    write_table(root / "metadata.csv", _COVID, rows)
+    write_table(root / "metadata.csv", _COLUMNS["covid_cxr"], rows)
 
 
 def _covid_rows(
@@ -312,7 +264,7 @@ def _covid_rows(
     for view in [frontal, "L"] if index % 4 == 2 else [frontal]:
         name = f"{index:06d}-{view.replace(' ', '_')}.{suffix}"
         drawn = draw_image(rng, findings, size, "LATERAL" if view == "L" else view[:2])
-        _save(root / "images" / name, drawn, mode)
+        write_image(root / "images" / name, drawn, mode)
         rows.append(
             {**facts, "offset": int(rng.integers(1, 15)), "finding": finding, "view": view, "modality": "X-ray",
              "date": "2020", "folder": "images", "filename": name, "license": "CC BY-NC-SA", "clinical_notes": note}

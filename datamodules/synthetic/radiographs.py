@@ -14,22 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from datamodules.synthetic.phrases import (
-    ABSENT,
-    COLUMN_WORDS,
-    COMPARISONS,
-    EXAMINATIONS,
-    FILLER,
-    NORMAL_SUMMARY,
-    NOTICES,
-    POSSIBLE,
-    PRESENT,
-    QUESTIONS,
-    REMARKS,
-    SUMMARY,
-    SYMPTOMS,
-    TITLE,
-)
+from datamodules.synthetic.tables import packaged
 
 Array = NDArray[np.floating]
 _T = TypeVar("_T")
@@ -39,10 +24,9 @@ _Stroke = tuple[Sequence[tuple[float, float]], float, float]
 SIDED_FINDINGS = ("effusion", "pneumothorax", "nodule", "consolidation")
 FINDINGS = (*SIDED_FINDINGS, "cardiomegaly", "devices")
 SIDES = ("left", "right", "both")
-CHEXPERT_COLUMNS = (
-    "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Enlarged Cardiomediastinum", "Fracture", "Lung Lesion",
-    "Lung Opacity", "No Finding", "Pleural Effusion", "Pleural Other", "Pneumonia", "Pneumothorax", "Support Devices",
-)  # fmt: skip
+PHRASES = packaged("phrases.yaml")
+CHEXPERT_COLUMNS = (*sorted([*PHRASES["column_words"], "No Finding", "Pleural Other"]),)
+_TITLE = " " * 33 + "FINAL REPORT"
 
 # The patient's right is at the image's left.
 _SIGNS: Mapping[str, Sequence[int]] = {"": (), "left": (1,), "right": (-1,), "both": (-1, 1)}
@@ -68,20 +52,6 @@ class Report(NamedTuple):
 
     text: str
     labels: dict[str, float]
-
-
-class Radiograph(NamedTuple):
-    """A radiograph with its report.
-
-    Attributes:
-        image: uint8 ``(H, W)``; the patient's right is at the image's left.
-        report: The whole report: preamble, sections, 79 columns.
-        findings: What is drawn, to ``left``, ``right``, ``both`` or empty text where it has no side.
-    """
-
-    image: NDArray[np.uint8]
-    report: str
-    findings: dict[str, str]
 
 
 class _Film(NamedTuple):
@@ -348,11 +318,7 @@ def _expose(rng: np.random.Generator, chest: _Chest, findings: Mapping[str, str]
 
 
 def _check(findings: Mapping[str, str]) -> None:
-    """Refuse findings that have no picture or are at no side.
-
-    Raises:
-        ValueError: a finding is unknown, or its side does not fit it.
-    """
+    """Refuse findings that have no picture or are at no side."""
     for finding, side in findings.items():
         if finding not in FINDINGS or side not in (SIDES if finding in SIDED_FINDINGS else ("",)):
             raise ValueError(f"There is no finding {finding!r} at side {side!r}.")
@@ -392,18 +358,13 @@ def draw_image(
 
 def _slots(side: str) -> dict[str, str]:
     """Return the words that make a sentence refer to one side or to both."""
-    if side == "both":
-        return {"side": "bilateral", "a": "", "s": "s", "x": "ces", "is": "are", "v": "", "where": "on both sides",
-                "lungs": "both lungs", "bases": "at both lung bases", "apices": "at both apices",
-                "angles": "both costophrenic angles"}  # fmt: skip
-    return {"side": side, "a": "a ", "s": "", "x": "x", "is": "is", "v": "s", "where": f"on the {side}",
-            "lungs": f"the {side} lung", "bases": f"at the {side} lung base", "apices": f"at the {side} apex",
-            "angles": f"the {side} costophrenic angle"}  # fmt: skip
+    words = PHRASES["slots"]["both" if side == "both" else "one"]
+    return {name: word.format(side=side) for name, word in words.items()}
 
 
 def _columns(text: str) -> set[str]:
     """Return the columns of CheXpert that a sentence is about."""
-    return {column for column, words in COLUMN_WORDS.items() if any(word in text for word in words)}
+    return {column for column, words in PHRASES["column_words"].items() if any(word in text for word in words)}
 
 
 def _pick(rng: np.random.Generator, choices: Sequence[_T]) -> _T:
@@ -422,26 +383,26 @@ def _affirm(rng: np.random.Generator, findings: Mapping[str, str]) -> tuple[list
     full: list[_Statement] = []
     short: list[_Statement] = []
     for finding, side in findings.items():
-        doubt = finding in POSSIBLE and rng.random() < 0.08
-        for statements, sure in ((full, PRESENT), (short, SUMMARY)):
-            text = _pick(rng, (POSSIBLE if doubt else sure)[finding]).format(**_slots(side))
+        doubt = finding in PHRASES["possible"] and rng.random() < 0.08
+        for statements, sure in ((full, PHRASES["present"]), (short, PHRASES["summary"])):
+            text = _pick(rng, (PHRASES["possible"] if doubt else sure)[finding]).format(**_slots(side))
             statements.append(_Statement(text, -1.0 if doubt else 1.0))
-        if finding in REMARKS and rng.random() < 0.5:
-            full.append(_Statement(*_pick(rng, REMARKS[finding])))
+        if finding in PHRASES["remarks"] and rng.random() < 0.5:
+            full.append(_Statement(*_pick(rng, PHRASES["remarks"][finding])))
     if all(finding == "devices" for finding in findings):
-        short.insert(0, _Statement(_pick(rng, NORMAL_SUMMARY), None))
+        short.insert(0, _Statement(_pick(rng, PHRASES["normal_summary"]), None))
     return full, short
 
 
 def _deny(rng: np.random.Generator, findings: Mapping[str, str], said: set[str]) -> list[_Statement]:
     """Deny some of what is absent, each column once, and add what any report says."""
     statements = []
-    allowed = [text for text, absent in ABSENT if not any(finding in findings for finding in absent)]
+    allowed = [text for text, absent in PHRASES["absent"] if not any(finding in findings for finding in absent)]
     for text in rng.permutation(allowed)[: rng.integers(3, 8)].tolist():
         if not _columns(text) & said:
             said = said | _columns(text)
             statements.append(_Statement(text, 0.0))
-    statements += [_Statement(text, None) for text in rng.permutation(FILLER)[: rng.integers(1, 4)].tolist()]
+    statements += [_Statement(text, None) for text in rng.permutation(PHRASES["filler"])[: rng.integers(1, 4)].tolist()]
     return [statements[i] for i in rng.permutation(len(statements)).tolist()]
 
 
@@ -481,14 +442,14 @@ def write_report(
     denied = _deny(rng, findings, set().union(*(_columns(text) for text, _ in affirmed + short)))
     full = affirmed + denied if rng.random() < 0.5 else denied + affirmed
     gap = _pick(rng, (" ", "  "))
-    examination, technique = EXAMINATIONS[view]
+    examination, technique = PHRASES["examinations"][view]
     technique = f"{technique[0].upper()}{technique[1:]}."
     person = _pick(rng, ("___ year old man", "___ year old woman", "___F", "___M", "Patient ___"))
-    reason = f"{person} with {_pick(rng, SYMPTOMS)}, {_pick(rng, QUESTIONS)}."
-    comparison = _pick(rng, COMPARISONS)
+    reason = f"{person} with {_pick(rng, PHRASES['symptoms'])}, {_pick(rng, PHRASES['questions'])}."
+    comparison = _pick(rng, PHRASES["comparisons"])
     if not sections:
         paragraphs = [f"{technique} {reason}", f"{_prose(full, gap)}{gap}{_prose(short, gap)}"]
-        return Report("\n \n".join([TITLE, *map(_wrap, paragraphs)]) + "\n", _labels(full + short))
+        return Report("\n \n".join([_TITLE, *map(_wrap, paragraphs)]) + "\n", _labels(full + short))
     numbered = len(short) > 1 and rng.random() < 0.5
     impression = [f"{i}. {_prose([s], gap)}" for i, s in enumerate(short, 1)] if numbered else [_prose(short, gap)]
     parts = [
@@ -500,23 +461,5 @@ def write_report(
         " IMPRESSION:\n" + "\n".join(map(_wrap, impression)),
     ]
     if rng.random() < 0.15:
-        parts.append(_wrap(f"NOTIFICATION:  {_pick(rng, NOTICES)}"))
-    return Report("\n \n".join([TITLE, *parts]) + "\n", _labels(full + short))
-
-
-def make_radiograph(
-    rng: np.random.Generator,
-    size: Sequence[int] = (320, 384),
-    view: str = "PA",
-    findings: Mapping[str, str] | None = None,
-) -> Radiograph:
-    """Draw a radiograph and write its report.
-
-    Args:
-        rng: Source of everything.
-        size: ``(H, W)``.
-        view: ``PA``, ``AP`` or ``LATERAL``.
-        findings: What to draw, and where; None draws 0 to 3 findings.
-    """
-    drawn = draw_findings(rng) if findings is None else dict(findings)
-    return Radiograph(draw_image(rng, drawn, size, view), write_report(rng, drawn, view).text, drawn)
+        parts.append(_wrap(f"NOTIFICATION:  {_pick(rng, PHRASES['notices'])}"))
+    return Report("\n \n".join([_TITLE, *parts]) + "\n", _labels(full + short))

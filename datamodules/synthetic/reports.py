@@ -5,33 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 from common.randomness import numpy_generator
-from datamodules.synthetic.phrases import EXAMINATIONS
-from datamodules.synthetic.radiographs import CHEXPERT_COLUMNS, draw_findings, draw_image, write_report
-from datamodules.synthetic.tables import write_table
+from datamodules.synthetic.radiographs import CHEXPERT_COLUMNS, PHRASES, draw_findings, draw_image, write_report
+from datamodules.synthetic.tables import packaged, write_image, write_table
 
-_METADATA = (
-    "dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows", "Columns",
-    "StudyDate", "StudyTime", "ProcedureCodeSequence_CodeMeaning", "ViewCodeSequence_CodeMeaning",
-    "PatientOrientationCodeSequence_CodeMeaning",
-)  # fmt: skip
 _VIEW_CODES = {"PA": "postero-anterior", "AP": "antero-posterior", "LATERAL": "lateral"}
 
 
 class _Study(NamedTuple):
-    """One study.
-
-    Attributes:
-        subject: ``subject_id``.
-        name: ``study_id``.
-        images: ``dicom_id`` to view.
-        date: ``StudyDate``.
-        time: ``StudyTime``.
-        report: Text; None: the archive has none.
-        labels: CheXpert column to value.
-    """
+    """One study; ``images`` maps a ``dicom_id`` to its view, and ``report`` is None where the archive has none."""
 
     subject: int
     name: int
@@ -70,16 +52,14 @@ def _draw_study(root: Path, seed: int, index: int, size: Sequence[int]) -> _Stud
         report=None if index == 1 else report.text,
         labels=report.labels,
     )
-    folder = root / study.folder
-    folder.mkdir(parents=True, exist_ok=True)
     for dicom, view in study.images.items():
-        Image.fromarray(draw_image(rng, findings, size, view)).save(folder / f"{dicom}.jpg", quality=95)
+        write_image(root / study.folder / f"{dicom}.jpg", draw_image(rng, findings, size, view))
     return study
 
 
 def _metadata(study: _Study, size: Sequence[int]) -> list[tuple[object, ...]]:
     """Return the rows of a study in the order of the official columns."""
-    procedure, _ = EXAMINATIONS[" AND ".join(study.images.values())]
+    procedure, _ = PHRASES["examinations"][" AND ".join(study.images.values())]
     return [
         (dicom, study.subject, study.name, procedure, view, *size, study.date, study.time,
          procedure, _VIEW_CODES[view], "Recumbent" if view == "AP" else "Erect")
@@ -98,11 +78,10 @@ def _write_reports(path: Path, studies: Sequence[_Study]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w") as archive:
         for study in studies:
-            if study.report is not None:
-                member = zipfile.ZipInfo(f"{study.folder}.txt", date_time=(1980, 1, 1, 0, 0, 0))
-                member.create_system = 3
-                member.external_attr = 0o644 << 16
-                archive.writestr(member, study.report, zipfile.ZIP_DEFLATED)
+            member = zipfile.ZipInfo(f"{study.folder}.txt", date_time=(1980, 1, 1, 0, 0, 0))
+            member.create_system = 3
+            member.external_attr = 0o644 << 16
+            archive.writestr(member, study.report or "", zipfile.ZIP_DEFLATED)
 
 
 def write_mimic_cxr(root: Path, num_cases: int, seed: int, size: Sequence[int] = (320, 384)) -> None:
@@ -117,9 +96,10 @@ def write_mimic_cxr(root: Path, num_cases: int, seed: int, size: Sequence[int] =
     studies.sort(key=lambda study: (study.subject, study.name))
     images = [(study, dicom) for study in studies for dicom in study.images]
 
+    reported = [study for study in studies if study.report is not None]
     write_table(
         jpg / "mimic-cxr-2.0.0-metadata.csv.gz",
-        _METADATA,
+        packaged("layouts.yaml")["columns"]["mimic_metadata"],
         [row for study in studies for row in _metadata(study, size)],
     )
     write_table(
@@ -130,11 +110,7 @@ def write_mimic_cxr(root: Path, num_cases: int, seed: int, size: Sequence[int] =
     write_table(
         jpg / "mimic-cxr-2.0.0-chexpert.csv.gz",
         ("subject_id", "study_id", *CHEXPERT_COLUMNS),
-        [
-            (study.subject, study.name, *(study.labels.get(column, "") for column in CHEXPERT_COLUMNS))
-            for study in studies
-            if study.report is not None
-        ],
+        [{"subject_id": study.subject, "study_id": study.name, **study.labels} for study in reported],
     )
     write_table(
         text / "cxr-record-list.csv.gz",
@@ -146,4 +122,4 @@ def write_mimic_cxr(root: Path, num_cases: int, seed: int, size: Sequence[int] =
         ("subject_id", "study_id", "path"),
         [(study.subject, study.name, f"{study.folder}.txt") for study in studies],
     )
-    _write_reports(text / "mimic-cxr-reports.zip", studies)
+    _write_reports(text / "mimic-cxr-reports.zip", reported)

@@ -5,24 +5,16 @@ The grammar of names is one regular expression (Brain Imaging Data Structure, sc
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
-from typing import NamedTuple
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
 
 from common.errors import DataError
-from datamodules.account import (
-    ACQUISITION,
-    DISAGREE,
-    LISTED,
-    MAP,
-    MASK,
-    PARAMETRIC,
-    PART,
-    PIPELINE,
-    RUN,
-    SOURCE,
-    TIME,
-)
+from datamodules.account import ACQUISITION, DISAGREE, LISTED, MAP, MASK, PARAMETRIC, PART, PIPELINE, RUN, SOURCE, TIME
 from datamodules.files import read_lines
 from datamodules.registry import (
     NO_SETTINGS,
@@ -40,22 +32,12 @@ from datamodules.tables import read_table
 from datamodules.tree import Tree, TreeFile
 from datamodules.volumes.masks import all_values, chosen_masks
 
-#: Suffix of a name to modality.
-MODALITIES = {
-    "T1w": "t1", "inplaneT1": "t1", "T2w": "t2", "inplaneT2": "t2", "FLAIR": "flair", "PDw": "pd", "PD": "pd",
-    "T2starw": "t2star", "T2star": "t2star", "swi": "swi", "angio": "mra", "UNIT1": "unit1", "ct": "ct", "pet": "pet",
-}  # fmt: skip
-_MICROSCOPY = frozenset({
-    "TEM", "SEM", "uCT", "BF", "DF", "PC", "DIC", "FLUO", "CONF", "PLI", "CARS", "2PE", "MPE", "SR", "NLO", "OCT",
-    "SPIM", "XPCT",
-})  # fmt: skip
-_TIME = frozenset({"bold", "cbv", "sbref", "asl", "epi", "dwi", "m0scan", "aslcontext"})
-_PARAMETRIC = frozenset({"PDT2", "MESE", "MEGRE", "VFA", "MP2RAGE", "MPM", "MTS", "MTR", "IRT1", "TB1TFL", "FLASH"})
-_MAPS = frozenset({
-    "T1map", "T2map", "T2starmap", "R1map", "R2map", "R2starmap", "PDmap", "MTRmap", "MTsat", "MWFmap", "Chimap",
-    "M0map", "S0map", "TB1map", "RB1map", "defacemask",
-})  # fmt: skip
-_FOLDERS = frozenset({"func", "fmap", "eeg", "ieeg", "meg", "beh", "motion", "nirs", "mrs", "dwi", "perf"})
+#: Suffixes of names by what they stand for, those of modalities with the modality; and folders of other data.
+_VOCABULARY = yaml.safe_load(files(__package__).joinpath("bids.yaml").read_text())
+MODALITIES: dict[str, str] = _VOCABULARY["modalities"]
+_MICROSCOPY, _TIME, _PARAMETRIC, _MAPS, _FOLDERS = (
+    frozenset(_VOCABULARY[name]) for name in ("microscopy", "time", "parametric", "maps", "folders")
+)
 #: Entities of series in which a parameter of the acquisition varies.
 _VARIED = ("echo", "inv", "flip", "mt")
 _SOURCES = ("sourcedata", "code", "stimuli")
@@ -131,12 +113,7 @@ def _reason(name: Name, kind: str) -> str | None:
 
 
 class _Dataset:
-    """The files of a BIDS data set by kind.
-
-    Args:
-        tree: The tree.
-        settings: What the user says about it.
-    """
+    """The files of a BIDS data set by kind."""
 
     def __init__(self, tree: Tree, settings: Settings) -> None:
         self.tree, self.settings = tree, settings
@@ -226,11 +203,7 @@ def _ignored(name: str, pattern: str) -> bool:
 
 
 def _one_space(found: Sequence[_Raw], pipeline: str) -> list[_Raw]:
-    """Keep the volumes of one space per case, preferring native space, whose files name no space.
-
-    Raises:
-        DataError: a case has volumes in several spaces and none in native space.
-    """
+    """Keep the volumes of one space per case, preferring native space, whose files name no space."""
     spaces: dict[str, set[str]] = {}
     for raw in found:
         spaces.setdefault(raw.name.case, set()).add(raw.name.entities.get("space", ""))
@@ -265,25 +238,20 @@ def _visits(dataset: _Dataset, runs: str | None) -> dict[str, _Visit]:
     return found
 
 
-def _masks(
-    dataset: _Dataset, visits: Mapping[str, _Visit]
-) -> tuple[list[dict[str, FileRef]], Mapping[str, Sequence[str]]]:
+def _masks(dataset: _Dataset, visits: Mapping[str, _Visit]) -> list[dict[str, FileRef]]:
     """Return the masks of each visit by name; if several share a name, the one of its first modality."""
-    order = {case: list(visit.files) for case, visit in visits.items()}
     found: dict[str, dict[str, tuple[int, TreeFile]]] = {case: {} for case in visits}
-    spare: dict[str, list[str]] = {}
     for case, modality, mask, file in dataset.masks():
-        names = order.get(case)
+        names = list(visits[case].files) if case in visits else None
         if names is None or (modality and modality not in names):
-            spare.setdefault(mask, []).append(file.name)
+            dataset.leave(MASK, file)
             continue
-        rank = names.index(modality) if modality else len(names)
-        known = found[case].get(mask.lower())
-        if known is not None:
-            spare.setdefault(mask, []).append(max(known, (rank, file))[1].name)
-        found[case][mask.lower()] = min(known, (rank, file)) if known else (rank, file)
-    masks = [{mask: FileRef(dataset.tree / file.name) for mask, (_, file) in found[case].items()} for case in visits]
-    return masks, spare
+        place = (names.index(modality) if modality else len(names), file)
+        known = found[case].setdefault(mask.lower(), place)
+        if known is not place:
+            dataset.leave(MASK, max(known, place)[1])
+            found[case][mask.lower()] = min(known, place)
+    return [{mask: FileRef(dataset.tree / file.name) for mask, (_, file) in found[case].items()} for case in visits]
 
 
 def find_bids(tree: Tree, settings: Settings = NO_SETTINGS) -> Listing:
@@ -299,43 +267,29 @@ def find_bids(tree: Tree, settings: Settings = NO_SETTINGS) -> Listing:
     """
     dataset = _Dataset(tree, settings)
     visits = _visits(dataset, settings.runs)
-    masks, spare = _masks(dataset, visits)
-    used, regions, left = chosen_masks(masks, settings.masks)
-    for names in spare.values():
-        dataset.reasons.setdefault(MASK, []).extend(names)
+    used, regions, left = chosen_masks(_masks(dataset, visits), settings.masks)
     dataset.reasons.setdefault(MASK, []).extend(tree.name_of(path) for path in left)
     tables = _Tables(tree)
-    records = [
-        _record(tree, case, visit, labels, tables) for (case, visit), labels in zip(visits.items(), used, strict=True)
-    ]
-    records += [_micrograph(tree, raw, tables) for raw in dataset.micrographs]
+    records = []
+    for (case, visit), masks in zip(visits.items(), used, strict=True):
+        volumes = {modality: FileRef(tree / raw.file.name) for modality, raw in visit.files.items()}
+        records.append(_record(tables, case, visit.name, visit.files.values(), volumes=volumes, masks=masks))
+    for raw in dataset.micrographs:
+        records.append(_record(tables, raw.file.stem, raw.name, [raw], images=((tree / raw.file.name, ""),)))
     facts = Facts(regions=regions, label_values=all_values(regions))
     return Listing(
         records, facts, dataset.reasons, tables.read, tables.notes({record.patient_id for record in records})
     )
 
 
-def _record(tree: Tree, case: str, visit: _Visit, masks: Mapping[str, FileRef], tables: "_Tables") -> Record:
-    facts = tables.facts(visit.name, [raw.file for raw in visit.files.values()])
-    volumes = {modality: FileRef(tree / raw.file.name) for modality, raw in visit.files.items()}
-    split, session = facts.pop("split", "").lower() or None, visit.name.entities.get("ses", "")
-    patient = f"sub-{visit.name.entities['sub']}"
-    return Record(case, patient, session, volumes, masks=masks, targets=facts, split=split)
-
-
-def _micrograph(tree: Tree, raw: _Raw, tables: "_Tables") -> Record:
-    facts = tables.facts(raw.name, [raw.file])
-    split, session = facts.pop("split", "").lower() or None, raw.name.entities.get("ses", "")
-    return Record(raw.file.stem, f"sub-{raw.name.entities['sub']}", session, images=((tree / raw.file.name, ""),),
-                  targets=facts, split=split)  # fmt: skip
+def _record(tables: "_Tables", case: str, name: Name, raws: Iterable[_Raw], **held: Any) -> Record:
+    facts = tables.facts(name, [raw.file for raw in raws])
+    split, session = facts.pop("split", "").lower() or None, name.entities.get("ses", "")
+    return Record(case, f"sub-{name.entities['sub']}", session, targets=facts, split=split, **held)
 
 
 class _Tables:
-    """What the tables of a data set say about subjects, sessions and scans.
-
-    Args:
-        tree: The data set.
-    """
+    """What the tables of a data set say about subjects, sessions and scans."""
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
@@ -344,38 +298,27 @@ class _Tables:
         self._sessions: dict[str, dict[str, str]] = {}
         self._scans: dict[str, dict[str, str]] = {}
         self._listed: set[str] = set()
-        for path in [*tree.glob("participants.tsv"), *tree.glob("phenotype/*.tsv")]:
-            for key, row in self._rows(path.name, tree.name_of(path), "participant_id").items():
-                self._subjects.setdefault(f"sub-{key.removeprefix('sub-')}", {}).update(row)
-                if path.name == "participants.tsv":
-                    self._listed.add(f"sub-{key.removeprefix('sub-')}")
-        for path in tree.glob("sub-*/*_sessions.tsv"):
-            for key, row in self._rows(path.name, tree.name_of(path), "session_id").items():
-                self._sessions[f"{path.parent.name}_ses-{key.removeprefix('ses-')}"] = row
-        for path in [*tree.glob("sub-*/*_scans.tsv"), *tree.glob("sub-*/ses-*/*_scans.tsv")]:
-            folder = tree.name_of(path.parent)
-            for key, row in self._rows(path.name, tree.name_of(path), "filename").items():
-                self._scans[f"{folder}/{key}"] = row
+        for path, key, row in self._rows("participant_id", "participants.tsv", "phenotype/*.tsv"):
+            subject = f"sub-{key.removeprefix('sub-')}"
+            self._subjects.setdefault(subject, {}).update(row)
+            if path.name == "participants.tsv":
+                self._listed.add(subject)
+        for path, key, row in self._rows("session_id", "sub-*/*_sessions.tsv"):
+            self._sessions[f"{path.parent.name}_ses-{key.removeprefix('ses-')}"] = row
+        for path, key, row in self._rows("filename", "sub-*/*_scans.tsv", "sub-*/ses-*/*_scans.tsv"):
+            self._scans[f"{tree.name_of(path.parent)}/{key}"] = row
 
-    def _rows(self, what: str, name: str, key: str) -> dict[str, dict[str, str]]:
-        """Return the rows of a table by key; ``n/a`` means unknown.
-
-        Raises:
-            DataError: the key is missing, or a key occurs twice.
-        """
-        path = self.tree / name
-        table = read_table(path)
-        self.read.append(name)
-        if key not in table.columns:
-            raise DataError(f"{path} has no column {key}; it has {shortened(', '.join(table.columns), 120)}.")
-        found: dict[str, dict[str, str]] = {}
-        for row in table.to_dict("records"):
-            if row[key] in found:
-                raise DataError(f"{path} lists {row[key]} twice; keep one row of it.")
-            found[row[key]] = {
-                column: "" if value == _UNKNOWN else value for column, value in row.items() if column != key
-            }
-        return found
+    def _rows(self, key: str, *patterns: str) -> Iterator[tuple[Path, str, dict[str, str]]]:
+        """Yield table, key and row of the tables that fit; ``n/a`` means unknown."""
+        for path in (path for pattern in patterns for path in self.tree.glob(pattern)):
+            table = read_table(path)
+            self.read.append(self.tree.name_of(path))
+            if key not in table.columns:
+                raise DataError(f"{path} has no column {key}; it has {shortened(', '.join(table.columns), 120)}.")
+            if twice := table[key][table[key].duplicated()].tolist():
+                raise DataError(f"{path} lists {twice[0]} twice; keep one row of it.")
+            for row in table.replace(_UNKNOWN, "").to_dict("records"):
+                yield path, row.pop(key), row
 
     def facts(self, name: Name, files: Sequence[TreeFile]) -> dict[str, str]:
         """Return what the tables say about a session, its scans and its subject."""

@@ -26,13 +26,7 @@ _MAX_DEPTH = 3
 
 
 class _Found(NamedTuple):
-    """A folder that holds a case.
-
-    Attributes:
-        folder: The folder.
-        members: Modality, or ``seg``, as written, and file.
-        others: How many volumes have other names.
-    """
+    """A folder of a case: its files by modality, or ``seg``, as written, and how many volumes are called otherwise."""
 
     folder: str
     members: list[tuple[str, Path]]
@@ -109,9 +103,7 @@ BRATS2023 = Layout(
     find=find_cases,
     evidence=_recognise_new,
     facts=Facts(
-        modalities=MODALITIES,
-        regions={"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)},
-        label_values=frozenset({0, 1, 2, 3}),
+        modalities=MODALITIES, regions={"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}, label_values=frozenset({0, 1, 2, 3})
     ),
 )
 BRATS2021 = Layout(
@@ -120,8 +112,6 @@ BRATS2021 = Layout(
     find=find_cases,
     evidence=_recognise_old,
     facts=Facts(
-        modalities=MODALITIES,
-        regions={"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)},
-        label_values=frozenset({0, 1, 2, 4}),
+        modalities=MODALITIES, regions={"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}, label_values=frozenset({0, 1, 2, 4})
     ),
 )

@@ -1,8 +1,9 @@
 """Cases of an archive of volumes, and how they are preprocessed."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,19 +123,8 @@ class Preprocessing:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain values, for cache keys and cards."""
-        return {
-            "intensity": dict(self.intensity),
-            "reference": self.reference,
-            "spacing": None if self.spacing is None else list(self.spacing),
-            "size": None if self.size is None else list(self.size),
-            "crop_foreground": self.crop_foreground,
-            "centered": self.centered,
-            "atlas": None if self.atlas is None else list(self.atlas),
-            "ragged": self.ragged,
-            "resize": None if self.resize is None else list(self.resize),
-            "voxels": self.voxels.as_dict(),
-            "orientation": "RAS",
-        }
+        plain = asdict(replace(self, intensity=dict(self.intensity), voxels=STRICT))
+        return json.loads(json.dumps({**plain, "voxels": self.voxels.as_dict(), "orientation": "RAS"}))
 
 
 @dataclass(frozen=True)

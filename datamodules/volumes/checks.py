@@ -68,15 +68,7 @@ def check_bytes(case: Case, layout: Layout, labels: bool) -> Member:
 
 
 def examine(layout: Layout, terms: Terms, labels: bool, deep: bool, workers: int) -> list[str]:
-    """Print a report on an archive and return the reasons why training would refuse it.
-
-    Args:
-        layout: Its layout, with resolved modalities.
-        terms: What training requires.
-        labels: Whether training needs labels.
-        deep: Whether to read every byte, not only headers.
-        workers: Threads.
-    """
+    """Print a report on an archive and return the reasons why training would refuse it."""
     cases = terms.members
     print_splits(f"layout {layout.name}", terms, "cases")
     counts = {name: sum(name in case.images for case in cases) for name in layout.modalities}

@@ -7,6 +7,7 @@ of label values is a region (``region_based_training.md``).
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,12 +30,7 @@ _IGNORED = "ignore"
 
 
 class _Place(NamedTuple):
-    """A data set in a tree.
-
-    Attributes:
-        folder: Its folder under the root, ending in ``/``; empty: the root.
-        content: Content of its ``dataset.json``.
-    """
+    """A data set in a tree: its folder under the root, ending in ``/`` or empty, and its ``dataset.json``."""
 
     folder: str
     content: dict[str, Any]
@@ -48,11 +44,7 @@ def _places(tree: Tree) -> list[_Place]:
 
 
 def _the_place(tree: Tree) -> _Place | None:
-    """Return the one data set of a tree.
-
-    Raises:
-        DataError: there are several.
-    """
+    """Return the one data set of a tree."""
     places = _places(tree)
     if len(places) > 1 and places[0].folder:
         names = ", ".join(place.folder.rstrip("/") for place in places[:4])
@@ -73,11 +65,7 @@ def _images(tree: Tree, folder: str) -> list[TreeFile]:
 
 
 def _numbered(names: Any, where: Path) -> list[str]:
-    """Return channel names in numeric order.
-
-    Raises:
-        DataError: they are not numbered from 0.
-    """
+    """Return channel names in numeric order."""
     if not isinstance(names, Mapping) or sorted(names) != sorted(str(number) for number in range(len(names))):
         raise DataError(f'{where} must number its channels from 0, such as {{"0": "T1"}}; it has {str(names)[:80]}.')
     return [str(names[str(number)]) for number in range(len(names))]
@@ -120,11 +108,7 @@ class _Listed(NamedTuple):
 
 
 def _listed(place: _Place, where: Path) -> Iterator[_Listed]:
-    """Yield the cases that ``dataset.json`` lists.
-
-    Raises:
-        DataError: an entry has no image.
-    """
+    """Yield the cases that ``dataset.json`` lists."""
     for key, split in (("training", "train"), ("test", "test")):
         for entry in place.content.get(key) or []:
             image = entry.get("image") if isinstance(entry, dict) else entry
@@ -135,11 +119,7 @@ def _listed(place: _Place, where: Path) -> Iterator[_Listed]:
 
 
 def _check_count(names: Sequence[str], cases: Sequence[tuple[str, Path]], where: Path) -> None:
-    """Check a few headers: each image must hold one volume per modality.
-
-    Raises:
-        DataError: the first image that does not.
-    """
+    """Check a few headers: each image must hold one volume per modality."""
     step = max(len(cases) // _LOOKED_AT, 1)
     for case, path in cases[::step][:_LOOKED_AT]:
         if not path.is_file():
@@ -154,19 +134,25 @@ def _check_count(names: Sequence[str], cases: Sequence[tuple[str, Path]], where:
                             f"({', '.join(names)}): correct one of them.")  # fmt: skip
 
 
-def find_msd(tree: Tree) -> Listing:
-    """List the cases of Medical Decathlon: imagesTr is split by case, imagesTs is for testing.
-
-    Raises:
-        DataError: several data sets, a damaged list, or images whose number of volumes is not the number of modalities.
-    """
+def _find(tree: Tree, nnunet: bool) -> Listing:
+    """List the cases of the data set of a tree."""
     place = _the_place(tree)
     if place is None:
         return Listing([])
     folder, where = place.folder, tree / f"{place.folder}{_FILE}"
-    names = _numbered(place.content.get("modality"), where)
+    channels = place.content.get("channel_names") if nnunet else None
+    names = _numbered(channels or place.content.get("modality"), where)
     regions, values = read_labels(place.content.get("labels"), where)
-    records, images = [], []
+    records = (_nnunet_records if nnunet else _msd_records)(tree, place, where, names)
+    used = {tree.name_of(path) for record in records for _, path in record.files()}
+    parts = [f"{folder}{part}" for part in ("imagesTr", "labelsTr", "imagesTs", "labelsTs")]
+    unlisted = [file.name for part in parts for file in _images(tree, part) if file.name not in used]
+    facts = Facts(tuple(names), regions, values, cut_validation=True)
+    return Listing(records, facts, {UNLISTED: unlisted}, [f"{folder}{_FILE}"])
+
+
+def _msd_records(tree: Tree, place: _Place, where: Path, names: list[str]) -> list[Record]:
+    folder, records, images = place.folder, [], []
     for entry in _listed(place, where):
         image = path_under(tree.root, f"{folder}{entry.image}", where)
         case = stem_of(entry.image)
@@ -178,16 +164,28 @@ def find_msd(tree: Tree) -> Listing:
         records.append(Record(case, case, volumes=volumes, masks=masks, split=entry.split))
         images.append((case, image))
     _check_count(names, images, where)
-    facts = Facts(tuple(names), regions, values, cut_validation=True)
-    return Listing(records, facts, _unlisted(tree, folder, records), [f"{folder}{_FILE}"])
+    return records
 
 
-def _unlisted(tree: Tree, folder: str, records: Sequence[Record]) -> dict[str, list[str]]:
-    """Return the files in the data set's folders that belong to no case."""
-    used = {tree.name_of(path) for record in records for _, path in record.files()}
-    files = [file.name for part in ("imagesTr", "labelsTr", "imagesTs", "labelsTs")
-             for file in _images(tree, f"{folder}{part}")]  # fmt: skip
-    return {UNLISTED: [name for name in files if name not in used]}
+def find_msd(tree: Tree) -> Listing:
+    """List the cases of Medical Decathlon: imagesTr is split by case, imagesTs is for testing.
+
+    Raises:
+        DataError: several data sets, a damaged list, or images whose number of volumes is not the number of modalities.
+    """
+    return _find(tree, nnunet=False)
+
+
+def _nnunet_records(tree: Tree, place: _Place, where: Path, names: list[str]) -> list[Record]:
+    records: list[Record] = []
+    for part, split in (("Tr", "train"), ("Ts", "test")):
+        channels: dict[str, dict[int, TreeFile]] = {}
+        for file in _images(tree, f"{place.folder}images{part}"):
+            if match := _CHANNEL.fullmatch(file.stem):
+                channels.setdefault(match["case"], {})[int(match["channel"])] = file
+        labels = {file.stem: file for file in _images(tree, f"{place.folder}labels{part}")}
+        records += [_case(tree, case, files, labels.get(case), names, split) for case, files in channels.items()]
+    return records
 
 
 def find_nnunet(tree: Tree) -> Listing:
@@ -196,32 +194,13 @@ def find_nnunet(tree: Tree) -> Listing:
     Raises:
         DataError: several data sets, or a ``dataset.json`` without numbered channels or named labels.
     """
-    place = _the_place(tree)
-    if place is None:
-        return Listing([])
-    folder, where = place.folder, tree / f"{place.folder}{_FILE}"
-    names = _numbered(place.content.get("channel_names") or place.content.get("modality"), where)
-    regions, values = read_labels(place.content.get("labels"), where)
-    records: list[Record] = []
-    for part, split in (("Tr", "train"), ("Ts", "test")):
-        channels: dict[str, dict[int, TreeFile]] = {}
-        for file in _images(tree, f"{folder}images{part}"):
-            if match := _CHANNEL.fullmatch(file.stem):
-                channels.setdefault(match["case"], {})[int(match["channel"])] = file
-        labels = {file.stem: file for file in _images(tree, f"{folder}labels{part}")}
-        records += [_case(tree, case, files, labels.get(case), names, split) for case, files in channels.items()]
-    facts = Facts(tuple(names), regions, values, cut_validation=True)
-    return Listing(records, facts, _unlisted(tree, folder, records), [f"{folder}{_FILE}"])
+    return _find(tree, nnunet=True)
 
 
 def _case(
     tree: Tree, case: str, files: Mapping[int, TreeFile], label: TreeFile | None, names: Sequence[str], split: str
 ) -> Record:
-    """Build a case from its channels.
-
-    Raises:
-        DataError: it has a channel without a name.
-    """
+    """Build a case from its channels."""
     if strange := [number for number in files if number >= len(names)]:
         raise DataError(f"{files[strange[0]].name} is of channel {strange[0]}, and {_FILE} names {len(names)}: "
                         f"{', '.join(names)}.")  # fmt: skip
@@ -246,25 +225,17 @@ def _recognised(tree: Tree, nnunet: bool) -> Evidence:
     return Evidence(3, f"{place.folder}{_FILE} beside imagesTr")
 
 
-def _recognise_msd(tree: Tree) -> Evidence:
-    return _recognised(tree, nnunet=False)
-
-
-def _recognise_nnunet(tree: Tree) -> Evidence:
-    return _recognised(tree, nnunet=True)
-
-
 MSD = Layout(
     name="msd",
     tree="ROOT/{dataset.json, imagesTr/CASE.nii.gz, labelsTr/CASE.nii.gz, imagesTs/CASE.nii.gz}",
     find=find_msd,
-    evidence=_recognise_msd,
+    evidence=partial(_recognised, nnunet=False),
     public=False,
 )
 NNUNET = Layout(
     name="nnunet",
     tree="ROOT/{dataset.json, imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz, imagesTs/CASE_0000.nii.gz}",
     find=find_nnunet,
-    evidence=_recognise_nnunet,
+    evidence=partial(_recognised, nnunet=True),
     public=False,
 )

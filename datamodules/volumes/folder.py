@@ -181,21 +181,16 @@ def _is_mask(name: str, labels: Sequence[str]) -> bool:
 
 
 def _check_names(images: Sequence[Sequence[str]], allowed: Iterable[str]) -> None:
-    """Refuse modalities found in only one of many cases: the names were misread.
-
-    Raises:
-        DataError: names the first.
-    """
+    """Refuse modalities found in only one of many cases: the names were misread."""
     counts = Counter(name for names in images for name in {canonical_name(name) for name in names})
     patterns = tuple(allowed)
     known = {canonical_name(name) for name in patterns}
     once = sorted(name for name, count in counts.items() if count == 1 and name not in known)
     once = [name for name in once if not any(fnmatch(f"_{name}", pattern.lower()) for pattern in patterns)]
     if once and len(images) >= _MANY:
-        raise DataError(
-            f"The modality {once[0][:40]} occurs in one case only ({len(once)} such of {len(counts)}): files of one "
-            f"kind need one name in all cases; medmim init DIR proposes a pattern."
-        )
+        raise DataError(f"The modality {once[0][:40]} occurs in one case only ({len(once)} such of {len(counts)}): "
+                        f"files of one kind need one name in all cases; medmim init DIR proposes a "
+                        f"pattern.")  # fmt: skip
 
 
 def find_cases(tree: Tree, settings: Settings = NO_SETTINGS) -> Listing:
@@ -232,11 +227,7 @@ def _records(
     images: Sequence[Sequence[tuple[str, TreeFile]]],
     masks: Sequence[Mapping[str, FileRef]],
 ) -> list[Record]:
-    """Join cases with their rows of ``cases.csv``.
-
-    Raises:
-        DataError: it names a case that has no folder.
-    """
+    """Join cases with their rows of ``cases.csv``."""
     table = read_case_table(tree / _TABLE) if tree.is_file(_TABLE) else {}
     listed, records = list(table), []
     for group, members, labels in zip(groups, images, masks, strict=True):
@@ -252,10 +243,8 @@ def _records(
                               surplus=tuple(surplus)))  # fmt: skip
     joined = join_ids([record.case_id for record in records], listed)
     if records and table:
-        raise DataError(
-            f"{tree / _TABLE} lists {len(table)} cases without a folder under {tree}, first "
-            f"{public_name(next(iter(table)))}{mending(joined) or ': correct the file'}."
-        )
+        raise DataError(f"{tree / _TABLE} lists {len(table)} cases without a folder under {tree}, first "
+                        f"{public_name(next(iter(table)))}{mending(joined) or ': correct the file'}.")  # fmt: skip
     if listed and joined.lacking:
         print_line(joined.counts(_TABLE, "cases"))
     return records

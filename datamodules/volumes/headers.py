@@ -212,12 +212,7 @@ def nifti_header(
 
 
 def nifti_affine(header: nib.Nifti1Header, path: Path, voxels: VoxelConfig = STRICT) -> NDArray[np.float64]:
-    """Return the affine that places a header's voxels.
-
-    Args:
-        header: As stored in the file.
-        path: The file.
-        voxels: How to resolve a header that contradicts itself.
+    """Return the affine that places the voxels of a header, as it is stored in the file.
 
     Raises:
         VolumeError: ``header`` if it contradicts itself or gives no position.

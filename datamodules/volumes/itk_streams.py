@@ -113,11 +113,7 @@ def _inflated_bytes(file: BinaryIO, limit: int) -> int:
 
 
 def check_stream(stream: Stream, promised: int) -> None:
-    """Compare the stored voxels with what the header promises.
-
-    Args:
-        stream: Where they are stored.
-        promised: Their size in bytes.
+    """Compare the stored voxels with the bytes that the header promises.
 
     Raises:
         VolumeError: ``unreadable`` if bytes are missing, ``size`` if some are left over, ``checksum``.

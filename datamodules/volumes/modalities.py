@@ -21,9 +21,6 @@ def one_file_each(files: Iterable[tuple[str, Path]]) -> tuple[dict[str, Path], l
     """Return one file per modality, under the archive's names, and the surplus files of the same modalities.
 
     Nothing is refused here, as layouts also look at trees that are not theirs.
-
-    Args:
-        files: Modality and file.
     """
     found: dict[str, tuple[str, Path]] = {}
     surplus = []

@@ -23,10 +23,6 @@ _ZONES = ("HeviAI23", "Yuan23")
 _MARKSHEETS = ("clinical_information/marksheet.csv", "marksheet.csv")
 
 
-def _first(tree: Tree, candidates: list[str]) -> str | None:
-    return next((name for name in candidates if tree.is_file(name) or tree.is_dir(name)), None)
-
-
 def gleason_to_isup(text: str) -> int | None:
     """Return the highest ISUP grade among Gleason scores such as ``"3+4, N/A"`` (quotes and spaces are ignored).
 
@@ -87,17 +83,17 @@ def find_cases(tree: Tree) -> list[Case]:
     studies = _images(tree)
     if not studies:
         return []
-    labels = _first(tree, list(_LABEL_ROOTS)) or ""
-    places = [f"{labels}/", ""] if labels else [""]
-    marksheet = _first(tree, [place + name for place in places for name in _MARKSHEETS])
-    facts = read_marksheet(tree / marksheet) if marksheet else {}
+    labels = tree.first(*_LABEL_ROOTS)
+    places = ["", *([f"{labels.name}/"] if labels else [])][::-1]
+    marksheet = tree.first(*(place + name for place in places for name in _MARKSHEETS))
+    facts = read_marksheet(marksheet) if marksheet else {}
     if marksheet:
-        check_labels(tree / marksheet, join_ids(studies, facts), "studies")
-    zones = _first(tree, [f"{places[0]}anatomical_delineations/zonal_pz_tz/AI/{name}" for name in _ZONES])
+        check_labels(marksheet, join_ids(studies, facts), "studies")
+    zones = tree.first(*(f"{places[0]}anatomical_delineations/zonal_pz_tz/AI/{name}" for name in _ZONES))
     cases = []
     for study, (patient, files) in sorted(studies.items()):
-        zone = f"{zones}/{study}.nii.gz"
-        masks = {"zones": tree / zone} if zones and tree.is_file(zone) else {}
+        zone = zones / f"{study}.nii.gz" if zones else None
+        masks = {"zones": zone} if zone and tree.is_file(zone) else {}
         cases.append(Case(study, patient, files, masks, attributes=facts.get(study, {})))
     return cases
 
@@ -115,10 +111,7 @@ PI_CAI = Layout(
     find=find_cases,
     evidence=_recognise,
     facts=Facts(
-        modalities=MODALITIES,
-        regions={"TZ": (2,), "PZ": (1,)},
-        label_values=frozenset({0, 1, 2}),
-        profile="pi_cai",
+        modalities=MODALITIES, regions={"TZ": (2,), "PZ": (1,)}, label_values=frozenset({0, 1, 2}), profile="pi_cai"
     ),
     tables=tuple(f"{place}{name}" for place in ("labels/", "picai_labels/", "") for name in _MARKSHEETS),
 )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.ndimage import find_objects
 
 from common.faults import Fault, SampleFaultError
 from datamodules.notes import note
@@ -199,11 +200,7 @@ def _reference_of(case: Case, volumes: Mapping[str, Volume], layout: Layout) -> 
 def _on_reference_grid(
     case: Case, volumes: dict[str, Volume], layout: Layout
 ) -> tuple[dict[str, "MetaTensor"], Volume]:
-    """Resample all modalities to the reference's grid, then to the layout's spacing and size; background becomes 0.
-
-    Raises:
-        SampleFaultError: the header's voxel size would give too many voxels.
-    """
+    """Resample all modalities to the reference's grid, then to the layout's spacing and size; background becomes 0."""
     from monai.transforms import ResampleToMatch
 
     reference = volumes[_reference_of(case, volumes, layout) or next(iter(volumes))]
@@ -267,12 +264,11 @@ def _label_volume(case: Case, layout: Layout, reference: Volume, sources: dict[s
 
 def _foreground_box(present: NDArray, centered: bool = False) -> tuple[slice, ...]:
     """Return the bounding box of the foreground, or the symmetric one around it."""
-    box = []
-    for axis in range(3):
-        indices = np.flatnonzero(present.any(tuple(other for other in range(3) if other != axis)))
-        low, high = (int(indices[0]), int(indices[-1]) + 1) if len(indices) else (0, present.shape[axis])
-        box.append(centered_slice(present.shape[axis], low, high) if centered else slice(low, high))
-    return tuple(box)
+    whole = tuple(slice(0, size) for size in present.shape)
+    box = next(iter(find_objects(present.astype(np.int8))), whole)
+    if centered:
+        box = tuple(centered_slice(size, edge.start, edge.stop) for size, edge in zip(present.shape, box, strict=True))
+    return box
 
 
 def centered_slice(size: int, low: int, high: int) -> slice:
@@ -354,33 +350,16 @@ def prepare_case(case: Case, layout: Layout, modalities: tuple[str, ...]) -> Pre
         shift[:3, 3] = start
         affine = affine @ shift
     return PreparedCase(
-        image=stack,
-        modality_mask=there,
-        modalities=modalities,
-        label=label,
-        affine=affine,
-        source_shape=reference.data.shape,
-        source_affine=reference.affine,
-        file_affine=reference.file_affine,
-        offset=offset,
-        faults=faults,
-        label_faults=label_faults,
-        sources=sources,
-    )
+        stack, there, modalities, label, affine,
+        source_shape=reference.data.shape, source_affine=reference.affine, file_affine=reference.file_affine,
+        offset=offset, faults=faults, label_faults=label_faults, sources=sources,
+    )  # fmt: skip
 
 
 def _rescaled_stack(
     case: Case, layout: Layout, modalities: tuple[str, ...], images: dict[str, Any], levels: Mapping[str, float | None]
 ) -> tuple[NDArray[np.float32], list[bool], list[Fault]]:
-    """Scale the intensities of all modalities; if the cut is centred, using only the voxels inside it.
-
-    Args:
-        case: The case.
-        layout: Its layout.
-        modalities: Channels in order.
-        images: Volumes on the final grid, their background at 0.
-        levels: The background subtracted from each; None if it is not a single value.
-    """
+    """Scale all modalities, whose background ``levels`` were subtracted; if the cut is centred, inside it."""
     settings = layout.preprocessing
     arrays = {name: image[0].numpy() for name, image in images.items()}
     shape = next(iter(arrays.values())).shape
@@ -411,16 +390,14 @@ def _scale_member(shifted: NDArray, rule: str, level: float | None) -> NDArray[n
 
 
 def _nothing_left(case: Case, layout: Layout) -> Fault:
-    known = ", ".join(layout.modalities)
     found = [*map(layout.shown, case.images), *filter(None, [case.attributes.get("unknown")])]
     if layout.preprocessing.reference is not None:
         detail = f"the case has no {layout.shown(layout.preprocessing.reference)}"
     elif case.images:
         detail = f"the case has none of {', '.join(map(layout.shown, layout.modalities))}; it has {', '.join(found)}"
     else:
-        detail = (
-            f"the case has no sequence of a known name; it has {', '.join(found) or 'no image'}, and known are {known}"
-        )
+        detail = f"the case has no sequence of a known name; it has {', '.join(found) or 'no image'}, and known are "
+        detail += ", ".join(layout.modalities)
     return Fault(case.case_id, "missing", detail, case.case_id)
 
 
@@ -436,9 +413,8 @@ def _prepare_label(
         marked = label > 0
         outside = int((marked & (image == 0).all(0)).sum())
         if layout.preprocessing.crop_foreground and 2 * outside > int(marked.sum()):
-            raise VolumeError(
-                "label", f"{outside} of {int(marked.sum())} labelled voxels lie where every modality is 0"
-            )
+            words = f"{outside} of {int(marked.sum())} labelled voxels lie where every modality is 0"
+            raise VolumeError("label", words)
     except VolumeError as error:
         return None, [Fault(str(next(iter(case.labels.values()))), error.kind, error.detail, case.case_id)]
     return label, []

@@ -37,20 +37,10 @@ DECODERS = {"reader": "2", "nibabel": nib.__version__, "SimpleITK": sitk.Version
 #: Bytes at the start of a file that hold the header of NIfTI or MGH.
 _START = 1024
 _READERS = {".mha": "MetaImageIO", ".mhd": "MetaImageIO", ".nrrd": "NrrdImageIO"}
-_DTYPES = {
-    sitk.sitkUInt8: np.uint8,
-    sitk.sitkInt8: np.int8,
-    sitk.sitkUInt16: np.uint16,
-    sitk.sitkInt16: np.int16,
-    sitk.sitkUInt32: np.uint32,
-    sitk.sitkInt32: np.int32,
-    sitk.sitkUInt64: np.uint64,
-    sitk.sitkInt64: np.int64,
-    sitk.sitkFloat32: np.float32,
-    sitk.sitkFloat64: np.float64,
-    sitk.sitkComplexFloat32: np.complex64,
-    sitk.sitkComplexFloat64: np.complex128,
-}
+_DTYPES: dict[int, Any] = {
+    getattr(sitk, f"sitk{name}"): getattr(np, name.lower())
+    for name in ("UInt8", "Int8", "UInt16", "Int16", "UInt32", "Int32", "UInt64", "Int64", "Float32", "Float64")
+} | {sitk.sitkComplexFloat32: np.complex64, sitk.sitkComplexFloat64: np.complex128}
 
 
 class Volume(NamedTuple):
@@ -194,12 +184,7 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path, voxels: VoxelConfig = STRICT, place: int | None = None) -> Header:
-    """Read the header alone.
-
-    Args:
-        path: The file.
-        voxels: As in :func:`read_volume`.
-        place: Which volume of a 4-D NIfTI file, from 0; None: the file holds one volume.
+    """Read the header alone; arguments as in :func:`read_volume`.
 
     Raises:
         VolumeError: the header is missing, broken, or not that of a volume with three axes.
@@ -238,9 +223,7 @@ def to_lps(array: NDArray) -> tuple[NDArray, NDArray[np.float64]]:
 
 def write_nifti(path: Path, data: NDArray[Any], affine: NDArray[np.float64]) -> None:
     """Write a NIfTI file under a temporary name and rename it."""
-    image = nib.Nifti1Image(data, affine)
-    buffer = io.BytesIO(image.to_bytes())
-    content = buffer.getvalue()
+    content = nib.Nifti1Image(data, affine).to_bytes()
     if path.name.endswith(".gz"):
         content = gzip.compress(content, compresslevel=4, mtime=0)
     with whole_file(path) as temporary:

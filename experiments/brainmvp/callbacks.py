@@ -8,11 +8,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from common.callbacks.validation import ValidationCallback
 from common.distributed import gather_objects
 from common.losses.contrastive import retrieval_accuracy
-from common.module import BuiltFromData, SSLModule
+from common.module import BuiltFromData
 from common.panels import axial
 from common.runtime.reporting import log_figure, log_scalars
+from common.types import Reconstruction
 
 
 def template_figure(template: Tensor, title: str) -> Figure:
@@ -58,7 +60,7 @@ class TemplatePictures(pl.Callback):
         log_scalars(pl_module, scalars)
 
 
-class ViewRetrieval(pl.Callback):
+class ViewRetrieval(ValidationCallback):
     """Logs ``probe/view_retrieval``: how often the cross view's features are nearest to the same sample's other view.
 
     Top-1 over up to ``max_samples`` fixed validation crops, all of them candidates; ``probe/view_retrieval_chance`` is
@@ -76,19 +78,10 @@ class ViewRetrieval(pl.Callback):
         """Reset for a new validation (Lightning hook)."""
         self._views = []
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep the features of a batch (Lightning hook)."""
-        held = sum(len(cross) for cross, _ in self._views) * trainer.world_size
-        if isinstance(pl_module, SSLModule) and held < self.max_samples:
-            cross, template = outputs["views"]
+    def observe(self, trainer: pl.Trainer, module: Any, output: Reconstruction, batch: Any) -> None:
+        """Keep the features of a batch."""
+        if sum(len(cross) for cross, _ in self._views) * trainer.world_size < self.max_samples:
+            cross, template = module.views
             self._views.append((cross.cpu(), template.cpu()))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

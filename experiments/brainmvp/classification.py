@@ -85,12 +85,7 @@ class BrainClassification(ScoredTask):
         optimization: OptimizerConfig = OptimizerConfig(),
         new_channels: NewChannels = "mean",
     ) -> None:
-        super().__init__(
-            pretrained,
-            encoder,
-            optimization=optimization,
-            new_channels=new_channels,
-        )
+        super().__init__(pretrained, encoder, optimization=optimization, new_channels=new_channels)
         self.save_hyperparameters()
         self.hidden, self.augment = hidden, augment
         self._weight: Tensor | None = None

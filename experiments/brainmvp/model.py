@@ -1,34 +1,12 @@
 """BrainMVP's network: one encoder and decoder for both views, and the modality templates."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from common.blocks.template_bank import TemplateBank
-
-
-class Encoder(Protocol):
-    """What an encoder must have.
-
-    Attributes:
-        config: Its arguments.
-        stage_dims: Widths of its stages, finest first.
-        num_features: Width of the last stage.
-    """
-
-    config: dict
-    stage_dims: tuple[int, ...]
-    num_features: int
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the last stage's map."""
-        ...
-
-    def stages(self, x: Tensor) -> list[Tensor]:
-        """Return the maps of all stages, finest first."""
-        ...
 
 
 class Views(NamedTuple):

@@ -95,7 +95,8 @@ class BrainMVPPretrain(SSLModule[SequencePairBatch]):
         self.contrastive_start, self.template_warmup = contrastive_start, template_warmup
         self.template_lr_scale = template_lr_scale
         self._make_encoder, self._make_decoder = encoder, decoder
-        self._views: tuple[Tensor, Tensor] | None = None
+        #: Features of both views of the last validation batch, for callbacks.
+        self.views: tuple[Tensor, Tensor] | None = None
 
     def build_network(self, spec: InputSpec) -> BrainMVP:
         """Make encoder, decoder and templates for crops of ``spec``.
@@ -189,19 +190,10 @@ class BrainMVPPretrain(SSLModule[SequencePairBatch]):
         if self.training:
             terms["paired_fraction"] = Term(batch["paired"].float().mean())
             terms["template_range"] = Term(self.network.templates.range().max())
-            return StepOutput(terms, self._bare(views, batch, inputs))
-        self._views = views.cross_features.detach().float(), views.template_features.detach().float()
+            # Unchanged, because it is not displayed in training.
+            return StepOutput(terms, Reconstruction(views.cross_pred.float(), batch["image"], inputs.hidden, {}))
+        self.views = views.cross_features.detach().float(), views.template_features.detach().float()
         return StepOutput(terms, self._by_sequence(views.cross_pred, batch, inputs))
-
-    def validation_step(self, batch: SequencePairBatch, batch_idx: int) -> dict[str, Any]:
-        """Also pass the features of both views to the callbacks (Lightning hook)."""
-        output = super().validation_step(batch, batch_idx)
-        return output | {"views": self._views}
-
-    @staticmethod
-    def _bare(views: Views, batch: SequencePairBatch, inputs: _Inputs) -> Reconstruction:
-        """Return the cross view's reconstruction unchanged, for training, where it is not displayed."""
-        return Reconstruction(views.cross_pred.float(), batch["image"], inputs.hidden, {})
 
     def _spread(self, volume: Tensor, batch: SequencePairBatch) -> Tensor:
         """Place volumes ``(B, 1, H, W, D)`` at their sequence, ``(B, S, V)``; the others are 0."""

@@ -13,6 +13,7 @@ from sklearn.utils.extmath import randomized_svd
 from torch import Tensor
 
 from common.blocks.attention import Relations
+from common.callbacks.floor_ratio import TargetMean
 from common.callbacks.validation import ValidationCallback
 from common.distributed import broadcast_object, gather_objects, reduce_sums
 from common.losses.reconstruction import masked_error
@@ -58,12 +59,10 @@ class PatchMeanOracle(SumsCallback):
         """Measure the mean training image once (Lightning hook)."""
         super().on_validation_start(trainer, pl_module)
         if self._constant is None and isinstance(pl_module, SSLModule):
-            total, number = torch.zeros((), dtype=torch.float64), 0
+            mean = TargetMean()
             for batch in trainer.datamodule.reference_samples(256):  # type: ignore[attr-defined]
-                target, _ = pl_module.reconstruction_target(batch)
-                total = total + target.detach().cpu().double().sum(0)
-                number += len(target)
-            self._constant = (total / number).float().to(pl_module.device)
+                mean.update(*pl_module.reconstruction_target(batch))
+            self._constant = mean.value().to(pl_module.device)
 
     def observe(self, trainer: pl.Trainer, module: SSLModule, output: Reconstruction, batch: Any) -> None:
         """Add one batch."""

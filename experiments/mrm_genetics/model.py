@@ -18,15 +18,11 @@ from common.blocks.attention import Relations, TransformerBlock, relations_of
 from common.blocks.pos_embed import sincos_position_embedding
 from common.blocks.vit import VisionTransformer, init_xavier_weights
 from common.maskers.relation import TieRule
+from common.runtime.precision import at_least_float32
 from common.types import MaskOutput
 
 Pool = Literal["mean", "cls"]
 CrossParameters = Literal["shared", "dedicated"]
-
-
-def at_least_single(x: Tensor) -> Tensor:
-    """Return 16-bit values in float32; others stay."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class SegmentLinear(nn.Module):
@@ -317,15 +313,14 @@ class Tokens(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """Tokens of both passes; None for a pass that is not run."""
+    """Tokens of both passes; None where the intact one is not run."""
 
     intact: Tokens | None
-    masked: Tokens | None
+    masked: Tokens
 
     def joined(self) -> Tokens:
         """Return both passes as one batch, the intact one first: larger matrix products, the same result."""
         assert self.intact is not None
-        assert self.masked is not None
         genome = None
         if self.intact.genome is not None and self.masked.genome is not None:
             genome = torch.cat([self.intact.genome, self.masked.genome])
@@ -463,7 +458,6 @@ class RelationNetwork(nn.Module):
         genetics: Genetics | None = None,
         mask: MaskOutput | None = None,
         intact: bool = True,
-        masked: bool = True,
         record: dict[str, Relations] | None = None,
     ) -> RelationOutput:
         """Run both passes and reconstruct.
@@ -473,7 +467,6 @@ class RelationNetwork(nn.Module):
             genetics: None for images alone.
             mask: Hides patches at the input, as masked autoencoding does; None hides nothing.
             intact: Whether the intact pass is needed; with genetics and a reconstruction it always is.
-            masked: Whether the masked pass is needed.
             record: Takes the masked relations by name, for diagnostics.
         """
         encoder, keys = self.encoder, GenomeKeys()
@@ -486,7 +479,7 @@ class RelationNetwork(nn.Module):
                 real = self.genome.tokens.real_tokens(genetics.present)
                 keys = GenomeKeys(real, real | ~real.any(1, keepdim=True))
         intact = intact or (genetics is not None and self.decoder is not None)
-        stream = self.passes(tokens, keys, intact, masked, record)
+        stream = self.passes(tokens, keys, intact, record)
         pooled = (*self._pooled(stream.intact, keys.safe), *self._pooled(stream.masked, keys.safe))
         return RelationOutput(*self._decoded(stream, keys.real, mask), pooled)
 
@@ -495,7 +488,7 @@ class RelationNetwork(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Reconstruct each modality from its masked tokens and the intact ones of the other (Eq. 7)."""
         whole, hidden = stream
-        if self.decoder is None or hidden is None:
+        if self.decoder is None:
             return None, None
         assert self.to_pixels is not None
         pred = self.to_pixels(self.decoder(hidden.image, whole.genome if whole else None, real, mask))
@@ -508,11 +501,11 @@ class RelationNetwork(nn.Module):
         if tokens is None:
             return None, None
         prefix = self.encoder.num_prefix_tokens
-        image = at_least_single(tokens.image)
+        image = at_least_float32(tokens.image)
         image = image[:, 0] if self.pool == "cls" else image[:, prefix:].mean(1)
         if tokens.genome is None:
             return image, None
-        genome = at_least_single(tokens.genome)
+        genome = at_least_float32(tokens.genome)
         if real is None:
             return image, genome.mean(1)
         weight = real[..., None].to(genome.dtype)
@@ -525,12 +518,7 @@ class RelationNetwork(nn.Module):
         return [BlockPair(*pair) for pair in zip_longest(blocks, others)]
 
     def passes(
-        self,
-        tokens: Tokens,
-        keys: GenomeKeys,
-        intact: bool,
-        masked: bool,
-        record: dict[str, Relations] | None = None,
+        self, tokens: Tokens, keys: GenomeKeys, intact: bool, record: dict[str, Relations] | None = None
     ) -> Stream:
         """Run embedded tokens through the encoders, intact and masked, and normalise them.
 
@@ -538,14 +526,10 @@ class RelationNetwork(nn.Module):
             tokens: Embedded tokens.
             keys: Which of the genome's tokens are there.
             intact: Whether the intact pass is run.
-            masked: Whether the masked pass is run.
             record: Takes the masked relations by name.
         """
         first, *rest = self.block_pairs()
-        if not masked:
-            return Stream(self._finished([first, *rest], tokens, keys), None)
         stream = self._within(first, tokens, keys, intact, record)
-        assert stream.masked is not None
         if self.cross is not None:
             second = BlockPair(*(cast(TransformerBlock, self.cross[name]) for name in ("image", "genome")))
             whole = stream.intact
@@ -554,7 +538,6 @@ class RelationNetwork(nn.Module):
             whole = None if stream.intact is None else self._ordinary([second], stream.intact, keys)
         stream = Stream(whole, self._across(second, stream.masked, keys, record))
         if stream.intact is None:
-            assert stream.masked is not None
             return Stream(None, self._finished(rest, stream.masked, keys))
         return Stream.parted(self._finished(rest, stream.joined(), keys.twice()))
 

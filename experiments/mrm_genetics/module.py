@@ -18,6 +18,7 @@ from common.module import SSLModule, StepOutput, Term
 from common.optim import OptimizerConfig
 from common.panels import colour_panel
 from common.randomness import KeyedGenerator
+from common.runtime.precision import at_least_float32
 from common.runtime.reporting import print_line
 from common.types import ImageGenomeBatch, ImageKey, InputSpec, MaskOutput, Panel, Reconstruction, TokenFeatures
 from experiments.mrm_genetics.model import (
@@ -28,7 +29,6 @@ from experiments.mrm_genetics.model import (
     RelationConfig,
     RelationNetwork,
     RelationOutput,
-    at_least_single,
 )
 
 EncoderFactory = Callable[[int, Sequence[int]], VisionTransformer]
@@ -154,7 +154,7 @@ class RelationPretrain(SSLModule[ImageGenomeBatch]):
 
     def target(self, image: Tensor) -> Tensor:
         """Return the patches ``(B, N, P)`` of an image, in the units of the loss."""
-        patches = at_least_single(self.network.encoder.patch_embed.patchify(image))
+        patches = at_least_float32(self.network.encoder.patch_embed.patchify(image))
         return normalise_patches(patches) if self.norm_pix_loss else patches
 
     def matching(self, output: RelationOutput, batch: ImageGenomeBatch, sync: bool) -> dict[str, Tensor]:
@@ -188,7 +188,7 @@ class RelationPretrain(SSLModule[ImageGenomeBatch]):
     def _reconstruction(self, pred: Tensor, batch: ImageGenomeBatch, mask: MaskOutput | None) -> Reconstruction:
         target = self.target(batch["image"])
         scored = torch.ones_like(target[..., 0], dtype=torch.bool) if mask is None else mask.mask
-        return Reconstruction(at_least_single(pred), target, scored, {})
+        return Reconstruction(at_least_float32(pred), target, scored, {})
 
     def reconstruct(self, batch: ImageGenomeBatch, image: ImageKey = "image") -> Reconstruction:
         """Reconstruct a batch from ``batch[image]`` with its relations masked, and its own genetics."""

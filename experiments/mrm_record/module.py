@@ -135,11 +135,7 @@ class MRMPretrain(SSLModule[ImageTextBatch]):
         return self.masker(len(batch["key"]), patches, generator=KeyedGenerator(batch["key"]))
 
     def _scored_text(self, batch: ImageTextBatch) -> ImageTextBatch:
-        """Return the batch with the positions that the report's loss is taken over.
-
-        Raises:
-            UserError: padding is scored, but texts are padded to the longest of their batch alone.
-        """
+        """Return the batch with the positions that the report's loss is taken over."""
         if self.mlm_scope == "masked":
             return batch
         truth = torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"]).flatten()

@@ -1,5 +1,6 @@
 """UMD's own callbacks: its teacher, the coordination of gradients, and answers to look at."""
 
+from abc import abstractmethod
 from html import escape
 from textwrap import fill
 from typing import Any, Literal
@@ -51,16 +52,31 @@ class TeacherWatch(pl.Callback):
         if network.teacher is None:
             return
         values = {f"umd/feat_std_{name}": float(spread) for name, spread in pl_module.feature_spread.items()}
-        pl_module.log_dict(
-            values | {"umd/teacher_distance": network.teacher.distance(network.averaged())}, batch_size=1
-        )
+        distance = network.teacher.distance(network.averaged())
+        pl_module.log_dict(values | {"umd/teacher_distance": distance}, batch_size=1)
         if min(values.values()) < self.floor and not self._said:
             self._said = True
             print_line(f"warning: the teacher's projected features have a spread of {min(values.values()):.1e}: they "
                 f"have collapsed, and the losses of features mean nothing (model.features.target)")  # fmt: skip
 
 
-class AttentionOverlay(pl.Callback):
+class AnswerCallback(pl.Callback):
+    """Looks at the validation questions of rank 0; at none where the data module anonymises."""
+
+    @abstractmethod
+    def keep(self, task: AnswerTask, rows: list[dict[str, Any]], batch: Any) -> None:
+        """Keep what will be shown of a batch and of what was answered."""
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Look at the answers of rank 0 (Lightning hook)."""
+        hidden = trainer.datamodule.ledger.anonymise  # type: ignore[attr-defined]
+        if isinstance(pl_module, AnswerTask) and trainer.is_global_zero and not hidden:
+            self.keep(pl_module, outputs["rows"], batch)
+
+
+class AttentionOverlay(AnswerCallback):
     """Logs ``attention/question_to_image``: where the last fusion layer looks from the question, over the image.
 
     Always the same validation questions, the first about each image; none where the data module anonymises. All
@@ -78,28 +94,17 @@ class AttentionOverlay(pl.Callback):
         """Reset for a new validation (Lightning hook)."""
         self._drawn = {}
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep the first questions of rank 0 (Lightning hook)."""
-        room = self.num_samples - len(self._drawn)
-        hidden = trainer.datamodule.ledger.anonymise  # type: ignore[attr-defined]
-        if not isinstance(pl_module, AnswerTask) or not trainer.is_global_zero or room <= 0 or hidden:
-            return
-        keys = batch["image_key"].tolist()
-        new = [index for index, key in enumerate(keys) if key not in self._drawn and key not in keys[:index]][:room]
+    def keep(self, task: AnswerTask, rows: list[dict[str, Any]], batch: Any) -> None:
+        """Keep the first questions."""
+        room, keys = self.num_samples - len(self._drawn), batch["image_key"].tolist()
+        new = [index for index, key in enumerate(keys) if key not in self._drawn and key not in keys[:index]]
+        new = new[: max(room, 0)]
         if not new:
             return
         first = {name: batch[name][new] for name in ("image", "input_ids", "attention_mask")}
-        maps = pl_module.attention_map(first).float().cpu()
+        maps = task.attention_map(first).float().cpu()
         for index, image, seen in zip(new, first["image"].float().cpu(), maps, strict=True):
-            row = outputs["rows"][index]
+            row = rows[index]
             title = f"{row['question']}\n{row['prediction']} ({'right' if row['right'] else 'it is ' + row['answer']})"
             self._drawn[keys[index]] = title, image.mean(0), seen * seen.numel()
 
@@ -121,7 +126,7 @@ class AttentionOverlay(pl.Callback):
         log_figure(trainer, "attention/question_to_image", figure)
 
 
-class AnswerExamples(pl.Callback):
+class AnswerExamples(AnswerCallback):
     """Logs ``examples/answers`` as text: validation questions that were answered rightly, and wrongly, one per image.
 
     Nothing is logged where the data module anonymises.
@@ -138,19 +143,9 @@ class AnswerExamples(pl.Callback):
         """Reset for a new validation (Lightning hook)."""
         self._rows = {True: [], False: []}
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep the first of rank 0 (Lightning hook)."""
-        if not isinstance(pl_module, AnswerTask) or not trainer.is_global_zero:
-            return
-        for row in outputs["rows"]:
+    def keep(self, task: AnswerTask, rows: list[dict[str, Any]], batch: Any) -> None:
+        """Keep the first of either."""
+        for row in rows:
             kept = self._rows[bool(row["right"])]
             if len(kept) < self.num_each and row["patient_id"] not in {other["patient_id"] for other in kept}:
                 kept.append(row)
@@ -158,15 +153,13 @@ class AnswerExamples(pl.Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Send the examples to the loggers (Lightning hook)."""
         rows = [row for kept in self._rows.values() for row in kept]
-        if not rows or trainer.datamodule.ledger.anonymise:  # type: ignore[attr-defined]
+        if not rows:
             return
         lines = ["| | question | answered | truth |", "|---|---|---|---|"]
         for row in rows:
-            cells = [
-                escape(str(row[name]), quote=False).replace("|", "&#124;")
-                for name in ("question", "prediction", "answer")
-            ]
-            lines.append(f"| {'right' if row['right'] else 'wrong'} | {' | '.join(cells)} |")
+            texts = (escape(str(row[name]), quote=False) for name in ("question", "prediction", "answer"))
+            cells = " | ".join(text.replace("|", "&#124;") for text in texts)
+            lines.append(f"| {'right' if row['right'] else 'wrong'} | {cells} |")
         log_text(trainer, "examples/answers", "\n".join(lines))
 
 
@@ -226,17 +219,15 @@ class GradientCoordination(pl.Callback):
         if not hasattr(pl_module, "modality_parameters") or not hasattr(pl_module, "contributions"):
             raise UserError(f"{type(pl_module).__name__} has no two modalities to coordinate: leave the callback out.")
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Watch the optimisers' steps, where those are what is damped (Lightning hook)."""
-        module: Any = pl_module
-        self._parameters = module.modality_parameters()
+        self._parameters = pl_module.modality_parameters()
         if self.apply_to == "update":
             self._handles = [o.register_step_post_hook(self._damp_update) for o in trainer.optimizers]
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Begin with no contribution (Lightning hook)."""
-        module: Any = pl_module
-        module.contributions.take()
+        pl_module.contributions.take()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the optimisers alone (Lightning hook)."""
@@ -245,12 +236,9 @@ class GradientCoordination(pl.Callback):
         self._handles = []
 
     @torch.no_grad()
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Optimizer) -> None:
         """Coordinate the gradients of one step: reduced over ranks, unscaled, not yet clipped (Lightning hook)."""
-        module: Any = pl_module
-        sums = module.contributions.take()
+        sums = pl_module.contributions.take()
         step = trainer.global_step
         active = self.start_step <= step and (self.end_step is None or step < self.end_step)
         if sums is None or not active:
@@ -258,10 +246,8 @@ class GradientCoordination(pl.Callback):
         image, text = all_reduce_sum(sums).unbind()
         k_image, k_text = modality_coefficients(image, text, self.beta)
         coefficients = {"image": k_image, "text": k_text}
-        gradients = {
-            name: [parameter.grad for parameter in group if parameter.grad is not None]
-            for name, group in self._parameters.items()
-        }
+        groups = self._parameters.items()
+        gradients = {name: [weight.grad for weight in group if weight.grad is not None] for name, group in groups}
         generator = torch.Generator(device=pl_module.device)
         generator.manual_seed(stable_hash("gmcoord", run_seed(), step))
         damp = self.apply_to == "grad"
@@ -269,10 +255,10 @@ class GradientCoordination(pl.Callback):
         if not damp:
             self._pending = [
                 (coefficients[name], list(group), list(torch._foreach_add([p.detach() for p in group], 0)))
-                for name, group in self._parameters.items()
+                for name, group in groups
             ]
-        scalars = {"rho_text": contribution_ratio(image, text), "k_text": k_text, "k_image": k_image}
-        scalars["noise_over_grad"] = share
+        ratio = contribution_ratio(image, text)
+        scalars = {"rho_text": ratio, "k_text": k_text, "k_image": k_image, "noise_over_grad": share}
         pl_module.log_dict({f"gmcoord/{name}": value for name, value in scalars.items()}, batch_size=1)
 
     @torch.no_grad()

@@ -29,12 +29,7 @@ def tower_scale(name: str, rest: float, head: float | None = None) -> float:
 
 
 def check_vocabulary(stored: Mapping[str, Any], spec: InputSpec, source: str) -> None:
-    """Refuse a tokenizer that is not the encoder's.
-
-    Args:
-        stored: ``vocabulary`` of the checkpoint.
-        spec: What the data module reports.
-        source: Where the encoder is from.
+    """Refuse a tokenizer of the data that is not that of the checkpoint, ``source``, with ``vocabulary`` ``stored``.
 
     Raises:
         UserError: another size or another fingerprint.

@@ -8,7 +8,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -110,12 +110,9 @@ class PairTask(ScoredTask):
         head_lr_scale: float = 50.0,
         optimization: OptimizerConfig = OptimizerConfig(),
     ) -> None:
-        if split_head not in ("zero_other", "linear_split", "upstream"):
+        if split_head not in get_args(SplitHead):
             raise ValueError(f"`split_head` must be 'zero_other', 'linear_split' or 'upstream', got {split_head!r}.")
-        super().__init__(
-            pretrained,
-            optimization=optimization,
-        )
+        super().__init__(pretrained, optimization=optimization)
         self.save_hyperparameters()
         self.split_head = split_head
         #: Contributions of each modality since the last optimiser step, for gradient coordination.
@@ -147,11 +144,10 @@ class PairTask(ScoredTask):
 
     def note_contributions(self, text: Tensor, image: Tensor, target: Tensor) -> None:
         """Add each modality's own score for the true classes ``(B, K)`` (Eq. 10)."""
-        if not self.training:
-            return
-        of_text, of_image = split_logits(self.network.head, text.detach(), image.detach(), self.split_head)
-        probabilities = [true_class_probability(logits, target) for logits in (of_image, of_text)]
-        self.contributions.add(*probabilities)
+        if self.training:
+            of_text, of_image = split_logits(self.network.head, text.detach(), image.detach(), self.split_head)
+            parts = (logits.reshape(target.shape) for logits in (of_image, of_text))
+            self.contributions.add(*(true_class_probability(logits, target) for logits in parts))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch, reduced over ranks (Lightning hook)."""
@@ -169,49 +165,71 @@ class PairTask(ScoredTask):
         return WarmupCosine(0.1)
 
 
-class AnswerTask(PairTask):
+class ChoiceTask(PairTask):
+    """One right class per sample; the label -1 is of a class that training does not know."""
+
+    #: What is said where there is no class.
+    no_classes = "The dataset defines no classes."
+
+    def make_head(self, encoder: UMDEncoder, classes: Sequence[str]) -> nn.Sequential:
+        """Make the head.
+
+        Raises:
+            UserError: the data have no classes.
+        """
+        if not classes:
+            raise UserError(self.no_classes)
+        return answer_head(encoder.dim, len(classes))
+
+    def logits(self, batch: Any) -> Tensor:
+        """Return the logits ``(B, K)`` of a batch in float32."""
+        return self.network(batch["image"], batch["input_ids"], batch["attention_mask"])[0].float()
+
+    @abstractmethod
+    def losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the loss ``(B,)`` of logits and one-hot classes, both ``(B, K)``."""
+
+    def target(self, batch: Any, dtype: torch.dtype) -> Tensor:
+        """Return the one-hot classes ``(B, K)``; zeros where the class is unknown."""
+        label = batch["label"]
+        return F.one_hot(label.clamp(min=0), len(self.classes)).to(dtype) * (label >= 0)[:, None]
+
+    def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the losses summed over the samples with a class, and how many these are."""
+        logits, text, image = self.network(batch["image"], batch["input_ids"], batch["attention_mask"])
+        logits = at_least_float32(logits)
+        target = self.target(batch, logits.dtype)
+        self.note_contributions(text, image, target)
+        known = (batch["label"] >= 0).to(logits.dtype)
+        return (self.losses(logits, target) * known).sum(), known.sum()
+
+
+class AnswerTask(ChoiceTask):
     """Visual question answering: one class an answer; accuracy over all, open and closed questions.
 
     A question whose true answer is no class counts as wrong. ``lightning predict`` writes the five likeliest answers of
     each question to ``predictions.json``.
     """
 
-    def make_head(self, encoder: UMDEncoder, classes: Sequence[str]) -> nn.Module:
-        """Make the head.
+    no_classes = "The dataset defines no answers to choose from; give an archive with a training split."
 
-        Raises:
-            UserError: the data have no answers.
-        """
-        if not classes:
-            raise UserError("The dataset defines no answers to choose from; give an archive with a training split.")
-        head = answer_head(encoder.dim, len(classes))
+    def make_head(self, encoder: UMDEncoder, classes: Sequence[str]) -> nn.Sequential:
+        """Make the head; see :class:`ChoiceTask`."""
+        head = super().make_head(encoder, classes)
         # Equal probabilities that sum to one: from one half each, sigmoids need a thousand steps to get there.
         last = head[-1]
         assert isinstance(last, nn.Linear)
         nn.init.constant_(last.bias, -math.log(max(len(classes) - 1, 1)))
         return head
 
-    def _target(self, batch: Any, dtype: torch.dtype) -> Tensor:
-        """Return the one-hot answers ``(B, K)``; zeros where the answer is no class."""
-        label = batch["label"]
-        one_hot = F.one_hot(label.clamp(min=0), len(self.classes)).to(dtype)
-        return one_hot * (label >= 0)[:, None]
-
-    def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return binary cross-entropies summed over classes and samples, and the samples with a class."""
-        logits, text, image = self.network(batch["image"], batch["input_ids"], batch["attention_mask"])
-        logits = at_least_float32(logits)
-        target = self._target(batch, logits.dtype)
-        self.note_contributions(text, image, target)
-        known = (batch["label"] >= 0).to(logits.dtype)
-        losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(1)
-        return (losses * known).sum(), known.sum()
+    def losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return binary cross-entropies summed over classes."""
+        return F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(1)
 
     def score(self, batch: Any) -> list[dict[str, Any]]:
         """Return what was answered to each question."""
-        logits, _, _ = self.network(batch["image"], batch["input_ids"], batch["attention_mask"])
-        logits = logits.float()
-        losses = F.binary_cross_entropy_with_logits(logits, self._target(batch, logits.dtype), reduction="none").sum(1)
+        logits = self.logits(batch)
+        losses = self.losses(logits, self.target(batch, logits.dtype))
         scores, chosen = logits.sigmoid().max(1)
         columns = (batch["subject_id"], batch["patient_id"], batch["text"], batch["kind"], batch["answers"])
         numbers = (chosen.tolist(), scores.tolist(), losses.tolist(), batch["label"].tolist())
@@ -259,14 +277,12 @@ class AnswerTask(PairTask):
         text = encoder.encode_text(batch["input_ids"], batch["attention_mask"])
         real = batch["attention_mask"].bool()
         weights = encoder.fusion.text_to_image(text, encoder.encode_image(batch["image"]), real)
-        mean = (weights * real[..., None]).sum(1) / real.sum(1)[:, None]
-        patches = mean[:, 1:]
+        patches = ((weights * real[..., None]).sum(1) / real.sum(1)[:, None])[:, 1:]
         return (patches / patches.sum(1, keepdim=True)).unflatten(1, encoder.grid_size)
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         """Return the five likeliest answers to each question (Lightning hook)."""
-        logits, _, _ = self.network(batch["image"], batch["input_ids"], batch["attention_mask"])
-        scores, order = logits.float().sigmoid().topk(min(5, logits.shape[1]), dim=1)
+        scores, order = self.logits(batch).sigmoid().topk(min(5, len(self.classes)), dim=1)
         columns = zip(batch["subject_id"], batch["text"], scores.tolist(), order.tolist(), strict=True)
         rows = [
             {"subject_id": subject, "question": text,
@@ -290,33 +306,16 @@ class AnswerTask(PairTask):
             print_line(f"answered {len(rows)} questions: {path}")
 
 
-class FigureTask(PairTask):
+class FigureTask(ChoiceTask):
     """Classification of figures with captions: accuracy, and macro AUROC, sensitivity and specificity."""
 
-    def make_head(self, encoder: UMDEncoder, classes: Sequence[str]) -> nn.Module:
-        """Make the head.
-
-        Raises:
-            UserError: the data have no classes.
-        """
-        if not classes:
-            raise UserError("The dataset defines no classes.")
-        return answer_head(encoder.dim, len(classes))
-
-    def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return the sum of cross-entropies and the number of samples with a class."""
-        logits, text, image = self.network(batch["image"], batch["input_ids"], batch["attention_mask"])
-        logits = at_least_float32(logits)
-        known = batch["label"] >= 0
-        target = F.one_hot(batch["label"].clamp(min=0), len(self.classes)).to(logits.dtype) * known[:, None]
-        self.note_contributions(text, image, target)
-        return -(logits.log_softmax(1) * target).sum(), known.sum().to(logits.dtype)
+    def losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return cross-entropies."""
+        return -(logits.log_softmax(1) * target).sum(1)
 
     def score(self, batch: Any) -> list[dict[str, Any]]:
         """Return probabilities and true class of each sample."""
-        logits, _, _ = self.network(batch["image"], batch["input_ids"], batch["attention_mask"])
-        logits = logits.float().cpu()
-        columns = (batch["subject_id"], batch["patient_id"], batch["label"].tolist(), logits.tolist())
+        columns = (batch["subject_id"], batch["patient_id"], batch["label"].tolist(), self.logits(batch).tolist())
         return [
             {"subject_id": subject, "patient_id": patient, "label": label,
              "prediction": self.classes[max(range(len(row)), key=row.__getitem__)], "logits": row}
@@ -384,17 +383,12 @@ class RetrievalTask(PairTask):
         encoder: UMDEncoder = self.network.encoder
         count, candidates = batch["candidate_ids"].shape[:2]
         ids, mask = batch["candidate_ids"].flatten(0, 1), batch["candidate_mask"].flatten(0, 1)
-        image = encoder.encode_image(batch["image"])
-        image = image[:, None].expand(-1, candidates, -1, -1).flatten(0, 1)
+        image = encoder.encode_image(batch["image"])[:, None].expand(-1, candidates, -1, -1).flatten(0, 1)
         text, picture = encoder.pool(encoder.fuse(encoder.encode_text(ids, mask), image, mask), mask)
-        scores = self.network.head(torch.cat([text, picture], dim=1)).reshape(count, candidates)
-        scores = at_least_float32(scores)
-        if self.training:
-            of_text, of_image = split_logits(self.network.head, text.detach(), picture.detach(), self.split_head)
-            first = torch.zeros_like(scores)
-            first[:, 0] = 1
-            shapes = [logits.reshape(count, candidates) for logits in (of_image, of_text)]
-            self.contributions.add(*(true_class_probability(logits, first) for logits in shapes))
+        scores = at_least_float32(self.network.head(torch.cat([text, picture], dim=1)).reshape(count, candidates))
+        first = torch.zeros_like(scores)
+        first[:, 0] = 1
+        self.note_contributions(text, picture, first)
         return -scores.log_softmax(1)[:, 0].sum(), torch.full((), float(count), device=scores.device)
 
     def score(self, batch: Any) -> list[dict[str, Any]]:

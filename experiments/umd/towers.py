@@ -37,11 +37,7 @@ def resized_positions(table: Tensor, count: int) -> Tensor:
 
 
 def _side(image_size: Any, patch_size: int) -> int:
-    """Return the side of a square image.
-
-    Raises:
-        ValueError: it is not square, or no multiple of the patch; names the sizes next to it.
-    """
+    """Return the side of a square image."""
     height, width = image_size
     if height != width:
         raise ValueError(f"CLIP's vision transformer takes square images, got image_size {[height, width]}.")
@@ -134,14 +130,7 @@ class TextTower(nn.Module):
     """
 
     def __init__(
-        self,
-        vocab_size: int,
-        pad_id: int,
-        width: int,
-        depth: int,
-        num_heads: int,
-        max_positions: int,
-        dropout: float,
+        self, vocab_size: int, pad_id: int, width: int, depth: int, num_heads: int, max_positions: int, dropout: float
     ) -> None:
         super().__init__()
         config = RobertaConfig(
@@ -174,11 +163,7 @@ class TextTower(nn.Module):
 
 
 def _from_pretrained(kind: Any, source: str) -> Any:
-    """Load a model of transformers from a folder or by its name.
-
-    Raises:
-        CheckpointError: it is not there, or not reached.
-    """
+    """Load a model of transformers from a folder or by its name."""
     extra = {"add_pooling_layer": False} if kind is RobertaModel else {}
     try:
         return kind.from_pretrained(source, local_files_only=Path(source).is_dir(), **extra)
@@ -191,11 +176,7 @@ def _from_pretrained(kind: Any, source: str) -> Any:
 
 
 def _need_same(source: str, theirs: Any, ours: Any, names: Mapping[str, str]) -> None:
-    """Refuse weights of another architecture, naming the first setting that differs.
-
-    Raises:
-        UserError: a setting differs.
-    """
+    """Refuse weights of another architecture, naming the first setting that differs."""
     for name, setting in names.items():
         wanted, found = getattr(ours, name), getattr(theirs, name)
         if wanted != found:
@@ -203,11 +184,9 @@ def _need_same(source: str, theirs: Any, ours: Any, names: Mapping[str, str]) ->
 
 
 def load_vision(tower: VisionTower, source: str) -> None:
-    """Take weights of CLIP's vision transformer; its first layers if it has more, its positions resampled once.
+    """Take weights of CLIP's vision transformer from a local folder or a name of the hub.
 
-    Args:
-        tower: Where they go.
-        source: A local folder or a name of the hub.
+    Of more layers these are the first; positions are resampled once.
 
     Raises:
         CheckpointError: there are none.
@@ -233,11 +212,7 @@ def load_vision(tower: VisionTower, source: str) -> None:
 
 
 def load_text(tower: TextTower, source: str) -> None:
-    """Take weights of RoBERTa.
-
-    Args:
-        tower: Where they go.
-        source: A local folder or a name of the hub.
+    """Take weights of RoBERTa from a local folder or a name of the hub.
 
     Raises:
         CheckpointError: there are none.

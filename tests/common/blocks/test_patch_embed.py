@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from common.blocks.patch_embed import PatchEmbed, grid_of, linear_to_conv, patchify, unpatchify
+from common.blocks.patch_embed import PatchEmbed, conv_to_linear, grid_of, linear_to_conv, patchify, unpatchify
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_order_is_position_major_and_channel_first():
 def test_equals_a_convolution_both_ways(size, patch, conv):
     layer = conv(3, 6, patch, patch)
     embed = PatchEmbed(3, size, patch, 6)
-    embed.load_conv(layer.weight, layer.bias)
+    embed.load_state_dict({"proj.weight": conv_to_linear(layer.weight), "proj.bias": layer.bias})
     x = torch.randn(2, 3, *size)
     expected = layer(x).flatten(2).transpose(1, 2)
     assert torch.allclose(embed(embed.patchify(x)), expected, atol=1e-5)

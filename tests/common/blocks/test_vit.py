@@ -34,9 +34,17 @@ def test_loads_strictly_into_monai_and_back_with_equal_features():
     assert torch.equal(again.forward_features(x), ours.forward_features(x))
 
 
-def test_foreign_keys_are_refused():
+@pytest.mark.parametrize("key", ["classification_head.0.weight", "norm1.weight", "blocks.0.norm.weight", "blocks.x"])
+def test_foreign_keys_are_refused(key):
     with pytest.raises(ValueError, match="not a weight of MONAI"):
-        from_monai({"classification_head.0.weight": torch.zeros(1)})
+        from_monai({key: torch.zeros(1)})
+
+
+@pytest.mark.parametrize("settings", [{"pos_embed": "sincos"}, {"class_token": True}])
+def test_encoders_that_monai_lacks_are_refused(settings):
+    ours = small(**settings)
+    with pytest.raises(ValueError, match=r"learnable positions|no place for the weight 'cls_token'"):
+        to_monai(ours.state_dict(), ours.config)
 
 
 def test_taps_are_the_residual_stream():

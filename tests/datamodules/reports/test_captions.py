@@ -196,4 +196,4 @@ def test_real_records_parse_without_loss(real_data):
     captions = read_part(folder)
     assert len(captions) == len(read_captions(folder / "captions.txt")) == 8179
     assert len({caption.name for caption in captions}) == 8179
-    assert all(caption.text and caption.paper.startswith("PMC") for caption in captions)
+    assert all(caption.text and caption.fetched.startswith("PMC") for caption in captions)

@@ -83,13 +83,6 @@ def test_reports_that_are_unpacked_and_plain_tables(product):
     assert studies[0].attributes == {}
 
 
-def test_views(root):
-    studies = find_studies(Tree(root), ["ap", "PA"])
-    assert [(study.case_id, study.views) for study in studies] == [("50000001", ("PA",)), ("50000004", ("AP",))]
-    with pytest.raises(DataError, match=r"no image of the views LL; it has .*PA \(1\).*blank \(1\)"):
-        find_studies(Tree(root), ["LL"])
-
-
 def test_the_newest_version_is_taken(root, product):
     old = root / "mimic-cxr-jpg/2.0.0"
     old.mkdir()

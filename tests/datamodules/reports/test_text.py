@@ -3,7 +3,7 @@ import zipfile
 
 import pytest
 
-from datamodules.reports.studies import ReportFile
+from datamodules.registry import FileRef
 from datamodules.reports.text import MAX_BYTES, ReportError, clean, mimic_text, plain_text, read_report, sections
 
 REPORT = """                                 FINAL REPORT
@@ -141,25 +141,25 @@ def archive(tmp_path):
 
 
 def test_reports_in_an_archive(archive):
-    assert read_report(ReportFile(archive, "a.txt")) == read_report(ReportFile(archive, "b.txt")) == "Größe"
-    assert len(read_report(ReportFile(archive, "most.txt"))) == MAX_BYTES
-    assert fault_of(ReportFile(archive, "c.txt"))[0] == "missing"
-    assert fault_of(ReportFile(archive, "none.txt"))[0] == "empty"
-    kind, detail = fault_of(ReportFile(archive, "long.txt"))
+    assert read_report(FileRef(archive, member="a.txt")) == read_report(FileRef(archive, member="b.txt")) == "Größe"
+    assert len(read_report(FileRef(archive, member="most.txt"))) == MAX_BYTES
+    assert fault_of(FileRef(archive, member="c.txt"))[0] == "missing"
+    assert fault_of(FileRef(archive, member="none.txt"))[0] == "empty"
+    kind, detail = fault_of(FileRef(archive, member="long.txt"))
     assert kind == "unreadable"
     assert "longer than 1048576 bytes" in detail
 
 
 def test_reports_in_files(tmp_path):
     path = tmp_path / "a.txt"
-    assert fault_of(ReportFile(path))[0] == "missing"
-    assert fault_of(ReportFile(path, "a.txt"))[0] == "missing"
+    assert fault_of(FileRef(path))[0] == "missing"
+    assert fault_of(FileRef(path, member="a.txt"))[0] == "missing"
     path.write_bytes(b"")
-    assert fault_of(ReportFile(path))[0] == "empty"
+    assert fault_of(FileRef(path))[0] == "empty"
     path.write_bytes(b"\xef\xbb\xbfnormal")
-    assert read_report(ReportFile(path)) == "normal"
-    assert fault_of(ReportFile(path, "a.txt"))[0] == "unreadable"
-    assert fault_of(ReportFile(tmp_path))[0] == "unreadable"
+    assert read_report(FileRef(path)) == "normal"
+    assert fault_of(FileRef(path, member="a.txt"))[0] == "unreadable"
+    assert fault_of(FileRef(tmp_path))[0] == "unreadable"
 
 
 def test_damage_inside_an_archive(tmp_path):
@@ -167,7 +167,7 @@ def test_damage_inside_an_archive(tmp_path):
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("a.txt", "no effusion")
     path.write_bytes(path.read_bytes().replace(b"no effusion", b"an effusion"))
-    assert fault_of(ReportFile(path, "a.txt"))[0] == "unreadable"
+    assert fault_of(FileRef(path, member="a.txt"))[0] == "unreadable"
 
 
 def test_an_archive_is_opened_once_per_process(archive, monkeypatch):
@@ -176,7 +176,7 @@ def test_an_archive_is_opened_once_per_process(archive, monkeypatch):
     monkeypatch.setattr(zipfile, "ZipFile", lambda path: opened.append(path) or whole(path))
     for process in (1, 1, 2):
         monkeypatch.setattr(os, "getpid", lambda process=process: process)
-        read_report(ReportFile(archive, "a.txt"))
+        read_report(FileRef(archive, member="a.txt"))
     assert len(opened) == 2
 
 

@@ -144,7 +144,7 @@ def test_passes_equal_the_equations_and_the_plain_encoder():
         network.encoder.embed(network.encoder.patch_embed.patchify(image)),
         network.genome.tokens(genetics.values),
     )
-    intact, masked = network.passes(Tokens(*tokens), GenomeKeys(), True, True)
+    intact, masked = network.passes(Tokens(*tokens), GenomeKeys(), True)
     assert torch.allclose(intact.image, network.encoder.forward_features(image), atol=1e-5)
     genes = tokens[1]
     for block in network.genome.blocks:
@@ -152,7 +152,7 @@ def test_passes_equal_the_equations_and_the_plain_encoder():
     assert torch.allclose(intact.genome, network.genome.norm(genes), atol=1e-5)
     for ours, slow in zip(masked, slow_masked(network, image, genetics), strict=True):
         assert torch.allclose(ours, slow, atol=1e-5)
-    alone = network.passes(Tokens(*tokens), GenomeKeys(), False, True)
+    alone = network.passes(Tokens(*tokens), GenomeKeys(), False)
     assert alone[0] is None
     assert torch.allclose(alone[1].image, masked.image, atol=1e-5)
 
@@ -199,7 +199,7 @@ def test_absent_genetics_have_no_part_in_anything():
     assert torch.allclose(one.image[:1], whole.image, atol=1e-5)
     assert torch.allclose(one.genome[:1], whole.genome, atol=1e-5)
     tokens = Tokens(network.encoder.embed(network.encoder.patch_embed.patchify(image[2:])), None)
-    masked = alone.passes(tokens, GenomeKeys(), False, True).masked.image
+    masked = alone.passes(tokens, GenomeKeys(), False).masked.image
     pooled = network(image[2:], Genetics(genetics.values[2:], present[2:])).pooled[2]
     assert torch.allclose(masked[:, 1:].mean(1), pooled, atol=1e-5)
 
