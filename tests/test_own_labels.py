@@ -39,7 +39,7 @@ def write_decathlon(root, cases=10, spacing=(1.0, 1.0, 2.0)):
     generator, training = np.random.default_rng(0), []
     affine = np.diag([*spacing, 1.0])
     for index in range(cases):
-        voxels = generator.normal(100, 5, (36, 36, 32)).astype(np.float32)
+        voxels = generator.normal(100, 5, (40, 40, 36)).astype(np.float32)
         label = np.zeros(voxels.shape, np.uint8)
         at = generator.integers(4, 16, 3)
         for value, edge in ((7, 16), (9, 8)):
@@ -72,8 +72,7 @@ def test_volumes_with_the_label_values_7_and_9(tmp_path, capsys):
     )
     run = finetune("e_mim", "segmentation", tmp_path / "own", "--data.split.file=split.csv",
                    "--model.encoder.embed_dim=48", "--model.encoder.depth=4", "--model.encoder.num_heads=2",
-                   "--model.network.feature_size=4", "--model.overlap=0", "--trainer.max_epochs=1",
-                   "--data.loader.draws=1")  # fmt: skip
+                   "--model.network.feature_size=4")  # fmt: skip
     evaluate(str(run))
     metrics, _ = scores_of(run)
     assert {"dice_rim", "dice_core", "hd95_rim", "ml_reference_core"} <= metrics.keys()
@@ -123,7 +122,7 @@ def test_class_folders_with_five_ordered_grades_on_a_frozen_encoder(tmp_path):
     for index in range(60):
         write_picture(tmp_path / f"own/{index % 5}/{index:03d}.png", 40 * (index % 5), generator)
     run = finetune("mrm_genetics", "classification", tmp_path / "own", "--data.target.kind=ordinal",
-                   "--data.subject=file", "--model.freeze_encoder=true", "--trainer.max_epochs=1")  # fmt: skip
+                   "--data.subject=file", "--model.freeze_encoder=true", "--trainer.max_epochs=4")  # fmt: skip
     evaluate(str(run))
     metrics, _ = scores_of(run)
     assert {"kappa", "kappa_ci_low", "auroc_4"} <= metrics.keys()
