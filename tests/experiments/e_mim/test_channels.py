@@ -90,6 +90,17 @@ def tokens(encoder, module):
     }
 
 
+def test_features_that_are_not_finite_are_not_written(archive, pretrained, tmp_path):
+    """The weights are finite, but one of them overflows in the mean over the tokens."""
+    content = torch.load(pretrained / "checkpoints/best.ckpt", weights_only=True)
+    content["state_dict"]["network.encoder.norm.weight"][5] = 3e38
+    atomic_save(content, tmp_path / "run/checkpoints/best.ckpt")
+    names = "|".join(path.name for path in archive.iterdir())
+    with pytest.raises(DataError, match=rf"The features of ({names}) are not finite, so nothing is written"):
+        embed(archive, tmp_path / "run", tmp_path / "features.parquet")
+    assert not (tmp_path / "features.parquet").exists()
+
+
 def test_a_renamed_archive_gives_the_same_tokens(archive, pretrained, tmp_path, capsys):
     other = data(renamed(archive, tmp_path / "renamed"))
     assert other.input_spec.channels == ("flair", "t1", "t1c", "t2")
