@@ -58,8 +58,8 @@ def wait_for(truth, seconds):
 
 @pytest.mark.parametrize(("launcher", "victim"), [("lightning", 1), ("lightning", 0), ("torchrun", 1)])
 def test_a_rank_that_is_killed_takes_the_other_along(pretrain_arguments, tmp_path, launcher, victim):
-    arguments = pretrain_arguments("--data.batch_size=1", "--data.loader.draws=64", "--trainer.max_epochs=10",
-                                   "--trainer.accelerator=cpu", "--trainer.check_val_every_n_epoch=20",
+    arguments = pretrain_arguments("--data.batch_size=1", "--data.loader.draws=8", "--trainer.max_epochs=60",
+                                   "--trainer.accelerator=cpu", "--trainer.check_val_every_n_epoch=60",
                                    "--trainer.num_sanity_val_steps=0", "--trainer.devices=2", "--trainer.strategy=ddp",
                                    "--checkpoint.every_n_steps=4", "--checkpoint.at_epoch_end=auto")  # fmt: skip
     output, mark = tmp_path / "output.txt", f"MEDMIM_TEST={tmp_path}"
