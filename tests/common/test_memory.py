@@ -18,14 +18,14 @@ from common.commands import execute as medmim
 
 pytestmark = pytest.mark.slow
 
-STEPS = int(os.environ.get("MEDMIM_MEMORY_STEPS", "20"))
+STEPS = int(os.environ.get("MEDMIM_MEMORY_STEPS", "10"))
 SIZE = os.environ.get("MEDMIM_MEMORY_SIZE", "torture")
 VIT = ["--model.encoder.embed_dim=32", "--model.encoder.depth=4", "--model.encoder.num_heads=2",
        "--data.crops.size=[32,32,32]"]  # fmt: skip
 #: Experiment, stage and further arguments: every pre-training, and a fine-tuning of each kind.
 RUNS = [("e_mim", "pretrain", []), ("mrm_record", "pretrain", []), ("brainmvp", "pretrain", []),
         ("mrm_genetics", "pretrain", []), ("umd", "pretrain", []),
-        ("e_mim", "finetune_brats_seg", [*VIT, "--model.network.feature_size=4", "--data.loader.draws=16"]),
+        ("e_mim", "finetune_brats_seg", [*VIT, "--model.network.feature_size=4", "--data.loader.draws=8"]),
         ("mrm_record", "finetune_viral", []), ("e_mim", "finetune_idh_probe", VIT),
         ("umd", "finetune_roco_retrieval", []), ("umd", "finetune_vqa_rad", [])]  # fmt: skip
 
@@ -51,13 +51,13 @@ def used():
 
 
 class Samples(pl.Callback):
-    """Looks twenty times, or sixty in long runs."""
+    """Looks at every step, or sixty times in long runs."""
 
     def __init__(self):
         self.rows = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step % max(STEPS // (60 if STEPS >= 500 else 20), 1) == 0:
+        if trainer.global_step % max(STEPS // 60, 1) == 0:
             self.rows.append((trainer.global_step, *used()))
 
 
@@ -68,12 +68,13 @@ def test_memory_and_open_files_stay_flat(experiment, stage, more, monkeypatch):
     given = [word for config in configs for word in ("--config", config)]
     medmim(["synthesize", *given, "--cases", "12"])
     if stage == "pretrain" and SIZE == "torture":
-        more = ["--data.loader.draws=16"]  # or every few steps are an epoch
+        more = [f"--data.loader.draws={16 if STEPS >= 500 else 4}"]  # or every few steps are an epoch
     samples = Samples()
     monkeypatch.setattr("common.cli.FaultReport.on_train_batch_start", samples.on_train_batch_start)
     execute(["fit", *given, *more, "--data.num_workers=2", "--trainer.max_epochs=-1", f"--trainer.max_steps={STEPS}",
              "--trainer.check_val_every_n_epoch=20", "--trainer.val_check_interval=1.0",
-             "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"])  # fmt: skip
+             "--trainer.num_sanity_val_steps=0", "--trainer.enable_progress_bar=false",
+             "--trainer.accelerator=cpu"])  # fmt: skip
     steps, memory, files = np.array(samples.rows, dtype=float).T
     assert len(steps) >= 10
     third = len(steps) // 3
