@@ -22,11 +22,14 @@ STEPS = int(os.environ.get("MEDMIM_MEMORY_STEPS", "10"))
 SIZE = os.environ.get("MEDMIM_MEMORY_SIZE", "torture")
 VIT = ["--model.encoder.embed_dim=32", "--model.encoder.depth=4", "--model.encoder.num_heads=2",
        "--data.crops.size=[32,32,32]"]  # fmt: skip
+#: Volumes smaller than the synthetic ones, whose making would take most of the time.
+ROOTS = {"e_mim": "brats_root", "brainmvp": "brain_root"}
 #: Experiment, stage and further arguments: every pre-training, and a fine-tuning of each kind.
-RUNS = [("e_mim", "pretrain", []), ("mrm_record", "pretrain", []), ("brainmvp", "pretrain", []),
+RUNS = [("e_mim", "pretrain", []), ("mrm_record", "pretrain", []),
+        ("brainmvp", "pretrain", ["--data.atlas=[40,44,36]"]),
         ("mrm_genetics", "pretrain", []), ("umd", "pretrain", []),
         ("e_mim", "finetune_brats_seg", [*VIT, "--model.network.feature_size=4", "--data.loader.draws=8"]),
-        ("mrm_record", "finetune_viral", []), ("e_mim", "finetune_idh_probe", VIT),
+        ("mrm_record", "finetune_viral", []), ("e_mim", "finetune_idh_probe", [*VIT, "--model.num_folds=2"]),
         ("umd", "finetune_roco_retrieval", []), ("umd", "finetune_vqa_rad", [])]  # fmt: skip
 
 
@@ -62,13 +65,17 @@ class Samples(pl.Callback):
 
 
 @pytest.mark.parametrize(("experiment", "stage", "more"), RUNS, ids=[f"{a}-{b}" for a, b, _ in RUNS])
-def test_memory_and_open_files_stay_flat(experiment, stage, more, monkeypatch):
+def test_memory_and_open_files_stay_flat(experiment, stage, more, monkeypatch, request):
     overlay = SIZE if stage == "pretrain" else f"{stage}.smoke"
     configs = [f"experiments/{experiment}/configs/{name}.yaml" for name in (stage, overlay)]
     given = [word for config in configs for word in ("--config", config)]
-    medmim(["synthesize", *given, "--cases", "12"])
+    if experiment in ROOTS:
+        root = request.getfixturevalue(ROOTS[experiment])
+        given += [f"--data.root={root}", *([f"--data.target.file={root}/idh.csv"] if "probe" in stage else [])]
+    else:
+        medmim(["synthesize", *given, "--cases", "12"])
     if stage == "pretrain" and SIZE == "torture":
-        more = [f"--data.loader.draws={16 if STEPS >= 500 else 4}"]  # or every few steps are an epoch
+        more = [*more, f"--data.loader.draws={16 if STEPS >= 500 else 4}"]  # or every few steps are an epoch
     samples = Samples()
     monkeypatch.setattr("common.cli.FaultReport.on_train_batch_start", samples.on_train_batch_start)
     execute(["fit", *given, *more, "--data.num_workers=2", "--trainer.max_epochs=-1", f"--trainer.max_steps={STEPS}",
@@ -81,6 +88,8 @@ def test_memory_and_open_files_stay_flat(experiment, stage, more, monkeypatch):
     slope = 1000 * np.polyfit(steps[third:], memory[third:], 1)[0]
     print(f"\n| {experiment} {stage} | {STEPS} | {memory[:third].mean():.0f} | {memory[-third:].mean():.0f} | "
           f"{slope:+.1f} | {files[third]:.0f} | {files[-1]:.0f} |")  # fmt: skip
-    assert files[-1] <= files[third] + 4
+    print("MB:", *(f"{value:.0f}" for value in memory))
+    # Workers open their files in the first steps.
+    assert files[-1] <= files[third] + (4 if STEPS >= 500 else 15)
     if STEPS >= 500:
         assert slope < 30  # MB per 1,000 steps

@@ -64,8 +64,12 @@ def test_a_rank_that_is_killed_takes_the_other_along(pretrain_arguments, tmp_pat
                                    "--checkpoint.every_n_steps=4", "--checkpoint.at_epoch_end=auto")  # fmt: skip
     output, mark = tmp_path / "output.txt", f"MEDMIM_TEST={tmp_path}"
     with output.open("w") as file:
-        process = subprocess.Popen([sys.executable, *LAUNCHERS[launcher], *arguments], stdout=file, stderr=file,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1", **dict([mark.split("=", 1)])})
+        process = subprocess.Popen(
+            [sys.executable, *LAUNCHERS[launcher], *arguments],
+            stdout=file,
+            stderr=file,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **dict([mark.split("=", 1)])},
+        )
     try:
         saved = []
         wait_for(lambda: saved.extend(Path("runs").glob("e_mim/pretrain/*/checkpoints/last.ckpt"))
