@@ -9,6 +9,7 @@ import torch
 
 from common.checkpoint import load_encoder
 from common.downstream.encoder import mean_features, meet_encoder
+from common.errors import DataError
 from common.files import whole_file
 from common.runtime.data_config import Archive
 from common.runtime.reporting import print_line
@@ -21,6 +22,9 @@ def run(archive: Archive, ckpt: str, out: str) -> None:
 
     How channels were matched is logged, and kept in the file's metadata under ``channels``, as JSON.
     ``archive`` has all settings that training would have; ``ckpt`` is a run folder, a checkpoint or an export.
+
+    Raises:
+        DataError: the features of a case are not finite.
     """
     datamodule = archive.datamodule()
     datamodule.prepare_data()
@@ -37,6 +41,10 @@ def run(archive: Archive, ckpt: str, out: str) -> None:
         for batch in datamodule.central_samples((split,)):
             features = mean_features(encoder, batch["image"].to(device)).cpu()
             texts = [name.encode("utf-8", "backslashreplace").decode() for name in batch["subject_id"]]
+            finite = features.isfinite().all(1)
+            if not bool(finite.all()):
+                raise DataError(f"The features of {texts[int(finite.int().argmin())]} are not finite, so nothing is "
+                                f"written. Check its image (`medmim prepare`) and the encoder in {ckpt}.")  # fmt: skip
             names = zip(texts, features.tolist(), strict=True)
             rows += [{"subject_id": name, "split": split, "feature": feature} for name, feature in names]
     facts = {} if channels is None else {"channels": json.dumps(channels.facts())}

@@ -1,10 +1,12 @@
 """The order of samples as pure functions of seed and epoch, and a loader that knows its position."""
 
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -122,6 +124,13 @@ def _start_worker(worker_id: int) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    sys.excepthook = _quiet_without_a_reader
+
+
+def _quiet_without_a_reader(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Report an error in a worker, unless the process that it hands its batches to was killed meanwhile."""
+    if not isinstance(error, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _stop_workers(loader: DataLoader) -> None:

@@ -32,7 +32,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from common import entry
 from common.commands import execute
 from common.errors import UserError
-from common.files import make_folder, write_text
+from common.files import is_temporary, make_folder, write_text
 from common.runtime.configs import package_file, read_config
 from common.runtime.experiments import experiment_names
 from common.runtime.reporting import print_line
@@ -268,7 +268,8 @@ class Victim:
 
     def _again(self, folder: Path) -> list[str] | None:
         """Return what `make pretrain RESUME=` runs; None where nothing was saved."""
-        saved = [path.parent.parent for path in (folder / "runs").glob("*/*/*/checkpoints/*.ckpt")]
+        found = (folder / "runs").glob("*/*/*/checkpoints/*.ckpt")
+        saved = [path.parent.parent for path in found if not is_temporary(path.name)]
         if not saved:
             return None
         run = str(max(saved, key=lambda path: path.name))

@@ -126,7 +126,8 @@ def test_the_run_stops_at_the_next_look_with_one_sentence(capsys):
     assert len({id(t) for t in module.network.parameters()}) == 6
     with pytest.raises(NonFiniteError, match=r"step 13: the gradient is not finite, with the samples case 12"):
         train(Toy(OPTIMIZERS["AdamW"], "gradient"), loader(14, bad=(12,)), every=50)
-    train(Toy(OPTIMIZERS["AdamW"]), loader(14, bad=(12,)), forgiven=1)
+    trainer, _ = train(Toy(OPTIMIZERS["AdamW"]), loader(14, bad=(12,)), forgiven=1, every=7)
+    assert trainer.callback_metrics["throughput/skipped_steps"] == 1
     assert "skipped step 13: the loss (loss_square)" in capsys.readouterr().out
 
 

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 from torch.utils.data import Dataset
 
@@ -111,3 +113,21 @@ def test_the_refusal_of_a_worker_is_the_sentence_alone(workers):
         next(iter(loader))
     assert str(error.value) == "The cache cannot be written: no space."
     loader.close()
+
+
+class Hooks(Refused):
+    def __getitem__(self, draw):
+        for error in (ConnectionResetError("gone"), EOFError(), ValueError("another")):
+            sys.excepthook(type(error), error, None)
+        return sys.excepthook.__name__
+
+
+def test_workers_of_a_killed_process_print_no_traceback(capfd):
+    """The thread that hands tensors over met a connection that was reset, and reported it."""
+    loader = ResumableLoader(Hooks(), EvaluationBatches(2, 1, 1, 0, 1), list, 1)
+    assert next(iter(loader)) == ["_quiet_without_a_reader"]
+    loader.close()
+    printed = capfd.readouterr().err
+    assert "ValueError: another" in printed
+    assert "gone" not in printed
+    assert "EOFError" not in printed

@@ -32,13 +32,17 @@ def test_what_is_no_encoder_is_refused(tmp_path, capsys):
     timm_weights(tmp_path / "weights.pth")
     part = torch.load(tmp_path / "weights.pth", weights_only=True)["model"]
     torch.save({key: value for key, value in part.items() if key != "blocks.1.norm2.weight"}, tmp_path / "part.pth")
+    part["norm.bias"][7] = torch.nan
+    torch.save(part, tmp_path / "nan.pth")
     for name, more, message in (
         ("gone.pth", [], "There are no weights at"),
         ("other.pth", [], "holds no weights for this encoder"),
         ("part.pth", ["--num-heads", "3"], "lacks blocks.1.norm2.weight"),
+        ("nan.pth", ["--num-heads", "3"], "holds NaN or infinity in norm.bias"),
         ("weights.pth", [], "does not divide into 0 heads: give --num-heads"),
     ):
         given = ["convert", "--exp", "mrm_record", "--weights", str(tmp_path / name), "--out", str(tmp_path / "out")]
         with pytest.raises(SystemExit):
             commands.main([*given, *more])
         assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()

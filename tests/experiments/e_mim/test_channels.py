@@ -166,7 +166,8 @@ def kernel(module):
 
 def test_fine_tuning_starts_new_channels_as_the_mean(archive, pretrained, tmp_path):
     old = load_encoder(pretrained).patch_embed.proj.weight.unflatten(1, (4, -1))
-    module = built(segmentation(pretrained=str(pretrained)), with_regions(renamed(archive, tmp_path / "more", swi=True)))
+    more = with_regions(renamed(archive, tmp_path / "more", swi=True))
+    module = built(segmentation(pretrained=str(pretrained)), more)
     assert list(module.spec.channels) == ["flair", "t1", "t1c", "t2", "swi"]
     assert torch.equal(kernel(module)[:, :4], old[:, [2, 1, 0, 3]])
     assert torch.allclose(kernel(module)[:, 4], old.mean(1))
@@ -176,7 +177,8 @@ def test_fine_tuning_starts_new_channels_as_the_mean(archive, pretrained, tmp_pa
     assert list(some.spec.channels) == ["t2", "flair"]
     assert some.channel_report.dropped == ["t1c", "t1"]
     # Without such a choice they stay, as absent.
-    few = built(segmentation(pretrained=str(pretrained)), with_regions(renamed(archive, tmp_path / "less", "t2f", "t2w")))
+    less = with_regions(renamed(archive, tmp_path / "less", "t2f", "t2w"))
+    few = built(segmentation(pretrained=str(pretrained)), less)
     assert list(few.spec.channels) == ["t1", "t1c", "flair", "t2"]
     assert few.channel_report.absent == ["flair", "t2"]
 
