@@ -127,6 +127,17 @@ def _embed(parser: ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="Parquet file to write: subject_id, split, feature")
 
 
+def _evaluate_encoder(parser: ArgumentParser) -> None:
+    _archive(parser)
+    parser.add_argument("--ckpt", nargs="+", required=True, help="run folders, checkpoints or exports")
+    parser.add_argument("--out", required=True, help="folder to write")
+    scores = ("attentive", "linear", "knn")
+    parser.add_argument("--scores", nargs="+", default=list(scores), choices=scores,
+                        help="the first one is tested for differences (default: all three)")  # fmt: skip
+    parser.add_argument("--no-controls", dest="controls", action="store_false",
+                        help="leave out the untrained encoder, the histogram and the grid of colours")  # fmt: skip
+
+
 def _associate(parser: ArgumentParser) -> None:
     parser.add_argument("--features", required=True, help="Parquet file of medmim embed: subject_id, split, feature")
     parser.add_argument("--genotypes", required=True, help="PLINK prefix, .bed or .bgen; {chrom} stands for 1 to 22")
@@ -242,6 +253,11 @@ COMMANDS = {
         "common.from_run.evaluate", "score a fine-tuned run on its test split, without a configuration", _evaluate
     ),
     "embed": Command("common.embed.run", "write the features of every case to Parquet", _embed),
+    "evaluate-encoder": Command(
+        "common.sweeps.encoder_scores.run",
+        "score frozen encoders and controls on an archive's labels, side by side",
+        _evaluate_encoder,
+    ),
     "associate": Command(
         "datamodules.genetics.association.run",
         "test variants for association with image features",
