@@ -335,7 +335,7 @@ def check_subjects(instances: Iterable[Instance], subject: str | None) -> None:
         return
     if len(studies) == 1:
         (name,) = studies
-        raise DataError(f'every study has the PatientID "{name}", which an anonymiser may have written: set subject: '
+        raise DataError(f'Every study has the PatientID "{name}", which an anonymiser may have written: set subject: '
                         "study or folder (or patient, if it is one person).")  # fmt: skip
     if "" in studies:
         raise DataError(f"{len(studies[''])} studies have no PatientID: set subject: study or folder.")

@@ -128,10 +128,11 @@ def _lacking(index: DicomIndex, found: Understanding, settings: Settings) -> dic
         (first.modality, first.description.lower() or (first.echo_time, first.repetition_time, first.inversion_time))
         for first in (stack.first for stack in index.stacks if is_volume(stack))
     }
+    kinds = f"{len(volumes)} kind{'s' if len(volumes) > 1 else ''}"
     if volumes and not settings.series:
-        words["volumes"] = f"DICOM, {len(volumes)} kinds of series: run medmim init DIR first"
+        words["volumes"] = f"DICOM, {kinds} of series: run medmim init DIR first"
     elif volumes and not found.studies:
-        words["volumes"] = f"none of {len(volumes)} kinds of series is used ({_most(found)})"
+        words["volumes"] = f"None of {kinds} of series is used ({_most(found)})"
     frames = [stack.first.frames for stack in index.stacks if is_picture(stack) and stack.first.frames > 1]
     if frames and not found.pictures:
         words["images"] = f"{len(frames)} DICOM pictures hold {max(frames)} frames or fewer; frame: 0 takes one"

@@ -151,7 +151,7 @@ def test_real_dicom_is_looked_at(name, words, real_data, capsys):
 @pytest.mark.real_data
 @pytest.mark.parametrize(("name", "words"), [
     ("dicom_vendors", "subject: whose is a study?"), ("dicom_faults", "Nothing can be trained on"),
-    ("dicom_fmri_mosaic", "none of 4 kinds of series is used"),
+    ("dicom_fmri_mosaic", "None of 4 kinds of series is used"),
 ])  # fmt: skip
 def test_real_dicom_that_trains_nothing_says_why(name, words, real_data, capsys):
     assert init(real_data(name)) == 1

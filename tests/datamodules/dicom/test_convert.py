@@ -146,7 +146,7 @@ def test_a_real_dual_echo_equals_its_reference(real_data, tmp_path):
 @pytest.mark.real_data
 def test_real_vendors_are_refused_until_the_subject_is_said_and_equal_their_references(real_data, tmp_path):
     root = real_data("dicom_vendors")
-    with pytest.raises(ValueError, match='every study has the PatientID "dicom2nifti"'):
+    with pytest.raises(ValueError, match='Every study has the PatientID "dicom2nifti"'):
         read(root)
     rules = parse_rules([{"kind": "MR", "modality": "t1"}])
     studies = read(root, subject="study", rules=rules).studies

@@ -93,7 +93,7 @@ def test_volumes_train_only_where_rules_are_given(tmp_path):
 
 def test_rules_that_leave_nothing_are_said(tmp_path):
     write_series(tmp_path, range(12))
-    with pytest.raises(DataError, match=r"none of 1 kinds of series is used \(12 files left out under series: dull\)"):
+    with pytest.raises(DataError, match=r"None of 1 kind of series is used \(12 files left out under series: dull\)"):
         opened(tmp_path, series=parse_rules([{"description": ".", "ignore": "dull"}]))
     with pytest.raises(DataError, match=r"\(12 files series of fewer slices than min_slices\)"):
         opened(tmp_path, series=RULES, min_slices=20)
@@ -199,7 +199,7 @@ def test_of_a_tree_of_both_each_reads_its_own(tmp_path):
         noisy(tmp_path / f"t1_{number}", range(12), patient=f"P{number}", study=f"1.7.{number}")
         write_picture(tmp_path / f"{number}.dcm", number=number, patient=f"P{number}")
     assert len(opened(tmp_path, ("images",)).records) == 3
-    with pytest.raises(DataError, match="DICOM, 1 kinds of series: run medmim init DIR first"):
+    with pytest.raises(DataError, match="DICOM, 1 kind of series: run medmim init DIR first"):
         opened(tmp_path)
     datamodule = volumes(tmp_path, archive={"series": SERIES})
     assert len(datamodule.cases) == 3
@@ -209,7 +209,7 @@ def test_of_a_tree_of_both_each_reads_its_own(tmp_path):
 def test_one_patient_id_is_asked_about_and_may_be_answered(tmp_path):
     for number in range(2):
         write_series(tmp_path / f"s{number}", range(12), patient="ANON", study=f"1.7.{number}")
-    with pytest.raises(DataError, match='every study has the PatientID "ANON", which an anonymiser may have written: '
+    with pytest.raises(DataError, match='Every study has the PatientID "ANON", which an anonymiser may have written: '
                                         "set subject: study or folder"):  # fmt: skip
         opened(tmp_path, series=RULES)
     patients = {
@@ -363,7 +363,7 @@ def test_a_real_study_without_anatomy(real_data):
     root = real_data("dicom_fmri_mosaic")
     with pytest.raises(DataError, match="DICOM, 4 kinds of series: run medmim init DIR first"):
         opened(root)
-    with pytest.raises(DataError, match="none of 4 kinds of series is used") as error:
+    with pytest.raises(DataError, match="None of 4 kinds of series is used") as error:
         opened(root, series=default_rules())
     assert "8 files left out under series: series over time or direction" in str(error.value)
     assert len(str(error.value)) <= 300
@@ -392,7 +392,7 @@ def test_real_faults_in_the_data_module(real_data, capsys):
 def test_real_vendors_in_the_data_module(real_data, tmp_path):
     """Case 6: refused until ``subject`` is said; renamed files give equal volumes."""
     rules = [{"kind": "MR", "modality": "t1"}]
-    with pytest.raises(DataError, match='every study has the PatientID "dicom2nifti"'):
+    with pytest.raises(DataError, match='Every study has the PatientID "dicom2nifti"'):
         opened(real_data("dicom_vendors"), series=parse_rules(rules))
     renamed = tmp_path / "renamed"
     renamed.mkdir()

@@ -81,7 +81,7 @@ def test_a_rule_of_ones_own_wins_and_a_wrong_one_is_refused_in_a_sentence():
 
 def test_one_patient_id_over_several_studies_is_asked_about():
     two = [DEFAULTS._replace(patient_id="ANON", study_uid=uid) for uid in ("a", "b")]
-    with pytest.raises(DataError, match='every study has the PatientID "ANON"'):
+    with pytest.raises(DataError, match='Every study has the PatientID "ANON"'):
         check_subjects(two, None)
     check_subjects(two, "study")
     check_subjects(two[:1], None)
