@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.randomness import KeyedGenerator
+from common.runtime.precision import at_least_float32
+from common.types import InputSpec
 
 #: The side at which blur is given.
 _SIDE = 224
@@ -84,6 +86,15 @@ class ViewConfig:
             if not 0 < low <= high <= 1:
                 raise ValueError(f"`views.{name}` must be two rising shares in (0, 1], got {[low, high]}.")
 
+    @classmethod
+    def suiting(cls, spec: InputSpec) -> "ViewConfig":
+        """Return the settings that suit volumes, photographs such as fundi, or grey pictures."""
+        if len(spec.image_size) == 3:
+            return cls(intensity=0.8, gamma=0.8, blur=0.3, noise=0.3, drop=0.2, separate=True, background=True)
+        if "gray" in str(spec.preprocessing.get("intensity", "")):
+            return cls()
+        return cls(mirror=(1,), degrees=20.0, gamma=0.0, saturation=0.2)
+
     def check(self, channels: int) -> None:
         """Refuse settings that do not suit data of so many channels.
 
@@ -139,15 +150,16 @@ def resample(image: Tensor, begin: Tensor, length: Tensor, turn: Tensor, flip: T
         zeros: Whether 0 lies beyond the image; else its border goes on.
 
     Returns:
-        ``(B, C, *space)``, float32.
+        ``(B, C, *space)``, float32 (float64 stays).
     """
     size = torch.tensor(image.shape[2:], device=image.device, dtype=torch.float32)
     centre = 2 * begin + length - 1
     matrix = turn * size[None, None, :] / size[None, :, None] * (length * flip)[:, None, :]
     # grid_sample counts axes from the last one.
     theta = torch.cat([matrix.flip(1, 2), centre.flip(1)[:, :, None]], 2)
-    grid = F.affine_grid(theta, list(image.shape), align_corners=False)
-    return F.grid_sample(image.float(), grid, padding_mode="zeros" if zeros else "border", align_corners=False)
+    image = at_least_float32(image)
+    grid = F.affine_grid(theta, list(image.shape), align_corners=False).to(image.dtype)
+    return F.grid_sample(image, grid, padding_mode="zeros" if zeros else "border", align_corners=False)
 
 
 def _blurred(image: Tensor, sigma: Tensor) -> Tensor:
@@ -155,7 +167,7 @@ def _blurred(image: Tensor, sigma: Tensor) -> Tensor:
     radius = max(1, math.ceil(3 * 2 * max(image.shape[2:]) / _SIDE))
     steps = torch.arange(-radius, radius + 1, device=image.device)
     kernel = (-0.5 * (steps / sigma.clamp(min=1e-3)[:, None]) ** 2).exp()
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(image.shape[1], 0)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).to(image.dtype).repeat_interleave(image.shape[1], 0)
     x = image.flatten(0, 1)[None]
     convolve, dims = (F.conv2d, 2) if image.ndim == 4 else (F.conv3d, 3)
     for axis in range(dims):
@@ -228,7 +240,7 @@ def two_views(image: Tensor, keys: Tensor, config: ViewConfig, modality_mask: Te
         modality_mask: bool ``(B, C)``, True = acquired; None: all are.
 
     Returns:
-        The views u and v, float32.
+        The views u and v, float32 (float64 stays).
     """
     batch, channels, *space = image.shape
     dims = len(space)

@@ -8,8 +8,8 @@ from common.distributed import all_gather_cat, all_gather_rows, all_reduce_sum, 
 from common.runtime.precision import at_least_float32
 
 
-def _check(temperature: float) -> None:
-    if temperature <= 0:
+def _check(temperature: float | Tensor) -> None:
+    if not isinstance(temperature, Tensor) and temperature <= 0:
         raise ValueError(f"`temperature` must be positive, got {temperature}.")
 
 
@@ -25,7 +25,7 @@ def similarities(a: Tensor, b: Tensor) -> Tensor:
     return F.normalize(a.to(dtype), dim=1) @ F.normalize(b.to(dtype), dim=1).T
 
 
-def symmetric_info_nce(a: Tensor, b: Tensor, temperature: float, sync: bool = True) -> Tensor:
+def symmetric_info_nce(a: Tensor, b: Tensor, temperature: float | Tensor, sync: bool = True) -> Tensor:
     """Symmetric InfoNCE (van den Oord et al. 2018; both directions as in CLIP, Radford et al. 2021).
 
     Rows are L2-normalised; with ``s_ij = a_i . b_j / temperature`` it is the mean of the cross-entropies of the rows of
@@ -35,7 +35,7 @@ def symmetric_info_nce(a: Tensor, b: Tensor, temperature: float, sync: bool = Tr
     Args:
         a: ``(B, D)``, one view of each sample.
         b: ``(B, D)``, the other view, in the same order.
-        temperature: Above 0.
+        temperature: Above 0; a tensor where it is learned.
         sync: Whether rows of the other ranks, which must hold equally many, are negatives too.
 
     Returns:
