@@ -13,6 +13,7 @@ from common.cli import execute
 from common.errors import PreemptedError
 from common.module import SSLModule
 from datamodules.synthetic.fundus import write_idrid
+from datamodules.synthetic.reports import write_mimic_cxr
 
 pytestmark = pytest.mark.slow
 
@@ -120,3 +121,18 @@ def test_resumed_equals_uninterrupted(line, monkeypatch, method, dims, more):
     folder = max(Path("runs/baselines/pretrain").iterdir(), key=lambda path: path.stat().st_mtime)
     execute([*arguments, "--ckpt_path", str(folder)])
     assert max(float((value - weights(folder)[key]).abs().max()) for key, value in whole.items()) == 0.0
+
+
+def test_images_with_texts(tmp_path):
+    """The words that other methods hide are put back, and the temperature is learned."""
+    write_mimic_cxr(tmp_path / "mimic", 12, seed=0, size=(72, 80))
+    folder = execute(
+        ["fit", "--config", str(CONFIGS / "clip.yaml"), f"--data.root={tmp_path / 'mimic'}", *ENCODER, *TRAINER,
+         "--data.image.size=[32,32]", "--data.cache.side=40", "--data.batch_size=4", "--data.num_workers=0",
+         "--data.text.vocab_size=300", "--data.text.length=40", "--model.text.dim=24", "--model.text.depth=1",
+         "--model.text.num_heads=2", "--trainer.max_epochs=1"]
+    )  # fmt: skip
+    scalars = json.loads((folder / "summary.json").read_text())["scalars"]
+    assert {"val/loss_contrast", "val/retrieval_accuracy", "val/temperature", "collapse/image_rank"} <= scalars.keys()
+    assert load_encoder(folder).num_features == 24
+    assert weights(folder)["network.log_scale"].item() != pytest.approx(2.6592600, abs=1e-7)
