@@ -94,6 +94,15 @@ def highest(value: int) -> int:
     return int(tensor.item())
 
 
+def highest_value(x: Tensor) -> Tensor:
+    """Return the elementwise maximum of all ranks' tensors, without a gradient."""
+    if world_size() == 1:
+        return x.detach()
+    result = x.detach().clone()
+    dist.all_reduce(result, op=dist.ReduceOp.MAX)
+    return result
+
+
 def agree(flag: bool) -> bool:
     """Return whether any rank raised its flag."""
     return bool(highest(int(flag)))

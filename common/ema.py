@@ -1,4 +1,4 @@
-"""A teacher whose weights are a moving average of a student's."""
+"""A teacher whose weights are a moving average of a student's, and the moving mean of its outputs."""
 
 import copy
 from collections.abc import Mapping
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.distributed import all_reduce_sum
 from common.errors import CheckpointError
 
 
@@ -61,18 +62,19 @@ class EMATeacher(nn.Module):
         self._copy_buffers(student)
 
     @torch.no_grad()
-    def update(self, student: nn.Module, hold: Tensor | None = None) -> None:
+    def update(self, student: nn.Module, hold: Tensor | None = None, decay: float | None = None) -> None:
         """Move towards the student's weights by one step; buffers are copied.
 
         Args:
             student: The network.
             hold: 1 where the student's step was held back, so that the teacher stays as it is, else 0, on the device.
+            decay: Decay of this step, where it follows a schedule; None: the teacher's own.
         """
         mine, theirs = self._pairs(student)
         theirs = [x.to(m.dtype) for x, m in zip(theirs, mine, strict=True)]
         if hold is not None:
             theirs = [torch.where(hold > 0, m, x) for x, m in zip(theirs, mine, strict=True)]
-        torch._foreach_lerp_(mine, theirs, 1 - self.decay)
+        torch._foreach_lerp_(mine, theirs, 1 - (self.decay if decay is None else decay))
         self._copy_buffers(student)
 
     @torch.no_grad()
@@ -86,6 +88,49 @@ class EMATeacher(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the averaged network."""
         return self.module(*args, **kwargs)
+
+
+class MovingCentre(nn.Module):
+    """The moving mean of a teacher's outputs, over all ranks and micro-batches (DINO, Caron et al. 2021, Eq. 4).
+
+    Sums and counts are added up as batches come; :meth:`move` is called once per optimiser step, after the loss has
+    seen the old centre. It is part of its parent's ``state_dict``.
+
+    Args:
+        width: Length of an output.
+        momentum: Share of the old centre that is kept in a step.
+    """
+
+    value: Tensor
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, width: int, momentum: float = 0.9) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("value", torch.zeros(width))
+        self.register_buffer("total", torch.zeros(width), persistent=False)
+        self.register_buffer("count", torch.zeros(()), persistent=False)
+
+    @torch.no_grad()
+    def add(self, rows: Tensor) -> None:
+        """Take in the outputs ``(..., width)`` of a batch."""
+        self.total += rows.detach().to(self.total).flatten(0, -2).sum(0)
+        self.count += rows.shape[:-1].numel()
+
+    @torch.no_grad()
+    def move(self, hold: Tensor | None = None) -> None:
+        """Move towards the mean of what came in since the last step; stay where nothing did.
+
+        Args:
+            hold: 1 where the student's step was held back, so that the centre stays as it is, else 0, on the device.
+        """
+        total, count = all_reduce_sum(self.total), all_reduce_sum(self.count)
+        new = self.value.lerp(total / count.clamp(min=1), 1 - self.momentum)
+        moves = count > 0 if hold is None else (count > 0) & (hold == 0)
+        self.value.copy_(torch.where(moves, new, self.value))
+        self.total.zero_()
+        self.count.zero_()
 
 
 def need_teacher(state: Mapping[str, Tensor], prefix: str) -> None:

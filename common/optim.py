@@ -123,6 +123,14 @@ class WarmupLinear(WarmupSchedule):
         return 1 - progress
 
 
+def cosine_between(start: float, end: float, progress: float) -> float:
+    """Return a value that runs from ``start`` to ``end`` along half a cosine while ``progress`` runs from 0 to 1.
+
+    It is a function of the step alone, such as of a teacher's momentum (BYOL, Grill et al. 2020, section 3.3).
+    """
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """How a module's weights are updated.

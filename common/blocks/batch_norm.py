@@ -8,16 +8,16 @@ from common.distributed import all_reduce_sum, world_size
 from common.runtime.precision import at_least_float32
 
 
-class GlobalBatchNorm3d(nn.BatchNorm3d):
-    """``nn.BatchNorm3d`` whose training statistics are those of all ranks' samples together, with their gradient.
+class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Training statistics of all ranks' samples together, with their gradient.
 
-    ``nn.SyncBatchNorm`` does the same on GPUs alone. On one rank this is ``nn.BatchNorm3d``. Ranks may hold different
-    numbers of voxels. A forward pass that is repeated inside the backward pass (activation checkpointing) leaves the
-    running statistics alone, so that they count every step once.
+    ``nn.SyncBatchNorm`` does the same on GPUs alone. On one rank this is torch's own. Ranks may hold different numbers
+    of samples. A forward pass that is repeated inside the backward pass (activation checkpointing) leaves the running
+    statistics alone, so that they count every step once.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise ``(B, C, H, W, D)`` per channel."""
+        """Normalise ``(B, C, ...)`` per channel."""
         if not self.training:
             return super().forward(input)
         repeated = torch._C._current_graph_task_id() != -1
@@ -34,11 +34,12 @@ class GlobalBatchNorm3d(nn.BatchNorm3d):
     def _over_ranks(self, input: Tensor, repeated: bool) -> Tensor:
         with torch.autocast(input.device.type, enabled=False):
             x = at_least_float32(input)
-            axes = (0, 2, 3, 4)
+            axes = [axis for axis in range(x.ndim) if axis != 1]
+            shape = [1, -1] + [1] * (x.ndim - 2)
             count = torch.full((1,), float(x.numel() // x.shape[1]), dtype=x.dtype, device=x.device)
             sums = all_reduce_sum(torch.cat([x.sum(axes), count]))
             total, mean = sums[-1], sums[:-1] / sums[-1]
-            centred = x - mean[None, :, None, None, None]
+            centred = x - mean.view(shape)
             # A second sum instead of the mean of squares: no difference of large numbers.
             var = all_reduce_sum(centred.square().sum(axes)) / total
             if not repeated and self.running_mean is not None and self.running_var is not None:
@@ -48,5 +49,15 @@ class GlobalBatchNorm3d(nn.BatchNorm3d):
                     self.running_var.lerp_((var * total / (total - 1)).to(self.running_var), factor)
                     if self.num_batches_tracked is not None:
                         self.num_batches_tracked.add_(1)
-            scale = self.weight * (var + self.eps).rsqrt()
-            return (centred * scale[None, :, None, None, None] + self.bias[None, :, None, None, None]).to(input.dtype)
+            result = centred * (var + self.eps).rsqrt().view(shape)
+            if self.affine:
+                result = result * self.weight.view(shape) + self.bias.view(shape)
+            return result.to(input.dtype)
+
+
+class GlobalBatchNorm1d(_GlobalBatchNorm, nn.BatchNorm1d):
+    """``nn.BatchNorm1d`` over the samples of all ranks, of ``(B, C)`` or ``(B, C, L)``."""
+
+
+class GlobalBatchNorm3d(_GlobalBatchNorm, nn.BatchNorm3d):
+    """``nn.BatchNorm3d`` over the samples of all ranks, of ``(B, C, H, W, D)``."""

@@ -20,14 +20,18 @@ from common.errors import CheckpointError
 #: Modules of this project with encoders, imported when a file asks for one of them.
 HOMES = (
     "common.blocks.vit",
+    "common.blocks.modality_vit",
     "common.blocks.uniformer",
     "common.blocks.residual_unet",
     "experiments.umd.encoder",
-    "experiments.mrm_record.baselines",
-    "experiments.mrm_genetics.baselines",
+    "experiments.baselines.controls",
 )
 #: Encoders that have moved since some files were written: the recorded name and the current one.
-_MOVED = {"experiments.umd.encoder.UMDEncoder": "experiments.umd.encoder.UMDEncoder"}
+_MOVED = {
+    "experiments.umd.encoder.UMDEncoder": "experiments.umd.encoder.UMDEncoder",
+    "experiments.mrm_record.baselines.GrayHistogram": "experiments.baselines.controls.GreyHistogram",
+    "experiments.mrm_genetics.baselines.ColourGrid": "experiments.baselines.controls.ColourGrid",
+}
 #: An upper bound on any size or count of an encoder.
 _LARGEST = 2**24
 

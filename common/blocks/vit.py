@@ -117,6 +117,10 @@ class VisionTransformer(nn.Module):
         self.set_drop_path(drop_path)
         self.norm = nn.LayerNorm(embed_dim, norm_eps)
         self.apply(init_transformer_weights)
+        self.add_parameters()
+
+    def add_parameters(self) -> None:
+        """Make what a subclass needs besides; it takes the same arguments, which files name."""
 
     @property
     def grid_size(self) -> tuple[int, ...]:

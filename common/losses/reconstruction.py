@@ -45,3 +45,14 @@ def masked_mse(pred: Tensor, target: Tensor, mask: Tensor, sync: bool = True) ->
     if sync:
         total, count = all_reduce_sum(total), all_reduce_sum(count)
     return total / count.clamp(min=1)
+
+
+def masked_l1(pred: Tensor, target: Tensor, mask: Tensor, sync: bool = True) -> Tensor:
+    """Mean absolute error over hidden entries (SimMIM, Xie et al. 2022); otherwise as :func:`masked_mse`."""
+    with torch.autocast(pred.device.type, enabled=False):
+        pred = at_least_float32(pred)
+        error, weight = (pred - target.to(pred.dtype)).abs().mean(-1), mask.to(pred.dtype)
+        total, count = (error * weight).sum(), weight.sum()
+    if sync:
+        total, count = all_reduce_sum(total), all_reduce_sum(count)
+    return total / count.clamp(min=1)

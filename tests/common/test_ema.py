@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from common.ema import EMATeacher, need_teacher
+from common.ema import EMATeacher, MovingCentre, need_teacher
 from common.errors import CheckpointError
+from common.optim import cosine_between
 
 
 def student_of(value=0.0):
@@ -67,3 +68,43 @@ def test_refusals():
     with pytest.raises(CheckpointError, match="holds no teacher"):
         need_teacher({"network.encoder.weight": torch.zeros(1)}, "network.teacher.")
     need_teacher({"network.teacher.module.weight": torch.zeros(1)}, "network.teacher.")
+
+
+def test_momentum_of_the_specification():
+    assert [cosine_between(0.996, 1.0, progress) for progress in (0, 0.5, 1, 2)] == pytest.approx([0.996, 0.998, 1, 1])
+    student = student_of()
+    teacher = EMATeacher(student, 0.9)
+    student[0].weight.data.fill_(1.0)
+    teacher.update(student, decay=0.75)
+    assert teacher.module[0].weight[0, 0].item() == pytest.approx(0.25)
+
+
+ROWS = torch.tensor([[1.0, 0, -1], [0.5, 0.5, 0], [0, 1, 0], [1, 0, 0.5]])
+
+
+def moved(rows, micro_batches):
+    centre = MovingCentre(3)
+    centre.value.copy_(torch.tensor([0.1, 0, -0.1]))
+    for part in rows.chunk(micro_batches):
+        centre.add(part)
+    centre.move()
+    return centre.value.clone(), centre
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+def test_centre_of_the_specification(micro_batches):
+    value, centre = moved(ROWS, micro_batches)
+    assert value.tolist() == pytest.approx([0.1525, 0.0375, -0.1025], abs=1e-6)
+    centre.move()
+    assert torch.equal(centre.value, value), "nothing came in"
+    assert set(centre.state_dict()) == {"value"}
+
+
+def centre_value(rows):
+    return moved(rows, 1)[0]
+
+
+@pytest.mark.ddp
+def test_centres_of_two_ranks(rank_pool):
+    for value in rank_pool.run(centre_value, [(ROWS[:1],), (ROWS[1:],)]):
+        assert torch.allclose(value, torch.tensor([0.1525, 0.0375, -0.1025]), atol=1e-6)

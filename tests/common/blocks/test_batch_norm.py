@@ -1,9 +1,11 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common.blocks.batch_norm import GlobalBatchNorm3d
+from common.blocks.batch_norm import GlobalBatchNorm1d, GlobalBatchNorm3d
 from common.distributed import all_reduce_sum, loss_and_gradient
 
 
@@ -53,3 +55,29 @@ def test_two_ranks_equal_one(rank_pool):
     for value, part_gradient in rank_pool.run(loss_and_gradient, jobs):
         assert value.item() == pytest.approx(whole.item(), rel=1e-10)
         assert torch.allclose(part_gradient, gradient, rtol=1e-8, atol=1e-10)
+
+
+def test_vectors_on_one_rank():
+    ours, theirs = GlobalBatchNorm1d(3, affine=False), nn.BatchNorm1d(3, affine=False)
+    x = torch.randn(5, 3)
+    assert torch.equal(ours(x), theirs(x))
+
+
+def normalised_vectors(x, affine):
+    norm = GlobalBatchNorm1d(x.shape[-1], affine=affine).to(x.dtype)
+    return (norm(x) ** 3).sum(1).mean()
+
+
+def mean_over_ranks(x, affine):
+    return all_reduce_sum(normalised_vectors(x, affine)) / 2
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("affine", [True, False])
+def test_vectors_on_two_ranks(rank_pool, affine):
+    x, weight = torch.randn(8, 3).double(), torch.randn(3, 3).double()
+    whole, gradient = loss_and_gradient(normalised_vectors, {"x": x}, ["x"], weight, affine=affine)
+    jobs = [(partial(mean_over_ranks, affine=affine), {"x": part}, ["x"], weight) for part in x.chunk(2)]
+    for value, part_gradient in rank_pool.run(loss_and_gradient, jobs):
+        assert value.item() == pytest.approx(whole.item(), abs=1e-9)
+        assert torch.allclose(part_gradient, gradient, atol=1e-9)

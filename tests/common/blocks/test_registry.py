@@ -25,7 +25,8 @@ def test_every_encoder_with_a_config_is_registered_and_has_its_home_in_the_list(
     found = {(home, name) for home in HOMES for name, cls in vars(importlib.import_module(home)).items()
              if isinstance(cls, type) and hasattr(cls, "forward_features") and cls.__module__ == home}  # fmt: skip
     assert {name for _, name in found} == {
-        "VisionTransformer", "UniFormer3D", "ResidualUNetEncoder", "UMDEncoder", "GrayHistogram", "ColourGrid"
+        "VisionTransformer", "UniFormer3D", "ResidualUNetEncoder", "UMDEncoder", "GreyHistogram", "ColourGrid",
+        "ModalityTransformer", "MajorityClass"
     }  # fmt: skip
     for home, name in found:
         assert find_encoder(f"{home}.{name}").__name__ == name

@@ -19,7 +19,7 @@ from common.downstream.classification import (
 )
 from common.errors import UserError
 from common.types import InputSpec
-from experiments.mrm_record.baselines import GrayHistogram
+from experiments.baselines.controls import ColourGrid, GreyHistogram, MajorityClass
 
 
 def small_vit(channels=3, size=(16, 16), **more):
@@ -107,9 +107,16 @@ def test_data_without_classes_are_refused():
 
 
 def test_a_histogram_counts_pixels():
-    encoder = GrayHistogram(3, (4, 4), bins=4, limits=(0.0, 1.0))
+    encoder = GreyHistogram(3, (4, 4), bins=4, limits=(0.0, 1.0), channels="mean")
     image = torch.tensor([0.1, 0.1, 0.3, 1.0]).reshape(1, 1, 2, 2).expand(1, 3, 2, 2)
     assert encoder.forward_features(image).tolist() == [[[0.5, 0.25, 0.0, 0.25]]]
+    volume = torch.stack([torch.zeros(4, 4, 4), torch.ones(4, 4, 4)])[None]
+    each = GreyHistogram(2, (4, 4, 4), bins=2, limits=(0.0, 1.0))
+    assert each.forward_features(volume).tolist() == [[[1, 0, 0, 1]]]
+    cells = ColourGrid(2, (8, 8, 8))
+    assert cells.forward_features(volume).shape == (1, 1, cells.num_features)
+    assert ColourGrid(3, (16, 16)).num_features == 192
+    assert MajorityClass(2, (4, 4, 4)).forward_features(volume).tolist() == [[[1]]]
 
 
 @pytest.fixture(scope="module")

@@ -167,7 +167,8 @@ def test_images_alone_and_the_baselines(arguments, refusal):
     line[3:3] = ["--config", str(CONFIGS / "tau0.yaml")]
     zeroed = [value["final"] for name, value in scalars_of(execute(line)).items() if "zeroed" in name]
     assert zeroed == [0.0] * 4
-    contig = ["fit", "--config", str(CONFIGS / "contig.yaml"), line[5], *ENCODER, *GENOME, *DATA, *TRAINER,
+    contig = ["fit", "--config", "experiments/baselines/configs/contig.yaml",
+              line[5], *ENCODER, *GENOME, *DATA, *TRAINER,
               "--trainer.max_steps=2", "--data.genome.step=8"]  # fmt: skip
     folder = execute(contig)
     assert {"val/loss_contrast", "val/retrieval_accuracy", "collapse/effective_rank"} <= scalars_of(folder).keys()
