@@ -92,9 +92,14 @@ class Baseline(SSLModule[Any]):
         """Return which channels of volumes were acquired, bool ``(B, C)``; None for pictures, which have them all."""
         return batch["modality_mask"].bool() if batch["image"].ndim == 5 else None
 
+    def images(self, batch: Any) -> Tensor:
+        """Return the images of a batch; a single channel stands for all."""
+        image: Tensor = batch["image"]
+        return image.expand(-1, self.encoder.patch_embed.in_channels, *image.shape[2:])
+
     def token_features(self, batch: Any) -> TokenFeatures:
         """Encode whole samples; positions where every channel is 0, such as air, are left out."""
-        encoder, image = self.encoder, batch["image"]
+        encoder, image = self.encoder, self.images(batch)
         tokens = encoder.forward_features(image)[:, encoder.num_prefix_tokens :]
         return TokenFeatures({"final": tokens}, (encoder.patch_embed.patchify(image) != 0).any(2))
 
@@ -109,7 +114,7 @@ class Unreconstructed(Baseline):
 
     def reconstruction_target(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return the image's patches; none of them is a target."""
-        patches = self.encoder.patch_embed.patchify(batch["image"]).float()
+        patches = self.encoder.patch_embed.patchify(self.images(batch)).float()
         return patches, torch.zeros_like(patches[..., 0], dtype=torch.bool)
 
     def panels(self, batch: Any, output: Reconstruction, index: int) -> dict[str, Panel]:

@@ -21,8 +21,7 @@ from experiments.baselines.base import EncoderFactory, Unreconstructed, pooled
 
 #: Makes a genome encoder with ``tokens``, ``blocks`` and ``norm`` from (features by kind, width, heads).
 GenomeFactory = Callable[[Mapping[str, int], int, int], nn.Module]
-#: Makes a text encoder from (size of the vocabulary, longest text).
-TextFactory = Callable[[int, int], "TextEncoder"]
+#: The inverse of the temperature at most.
 _LARGEST_SCALE = 100.0
 
 
@@ -58,6 +57,10 @@ class TextEncoder(nn.Module):
             assert isinstance(block, TransformerBlock)
             x = block.transform(x, real)
         return self.norm(x)[:, 0]
+
+
+#: Makes the text encoder from (size of the vocabulary, longest text).
+TextFactory = Callable[[int, int], TextEncoder]
 
 
 class ImageTextNetwork(nn.Module):
@@ -135,7 +138,7 @@ class CLIPPretrain(Unreconstructed):
         """Compute the loss of one batch; words that were hidden for other methods are put back."""
         counted = self.check_samples(len(batch["image"]), sync)
         ids = torch.where(batch["labels"] >= 0, batch["labels"], batch["input_ids"])
-        image, text, scale = self.network(batch["image"], ids, batch["attention_mask"])
+        image, text, scale = self.network(self.images(batch), ids, batch["attention_mask"])
         loss = symmetric_info_nce(image, text, 1 / scale, sync)
         samples = float(len(image)) if counted else 0.0
         accuracy = retrieval_accuracy(image.detach(), text.detach())
