@@ -5,7 +5,6 @@ test cases scored. What such a number of test patients can decide stands above t
 """
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,18 +171,21 @@ def _score(arm: Arm, scores: Sequence[str], folder: Path, choices: dict[str, dic
 
 
 def _power(datamodule: Any, arms: int) -> str:
-    """Say what the test patients can decide, before anything has run."""
-    positive: dict[str, bool] = {}
-    for case in datamodule.splits["test"]:
-        targets = [target for target in getattr(case, "targets", ()) if not math.isnan(target)]
-        # Of ordinal columns all patients reach the first.
-        positive[case.patient_id] = positive.get(case.patient_id, False) or sum(targets) > len(targets) / 2
-    positives = sum(positive.values())
-    if not 0 < positives < len(positive):
-        return f"{len(positive)} test patients"
-    least = ExpectedAUROC(positives, len(positive) - positives).smallest_difference(arms)
-    return (f"{len(positive)} test patients ({positives} with most labels positive): differences below about "
-            f"{least:.2f} AUROC cannot be told from chance here")  # fmt: skip
+    """Say what the test patients can decide, before anything has run: by the column of labels that is best balanced."""
+    cases = datamodule.splits["test"]
+    patients = len({case.patient_id for case in cases})
+    counts = []
+    for column in zip(*(getattr(case, "targets", ()) for case in cases), strict=False):
+        of = [
+            {case.patient_id for case, label in zip(cases, column, strict=True) if label == value} for value in (1, 0)
+        ]
+        counts.append((len(of[0]), len(of[1] - of[0])))
+    positives, negatives = max(counts, key=min, default=(0, 0))
+    if not min(positives, negatives):
+        return f"{patients} test patients"
+    least = ExpectedAUROC(positives, negatives).smallest_difference(arms)
+    return (f"{patients} test patients ({positives} positive, {negatives} negative where it is most even): differences "
+            f"below about {least:.2f} AUROC cannot be told from chance here")  # fmt: skip
 
 
 def compare(results: dict[str, Result], score: str, reference: str = _RANDOM) -> list[dict[str, Any]]:
