@@ -1,4 +1,4 @@
-"""Checkpoints: finding them, reading them safely, and carrying an encoder into another network."""
+"""Checkpoints: finding them, reading them safely, and transferring an encoder to another network."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from common.weights.timm_keys import from_timm
 
 
 def resolve_checkpoint(path: str | Path, prefer: str = "best") -> Path:
-    """Find the checkpoint file that a path means.
+    """Find the checkpoint file for a path.
 
     Args:
         path: A file, a run folder or its ``checkpoints`` folder.
@@ -46,7 +46,7 @@ def resolve_checkpoint(path: str | Path, prefer: str = "best") -> Path:
 
 
 def run_tokenizer(source: Path) -> Path | None:
-    """Return the tokenizer that a run kept beside its checkpoints; None where it kept none."""
+    """Return the tokenizer saved with a run's checkpoints; None if there is none."""
     folders = (source, source.parent, source.parent.parent)
     return next((path for folder in folders if (path := folder / "tokenizer.json").is_file()), None)
 
@@ -61,7 +61,7 @@ def read_checkpoint(path: str | Path, prefer: str = "best") -> dict[str, Any]:
 
 
 def stored_membership(path: str | Path) -> dict[str, Any] | None:
-    """Return who was in which split of the run that wrote a checkpoint; None where it does not say, as exports do not.
+    """Return the members of the splits of a checkpoint's run; None if they are not stored, as in exports.
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -76,7 +76,7 @@ def check_shapes(loaded: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
     """Compare a state dict with the network's.
 
     Raises:
-        CheckpointError: keys or shapes differ; names the first and how many.
+        CheckpointError: keys or shapes differ; the message names the first and their number.
     """
     problems = [f"{key} is {tuple(value.shape)} there and {tuple(wanted[key].shape)} here"
                 for key, value in loaded.items() if key in wanted and value.shape != wanted[key].shape]  # fmt: skip
@@ -110,9 +110,9 @@ def encoder_record(module: nn.Module, spec: InputSpec) -> dict[str, Any]:
 
 
 class StoredEncoder(NamedTuple):
-    """An encoder as a file holds it: how to build it, its weights, what its input was, and the weights beside it.
+    """An encoder read from a file: how to build it, its weights, its input, and further weights.
 
-    ``channels`` are canonical names, ``names`` what the archive it was trained on calls them; empty: the same.
+    ``channels`` are canonical names, ``names`` those of the archive it was trained on; empty: the same.
     """
 
     class_path: str
@@ -131,7 +131,7 @@ def read_encoder(path: str | Path) -> StoredEncoder:
         CheckpointError: the file holds no encoder of ours.
     """
     stored = _read_export(Path(path)) if (Path(path) / "config.json").is_file() else _read_run(path)
-    # Older files hold the archive's names alone.
+    # Older files hold only the archive's names.
     return stored._replace(channels=list(canonical_channels(stored.channels)), names=stored.names or stored.channels)
 
 
@@ -150,16 +150,16 @@ def _read_run(path: str | Path) -> StoredEncoder:
 
 
 def part(record: Any, name: str, kind: Any, source: str | Path) -> Any:
-    """Return an entry of what a file says of its encoder.
+    """Return an entry of a file's description of its encoder.
 
     Args:
-        record: What the file says.
+        record: The description.
         name: The entry.
         kind: What it must be: a type, or a declaration that :func:`~common.blocks.registry.fits` knows.
         source: The file.
 
     Raises:
-        CheckpointError: there is none, or it is of another kind.
+        CheckpointError: the entry is missing, or of another kind.
     """
     value = record.get(name) if isinstance(record, Mapping) else None
     if not (isinstance(value, Mapping) if kind is Mapping else fits(value, kind)):
@@ -175,17 +175,17 @@ def stored_encoder(
     source: str | Path,
     rest: Mapping[str, Tensor] | None = None,
 ) -> StoredEncoder:
-    """Put an encoder together from what a file says of it.
+    """Assemble an encoder from a file's description.
 
     Args:
         record: ``class_path`` and ``init_args``.
         about: ``channels``, ``preprocessing`` and, from younger files, the archive's ``names`` of the channels.
         state: The encoder's weights.
         source: The file.
-        rest: Weights beside them.
+        rest: Further weights.
 
     Raises:
-        CheckpointError: what it says is incomplete or names no encoder of this project, or its weights are not finite.
+        CheckpointError: the description is incomplete or names no encoder of this project, or weights are not finite.
     """
     path = part(record, "class_path", str, source)
     arguments = {name: value for name in ("in_channels", "image_size")
@@ -264,13 +264,13 @@ def transfer_encoder(
 
     Learned positions are resampled to the new grid; the first kernel, which an encoder's ``input_kernel`` names,
     follows the channels' canonical names (:func:`common.weights.channels.fit_kernel`). Encoders that define
-    ``adapt_state(state, stored arguments)`` map their own keys and say what they changed.
+    ``adapt_state(state, stored arguments)`` map their own keys and report the changes.
 
     Args:
         stored: The weights.
-        encoder: Where they go; must have ``config``.
+        encoder: The target; must have ``config``.
         channels: Names of the new input's channels; None takes the first ones to be the same.
-        new_channels: What channels that are not stored start as; ``"refuse"`` is for encoders that stay frozen.
+        new_channels: Initial weights of channels that are not stored; ``"refuse"`` is for frozen encoders.
 
     Raises:
         CheckpointError: a channel is not stored and must be, or another key differs in shape.
@@ -283,7 +283,7 @@ def transfer_encoder(
         return _load(encoder, state, adapted)
     key = getattr(encoder, "input_kernel", "patch_embed.proj.weight")
     if key not in state or key not in wanted:
-        raise CheckpointError(f"The weights of the encoder lack {key}: they are not whole, or of another encoder.")
+        raise CheckpointError(f"The weights of the encoder lack {key}: they are incomplete, or of another encoder.")
     old = Channels(stored.init_args["in_channels"], stored.channels or None, stored.names)
     new = Channels(config["in_channels"], None if channels is None else canonical_channels(channels))
     kernel, report = fit_kernel(state[key], wanted[key], old, new, new_channels)
@@ -303,7 +303,7 @@ def transfer_encoder(
 
 
 def _load(encoder: nn.Module, state: Mapping[str, Tensor], adapted: dict[str, str]) -> LoadReport:
-    """Load what has a place in ``encoder`` and report on the rest.
+    """Load the weights that fit ``encoder`` and report on the rest.
 
     Raises:
         CheckpointError: a key differs in shape.
@@ -324,11 +324,11 @@ def read_foreign(path: str | Path, class_token: bool = True) -> dict[str, Tensor
     """Read the weights of a ViT from a file of MAE, of timm, or of the published code of masked record modeling.
 
     Args:
-        path: A ``.safetensors`` file, or one of ``torch.save`` that holds tensors and plain values alone.
+        path: A ``.safetensors`` file, or one of ``torch.save`` that holds only tensors and plain values.
         class_token: Whether the encoder they are for has a class token.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or no ViT.
+        CheckpointError: the file is missing, damaged, or not a ViT.
     """
     path = Path(path)
     if not path.is_file():
@@ -346,11 +346,11 @@ def init_encoder(encoder: nn.Module, path: str | Path) -> LoadReport:
     """Start an image encoder from the weights of MAE, of timm, or of the published code of masked record modeling.
 
     Args:
-        encoder: Where they go; must have ``config``.
-        path: A ``.safetensors`` file, or one of ``torch.save`` that holds tensors and plain values alone.
+        encoder: The target; must have ``config``.
+        path: A ``.safetensors`` file, or one of ``torch.save`` that holds only tensors and plain values.
 
     Raises:
-        CheckpointError: the file is missing, damaged, no ViT, or of another shape.
+        CheckpointError: the file is missing, damaged, not a ViT, or of another shape.
     """
     config: Mapping[str, Any] = encoder.config  # type: ignore[assignment]
     state = read_foreign(path, class_token=bool(config.get("class_token")))
@@ -382,8 +382,8 @@ def load_encoder(
         in_channels: Channels of the new input; None keeps the pre-training's.
         image_size: Size of the new input; None keeps the pre-training's. Positions are resampled.
         channels: Names of the new input's channels, to match them by name instead of by position.
-        settings: Arguments of the encoder that take the place of pre-training's, such as a rate of dropout.
-        new_channels: What channels start as that the encoder was not trained on; see :func:`transfer_encoder`.
+        settings: Arguments of the encoder that override those of pre-training, such as a dropout rate.
+        new_channels: Initial weights of channels that the encoder was not trained on; see :func:`transfer_encoder`.
 
     Returns:
         A module with ``num_features`` and ``forward_features``; its ``load_report`` says what was adapted.

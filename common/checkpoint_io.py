@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or not at all, with a check sum, the one before kept, and never unpickled."""
+"""Checkpoints on disk: written completely or not at all, with a check sum, the previous one kept, never unpickled."""
 
 import shutil
 from pathlib import Path
@@ -15,9 +15,9 @@ from common.weights.files import LAST, PREVIOUS, is_damaged, seal, trust
 
 
 def _keep_previous(path: Path) -> None:
-    """Give a checkpoint that is about to be replaced a second name; there is one under its own at every moment."""
+    """Give a checkpoint that is about to be replaced a second name, so that one exists under its own at all times."""
     if not path.is_file() or is_damaged(path):
-        return  # a damaged one must not take the place of a whole one
+        return  # a damaged one must not replace a complete one
     with whole_file(path.with_name(PREVIOUS)) as second:
         try:
             second.hardlink_to(path)
@@ -28,10 +28,10 @@ def _keep_previous(path: Path) -> None:
 def atomic_save(content: Any, path: Path) -> None:
     """Save with torch and a check sum under a temporary name, flush it to the disk, and rename it.
 
-    What is called ``last.ckpt`` becomes ``previous.ckpt`` before it is replaced.
+    ``last.ckpt`` becomes ``previous.ckpt`` before it is replaced.
 
     Raises:
-        StorageError: it cannot be written; the file that was there is still there.
+        StorageError: it cannot be written; the existing file is kept.
     """
     with whole_file(path, durable=True) as temporary:
         with temporary.open("w+b") as file:
@@ -46,7 +46,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint plugin, with :func:`atomic_save` and ``weights_only=True``."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Save a checkpoint whole or not at all.
+        """Save a checkpoint completely or not at all.
 
         Raises:
             UserError: it cannot be written.
@@ -64,10 +64,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint that a better one has replaced: a file, never a folder.
 
-        Lightning takes the name from the checkpoint that was resumed from, which may hold anything.
+        Lightning takes the name from the resumed checkpoint, which may contain anything.
 
         Raises:
-            StorageError: it is no checkpoint of the run's.
+            StorageError: it is not a checkpoint of the run.
         """
         path = Path(path)
         if path.suffix != ".ckpt" or ".." in path.parts:

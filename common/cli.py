@@ -1,4 +1,4 @@
-"""The ``lightning`` command: LightningCLI with our defaults, run folder and one-sentence refusals."""
+"""The ``lightning`` command: LightningCLI with our defaults, run folders and one-sentence errors."""
 
 from common.runtime.lean_imports import import_torchmetrics
 
@@ -51,8 +51,8 @@ INTERRUPTED = 130
 def run_name(arguments: list[str], class_path: str) -> tuple[str, str]:
     """Return experiment and stage of a run.
 
-    They are read off the first configuration, ``experiments/<experiment>/configs/<stage>.yaml``; the config of an
-    earlier run, ``runs/<experiment>/<stage>/<time>/config.yaml``, keeps its names; else the model's package serves.
+    They come from the first configuration, ``experiments/<experiment>/configs/<stage>.yaml``; the config of an
+    earlier run, ``runs/<experiment>/<stage>/<time>/config.yaml``, keeps its names; otherwise from the model's package.
     """
     configs = [value for name, value in pairwise(arguments) if name in ("--config", "-c")]
     configs += [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
@@ -67,7 +67,7 @@ def run_name(arguments: list[str], class_path: str) -> tuple[str, str]:
 
 
 def supports_bfloat16(device_type: str) -> bool:
-    """Whether bfloat16 matrix products are faster than float32's on the device."""
+    """Whether matrix products on the device are faster in bfloat16 than in float32."""
     if device_type != "cpu":
         return True
     features = torch.cpu.get_capabilities()
@@ -80,7 +80,7 @@ class RunConfig(SaveConfigCallback):
     """Saves the resolved configuration as ``config.yaml`` in the run folder."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the file once, whole or not at all (Lightning hook)."""
+        """Write the file once, completely or not at all (Lightning hook)."""
         if self.already_saved or not trainer.is_global_zero or is_dry_run(trainer):
             return
         config = self.config.clone()
@@ -94,7 +94,7 @@ class RunConfig(SaveConfigCallback):
 
 
 class OneLineParser(LightningArgumentParser):
-    """Says what is wrong with the usage in one line, without the page of all options."""
+    """Reports wrong usage in one line, without the page of all options."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and exit with 2."""
@@ -106,10 +106,10 @@ class OneLineParser(LightningArgumentParser):
 
 
 class MedmimCLI(LightningCLI):
-    """LightningCLI that owns the run folder and what must never be switched off by another callback list."""
+    """LightningCLI that owns the run folder and the callbacks that no other callback list may switch off."""
 
     def __init__(self, arguments: list[str]) -> None:
-        self._arguments = arguments  # as given: they name the run
+        self._arguments = arguments  # as given: the paths name the run
         self._made: Path | None = None
         self._state = TaskState()
         self._members: dict[str, Any] | None = None
@@ -129,15 +129,15 @@ class MedmimCLI(LightningCLI):
             raise
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Declare when checkpoints are written and what a run forgives (CLI hook)."""
+        """Add the options for checkpoint intervals and tolerated steps (CLI hook)."""
         parser.add_class_arguments(Cadence, "checkpoint")
         parser.add_class_arguments(Safety, "safety")
 
     def _parse_ckpt_path(self) -> None:
-        """Let a run folder stand for its checkpoint, and take what the network was built for from it.
+        """Resolve a run folder to its checkpoint, and take over the settings that its network depends on.
 
-        A folder means the last checkpoint to resume and the best for all else. Everything but what the weights' shapes
-        depend on stays as the configuration has it, so that a model can be scored under other settings.
+        A folder means the last checkpoint for resuming and the best one otherwise. Only settings that determine the
+        weights' shapes are taken over, so that a model can be evaluated under other settings.
         """
         command = self.config["subcommand"]
         config = self.config[command]
@@ -154,7 +154,7 @@ class MedmimCLI(LightningCLI):
         self._members = checkpoint.get("membership")
 
     def before_instantiate_classes(self) -> None:
-        """Give the data the tokenizer of the run that weights are from, unless one is asked for (CLI hook)."""
+        """Give the data the tokenizer of the run that the weights come from, unless one is given (CLI hook)."""
         config = self.config[self.config["subcommand"]]
         text = ((config.get("data") or {}).get("init_args") or {}).get("text")
         if text is None or "tokenizer" not in text or text["tokenizer"]:
@@ -174,7 +174,7 @@ class MedmimCLI(LightningCLI):
         return None
 
     def instantiate_classes(self) -> None:
-        """Make model, data and trainer; a value that one of them refuses is the user's to change."""
+        """Make model, data and trainer; a value that one of them refuses becomes a usage error."""
         try:
             super().instantiate_classes()
             if self.datamodule is not None:
@@ -188,7 +188,7 @@ class MedmimCLI(LightningCLI):
         self._recall_members()
 
     def _recall_members(self) -> None:
-        """Tell the data who was in which split of the runs that this one goes on from (those that keep it)."""
+        """Pass the data the split members of the runs that this one continues from, if they store them."""
         recall = getattr(self.datamodule, "recall", None)
         if recall is None:
             return
@@ -202,7 +202,7 @@ class MedmimCLI(LightningCLI):
     def run_folder(self) -> Path:
         """Return the folder of this run; a resumed run continues in its own.
 
-        The first rank makes it, so that of two runs of one second each has its own.
+        The first rank creates it, so that two runs started in the same second get different folders.
         """
         ckpt_path = self._get(self.config, "ckpt_path")
         if self.subcommand == "fit" and ckpt_path and Path(ckpt_path).parent.name == "checkpoints":
@@ -211,7 +211,7 @@ class MedmimCLI(LightningCLI):
         experiment, stage = run_name(self._arguments, class_path)
         if self.subcommand != "fit":
             stage = f"{'evaluate' if self.subcommand == 'test' else self.subcommand}_{stage.removeprefix('finetune_')}"
-        # Ranks that this process starts inherit the name through the environment.
+        # Ranks started by this process inherit the name through the environment.
         stamp = safe_name(os.environ.setdefault("MEDMIM_RUN_TIME", time.strftime("%Y-%m-%d_%H-%M-%S")))
         folder = Path("runs") / experiment / stage / stamp
         if launched_rank() == 0 and not self._get(self.config_init, "trainer")["fast_dev_run"]:
@@ -229,15 +229,13 @@ class MedmimCLI(LightningCLI):
         return folder
 
     def _check_precision(self, trainer_config: dict[str, Any]) -> None:
-        """Refuse float16 on a CPU, and fall back to float32 where bfloat16 is only emulated."""
+        """Refuse float16 on a CPU, and fall back to float32 if bfloat16 is only emulated."""
         on_cpu = trainer_config["accelerator"] == "cpu" or (
             trainer_config["accelerator"] == "auto" and not torch.accelerator.is_available()
         )
         precision = str(trainer_config["precision"])
         if on_cpu and precision in ("16", "16-mixed", "16-true"):
-            raise UserError(
-                f"Precision {precision} is float16, which CPUs do not compute fast: use bf16-mixed or 32-true."
-            )
+            raise UserError(f"Precision {precision} is float16, which is slow on CPUs: use bf16-mixed or 32-true.")
         if on_cpu and precision == "bf16-mixed" and not supports_bfloat16("cpu"):
             print_line("precision: this CPU has no bfloat16 instructions, training in 32-true instead of bf16-mixed")
             trainer_config["precision"] = "32-true"
@@ -260,7 +258,7 @@ class MedmimCLI(LightningCLI):
         if config["enable_progress_bar"] is not False and not any(
             isinstance(c, ProgressBar) for c in config["callbacks"]
         ):
-            # Every refresh reads values off the device, so not at every step.
+            # Every refresh reads values from the device, so not at every step.
             callbacks.append(TQDMProgressBar(refresh_rate=10))
         if self.subcommand == "fit":
             safety = self._get(self.config_init, "safety")
@@ -293,7 +291,7 @@ class MedmimCLI(LightningCLI):
 
 
 def _fail(error: Exception) -> NoReturn:
-    """Print one line and exit: with 2 for wrong usage, else with 1."""
+    """Print one line and exit: with 2 for wrong usage, otherwise with 1."""
     print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
     sys.exit(2 if isinstance(error, UsageError) else 1)
 
@@ -306,8 +304,8 @@ def execute(arguments: list[str], name: str | None = None) -> Path:
         name: Last part of the run folder; None: the time.
 
     Raises:
-        UserError: refused.
-        PreemptedError: stopped on request; the state is saved.
+        UserError: the command was refused.
+        PreemptedError: stopped on request, with its state saved.
     """
     silence_advice()
     if launched_rank() == 0:

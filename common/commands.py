@@ -18,9 +18,9 @@ from common.runtime.process import prepare_memory
 class Command(NamedTuple):
     """A subcommand.
 
-    Arguments are declared here, away from the function that takes them, because its module imports torch or pandas: a
-    page of help and a refusal of wrong usage must not. (jsonargparse would read them off the function, but has neither
-    ``--seeds 0 1``, nor a repeated ``--config``, nor ``--vocab-size``.)
+    Arguments are declared here, not in the module of the function that takes them, because that module imports torch or
+    pandas, which ``--help`` and usage errors must not. (jsonargparse could derive them from the function, but supports
+    neither ``--seeds 0 1``, nor a repeated ``--config``, nor ``--vocab-size``.)
 
     Attributes:
         function: Dotted path of the function; it takes what is declared, by name.
@@ -34,7 +34,7 @@ class Command(NamedTuple):
 
 
 def _archive(parser: ArgumentParser) -> None:
-    """Declare what becomes the argument ``archive``, a :class:`common.runtime.data_config.Archive`."""
+    """Declare the options that become the argument ``archive``, a :class:`common.runtime.data_config.Archive`."""
     parser.set_defaults(takes_archive=True)
     parser.add_argument(
         "--config", action="append", required=True, help="configuration with a data section; repeat to add overlays"
@@ -42,7 +42,11 @@ def _archive(parser: ArgumentParser) -> None:
     parser.add_argument("--root", help="folder of the archive (default: data.root of the configuration)")
     parser.add_argument("--layout", help="use this layout instead of recognising it")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="another data setting, such as cache=b2nd"
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="another data setting, such as cache.format=b2nd",
     )
 
 
@@ -69,7 +73,7 @@ def _prepare(parser: ArgumentParser) -> None:
 
 def _split(parser: ArgumentParser) -> None:
     _archive(parser)
-    parser.add_argument("--out", required=True, help="CSV to write, for data.split_file")
+    parser.add_argument("--out", required=True, help="CSV to write, for data.split.file")
     parser.add_argument(
         "--by", choices=("case", "patient"), default="case", help="what each line names (default: %(default)s)"
     )
@@ -85,7 +89,7 @@ def _tokenizer(parser: ArgumentParser) -> None:
         "--kind", choices=("wordpiece", "bpe"), help="kind of tokenizer (default: the configuration's, else wordpiece)"
     )
     parser.add_argument("--vocab-size", type=int, help="maximum number of tokens (default: the configuration's)")
-    parser.add_argument("--out", required=True, help="JSON file to write, for data.tokenizer")
+    parser.add_argument("--out", required=True, help="JSON file to write, for data.text.tokenizer")
 
 
 def _export(parser: ArgumentParser) -> None:
@@ -103,7 +107,7 @@ def _convert(parser: ArgumentParser) -> None:
         "--weights", required=True, help="file with the weights: .safetensors, or written by torch.save"
     )
     parser.add_argument("--out", required=True, help="folder to write, to be used as CKPT=")
-    parser.add_argument("--num-heads", type=int, help="attention heads (default: width / 64)")
+    parser.add_argument("--num-heads", type=int, help="number of attention heads (default: width / 64)")
 
 
 def _embed(parser: ArgumentParser) -> None:

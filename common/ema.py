@@ -13,7 +13,7 @@ from common.errors import CheckpointError
 class EMATeacher(nn.Module):
     """An exponential moving average of a network: ``teacher <- decay teacher + (1 - decay) student`` (UMD Eq. 5).
 
-    It begins as an exact copy, stays in evaluation mode whatever its parent's is, and has no gradients. Its weights are
+    It starts as an exact copy, always stays in evaluation mode, and has no gradients. Its weights are
     float32 at least, and part of its parent's ``state_dict``, so a checkpoint holds it by name.
 
     Call :meth:`update` once per optimiser step, in a LightningModule's ``optimizer_step``: checkpoints are written by
@@ -45,7 +45,7 @@ class EMATeacher(nn.Module):
         theirs = dict(student.named_parameters())
         names = dict(self.module.named_parameters())
         if names.keys() != theirs.keys():
-            raise ValueError("The student's parameters are not those that the teacher was made of.")
+            raise ValueError("The student's parameters are not those of the teacher.")
         return list(names.values()), [theirs[name].detach() for name in names]
 
     def _copy_buffers(self, student: nn.Module) -> None:
@@ -55,7 +55,7 @@ class EMATeacher(nn.Module):
 
     @torch.no_grad()
     def reset(self, student: nn.Module) -> None:
-        """Become an exact copy of the student again, as after weights were loaded into it."""
+        """Copy the student again, for example after loading weights into it."""
         for mine, theirs in zip(*self._pairs(student), strict=True):
             mine.copy_(theirs)
         self._copy_buffers(student)
@@ -81,11 +81,11 @@ class EMATeacher(nn.Module):
 
 
 def need_teacher(state: Mapping[str, Tensor], prefix: str) -> None:
-    """Refuse a checkpoint that a teacher cannot be restored from.
+    """Check that a checkpoint contains a teacher.
 
     Args:
         state: The checkpoint's ``state_dict``.
-        prefix: How the teacher's keys begin.
+        prefix: Prefix of the teacher's keys.
 
     Raises:
         CheckpointError: there is no such key.

@@ -1,7 +1,7 @@
-"""The ``lightning`` command up to its first import of torch: what can be answered without it is answered at once.
+"""The ``lightning`` command before importing torch: help, versions and usage errors are answered at once.
 
-Importing torch and Lightning takes seconds; a mistyped path should not. At its top this module imports nothing but the
-standard library and what is as light.
+Importing torch and Lightning takes seconds; a mistyped path should not. At its top this module imports only the
+standard library and equally light modules.
 """
 
 import sys
@@ -19,7 +19,7 @@ _CHECKPOINT = {"fit": "continue this run"} | dict.fromkeys(COMMANDS[1:], "the ru
 
 
 def help_page(command: str | None) -> str:
-    """Return the page of a command, or of all."""
+    """Return the help page of a command, or the general one."""
     pages = files("common").joinpath("help")
     if command is None:
         return pages.joinpath("lightning.txt").read_text(encoding="utf-8")
@@ -28,7 +28,7 @@ def help_page(command: str | None) -> str:
 
 
 def versions() -> str:
-    """Return the versions of this project and of what it stands on."""
+    """Return the versions of this project and its main dependencies."""
     found = []
     for name in ("medmim", "lightning", "torch"):
         try:
@@ -39,7 +39,7 @@ def versions() -> str:
 
 
 def values_of(arguments: Sequence[str], *options: str) -> Iterator[str]:
-    """Yield what stands behind options, as ``--name value`` or ``--name=value``."""
+    """Yield the values of options, given as ``--name value`` or ``--name=value``."""
     for argument, following in pairwise([*arguments, ""]):
         name, sign, value = argument.partition("=")
         if name in options and (sign or following):
@@ -47,9 +47,9 @@ def values_of(arguments: Sequence[str], *options: str) -> Iterator[str]:
 
 
 def refusal(arguments: Sequence[str]) -> tuple[str, int] | None:
-    """Return why a command cannot run and its exit code; None where nothing is wrong that shows without torch.
+    """Return an error and its exit code; None if nothing is wrong as far as can be told without torch.
 
-    The sentences are those that the command itself would come to later.
+    The messages are those that the command itself would print later.
     """
     from common.errors import UsageError
     from common.runtime.configs import expand_config_arguments
@@ -68,10 +68,10 @@ def refusal(arguments: Sequence[str]) -> tuple[str, int] | None:
 
 
 def answer(arguments: Sequence[str]) -> int | None:
-    """Answer what needs no torch.
+    """Answer what does not need torch.
 
     Returns:
-        The exit code; None where the command has to run.
+        The exit code; None if the command has to run.
     """
     words = [argument for argument in arguments if not argument.startswith("-")]
     command = next((word for word in words if word in COMMANDS), None)
@@ -83,7 +83,7 @@ def answer(arguments: Sequence[str]) -> int | None:
         print(help_page(command), end="")
         return 0
     if command is None:
-        found = f"There is no command {words[0]!r}" if words else "A command is missing"
+        found = f"Unknown command {words[0]!r}" if words else "A command is missing"
         refused = f"{found}: it is one of {', '.join(COMMANDS)}. `lightning --help` explains them.", 2
     elif not any(argument.startswith(("--print_config", "--help", "--debug")) for argument in arguments):
         refused = refusal(arguments)

@@ -11,7 +11,7 @@ from common.errors import TooManyFaultsError
 from common.files import whole_file
 from common.pseudonyms import pseudonym
 
-#: The part of a file's name that a pseudonym keeps: its type, under a name that identifies nobody.
+#: The part of a file's name that a pseudonym keeps: its type, which identifies nobody.
 _SUFFIX = re.compile(r"\.(nii|mha|mhd|dcm|png|jpe?g|tiff?|bmp|txt|xml|json|csv|npy)(\.gz)?$", re.IGNORECASE)
 FIELDS = ("path", "kind", "detail", "rank", "worker")
 
@@ -118,7 +118,7 @@ class FaultLedger:
         return fault.kind if self.anonymise else f"{fault.kind}: {fault.detail}"
 
     def shown_path(self, fault: Fault) -> str:
-        """Return the path as it may be written down."""
+        """Return the path, or its pseudonym if names are hidden."""
         if not self.anonymise:
             return fault.path
         suffix = _SUFFIX.search(fault.path)
@@ -127,7 +127,7 @@ class FaultLedger:
         )
 
     def write(self, path: Path) -> None:
-        """Write all faults as CSV, whole or not at all."""
+        """Write all faults as CSV, completely or not at all."""
         with (
             whole_file(path) as temporary,
             temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,

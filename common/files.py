@@ -1,4 +1,4 @@
-"""Files and folders that we write: whole or not at all, and never anything outside the folder that we own."""
+"""Writing files and folders: completely or not at all, and never outside the folder that we own."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 from common.errors import StorageError
 from common.names import printable, safe_name
 
-#: A temporary file this old belongs to no process that is still alive, whatever machine it was on.
+#: A temporary file this old belongs to no living process, on whatever machine it was.
 STALE_SECONDS = 24 * 3600
 _TEMPORARY = re.compile(r"\.(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}\..+")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -23,22 +23,22 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def owned(path: Path, owner: Path) -> Path:
-    """Return a path that may be written, replaced or removed: it lies inside a folder that is ours.
+    """Return a path after checking that it may be written, replaced or removed: it lies inside a folder of ours.
 
-    Every rename and every removal in this project asks here. Links on the way are followed; a path that is itself a
-    link is judged by where the link lies, for that is what would be replaced.
+    Every rename and removal in this project is checked here. Links in parent folders are followed; for a path that is
+    itself a link, the location of the link counts, as the link is what would be replaced.
 
     Args:
         path: The path.
         owner: The run, cache or output folder.
 
     Raises:
-        StorageError: it is elsewhere, or is the folder itself.
+        StorageError: it lies elsewhere, or is the folder itself.
     """
     simple = path.name not in ("", ".", "..") and "\0" not in str(path)
     try:
         inside = simple and path.parent.resolve().is_relative_to(owner.resolve())
-    except (OSError, RuntimeError):  # a name too long, a ring of links
+    except (OSError, RuntimeError):  # a name too long, or a cycle of links
         inside = False
     if not inside:
         raise StorageError(f"{printable(path)} does not lie inside {owner}, so it was neither written nor removed.")
@@ -46,7 +46,7 @@ def owned(path: Path, owner: Path) -> Path:
 
 
 def remove_tree(path: Path, owner: Path) -> None:
-    """Remove a folder of ours with all it holds; of a link the link alone. What is gone already is no error.
+    """Remove a folder of ours with its content; of a link only the link. A missing folder is not an error.
 
     Raises:
         StorageError: as :func:`owned`, or it cannot be removed.
@@ -59,7 +59,7 @@ def remove_tree(path: Path, owner: Path) -> None:
 
 
 def remove_file(path: Path, owner: Path) -> None:
-    """Remove a file of ours; one that is gone already is no error.
+    """Remove a file of ours; a missing file is not an error.
 
     Raises:
         StorageError: as :func:`owned`, or it cannot be removed.
@@ -69,7 +69,7 @@ def remove_file(path: Path, owner: Path) -> None:
 
 
 def move(source: Path, target: Path, owner: Path) -> None:
-    """Rename something of ours in place of what is there, as the operating system allows: no folder that is not empty.
+    """Rename something of ours over an existing path, as the operating system allows: not over a nonempty folder.
 
     Raises:
         StorageError: as :func:`owned`.
@@ -92,10 +92,10 @@ def remove_empty_folders(path: Path, owner: Path) -> None:
 
 @contextmanager
 def storage_errors(path: Path, done: str = "written") -> Iterator[None]:
-    """Turn what the file system refuses into one sentence.
+    """Turn errors of the file system into one sentence.
 
     Raises:
-        StorageError: instead of any ``OSError``, and of a ``RuntimeError`` in the wake of one.
+        StorageError: instead of any ``OSError``, and of a ``RuntimeError`` caused by one.
     """
     try:
         yield
@@ -117,7 +117,7 @@ def _is_full(error: OSError) -> bool:
 
 
 def storage_sentence(path: Path, error: OSError, done: str = "written") -> str:
-    """Describe what a file system refused, and what to do."""
+    """Describe an error of the file system, and what to do."""
     if _is_full(error):
         reason, advice = "the disk or the quota is full", "Free some space"
     elif error.errno in _FORBIDDEN:
@@ -140,14 +140,14 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path, owner: Path | None = None, durable: bool = False) -> Iterator[Path]:
-    """Write a file whole or not at all: under a temporary name beside it, renamed when the block ends well.
+    """Write a file completely or not at all: under a temporary name next to it, renamed when the block succeeds.
 
-    What dead processes left half written in its folder under such names is removed on the way.
+    Temporary files of dead processes in its folder are removed as well.
 
     Args:
-        path: The file; its folder is made.
+        path: The file; its folder is created.
         owner: The folder that is ours; None: the one that the file lies in.
-        durable: Whether it must survive a power cut: contents and name reach the disk before the block is left.
+        durable: Whether it must survive a power failure: content and name reach the disk before the block ends.
 
     Yields:
         The temporary name, with the suffixes of ``path``.
@@ -174,19 +174,19 @@ def whole_file(path: Path, owner: Path | None = None, durable: bool = False) -> 
 
 @contextmanager
 def whole_folder(path: Path, last: str) -> Iterator[Path]:
-    """Write files that belong together: into a folder beside, from which they are moved when the block ends well.
+    """Write files that belong together: into a temporary folder, from which they are moved when the block succeeds.
 
-    Files of ``path`` that are not rewritten stay.
+    Other files of ``path`` stay.
 
     Args:
         path: The folder.
-        last: The file without which it is not taken for complete: it is removed first and moved last.
+        last: The file that marks the folder as complete: it is removed first and moved last.
 
     Yields:
         The folder to write into.
 
     Raises:
-        StorageError: something cannot be written; until all is, nothing in ``path`` changes.
+        StorageError: something cannot be written; ``path`` is only changed after everything is written.
     """
     path = path.absolute()
     make_folder(path.parent)
@@ -208,12 +208,12 @@ def whole_folder(path: Path, last: str) -> Iterator[Path]:
 
 
 def temporary_beside(path: Path) -> Path:
-    """Return a name that nothing else has, beside a file and with its suffixes, for what will be renamed to it."""
+    """Return a unique temporary name next to a file, with its suffixes, to be renamed to it."""
     return path.with_name(f".{_here()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.{path.name[-120:]}")
 
 
 def write_text(path: Path, text: str, owner: Path | None = None) -> None:
-    """Write a text file as :func:`whole_file` does, in UTF-8; what is no Unicode is written as escapes."""
+    """Write a text file as :func:`whole_file` does, in UTF-8; invalid Unicode is written as escapes."""
     with whole_file(path, owner) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
@@ -231,7 +231,7 @@ def _here() -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that are dead left half written in a folder of ours, under :func:`temporary_beside`."""
+    """Remove temporary files (:func:`temporary_beside`) of dead processes from a folder of ours."""
     with suppress(OSError):
         for entry in os.scandir(folder):
             match = _TEMPORARY.fullmatch(entry.name)
@@ -244,16 +244,16 @@ _remove_leftovers_once = lru_cache(maxsize=64)(remove_leftovers)
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this machine is there."""
+    """Whether a process of this machine is alive."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it is somebody else's
+    except OSError:  # it belongs to another user
         return True
     return True
 
 
 def _may_be_written(host: str, pid: int, written: float) -> bool:
-    """Whether the process that made a temporary file may still be there; another machine's is, for a day."""
+    """Whether the writer of a temporary file may be alive; on another machine it counts as alive for a day."""
     return is_alive(pid) if host == _here() else time.time() - written < STALE_SECONDS

@@ -1,9 +1,9 @@
-"""Steps whose loss or gradient is not finite: kept away from the weights without waiting for the accelerator.
+"""Steps whose loss or gradient is not finite: kept away from the weights without waiting for the device.
 
 Every step ends in a flag on the device: 1 where the norm of the gradients is not finite. A loss that is not finite
 makes all gradients NaN, and the mean over ranks makes them NaN everywhere, so all ranks raise the same flag without a
-message. A fused Adam takes the flag as ``found_inf`` and changes neither weights nor its state; any other optimiser is
-not shown the gradients at all, for which the flag must be read. Running statistics are put back to what they were.
+message. A fused Adam takes the flag as ``found_inf`` and changes neither weights nor its state; for any other
+optimiser the gradients are removed, which requires reading the flag. Running statistics are restored.
 """
 
 import math
@@ -25,14 +25,14 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Refuse weights that are not finite.
+    """Check that weights are finite.
 
     Args:
         tensors: The weights.
-        source: Where they are from, as a sentence begins.
+        source: Their source, as the beginning of a sentence.
 
     Raises:
-        CheckpointError: one holds NaN or infinity.
+        CheckpointError: a tensor holds NaN or infinity.
     """
     if found := not_finite(tensors):
         more = f" and {len(found) - 1} more of its {len(tensors)} tensors" if len(found) > 1 else ""
@@ -41,13 +41,13 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
 
 
 class StepRecord(NamedTuple):
-    """What is kept of a step until the host has looked at its flag.
+    """The record of a step, kept until the host has read its flag.
 
     Attributes:
         step: Its number, from 1.
-        scalars: What was logged in training, by name, on the device.
+        scalars: Scalars logged in training, by name, on the device.
         samples: Names of this rank's samples.
-        flag: 1 if it was not finite, on the device; filled in at its end.
+        flag: 1 if it was not finite, on the device; set at its end.
     """
 
     step: int
@@ -56,18 +56,18 @@ class StepRecord(NamedTuple):
     flag: list[Tensor]
 
     def bad_terms(self) -> list[str]:
-        """Return the names of what was not finite on this rank; waits for the device."""
+        """Return the names of the scalars that were not finite on this rank; waits for the device."""
         return [name for name, value in self.scalars if not math.isfinite(float(value))]
 
 
 class FiniteSteps:
-    """Keeps what is not finite out of a module's weights, step by step.
+    """Keeps non-finite steps away from a module's weights.
 
     Attributes:
-        flag: 1 if the step at hand is not finite, else 0; float32 on the device.
-        skipped: Steps so far that were not, on the device.
+        flag: 1 if the current step is not finite, else 0; float32 on the device.
+        skipped: Number of non-finite steps so far, on the device.
         records: The last steps.
-        strict: Whether a scalar that is not finite is refused at once, for debugging.
+        strict: Whether to raise at once for a non-finite scalar, for debugging.
     """
 
     def __init__(self) -> None:
@@ -80,12 +80,12 @@ class FiniteSteps:
         self._buffers: list[tuple[Tensor, Tensor]] = []
 
     def begin(self, module: nn.Module, step: int, device: torch.device, samples: Iterable[str]) -> None:
-        """Begin a batch: of a new step, or of one that accumulates.
+        """Begin a batch, of a new or an accumulating step.
 
         Args:
-            module: Whose running statistics are to be kept.
+            module: The module whose running statistics are saved.
             step: Number of the step, from 1.
-            device: Where the module computes.
+            device: The module's device.
             samples: Names of the batch's samples.
         """
         if self.flag.device != device:
@@ -107,7 +107,7 @@ class FiniteSteps:
             self._buffers = [(buffer, buffer.clone()) for buffer in buffers]
 
     def note(self, name: str, value: Any) -> None:
-        """Take note of a scalar of the step.
+        """Record a scalar of the step.
 
         Raises:
             NonFiniteError: it is not finite, and ``strict`` is set.
@@ -120,22 +120,22 @@ class FiniteSteps:
             self._open.scalars.append((name, value.detach()))
 
     def poisoned(self, loss: Tensor) -> Tensor:
-        """Return the loss itself; where it is not finite, one whose gradients are NaN throughout."""
+        """Return the loss itself, or one with only NaN gradients if it is not finite."""
         finite = torch.isfinite(loss.detach())
         self._loss_flag.copy_(torch.maximum(self._loss_flag, finite.logical_not().to(self._loss_flag)))
         return loss * torch.where(finite, 1.0, math.nan)
 
     @torch.no_grad()
     def check_norm(self, norm: Tensor, optimizers: Iterable[Optimizer]) -> None:
-        """Raise the flag if the norm of the gradients is not finite, and keep the optimisers from stepping.
+        """Raise the flag if the gradients' norm is not finite, and keep the optimisers from stepping.
 
         Args:
             norm: Norm of all gradients, on the device.
-            optimizers: Those that are about to step.
+            optimizers: The optimisers about to step.
         """
         self.flag.copy_(torch.isfinite(norm).logical_not())
         for optimizer in optimizers:
-            # Fused SGD leaves its momentum uninitialised where the first step of all is held back.
+            # Fused SGD leaves its momentum uninitialised if the very first step is skipped.
             if isinstance(optimizer, Adam) and getattr(optimizer, "_step_supports_amp_scaling", False):
                 optimizer.found_inf = self.flag  # type: ignore[attr-defined]
             elif bool(self.flag):
@@ -145,17 +145,17 @@ class FiniteSteps:
 
     @torch.no_grad()
     def check_loss(self) -> None:
-        """Raise the flag if the loss was not finite: float16's scaler looks after the gradients itself."""
+        """Raise the flag if the loss was not finite: float16's scaler handles the gradients itself."""
         self.flag.copy_(self._loss_flag)
 
     @torch.no_grad()
     def also(self, flag: Tensor) -> None:
-        """Count the step as not finite if ``flag``, 0 or 1, is raised: something beside the optimiser was held back."""
+        """Count the step as not finite if ``flag``, 0 or 1, is raised: something besides the optimiser was skipped."""
         self.flag.copy_(torch.maximum(self.flag, flag.to(self.flag)))
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put running statistics back to what they were before a step that was not finite."""
+        """Restore the running statistics from before a non-finite step."""
         bad = self.flag > 0
         for buffer, kept in self._buffers:
             buffer.copy_(torch.where(bad, kept, buffer))

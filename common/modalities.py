@@ -1,7 +1,6 @@
 """Canonical names of the modalities of volumes, whatever an archive or a checkpoint calls them.
 
-Pictures and logs show the archive's names; whatever is matched (channels of an encoder, templates, settings) is matched
-by the canonical ones.
+Figures and logs show the archive's names; channels of encoders, templates and settings are matched by canonical names.
 """
 
 import re
@@ -13,9 +12,9 @@ CANONICAL = (
     "flair", "t1", "t1c", "t2", "mra", "pd", "dwi", "adc", "t2star", "swi", "hbv", "unit1", "t1ir", "ct", "pet", "mri",
     "1h", "xe",
 )  # fmt: skip
-#: The sequences that BrainMVP's released checkpoints have templates of, in their order.
+#: The sequences with templates in BrainMVP's released checkpoints, in their order.
 TEMPLATES = CANONICAL[:8]
-#: Other spellings, without ``- _ .`` and blanks. A plain ``T1`` is never taken to be post-contrast.
+#: Other spellings, without ``- _ .`` and spaces. A plain ``T1`` is never read as post-contrast.
 _SPELLINGS = {
     "t1": ("t1n", "t1w", "t1pre", "mprage", "spgr", "bravo"),
     "t1c": ("t1ce", "t1gd", "t1post"),
@@ -33,10 +32,10 @@ _IGNORED = re.compile(r"[-_.\s]")
 
 
 def canonical_name(name: str) -> str:
-    """Return the canonical name of a modality; an unknown one stays, in lower case.
+    """Return the canonical name of a modality; an unknown one is kept in lower case.
 
     Args:
-        name: As written, in any case; ``- _ .`` and blanks do not count.
+        name: As written, in any case; ``- _ .`` and spaces are ignored.
     """
     return _CANONICAL_OF.get(_IGNORED.sub("", name.lower()), name.strip().lower())
 
@@ -48,7 +47,7 @@ def canonical_order(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def clashes(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return the canonical names that several of ``names`` share, with those."""
+    """Return the canonical names shared by several of ``names``, with those names."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(canonical_name(name), []).append(name)
@@ -58,14 +57,14 @@ def clashes(names: Iterable[str]) -> dict[str, list[str]]:
 def canonical_channels(names: Sequence[str]) -> tuple[str, ...]:
     """Return the canonical names of a checkpoint's channels.
 
-    Channels that would share one, which no archive may have now, keep their own names in lower case.
+    Channels that would share one, no longer allowed in archives, keep their own names in lower case.
     """
     shared = clashes(names)
     return tuple(name.lower() if canonical_name(name) in shared else canonical_name(name) for name in names)
 
 
 def shown_names(spellings: Mapping[str, Iterable[str]]) -> dict[str, str]:
-    """Return what to call each modality in pictures and logs: the archive's name, the canonical one if it has several.
+    """Return the modalities' names for figures and logs: the archive's, or the canonical one if it uses several.
 
     Args:
         spellings: Every name that an archive uses, by canonical name.

@@ -25,12 +25,12 @@ BatchT = TypeVar("BatchT", bound=Mapping[str, Any])
 
 
 class Term(NamedTuple):
-    """One scalar of a step: a loss, or something to watch.
+    """One scalar of a step: a loss, or something to monitor.
 
     Attributes:
         value: a mean.
-        count: what it is the mean of: hidden entries, or samples. Validation weighs batches by it.
-        weight: its factor in the loss that is trained on; None: logged alone.
+        count: number of entries in the mean: hidden entries, or samples. Validation weights batches by it.
+        weight: its factor in the training loss; None: only logged.
     """
 
     value: Tensor
@@ -43,25 +43,25 @@ class StepOutput(NamedTuple):
 
     Attributes:
         terms: by name; those with a weight are logged as ``train/loss_<name>``, the others as ``train/<name>``.
-        reconstruction: for the collapse diagnostics and the pictures.
+        reconstruction: for the collapse diagnostics and the figures.
     """
 
     terms: dict[str, Term]
     reconstruction: Reconstruction | None
 
     def loss(self) -> Tensor:
-        """Return the weighted sum that is trained on."""
+        """Return the weighted sum, the training loss."""
         return torch.stack([term.weight * term.value for term in self.terms.values() if term.weight is not None]).sum()
 
     def logged(self) -> dict[str, Term]:
-        """Return the terms under the names they are logged by, the losses first."""
+        """Return the terms by their names in logs, losses first."""
         losses = {f"loss_{name}": term for name, term in self.terms.items() if term.weight is not None}
         return losses | {name: term for name, term in self.terms.items() if term.weight is None}
 
 
 @contextmanager
 def seeded_init(name: str) -> Any:
-    """Make what is built inside depend on the run's seed and ``name`` alone, and leave torch's generator as it was."""
+    """Make initialisation inside depend only on the run's seed and ``name``, and restore torch's generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stable_hash("init", run_seed(), name))
         yield
@@ -70,9 +70,9 @@ def seeded_init(name: str) -> Any:
 class BuiltFromData(pl.LightningModule):
     """A module whose network takes its sizes from the data module, or from the checkpoint it is loaded from.
 
-    Subclasses call ``save_hyperparameters()``, name in ``remembered`` what of their input their network is built for,
-    and build it in :meth:`build_network`. None of it is an argument: it is the module's ``state``, which checkpoints
-    carry. Those with learning rates of their own for some parameters say so in :meth:`lr_scale`.
+    Subclasses call ``save_hyperparameters()``, list in ``remembered`` the fields of the input that the network needs,
+    and build it in :meth:`build_network`. These are not arguments but the module's ``state``, which checkpoints
+    store. Learning rates of single parameters are scaled in :meth:`lr_scale`.
 
     Anything that follows the weights, such as a teacher's moving average, is updated in ``optimizer_step``: checkpoints
     are written in callbacks' ``on_train_batch_end``, which Lightning runs before the module's.
@@ -88,14 +88,14 @@ class BuiltFromData(pl.LightningModule):
         super().__init__()
         self.network = None
         self.optimization = optimization
-        #: What a checkpoint remembers beside the weights.
+        #: What a checkpoint stores besides the weights.
         self.state = TaskState()
-        #: Keeps steps that are not finite away from the weights.
+        #: Keeps non-finite steps away from the weights.
         self.finite = FiniteSteps()
 
     @property
     def spec(self) -> InputSpec:
-        """What the network is built for.
+        """The input that the network is built for.
 
         Raises:
             CheckpointError: it is not built yet.
@@ -148,11 +148,11 @@ class BuiltFromData(pl.LightningModule):
             self.network.compile()
 
     def meet_channels(self, datamodule: Any, stored: InputSpec | None) -> InputSpec:
-        """Bring the data's channels into a checkpoint's order, and return what the batches will hold.
+        """Reorder the data's channels as in a checkpoint, and return the resulting input.
 
         Args:
             datamodule: The data.
-            stored: What the checkpoint was made for; None lets the data decide.
+            stored: The checkpoint's input; None: as the data.
 
         Raises:
             CheckpointError: the data have a channel that the checkpoint lacks, or none of its channels.
@@ -170,11 +170,11 @@ class BuiltFromData(pl.LightningModule):
         print_line(report.line(spec.shown))
 
     def shown_channels(self) -> tuple[str, ...]:
-        """Return what pictures and logs call the channels."""
+        """Return the channel names for figures and logs."""
         return self.spec.names or self.spec.channels
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Look after steps that are not finite in every trainer (Lightning hook)."""
+        """Handle non-finite steps in every trainer (Lightning hook)."""
         callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         return [] if any(isinstance(callback, FiniteCheck) for callback in callbacks) else [FiniteCheck()]
 
@@ -182,14 +182,14 @@ class BuiltFromData(pl.LightningModule):
         """Record the state, and how to rebuild the encoder alone (Lightning hook).
 
         Raises:
-            NonFiniteError: weights or the optimiser's state are not finite; such are never saved.
+            NonFiniteError: weights or the optimiser's state are not finite.
         """
         refuse_to_save(checkpoint, self.global_step)
         checkpoint["state"] = self.state.plain()
         checkpoint["encoder"] = encoder_record(self, self.spec)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build the network where no data module did; refuse weights of another shape or NaN (Lightning hook)."""
+        """Build the network unless a data module did; refuse weights of another shape or with NaN (Lightning hook)."""
         stored = TaskState.read(checkpoint)
         if self.network is None:
             self.state = stored
@@ -208,13 +208,13 @@ class BuiltFromData(pl.LightningModule):
         self.log("lr", max(group["lr"] for group in groups), batch_size=1)
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """Log a scalar, and remember it until it is known that its step was finite."""
+        """Log a scalar, and record it until its step is known to be finite."""
         if name.startswith("train/"):
             self.finite.note(name, value)
         super().log(name, value, *args, **kwargs)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Compute gradients; all are NaN, on every rank, where the loss is not finite (Lightning hook)."""
+        """Compute gradients; if the loss is not finite, all are NaN on every rank (Lightning hook)."""
         self.finite.note("train/loss", loss)
         try:
             super().backward(self.finite.poisoned(loss), *args, **kwargs)
@@ -228,7 +228,7 @@ class BuiltFromData(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip gradients, and hold those back that are not finite (Lightning hook).
+        """Clip gradients, and withhold those that are not finite (Lightning hook).
 
         Lightning refuses to clip for fused optimisers under mixed precision, because float16's would still be scaled;
         bfloat16's never are.
@@ -259,7 +259,7 @@ class BuiltFromData(pl.LightningModule):
         return param_groups(self, self.optimization.layer_decay, self.lr_scale)
 
     def default_schedule(self) -> Schedule | None:
-        """Return the schedule where the configuration has none; None keeps the rate as it is."""
+        """Return the schedule used if the configuration has none; None: constant rate."""
         return WarmupCosine()
 
     def configure_optimizers(self) -> Any:
@@ -288,11 +288,11 @@ class SSLModule(BuiltFromData, ABC, Generic[BatchT]):
 
     @abstractmethod
     def step(self, batch: BatchT, sync: bool) -> StepOutput:
-        """Compute the terms of one batch; ``sync`` tells whether statistics run over all ranks."""
+        """Compute the terms of one batch; ``sync``: whether statistics run over all ranks."""
 
     @abstractmethod
     def reconstruct(self, batch: BatchT, image: ImageKey = "image") -> Reconstruction:
-        """Reconstruct a batch from what its masks leave visible of ``batch[image]``; the target is always its own."""
+        """Reconstruct a batch from the visible part of ``batch[image]``; the target is always the batch's own."""
 
     @abstractmethod
     def reconstruction_target(self, batch: BatchT) -> tuple[Tensor, Tensor]:
@@ -301,7 +301,7 @@ class SSLModule(BuiltFromData, ABC, Generic[BatchT]):
     def reconstruction_groups(self, batch: BatchT) -> dict[str, Tensor]:
         """Return which entries of :meth:`reconstruction_target` belong to a group, bool ``(B, ...)`` by its name.
 
-        Groups of a :class:`~common.types.Reconstruction` that are named here are held against a constant of their own.
+        Groups of a :class:`~common.types.Reconstruction` listed here are compared with a constant of their own.
         """
         return {}
 
@@ -314,7 +314,7 @@ class SSLModule(BuiltFromData, ABC, Generic[BatchT]):
         """Draw sample ``index`` of a batch, by modality."""
 
     def hidden_tokens(self, batch: BatchT) -> HiddenTokens:
-        """Predict the words that were hidden from a batch; only methods with text have any.
+        """Predict the hidden words of a batch; only for methods with text.
 
         Raises:
             UserError: the method has no text.

@@ -1,13 +1,13 @@
-"""Names from outside - of cases, studies, subjects, runs - as parts of paths, and on one line of text."""
+"""Untrusted names of cases, studies, subjects and runs, made safe as parts of paths and on one line of text."""
 
 import hashlib
 import re
 from collections import Counter
 from collections.abc import Container, Iterable
 
-#: Bytes of a name at most: enough for any archive's, and it leaves room for the suffixes that files get.
+#: Most bytes of a name: enough for any archive, with room for the suffixes of files.
 MAX_BYTES = 100
-#: What a name keeps of its letters where it cannot stay as it is; the check sum that follows takes 33 more.
+#: Letters kept of a name that must be changed; the check sum that follows takes 33 more.
 _KEPT = 60
 _PLAIN = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?")
 #: Names of devices under Windows, whatever their suffix: shared folders are read from there too.
@@ -18,7 +18,7 @@ def safe_name(text: str, twins: Container[str] = ()) -> str:
     """Turn any text into one part of a path: no two texts share a name, and none leaves its folder.
 
     An ordinary id stays as it is: ASCII letters, digits, ``.``, ``_`` and ``-``, at most :data:`MAX_BYTES`. Any other
-    text gives what is legible of it, ``~`` and a check sum of the whole, so ``sub-01/ses-1`` becomes
+    text becomes its legible part, ``~`` and a check sum of the whole, so ``sub-01/ses-1`` becomes
     ``sub-01_ses-1~<32 digits>``. No ordinary id holds a ``~``.
 
     Args:

@@ -26,13 +26,13 @@ def param_groups(
     """Sort the trainable parameters into groups for an optimiser.
 
     Biases, norms and whatever a submodule names in ``no_weight_decay()`` (positions, mask tokens) get a weight decay
-    of 0; all others keep the optimiser's. Encoders that know ``layer_index(name)`` get learning rates that fall by
+    of 0; all others keep the optimiser's. Encoders with ``layer_index(name)`` get learning rates that fall by
     ``layer_decay`` per layer towards the input, stored as ``lr_scale`` for :class:`Schedule`.
 
     Args:
         module: The module to train.
         layer_decay: Factor per layer in (0, 1]; 1 means equal rates.
-        lr_scale: Factor of the rate by a parameter's name; goes on top.
+        lr_scale: Factor of the rate by a parameter's name; multiplied with that.
 
     Raises:
         ValueError: ``layer_decay`` is outside (0, 1].
@@ -62,7 +62,7 @@ def param_groups(
 
 
 class Schedule(ABC):
-    """How the learning rate runs over a training of known length, stepped once per optimiser step."""
+    """The learning rate over a training of known length, stepped once per optimiser step."""
 
     @abstractmethod
     def factor(self, step: int, total_steps: int) -> float:
@@ -78,10 +78,10 @@ class Schedule(ABC):
 
 
 class WarmupSchedule(Schedule):
-    """Linear warm-up, then a fall from the highest rate to a fraction of it; subclasses give the fall its shape.
+    """Linear warm-up, then decay from the highest rate to a fraction of it; subclasses define the decay.
 
     Args:
-        warmup: Steps spent warming up: their share of all steps in [0, 1), or their whole number from 1 on.
+        warmup: Warm-up steps: a share of all steps in [0, 1), or a whole number from 1 on.
         final: Last rate over the highest.
 
     Raises:
@@ -96,7 +96,7 @@ class WarmupSchedule(Schedule):
 
     @abstractmethod
     def remaining(self, progress: float) -> float:
-        """Return how much of the fall is still ahead, 1 to 0, at ``progress`` (0 to 1) after the warm-up."""
+        """Return the remaining share of the decay, 1 to 0, at ``progress`` (0 to 1) after the warm-up."""
 
     def factor(self, step: int, total_steps: int) -> float:
         """Return the rate at ``step`` (from 0) over the highest."""
@@ -111,7 +111,7 @@ class WarmupCosine(WarmupSchedule):
     """Linear warm-up, then half a cosine; the arguments are those of :class:`WarmupSchedule`."""
 
     def remaining(self, progress: float) -> float:
-        """Return how much of the fall is still ahead, 1 to 0, at ``progress`` (0 to 1) after the warm-up."""
+        """Return the remaining share of the decay, 1 to 0, at ``progress`` (0 to 1) after the warm-up."""
         return 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -119,7 +119,7 @@ class WarmupLinear(WarmupSchedule):
     """Linear warm-up, then a straight line; the arguments are those of :class:`WarmupSchedule`."""
 
     def remaining(self, progress: float) -> float:
-        """Return how much of the fall is still ahead, 1 to 0, at ``progress`` (0 to 1) after the warm-up."""
+        """Return the remaining share of the decay, 1 to 0, at ``progress`` (0 to 1) after the warm-up."""
         return 1 - progress
 
 
@@ -128,8 +128,8 @@ class OptimizerConfig:
     """How a module's weights are updated.
 
     Args:
-        optimizer: Makes the optimiser from parameter groups.
-        schedule: Attaches a learning-rate schedule for a number of optimiser steps; None takes the module's own.
+        optimizer: Creates the optimiser from parameter groups.
+        schedule: Attaches a learning-rate schedule for a number of optimiser steps; None: the module's default.
         layer_decay: Factor of the learning rate per encoder layer towards the input.
         compile: Whether to compile the network.
     """

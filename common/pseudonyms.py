@@ -1,8 +1,8 @@
 """Pseudonyms for people: a keyed hash, whose key stays with the user and is never stored in a run.
 
 Ids are short and their forms are known, so anyone who sees a plain hash of one can find it by trying all; without the
-key there is nothing to try. It is made once, in the user's configuration folder, and read from there by all runs: the
-same person has the same pseudonym in all of them. Without it no pseudonym leads back to a name, not even for its owner.
+key that is impossible. The key is created once, in the user's configuration folder, and read from there by all runs, so
+that a person has the same pseudonym in all of them. Without it nobody can trace a pseudonym back to a name.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ def names_are_hidden() -> bool:
 
 
 def pseudonym(name: str) -> str:
-    """Return the stand-in for a person's, a study's or a file's name: the same for the same name and key.
+    """Return the pseudonym of a person's, a study's or a file's name: the same for the same name and key.
 
     Raises:
         StorageError: the key can be neither read nor made.
@@ -43,12 +43,12 @@ def pseudonym(name: str) -> str:
     return f"subject-{hashlib.blake2b(text, key=_key(), digest_size=8, person=b'medmim').hexdigest()}"
 
 
-#: Letters of a name that a message quotes.
+#: Most letters of a name quoted in a message.
 _SHOWN = 100
 
 
 def public_name(name: object) -> str:
-    """Return a name from an archive as a message quotes it: cut, on one line, its pseudonym where names are hidden."""
+    """Return a name from an archive for a message: shortened, on one line, or its pseudonym if names are hidden."""
     if names_are_hidden():
         return pseudonym(str(name))
     shown = printable(name)
@@ -76,7 +76,7 @@ def _key() -> bytes:
 
 @lru_cache(maxsize=4)
 def _stored_key(path: Path) -> bytes:
-    """Read the key, or make it where there is none; of several processes that try, one makes it.
+    """Read the key, or create it if missing; of several processes only one creates it.
 
     Raises:
         StorageError: it cannot be read or made, is damaged, or others may read it.
@@ -99,7 +99,7 @@ def _stored_key(path: Path) -> bytes:
 
 
 def _make_key(path: Path) -> None:
-    """Write a new key under a temporary name and link it into its place, which fails where another process was faster.
+    """Write a new key under a temporary name and link it into place, which fails if another process was faster.
 
     Raises:
         StorageError: the folder cannot be written.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.modalities import canonical_channels
 
-#: Which image of a batch a method is shown: a sample's own, or that of another patient.
+#: Which image of a batch a method gets: a sample's own, or that of another patient.
 ImageKey = Literal["image", "control_image"]
 
 
@@ -21,7 +21,7 @@ class MaskOutput(NamedTuple):
 
     Attributes:
         mask: bool ``(B, N)`` or ``(B, M, N)``, True = hidden from the encoder.
-        ids_keep: long ``(B, K)``, the visible positions in drawn order; None where every token is encoded.
+        ids_keep: long ``(B, K)``, the visible positions in drawn order; None if every token is encoded.
         ids_restore: long ``(B, N)``, undoes the order of visible positions followed by hidden ones; None likewise.
     """
 
@@ -31,11 +31,11 @@ class MaskOutput(NamedTuple):
 
     @property
     def hides_nothing(self) -> bool:
-        """Whether every token is visible, as the shapes alone say, without waiting for a device."""
+        """Whether every token is visible, known from shapes without waiting for a device."""
         return self.ids_keep is not None and self.ids_keep.shape[1] == self.mask.shape[1]
 
     def hidden_index(self) -> Tensor | None:
-        """Return the hidden positions, long ``(B, N - K)``; None, which means all, where nothing is hidden."""
+        """Return the hidden positions, long ``(B, N - K)``; None, which means all, if nothing is hidden."""
         assert self.ids_keep is not None
         assert self.ids_restore is not None
         return None if self.hides_nothing else torch.argsort(self.ids_restore, dim=1)[:, self.ids_keep.shape[1] :]
@@ -62,7 +62,7 @@ class VolumeBatch(TypedDict, total=False):
         key: int64 ``(B,)``, the seed of each sample's random draws.
         subject_id: one name per sample.
         place: six integers per sample: the first voxel of the crop, and the voxels of the whole case.
-        label: ``(B, R, H, W, D)`` float, one channel a region.
+        label: ``(B, R, H, W, D)`` float, one channel per region.
         target: ``(B,)`` class index of a classification task.
         control_image: float ``(B, M, H, W, D)``, a crop of another patient.
     """
@@ -81,9 +81,9 @@ class SequencePairBatch(TypedDict, total=False):
     """A batch of crops of one sequence each, with another sequence of the same study at the same place.
 
     Attributes:
-        image: float ``(B, 1, H, W, D)``, the target sequence; of whole studies, which the best constant is measured
-            on, ``(B, S, H, W, D)`` under the S canonical channels.
-        modality_mask: bool ``(B, S)``, True = acquired; with whole studies alone.
+        image: float ``(B, 1, H, W, D)``, the target sequence; for whole studies, on which the best constant is
+            measured, ``(B, S, H, W, D)`` under the S canonical channels.
+        modality_mask: bool ``(B, S)``, True = acquired; only for whole studies.
         partner: the same of another sequence, 0 where the study has none.
         paired: bool ``(B,)``, whether there is a partner.
         modality: long ``(B,)``, index of the target sequence among the data's channels.
@@ -112,22 +112,22 @@ class SequencePairBatch(TypedDict, total=False):
 
 
 class ImageTextBatch(TypedDict, total=False):
-    """A batch of images with texts, words hidden; T is the longest text of the batch.
+    """A batch of images with texts and hidden words; T is the longest text of the batch.
 
     Attributes:
         image: float ``(B, 1, H, W)``, standardised, 0 where there is none.
-        modality_mask: bool ``(B, 2)``, whether image and text are there.
+        modality_mask: bool ``(B, 2)``, whether image and text are present.
         key: int64 ``(B,)``, the seed of each sample's random draws.
-        image_key: int64 ``(B,)``, equal where two samples have the same image.
+        image_key: int64 ``(B,)``, equal for samples with the same image.
         subject_id: one name per sample.
         patient_id: one name per sample.
         input_ids: long ``(B, T)``, the class token first, hidden tokens replaced.
         attention_mask: long ``(B, T)``, 1 = token, 0 = padding.
-        labels: long ``(B, T)``, the true token where it is hidden, -100 elsewhere.
-        hidden_index: long ``(S,)``, hidden positions, counted through the flattened ``(B, T)``.
+        labels: long ``(B, T)``, the true token at hidden positions, -100 elsewhere.
+        hidden_index: long ``(S,)``, hidden positions, indexing the flattened ``(B, T)``.
         hidden_ids: long ``(S,)``, the true tokens there.
         control_image: float ``(B, 1, H, W)``, the image of another patient.
-        negative_image: float ``(B, 1, H, W)``, another image that was loaded to be shown with the text.
+        negative_image: float ``(B, 1, H, W)``, another image loaded as a mismatch for the text.
     """
 
     image: Tensor
@@ -150,15 +150,15 @@ class ImageGenomeBatch(TypedDict, total=False):
 
     Attributes:
         image: float ``(B, 3, H, W)``, standardised.
-        genome: float ``(B, F)``, standardised by training subjects, 0 where nothing was observed.
+        genome: float ``(B, F)``, standardised by training subjects, 0 where unobserved.
         genome_observed: bool ``(B, F)``, features that were measured.
-        modality_mask: bool ``(B, 1 + M)``, whether image and each kind of genetics are there.
+        modality_mask: bool ``(B, 1 + M)``, whether image and each kind of genetics are present.
         complete: Whether every sample has every kind, known before the batch reaches the device.
         key: int64 ``(B,)``, the seed of each sample's random draws.
         subject_id: one name per sample.
         patient_id: one name per sample.
         control_image: float ``(B, 3, H, W)``, the image of another person.
-        lesion: bool ``(B, H, W)``, where a lesion is, to be drawn; in validation, where the archive has such masks.
+        lesion: bool ``(B, H, W)``, mask of a lesion for figures; in validation, if the archive has such masks.
     """
 
     image: Tensor
@@ -196,7 +196,7 @@ class ImageTextTaskBatch(TypedDict, total=False):
 
     Attributes:
         image: float ``(B, 3, H, W)``, standardised.
-        image_key: int64 ``(B,)``, equal where two samples have the same image.
+        image_key: int64 ``(B,)``, equal for samples with the same image.
         input_ids: long ``(B, T)``, the class token first.
         attention_mask: long ``(B, T)``, 1 = token, 0 = padding.
         candidate_ids: long ``(B, C, T)``, the true text first.
@@ -224,7 +224,7 @@ class ImageTextTaskBatch(TypedDict, total=False):
 
 
 class HiddenTokens(NamedTuple):
-    """What a method makes of the words that were hidden.
+    """A method's predictions for the hidden words.
 
     Attributes:
         logits: ``(S, V)`` at the hidden positions.
@@ -238,15 +238,15 @@ class HiddenTokens(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """A masked reconstruction, as the loss sees it.
+    """A masked reconstruction, in the form that the loss takes.
 
     Attributes:
         pred: ``(B, ..., P)``.
         target: ``(B, ..., P)``, in the units of the loss.
         mask: bool ``(B, ...)``, True = scored.
         groups: named subsets of ``mask``, such as positions where nothing was visible.
-        unchanged: ``(B, ..., P)``, what a network would predict that returns its input; None where hidden entries are
-            left out of the input.
+        unchanged: ``(B, ..., P)``, the prediction of a network that returns its input; None if hidden entries are left
+            out of the input.
     """
 
     pred: Tensor
@@ -261,7 +261,7 @@ class TokenFeatures(NamedTuple):
 
     Attributes:
         features: by tap, ``(B, N, E)``; the first entry is the representation that is transferred.
-        keep: bool ``(B, N)``, tokens that hold anything.
+        keep: bool ``(B, N)``, tokens that are not empty.
     """
 
     features: dict[str, Tensor]
@@ -269,7 +269,7 @@ class TokenFeatures(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One row of a reconstruction picture, each image ``(H, W)``, or ``(H, W, 3)`` in [0, 1], in display orientation.
+    """One row of a reconstruction figure, each image ``(H, W)``, or ``(H, W, 3)`` in [0, 1], in display orientation.
 
     Attributes:
         title: what the row shows (subject, slice).
@@ -277,7 +277,7 @@ class Panel(NamedTuple):
         hidden: bool, where it was hidden from the encoder.
         prediction: the reconstruction, true values where they were visible.
         sides: what lies at the left and the right edge, such as the patient's right and left.
-        filled: what the encoder saw, where hidden parts were replaced by something; None where they were left out.
+        filled: the encoder's input, if hidden parts were replaced; None if they were left out.
         scored: bool ``(H, W)``, where prediction and input are compared; None: where hidden.
         lesion: bool ``(H, W)``, what is outlined; None: nothing.
     """
@@ -293,31 +293,31 @@ class Panel(NamedTuple):
 
 
 def _plain(value: Any) -> Any:
-    """Return lists and dicts of plain values, as YAML and checkpoints have them."""
+    """Return lists and dicts of plain values, the form in YAML and checkpoints."""
     if isinstance(value, Mapping):
         return {name: _plain(entry) for name, entry in value.items()}
     return list(value) if isinstance(value, list | tuple) else value
 
 
 def _frozen(value: Any) -> Any:
-    """Return tuples in the place of lists, as the data give them."""
+    """Return tuples in place of lists, the form in data modules."""
     if isinstance(value, Mapping):
         return {name: _frozen(entry) for name, entry in value.items()}
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
 def _includes(given: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
-    """Whether the data say all that a checkpoint knows; older checkpoints know less of their vocabulary."""
+    """Whether the data contain all that a checkpoint stores; older checkpoints store less about their vocabulary."""
     return {name: value for name, value in given.items() if name in stored} == stored
 
 
 class _Rule(NamedTuple):
-    """How one field of the data's spec is held against a checkpoint's.
+    """How one field of the data's spec is compared with a checkpoint's.
 
     Attributes:
-        filled: whether the checkpoint's value stands where the data have none.
-        agree: whether two values, as plain ones, go together.
-        advice: what to do where they do not.
+        filled: whether the checkpoint's value is used if the data have none.
+        agree: whether two plain values are compatible.
+        advice: what to do if they are not.
     """
 
     filled: bool = False
@@ -327,8 +327,8 @@ class _Rule(NamedTuple):
 
 _OTHER_WORDS = "set data.text.tokenizer to the tokenizer.json of the checkpoint's run, and data.text.length to its own."
 
-#: A field that is not named here is the data's own affair. An archive without labels can be predicted: the checkpoint
-#: knows what it was trained to find.
+#: Other fields are not compared. An archive without labels can be predicted: the checkpoint stores its regions and
+#: classes.
 _RULES = {
     "channels": _Rule(),
     "image_size": _Rule(),
@@ -350,9 +350,9 @@ class InputSpec(NamedTuple):
         vocabulary: size, length and fingerprint of the text's tokens; empty without text.
         classes: names of the classes that images are labelled with; empty without such labels.
         genome: features of each kind of genetics, by name and in order; empty without genetics.
-        names: what the archive calls the channels, for pictures and logs; empty: as ``channels``.
-        absent: channels that no case has, which are fed as absent.
-        chosen: whether the configuration names the channels, so that none is added.
+        names: the archive's names of the channels, for figures and logs; empty: as ``channels``.
+        absent: channels that no case has, delivered as absent.
+        chosen: whether the configuration fixes the channels, so that none is added.
     """
 
     channels: tuple[str, ...]
@@ -368,38 +368,38 @@ class InputSpec(NamedTuple):
 
     @property
     def shown(self) -> dict[str, str]:
-        """What the archive calls each channel."""
+        """The archive's name of each channel."""
         return dict(zip(self.channels, self.names or self.channels, strict=True))
 
     def only(self, fields: Sequence[str]) -> "InputSpec":
-        """Return the spec with these fields, the preprocessing and the archive's names of the channels, alone."""
+        """Return the spec with only these fields, the preprocessing and the archive's channel names."""
         kept = {name: getattr(self, name) for name in (*fields, "preprocessing", "names")}
         return InputSpec(**{"channels": (), "image_size": ()} | kept)
 
     def merge(self, stored: "InputSpec") -> "InputSpec":
-        """Fill in what the data leave open and a checkpoint knows."""
+        """Fill in what the data leave open from a checkpoint."""
         open_fields = [name for name, rule in _RULES.items() if rule.filled and not getattr(self, name)]
         return self._replace(**{name: getattr(stored, name) for name in open_fields})
 
     def difference(self, stored: "InputSpec") -> str | None:
-        """Say in one sentence where the data differ from what a checkpoint was made for; None if nowhere.
+        """Describe in one sentence how the data differ from a checkpoint's input; None if they do not.
 
-        A field that the checkpoint does not have is not compared.
+        Fields missing from the checkpoint are not compared.
         """
         for name, rule in _RULES.items():
             given, known = _plain(getattr(self, name)), _plain(getattr(stored, name))
             if known and not rule.agree(given, known):
-                return f"The model was made for {name} {known}, but the data give {given}: {rule.advice}"
+                return f"The model was made for {name} {known}, but the dataset has {given}: {rule.advice}"
         return None
 
 
 class TaskState(NamedTuple):
-    """What a checkpoint remembers of a module beside its weights, so that the network can be built again.
+    """What a checkpoint stores about a module besides its weights, to rebuild the network.
 
     Attributes:
-        spec: what the network was built for; None before it was.
-        encoder: architecture of the encoder, as :func:`common.checkpoint.build_encoder` takes it; None where the
-            configuration says it all.
+        spec: the input of the network; None before it is built.
+        encoder: architecture of the encoder, as :func:`common.checkpoint.build_encoder` takes it; None if the
+            configuration defines it completely.
     """
 
     spec: InputSpec | None = None

@@ -1,1 +1,1 @@
-"""Official on-disk layouts in, typed batches out. Knows no model."""
+"""Official on-disk layouts in, typed batches out; independent of any model."""

@@ -1,4 +1,4 @@
-"""The account of an archive's files: every one is used, ignored for one of these reasons, or unknown and said so."""
+"""The account of an archive's files: each is used, ignored for one of these reasons, or listed as unknown."""
 
 import csv
 from collections import Counter
@@ -34,13 +34,13 @@ UNLISTED = "not listed in dataset.json"
 PUBLIC = "other files of a public set"
 UNUSED = "left out by a setting"
 ROWLESS = "without a row in the table"
-#: Every reason there is; :data:`RUN` is followed by the modality.
+#: All reasons; :data:`RUN` is followed by the modality.
 REASONS = frozenset({
     SHADOW, STORE, HIDDEN, NAMED, SIDECAR, TEXT, TABLE, GENETICS, MASK, RUN, TIME, PARAMETRIC, MAP, PART, ACQUISITION,
     SOURCE, LISTED, PIPELINE, DISAGREE, UNLISTED, PUBLIC, UNUSED, ROWLESS,
 })  # fmt: skip
 _BY_KIND: dict[Kind, str] = {"sidecar": SIDECAR, "text": TEXT, "table": TABLE, "genetics": GENETICS}
-#: Share of the image-like files that may have no place, and cases in which one kind of them may be.
+#: Tolerated share of image-like files without a place, and number of cases in which one kind of them may occur.
 _MAX_UNKNOWN, _MAX_CASES = 0.01, 2
 _MAX_LINES = 12
 _EXAMPLES = 3
@@ -52,8 +52,8 @@ class Row(NamedTuple):
 
     Attributes:
         use: ``used``, ``ignored`` or ``unknown``.
-        reason: What a used file is; why one is ignored; the suffix of unknown ones.
-        count: Files.
+        reason: Kind of a used file, reason of an ignored one, suffix of an unknown one.
+        count: Number of files.
         examples: The first three of them.
     """
 
@@ -68,16 +68,16 @@ class Account:
 
     Args:
         archive: The archive.
-        used: What is used of it, as path and kind of use; None = all that its records hold.
+        used: The used files, as path and kind; None: all files of its records.
 
     Raises:
-        DataError: a reason that is none of the list, which is a fault of the layout's.
+        DataError: an unknown reason, which is a bug in the layout.
     """
 
     def __init__(self, archive: Archive, used: Iterable[tuple[str, Path]] | None = None) -> None:
         tree = archive.tree
         held = {tree.name_of(path): what for record in archive.records for what, path in record.files()}
-        # A second file of a modality is refused by name, which says more than that it has no place.
+        # A second file of a modality is refused by name, a clearer message than that it has no place.
         held |= {tree.name_of(path): "volume" for record in archive.records for path in record.surplus}
         self._used = held if used is None else {tree.name_of(path): what for what, path in used}
         self._used |= dict.fromkeys((tree.name_of(name) for name in archive.tables), "table")
@@ -106,7 +106,7 @@ class Account:
         return sorted(rows, key=lambda row: (order.index(row.use), -row.count, row.reason))
 
     def _place(self, file: TreeFile) -> tuple[str, str]:
-        """Return what became of a file, and why."""
+        """Return how a file is used, and why."""
         if what := self._used.get(file.name):
             return "used", what
         if reason := self._reasons.get(file.name):
@@ -127,7 +127,7 @@ class Account:
         return sum(row.count for row in self.rows if row.use == use)
 
     def check(self) -> None:
-        """Refuse an archive of which too many image-like files have no place: it was not understood.
+        """Refuse an archive if too many image-like files have no place: it was misunderstood.
 
         Raises:
             DataError: more than 1 % have none, or one kind of them has none in three cases or more.
@@ -167,7 +167,7 @@ class Account:
 
         Args:
             path: The file.
-            examples: Whether to name files; their names may say whose they are.
+            examples: Whether to name files; names may identify patients.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
@@ -179,7 +179,7 @@ class Account:
 
 
 def _kinds(files: Sequence[TreeFile]) -> list[tuple[str, int]]:
-    """Return what files are called in their cases, and in how many cases each is: by stem, or by suffix."""
+    """Return the file names inside cases, by stem or suffix, with the number of cases that have each."""
     cases: dict[str, set[str]] = {}
     for file in files:
         parts = file.stem.replace("-", "_").split("_")

@@ -39,7 +39,7 @@ from datamodules.tree import Tree
 
 
 class FaultTolerantDataset(Dataset):
-    """Replaces a broken sample by another one, the same one every time.
+    """Replaces a broken sample by another one, always the same.
 
     Subclasses implement :meth:`read`; each item carries the faults met on the way under ``"faults"``.
 
@@ -62,11 +62,11 @@ class FaultTolerantDataset(Dataset):
         """Return one item; may list member faults under ``"faults"``.
 
         Raises:
-            SampleFaultError: nothing of it can be used.
+            SampleFaultError: none of it can be used.
         """
 
     def draw_key(self, draw: Draw, train: bool) -> tuple[object, ...]:
-        """Return the key that seeds a draw: in training of the run's seed and the epoch, else of the subject alone."""
+        """Return the key that seeds a draw: from seed and epoch in training, otherwise from the subject."""
         subject = self.subject(draw.index)
         return ("train", self.seed, draw.epoch, subject, draw.draw) if train else ("val", subject, draw.draw)
 
@@ -90,7 +90,7 @@ class FaultTolerantDataset(Dataset):
 
 
 def collate_samples(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack tensors and numbers, list the rest, join the faults."""
+    """Stack tensors and numbers, list everything else, and join the faults."""
     batch: dict[str, Any] = {"faults": [fault for sample in samples for fault in sample.pop("faults")]}
     for name in samples[0]:
         values = [sample[name] for sample in samples]
@@ -100,12 +100,12 @@ def collate_samples(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_position(position: Mapping[str, Any], batch_size: int, ranks: int) -> None:
-    """Refuse to go on in the middle of an epoch with batches of another size, or on another number of ranks.
+    """Refuse to resume inside an epoch with another batch size or number of ranks.
 
-    Which samples were consumed would then be another question; at the boundary of an epoch nothing is.
+    The consumed samples would then be different ones; at the boundary of an epoch there are none.
 
     Raises:
-        DataError: with both values.
+        DataError: one of them differs; names both values.
     """
     if not 0 < position["consumed"] < position.get("batches", 0):
         return
@@ -126,20 +126,20 @@ class ArchiveDataModule(pl.LightningDataModule):
     Args:
         batch_size: Samples per device.
         num_workers: Loader processes per rank.
-        anonymise: Whether persons, studies and files have pseudonyms in all that is printed, logged, drawn or written
+        anonymise: Whether people, studies and files get pseudonyms in all that is printed, logged, drawn or written
             outside the cache; see :mod:`common.pseudonyms`.
         seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
-        loader: How samples are drawn, and how many may be broken.
-        seen_patients: What becomes of validation and test patients that the pre-training of the encoder has certainly
-            seen: they are counted (``report``), left out (``drop``), or a reason to ``refuse``.
-        changed_archive: Whether a run whose archive has lost or changed members since it began is ``refuse``d when it
-            is resumed, or goes on with what is there (``use``).
-        split_from: Run or checkpoint whose patients keep the split they have there; only others are placed.
+        loader: How samples are drawn, and how many may be faulty.
+        seen_patients: How to treat validation and test patients that the encoder's pre-training has certainly seen:
+            count them (``report``), leave them out (``drop``), or ``refuse`` to run.
+        changed_archive: Whether to ``refuse`` to resume a run whose archive has lost or changed members since it began,
+            or to continue with the present members (``use``).
+        split_from: Run or checkpoint whose patients keep their split; only others are assigned anew.
     """
 
     #: The archive.
     root: str
-    #: Settings, by dotted name, that say something about one person; where names are hidden, no file of a run keeps
+    #: Settings, by dotted name, that reveal something about a person; if names are hidden, no file of a run keeps
     #: their values.
     personal: tuple[str, ...] = ()
 
@@ -174,7 +174,7 @@ class ArchiveDataModule(pl.LightningDataModule):
         self._earlier: Membership | None = None
         self._starts_from, self._where = False, "pre-training"
         self._placed: tuple[Sequence[Any], dict[str, str], str] | None = None
-        #: How many validation and test patients earlier training has seen, by split.
+        #: Number of validation and test patients seen by earlier training, by split.
         self.seen: dict[str, dict[str, int]] = {}
 
     @property
@@ -183,22 +183,22 @@ class ArchiveDataModule(pl.LightningDataModule):
         """What the batches will hold; known once the root has been indexed."""
 
     def deliver(self, channels: Sequence[str]) -> None:
-        """Give batches these channels in this order; those that the archive lacks are fed as absent.
+        """Deliver these channels in this order; those missing from the archive are marked absent.
 
         Raises:
             DataError: the channels of this archive are fixed.
         """
         given = self.input_spec.channels
         if tuple(channels) != given:
-            raise DataError(f"The data give the channels {', '.join(given)}, not {', '.join(channels)}.")
+            raise DataError(f"The dataset has the channels {', '.join(given)}, not {', '.join(channels)}.")
 
     def recall(self, resumed: Any = None, started_from: Any = None, weights: Any = None) -> None:
-        """Take the memberships of earlier runs, as their checkpoints hold them, before anything is indexed.
+        """Set the memberships of earlier runs, as stored in their checkpoints, before anything is indexed.
 
         Args:
-            resumed: Of the run that goes on.
-            started_from: Of the run whose encoder this one starts from.
-            weights: Of the run whose network is evaluated.
+            resumed: Membership of the run that is resumed.
+            started_from: Membership of the run whose encoder is used.
+            weights: Membership of the run whose network is evaluated.
         """
         self._resumed = Membership.read(resumed)
         self._starts_from = resumed is None and started_from is not None
@@ -208,16 +208,16 @@ class ArchiveDataModule(pl.LightningDataModule):
             self._earlier = self._resumed.before
 
     def place(self, cases: Sequence[Any], parts: Mapping[str, str], seeded: bool, setting: object) -> dict[str, str]:
-        """Return the split of every case: as a resumed run, or the one that it is to agree with, had it.
+        """Return the split of every case, kept from a resumed run or from ``split_from``.
 
         Args:
             cases: All cases.
-            parts: Where they would be placed.
-            seeded: Whether neither a file nor the archive says so.
-            setting: What places them.
+            parts: Their splits otherwise.
+            seeded: Whether the split is seeded, not given by a file or the archive.
+            setting: Description of how splits are made.
 
         Raises:
-            DataError: the archive is not the one that a resumed run began with.
+            DataError: the archive has changed since a resumed run began.
         """
         described = str(setting)
         if isinstance(setting, tuple):
@@ -237,7 +237,7 @@ class ArchiveDataModule(pl.LightningDataModule):
         return placed
 
     def sources(self, cases: Sequence[Any]) -> dict[str, tuple[str, ...]]:
-        """Return the check sums of the files of each case, as far as they are known."""
+        """Return the known check sums of each case's files."""
         return {}
 
     def resolve_membership(self) -> Membership | None:
@@ -285,12 +285,12 @@ class ArchiveDataModule(pl.LightningDataModule):
             workers: Threads.
         """
 
-    #: Who uses the archive, for refusals; the commands put the experiment's name here.
+    #: User of the archive in error messages; the commands set the experiment's name.
     purpose = "this experiment"
 
     @property
     def needs(self) -> frozenset[str]:
-        """What an archive must give, of :data:`datamodules.registry.VOCABULARY`."""
+        """What an archive must provide, from :data:`datamodules.registry.VOCABULARY`."""
         return frozenset()
 
     @property
@@ -300,13 +300,13 @@ class ArchiveDataModule(pl.LightningDataModule):
 
     @abstractmethod
     def used_files(self) -> Iterable[tuple[str, Path]]:
-        """Yield the archive's files that are used, each with what it is; known once the root has been indexed."""
+        """Yield the kind and path of the used files; known once the root has been indexed."""
 
     def open(self, root: str | Path | Tree, layout: str = "auto", settings: Settings = NO_SETTINGS) -> Archive:
-        """Recognise the archive and list what it holds.
+        """Recognise the archive and list its samples.
 
         Raises:
-            DataError: it is of no known layout, lacks what is needed, or too many of its files have no place.
+            DataError: unknown layout, missing kinds of data, or too many files without a place.
         """
         archive = open_archive(root, layout, self.needs, self.purpose, settings, self.optional)
         Account(archive).check()
@@ -315,7 +315,7 @@ class ArchiveDataModule(pl.LightningDataModule):
         return archive
 
     def keep_account(self, stage: str) -> None:
-        """When training: print what became of the archive's files, and keep it with the run."""
+        """In training, print the account of the archive's files and save it with the run."""
         if stage != "fit" or self.archive is None:
             return
         account = Account(self.archive, self.used_files())
@@ -326,10 +326,10 @@ class ArchiveDataModule(pl.LightningDataModule):
             account.write(Path(trainer.default_root_dir) / "account.csv", examples=not self.ledger.anonymise)
 
     def terms(self, cached: Sequence[Any], draws: int = 1) -> Terms:
-        """Return what training asks of the archive, for its doctor.
+        """Return what training requires of the archive, for the doctor.
 
         Args:
-            cached: What the cache would be made of.
+            cached: Files that the cache would be built from.
             draws: Training samples that a member gives per epoch.
         """
         cache = None
@@ -341,7 +341,7 @@ class ArchiveDataModule(pl.LightningDataModule):
 
     @abstractmethod
     def reference_samples(self, count: int) -> Iterable[Any]:
-        """Yield batches with at least ``count`` training samples, drawn and cut as validation samples are."""
+        """Yield batches with at least ``count`` training samples, drawn and cut like validation samples."""
 
     def _ranks(self) -> tuple[int, int]:
         trainer = self.trainer
@@ -351,7 +351,7 @@ class ArchiveDataModule(pl.LightningDataModule):
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def train_loader(self, dataset: FaultTolerantDataset, draws: int) -> ResumableLoader:
-        """Make the training loader, at the position a checkpoint gave."""
+        """Make the training loader, at the position from a checkpoint."""
         self.ledger.check()
         global_rank, world_size = self._ranks()
         batches = TrainBatches(len(dataset), draws, self.batch_size, global_rank, world_size, self.seed)
@@ -365,13 +365,13 @@ class ArchiveDataModule(pl.LightningDataModule):
     def evaluation_loader(
         self, dataset: FaultTolerantDataset, draws: int = 1, batch_size: int | None = None, all_ranks: bool = True
     ) -> ResumableLoader:
-        """Make a loader that reads everything once, shared out over the ranks."""
+        """Make a loader that reads everything once, divided among the ranks."""
         global_rank, world_size = self._ranks() if all_ranks else (0, 1)
         batches = EvaluationBatches(len(dataset), draws, batch_size or self.batch_size, global_rank, world_size)
         return self._make_loader(dataset, batches)
 
     def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """Return what makes a batch from samples."""
+        """Return the collate function."""
         return collate_samples
 
     def _make_loader(self, dataset: FaultTolerantDataset, batches: TrainBatches | EvaluationBatches) -> ResumableLoader:
@@ -390,7 +390,7 @@ class ArchiveDataModule(pl.LightningDataModule):
         self.teardown("exception")
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Take the faults out of a batch and into the ledger (Lightning hook)."""
+        """Move the faults of a batch into the ledger (Lightning hook)."""
         if isinstance(batch, dict):
             self.ledger.add(batch.pop("faults", []))
         return batch
@@ -403,5 +403,5 @@ class ArchiveDataModule(pl.LightningDataModule):
         return {**self._train_loader.state_dict(), **sizes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the position for the training loader, which is made later (Lightning hook)."""
+        """Keep the position for the training loader, which is created later (Lightning hook)."""
         self._position = state_dict if "consumed" in state_dict else None

@@ -1,13 +1,13 @@
-"""The settings that data modules share, grouped: each is one argument of a constructor, one section of a configuration.
+"""Settings that data modules share, in groups: each is one constructor argument and one section of a configuration.
 
-What depends on the machine or is asked for first, such as ``root``, ``batch_size`` and ``num_workers``, stays an
-argument of its own.
+Settings that depend on the machine or come first, such as ``root``, ``batch_size`` and ``num_workers``, remain
+separate arguments.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-#: One value for every channel, or one each.
+#: One value for all channels, or one per channel.
 Channelwise = float | tuple[float, float, float]
 
 
@@ -19,12 +19,12 @@ def three_values(value: Channelwise) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """Images as a network takes them.
+    """Images as input to a network.
 
     Args:
         size: Height and width.
-        mean: Subtracted from pixels in [0, 1]: one value for every channel, or one each.
-        std: What they are divided by then.
+        mean: Subtracted from pixels in [0, 1]: one value for all channels, or one per channel.
+        std: Divisor after that.
     """
 
     size: tuple[int, int] = (224, 224)
@@ -33,18 +33,18 @@ class ImageConfig:
 
 
 def check_crop_scale(scale: tuple[float, float] | None) -> None:
-    """Refuse shares of an image's area that no crop can have.
+    """Check the range of a crop's share of the image area.
 
     Raises:
-        ValueError: they do not rise, or lie outside (0, 1].
+        ValueError: the shares do not increase, or lie outside (0, 1].
     """
     if scale is not None and not 0 < scale[0] <= scale[1] <= 1:
-        raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {list(scale)}.")
+        raise ValueError(f"`crop_scale` must be two increasing shares in (0, 1], got {list(scale)}.")
 
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """Copies of images that are kept to be read quickly.
+    """The cache of images.
 
     Args:
         format: ``"npy"``, or ``"none"`` to decode the sources at every access.
@@ -57,13 +57,13 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """Who is trained, validated and tested on.
+    """Which patients train, validate and test.
 
     Args:
-        fractions: Shares of patients for train, val and test where neither file nor archive says.
-        file: Table with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes, or that and how
-            its names join; see :class:`datamodules.splits.SplitFile`.
-        seed: Seed of the split alone, so that runs of several seeds share their test patients.
+        fractions: Shares of patients for train, val and test, if neither a file nor the archive defines the split.
+        file: Table with ``split`` and ``case_id`` or ``patient_id``, such as ``medmim split`` writes, or that with
+            rules for joining names; see :class:`datamodules.splits.SplitFile`.
+        seed: Seed of the split only, so that runs of several seeds share their test patients.
     """
 
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
@@ -73,10 +73,10 @@ class SplitConfig:
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """How samples are drawn, and how many may be broken.
+    """How samples are drawn, and how many may be faulty.
 
     Args:
-        draws: Times that a case is drawn in an epoch of training.
+        draws: Draws per case in an epoch of training.
         max_fault_fraction: Share of faulty samples at which training stops (never fewer than 5 samples).
     """
 

@@ -1,4 +1,4 @@
-"""Another patient's content in the place of a sample's own: the control of the collapse diagnostics."""
+"""Another patient's content in place of a sample's own: the control of the collapse diagnostics."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -8,7 +8,7 @@ from common.randomness import stable_hash
 from datamodules.loading import Draw
 from datamodules.splits import Member
 
-#: Draws before a control is given up: with two patients of equal share all of them fail once in 10^19.
+#: Draws before giving up: with two patients of equal share all of them fail once in 10^19.
 ATTEMPTS = 64
 
 CaseT = TypeVar("CaseT", bound=Member)
@@ -22,16 +22,16 @@ def read_control(
     read: Callable[[CaseT], ContentT],
     prefer: Callable[[CaseT], bool] | None = None,
 ) -> ContentT | None:
-    """Read a case of another patient, the same one every time; None where none is found in :data:`ATTEMPTS` draws.
+    """Read a case of another patient, always the same; None if :data:`ATTEMPTS` draws find none.
 
     Cases are drawn and rejected, never listed: the cost does not grow with the archive.
 
     Args:
-        case: Whose control it is.
-        draw: Which of its draws.
+        case: Case to find a control for.
+        draw: Index of its draw.
         candidates: Cases to choose from.
-        read: Reads one; raises :class:`SampleFaultError` where it cannot be used, and the next is tried.
-        prefer: Whether a case makes a better control; the first half of the draws takes no other.
+        read: Reads a case; if it raises :class:`SampleFaultError`, the next is tried.
+        prefer: Whether a case is a preferred control; the first half of the draws accepts no other.
     """
     for attempt in range(ATTEMPTS if candidates else 0):
         other = candidates[stable_hash("control", case.case_id, draw.draw, attempt) % len(candidates)]

@@ -1,4 +1,4 @@
-"""What all examinations of an archive have in common, whatever it holds: look at every member, then judge the whole."""
+"""Shared by the examinations of all archives: check every member, then report on the whole."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,14 +18,14 @@ _T = TypeVar("_T")
 
 
 class Member(NamedTuple):
-    """What was found in one member.
+    """Findings for one member.
 
     Attributes:
         case_id: Its name.
-        patient_id: Whose it is.
-        faults: What is broken.
-        sums: Check sum to path of every file that was read to its end.
-        usable: Whether anything is left to train on.
+        patient_id: Its patient.
+        faults: Its faults.
+        sums: Check sum to path, for every file read completely.
+        usable: Whether it can be used for training.
     """
 
     case_id: str
@@ -38,14 +38,14 @@ class Member(NamedTuple):
 def look_at_all(
     check: Callable[[_T], Member], members: Sequence[_T], deep: bool, workers: int, unit: str = "pixel"
 ) -> list[Member]:
-    """Look at every member, several at once, with a bar that shows how far it is."""
+    """Check every member in parallel, with a progress bar."""
     title = f"reading every {unit}" if deep else "reading headers"
     with ThreadPoolExecutor(workers) as pool:
         return list(tqdm(pool.map(check, members), total=len(members), desc=title, unit="member"))
 
 
 def copies(members: Iterable[Member]) -> list[list[str]]:
-    """Return groups of files of different patients that are equal byte by byte."""
+    """Return groups of byte-identical files of different patients."""
     owners: dict[str, dict[str, str]] = defaultdict(dict)
     for member in members:
         for checksum, path in member.sums.items():
@@ -54,16 +54,16 @@ def copies(members: Iterable[Member]) -> list[list[str]]:
 
 
 class Terms(NamedTuple):
-    """What training asks of an archive, in plain values: doctors know no data module.
+    """What training requires of an archive, as plain values: doctors do not depend on data modules.
 
     Attributes:
         splits: Members of train, val and test.
         batch_size: Samples per device.
-        draws: Training samples that a member gives per epoch.
-        max_fraction: Share of faulty members that is tolerated.
+        draws: Training samples per member and epoch.
+        max_fraction: Tolerated share of faulty members.
         anonymise: Whether members get pseudonyms.
         cache: Largest size of the cache in bytes, and its folder; None without a cache.
-        account: What became of the archive's files, in lines.
+        account: The account of the archive's files, as lines.
     """
 
     splits: Mapping[str, Sequence[Any]]
@@ -84,11 +84,11 @@ def report_faults(terms: Terms, found: Sequence[Member], item_name: str, deep: b
     """Print the faults, the empty splits and the size of the cache; return why training would refuse the archive.
 
     Args:
-        terms: What training asks of it.
+        terms: What training requires.
         found: One entry per member in use.
-        item_name: What members are called, plural.
-        deep: Whether members were read to their end.
-        unit: What members are made of.
+        item_name: Plural name of the members.
+        deep: Whether members were read completely.
+        unit: Name of an element of a member.
     """
     ledger = FaultLedger(terms.max_fraction, terms.anonymise)
     ledger.num_samples = len(found)
@@ -119,7 +119,7 @@ def report_faults(terms: Terms, found: Sequence[Member], item_name: str, deep: b
 
 
 def print_splits(what: str, terms: Terms, item_name: str) -> None:
-    """Print how many members of how many patients there are, in which splits."""
+    """Print the number of members, patients and members per split."""
     members = terms.members
     print_line(f"{what}: {len(members)} {item_name} of {len({member.patient_id for member in members})} patients, "
         + ", ".join(f"{len(part)} {name}" for name, part in terms.splits.items()))  # fmt: skip

@@ -1,4 +1,4 @@
-"""Files from outside, read with care: bounded, inflated to their checked end, UTF-8, and never more than data.
+"""Careful reading of untrusted files: bounded, decompressed with their check sums verified, UTF-8, and only as data.
 
 Tables are read by :mod:`datamodules.tables`, which builds on this.
 """
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from common.errors import DataError, UserError
 
-#: Bytes of a table or a list, inflated, at most.
+#: Most bytes of a table or list, decompressed.
 MAX_BYTES = 2**31
-#: Deflate reaches 1,032 on zeros; a table of text hardly 30.
+#: Deflate compresses zeros 1,032-fold, a table of text hardly 30-fold.
 _MAX_RATIO = 100
 _SLACK = 2**24
 _CHUNK = 2**20
@@ -31,13 +31,13 @@ _DECLARATION = re.compile(r"<!(DOCTYPE|ENTITY)")
 
 
 def short(text: str, most: int = 60) -> str:
-    """Return a text from outside as it can stand in a sentence: cut, on one line, without control characters."""
+    """Return an untrusted text for use in a message: shortened, on one line, without control characters."""
     shown = "".join(sign if sign.isprintable() else "?" for sign in text[:most])
     return shown if len(text) <= most else f"{shown}..."
 
 
 def listing(names: Iterable[str], most: int = 100) -> str:
-    """Return names from outside in a row, as many as fit into ``most`` characters, and how many there are then."""
+    """List untrusted names, as many as fit into ``most`` characters, followed by their number if some are left out."""
     every = [short(name, 40) for name in names]
     shown = every[:1]
     while len(shown) < len(every) and len(", ".join([*shown, every[len(shown)]])) <= most:
@@ -49,7 +49,7 @@ def optional_reader(module: str, what: str) -> Any:
     """Import an optional reader.
 
     Raises:
-        UserError: it is not installed; names the extra.
+        UserError: it is not installed; the message names the extra.
     """
     try:
         return __import__(module)
@@ -58,13 +58,13 @@ def optional_reader(module: str, what: str) -> Any:
 
 
 def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
-    """Return what a file holds; a gzip file is inflated to its end, where its check sum stands.
+    """Return a file's content; a gzip file is decompressed to its end, which verifies its check sum.
 
-    Whether it is one is told by its first bytes: browsers inflate downloads and leave their names.
+    gzip is recognised by its first bytes: browsers decompress downloads but keep their names.
 
     Args:
         path: The file.
-        limit: Bytes at most, inflated.
+        limit: Most bytes, decompressed.
 
     Raises:
         DataError: it is not a regular file, cannot be read, is damaged or larger than the limit.
@@ -87,7 +87,7 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
 
 
 def _read_up_to(file: BinaryIO | gzip.GzipFile, limit: int, path: Path) -> bytes:
-    """Read a file in pieces, so that no promise of its header is allocated.
+    """Read a file in pieces, so that memory is never allocated on a header's promise.
 
     Raises:
         DataError: it is larger than the limit.
@@ -97,7 +97,7 @@ def _read_up_to(file: BinaryIO | gzip.GzipFile, limit: int, path: Path) -> bytes
     while part := file.read(_CHUNK):
         total += len(part)
         if total > limit:
-            raise DataError(f"{path} holds more than {limit:,} bytes, which is more than is read of such a file.")
+            raise DataError(f"{path} holds more than {limit:,} bytes, more than is read of such a file.")
         parts.append(part)
     return b"".join(parts)
 
@@ -106,13 +106,13 @@ def zipped_member(path: Path) -> bytes:
     """Return the one file in a zip archive.
 
     Raises:
-        DataError: the archive is damaged, holds another number of files, or promises too much.
+        DataError: the archive is damaged, does not hold exactly one file, or exceeds the size limit.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             members = [entry for entry in archive.infolist() if not entry.is_dir()]
             if len(members) != 1:
-                raise DataError(f"{path} holds {len(members)} files, and one table is read of it.")
+                raise DataError(f"{path} holds {len(members)} files; it must hold exactly one table.")
             if members[0].file_size > min(MAX_BYTES, _MAX_RATIO * path.stat().st_size + _SLACK):
                 raise DataError(f"{path} promises {members[0].file_size:,} bytes, more than is read of such a file.")
             return archive.read(members[0])
@@ -127,10 +127,10 @@ def decoded(data: bytes, place: str) -> str:
 
     Args:
         data: The bytes.
-        place: What they are called in a refusal.
+        place: Their name in error messages.
 
     Raises:
-        DataError: they are not UTF-8, or hold a zero byte; names line and byte.
+        DataError: they are not UTF-8, or hold a zero byte; the message names line and byte.
     """
     start = len(_BOM) if data.startswith(_BOM) else 0
     wide = data.startswith(_WIDE_BOMS)
@@ -160,7 +160,7 @@ def read_text(path: Path, limit: int = MAX_BYTES) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file; unlike ``splitlines``, separators that Unicode knows do not end a line.
+    """Return the lines of a text file; unlike ``splitlines``, Unicode separators do not end a line.
 
     Raises:
         DataError: as :func:`read_text`.
@@ -169,7 +169,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def first_line(path: Path) -> str:
-    """Return the first line of a file, whatever its encoding: enough to tell if it is worth reading."""
+    """Return the first line of a file, whatever its encoding: enough to decide whether to read it."""
     if not path.is_file():
         return ""
     try:
@@ -180,14 +180,14 @@ def first_line(path: Path) -> str:
 
 
 def parse_json(text: str, place: str) -> Any:
-    """Parse JSON; numbers stay the text they were written as, and the NaN that Python writes is null.
+    """Parse JSON; numbers are kept as text, and Python's NaN becomes null.
 
     Args:
         text: The document.
-        place: What it is called in a refusal.
+        place: Its name in error messages.
 
     Raises:
-        DataError: it is not JSON, is nested too deeply, names a key twice, or holds characters that no text has.
+        DataError: it is not JSON, is nested too deeply, has a duplicate key, or holds invalid characters.
     """
     try:
         value = json.loads(
@@ -210,31 +210,31 @@ def parse_json(text: str, place: str) -> Any:
 
 
 def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dictionary of an object's members.
+    """Make a dictionary from an object's members.
 
     Raises:
-        ValueError: a key comes twice.
+        ValueError: a key occurs twice.
     """
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {short(twice)!r} is there twice in one object")
+        raise ValueError(f"the key {short(twice)!r} occurs twice in one object")
     return found
 
 
 def _check_characters(text: str) -> None:
-    """Refuse halves of a surrogate pair, and the zero character, which escapes can bring in.
+    """Refuse unpaired surrogates and the zero character, which escapes can produce.
 
     Raises:
-        ValueError: there is one.
+        ValueError: there is such a character.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"the escape \\u{ord(text[error.start]):04x} is half of a character") from error
     if re.search(r"(?<!\\)(\\\\)*\\u0000", text):
-        raise ValueError("the escape \\u0000 is no character of a text")
+        raise ValueError("the escape \\u0000 is not a valid character")
 
 
 def read_json(path: Path) -> Any:
@@ -247,28 +247,28 @@ def read_json(path: Path) -> Any:
 
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Read a file of one JSON object per line; empty lines do not count. See :func:`parse_json`.
+    """Read a file with one JSON object per line; empty lines are ignored. See :func:`parse_json`.
 
     Raises:
-        DataError: names the first line that is no object.
+        DataError: the first line that is not an object.
     """
     for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             row = parse_json(line, f"{path} line {number}")
             if not isinstance(row, dict):
-                raise DataError(f"{path} line {number} is no JSON object.")
+                raise DataError(f"{path} line {number} is not a JSON object.")
             yield row
 
 
 def parse_xml(text: str, place: str) -> ElementTree.Element | None:
-    """Parse an XML document; None where it is not well-formed.
+    """Parse an XML document; None if it is not well-formed.
 
     Args:
         text: The document.
-        place: What it is called in a refusal.
+        place: Its name in error messages.
 
     Raises:
-        DataError: it declares entities, with which a short document can grow without bound.
+        DataError: it declares entities, which can expand a short document without bound.
     """
     if _DECLARATION.search(text):
         raise DataError(f"{place} has a DOCTYPE or ENTITY declaration, which no report has.")
@@ -279,16 +279,16 @@ def parse_xml(text: str, place: str) -> ElementTree.Element | None:
 
 
 def read_matrix(path: Path, name: str, shape: tuple[int, int], what: str) -> NDArray[np.float32]:
-    """Read a matrix of numbers of an HDF5 file; its size is compared with the wanted one before any of it is read.
+    """Read a numeric matrix from an HDF5 file, after checking its size.
 
     Args:
         path: The file.
         name: Name of the data set.
-        shape: Rows and columns that it must have.
-        what: What it is, in a refusal.
+        shape: Required rows and columns.
+        what: Its description in error messages.
 
     Raises:
-        DataError: the file is damaged, or the data set is missing, of another shape, not of numbers, or lies elsewhere.
+        DataError: the file is damaged, or the data set is missing, of another shape, not numeric, or external.
         UserError: h5py is not installed.
     """
     h5py = optional_reader("h5py", what)
@@ -298,9 +298,9 @@ def read_matrix(path: Path, name: str, shape: tuple[int, int], what: str) -> NDA
         with h5py.File(path, "r") as file:
             link, data = file.get(name, getlink=True), file[name]
             if not isinstance(link, h5py.HardLink) or data.external or data.is_virtual:
-                raise DataError(f"{path} keeps {name} in another file, which is not opened.")
+                raise DataError(f"{path} stores {name} in another file, which is not opened.")
             if data.dtype.kind not in "fiu":
-                raise DataError(f"{path} holds {data.dtype} where numbers are wanted.")
+                raise DataError(f"{path} holds {data.dtype} instead of numbers.")
             if data.shape != shape:
                 held = " x ".join(map(str, data.shape)) or "1"
                 raise DataError(f"{path} holds {held} values, its names are {shape[0]} x {shape[1]}.")
@@ -312,7 +312,7 @@ def read_matrix(path: Path, name: str, shape: tuple[int, int], what: str) -> NDA
 
 
 def listed_names(paths: Sequence[Path]) -> list[str]:
-    """Return what lists name, one name per line; empty lines do not count.
+    """Return the names in lists, one per line; empty lines are ignored.
 
     Raises:
         DataError: a list cannot be read.

@@ -1,4 +1,4 @@
-"""Ids of tables and of archives: they join by exact text, and what would join after mending is named, not mended."""
+"""Joining the ids of tables and archives by exact text; what a correction would join is named, not corrected."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,17 +11,17 @@ from common.errors import DataError
 from common.runtime.reporting import print_line
 from datamodules.files import listing, short
 
-#: How programs write that they do not know.
+#: Placeholders that programs write for unknown values.
 _UNKNOWN = ("nan", "none", "null", "na", "n/a")
 
 IdRule = Literal["exact", "pad"]
 
 
 def check_subjects(path: Path, subjects: Iterable[str]) -> None:
-    """Refuse a table in which several rows have as their subject what programs write for "unknown".
+    """Refuse a table in which several rows have a placeholder for "unknown" as subject.
 
     Raises:
-        DataError: says how many rows have it.
+        DataError: the message gives the number of rows.
     """
     counts = Counter(name for name in subjects if name.strip().lower() in _UNKNOWN)
     if counts.total() > 1:
@@ -32,10 +32,10 @@ def check_subjects(path: Path, subjects: Iterable[str]) -> None:
 
 
 def rows_by(path: Path, table: pd.DataFrame, key: str) -> dict[str, dict[str, str]]:
-    """Return the rows of a table by the text in one column; rows without any are left out.
+    """Return the rows of a table by the text in one column; rows without a key are left out.
 
     Raises:
-        DataError: the column is missing, a row comes twice and differs, or its key means "unknown".
+        DataError: the column is missing, a key occurs twice with different values, or means "unknown".
     """
     if key not in table.columns:
         raise DataError(f"{path} has no column {short(key)!r}; it has {listing(table.columns)}.")
@@ -49,12 +49,12 @@ def rows_by(path: Path, table: pd.DataFrame, key: str) -> dict[str, dict[str, st
 
 
 class Joined(NamedTuple):
-    """How the ids of an archive and those of a table fit.
+    """The result of joining an archive's ids with a table's.
 
     Attributes:
         found: Id in the archive to id in the table.
-        lacking: Ids of the archive that the table does not have.
-        spare: Ids of the table that the archive does not have.
+        lacking: Ids only in the archive.
+        spare: Ids only in the table.
     """
 
     found: dict[str, str]
@@ -62,7 +62,7 @@ class Joined(NamedTuple):
     spare: list[str]
 
     def counts(self, table: str, item_name: str) -> str:
-        """Say what joined and what did not, on both sides."""
+        """Describe what joined and what did not, on both sides."""
         return (f"{table}: {len(self.found)} of {len(self.found) + len(self.lacking)} {item_name} are listed; of the "
                 f"ids it lists, {len(self.spare)} are not in the archive")  # fmt: skip
 
@@ -72,7 +72,7 @@ def without_zeros(name: str) -> str:
     return name.lstrip("0") or "0" if name.isascii() and name.isdigit() else name
 
 
-#: What an id may have lost or gained on its way through other programs: in words, and what both sides then share.
+#: Changes that other programs make to ids: a description, and the key that both sides then share.
 _MENDINGS: Mapping[str, Callable[[str], str]] = {
     "with leading zeros": without_zeros,
     "in the other case": str.casefold,
@@ -83,7 +83,7 @@ _MENDINGS: Mapping[str, Callable[[str], str]] = {
 
 
 def join_ids(names: Iterable[str], listed: Iterable[str], ids: IdRule = "exact") -> Joined:
-    """Join ids by exact text, and with ``pad`` numbers that lost their leading zeros too.
+    """Join ids by exact text, and with ``pad`` also numbers that lost their leading zeros.
 
     Args:
         names: Ids of the archive.
@@ -91,7 +91,7 @@ def join_ids(names: Iterable[str], listed: Iterable[str], ids: IdRule = "exact")
         ids: ``exact`` or ``pad``.
 
     Raises:
-        DataError: with ``pad`` an id could be two others.
+        DataError: with ``pad`` an id could match two others.
     """
     wanted, given = dict.fromkeys(names), dict.fromkeys(listed)
     found = {name: name for name in wanted if name in given}
@@ -104,10 +104,10 @@ def join_ids(names: Iterable[str], listed: Iterable[str], ids: IdRule = "exact")
 
 
 def _padded(lacking: Sequence[str], spare: Sequence[str]) -> dict[str, str]:
-    """Join what differs in leading zeros.
+    """Join ids that differ only in leading zeros.
 
     Raises:
-        DataError: an id could be two others.
+        DataError: an id could match two others.
     """
     place: dict[str, list[str]] = {}
     for name in spare:
@@ -128,11 +128,11 @@ def _padded(lacking: Sequence[str], spare: Sequence[str]) -> dict[str, str]:
 
 
 def mending(joined: Joined, setting: str = "") -> str:
-    """Say what would join after which mending; empty where nothing would.
+    """Describe which corrections would join more ids; empty if none would.
 
     Args:
-        joined: What joined and what did not.
-        setting: The setting that takes ids without their zeros, where there is one, such as ``split.ids``.
+        joined: The result of the join.
+        setting: The setting that accepts ids without leading zeros, if there is one, such as ``split.ids``.
     """
     best: tuple[int, str, str] = (0, "", "")
     for words, plain in _MENDINGS.items():
@@ -148,10 +148,10 @@ def mending(joined: Joined, setting: str = "") -> str:
 
 
 def check_labels(path: Path, joined: Joined, item_name: str, setting: str = "") -> None:
-    """Print what of a table of labels joined, and refuse one that has labels for under half of an archive.
+    """Print how a table of labels joined, and refuse one with labels for less than half of an archive.
 
     Raises:
-        DataError: says how many, and what would join after mending.
+        DataError: the message gives the number, and what would join after a correction.
     """
     total = len(joined.found) + len(joined.lacking)
     if 2 * len(joined.found) < total:

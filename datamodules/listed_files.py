@@ -5,7 +5,7 @@ from pathlib import Path
 from common.errors import DataError
 from common.pseudonyms import public_name
 
-#: Bytes of one part of a path, and of a whole one, at most.
+#: Most bytes of one part of a path, and of a whole path.
 _MAX_PART = 255
 _MAX_PATH = 4000
 
@@ -14,12 +14,12 @@ def path_under(root: Path, name: str, source: object) -> Path:
     """Return the path of a file that a table or a manifest names.
 
     Args:
-        root: What the name is relative to.
+        root: Base of the name.
         name: The name.
-        source: Where it stands, for the error message.
+        source: Where it is listed, for error messages.
 
     Raises:
-        DataError: it is absolute, goes up by ``..``, or cannot be a file's name.
+        DataError: it is absolute, contains ``..``, or is not a valid file name.
     """
     path = Path(name)
     lengths = [len(part.encode("utf-8", "surrogatepass")) for part in path.parts]

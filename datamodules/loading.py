@@ -1,4 +1,4 @@
-"""Which sample comes when: pure functions of seed and epoch, and a loader that knows its position."""
+"""The order of samples as pure functions of seed and epoch, and a loader that knows its position."""
 
 import signal
 import time
@@ -21,7 +21,7 @@ class Draw:
     Attributes:
         index: Subject.
         epoch: Epoch; 0 outside training.
-        draw: Which of the subject's draws in this epoch.
+        draw: Number of the subject's draw in this epoch.
     """
 
     index: int
@@ -34,7 +34,7 @@ class TrainBatches(Sampler[list[Draw]]):
 
     An epoch passes ``draws`` times over all subjects, each pass in its own order, a function of (seed, epoch, pass).
     The order is cut into global batches, of which each rank takes its consecutive part: two ranks with half the batch
-    see, step by step, what one rank with all of it sees. A last incomplete global batch is left out.
+    size see, step by step, what one rank with the full size sees. A last incomplete global batch is left out.
 
     Args:
         num_subjects: Subjects in the set.
@@ -61,7 +61,7 @@ class TrainBatches(Sampler[list[Draw]]):
         self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next (Lightning calls it)."""
+        """Choose the next epoch (called by Lightning)."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -79,20 +79,20 @@ class TrainBatches(Sampler[list[Draw]]):
 
 
 class EvaluationBatches(Sampler[list[Draw]]):
-    """The same batches every time, dealt to the ranks in turn.
+    """The same batches every time, assigned to the ranks in turn.
 
-    What a batch holds does not depend on the number of ranks, and no sample is repeated to make ranks equal. Only where
-    there would be fewer batches than ranks are the batches smaller: Lightning runs no hook on a rank without any.
+    The content of a batch does not depend on the number of ranks, and no sample is repeated to equalise ranks. Batches
+    are smaller only if there would be fewer batches than ranks: Lightning runs no hooks on a rank without batches.
 
     Args:
         num_subjects: Subjects in the set.
         draws: Draws per subject.
-        batch_size: Samples per batch, at most.
+        batch_size: Most samples per batch.
         rank: This rank.
         world_size: Number of ranks.
 
     Raises:
-        DataError: there are samples, but fewer than ranks.
+        DataError: fewer samples than ranks, but at least one.
     """
 
     def __init__(self, num_subjects: int, draws: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
@@ -106,7 +106,7 @@ class EvaluationBatches(Sampler[list[Draw]]):
         draws_in_order = [Draw(index, 0, draw) for index in range(num_subjects) for draw in range(draws)]
         batches = [draws_in_order[i : i + batch_size] for i in range(0, len(draws_in_order), batch_size)]
         self.batches = batches[rank::world_size]
-        #: Batches that every rank has, so that ranks may talk to each other during these.
+        #: Number of batches that every rank has, during which ranks can communicate.
         self.common_length = len(batches) // world_size
         self.epoch = self.start = 0
 
@@ -118,7 +118,7 @@ class EvaluationBatches(Sampler[list[Draw]]):
 
 
 def _start_worker(worker_id: int) -> None:
-    """Leave stopping to the main process: workers inherit its signal handlers and must not act on them."""
+    """Ignore signals in workers: they inherit the main process's handlers, and only it may stop them."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -135,7 +135,7 @@ def _next(iterator: Iterator[Any]) -> Any:
     """Return the next batch, None at the end.
 
     Raises:
-        UserError: as the data set raised it; one from a worker brings its traceback along as text.
+        UserError: raised by the data set; from a worker it would carry its traceback as text.
     """
     try:
         return next(iterator, None)
@@ -147,15 +147,15 @@ def _next(iterator: Iterator[Any]) -> Any:
 
 
 class ResumableLoader:
-    """A loader that can tell how many batches were consumed, and continue from there.
+    """A loader that records how many batches were consumed and continues from there.
 
-    Batches that workers have fetched ahead do not count. The position is (epoch, consumed); after loading it, the
-    next pass over that epoch begins behind the consumed batches, without reading them.
+    Batches prefetched by workers do not count. The position is (epoch, consumed); after loading it, the next pass over
+    that epoch begins after the consumed batches, without reading them.
 
     Args:
-        dataset: Takes :class:`Draw`.
-        batches: Which draws make which batch.
-        collate: Makes a batch from samples.
+        dataset: Indexed by :class:`Draw`.
+        batches: The draws of each batch.
+        collate: The collate function.
         num_workers: Worker processes.
         pin_memory: Whether to pin memory for the transfer to an accelerator.
     """
@@ -182,7 +182,7 @@ class ResumableLoader:
             persistent_workers=num_workers > 0,
             worker_init_fn=_start_worker,
         )
-        # At exit Python terminates daemons by the signal that our workers ignore, and waits for them: stop them first.
+        # At exit Python sends daemons the signal that our workers ignore, and waits for them: stop them first.
         Finalize(self, _stop_workers, (self._loader,), exitpriority=100)
 
     def close(self) -> None:
@@ -193,7 +193,7 @@ class ResumableLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        # A generator runs at its first `next`: by then Lightning has told the sampler which epoch it is.
+        # A generator starts at its first `next`: by then Lightning has set the sampler's epoch.
         epoch, consumed = self._resume
         self._resume = (-1, 0)
         self._consumed = self.sampler.start = consumed if epoch == self.sampler.epoch else 0

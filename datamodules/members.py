@@ -1,13 +1,13 @@
-"""Names of the files that archives consist of: which of them are read, and why one is not."""
+"""File names in archives: which formats are read, and why others are not."""
 
 from pathlib import Path
 
 NIFTI = (".nii.gz", ".nii")
 #: Volumes, in any case.
 VOLUMES = (*NIFTI, ".mha", ".mhd", ".nrrd", ".mgz")
-#: Pictures, in any case; DICOM is known by its content too.
+#: Images, in any case; DICOM is also recognised by content.
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".dcm", ".dicom")
-#: Volumes that are listed, so that they are a fault with a reason, and not read.
+#: Formats of volumes that are listed as faults with a reason, but not read.
 REFUSED = {
     ".img": "Analyze stores no orientation: convert it to NIfTI with the orientation you know",
     ".hdr": "Analyze stores no orientation: convert it to NIfTI with the orientation you know",
@@ -17,7 +17,7 @@ REFUSED = {
     ".mnc": "MINC is not read: convert it with mnc2nii",
     ".dcm.gz": "compressed DICOM is not read: gunzip it",
 }
-#: First bytes of what Git LFS leaves in place of a file, and the most that such a file holds.
+#: First bytes of a Git LFS pointer, and the largest size of such a file.
 _POINTER, _POINTER_BYTES = b"version https://git-lfs", 1024
 
 
@@ -28,12 +28,12 @@ def suffix_of(path: Path) -> str:
 
 
 def refusal_of(path: Path) -> str:
-    """Say why a volume of some format is never read; empty where it is."""
+    """Return why a volume's format is not supported; empty if it is."""
     return REFUSED.get(suffix_of(path), "") if suffix_of(path) else f"none of {', '.join(VOLUMES)} ends its name"
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether a file is what Git LFS leaves in place of one.
+    """Whether a file is a Git LFS pointer.
 
     Raises:
         OSError: the file cannot be opened.
@@ -45,7 +45,7 @@ def is_pointer(path: Path) -> bool:
 
 
 def why_missing(path: Path) -> str:
-    """Say why there is no file of a name."""
+    """Return why a file is missing."""
     if path.is_symlink() and not path.exists():
         return "a link without content (git-annex, DataLad): run datalad get ."
     if path.is_dir():

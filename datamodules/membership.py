@@ -1,4 +1,4 @@
-"""Who was in which split of a run: kept with it, compared when it is resumed, fine-tuned from or evaluated.
+"""The members of each split of a run: stored with it, and compared when it is resumed, fine-tuned from or evaluated.
 
 Names are those of the archive, or keyed pseudonyms where names are hidden (:mod:`common.pseudonyms`): whoever has the
 key can still compare them. Contents are the check sums of a case's files, which tell a copy in another folder.
@@ -18,11 +18,11 @@ from datamodules.splits import SPLITS, Member
 
 SeenPatients = Literal["report", "drop", "refuse"]
 ChangedArchive = Literal["refuse", "use"]
-#: What a member's split is called where a run placed it but left it out, as a share of the labels does.
+#: Prefix of the split of a member that was assigned but left out, for example by a label fraction.
 UNUSED = "unused "
-#: What the check sum of a mask begins with: empty masks of different patients are equal.
+#: Prefix of a mask's check sum: empty masks of different patients are equal.
 MASK = "mask:"
-#: The pseudonym of this text tells one key from another.
+#: Text whose pseudonym identifies the key.
 _KEY_CHECK = "the key of a membership"
 _REMEDY = "set data.changed_archive to use to go on with what is there, or restore the archive"
 
@@ -33,8 +33,8 @@ class Row(NamedTuple):
     Attributes:
         case_id: The case.
         patient_id: Its patient.
-        split: Where it was placed; begins with ``unused`` where it was left out.
-        sources: Check sums of its files; empty where none is known.
+        split: Its split; begins with ``unused`` if it was left out.
+        sources: Check sums of its files; empty if unknown.
     """
 
     case_id: str
@@ -51,8 +51,8 @@ class Membership:
         rows: One per case that was placed in a split.
         root: The archive.
         setting: How splits were made.
-        key: What tells the key of hidden names; empty where names are plain.
-        before: The membership of the run whose encoder this one started from.
+        key: Identifies the key of hidden names; empty if names are plain.
+        before: Membership of the run whose encoder this one started from.
     """
 
     rows: tuple[Row, ...]
@@ -63,7 +63,7 @@ class Membership:
 
     @property
     def digest(self) -> str:
-        """Check sum of all rows, whatever their order."""
+        """Check sum of all rows, independent of their order."""
         return f"{stable_hash(*sorted(repr(tuple(row)) for row in self.rows)):016x}"
 
     @property
@@ -85,18 +85,18 @@ class Membership:
 
     @classmethod
     def read(cls, stored: Mapping[str, Any] | None) -> "Membership | None":
-        """Return what a checkpoint holds; None where it holds none."""
+        """Return what a checkpoint holds; None if it holds none."""
         if not stored:
             return None
         rows = tuple(Row(case, patient, split, tuple(sources)) for case, patient, split, *sources in stored["rows"])
         return cls(rows, stored["root"], stored["setting"], stored["key"], cls.read(stored["before"]))
 
     def name(self, text: str) -> str:
-        """Return a name as it stands in the rows."""
+        """Return a name as stored in the rows."""
         return pseudonym(text) if self.key else text
 
     def comparable(self) -> bool:
-        """Whether names can be compared: they are plain, or hidden with the key that is here."""
+        """Whether names can be compared: they are plain, or hidden with the present key."""
         return self.key in ("", pseudonym(_KEY_CHECK))
 
     def same_root(self, root: str) -> bool:
@@ -115,7 +115,7 @@ def _resolved(root: str) -> str:
 def make_membership(
     rows: Iterable[Row], root: str, setting: str, hidden: bool, before: Membership | None = None
 ) -> Membership:
-    """Record the members of an archive, under pseudonyms where names are hidden.
+    """Record the members of an archive, under pseudonyms if names are hidden.
 
     Args:
         rows: With plain names.
@@ -133,16 +133,17 @@ def make_membership(
 def resumed_parts(
     stored: Membership, cases: Sequence[Member], setting: str, changed_archive: ChangedArchive
 ) -> dict[str, str]:
-    """Return the splits that a run began with; what is new since then has none.
+    """Return the splits that a run began with; new cases get none.
 
     Args:
         stored: The run's membership.
-        cases: The cases that are there now.
-        setting: How splits would be made now.
-        changed_archive: Whether to go on where a member is gone or the setting differs.
+        cases: The present cases.
+        setting: How splits are made now.
+        changed_archive: Whether to continue if a member is missing or the setting differs.
 
     Raises:
-        DataError: a member is gone or splits are made otherwise, and nothing was said about it; or every member is.
+        DataError: a member is missing or splits are made differently, and ``changed_archive`` does not allow it; or
+            no member is left.
     """
     if not stored.comparable():
         raise DataError("The run's membership is hidden with another key of pseudonyms: resume it where its key is.")
@@ -168,12 +169,12 @@ def resumed_parts(
 
 
 def inherited_parts(stored: Membership, cases: Sequence[Member], parts: Mapping[str, str]) -> dict[str, str]:
-    """Keep every patient that another run knows in its split there; only new patients stay where they were placed.
+    """Keep the split that another run assigned to a patient; only new patients keep the given one.
 
     Args:
         stored: The other run's membership.
         cases: The cases.
-        parts: Where they would be placed.
+        parts: Their splits otherwise.
 
     Raises:
         DataError: names cannot be compared.
@@ -192,10 +193,10 @@ def inherited_parts(stored: Membership, cases: Sequence[Member], parts: Mapping[
 
 
 def check_contents(stored: Membership, rows: Iterable[Row], changed_archive: ChangedArchive) -> None:
-    """Refuse members whose files are not those that a run began with.
+    """Refuse members whose files have changed since a run began.
 
     Raises:
-        DataError: names the first, with both check sums.
+        DataError: the first changed member, with both check sums.
     """
     before = {row.case_id: row.sources for row in stored.rows}
     changed = []
@@ -216,12 +217,12 @@ def check_contents(stored: Membership, rows: Iterable[Row], changed_archive: Cha
 
 
 class Seen(NamedTuple):
-    """Patients of a split whom an earlier training has seen.
+    """Patients of a split seen by earlier training.
 
     Attributes:
-        patients: How many the split has.
-        certain: Those of whom a file is equal, or whose name is in the same archive.
-        possible: Those of whose name there was one in another archive.
+        patients: Number of patients in the split.
+        certain: Those with an equal file, or the same name in the same archive.
+        possible: Those with the same name in another archive.
     """
 
     patients: int
@@ -233,18 +234,18 @@ class Seen(NamedTuple):
         return {"patients": self.patients, "certain": len(self.certain), "possible": len(self.possible)}
 
     def words(self, split: str, where: str) -> str:
-        """Say it."""
+        """The result as text."""
         more = f"; {len(self.possible)} more have the name of one that was" if self.possible else ""
         return f"{len(self.certain)} of {self.patients} {split} patients were seen in {where}{more}"
 
 
 def seen_patients(earlier: Membership, rows: Sequence[Row], root: str) -> Seen:
-    """Find the patients of some rows among those that earlier runs were trained on.
+    """Find the patients of some rows that earlier runs were trained on.
 
     Args:
-        earlier: Of the run whose weights are used; those before it count as well.
-        rows: Of one split, with plain names.
-        root: The archive that they are of.
+        earlier: Membership of the run whose weights are used; earlier runs count as well.
+        rows: Rows of one split, with plain names.
+        root: Their archive.
     """
     certain: set[str] = set()
     possible: set[str] = set()
@@ -268,12 +269,12 @@ def used_rows(
     splits: Mapping[str, Sequence[Any]],
     sources: Mapping[str, tuple[str, ...]],
 ) -> list[Row]:
-    """Return the rows of all cases that were placed.
+    """Return the rows of all assigned cases.
 
     Args:
         cases: The cases.
-        parts: Where they were placed.
-        splits: Those that are used.
+        parts: Their splits.
+        splits: The cases in use.
         sources: Check sums of the files of each case.
     """
     used = {(name, case.patient_id) for name in SPLITS for case in splits.get(name, ())}

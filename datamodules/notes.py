@@ -1,4 +1,4 @@
-"""What readers notice that is no fault: said once, with a count, when a set has been read."""
+"""Observations of readers that are not faults, printed once with a count after a set has been read."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -11,13 +11,13 @@ _lock = Lock()
 
 
 def note(text: str, path: str | Path) -> None:
-    """Count something that was noticed of one file, however often the file is read."""
+    """Count an observation about one file, however often the file is read."""
     with _lock:
         _noticed[text].add(str(path))
 
 
 def print_notes() -> None:
-    """Print what was noticed since the last call, the commonest first."""
+    """Print the observations since the last call, most frequent first."""
     with _lock:
         counted = sorted(((text, len(paths)) for text, paths in _noticed.items()), key=lambda entry: -entry[1])
         _noticed.clear()

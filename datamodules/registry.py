@@ -1,7 +1,7 @@
 """The one list of layouts: what each gives, how a tree is recognised, and what an archive consists of.
 
-A layout says what the files of an archive are; how they are prepared is a profile's part. A data module says what it
-needs, and every layout that gives it can be read. Nothing of an archive is imported here until it is asked for.
+A layout says what the files of an archive are; a profile says how they are prepared. A data module says what it needs,
+and every layout that gives it can be read. A layout's module is imported only when it is used.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,18 +19,18 @@ from datamodules.tree import Tree
 
 #: What a layout gives and a data module needs.
 VOCABULARY = ("volumes", "images", "text", "targets", "masks", "questions", "genetics", "views", "sessions")
-#: Characters of a refusal at most.
+#: Most characters of an error message.
 MAX_SENTENCE = 300
 
 
 class FileRef(NamedTuple):
-    """Where something lies.
+    """The location of a file.
 
     Attributes:
         path: The file.
-        volume: Which volume of a 4-D file, from 0; None = the file is one.
+        volume: Which volume of a 4-D file, from 0; None: the file holds one.
         member: Name inside a zip archive; None for a plain file.
-        series: UID of a DICOM series, of which the path is the folder; None otherwise.
+        series: UID of a DICOM series, whose folder is the path; None otherwise.
     """
 
     path: Path
@@ -43,21 +43,21 @@ class FileRef(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One sample of an archive, whatever it holds: what all layouts give and every data module can be made of.
+    """One sample of an archive, whatever it holds: the output of all layouts and input of all data modules.
 
     Attributes:
         case_id: Unique name.
-        patient_id: Splits are by this.
-        session: Visit; empty = the archive knows none.
+        patient_id: Splits are made by patient.
+        session: Visit; empty if the archive has none.
         volumes: Modality, as the archive calls it, to file.
-        images: Pictures and what each shows, such as ``PA``; empty text = unknown.
-        text: A report or caption, or where it lies; None = there is none.
+        images: Images with their views, such as ``PA``; an empty text means unknown.
+        text: A report or caption, or its location; None: there is none.
         masks: Name to mask.
-        targets: What may be predicted, as text; empty = unknown.
-        attributes: Further facts by name; empty = unknown.
-        answers: What counts as the right answer where the text is a question.
-        split: ``train``, ``val`` or ``test`` where the archive says so.
-        surplus: Files of a modality that has a file already, which data modules refuse.
+        targets: Possible targets, as text; empty: unknown.
+        attributes: Further facts by name; empty: unknown.
+        answers: The accepted answers, if the text is a question.
+        split: ``train``, ``val`` or ``test`` where the archive defines one.
+        surplus: Further files of a modality that already has one; data modules refuse them.
     """
 
     case_id: str
@@ -74,11 +74,11 @@ class Record(NamedTuple):
     surplus: tuple[Path, ...] = ()
 
     def record(self) -> "Record":
-        """Return itself, as what other samples become."""
+        """Return itself."""
         return self
 
     def files(self) -> Iterable[tuple[str, Path]]:
-        """Yield every file of the sample with what it is: volume, image, text or mask."""
+        """Yield every file of the sample with its kind: volume, image, text or mask."""
         yield from (("volume", ref.path) for ref in self.volumes.values())
         yield from (("image", path) for path, _ in self.images)
         yield from (("volume", path) for path in self.surplus)
@@ -88,32 +88,32 @@ class Record(NamedTuple):
 
 
 class Sample(Protocol):
-    """What a room's own sample type offers: to become a record."""
+    """Protocol of the sample types: conversion to a record."""
 
     def record(self) -> Record:
-        """Return what the sample holds as a record."""
+        """Return the sample as a record."""
         ...
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a whole archive.
+    """Facts about a whole archive.
 
     Attributes:
-        modalities: Channels in order; empty = those that the records have.
+        modalities: Channels in order; empty: those of the records.
         regions: Region to the label values that make it up.
-        label_values: Every value a label may hold; empty = not checked.
-        profile: Preparation that suits the archive where the experiment names none.
-        native: Whether volumes are known to lie in native space, so that no atlas is asked of them.
-        reference: Modality whose grid the others are resampled to; None = they share one.
-        reader: How image files become pixels; None = as the data module reads any.
-        extract: Makes the text that is used of a report; takes the report, the part and whether redactions stay.
+        label_values: Every value a label may hold; empty: not checked.
+        profile: Default profile, if the experiment names none.
+        native: Whether volumes are known to lie in native space, so that no atlas is required.
+        reference: Modality whose grid the others are resampled to; None: they share one.
+        reader: How image files are decoded; None: as the data module's default.
+        extract: Extracts the text to use from a report; takes the report, the part and whether redactions are kept.
         named: Whether its patients are the persons of a genetic archive.
-        genome_files: Names the genetics in a tree.
-        genome_kinds: Reads genetics that are no files of their own kind, such as omics in a table.
+        genome_files: Finds the genetics in a tree.
+        genome_kinds: Reads genetics without files of their own kind, such as omics in a table.
         read_lesion: Reads the mask of a lesion, given its file, its image's and the shorter side.
-        cut_validation: Whether validation patients are cut out of its training ones, as it names none.
-        held_out: What test images are for in pre-training, which does not test.
+        cut_validation: Whether to take validation patients from training, as the archive defines none.
+        held_out: Split of test images in pre-training, which does not test.
     """
 
     modalities: tuple[str, ...] = ()
@@ -137,19 +137,19 @@ NO_FACTS = Facts()
 
 @dataclass(frozen=True)
 class Settings:
-    """What a person may say about an archive, where its layout leaves it open; the defaults say nothing.
+    """The user's settings for what a layout leaves open; the defaults say nothing.
 
     Attributes:
         modalities: Canonical name to the archive's.
-        ignore: Patterns of files that are left aside.
+        ignore: Patterns of files to ignore.
         masks: Name to the mask that is used, and its values.
-        subject: Whose a file is: ``folder``, ``file``, ``study``, a column, or ``{"regex": ...}``.
+        subject: How to find a file's owner: ``folder``, ``file``, ``study``, a column, or ``{"regex": ...}``.
         table: Name of the table under the root, or its path.
         columns: Columns of a table by role.
         pipeline: Folder under ``derivatives`` whose volumes are used.
         runs: ``"all"`` makes every run a case of its own.
-        missing: ``"ignore"`` goes on where rows of a table name files that are not there.
-        categories: Kinds of questions that are read.
+        missing: ``"ignore"`` accepts table rows that name missing files.
+        categories: Kinds of questions to read.
     """
 
     modalities: Mapping[str, str] = field(default_factory=dict)
@@ -164,7 +164,7 @@ class Settings:
     categories: tuple[str, ...] = ()
 
     def said(self) -> list[str]:
-        """Return the names of those that say anything."""
+        """Return the names of the settings that are given."""
         return [name for name, value in self.__dict__.items() if value]
 
 
@@ -172,14 +172,14 @@ NO_SETTINGS = Settings()
 
 
 class Evidence(NamedTuple):
-    """How plainly a tree is of a layout.
+    """How clearly a tree has a layout.
 
     Attributes:
         score: 3 = a marker file whose content was checked, or names that only one public set has; 2 = at least 90 % of
-            the image files are named as the layout has it; 1 = generic; 0 = it is not.
-        because: What speaks for it.
-        missing: What it lacks.
-        near: How much of it is there, 0 to 1, so that the nearest layout can be named.
+            the image files are named as in the layout; 1 = generic; 0 = another layout.
+        because: The reason for the score.
+        missing: What is missing.
+        near: Share of the layout that is present, 0 to 1, to name the nearest layout.
     """
 
     score: int
@@ -197,9 +197,9 @@ class Archive:
         tree: The tree.
         records: The samples.
         facts: What is known of the whole.
-        reasons: Files that the layout leaves aside, by reason (see :mod:`datamodules.account`).
-        tables: Tables and lists that it read.
-        notes: What a person should know of it.
+        reasons: Files that the layout ignores, by reason (see :mod:`datamodules.account`).
+        tables: Tables and lists that were read.
+        notes: Notes for the user.
     """
 
     layout: "Layout"
@@ -212,7 +212,7 @@ class Archive:
 
     @cached_property
     def gives(self) -> frozenset[str]:
-        """What at least one of its samples holds."""
+        """Kinds of data held by at least one sample."""
         found = set()
         for record in self.records:
             present = {
@@ -230,14 +230,14 @@ class Archive:
 
 
 class Listing(NamedTuple):
-    """What a layout's ``find`` may return where samples alone do not say it all.
+    """Return value of a layout's ``find``, if there is more than samples.
 
     Attributes:
         samples: The samples.
-        facts: What this archive says of itself; None = as the layout.
-        reasons: Files left aside, by reason.
+        facts: Facts from the archive itself; None: those of the layout.
+        reasons: Ignored files, by reason.
         tables: Tables that were read.
-        notes: What a person should know.
+        notes: Notes for the user.
     """
 
     samples: Sequence[Sample]
@@ -249,20 +249,20 @@ class Listing(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """A way in which archives lie on disk.
+    """An arrangement of an archive's files.
 
     Attributes:
-        name: What ``LAYOUT=`` takes.
+        name: Name for ``LAYOUT=``.
         tree: One line that shows the tree.
-        find: Lists the samples of a tree; none where it is of another layout. Takes the settings too where ``takes``
-            names any.
-        evidence: Says how plainly a tree is of this layout, from names and at most a few small files.
-        facts: What is known of its archives.
-        takes: Settings that it heeds.
+        find: Lists the samples of a tree; empty if it has another layout. Also takes the settings if ``takes``
+            is not empty.
+        evidence: Returns the evidence that a tree has this layout, from names and at most a few small files.
+        facts: Facts about its archives.
+        takes: Settings that it uses.
         tables: Patterns of the tables and lists that it reads.
-        public: Whether it is that of a public set, which may hold image files of other kinds; elsewhere those have no
-            place, and are refused if they are many.
-        prefer: The layout of higher preference wins among those of equal evidence.
+        public: Whether it belongs to a public set, which may contain other image files; elsewhere those have no place,
+            and many of them are refused.
+        prefer: Among layouts with equal evidence the highest preference wins.
     """
 
     name: str
@@ -276,14 +276,14 @@ class Layout:
     prefer: int = 0
 
     def recognise(self, tree: Tree) -> Evidence:
-        """Say how plainly a tree is of this layout."""
+        """Return the evidence that a tree has this layout."""
         return self.evidence(tree)
 
     def read(self, tree: Tree, settings: Settings = NO_SETTINGS) -> Archive:
-        """List what a tree holds.
+        """List the content of a tree.
 
         Raises:
-            DataError: a setting that this layout does not have, a damaged table, and the like.
+            DataError: unknown setting, damaged table, and the like.
         """
         strange = [name for name in settings.said() if name not in ("modalities", "ignore", *self.takes)]
         if strange:
@@ -298,11 +298,11 @@ class Layout:
 
 
 def marked(*marks: str | tuple[str, ...], score: int = 3) -> Callable[[Tree], Evidence]:
-    """Make the evidence of a layout that is known by its files: each mark is a pattern, or several of which one counts.
+    """Make the evidence function of a layout identified by its files: each mark is a pattern, or several alternatives.
 
     Args:
-        *marks: The patterns, all of which must fit a file or folder.
-        score: Evidence where they do.
+        *marks: Patterns, each of which must match a file or folder.
+        score: Evidence if they do.
     """
 
     def evidence(tree: Tree) -> Evidence:
@@ -324,11 +324,11 @@ class Entry(NamedTuple):
     """One line of the list.
 
     Attributes:
-        name: What ``LAYOUT=`` takes.
+        name: Name for ``LAYOUT=``.
         at: Module and name of the :class:`Layout`.
-        gives: What it can give; an archive of it may give less.
-        labels: Module and class of the labels for ``labels:``; empty = it has none.
-        title: What a person calls such an archive; empty = its name.
+        gives: What it can give; an archive may give less.
+        labels: Module and class of the labels for ``labels:``; empty: none.
+        title: Name in messages; empty: ``name``.
     """
 
     name: str
@@ -404,25 +404,25 @@ def entry_of(name: str) -> Entry:
     """Return the entry of a layout.
 
     Raises:
-        DataError: there is none of that name; names the nearest.
+        DataError: unknown layout; the message names the nearest.
     """
     found = next((entry for entry in LAYOUTS if entry.name == name), None)
     if found is None:
         near = get_close_matches(name, [entry.name for entry in LAYOUTS], 3, 0.5)
         hint = f"; nearest are {', '.join(near)}" if near else ""
-        raise DataError(f"There is no layout {name!r}{hint}; without LAYOUT= it is recognised from the tree.")
+        raise DataError(f"Unknown layout {name!r}{hint}; without LAYOUT= it is recognised from the tree.")
     return found
 
 
 def in_words(names: Iterable[str]) -> str:
-    """Return names as a person lists them: ``volumes, masks and targets``, in the order of the vocabulary."""
+    """Return names as an English list, ``volumes, masks and targets``, in the order of the vocabulary."""
     wanted = set(names)
     *first, last = [name for name in VOCABULARY if name in wanted] or ["nothing"]
     return f"{', '.join(first)} and {last}" if first else last
 
 
 def unsuited(entry: Entry, gives: Iterable[str], needs: frozenset[str], purpose: str, root: object) -> DataError:
-    """Return the refusal of an archive that lacks what is needed."""
+    """Return the error message for an archive that lacks required data."""
     missing = needs - set(gives)
     verb = "is" if missing == {"text"} else "are"
     title = entry.title or entry.name
@@ -438,7 +438,7 @@ class _Match(NamedTuple):
 
     @property
     def rank(self) -> tuple[int, int]:
-        """How plain it is; the higher wins."""
+        """Rank of the evidence; the highest wins."""
         return self.evidence.score, self.layout.prefer
 
 
@@ -451,10 +451,10 @@ def _matches(tree: Tree, entries: Iterable[Entry]) -> list[_Match]:
 
 
 def _best(tree: Tree, matches: Sequence[_Match]) -> _Match | None:
-    """Return the plainest match; None where there is none.
+    """Return the match with the strongest evidence; None without a match.
 
     Raises:
-        DataError: several are equally plain.
+        DataError: several are equally strong.
     """
     found = [match for match in matches if match.evidence.score]
     if not found:
@@ -468,10 +468,10 @@ def _best(tree: Tree, matches: Sequence[_Match]) -> _Match | None:
 
 
 def recognise(tree: Tree, needs: frozenset[str], purpose: str = "this") -> tuple[Layout, Evidence]:
-    """Find out which layout a tree has, among those that give what is needed.
+    """Recognise the layout of a tree, among those that give what is needed.
 
     Raises:
-        DataError: it is of no known layout (names the nearest), of several, or of one that lacks what is needed.
+        DataError: unknown layout (the message names the nearest), an ambiguous one, or one that lacks what is needed.
     """
     suited = [entry for entry in LAYOUTS if needs <= entry.gives]
     matches = _matches(tree, suited)
@@ -488,7 +488,7 @@ def recognise(tree: Tree, needs: frozenset[str], purpose: str = "this") -> tuple
 
 
 def _given(match: _Match, tree: Tree) -> frozenset[str]:
-    """Return what an archive gives; what its layout can, where it cannot be read without further settings."""
+    """Return what an archive gives; what its layout can give, if reading it needs further settings."""
     try:
         return match.layout.read(tree).gives
     except DataError:
@@ -496,7 +496,7 @@ def _given(match: _Match, tree: Tree) -> frozenset[str]:
 
 
 def _unknown(tree: Tree, matches: Sequence[_Match]) -> str:
-    """Say that a tree is of no known layout, which is nearest, and what it lacks."""
+    """Return the error for an unknown layout, with the nearest one and what it lacks."""
     nearest = max(matches, key=lambda match: (match.evidence.near, match.layout.prefer))
     lacks = f"nearest is {nearest.entry.name}, which lacks {shortened(nearest.evidence.missing, 70)}; "
     end = f"{lacks if nearest.evidence.near else ''}medmim init DIR shows every file."
@@ -506,7 +506,7 @@ def _unknown(tree: Tree, matches: Sequence[_Match]) -> str:
 
 
 def shortened(text: str, room: int) -> str:
-    """Return a text cut to a number of characters, the middle left out."""
+    """Return a text shortened to a number of characters by leaving out the middle."""
     if len(text) <= room:
         return text
     half = max((room - 3) // 2, 1)
@@ -521,18 +521,18 @@ def open_archive(
     settings: Settings = NO_SETTINGS,
     optional: Iterable[str] = ("genetics", "masks", "targets"),
 ) -> Archive:
-    """Walk a root, recognise its layout, and list what it holds.
+    """Walk a root, recognise its layout, and list its samples.
 
     Args:
         root: The archive.
         layout: A layout's name, or ``"auto"``.
-        needs: What each archive must give, of :data:`VOCABULARY`.
-        purpose: Who needs it, for the refusal.
-        settings: What a person says about the archive.
-        optional: What is needed of the layout, but may be missing from this archive.
+        needs: What the archive must give, from :data:`VOCABULARY`.
+        purpose: Who needs it, for error messages.
+        settings: The user's settings for the archive.
+        optional: What the layout must give, but this archive may lack.
 
     Raises:
-        DataError: the root does not exist, is of no known layout, of several, or not of the one asked for, lacks what
+        DataError: the root does not exist, its layout is unknown, ambiguous or not the requested one, it lacks what
             is needed, or its files are links without content.
     """
     wanted = frozenset(needs)
@@ -555,19 +555,19 @@ def open_archive(
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object; numbers are the text they were written as.
+    """Read a JSON object from a file; numbers are kept as text.
 
     Raises:
-        DataError: it cannot be read, or holds something else.
+        DataError: it cannot be read, or is not an object.
     """
     content = read_json(path)
     if not isinstance(content, dict):
-        raise DataError(f"{path} holds no JSON object.")
+        raise DataError(f"{path} is not a JSON object.")
     return content
 
 
 def described(tree: Tree, name: str, *keys: str) -> dict[str, Any] | None:
-    """Return the object in a JSON file of a tree where it has all keys; None where there is no such."""
+    """Return the object in a JSON file of a tree if it has all keys; otherwise None."""
     if not tree.is_file(name):
         return None
     try:
@@ -577,12 +577,12 @@ def described(tree: Tree, name: str, *keys: str) -> dict[str, Any] | None:
     return content if all(key in content for key in keys) else None
 
 
-#: Share of the files that are not text from which on a tree is one of DICOM.
+#: Share of DICOM among files that are not text, from which on a tree counts as DICOM.
 _MOSTLY = 0.9
 
 
 def foreign_marker(tree: Tree) -> str | None:
-    """Return the file that says a tree is none of the generic ones; None where there is none."""
+    """Return the file that excludes the generic layouts; None without one."""
     if described(tree, "dataset_description.json", "BIDSVersion"):
         return "dataset_description.json"
     for place in ("", *(f"{name}/" for name in tree.folders() if tree.is_dir(f"{name}/imagesTr"))):

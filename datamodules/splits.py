@@ -1,7 +1,7 @@
 """Splits by patient: seeded, official or from a file; nested label fractions; folds. ``medmim split`` writes a file.
 
-Seeded splits are in the order of a hash of each patient's name, so that an archive that grows hardly moves anyone: from
-1,000 to 1,100 patients about 2 of 220 held-out ones have trained before; a permutation of all names makes it 66.
+Seeded splits follow the order of a hash of each patient's name, so that almost nobody changes split when an archive
+grows: from 1,000 to 1,100 patients about 2 of 220 held-out ones have trained before; with a permutation it is 66.
 """
 
 import csv
@@ -27,7 +27,7 @@ from datamodules.tables import read_table
 
 
 class Member(Protocol):
-    """What a split is made of: a case, a study or a sample."""
+    """An element of a split: a case, a study or a sample."""
 
     @property
     def case_id(self) -> str:
@@ -36,19 +36,19 @@ class Member(Protocol):
 
     @property
     def patient_id(self) -> str:
-        """Splits are by this."""
+        """Splits are made by patient."""
         ...
 
     @property
     def split(self) -> str | None:
-        """As the archive says."""
+        """The archive's own split."""
         ...
 
 
 MemberT = TypeVar("MemberT", bound=Member)
 SPLITS = ("train", "val", "test")
 _SYNONYMS = {"training": "train", "validation": "val", "valid": "val", "testing": "test"}
-#: Share of an archive that a split file may leave out without a word from the person.
+#: Share of an archive that a split file may leave out without a setting that allows it.
 _UNLISTED = 0.01
 
 
@@ -58,9 +58,9 @@ class SplitFile:
 
     Attributes:
         file: Table with ``split`` and ``case_id`` or ``patient_id``.
-        ids: ``exact``, or ``pad`` where numbers have lost their leading zeros.
-        unlisted: Whether cases that are not in it are ``refuse``d, where they are more than 1 %, or left out
-            (``ignore``).
+        ids: ``exact``, or ``pad`` if numbers have lost their leading zeros.
+        unlisted: Whether to ``refuse`` more than 1 % of cases missing from the file, or to ``ignore`` them, which
+            leaves them out.
     """
 
     file: str
@@ -69,12 +69,12 @@ class SplitFile:
 
     @classmethod
     def of(cls, given: "str | Path | Mapping[str, str] | SplitFile") -> "SplitFile":
-        """Return what a configuration gives: a path, or a mapping with these attributes.
+        """Parse the setting of a configuration: a path, or a mapping with these attributes.
 
-        As a type of an argument this class would have the command line read the file that a path names.
+        As an argument's type this class would make the command line read the file at the path.
 
         Raises:
-            DataError: the mapping has no file, an unknown key, or a value that is none of the allowed ones.
+            DataError: the mapping has no file, an unknown key, or an invalid value.
         """
         if isinstance(given, SplitFile):
             return given
@@ -90,18 +90,18 @@ class SplitFile:
 
 
 def hash_order(names: Iterable[str], seed: int) -> list[str]:
-    """Return distinct names in the order of xxh3(seed, name), which no other name has a part in."""
+    """Return distinct names in the order of xxh3(seed, name), independent of other names."""
     return sorted(set(names), key=lambda name: (stable_hash(seed, name), name))
 
 
 def ordered_patients(patients: Iterable[str], seed: int, strata: Mapping[str, str] | None = None) -> list[str]:
-    """Return the distinct patients in one seeded order, which does not depend on the order they came in.
+    """Return the distinct patients in one seeded order, independent of their order of input.
 
     Args:
         patients: Names, which may repeat.
         seed: Seed of the order.
         strata: Stratum of each patient; every stretch of the order then has about the same share of each. Within a
-            stratum it is the hash order, and where a stratum begins is for a hash of its name too.
+            stratum it is the hash order, and a hash of the stratum's name decides where it begins.
     """
     order = hash_order(patients, seed)
     if strata is None:
@@ -117,7 +117,7 @@ def ordered_patients(patients: Iterable[str], seed: int, strata: Mapping[str, st
 
 
 def _counts(total: int, fractions: Sequence[float]) -> list[int]:
-    """Share out ``total`` by fractions; every wanted part gets one where there are enough, training first."""
+    """Divide ``total`` by fractions; every nonzero part gets at least one if there are enough, training first."""
     counts = [round(total * fraction) for fraction in fractions]
     for index in (1, 2):
         if fractions[index] > 0:
@@ -135,10 +135,10 @@ def seeded_split(
         cases: The cases.
         fractions: Shares of train, val and test; must sum to 1.
         seed: Seed of the order of patients.
-        strata: Stratum of each patient, such as a class, of which every part gets its share.
+        strata: Stratum of each patient, such as a class; every part gets its share of each.
 
     Raises:
-        DataError: the fractions are no shares.
+        DataError: the fractions are not shares that sum to 1.
     """
     if len(fractions) != 3 or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
         raise DataError(
@@ -180,7 +180,7 @@ def read_split_file(path: Path) -> tuple[str, dict[str, str]]:
 
 
 def _split_by_file(cases: Sequence[Member], given: SplitFile) -> dict[str, str]:
-    """Return the split of every case that a file lists, and print what of both joined.
+    """Return the split of every case listed in a file, and print how the two joined.
 
     Raises:
         DataError: the file names none of the cases, puts a patient into several splits, or lacks more than 1 % of them.
@@ -208,7 +208,7 @@ def check_patients(cases: Sequence[Member], parts: Mapping[str, str]) -> None:
     """Refuse a split that shares a patient.
 
     Raises:
-        DataError: names the first such patient, its splits and its cases.
+        DataError: names the first such patient with splits and cases.
     """
     seen: dict[str, dict[str, str]] = {}
     for case in cases:
@@ -223,7 +223,7 @@ def check_patients(cases: Sequence[Member], parts: Mapping[str, str]) -> None:
 
 
 def check_unique(cases: Sequence[Member]) -> None:
-    """Refuse two cases of one name.
+    """Refuse two cases with the same name.
 
     Raises:
         DataError: names the first.
@@ -243,17 +243,17 @@ def assign_splits(
     strata: Mapping[str, str] | None = None,
     cut_validation: bool = False,
 ) -> dict[str, str]:
-    """Settle the split of every case: from a file, else the archive's own, else seeded.
+    """Resolve the split of every case: from a file, else the archive's own, else seeded.
 
     Cases that a file or the archive leaves out belong to no split and are not used. Names join by exact text.
 
     Args:
         cases: The cases.
-        fractions: Shares of train, val and test where the split is seeded.
+        fractions: Shares of train, val and test for a seeded split.
         seed: Seed of the order of patients.
-        split_file: Table with ``split`` and ``case_id`` or ``patient_id``, or that and how its names join.
+        split_file: Table with ``split`` and ``case_id`` or ``patient_id``, or that with rules for joining names.
         strata: Stratum of each patient, for the seeded split.
-        cut_validation: Whether to take validation patients out of training where the archive names none.
+        cut_validation: Whether to take validation patients from training if the archive defines none.
 
     Raises:
         DataError: a patient in two splits, an empty training split, or a file that lacks more than 1 % of the cases.
@@ -282,7 +282,7 @@ def assign_splits(
 def nested_fraction(
     cases: Sequence[MemberT], fraction: float, seed: int, strata: Mapping[str, str] | None = None
 ) -> list[MemberT]:
-    """Keep a share of the patients, of each stratum alike; a smaller share is always a subset of a larger one.
+    """Keep a share of the patients, equally from each stratum; a smaller share is always a subset of a larger one.
 
     Raises:
         DataError: the fraction is outside (0, 1].
@@ -295,7 +295,7 @@ def nested_fraction(
 
 
 def joined_groups(memberships: Sequence[Sequence[str]]) -> list[int]:
-    """Number the groups of items that share a name, directly or through others.
+    """Number the groups of items that share a name, directly or indirectly.
 
     Args:
         memberships: The names of each item; empty names join nothing.
@@ -316,11 +316,11 @@ def joined_groups(memberships: Sequence[Sequence[str]]) -> list[int]:
 
 
 def patients_of_files(files: Sequence[str], patients: Sequence[str]) -> list[str]:
-    """Return the patient of each row of a table: those who share a file are one, called by the first name among them.
+    """Return the patient of each row of a table: patients who share a file are one, under the first of their names.
 
     Args:
         files: File of each row.
-        patients: Patient of each row; empty text = not named, so that the file stands for them.
+        patients: Patient of each row; an empty text means unknown, so that the file stands for them.
     """
     memberships = [
         (f"file {file}", f"patient {patient}" if patient else "") for file, patient in zip(files, patients, strict=True)
@@ -333,12 +333,12 @@ def patients_of_files(files: Sequence[str], patients: Sequence[str]) -> list[str
 
 
 def fold_of_each(strata: Sequence[str], groups: Sequence[int], num_folds: int, seed: int) -> list[int]:
-    """Deal items into folds: no group in two of them, strata spread evenly.
+    """Assign items to folds: no group in two of them, strata spread evenly.
 
     Args:
         strata: Stratum of each item, such as its class.
         groups: Group of each item.
-        num_folds: How many.
+        num_folds: Number of folds.
         seed: Seed of the shuffle.
 
     Raises:
@@ -356,7 +356,7 @@ def fold_of_each(strata: Sequence[str], groups: Sequence[int], num_folds: int, s
 
 
 def listed_split(cases: Sequence[Member], lists: Sequence[Path]) -> dict[str, list[str]]:
-    """Read which of the lists for train, val and test name a case; lines may go on after the name.
+    """Read the lists for train, val and test; lines may continue after the name.
 
     A case may be named by its whole name or, if no other case shares it, by the last parts of its path, with or
     without an image's suffix.
@@ -365,7 +365,7 @@ def listed_split(cases: Sequence[Member], lists: Sequence[Path]) -> dict[str, li
         Case to the splits whose lists name it.
 
     Raises:
-        DataError: a list does not exist, or names nothing of the archive.
+        DataError: a list does not exist, or names no case of the archive.
     """
     names = Counter(end for case in cases for end in _ends(case.case_id))
     known = {end: case.case_id for case in cases for end in _ends(case.case_id) if names[end] == 1}
@@ -384,10 +384,10 @@ def listed_split(cases: Sequence[Member], lists: Sequence[Path]) -> dict[str, li
 
 
 def _ends(name: str) -> list[str]:
-    """Return what a path may be called by: its ends, longest first, each with and without an image's suffix."""
+    """Return the names that may refer to a path: its last parts, longest first, with and without image suffix."""
     parts = Path(name).parts
     ends = ["/".join(parts[start:]) for start in range(len(parts))]
-    # A number after the last point of an identifier is no suffix, so only those of pictures are.
+    # A number after an identifier's last dot is not a suffix, so only image suffixes count.
     bare = [end.rsplit(".", 1)[0] if Path(end).suffix.lower() in PICTURES else end for end in ends]
     return list(dict.fromkeys(end for pair in zip(ends, bare, strict=True) for end in pair))
 
@@ -405,12 +405,12 @@ def repaired_split(cases: Sequence[Member], listed: Mapping[str, Sequence[str]])
 def relatives_together(
     cases: Sequence[Member], parts: Mapping[str, str], pairs: Sequence[tuple[str, str]]
 ) -> dict[str, str]:
-    """Bring relatives, and theirs, into one split: test before val before train.
+    """Put relatives, and their relatives, into one split: test before val before train.
 
     Args:
         cases: The cases.
-        parts: Split of each case; patients are whole in it.
-        pairs: Patients who are related.
+        parts: Split of each case; no patient is divided.
+        pairs: Pairs of related patients.
     """
     used = [case for case in cases if case.case_id in parts]
     patients = sorted({case.patient_id for case in used})

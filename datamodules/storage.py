@@ -1,4 +1,4 @@
-"""What every cache shares: where caches live, how large they are, who builds one, and the check sum of a file."""
+"""What all caches share: their location and size, who builds one, and the check sum of a file."""
 
 import fcntl
 import json
@@ -20,18 +20,18 @@ from numpy.typing import NDArray
 from common.files import is_alive, make_folder, remove_file, storage_errors
 from common.runtime.reporting import print_line
 
-#: Seconds between two signs of life of a builder, between two looks of one who waits, and until a builder that gives
-#: no sign is taken for dead.
+#: Seconds between a builder's heartbeats, between checks by a waiting process, and until a builder without heartbeat
+#: is considered dead.
 HEARTBEAT, LOOK, STALE = 30.0, 1.0, 300.0
 
 
 def cache_root() -> Path:
-    """Return the cache folder: ``MEDMIM_CACHE``, else ``~/.cache/medmim``."""
+    """Return the cache folder: ``MEDMIM_CACHE``, otherwise ``~/.cache/medmim``."""
     return Path(os.environ.get("MEDMIM_CACHE") or "~/.cache/medmim").expanduser()
 
 
 def print_cache_size(size: int, folder: Path) -> None:
-    """Print how large a finished cache would be at most, in bytes ``size``, and how much room there is."""
+    """Print the largest size of the finished cache, ``size`` in bytes, and the free space."""
     existing = next(path for path in (cache_root(), *cache_root().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     print_line(f"cache: at most {size / 2**30:.2f} GiB at {folder} ({free / 2**30:.0f} GiB free)")
@@ -50,8 +50,8 @@ def fingerprint(path: Path) -> dict[str, Any]:
 def save_array(path: Path, array: NDArray[Any]) -> None:
     """Write an array as ``.npy``.
 
-    ``np.save`` writes to a real file in C and never looks whether its last bytes found room: a file that ends early
-    would get the check sum of what it holds.
+    ``np.save`` writes to a real file in C and does not check whether the last bytes fit: a truncated file would get the
+    check sum of its truncated content.
 
     Raises:
         OSError: it cannot be written.
@@ -73,13 +73,13 @@ def source_facts(path: Path) -> dict[str, int]:
 
 
 def file_is_good(path: Path, size: int, check_sum: str, full: bool) -> bool:
-    """Whether a file of a cache is the one that was written.
+    """Whether a cache file is unchanged since it was written.
 
     Args:
         path: The file.
-        size: Its size in bytes then.
-        check_sum: Its xxh3-128 then.
-        full: Whether to read it and compare the check sum too.
+        size: Its size in bytes when written.
+        check_sum: Its xxh3-128 when written.
+        full: Whether to read it and compare the check sum as well.
     """
     try:
         return path.stat().st_size == size and (not full or fingerprint(path)["xxh3"] == check_sum)
@@ -89,16 +89,16 @@ def file_is_good(path: Path, size: int, check_sum: str, full: bool) -> bool:
 
 @contextmanager
 def sole_builder(folder: Path) -> Iterator[None]:
-    """Let one process at a time build a cache: another waits here, and finds most of it built.
+    """Let one process at a time build a cache: others wait here and then find most of it built.
 
-    On one machine ``.lock`` keeps others out, which the system opens however its holder ends. Not every shared file
-    system carries such locks to other machines, so there ``building.json`` does, which is touched every
-    :data:`HEARTBEAT` seconds; where nothing has touched it for :data:`STALE` seconds of the waiting machine's own
-    clock, its builder is dead. Two that build at once in spite of it do each other no harm: an entry is renamed into
-    its place whole, and the first one stays.
+    On one machine ``.lock`` keeps others out; the system releases it however its holder ends. Not all shared file
+    systems pass such locks to other machines, so between machines ``building.json`` is used, which is touched every
+    :data:`HEARTBEAT` seconds; if it has not been touched for :data:`STALE` seconds by the waiting machine's clock, its
+    builder is considered dead. Two processes that still build at once do no harm: entries are renamed into place
+    complete, and the first one stays.
 
     Args:
-        folder: The cache's folder; it is made.
+        folder: The cache's folder, created if needed.
 
     Raises:
         StorageError: the folder cannot be written.
@@ -117,7 +117,7 @@ def sole_builder(folder: Path) -> Iterator[None]:
 
 
 def _take_lock(lock: IO[str], folder: Path) -> None:
-    """Wait until no other process of this machine builds, and write down who does now."""
+    """Wait until no other process of this machine builds, and record the new builder."""
     waited = False
     while True:
         try:
@@ -128,7 +128,7 @@ def _take_lock(lock: IO[str], folder: Path) -> None:
                 print_line(f"cache: waiting for {lock.read(200).strip() or 'another process'}, which builds {folder}")
             waited = True
             time.sleep(LOOK)
-        except OSError:  # a file system without such locks; the sign serves alone
+        except OSError:  # a file system without such locks: the sign is all there is
             return
         else:
             break
@@ -143,7 +143,7 @@ def _who() -> str:
 
 
 class _Sign:
-    """``building.json`` of one cache, which the machines of a shared file system see."""
+    """``building.json`` of one cache, visible to all machines of a shared file system."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / "building.json"
@@ -152,7 +152,7 @@ class _Sign:
         self._beat = threading.Thread(target=self._touch, name="cache heartbeat", daemon=True)
 
     def raise_or_wait(self) -> None:
-        """Put up the sign, as soon as nobody else's stands there."""
+        """Create the sign as soon as there is no other."""
         seen, since, waited = -1, time.monotonic(), False
         while not self._put_up():
             changed, other = self._look()
@@ -169,7 +169,7 @@ class _Sign:
         self._beat.start()
 
     def lower(self) -> None:
-        """Take the sign down, unless another has taken it over."""
+        """Remove the sign, unless another process has replaced it."""
         self._done.set()
         self._beat.join()
         self._take_down(self._facts["token"])
@@ -189,7 +189,7 @@ class _Sign:
         return True
 
     def _look(self) -> tuple[int, dict[str, Any]]:
-        """Return when the sign was last touched, and what it says."""
+        """Return the sign's modification time and content."""
         try:
             return self.path.stat().st_mtime_ns, dict(json.loads(self.path.read_text()))
         except (OSError, ValueError, TypeError):  # gone, or not yet written
@@ -197,7 +197,7 @@ class _Sign:
 
     @staticmethod
     def _is_dead(other: dict[str, Any]) -> bool:
-        """Whether the builder was a process of this machine that is no more."""
+        """Whether the builder was a process of this machine that has ended."""
         host, pid = other.get("host"), other.get("pid")
         return host == socket.gethostname() and isinstance(pid, int) and not is_alive(pid)
 

@@ -1,4 +1,4 @@
-"""Whose a file is, by its name or its folder, where no table says."""
+"""Owners of files, by name or folder, if no table lists them."""
 
 import re
 from collections import Counter
@@ -12,12 +12,12 @@ _GROUPS = ("subject", "session", "view")
 
 
 class Owner(NamedTuple):
-    """What a rule says of a file.
+    """The result of a rule for a file.
 
     Attributes:
-        subject: Whose it is.
-        session: Visit; empty = not known.
-        view: What it shows; empty = not known.
+        subject: Its subject.
+        session: Visit; empty if unknown.
+        view: View; empty if unknown.
     """
 
     subject: str
@@ -26,14 +26,14 @@ class Owner(NamedTuple):
 
 
 def owner_of(name: str, rule: str | Mapping[str, str]) -> Owner:
-    """Return whose a file is.
+    """Return the owner of a file.
 
     Args:
         name: Its path under the root.
-        rule: ``folder``, ``file``, or ``{"regex": ...}`` with the groups subject and, if wanted, session and view.
+        rule: ``folder``, ``file``, or ``{"regex": ...}`` with the group subject and optionally session and view.
 
     Raises:
-        DataError: the rule is none, or the expression does not fit the name.
+        DataError: the rule is invalid, or the expression does not match the name.
     """
     if rule == "file":
         folder = name.rpartition("/")[0]
@@ -55,7 +55,7 @@ def owner_of(name: str, rule: str | Mapping[str, str]) -> Owner:
 
 
 def needs_rule(names: Sequence[str]) -> str | None:
-    """Return a folder that holds several files, so that the tree does not say whose each is; None where none does."""
+    """Return a folder with several files, whose owners the tree does not tell; None if there is none."""
     counts = Counter(name.rpartition("/")[0] for name in names)
     folder, count = counts.most_common(1)[0] if counts else ("", 0)
     return (folder or ".") if count > 1 else None

@@ -1,8 +1,8 @@
-"""Tables from outside: CSV, TSV, JSON lines, Parquet, and words between blanks; every cell is text.
+"""Untrusted tables: CSV, TSV, JSON lines, Parquet, and whitespace-separated words; every cell is text.
 
-A table is UTF-8, every row has as many fields as the header, no column name comes twice, and quotes are closed. What
-breaks a rule is refused with its line and never mended, as a wrong subject is worse than none. How the ids of a table
-join those of an archive is for :mod:`datamodules.ids`.
+A table is UTF-8, every row has as many fields as the header, column names are unique, and quotes are closed.
+Violations are refused with their line and never corrected, as a wrong subject is worse than none.
+:mod:`datamodules.ids` joins a table's ids with those of an archive.
 """
 
 import csv
@@ -24,25 +24,26 @@ from common.errors import DataError
 from common.runtime.reporting import print_line
 from datamodules.files import MAX_BYTES, decoded, json_lines, listing, read_bytes, read_text, short, zipped_member
 
-#: Characters of a cell at most; no report is longer.
+#: Most characters of a cell; no report is longer.
 MAX_CELL = 2**20
-#: Rows that are gathered before they become columns of bytes, which take a tenth of the memory.
+#: Rows collected before they become columns of bytes, which take a tenth of the memory.
 _BLOCK = 50_000
 _DELIMITERS = ",\t;"
 _QUOTED = re.compile(r'"[^"]*"')
 _EXACT = 2.0**53
-#: What stands in a column of numbers where nothing is known.
+#: Unknown values in a column of numbers.
 _NO_NUMBER = ("", "nan", "na", "n/a", "none", "null", ".", "-nan")
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a table as text: names and cells lose outer blanks, empty cells and nulls are empty text.
+    """Read a table as text: names and cells are stripped, empty cells and nulls become empty texts.
 
-    The suffix says what it is: ``.parquet``, ``.jsonl``, ``.zip`` with one table in it, else divided by commas, tabs or
-    semicolons, whichever divides its header most. Columns without a name and rows without a value are left out.
+    The suffix gives the format: ``.parquet``, ``.jsonl``, ``.zip`` with one table in it, otherwise text delimited by
+    commas, tabs or semicolons, whichever is most frequent in its header. Columns without a name and rows
+    without a value are left out.
 
     Raises:
-        DataError: the file cannot be read, is not UTF-8, or breaks a rule of tables; names the line.
+        DataError: the file cannot be read, is not UTF-8, or breaks a rule of tables; the message names the line.
     """
     name = path.name.lower()
     if name.endswith(".parquet"):
@@ -60,13 +61,13 @@ def parse_table(
 
     Args:
         text: The table.
-        place: What it is called in a refusal.
-        delimiter: What divides fields; None = what divides the header most.
+        place: Its name in error messages.
+        delimiter: Delimiter of fields; None: the most frequent one in the header.
         quotes: Whether quotes enclose fields.
-        skipped: Lines of the file before the text.
+        skipped: Number of lines of the file before the text.
 
     Raises:
-        DataError: a rule of tables is broken; names the line.
+        DataError: a rule of tables is broken; the message names the line.
     """
     if "\r" in text:
         text = text.replace("\r\n", "\n") if "\n" in text else text.replace("\r", "\n")
@@ -77,16 +78,16 @@ def parse_table(
 
 
 def _delimiter_of(text: str) -> str:
-    """Return what divides the first line that is not blank."""
+    """Return the delimiter of the first nonblank line."""
     bare = _QUOTED.sub("", text[:MAX_CELL].lstrip().partition("\n")[0])
     return max(_DELIMITERS, key=bare.count)
 
 
 def _plain_table(text: str, place: str, delimiter: str) -> pd.DataFrame | None:
-    """Parse a table without quotes, ten times as fast as row by row; None where something is wrong with it.
+    """Parse a table without quotes, ten times as fast as row by row; None if it is malformed.
 
     Raises:
-        DataError: two columns of one name.
+        DataError: two columns with the same name.
     """
     head = text[:MAX_CELL].lstrip("\n").partition("\n")[0].split(delimiter)
     if not any(name.strip() for name in head):
@@ -114,7 +115,7 @@ def _quoted_table(text: str, place: str, delimiter: str, quotes: bool, skipped: 
     """Parse a table row by row; see :func:`parse_table`.
 
     Raises:
-        DataError: a rule of tables is broken; names the line.
+        DataError: a rule of tables is broken; the message names the line.
     """
     csv.field_size_limit(MAX_CELL)
     quoting: Any = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
@@ -150,7 +151,7 @@ def _miscounted(place: str, line: int, found: int, wanted: int) -> str:
 
 
 def _broken(error: str, place: str, first: int, last: int) -> str:
-    """Say what the parser found wrong with quotes."""
+    """Describe a parser error about quotes."""
     if error.startswith("unexpected end"):
         return f"{place} line {first} opens a quote that is never closed: close it, or double a quote that is text."
     if "limit" in error:
@@ -164,15 +165,15 @@ def _broken(error: str, place: str, first: int, last: int) -> str:
 
 
 def _shape(text: str) -> str:
-    """Return of what kinds of words a name is made: letters, digits, or both."""
+    """Return the kinds of words in a name: letters, digits, or both."""
     return re.sub(r"\w+", lambda word: "a" if word[0].isalpha() else "0" if word[0].isdigit() else "m", text.strip())
 
 
 def _check_swallowed(row: Sequence[str], delimiter: str, place: str, first: int, last: int) -> None:
-    """Refuse a row over several lines each of which would be a row: a stray quote swallowed them.
+    """Refuse a row that spans lines which would each be a row: a stray quote swallowed them.
 
-    Most such rows break a rule of quotes. This finds the others, those between two stray quotes: every line has fields
-    enough, and begins with a name of the kind that the row begins with.
+    Most such rows break a rule of quotes. This finds the rest, between two stray quotes: every line has enough fields
+    and begins with the same kind of name as the row.
 
     Raises:
         DataError: names the lines.
@@ -195,11 +196,11 @@ class _Columns:
     """The columns of a table, filled row by row.
 
     Args:
-        names: Their names; those without one are dropped.
-        place: What the table is called in a refusal.
+        names: Their names; columns without one are dropped.
+        place: The table's name in error messages.
 
     Raises:
-        DataError: a name comes twice.
+        DataError: a name occurs twice.
     """
 
     def __init__(self, names: Sequence[str], place: str) -> None:
@@ -212,7 +213,7 @@ class _Columns:
             raise DataError(f"{place} has two columns called {short(twice)!r}: rename one of them.")
 
     def add(self, row: Sequence[str]) -> None:
-        """Add a row of as many fields as there are names."""
+        """Add a row with one field per name."""
         self._rows.append(row)
         if len(self._rows) == _BLOCK:
             self._close()
@@ -223,7 +224,7 @@ class _Columns:
         self._rows = []
 
     def append(self, cells: Sequence[pa.Array | pa.ChunkedArray]) -> None:
-        """Add rows that are columns already."""
+        """Add rows given as columns."""
         for parts, column in zip(self._parts, cells, strict=True):
             parts += column.chunks if isinstance(column, pa.ChunkedArray) else [column]
 
@@ -236,14 +237,14 @@ class _Columns:
 
 
 def read_words(path: Path, names: Sequence[str] | None = None) -> pd.DataFrame:
-    """Read a table of words between blanks or tabs, such as those of PLINK.
+    """Read a whitespace-separated table, such as those of PLINK.
 
     Args:
         path: The table.
-        names: Names of its first columns; None = the first line has names, which may begin with ``#``.
+        names: Names of its first columns; None: the first line has names and may begin with ``#``.
 
     Raises:
-        DataError: it cannot be read, is not UTF-8, or a line has another number of words than the first; names it.
+        DataError: it cannot be read, is not UTF-8, or a line has a different number of words than the first.
     """
     columns: _Columns | None = None
     for number, line in enumerate(read_text(path).split("\n"), 1):
@@ -267,10 +268,10 @@ def read_words(path: Path, names: Sequence[str] | None = None) -> pd.DataFrame:
 
 
 def _json_table(path: Path) -> pd.DataFrame:
-    """Read JSON lines as a table: a column per key, in the order in which they come.
+    """Read JSON lines as a table: one column per key, in order of appearance.
 
     Raises:
-        DataError: a line is no object, a name or a cell is too long.
+        DataError: a line is not an object, or a name or cell is too long.
     """
     rows = [{name: _json_cell(value) for name, value in row.items()} for row in json_lines(path)]
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -286,21 +287,21 @@ def _json_table(path: Path) -> pd.DataFrame:
 
 
 def _json_cell(value: Any) -> str:
-    """Return the text of a value: null is empty, and numbers are text already."""
+    """Return the text of a value: null is empty, and numbers are already text."""
     if value is None or isinstance(value, str):
         return value or ""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a Parquet file, in pieces, with a limit to what they take.
+    """Read a Parquet file in pieces, with a memory limit.
 
     Args:
         path: The file.
-        columns: Those that are wanted; None = all.
+        columns: Columns to read; None: all.
 
     Raises:
-        DataError: it is not there, damaged, too large, names a column twice, or lacks one that is wanted.
+        DataError: it is missing, damaged, too large, has a duplicate column, or lacks a requested one.
     """
     if not path.is_file():
         raise DataError(f"{path} is not there.")
@@ -310,12 +311,12 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
             texts = [entry.name for entry in schema if pa.types.is_string(entry.type)]
         _check_names(path, schema.names, columns or ())
         batches, total = [], 0
-        # Dictionaries: a text that a file holds once and repeats a million times is looked at before it is repeated.
+        # Dictionaries: a text stored once and repeated a million times is checked before it is expanded.
         with pq.ParquetFile(path, read_dictionary=texts) as file:
             for batch in file.iter_batches(columns=None if columns is None else list(columns)):
                 total += sum(_unfolded_size(path, column) for column in batch.columns)
                 if total > MAX_BYTES:
-                    raise DataError(f"{path} holds more than {MAX_BYTES:,} bytes, which is more than is read.")
+                    raise DataError(f"{path} holds more than {MAX_BYTES:,} bytes, more than is read.")
                 batches.append(batch)
             if not batches:
                 return schema.empty_table() if columns is None else schema.empty_table().select(list(columns))
@@ -327,7 +328,7 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def _check_names(path: Path, names: Sequence[str], wanted: Sequence[str]) -> None:
-    """Refuse a file with two columns of a name, or without one that is wanted.
+    """Refuse a file with duplicate column names, or without a requested column.
 
     Raises:
         DataError: names it.
@@ -341,7 +342,7 @@ def _check_names(path: Path, names: Sequence[str], wanted: Sequence[str]) -> Non
 
 
 def _unfolded_size(path: Path, column: pa.Array) -> int:
-    """Return the bytes that a column takes, each of its texts counted as often as it occurs.
+    """Return the expanded size of a column in bytes, counting repeated texts.
 
     Raises:
         DataError: a cell is too long.
@@ -355,10 +356,10 @@ def _unfolded_size(path: Path, column: pa.Array) -> int:
 
 
 def _parquet_text(path: Path) -> pd.DataFrame:
-    """Read a Parquet file as text; columns of lists or bytes are left out, and a note says so.
+    """Read a Parquet file as text; columns of lists or bytes are left out, which is noted.
 
     Raises:
-        DataError: it is damaged, or a column's name comes twice.
+        DataError: it is damaged, or a column name occurs twice.
     """
     table = read_parquet(path)
     found: dict[str, pd.Series] = {}
@@ -375,14 +376,14 @@ def _parquet_text(path: Path) -> pd.DataFrame:
     if left_out:
         print_line(f"note: {path.name}: {', '.join(left_out)} hold lists or bytes, no text, and are left out")
     if len(found) + len(left_out) < table.num_columns:
-        raise DataError(f"{path} has two columns whose names differ in outer blanks alone: rename one of them.")
+        raise DataError(f"{path} has two columns whose names differ only in outer spaces: rename one of them.")
     return pd.DataFrame(found)
 
 
 def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
-    """Return a column as text, nulls kept; None where it holds no text.
+    """Return a column as text, keeping nulls; None if it holds no text.
 
-    pandas stores whole numbers as floats as soon as one is missing: such a column is whole numbers again.
+    pandas stores whole numbers as floats as soon as one is missing: such columns become whole numbers again.
     """
     kind = column.type
     if pa.types.is_dictionary(kind):
@@ -402,32 +403,32 @@ def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
 
 
 def read_numbers(path: Path, column: pd.Series, what: str) -> pd.Series:
-    """Return a column as float64; NaN where a cell is empty or says that it is not known.
+    """Return a column as float64; NaN for empty or unknown cells.
 
     Args:
-        path: The table, for a refusal.
+        path: The table, for error messages.
         column: Its cells.
-        what: What they are, for a refusal.
+        what: Their description in error messages.
 
     Raises:
-        DataError: a cell is something else than a finite number.
+        DataError: a cell is not a finite number.
     """
     known = ~column.str.lower().isin(_NO_NUMBER)
     values = pd.to_numeric(column, errors="coerce").astype(np.float64)
     odd = column[known & ~np.isfinite(values)]
     if len(odd):
-        raise DataError(f"{path} has {len(odd)} {what} that are no number, first {short(odd.iloc[0])!r}.")
+        raise DataError(f"{path} has {len(odd)} {what} that are not numbers, first {short(odd.iloc[0])!r}.")
     return values.where(known)
 
 
 def read_positions(path: Path, column: pd.Series) -> pd.Series:
-    """Return a column of positions on a chromosome as int64; 0 where one is not known.
+    """Return a column of positions on a chromosome as int64; 0 if unknown.
 
     Raises:
-        DataError: a cell is no whole number.
+        DataError: a cell is not a whole number.
     """
     values = read_numbers(path, column, "positions").fillna(0)
     odd = column[(values % 1 != 0) | (values.abs() >= _EXACT)]
     if len(odd):
-        raise DataError(f"{path} has {len(odd)} positions that are no whole number, first {short(odd.iloc[0])!r}.")
+        raise DataError(f"{path} has {len(odd)} positions that are not whole numbers, first {short(odd.iloc[0])!r}.")
     return values.astype(np.int64)

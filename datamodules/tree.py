@@ -12,8 +12,8 @@ from common.errors import DataError
 from common.runtime.reporting import print_line
 from datamodules.members import PICTURES, REFUSED, VOLUMES
 
-#: What a file's suffix says it is. ``series`` may be an image or a slice of a volume; ``voxels`` belong to a header
-#: beside them; ``refused`` formats are image-like and never read.
+#: Kind of a file by its suffix. ``series`` may be an image or a slice of a volume; ``voxels`` belong to a header next
+#: to them; ``refused`` formats are image-like but not supported.
 Kind = Literal["volume", "image", "series", "voxels", "refused", "table", "sidecar", "text", "genetics", "other"]
 
 _SERIES = (".dcm", ".dicom")
@@ -29,20 +29,20 @@ _SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "genetics": (".bed", ".bim", ".fam", ".bgen", ".bgi", ".sample", ".pgen", ".pvar", ".psam", ".sscore"),
 }
 _KINDS: dict[str, Kind] = {suffix: kind for kind, suffixes in _SUFFIXES.items() for suffix in suffixes}
-#: Names without a suffix that are text wherever they lie.
+#: Names without suffix that are always text.
 _TEXTS = ("readme", "license", "licence", "changes", "changelog", "citation", "authors")
-#: What shows something, and therefore must have a place in the account.
+#: Image-like kinds, which must have a place in the account.
 IMAGE_KINDS: frozenset[Kind] = frozenset({"volume", "image", "series", "refused"})
-#: Pointers of Git LFS and git-annex are shorter than this, and no image is.
+#: Pointers of Git LFS and git-annex are shorter than this; images are not.
 _MAX_POINTER = 300
 _POINTERS = ((b"version https://git-lfs", "git lfs pull"), (b"/annex/objects/", "datalad get ."))
 _OPENED_POINTERS = 20
-#: Share of image-like files that may be links without content.
+#: Tolerated share of image-like files that are links without content.
 _MAX_HOLLOW = 0.05
 
 
 def suffix_of(name: str) -> str:
-    """Return a file's suffix in lower case, a double one such as ``.nii.gz`` or ``.seg.nrrd`` whole."""
+    """Return a file's suffix in lower case, keeping double ones such as ``.nii.gz`` or ``.seg.nrrd`` whole."""
     parts = name.lower().rsplit("/", 1)[-1].rsplit(".", 2)
     double = f".{parts[1]}.{parts[2]}" if len(parts) == 3 else ""
     if double in _KINDS:
@@ -51,13 +51,13 @@ def suffix_of(name: str) -> str:
 
 
 def stem_of(name: str) -> str:
-    """Return a file's name without folders and without its suffix, a double one whole."""
+    """Return a file's name without folders and suffix (single or double)."""
     base = name.rsplit("/", 1)[-1]
     return base[: len(base) - len(suffix_of(base))]
 
 
 def kind_of(name: str) -> Kind:
-    """Return what a file's name says it is."""
+    """Return the kind of a file by its name."""
     kind = _KINDS.get(suffix_of(name))
     if kind is None:
         return "text" if stem_of(name).lower() in _TEXTS else "other"
@@ -69,9 +69,9 @@ class TreeFile(NamedTuple):
 
     Attributes:
         name: Path under the root, with ``/`` between folders.
-        size: Bytes; -1 where a link leads nowhere.
-        kind: What its suffix says it is.
-        link: What it links to; None where it is no link.
+        size: Bytes; -1 for a broken link.
+        kind: Kind by its suffix.
+        link: Target of the link; None if it is not a link.
     """
 
     name: str
@@ -91,12 +91,12 @@ class TreeFile(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """The folder it lies in, relative to the root; empty = the root."""
+        """The folder it lies in, relative to the root; empty: the root itself."""
         return self.name.rpartition("/")[0]
 
     @property
     def hidden(self) -> bool:
-        """Whether its name begins with a point, as those of the files that macOS leaves behind."""
+        """Whether its name begins with a dot, like the files that macOS leaves behind."""
         return self.name.rpartition("/")[2].startswith(".")
 
 
@@ -111,9 +111,9 @@ def _matcher(pattern: str) -> re.Pattern[str]:
 
 
 class Tree:
-    """All files under a root, listed once. Folders whose names begin with a point are not entered.
+    """All files under a root, listed once. Folders whose names begin with a dot are not entered.
 
-    ``tree / name`` is a path under the root, so that what reads single files needs no more than the tree.
+    ``tree / name`` is a path under the root, so that code that reads single files only needs the tree.
 
     Args:
         root: The archive.
@@ -128,7 +128,7 @@ class Tree:
             raise DataError(f"The data root {self.root} is not a folder.")
         #: Folders that could not be opened.
         self.closed: list[str] = []
-        #: Files that were left aside by :meth:`without`.
+        #: Files excluded by :meth:`without`.
         self.ignored: list[TreeFile] = []
         self._folders: dict[str, _Folder] = {}
         self._index: dict[str, TreeFile] | None = None
@@ -147,7 +147,7 @@ class Tree:
             waiting += [f"{folder}/{name}" if folder else name for name in reversed(below)]
 
     def _list(self, folder: str, linked: set[tuple[int, int]]) -> tuple[list[TreeFile], list[str]]:
-        """List one folder. Linked folders are entered once, so that a ring of links ends."""
+        """List one folder. Linked folders are entered once, so that cycles of links end."""
         files, below = [], []
         prefix = f"{folder}/" if folder else ""
         try:
@@ -171,43 +171,43 @@ class Tree:
 
     @property
     def files(self) -> Iterator[TreeFile]:
-        """All files: those of a folder before those of its folders."""
+        """All files, those of a folder before those of its subfolders."""
         return (file for folder in self._folders.values() for file in folder.files)
 
     @property
     def images(self) -> list[TreeFile]:
-        """Files that show something: volumes, images, DICOM, and what looks like one of them; no shadow files."""
+        """Image-like files: volumes, images, DICOM and unsupported image formats; no ``._`` files."""
         return [file for file in self.files if file.kind in IMAGE_KINDS and not file.hidden]
 
     def __len__(self) -> int:
         return sum(len(folder.files) for folder in self._folders.values())
 
     def name_of(self, path: str | Path) -> str:
-        """Return a path under the root as the tree names it; another path as it is."""
+        """Return a path relative to the root; other paths unchanged."""
         text, start = str(path), f"{self.root}/"
         return text[len(start) :] if text.startswith(start) else "" if text == str(self.root) else text
 
     def get(self, path: str | Path) -> TreeFile | None:
-        """Return a file by its name or path; None where there is none."""
+        """Return a file by its name or path; None if it does not exist."""
         if self._index is None:
             self._index = {file.name: file for file in self.files}
         return self._index.get(self.name_of(path))
 
     def is_file(self, path: str | Path) -> bool:
-        """Whether there is such a file."""
+        """Whether the file exists."""
         return self.get(path) is not None
 
     def is_dir(self, path: str | Path) -> bool:
-        """Whether there is such a folder."""
+        """Whether the folder exists."""
         return _plain(self.name_of(path)) in self._folders
 
     def folders(self, folder: str | Path = "") -> list[str]:
-        """Return the names of the folders in a folder, sorted; none where there is no such folder."""
+        """Return the names of a folder's subfolders, sorted; empty if it does not exist."""
         found = self._folders.get(_plain(self.name_of(folder)))
         return list(found.below) if found else []
 
     def listed(self, folder: str | Path = "") -> list[TreeFile]:
-        """Return the files that lie directly in a folder, sorted; none where there is no such folder."""
+        """Return the files directly in a folder, sorted; empty if it does not exist."""
         found = self._folders.get(_plain(self.name_of(folder)))
         return list(found.files) if found else []
 
@@ -215,8 +215,8 @@ class Tree:
         """Yield the files under a folder, at any depth.
 
         Args:
-            folder: The folder; nothing is yielded where it is not there.
-            suffixes: Suffixes in lower case; none = all.
+            folder: The folder, which may be missing.
+            suffixes: Suffixes in lower case; empty: all.
         """
         wanted = frozenset(suffixes)
         waiting = [_plain(self.name_of(folder))]
@@ -229,12 +229,12 @@ class Tree:
             waiting += [f"{place}/{name}" if place else name for name in reversed(found.below)]
 
     def glob(self, pattern: str) -> list[Path]:
-        """Return the files and folders that fit a pattern, sorted; the pattern is :meth:`pathlib.Path.glob`'s."""
+        """Return the files and folders that match a pattern, sorted; the pattern is :meth:`pathlib.Path.glob`'s."""
         names = set(self._matches("", [part for part in pattern.split("/") if part != "."]))
         return [self.root / name for name in sorted(names, key=lambda name: name.split("/"))]
 
     def first(self, *patterns: str) -> Path | None:
-        """Return the first file or folder that fits the first pattern with any; None where there is none."""
+        """Return the first match of the first pattern that has one; None without a match."""
         return next((path for pattern in patterns for path in self.glob(pattern)), None)
 
     def _matches(self, folder: str, parts: list[str]) -> Iterator[str]:
@@ -260,7 +260,7 @@ class Tree:
             yield from (file.name for file in found.files if fits(file.name.rpartition("/")[2]))
 
     def sub(self, folder: str) -> "Tree":
-        """Return the tree of a folder, of the same walk."""
+        """Return the tree of a folder, from the same walk."""
         tree = Tree.__new__(Tree)
         tree.root, tree.closed, tree.ignored, tree._index = self.root / folder, [], [], None
         tree._folders = {
@@ -273,7 +273,7 @@ class Tree:
         return tree
 
     def without(self, patterns: Iterable[str]) -> "Tree":
-        """Return the tree without the files that fit a pattern, by their names or by their paths under the root."""
+        """Return the tree without files whose names or paths under the root match a pattern."""
         fits = [_matcher(pattern).match for pattern in patterns]
 
         def left_aside(file: TreeFile) -> bool:
@@ -292,16 +292,16 @@ class Tree:
         """Print how many files are links without content.
 
         Raises:
-            DataError: they are more than one in twenty.
+            DataError: more than one in twenty is.
         """
         if words := self.check_content():
             print_line(f"note: {words}")
 
     def check_content(self) -> str | None:
-        """Say how many image-like files are links without content, or pointers of Git LFS; None where none is.
+        """Describe how many image-like files are links without content or Git LFS pointers; None if none is.
 
         Raises:
-            DataError: they are more than one in twenty.
+            DataError: more than one in twenty is.
         """
         images = self.images
         broken = [file for file in images if file.size < 0]
@@ -318,7 +318,7 @@ class Tree:
 
 
 def as_tree(root: "str | Path | Tree") -> Tree:
-    """Return the tree of a root; one that is walked already stays as it is."""
+    """Return the tree of a root; an existing tree is returned unchanged."""
     return root if isinstance(root, Tree) else Tree(root)
 
 
@@ -334,7 +334,7 @@ def _size(entry: os.DirEntry[str]) -> int:
 
 
 def _first_time(entry: os.DirEntry[str], linked: set[tuple[int, int]]) -> bool:
-    """Whether a folder is to be entered: always, but for a link upwards, or to where another link led."""
+    """Whether to enter a folder: not for links upwards or to a target already visited."""
     if not entry.is_symlink():
         return True
     facts = entry.stat()
@@ -347,7 +347,7 @@ def _first_time(entry: os.DirEntry[str], linked: set[tuple[int, int]]) -> bool:
 
 
 def _pointer(path: Path) -> str | None:
-    """Return the command that fetches a file which is a pointer; None where it is a file of its own."""
+    """Return the command that fetches a pointer's file; None if it is not a pointer."""
     try:
         with path.open("rb") as file:
             start = file.read(64)

@@ -1,4 +1,4 @@
-"""Whether features fill their space or only a corner of it (Roy and Vetterli 2007; Jing et al. 2022)."""
+"""Whether features use all of their space or only a few dimensions (Roy and Vetterli 2007; Jing et al. 2022)."""
 
 from typing import Any
 
@@ -32,10 +32,10 @@ def spectrum_figure(spectra: dict[str, Tensor], initial: dict[str, Tensor], step
 
 
 class EffectiveRank(ValidationCallback):
-    """Logs ``collapse/effective_rank`` of the encoder's output, one more per tap, and the spectrum as a picture.
+    """Logs ``collapse/effective_rank`` of the encoder's output, one more per tap, and the spectrum as a figure.
 
     The features come from a fixed set of unmasked validation inputs; empty tokens are left out. The value before
-    training is logged at step 0 and kept as the dotted line of the pictures.
+    training is logged at step 0 and kept as the dotted line of the figures.
 
     Args:
         max_tokens: Tokens to use.

@@ -1,4 +1,4 @@
-"""Broken samples: listed in the run folder, logged, and a reason to stop."""
+"""Broken samples: listed in the run folder, logged, and the run stopped if there are too many."""
 
 from pathlib import Path
 from typing import Any

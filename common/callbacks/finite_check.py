@@ -1,4 +1,4 @@
-"""What becomes of steps that were not finite: said, counted, forgiven up to a number, and never saved."""
+"""Handling of non-finite steps: reported, counted, tolerated up to a number, and never saved."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -14,12 +14,12 @@ from common.errors import NonFiniteError
 from common.finite import FiniteSteps, StepRecord, not_finite
 from common.runtime.reporting import print_line
 
-#: Names of samples, and of losses, that a sentence holds.
+#: Number of sample or loss names in a message.
 _SHOWN = 3
 
 
 class _Finding(NamedTuple):
-    """A step that was not finite, as one rank saw it."""
+    """A non-finite step, as seen by one rank."""
 
     step: int
     terms: list[str]
@@ -32,16 +32,16 @@ def _finding(record: StepRecord) -> _Finding:
 
 
 def _few(names: Sequence[str]) -> str:
-    """Join the first names, each cut short."""
+    """Join the first names, each shortened."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(name if len(name) <= 30 else f"{name[:27]}..." for name in names[:_SHOWN]) + more
 
 
 def describe(parts: Sequence[Sequence[_Finding]]) -> str:
-    """Say of the first step that was not finite what was wrong with it, and on which samples.
+    """Describe the first non-finite step: what was not finite, and with which samples.
 
     Args:
-        parts: What each rank found, in rank order; empty where one found nothing.
+        parts: Findings of each rank, in rank order; empty for none.
     """
     step = min(finding.step for part in parts for finding in part)
     found = {rank: finding for rank, part in enumerate(parts) for finding in part if finding.step == step}
@@ -57,7 +57,7 @@ def refuse_to_save(checkpoint: Mapping[str, Any], step: int) -> None:
     """Refuse to write a checkpoint whose weights or optimiser state hold NaN or infinity; all ranks call it.
 
     Raises:
-        NonFiniteError: one does, on any rank.
+        NonFiniteError: NaN or infinity on any rank.
     """
     tensors = dict(checkpoint["state_dict"])
     for number, optimizer in enumerate(checkpoint.get("optimizer_states", ())):
@@ -72,15 +72,15 @@ def refuse_to_save(checkpoint: Mapping[str, Any], step: int) -> None:
 
 
 class FiniteCheck(pl.Callback):
-    """Looks every few steps, and before every save and validation, whether a step was not finite.
+    """Checks for non-finite steps every few steps and before every save and validation.
 
-    The weights have not seen such a step (:class:`~common.finite.FiniteSteps`). More of them than are forgiven stop the
-    run, on all ranks together. With ``trainer.detect_anomaly`` the first module or loss whose value is not finite stops
-    it at once, by name, at the price of waiting for the device everywhere.
+    Such steps never change the weights (:class:`~common.finite.FiniteSteps`). If there are more than tolerated, the run
+    stops on all ranks together. With ``trainer.detect_anomaly`` the first module or loss with a non-finite value stops
+    the run at once, by name, at the cost of waiting for the device everywhere.
 
     Args:
-        every_n_steps: Optimiser steps between looks.
-        max_skipped_steps: How many steps a run forgives, over all its restarts.
+        every_n_steps: Optimiser steps between checks.
+        max_skipped_steps: Number of tolerated steps, over all restarts of a run.
     """
 
     def __init__(self, every_n_steps: int = 10, max_skipped_steps: int = 0) -> None:
@@ -91,15 +91,15 @@ class FiniteCheck(pl.Callback):
         self._handles: list[Any] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run adds to (Lightning hook)."""
+        """Return the count for a resumed run (Lightning hook)."""
         return {"skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting (Lightning hook)."""
+        """Restore the count (Lightning hook)."""
         self.skipped = state_dict["skipped"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remember as many steps as lie between two looks; watch every module where that was asked for."""
+        """Keep records of the steps between two checks; watch every module if requested (Lightning hook)."""
         finite: FiniteSteps = pl_module.finite  # type: ignore[assignment]
         finite.records = deque(maxlen=2 * self.every_n_steps + 1)
         self._known = int(finite.skipped)
@@ -111,7 +111,7 @@ class FiniteCheck(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Close a step's record, and look at every n-th (Lightning hook)."""
+        """Close a step's record, and check at every n-th (Lightning hook)."""
         if trainer.fit_loop._should_accumulate():
             return
         pl_module.finite.end()  # type: ignore[union-attr, operator]
@@ -120,22 +120,22 @@ class FiniteCheck(pl.Callback):
             pl_module.log("throughput/skipped_steps", float(self.skipped), batch_size=1)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look before validation (Lightning hook)."""
+        """Check before validation (Lightning hook)."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.look(pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look at the end of an epoch (Lightning hook)."""
+        """Check at the end of an epoch (Lightning hook)."""
         self.look(pl_module)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Look before anything is saved (Lightning hook)."""
+        """Check before anything is saved (Lightning hook)."""
         self.look(pl_module)
 
     def _count(self, finite: FiniteSteps, wait: bool) -> int:
-        """Return how many steps were skipped: now, or as of the look before, which nothing has to wait for."""
+        """Return the number of skipped steps: the current one, or without waiting that of the previous check."""
         if wait or finite.skipped.device.type != "cuda":
             self._ahead = None
             return int(finite.skipped)
@@ -152,14 +152,14 @@ class FiniteCheck(pl.Callback):
         return count
 
     def look(self, module: pl.LightningModule, wait: bool = True) -> None:
-        """Stop the run, or say so, if steps since the last look were not finite; all ranks call it.
+        """Report non-finite steps since the last check, or stop the run; all ranks call it.
 
         Args:
             module: The module.
-            wait: Whether to wait for the device; else the answer may be that of the look before.
+            wait: Whether to wait for the device; otherwise the count may be that of the previous check.
 
         Raises:
-            NonFiniteError: more were not than are forgiven.
+            NonFiniteError: more steps than tolerated.
         """
         finite: FiniteSteps = module.finite  # type: ignore[assignment]
         count = self._count(finite, wait)
@@ -176,7 +176,7 @@ class FiniteCheck(pl.Callback):
                 f"(doctor), or let such steps pass with --safety.max_skipped_steps; then resume from what was saved."
             )
         first = "" if new == 1 else f"{new} steps, the first of them "
-        print_line(f"skipped {first}{message}; {self.skipped} of {self.max_skipped_steps} such steps are forgiven")
+        print_line(f"skipped {first}{message}; {self.skipped} of {self.max_skipped_steps} such steps are tolerated")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave modules and optimisers alone (Lightning hook)."""
@@ -193,7 +193,7 @@ def _numbered(values: Any) -> dict[str, Any]:
 
 
 def _watch(name: str, module: pl.LightningModule) -> Any:
-    """Return a forward hook that raises where the output of a part holds NaN or infinity."""
+    """Return a forward hook that raises if a module's output holds NaN or infinity."""
 
     def hook(part: Any, inputs: Any, output: Any) -> None:
         if module.training and not_finite(_numbered(output)):

@@ -31,7 +31,7 @@ class TargetMean:
         self.samples += len(target)
 
     def value(self) -> Tensor:
-        """Return the mean ``(..., P)`` float32; 0 where no sample had the element."""
+        """Return the mean ``(..., P)`` float32; 0 if no sample had the element."""
         assert self.total is not None
         assert self.count is not None
         return (self.total / self.count.clamp(min=1)[..., None]).float()
@@ -40,19 +40,19 @@ class TargetMean:
 class FloorRatio(ValidationCallback):
     """Logs ``collapse/floor_ratio``: validation reconstruction loss over that of the best constant.
 
-    The constant is, for every target element, the mean of training samples in the target's own units, cut and never
-    mirrored like validation samples; it is scored on the same validation samples and the same masks. 1 means no better
-    than a constant, which is complete collapse. Logged before the first step too.
+    The constant is, for every target element, the mean of training samples in the target's own units, cut like
+    validation samples and never mirrored; it is scored on the same validation samples and masks. 1 means no better than
+    a constant, which is complete collapse. Also logged before the first step.
 
-    Subsets that the method names (``Reconstruction.groups``) get a ratio each, ``collapse/floor_ratio_<group>``: to the
-    constant that is best in the subset where ``reconstruction_groups`` says what belongs to it, else to that of all.
-    Where samples carry ``control_image``, ``collapse/floor_ratio_control`` is the ratio where another subject's visible
-    content stands in the same places: a model that reads its input must do worse, well above 1. Where hidden entries
-    are replaced and not left out (``Reconstruction.unchanged``), ``collapse/floor_ratio_identity`` is the ratio of a
-    network that returns its input.
+    Each subset defined by the method (``Reconstruction.groups``) gets a ratio, ``collapse/floor_ratio_<group>``: to the
+    best constant of the subset if ``reconstruction_groups`` defines its members, otherwise to that of all. If samples
+    carry ``control_image``, ``collapse/floor_ratio_control`` is the ratio with another subject's visible content in the
+    same places: a model that reads its input must do worse, well above 1. If hidden entries are replaced rather than
+    left out (``Reconstruction.unchanged``), ``collapse/floor_ratio_identity`` is the ratio of a network that returns
+    its input.
 
     Args:
-        num_reference: Training samples behind the constant, at least 200.
+        num_reference: Training samples for the constant, at least 200.
 
     Raises:
         ValueError: ``num_reference`` is below 200.

@@ -19,7 +19,7 @@ class Cadence:
 
     Args:
         every_minutes: Minutes between checkpoints.
-        every_n_steps: Optimiser steps between checkpoints, instead of minutes; None = by time.
+        every_n_steps: Optimiser steps between checkpoints, instead of minutes; None: by time.
         at_epoch_end: ``"always"``, or ``"auto"``: if the last one is older than ``every_minutes`` or training ends.
     """
 
@@ -30,12 +30,12 @@ class Cadence:
 
 @dataclass(frozen=True)
 class Safety:
-    """When ranks agree, and what a run forgives.
+    """When ranks agree, and how many non-finite steps are tolerated.
 
     Args:
-        agree_every: Optimiser steps between agreements of several ranks to stop, and between looks for steps that were
-            not finite.
-        max_skipped_steps: How many steps whose loss or gradient is not finite a run forgives.
+        agree_every: Optimiser steps between agreements of several ranks to stop, and between checks for non-finite
+            steps.
+        max_skipped_steps: Number of tolerated steps with a non-finite loss or gradient.
     """
 
     agree_every: int = 10
@@ -43,23 +43,23 @@ class Safety:
 
 
 def training_ends(trainer: pl.Trainer) -> bool:
-    """Return whether the epoch that ends is the last one."""
+    """Whether the ending epoch is the last one."""
     by_epochs = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
     by_steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
     return bool(by_epochs or by_steps or trainer.should_stop)
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes ``checkpoints/last.ckpt`` by time or by steps, and where training ends; never twice at one step.
+    """Writes ``checkpoints/last.ckpt`` by time or by steps, and when training ends; never twice at the same step.
 
-    It is written only during training: a checkpoint written after ``fit`` has lost the loader's position. At the end of
-    an epoch it is written after validation.
+    It is written only during training, as after ``fit`` the loader's position is lost. At the end of an epoch it is
+    written after validation.
 
     Args:
         folder: Where to write.
-        cadence: When.
+        cadence: When to write.
         agree_every: Optimiser steps between agreements of several ranks on the time.
-        clock: Seconds; the first rank's decides.
+        clock: Returns seconds; the first rank's clock decides.
     """
 
     def __init__(
@@ -77,14 +77,14 @@ class LastCheckpoint(Checkpoint):
         self._saved_step = -1
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Write the checkpoint, unless this step's is written; all ranks must call it."""
+        """Write the checkpoint, unless this step's exists; all ranks must call it."""
         if is_dry_run(trainer) or trainer.global_step == self._saved_step:
             return
         trainer.save_checkpoint(self.path, weights_only=False)
         self._saved_step, self._saved_at = trainer.global_step, self._clock()
 
     def _is_old(self, trainer: pl.Trainer) -> bool:
-        """Return whether the last checkpoint is older than it may be, by the first rank's clock."""
+        """Whether the last checkpoint is too old by the first rank's clock."""
         return agree(trainer.is_global_zero and self._clock() - self._saved_at >= 60 * self.cadence.every_minutes)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Who was in which split: a file in the run folder that nobody else may read, and a part of every checkpoint."""
+"""The members of each split: a private file in the run folder, and a part of every checkpoint."""
 
 import csv
 import os
@@ -15,9 +15,9 @@ FIELDS = ("case_id", "patient_id", "split", "source_xxh3")
 
 
 class MembershipRecord(pl.Callback):
-    """Has the data module compare its members with those of earlier runs, and keeps them with this one.
+    """Has the data module compare its members with those of earlier runs, and stores them with the run.
 
-    Data modules that keep none (those without ``resolve_membership``) are left alone.
+    Data modules without ``resolve_membership`` are left alone.
 
     Args:
         folder: The run folder, where ``membership.csv`` is written.
@@ -31,7 +31,7 @@ class MembershipRecord(pl.Callback):
         """Compare and write (Lightning hook).
 
         Raises:
-            DataError: the archive is not the one that a resumed run began with, or patients were seen and must not be.
+            DataError: the archive has changed since a resumed run began, or patients must not have been seen before.
         """
         resolve = getattr(getattr(trainer, "datamodule", None), "resolve_membership", None)
         if resolve is None:

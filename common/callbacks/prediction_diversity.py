@@ -1,4 +1,4 @@
-"""Whether predictions differ between subjects, or the answer is always the same."""
+"""Whether predictions differ between subjects or are always the same."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ class _Moments:
         self.parts = total, old_mean + delta * share, deviation
 
     def spread(self) -> Tensor:
-        """Return the summed deviations of entries that were seen at least twice."""
+        """Return the summed deviations of entries seen at least twice."""
         if self.parts is None:
             return torch.zeros(())
         count, _, deviation = self.parts
@@ -48,8 +48,8 @@ class _Moments:
 class PredictionDiversity(ValidationCallback):
     """Logs ``collapse/prediction_diversity``: variance of predictions across samples over that of their targets.
 
-    All samples get one and the same mask (but for what a sample lacks), and only hidden entries count. Near 0 the model
-    answers with a constant, so complete collapse shows without knowing the floor. A good model stays below 1: it cannot
+    All samples get the same mask (apart from what a sample lacks), and only hidden entries count. Near 0 the model
+    predicts a constant, so complete collapse shows without knowing the floor. A good model stays below 1: it cannot
     explain all of the variance.
 
     Args:

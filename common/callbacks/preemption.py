@@ -15,7 +15,7 @@ from common.distributed import highest, world_size
 from common.errors import PreemptedError
 from common.runtime.reporting import print_line
 
-#: What asks a run to stop, and the exit code of the command that follows.
+#: Signals that ask a run to stop, and the exit codes that follow.
 SIGNALS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
 
 
@@ -28,12 +28,12 @@ def slurm_job() -> str | None:
 class Preemption(Checkpoint):
     """On SIGTERM, SIGUSR1 or Ctrl-C, finishes the step, saves ``last.ckpt`` and stops with 143, or 130 after Ctrl-C.
 
-    SLURM is asked to requeue, but not after Ctrl-C. A requeued job goes on from what it saved: the command looks for
-    the run of its own job.
+    SLURM is asked to requeue the job, except after Ctrl-C. A requeued job continues from its own saved run, which the
+    command finds by job id.
 
-    The handler only sets a flag. Several ranks agree on it every few steps (over a CPU group, so that the accelerator
-    is never waited for), or between validation batches. Lightning's own handling is replaced: it saves inside the
-    handler and can hang. A second signal, or one during a save, changes nothing; a second Ctrl-C quits at once.
+    The handler only sets a flag. Several ranks agree on it every few steps (over a CPU group, without waiting for the
+    accelerator), or between validation batches. Lightning's own handling is replaced: it saves inside the handler and
+    can hang. A second signal, or one during a save, changes nothing; a second Ctrl-C quits at once.
 
     A subclass of ``Checkpoint`` so that Lightning calls it after all other callbacks.
 
@@ -49,10 +49,10 @@ class Preemption(Checkpoint):
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.requested == SIGNALS[signal.SIGINT]:
-            os._exit(self.requested)  # what is half written is removed by the next process that writes there
+            os._exit(self.requested)  # the next process that writes there removes incomplete files
         self.requested = self.requested or SIGNALS[signal.Signals(number)]
         if number == signal.SIGINT:
-            # Nothing but a plain write is safe here: the signal may have come inside a print.
+            # Only a plain write is safe here: the signal may have arrived inside a print.
             os.write(2, b"\nstopping: the step is finished and saved first; Ctrl-C again quits at once\n")
 
     def _install(self, trainer: pl.Trainer) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of reconstructions, one row per case: input, what was hidden, prediction, difference."""
+"""Figures of reconstructions, one row per case: input, masked input, prediction, difference."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +22,7 @@ _WHOLE_COLUMNS = ("input", "visible (nothing is hidden)", *_COLUMNS[2:])
 _FILLED_COLUMNS = ("target", "what the encoder saw, holes filled", "prediction", "prediction - target where scored")
 _HIDDEN_COLOR = np.array([0.16, 0.30, 0.55])
 _LESION_COLOR = np.array([0.2, 1.0, 0.4])
-#: Pixels of one picture's longer side, and between pictures.
+#: Pixels of one image's longer side, and between images.
 _SIDE, _GAP = 224, 8
 
 _OUTLINE = [withStroke(linewidth=2, foreground="black")]
@@ -31,7 +31,7 @@ Image = NDArray[np.float64]
 
 
 def _enlarge(image: NDArray, side: int) -> NDArray:
-    """Repeat pixels, without smoothing, until the longer side has about ``side`` of them."""
+    """Repeat pixels without smoothing until the longer side has about ``side`` pixels."""
     factor = max(1, round(side / max(image.shape[:2])))
     return image.repeat(factor, 0).repeat(factor, 1)
 
@@ -44,11 +44,11 @@ def _shown(image: NDArray, low: float, high: float) -> Image:
 
 
 def _row(panel: Panel) -> tuple[list[Image], str]:
-    """Return the four pictures of a case, RGB, and the line of text under them.
+    """Return the four images of a case, RGB, and the caption under them.
 
-    All grey pictures share one window, the input's range; the difference, of colours their mean, has its own, symmetric
-    about 0. What is hidden is painted over, so that it cannot be taken for dark tissue; where something filled it, that
-    is shown instead.
+    All grey images share one window, the input's range; the difference (of colours their mean) has its own, symmetric
+    about 0. Hidden parts are painted over, so that they cannot be taken for dark tissue; if they were filled, the
+    filling is shown instead.
     """
     low = float(panel.input.min())
     high = max(float(np.percentile(panel.input, 99.8)), low + 1e-6)
@@ -96,7 +96,7 @@ def panel_figure(modality: str, rows: Sequence[Panel]) -> Figure:
     for x, title in enumerate(columns if rows[0].filled is None else _FILLED_COLUMNS):
         axes.text(x * step_x + width / 2, -4, title, ha="center", va="bottom", fontsize=8)
     for y, (_, text) in enumerate(drawn):
-        # Subjects may be called anything, and `$` begins a formula.
+        # Subjects may have any name, and `$` starts a formula.
         line = printable(text)
         axes.text(2, y * step_y + height + _GAP, line, ha="left", va="center", fontsize=7, parse_math=False)
         left, right = rows[y].sides
@@ -110,11 +110,11 @@ def panel_figure(modality: str, rows: Sequence[Panel]) -> Figure:
 
 
 class ReconstructionPanels(ValidationCallback):
-    """Logs ``reconstruction/<modality>`` at every validation, always the same samples.
+    """Logs ``reconstruction/<modality>`` at every validation, always for the same samples.
 
     Args:
         num_samples: Rows.
-        every_n_validations: Draw at every n-th validation only.
+        every_n_validations: Draw only at every n-th validation.
     """
 
     def __init__(self, num_samples: int = 4, every_n_validations: int = 1) -> None:
@@ -140,7 +140,7 @@ class ReconstructionPanels(ValidationCallback):
         return max((len(rows) for rows in self._panels.values()), default=0)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Send the pictures to the loggers (Lightning hook)."""
+        """Send the figures to the loggers (Lightning hook)."""
         self._validations += 1
         for name, rows in self._panels.items():
             log_figure(trainer, f"reconstruction/{name}", panel_figure(name, rows))

@@ -1,4 +1,4 @@
-"""The record a run leaves behind, so that others can see how it was made."""
+"""The record of a run, from which others can see how it was made."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def _encoder(module: torch.nn.Module) -> torch.nn.Module | None:
 
 
 def personal_settings(trainer: pl.Trainer) -> tuple[str, ...]:
-    """Return the settings of the data module that say something about one person, where names are hidden."""
+    """Return the settings of the data module that reveal something about a person, if names are hidden."""
     return getattr(trainer.datamodule, "personal", ()) if names_are_hidden() else ()  # type: ignore[attr-defined]
 
 
@@ -45,7 +45,7 @@ def _command(trainer: pl.Trainer) -> list[str]:
 
 
 class RunRecord(pl.Callback):
-    """Writes ``environment.json``, adds to the summary what only callbacks know, and names the run folder.
+    """Writes ``environment.json``, adds to the summary what only callbacks know, and prints the run folder.
 
     Args:
         folder: The run folder.
@@ -70,7 +70,7 @@ class RunRecord(pl.Callback):
         print_line(f"run folder: {self.folder}")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log how large the model is, and note how channels were matched (Lightning hook)."""
+        """Print the model's size, and record how channels were matched (Lightning hook)."""
         self._note_channels(trainer, pl_module)
         counts = [sum(p.numel() for p in m.parameters()) for m in (pl_module, _encoder(pl_module)) if m is not None]
         names = [f"{count / 1e6:.1f} M parameters" for count in counts]
@@ -78,11 +78,11 @@ class RunRecord(pl.Callback):
         print_line(f"model: {type(pl_module).__name__}, {names[0]}{encoder}")
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note how channels were matched (Lightning hook)."""
+        """Record how channels were matched (Lightning hook)."""
         self._note_channels(trainer, pl_module)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note how channels were matched (Lightning hook)."""
+        """Record how channels were matched (Lightning hook)."""
         self._note_channels(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Whether hidden words are predicted better than by their frequency alone."""
+"""Whether hidden words are predicted better than by frequency alone."""
 
 from typing import Any
 
@@ -32,9 +32,9 @@ def frequent_tokens(counts: Tensor, share: float = 0.5) -> Tensor:
 class TextFloor(ValidationCallback):
     """Logs ``collapse/text_floor_ratio``: loss of the hidden words over that of the training unigram distribution.
 
-    1 means that only the frequency of words was learned. Beside it are ``collapse/text_floor`` (nats per hidden
-    token), ``val/token_accuracy``, and the accuracy of frequent tokens, which make up half of the training text, and of
-    all others: ``val/token_accuracy_frequent`` and ``val/token_accuracy_rare``.
+    1 means that only word frequencies were learned. Also logs ``collapse/text_floor`` (nats per hidden token),
+    ``val/token_accuracy``, and separately the accuracy of frequent tokens, which make up half of the training text, and
+    of all others: ``val/token_accuracy_frequent`` and ``val/token_accuracy_rare``.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Reports as the model fills them in, as readable text."""
+"""Reports with the model's predictions filled in, as readable text."""
 
 from collections.abc import Collection, Iterator
 from html import escape
@@ -21,12 +21,12 @@ def _plain(token: str) -> str:
 
 
 def _joined(tokens: list[str]) -> str:
-    """Join tokens to text; continuations stick to the word before."""
+    """Join tokens to text; continuations are attached to the previous word."""
     return "".join(("" if token.startswith("##") else " ") + _plain(token) for token in tokens).strip()
 
 
 def _words(tokens: list[str], hidden: Collection[int]) -> Iterator[list[int]]:
-    """Group positions into words; one that is hidden in part falls apart into its hidden and its visible pieces."""
+    """Group positions into words; a partly hidden word is split into hidden and visible pieces."""
     word: list[int] = []
     for index, token in enumerate(tokens):
         if word and not (token.startswith("##") and (index in hidden) == (word[-1] in hidden)):
@@ -41,13 +41,13 @@ def restored_row(tokens: list[str], truth: dict[int, str], predicted: dict[int, 
     """Return the text with its hidden words, and the same with the words that were predicted there.
 
     Args:
-        tokens: The tokens that were seen, in order; the hidden ones at the keys of ``truth`` count for nothing.
+        tokens: The tokens that were seen, in order; those at the keys of ``truth`` are ignored.
         truth: Position to the token that was hidden.
         predicted: Position to the likeliest token there.
 
     Returns:
-        Markdown: the true text, hidden words bold; and the prediction, green where right, red with the truth where
-        not.
+        Markdown: the true text, hidden words bold; and the prediction, green if right, otherwise red with the
+        truth.
     """
     true = [truth.get(index, token) for index, token in enumerate(tokens)]
     shown, filled = "", ""
@@ -65,9 +65,9 @@ def restored_row(tokens: list[str], truth: dict[int, str], predicted: dict[int, 
 
 
 class TextRestoration(ValidationCallback):
-    """Logs ``reconstruction/report`` as text at every validation, always the same samples.
+    """Logs ``reconstruction/report`` as text at every validation, always for the same samples.
 
-    Nothing is logged if the data module anonymises: reports are about people.
+    Nothing is logged if the data module anonymises: reports describe people.
 
     Args:
         num_samples: Reports.

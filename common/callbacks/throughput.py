@@ -1,4 +1,4 @@
-"""How fast training runs, and how long it waits for data."""
+"""Training throughput, and time spent waiting for data."""
 
 import time
 from typing import Any
@@ -15,7 +15,7 @@ class Throughput(pl.Callback):
     """Logs samples per second, the share of time spent waiting for data and, on a GPU, the model FLOPs utilisation.
 
     Values are over the steps since the last log, over all ranks; validation and saving do not count. The first step's
-    floating-point operations are counted once (not where the network is compiled) and stored for ``summary.json``.
+    floating-point operations are counted once (not if the network is compiled) and stored for ``summary.json``.
 
     Args:
         every_n_steps: Steps between logs.
@@ -35,7 +35,7 @@ class Throughput(pl.Callback):
         return {"samples": self.samples, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting (Lightning hook)."""
+        """Restore the totals (Lightning hook)."""
         self.samples, self.seconds = state_dict["samples"], state_dict["seconds"]
 
     @staticmethod
@@ -47,7 +47,7 @@ class Throughput(pl.Callback):
         return float(getattr(trainer.train_dataloader, "wait_seconds", 0.0))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log what one optimiser step consists of (Lightning hook)."""
+        """Log the composition of an optimiser step (Lightning hook)."""
         size = getattr(trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
         if size is not None:
             total = size * trainer.world_size * trainer.accumulate_grad_batches
@@ -55,7 +55,7 @@ class Throughput(pl.Callback):
                 f"accumulated = {total} samples per optimiser step")  # fmt: skip
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock before the first batch is asked for (Lightning hook)."""
+        """Start the clock before the first batch is requested (Lightning hook)."""
         self._begin = time.perf_counter()
         self._window = (0, 0.0, self._waited(trainer))
 
@@ -112,5 +112,5 @@ class Throughput(pl.Callback):
             module.log("throughput/mfu", flops_per_second / peak, batch_size=1)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave validation out of the clock (Lightning hook)."""
+        """Exclude validation from the clock (Lightning hook)."""
         self._begin = time.perf_counter()

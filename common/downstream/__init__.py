@@ -1,1 +1,1 @@
-"""What follows pre-training: segmentation and frozen probes, for the encoders of every experiment."""
+"""Downstream tasks, such as segmentation and frozen probes, for the encoders of every experiment."""

@@ -1,4 +1,4 @@
-"""What every fine-tuned module shares: its encoder, its optimiser, and one row per case, gathered over ranks."""
+"""What all fine-tuned modules share: encoder, optimiser, and one row per case, gathered over ranks."""
 
 import json
 import math
@@ -28,11 +28,11 @@ class FineTuning(BuiltFromData):
     :class:`ScoredTask`, which does the latter.
 
     Args:
-        pretrained: Run folder, checkpoint or export whose encoder to start from; None trains from scratch.
-        encoder: Makes the encoder from (channels, image size) where nothing is pre-trained.
+        pretrained: Run folder, checkpoint or export whose encoder to start from; None: from scratch.
+        encoder: Makes the encoder from (channels, image size) without pre-training.
         optimization: How the weights are updated.
-        new_channels: What channels start as that the pre-trained encoder does not know: the mean of those it knows, or
-            at random; an encoder that stays frozen refuses them.
+        new_channels: Initial weights of channels that the pre-trained encoder does not know: the mean of the known
+            ones, or random; a frozen encoder refuses them.
     """
 
     def __init__(
@@ -48,17 +48,17 @@ class FineTuning(BuiltFromData):
         self.new_channels: NewChannels = new_channels
 
     def meet_channels(self, datamodule: Any, stored: InputSpec | None) -> InputSpec:
-        """Have the data give also those channels, as absent, that only the pre-trained encoder knows.
+        """Have the data also deliver, as absent, the channels that only the pre-trained encoder knows.
 
         Raises:
-            CheckpointError: the encoder does not know the data's channels, and they may not be new.
+            CheckpointError: the encoder does not know the data's channels, and new channels are not allowed.
         """
         if stored is not None or not self._pretrained or self.state.encoder is not None:
             return super().meet_channels(datamodule, stored)
         return meet_encoder(datamodule, self._pretrained, self.new_channels)
 
     def build_encoder(self, spec: InputSpec) -> nn.Module:
-        """Make the encoder, and remember its architecture for checkpoints."""
+        """Make the encoder, and record its architecture for checkpoints."""
         encoder = make_encoder(spec, self._pretrained, self._make_encoder, self.state.encoder, self.new_channels)
         report: Any = getattr(encoder, "load_report", None)
         if report is not None and report.channels is not None:
@@ -67,7 +67,7 @@ class FineTuning(BuiltFromData):
         return encoder
 
     def take_rows(self) -> list[dict[str, Any]]:
-        """Return the rows of all ranks by ``subject_id``, the same on each, and forget them."""
+        """Return and clear the rows of all ranks, ordered by ``subject_id``, the same on each rank."""
         rows = [row for part in gather_objects(self.rows) for row in part]
         self.rows = []
         return sorted(rows, key=lambda row: row["subject_id"])
@@ -82,15 +82,15 @@ class FineTuning(BuiltFromData):
 
 
 class ScoredTask(FineTuning):
-    """A task whose cases are scored one by one when validated and tested: subclasses say how.
+    """A task that scores cases one by one in validation and testing; subclasses define the score.
 
     Validation logs every metric as ``val/<name>``; testing as ``test/<name>``, and writes ``metrics.json`` and
     ``per_case.csv``. The arguments are those of :class:`FineTuning`.
     """
 
-    #: What the best checkpoint is chosen by, and whether its ``"max"`` or ``"min"`` is best.
+    #: Metric that selects the best checkpoint, and whether its ``"max"`` or ``"min"`` is best.
     monitor: tuple[str, str]
-    #: What the cases are called.
+    #: Plural name of the cases in messages.
     item_name = "cases"
 
     @abstractmethod
@@ -99,14 +99,14 @@ class ScoredTask(FineTuning):
 
     @abstractmethod
     def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Return the metrics over the rows of all ranks, ``loss`` among them; NaN where one has no value."""
+        """Return the metrics over the rows of all ranks, ``loss`` among them; NaN if undefined."""
 
     def test_metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Return what is computed of test rows alone."""
+        """Return the metrics that only testing computes."""
         return {}
 
     def line(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a row as ``per_case.csv`` has it; lists are left out."""
+        """Return a row for ``per_case.csv``, without lists."""
         return {name: value for name, value in row.items() if not isinstance(value, list)}
 
     def verdict(self, metrics: Mapping[str, float]) -> str:
@@ -130,7 +130,7 @@ class ScoredTask(FineTuning):
             log_scalars(self, metrics, prog_bar=(self.monitor[0],))
 
     def on_test_epoch_end(self) -> None:
-        """Write ``metrics.json`` and ``per_case.csv``, and say the result (Lightning hook)."""
+        """Write ``metrics.json`` and ``per_case.csv``, and print the result (Lightning hook)."""
         rows = self.take_rows()
         metrics = self.metrics(rows) | self.test_metrics(rows)
         if self.trainer.is_global_zero:

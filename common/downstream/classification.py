@@ -1,4 +1,4 @@
-"""Classification of images by a fine-tuned encoder: one logit a class, scored by AUROC.
+"""Classification of images by a fine-tuned encoder: one logit per class, scored by AUROC.
 
 Letters: B batch, C channels, K classes, E feature width.
 """
@@ -48,7 +48,7 @@ class ClassifierNetwork(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return logits ``(B, K)`` of images ``(B, C, H, W)``; one channel stands for all."""
+        """Return logits ``(B, K)`` of images ``(B, C, H, W)``; a single channel is repeated."""
         return self.head(self.norm(mean_features(self.encoder, image)))
 
 
@@ -58,16 +58,16 @@ def masked_binary_cross_entropy(logits: Tensor, target: Tensor, mask: Tensor) ->
     Args:
         logits: ``(B, K)``.
         target: ``(B, K)``, 0 or 1.
-        mask: bool ``(B, K)``, True = known. Nothing known gives 0 with a graph.
+        mask: bool ``(B, K)``, True = known. With nothing known the loss is 0, with a graph.
     """
     losses = F.binary_cross_entropy_with_logits(logits.float(), target, weight=mask.float(), reduction="sum")
     return all_reduce_sum(losses) / all_reduce_sum(mask.sum()).clamp(min=1)
 
 
 def auroc_by_class(scores: Tensor, target: Tensor, mask: Tensor) -> list[float | None]:
-    """Return the AUROC of each class; None where its known targets are all equal.
+    """Return the AUROC of each class; None if its known targets are all equal.
 
-    torchmetrics gives such a class 0, which would pull a mean down without a word.
+    torchmetrics returns 0 for such a class, which would silently lower the mean.
 
     Args:
         scores: ``(S, K)``.
@@ -84,9 +84,9 @@ def auroc_by_class(scores: Tensor, target: Tensor, mask: Tensor) -> list[float |
 
 
 def macro_auroc(probabilities: Tensor, labels: Tensor) -> tuple[float, int]:
-    """Return the mean one-against-rest AUROC over the classes that have both values, and how many have not.
+    """Return the mean one-against-rest AUROC over the classes that have both values, and how many lack one.
 
-    NaN where no class has: a class that does not occur has no AUROC, and counted as 0 it would be a score made up.
+    NaN if no class has: a class that does not occur has no AUROC, and counting it as 0 would be wrong.
 
     Args:
         probabilities: ``(S, K)``.
@@ -105,8 +105,8 @@ class ImageClassifier(ScoredTask):
     ``val/classes_left_out`` and ``val/loss``. Testing writes ``metrics.json`` and ``per_case.csv``.
 
     Args:
-        pretrained: Run folder, checkpoint or export whose encoder to start from; None trains from scratch.
-        encoder: Makes the encoder from (channels, image size) where nothing is pre-trained.
+        pretrained: Run folder, checkpoint or export whose encoder to start from; None: from scratch.
+        encoder: Makes the encoder from (channels, image size) without pre-training.
         drop_path: Rate of stochastic depth in the last block of the encoder.
         optimization: How the weights are updated.
     """
@@ -139,7 +139,7 @@ class ImageClassifier(ScoredTask):
         """Make encoder and head.
 
         Raises:
-            UserError: the data have no classes.
+            UserError: the dataset defines no classes.
         """
         if not spec.classes:
             raise UserError("The dataset defines no classes; classification needs labelled images.")
@@ -169,7 +169,7 @@ class ImageClassifier(ScoredTask):
         ]  # fmt: skip
 
     def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Return loss and AUROC over collected rows; the mean is NaN where no class has both values."""
+        """Return loss and AUROC over collected rows; the mean is NaN if no class has both values."""
         logits = torch.tensor([row["logits"] for row in rows])
         target = torch.tensor([row["target"] for row in rows])
         known = ~target.isnan()

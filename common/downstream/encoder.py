@@ -1,4 +1,4 @@
-"""The encoder of a downstream task: pre-trained, from scratch, or as a checkpoint remembers it."""
+"""The encoder of a downstream task: pre-trained, from scratch, or rebuilt from a checkpoint's record."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,17 +16,17 @@ EncoderFactory = Callable[[int, Sequence[int]], nn.Module]
 
 
 def meet_encoder(datamodule: Any, pretrained: str, new_channels: NewChannels) -> InputSpec:
-    """Have a data module give also those channels, as absent, that only a pre-trained encoder knows.
+    """Have a data module also deliver, as absent, the channels that only a pre-trained encoder knows.
 
-    One stored kernel that all channels share needs none of them.
+    An encoder with one kernel shared by all channels needs none of them.
 
     Args:
         datamodule: The data.
         pretrained: Run folder, checkpoint or export.
-        new_channels: What channels start as that the encoder does not know.
+        new_channels: Initial weights of channels that the encoder does not know.
 
     Returns:
-        What the batches hold then.
+        The resulting content of the batches.
 
     Raises:
         CheckpointError: nothing usable at ``pretrained``, or it does not know the channels.
@@ -50,8 +50,8 @@ def make_encoder(
         spec: Channels and size of the input.
         pretrained: Run folder, checkpoint or export to start from; None or empty starts from scratch.
         factory: Makes an encoder from (channels, image size), for scratch.
-        record: Architecture of an encoder whose weights a task's checkpoint will bring; wins over the others.
-        new_channels: What channels start as that the pre-trained encoder does not know.
+        record: Architecture of an encoder whose weights a task's checkpoint will load; overrides the others.
+        new_channels: Initial weights of channels that the pre-trained encoder does not know.
 
     Raises:
         CheckpointError: nothing usable at ``pretrained``, or it does not know the channels.
@@ -67,11 +67,11 @@ def make_encoder(
 
 
 def mean_features(encoder: nn.Module, image: Tensor) -> Tensor:
-    """Return the mean ``(B, E)`` over the normalised tokens of patches, float32; a class token does not count.
+    """Return the mean ``(B, E)`` over the normalised tokens of patches, float32; without the class token.
 
     Args:
         encoder: With ``forward_features``.
-        image: ``(B, C, *space)``; one channel stands for all of them.
+        image: ``(B, C, *space)``; a single channel is repeated.
     """
     channels = getattr(encoder, "config", {}).get("in_channels", image.shape[1])
     if image.shape[1] == 1 < channels:
@@ -81,7 +81,7 @@ def mean_features(encoder: nn.Module, image: Tensor) -> Tensor:
 
 
 def encoder_architecture(encoder: nn.Module) -> dict[str, Any]:
-    """Return what :func:`make_encoder` takes as ``record``.
+    """Return the ``record`` for :func:`make_encoder`.
 
     Raises:
         UserError: the encoder does not carry its ``config``.

@@ -30,7 +30,7 @@ from common.types import InputSpec
 
 
 def decode_ordinal(logits: Tensor) -> Tensor:
-    """Return the grade that ordinal logits ``(S, K)`` say: how many of them are above one half, less one."""
+    """Decode ordinal logits ``(S, K)`` into grades: the number of probabilities above one half, minus one."""
     return ((logits.sigmoid() > 0.5).sum(1) - 1).clamp(min=0)
 
 
@@ -45,24 +45,24 @@ def matched_thresholds(scores: Tensor, grades: Tensor, classes: int) -> Tensor:
     Args:
         scores: ``(S,)``, severity of the training images.
         grades: long ``(S,)``, their grades.
-        classes: How many grades there are.
+        classes: Number of grades.
     """
     shares = torch.stack([(grades < grade).double().mean() for grade in range(1, classes)])
     return torch.quantile(scores.double(), shares)
 
 
 def apply_thresholds(scores: Tensor, thresholds: Tensor) -> Tensor:
-    """Return the grade of each score ``(S,)``: how many thresholds it reaches."""
+    """Return the grade of each score ``(S,)``: the number of thresholds it reaches."""
     return (scores.double()[:, None] >= thresholds).sum(1)
 
 
 def quadratic_kappa(pred: Tensor, grades: Tensor, classes: int) -> float:
-    """Return Cohen's kappa with quadratic weights; NaN where predictions and grades are all one and the same."""
+    """Return Cohen's kappa with quadratic weights; NaN if all predictions and grades are the same."""
     return float(multiclass_cohen_kappa(pred, grades, classes, weights="quadratic"))
 
 
 def bootstrap_kappa(pred: Tensor, grades: Tensor) -> tuple[float, float]:
-    """Return the central 95 % of kappa under resampling of cases; draws that have none are left out."""
+    """Return the central 95 % of kappa under resampling of cases; draws without a kappa are left out."""
     counts = resampled_counts(range(len(pred)))
     return central_interval(weighted_quadratic_kappa(pred.numpy(), grades.numpy(), counts))
 
@@ -87,9 +87,9 @@ class RidgeNetwork(nn.Module):
 
     @torch.no_grad()
     def fit(self, batches: Iterable[Mapping[str, Any]]) -> float:
-        """Fit the head to batches with ``image`` and ``target``; return the penalty, chosen by leaving one out.
+        """Fit the head to batches with ``image`` and ``target``; return the penalty, chosen by leave-one-out.
 
-        Features are standardised over the images, so that the penalty means the same for every encoder.
+        Features are standardised over the images, so that the penalty is comparable between encoders.
 
         Raises:
             UserError: there is no batch.
@@ -112,7 +112,7 @@ class RidgeNetwork(nn.Module):
 
 
 class GradeClassifier(ImageClassifier):
-    """Fine-tunes all weights on graded images; see :class:`ImageClassifier` for what else is logged.
+    """Fine-tunes all weights on graded images; :class:`ImageClassifier` lists what else is logged.
 
     Ordinal targets (the first c + 1 of K outputs are 1 at grade c) are trained with binary cross-entropy and scored by
     quadratic kappa, ``val/kappa``; exclusive ones with cross-entropy, their probabilities averaged over a patient's
@@ -120,11 +120,11 @@ class GradeClassifier(ImageClassifier):
 
     Args:
         targets: ``"ordinal"`` or ``"exclusive"``.
-        decision: How an ordinal prediction becomes a grade when tested: ``"half"`` counts the outputs above one half;
-            ``"matched"`` sets thresholds on the expected grade so that the training images get their own grades'
-            distribution.
-        ridge: Whether the encoder stays as it is and the head is a ridge regression of the targets on its features,
-            fitted to the training images when it is tested. There is nothing to fit before that.
+        decision: How testing turns an ordinal prediction into a grade: ``"half"`` counts the outputs above one half;
+            ``"matched"`` sets thresholds on the expected grade so that the training images get the distribution
+            of their true grades.
+        ridge: Whether the encoder stays frozen and the head is a ridge regression of the targets on its features,
+            fitted to the training images at test time. There is no training before that.
         **settings: Those of :class:`ImageClassifier`.
     """
 
@@ -150,7 +150,7 @@ class GradeClassifier(ImageClassifier):
         return RidgeNetwork(self.build_encoder(spec), len(spec.classes)) if self._ridge else super().build_network(spec)
 
     def on_fit_start(self) -> None:
-        """Refuse to train what is fitted in closed form (Lightning hook).
+        """Refuse to train a head that is fitted in closed form (Lightning hook).
 
         Raises:
             UserError: the head is a ridge regression.
@@ -172,7 +172,7 @@ class GradeClassifier(ImageClassifier):
 
     @torch.no_grad()
     def on_test_start(self) -> None:
-        """Fit a ridge head and set the thresholds, both by the training images (Lightning hook).
+        """Fit a ridge head and set the thresholds, both on the training images (Lightning hook).
 
         Raises:
             UserError: the data module has no training images.
@@ -226,7 +226,7 @@ class GradeClassifier(ImageClassifier):
         return {"kappa_low": low, "kappa_high": high}
 
     def verdict(self, metrics: Mapping[str, float]) -> str:
-        """Return kappa, or else the AUROC, in words."""
+        """Return kappa, or else AUROC, in words."""
         if self.targets == "exclusive":
             return super().verdict(metrics)
         return f"quadratic kappa {metrics['kappa']:.3f}, accuracy {metrics['accuracy']:.3f}"

@@ -1,4 +1,4 @@
-"""Segmentation of one kind of region in images, scored on the grid of their files.
+"""Segmentation of one kind of region in images, scored on the grids of their files.
 
 Letters: B batch, C channels, H W the network's grid, X Y the grid of a file.
 """
@@ -25,15 +25,15 @@ NetworkFactory = Callable[[VisionTransformer, int], nn.Module]
 
 
 def on_source_grid(logits: Tensor, size: Sequence[int], source_shape: Sequence[int]) -> Tensor:
-    """Take the padding off the logits of an image and find the region on the grid of its file.
+    """Crop the padding from an image's logits and map the region to the grid of its file.
 
     Args:
         logits: ``(2, H, W)``, background and region.
-        size: Height and width that the image takes up, at the top left.
+        size: Height and width that the image occupies, at the top left.
         source_shape: X and Y.
 
     Returns:
-        bool ``(X, Y)``, where the region's probability is above a half.
+        bool ``(X, Y)``, True where the region's probability is above one half.
     """
     image = logits[None, :, : size[0], : size[1]].float()
     resized = F.interpolate(image, size=tuple(source_shape), mode="bilinear")
@@ -47,8 +47,8 @@ def dice_scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         rows: ``dice``, ``loss`` and ``reference_pixels`` of each image; at least one.
 
     Returns:
-        ``dice`` over all images, ``dice_positive`` over those with a region (left out where there are none),
-        ``dice_all_empty`` of a prediction that finds nothing anywhere, and ``loss``.
+        ``dice`` over all images, ``dice_positive`` over those with a region (omitted if there are none),
+        ``dice_all_empty`` of an empty prediction for every image, and ``loss``.
     """
     positive = [row["dice"] for row in rows if row["reference_pixels"]]
     scores = {"dice": math.fsum(row["dice"] for row in rows) / len(rows)}
@@ -66,10 +66,10 @@ class ImageSegmentation(ScoredTask):
     ``per_case.csv``; predicting gives masks on the grid of the files.
 
     Args:
-        pretrained: Run folder, checkpoint or export whose encoder to start from; None trains from scratch.
-        encoder: Makes the encoder from (channels, image size) where nothing is pre-trained.
-        network: Makes the network from (encoder, regions). It returns a tuple of logits, any after the first for
-            training alone.
+        pretrained: Run folder, checkpoint or export whose encoder to start from; None: from scratch.
+        encoder: Makes the encoder from (channels, image size) without pre-training.
+        network: Makes the network from (encoder, regions). It returns a tuple of logits; those after the first
+            are only for training.
         drop_path: Rate of stochastic depth in the last block of the encoder.
         loss: Compares logits ``(B, 2, H, W)`` and labels ``(B, 1, H, W)``, and takes ``sync``.
         auxiliary_weight: Weight of the loss of every further output.
@@ -100,17 +100,17 @@ class ImageSegmentation(ScoredTask):
         self._make_network, self._drop_path, self._auxiliary_weight = network, drop_path, auxiliary_weight
 
     def default_schedule(self) -> Schedule:
-        """Return the schedule where the configuration has none."""
+        """Return the schedule used if the configuration has none."""
         return WarmupLinear()
 
     def build_network(self, spec: InputSpec) -> nn.Module:
         """Make the network around the encoder.
 
         Raises:
-            UserError: the data do not have one region.
+            UserError: the dataset does not define exactly one region.
         """
         if len(spec.regions) != 1:
-            raise UserError(f"One region is segmented here, the data have {len(spec.regions)}.")
+            raise UserError(f"Exactly one region can be segmented, the dataset defines {len(spec.regions)}.")
         encoder = self.build_encoder(spec)
         vit = cast(VisionTransformer, encoder)
         vit.set_drop_path(self._drop_path)
@@ -157,12 +157,12 @@ class ImageSegmentation(ScoredTask):
         return {"positive": float(sum(row["reference_pixels"] > 0 for row in rows))}
 
     def verdict(self, metrics: Mapping[str, float]) -> str:
-        """Return the Dice in words, beside what finding nothing would score."""
+        """Return the Dice in words, next to the Dice of an empty prediction."""
         among = ""
         if "dice_positive" in metrics:
             among = f", {100 * metrics['dice_positive']:.2f} % in the {metrics['positive']:.0f} with a region"
         return (f"Dice {100 * metrics['dice']:.2f} %{among}; "
-                f"finding nothing would score {100 * metrics['dice_all_empty']:.2f} %")  # fmt: skip
+                f"an empty prediction would score {100 * metrics['dice_all_empty']:.2f} %")  # fmt: skip
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         """Return each image's region as uint8 ``(X, Y)`` on the CPU (Lightning hook)."""

@@ -37,7 +37,7 @@ class ProbeNetwork(nn.Module):
         width = int(encoder.num_features)  # type: ignore[arg-type]
         self.weight = nn.Parameter(torch.zeros(num_heads, width))
         self.bias = nn.Parameter(torch.zeros(num_heads))
-        # Parameters, not buffers: every rank has the same, and DDP would broadcast buffers at every step.
+        # Parameters, not buffers: equal on every rank, and DDP would broadcast buffers at every step.
         self.mean = nn.Parameter(torch.zeros(num_heads, width), requires_grad=False)
         self.std = nn.Parameter(torch.ones(num_heads, width), requires_grad=False)
 
@@ -53,7 +53,7 @@ class ProbeNetwork(nn.Module):
         return mean_features(self.encoder, image)
 
     def fit_scale(self, features: Tensor, members: Tensor) -> None:
-        """Take mean and std of each head's own training cases; ``members`` bool ``(H, S)``."""
+        """Compute mean and std of each head's own training cases; ``members`` bool ``(H, S)``."""
         weight = members.float() / members.sum(1, keepdim=True)
         self.mean.copy_(weight @ features)
         variance = weight @ features.square() - self.mean.square()
@@ -91,8 +91,8 @@ class LinearProbe(FineTuning):
     their standard deviation. Testing averages all heads on the test split.
 
     Args:
-        pretrained: Run folder, checkpoint or export whose encoder to probe; None probes random weights.
-        encoder: Makes the encoder from (channels, image size) where nothing is pre-trained.
+        pretrained: Run folder, checkpoint or export whose encoder to probe; None: random weights.
+        encoder: Makes the encoder from (channels, image size) without pre-training.
         num_folds: Folds of the cross-validation.
         num_seeds: Shuffles of the folds.
         optimization: How the weights are updated.
@@ -134,7 +134,7 @@ class LinearProbe(FineTuning):
         return torch.cat(features), torch.cat(targets).to(self.device), names, patients
 
     def on_fit_start(self) -> None:
-        """Compute the features once and deal the folds (Lightning hook)."""
+        """Compute the features once and assign the folds (Lightning hook)."""
         samples = self.trainer.datamodule.central_samples(("train", "val"))  # type: ignore[attr-defined]
         self._features, self._targets, self._names, patients = self._extract(samples)
         folds = [
@@ -168,7 +168,7 @@ class LinearProbe(FineTuning):
         return logits.permute(1, 0, 2).gather(2, self._folds[:, :, None])[:, :, 0].detach()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Scored over all cases at the end of the epoch (Lightning hook)."""
+        """Do nothing: cases are scored at the end of the epoch (Lightning hook)."""
 
     def on_validation_epoch_end(self) -> None:
         """Log out-of-fold loss, AUROC and accuracy (Lightning hook)."""
@@ -213,8 +213,8 @@ class LinearProbe(FineTuning):
         log_scalars(self, {f"test/{name}": float(value) for name, value in metrics.items() if value is not None})
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the heads' parameters, which all decay alike."""
+        """Return the heads' parameters, all with the same weight decay."""
         return [{"params": [parameter for parameter in self.network.parameters() if parameter.requires_grad]}]
 
     def default_schedule(self) -> None:
-        """Keep the learning rate as it is."""
+        """Keep the learning rate constant."""

@@ -1,4 +1,4 @@
-"""Measurements of a person from an image: one output each, in units of the training images' spread.
+"""Regression of measurements from an image: one output each, in units of their training standard deviation.
 
 Letters: B batch, K measurements, S cases.
 """
@@ -31,7 +31,7 @@ def squared_errors(pred: Tensor, target: Tensor, known: Tensor) -> Tensor:
 class ImageRegression(ImageClassifier):
     """Fine-tunes all weights on images with measurements; settings are those of :class:`ImageClassifier`.
 
-    Measurements are standardised by the training images, so that predicting their mean scores as many as there are.
+    Measurements are standardised by the training images, so that predicting their means scores their number.
     Logs ``val/mse``, the sum over measurements, and ``val/mse_<name>``; testing writes predictions in the units of the
     table.
     """
@@ -39,14 +39,14 @@ class ImageRegression(ImageClassifier):
     monitor = ("val/mse", "min")
 
     def build_network(self, spec: InputSpec) -> nn.Module:
-        """Make encoder and head; mean and spread of the measurements are among the weights."""
+        """Make encoder and head; mean and standard deviation of the measurements are stored as weights."""
         network = super().build_network(spec)
         network.register_buffer("target_mean", torch.zeros(len(spec.classes)))
         network.register_buffer("target_std", torch.ones(len(spec.classes)))
         return network
 
     def on_fit_start(self) -> None:
-        """Measure mean and spread over the training images, unless a checkpoint brings them (Lightning hook)."""
+        """Measure mean and spread over the training images, unless a checkpoint provides them (Lightning hook)."""
         if self.trainer.ckpt_path is not None:
             return
         images = self.trainer.datamodule.splits["train"]  # type: ignore[attr-defined]
@@ -67,7 +67,7 @@ class ImageRegression(ImageClassifier):
         return loss
 
     def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Return the mean squared errors of collected rows; measurements that nobody has are left out."""
+        """Return the mean squared errors of collected rows; measurements without known targets are left out."""
         pred = torch.tensor([row["logits"] for row in rows])
         target = torch.tensor([row["target"] for row in rows])
         known = ~target.isnan()

@@ -26,7 +26,7 @@ _FLIPS = ((), (2,), (3,), (4,), (2, 3), (2, 4), (3, 4), (2, 3, 4))
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return mean, standard deviation over cases and n of every numeric column, and how often a region was empty."""
+    """Return mean, standard deviation over cases and n of every numeric column, and the number of empty references."""
     summary: dict[str, Any] = {"n": len(rows)}
     for name in rows[0] if rows else ():
         values = [row[name] for row in rows]
@@ -46,18 +46,18 @@ class SegmentationModule(FineTuning):
     ``per_case.csv`` into the run folder; predicting gives label volumes on the source grid.
 
     Args:
-        pretrained: Run folder, checkpoint or export whose encoder to start from; None trains from scratch.
+        pretrained: Run folder, checkpoint or export whose encoder to start from; None: from scratch.
         network: Makes the network from (encoder, regions).
-        encoder: Makes the encoder from (channels, image size) where nothing is pre-trained.
+        encoder: Makes the encoder from (channels, image size) without pre-training.
         dropout: Rate of every dropout in the encoder.
         loss: Compares logits and targets ``(B, R, *space)``.
         overlap: Overlap of neighbouring windows.
         window_batch: Windows computed at once.
-        window_mode: How overlapping windows are averaged: all voxels alike, or those in the middle of a window more.
-        flip_ensemble: Whether to average over all mirrorings at test time.
+        window_mode: How overlapping windows are averaged: with equal weights, or more weight at the centre.
+        flip_ensemble: Whether to average over all mirrored versions at test time.
         optimization: How the weights are updated.
-        new_channels: How channels that the pre-trained encoder lacks are initialised: ``"mean"`` of those it has, or
-            ``"fresh"``, at random.
+        new_channels: Initial weights of channels that the pre-trained encoder does not know: ``"mean"`` of the known
+            ones, or ``"fresh"``, random.
     """
 
     monitor = ("val/dice", "max")
@@ -138,7 +138,7 @@ class SegmentationModule(FineTuning):
         self._score(batch, distance=True)
 
     def inputs(self, batch: Any) -> Tensor:
-        """Return the volumes ``(B, C, X, Y, Z)`` that a batch is segmented from."""
+        """Return a batch's volumes ``(B, C, X, Y, Z)`` to segment."""
         return batch["image"]
 
     def _score(self, batch: Any, distance: bool) -> None:
@@ -189,11 +189,11 @@ class SegmentationModule(FineTuning):
         )
 
     def further_scores(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return what else goes into ``metrics.json``; all ranks call it, at the end of a test."""
+        """Return further entries of ``metrics.json``; called by all ranks at the end of a test."""
         return {}
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
-        """Return one label volume per case, with what is needed to put it on its source grid (Lightning hook)."""
+        """Return one label volume per case, with what it takes to map it to its source grid (Lightning hook)."""
         regions = self.segment(self.inputs(batch))
         names = zip(batch["subject_id"], batch["record"], strict=True)
         return [
@@ -205,7 +205,7 @@ class SegmentationModule(FineTuning):
 def merge_regions(regions: Tensor, values: Mapping[str, Sequence[int]]) -> Tensor:
     """Turn region masks into one label volume.
 
-    Larger regions are written first, smaller ones over them; each writes the value that the regions inside it do not
+    Larger regions are written first and smaller ones over them, each with the value that the regions inside it do not
     have (whole tumour 2, core 1, enhancing 3 in BraTS 2023).
 
     Args:

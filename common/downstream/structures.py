@@ -32,9 +32,9 @@ def dice_and_cross_entropy(
     Args:
         logits: ``(B, R, H, W)``.
         label: ``(B, R, H, W)``, 0 or 1.
-        dice_weight: Weight of the Dice term; cross-entropy has the rest.
+        dice_weight: Weight of the Dice term; cross-entropy gets the rest.
         sync: Whether the means run over the samples of all ranks.
-        eps: Added to both sides of the Dice fraction; a structure that is nowhere, and not predicted, then costs 0.
+        eps: Added to numerator and denominator of Dice, so that an absent structure that is not predicted costs 0.
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits, label = logits.float(), label.float()
@@ -50,14 +50,14 @@ def dice_and_cross_entropy(
 
 
 class StructureSegmentation(ScoredTask):
-    """Fine-tunes all weights on images with masks of structures, a sigmoid each.
+    """Fine-tunes all weights on images with masks of structures, one sigmoid each.
 
     Validation logs ``val/dice_<structure>`` (per image; 1 where neither prediction nor truth has it, 0 where one has),
     their mean ``val/dice``, and ``val/loss``. Testing writes ``metrics.json`` and ``per_case.csv``.
 
     Args:
-        pretrained: Run folder, checkpoint or export whose encoder to start from; None trains from scratch.
-        encoder: Makes the encoder from (channels, image size) where nothing is pre-trained.
+        pretrained: Run folder, checkpoint or export whose encoder to start from; None: from scratch.
+        encoder: Makes the encoder from (channels, image size) without pre-training.
         network: Makes the network from (encoder, structures); it returns logits.
         drop_path: Rate of stochastic depth in the last block of the encoder.
         dice_weight: Weight of the Dice term in the loss.
@@ -94,7 +94,7 @@ class StructureSegmentation(ScoredTask):
         """Make the network around the encoder.
 
         Raises:
-            UserError: the data have no structures.
+            UserError: the dataset defines no structures.
         """
         if not spec.regions:
             raise UserError("The dataset defines no structures; segmentation needs images with masks.")

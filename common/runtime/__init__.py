@@ -1,1 +1,1 @@
-"""What surrounds a run: loggers, provenance, messages, the data section of a configuration."""
+"""The environment of a run: loggers, provenance, messages, the data section of a configuration."""

@@ -1,11 +1,11 @@
-"""Configuration files: where they are, and what stands in them once their bases are filled in.
+"""Configuration files: finding them and merging their bases.
 
-A configuration may begin with ``base:``, a list of the files whose settings it takes over: names relative to its own
-folder, or ``experiments/...`` for a file of the package. Bases are merged in their order, the file itself comes last,
-so a later value wins; lists are replaced, except that ``callbacks+`` appends; another ``class_path`` drops the old
-class's arguments. This happens before anything is parsed, so that ``--print_config`` and the ``config.yaml`` of a run
-show every value and no ``base``. A task takes over its family's overlays too: where ``finetune_x.small.yaml`` does not
-exist, the name stands for ``families/y.small.yaml``, ``families/y.yaml`` being a base of ``finetune_x.yaml``.
+A configuration may begin with ``base:``, a list of files whose settings it inherits: names relative to its own folder,
+or ``experiments/...`` for a file of the package. Bases are merged in order and the file itself comes last, so later
+values win; lists are replaced, except that ``callbacks+`` appends; a different ``class_path`` drops the old class's
+arguments. Merging precedes parsing, so that ``--print_config`` and the ``config.yaml`` of a run show every value and
+no ``base``. A task also inherits its family's overlays: if ``finetune_x.small.yaml`` does not exist, the name stands
+for ``families/y.small.yaml``, where ``families/y.yaml`` is a base of ``finetune_x.yaml``.
 """
 
 import json
@@ -23,7 +23,7 @@ _PACKAGE = "experiments/"
 
 
 def package_file(path: str) -> str:
-    """Resolve ``experiments/...`` against the installed package where the working directory does not hold it."""
+    """Resolve ``experiments/...`` against the installed package if the working directory does not contain it."""
     if not Path(path).exists() and path.startswith(_PACKAGE):
         installed = Path(str(files("experiments"))).joinpath(path.removeprefix(_PACKAGE))
         if installed.parent.is_dir():
@@ -32,9 +32,9 @@ def package_file(path: str) -> str:
 
 
 def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
-    """Merge two nested mappings; the overlay wins.
+    """Merge two nested mappings; the overlay takes precedence.
 
-    Another ``class_path`` replaces a mapping, ``name+`` appends to the list ``name``.
+    A different ``class_path`` replaces a mapping, and ``name+`` appends to the list ``name``.
     """
     if base.get("class_path", overlay.get("class_path")) != overlay.get("class_path", base.get("class_path")):
         return overlay
@@ -51,10 +51,10 @@ def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """Read one file, bases not filled in.
+    """Read one file without merging its bases.
 
     Raises:
-        UsageError: it is no YAML mapping, or its ``base`` is not a list of names.
+        UsageError: it is not a YAML mapping, or its ``base`` is not a list of names.
     """
     try:
         content = get_loader("yaml")(path.read_text(encoding="utf-8")) or {}
@@ -74,7 +74,7 @@ def _bases(path: Path, content: dict[str, Any]) -> Iterator[Path]:
 
 
 def _family_overlay(path: Path) -> Path | None:
-    """Return the overlay that a task takes over from its family, for a name that has no file of its own."""
+    """Return the family's overlay for a task without an overlay of this name."""
     stage, _, size = path.stem.rpartition(".")
     task = path.with_name(f"{stage}.yaml")
     if not stage or not task.is_file():
@@ -88,10 +88,10 @@ def _family_overlay(path: Path) -> Path | None:
 
 
 def find_config(name: str) -> Path:
-    """Return the file that a name on the command line stands for: itself, the package's, or an overlay of the family.
+    """Return the file for a name on the command line: that path, the package's, or an overlay of the family.
 
     Raises:
-        UsageError: there is none.
+        UsageError: no such file.
     """
     path = Path(package_file(name))
     found = path if path.is_file() else _family_overlay(path)
@@ -101,11 +101,11 @@ def find_config(name: str) -> Path:
 
 
 def read_config(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
-    """Read a configuration with its bases filled in.
+    """Read a configuration and merge its bases.
 
     Args:
         path: The file.
-        above: The files whose bases led here.
+        above: The chain of files whose bases led here.
 
     Raises:
         UsageError: a file is missing or malformed, or is its own base.
@@ -123,7 +123,7 @@ def read_config(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
 
 
 def expand_config_arguments(arguments: Sequence[str]) -> list[str]:
-    """Make every ``--config`` work from any folder, and replace those that have bases by what they come to, as JSON.
+    """Resolve every ``--config`` from any folder, and replace files that have bases by the merged settings as JSON.
 
     Raises:
         UsageError: as :func:`find_config` and :func:`read_config`.

@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.runtime.configs import find_config, merge, read_config
 from common.runtime.lean_imports import import_torchmetrics
 
-#: Lines of jsonargparse's messages that only say how it tried.
+#: Lines of jsonargparse's messages that only describe its attempts.
 _NOISE = (
     "Does not validate against",
     "Subtypes:",
@@ -25,7 +25,7 @@ _NOISE = (
 
 
 def one_line(message: str) -> str:
-    """Return what a message of jsonargparse over many lines says."""
+    """Return a multi-line message of jsonargparse in one line."""
     lines = [line.strip() for line in message.splitlines()]
     words = [line.removeprefix("- ") for line in lines if line and not line.startswith(_NOISE)]
     return "; ".join(words).replace(":; ", ": ").removesuffix(".")
@@ -33,14 +33,14 @@ def one_line(message: str) -> str:
 
 @dataclass(frozen=True)
 class Archive:
-    """An archive as a command is told of it. Making one reads the configurations, before anything large is imported.
+    """An archive as given to a command. Creating one reads the configurations, before any large import.
 
     Attributes:
         configs: Configurations, later ones over earlier ones.
-        root: Its folder; None: the configuration's.
+        root: The root folder; None: the configuration's.
         layout: Its layout; None: the configuration's.
         settings: Further data settings, each as ``NAME=VALUE``.
-        section: The data section that they come to: ``class_path`` and ``init_args``.
+        section: The resulting data section: ``class_path`` and ``init_args``.
 
     Raises:
         UserError: a configuration is missing or none names a data module, or a setting has no ``=``.
@@ -57,7 +57,7 @@ class Archive:
         for name in self.configs:
             section = merge(section, read_config(find_config(name)).get("data") or {})
         if "class_path" not in section:
-            raise UserError(f"{', '.join(self.configs)} names no data module (data.class_path).")
+            raise UserError(f"{', '.join(self.configs)} defines no data module (data.class_path).")
         given = {"root": self.root, "layout": self.layout}
         options = section.get("init_args", {}) | {name: value for name, value in given.items() if value is not None}
         for setting in self.settings:
@@ -75,7 +75,7 @@ class Archive:
         """Instantiate its data module.
 
         Raises:
-            UserError: a setting does not exist or cannot have this value.
+            UserError: unknown setting or invalid value.
         """
         import_torchmetrics()
         from lightning.pytorch import LightningDataModule

@@ -1,4 +1,4 @@
-"""The experiments of this installation, by name: a name from outside never becomes an import path by itself."""
+"""The experiments of this installation, by name: names from outside are never used as import paths directly."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""Lightning without what it does not need at its import: three quarters of a short command's time are imports."""
+"""Importing Lightning without unneeded libraries: imports are three quarters of a short command's time."""
 
 import contextlib
 import importlib
@@ -6,16 +6,16 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-#: Optional libraries that torchmetrics looks for, imports when it finds them, and none of our metrics uses.
+#: Optional libraries that torchmetrics imports if present and none of our metrics uses.
 _OPTIONAL = ("scipy", "torchvision", "transformers", "matplotlib")
 
 
 @contextlib.contextmanager
 def _optional_absent() -> Iterator[None]:
-    """Let torchmetrics believe, for a while, that the optional libraries are absent.
+    """Hide the optional libraries from torchmetrics for a while.
 
-    It asks through ``lightning_utilities``, by a function and by a class that looks when its truth is taken. What was
-    answered is not stored, so that both say the truth again afterwards.
+    It asks through ``lightning_utilities``, by a function and by a class that checks when evaluated as a bool. Neither
+    stores the answer, so both are right again afterwards.
     """
     asked: Any = importlib.import_module("lightning_utilities.core.imports")
     available, truth = asked.package_available, asked.RequirementCache.__bool__
@@ -37,8 +37,8 @@ def _optional_absent() -> Iterator[None]:
 def import_torchmetrics() -> None:
     """Import torchmetrics, which Lightning imports, without scipy.signal, torchvision, transformers and matplotlib.
 
-    To be called before the first import of Lightning. It changes private behaviour for the time of that import; where
-    that behaviour has moved, torchmetrics is imported as it is.
+    Call this before the first import of Lightning. It patches private functions during that import; if they have moved,
+    torchmetrics is imported unchanged.
     """
     if "torchmetrics" in sys.modules:
         return

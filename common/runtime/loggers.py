@@ -1,4 +1,4 @@
-"""Loggers of the run folder that Lightning lacks: a CSV that a resumed run continues, and a summary."""
+"""Loggers missing from Lightning: a CSV that a resumed run continues, and a summary."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ class _AppendingWriter(ExperimentWriter):
 
 
 class RunTensorBoardLogger(TensorBoardLogger):
-    """Writes TensorBoard events directly into the run folder, and no second copy of the settings.
+    """Writes TensorBoard events directly into the run folder, without a second copy of the settings.
 
     Args:
         save_dir: The run folder.
@@ -58,7 +58,7 @@ class RunCSVLogger(CSVLogger):
 
     @property
     def experiment(self) -> ExperimentWriter:
-        """The writer, made at first use."""
+        """The writer, created at first use."""
         if launched_rank() != 0:
             return super().experiment
         if self._experiment is None:
@@ -74,7 +74,7 @@ class RunCSVLogger(CSVLogger):
 class SummaryLogger(Logger):
     """Keeps the final and the best value of every scalar for ``summary.json``.
 
-    A scalar whose last value is NaN or infinite has no final value (null), and ``not_finite`` tells since which step.
+    A scalar whose last value is NaN or infinite has no final value (null); ``not_finite`` gives the step since when.
 
     Args:
         save_dir: The run folder.
@@ -87,7 +87,7 @@ class SummaryLogger(Logger):
         self._not_finite: dict[str, dict[str, int]] = {}
         self._begin = time.perf_counter()
         self.facts: dict[str, Any] = {}
-        # A resumed run goes on in its folder: what it reached before the stop still counts.
+        # A resumed run continues in its folder: values from before the stop still count.
         path = self._folder / "summary.json"
         if path.is_file():
             before = json.loads(path.read_text())
@@ -97,12 +97,12 @@ class SummaryLogger(Logger):
 
     @property
     def name(self) -> str:
-        """Lightning asks for one."""
+        """Required by Lightning."""
         return "summary"
 
     @property
     def version(self) -> str:
-        """Lightning asks for one."""
+        """Required by Lightning."""
         return ""
 
     @property
@@ -116,7 +116,7 @@ class SummaryLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Take note of scalars."""
+        """Record scalars."""
         for name, value in metrics.items():
             value = float(value)
             if name == "epoch":

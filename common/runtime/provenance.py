@@ -1,4 +1,4 @@
-"""Which code, on which machine: for run folders, results and export cards."""
+"""Code and machine of a run, for run folders, results and export cards."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ _PACKAGES = ("torch", "lightning", "torchmetrics", "timm", "transformers", "mona
 
 
 def _git(*arguments: str) -> str | None:
-    """Ask git about the checkout this code lies in; None outside of one."""
+    """Ask git about the checkout that contains this code; None outside a checkout."""
     folder = Path(__file__).resolve().parent
     try:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
@@ -24,7 +24,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def source_state() -> dict[str, Any]:
-    """Return the commit of this code and whether files differ from it; None where it is not a checkout."""
+    """Return this code's commit and whether files differ from it; None outside a checkout."""
     status = _git("status", "--porcelain")
     return {"commit": _git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
 

@@ -1,4 +1,4 @@
-"""Scalars, figures, lines and tables for a person, from any hook and on any logger."""
+"""Scalars, figures, lines and tables for people, from any hook and to any logger."""
 
 import csv
 from collections.abc import Collection, Mapping, Sequence
@@ -11,7 +11,7 @@ from common.files import whole_file
 from common.names import printable
 from common.pseudonyms import names_are_hidden
 
-if TYPE_CHECKING:  # commands say things too, before Lightning and without it
+if TYPE_CHECKING:  # commands print before and without Lightning
     import lightning.pytorch as pl
     from matplotlib.figure import Figure
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # commands say things too, before Lightning and without it
 def log_scalars(module: "pl.LightningModule", scalars: Mapping[str, float], prog_bar: Collection[str] = ()) -> None:
     """Log values that are already equal on all ranks.
 
-    The validation before the first step (Lightning's sanity check) normally leaves no trace; here its values are the
+    Lightning discards the values of the validation before the first step (its sanity check); here they become the
     curves' first points, at step 0.
     """
     trainer = module.trainer
@@ -32,7 +32,7 @@ def log_scalars(module: "pl.LightningModule", scalars: Mapping[str, float], prog
 
 
 def log_figure(trainer: "pl.Trainer", tag: str, figure: "Figure") -> None:
-    """Give a figure to every logger that shows images (TensorBoard; Weights and Biases and alike by ``log_image``)."""
+    """Send a figure to every logger that shows images (TensorBoard; Weights and Biases and others by ``log_image``)."""
     for logger in trainer.loggers:
         if callable(add := getattr(getattr(logger, "experiment", None), "add_figure", None)):
             add(tag, figure, global_step=trainer.global_step)
@@ -41,7 +41,7 @@ def log_figure(trainer: "pl.Trainer", tag: str, figure: "Figure") -> None:
 
 
 def log_text(trainer: "pl.Trainer", tag: str, markdown: str) -> None:
-    """Give Markdown to every logger that shows text (TensorBoard; Weights and Biases and alike by ``log_text``)."""
+    """Send Markdown to every logger that shows text (TensorBoard; Weights and Biases and others by ``log_text``)."""
     for logger in trainer.loggers:
         if callable(add := getattr(getattr(logger, "experiment", None), "add_text", None)):
             add(tag, markdown, global_step=trainer.global_step)
@@ -50,12 +50,12 @@ def log_text(trainer: "pl.Trainer", tag: str, markdown: str) -> None:
 
 
 def is_dry_run(trainer: "pl.Trainer") -> bool:
-    """Return whether the trainer only tries a few batches (``--trainer.fast_dev_run``) and must leave no files."""
+    """Return whether the trainer only tries a few batches (``--trainer.fast_dev_run``) and must not leave files."""
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a CSV with one line per case, whole or not at all."""
+    """Write a CSV with one line per case, completely or not at all."""
     with (
         whole_file(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
@@ -66,7 +66,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def contents(folder: Path) -> str:
-    """Return what lies directly in a folder, in words: how much where names are hidden."""
+    """Describe the direct content of a folder; only its size if names are hidden."""
     if names_are_hidden():
         return f"{sum(1 for path in folder.iterdir() if path.name[0] != '.')} entries"
     entries = sorted(path.name + ("/" if path.is_dir() else "") for path in folder.iterdir() if path.name[0] != ".")
@@ -75,6 +75,6 @@ def contents(folder: Path) -> str:
 
 
 def print_line(*words: Any) -> None:
-    """Print one line to the person at the terminal, once for all ranks; no name from outside can break it."""
+    """Print one line to the person at the terminal, once for all ranks; control characters in names are escaped."""
     if getattr(rank_zero_only, "rank", 0) == 0:  # Lightning sets it at its import
         print(*map(printable, words), flush=True)

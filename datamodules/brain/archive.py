@@ -1,4 +1,4 @@
-"""What every data module of brain studies has in common: its layouts, and that no scan is there under two names."""
+"""What all data modules of brain studies share: their layouts, and a check that no scan occurs under two names."""
 
 from dataclasses import replace
 from typing import Any
@@ -18,14 +18,14 @@ _REGIONS = ("TC", "WT", "ET")
 class BrainArchiveDataModule(VolumeDataModule):
     """Brain studies under canonical sequence names, for pre-training or a task.
 
-    Overlap between sources that is known is said, and what would put the same scans on both sides of the split is
+    Known overlap between sources is noted; overlap that would put the same scans on both sides of the split is
     refused.
 
     Args:
         root: The archive.
-        atlas: Voxels of the atlas at 1 mm; where templates lie.
-        crops: What is cut out of a volume. ``flip_axes`` must be empty: the atlas, in which templates lie, has a left
-            and a right.
+        atlas: Voxels of the atlas at 1 mm, the space of the templates.
+        crops: How crops are cut from a volume. ``flip_axes`` must be empty: the templates lie in the atlas, which has a
+            left and a right.
         **options: As :class:`datamodules.volumes.datamodule.VolumeDataModule`.
     """
 
@@ -45,7 +45,7 @@ class BrainArchiveDataModule(VolumeDataModule):
         self.atlas = atlas
 
     def prepare_layout(self, archive: Archive) -> Layout:
-        """Return what the archive's files are and how they are prepared, its channels under canonical names."""
+        """Return the archive's files and preprocessing, with channels under canonical names."""
         layout = super().prepare_layout(archive)
         names = layout.modalities
         if not names or any(canonical_name(name) != name for name in names):
@@ -61,20 +61,20 @@ class BrainArchiveDataModule(VolumeDataModule):
         )
 
     def resolve_layout(self, layout: Layout) -> Layout:
-        """Say which sources share patients.
+        """Note which sources share patients.
 
         Raises:
-            DataError: BraTS 2021 stands beside BraTS 2023-GLI.
+            DataError: both BraTS 2021 and BraTS 2023-GLI are present.
         """
         for note in overlap_notes(self.cases):
             print_line(f"note: {note}")
         return layout
 
     def setup(self, stage: str) -> None:
-        """As every archive; a study that is listed twice under two names is refused (Lightning hook).
+        """Set up as every archive, and refuse a study listed under two names (Lightning hook).
 
         Raises:
-            DataError: no study can be used, or one is there twice.
+            DataError: no study can be used, or one occurs twice.
         """
         super().setup(stage)
         check_copies(self.cases_in_use(), self.store)

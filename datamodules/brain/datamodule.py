@@ -27,19 +27,19 @@ from datamodules.volumes.crops import cut, to_tensor
 from datamodules.volumes.datamodule import Domain, VolumeDataset
 from datamodules.volumes.profiles import ATLAS
 
-#: More passes than this over the training cases buy the floor's constant nothing.
+#: Further passes over the training cases would not improve the floor's constant.
 _MAX_REFERENCE_DRAWS = 64
 
 
 class PairDataset(VolumeDataset):
-    """Crops of one sequence of a study, with another at the same place; see :class:`common.types.SequencePairBatch`.
+    """Crops of one sequence of a study, with another there; see :class:`common.types.SequencePairBatch`.
 
-    The target is uniform over the sequences that a study has, its partner uniform over the others. In validation the
-    target goes through them in turn, so that few crops cover all.
+    The target is drawn uniformly from the study's sequences, its partner uniformly from the others. Validation takes
+    the targets in turn, so that a few crops cover all of them.
 
     Args:
         atlas: Voxels of the atlas.
-        lesions: Whether samples say where a lesion is.
+        lesions: Whether samples include the lesion mask.
         *args: As :class:`VolumeDataset`.
         **options: As :class:`VolumeDataset`.
     """
@@ -76,7 +76,7 @@ class PairDataset(VolumeDataset):
         return sample
 
     def _choose(self, opened: OpenCase, draw: Draw, generator: np.random.Generator) -> tuple[int, int | None]:
-        """Choose target and partner among the channels that can be used."""
+        """Choose target and partner among the usable channels."""
         usable = np.flatnonzero(opened.record.modality_mask)
         first = generator.integers(len(usable)) if self.domain == "train" else draw.draw % len(usable)
         others = np.delete(usable, first)
@@ -86,7 +86,7 @@ class PairDataset(VolumeDataset):
     def _pair(
         self, opened: OpenCase, start: Sequence[int], target: int, partner: int | None, prefix: str
     ) -> dict[str, Any]:
-        """Cut both sequences at one place; each is read alone."""
+        """Cut both sequences at the same place, each read separately."""
         image = to_tensor(cut(opened.image[target], start, self.crop_size))[None]
         other = None if partner is None else to_tensor(cut(opened.image[partner], start, self.crop_size))[None]
         return {
@@ -96,7 +96,7 @@ class PairDataset(VolumeDataset):
         }
 
     def _other_patient(self, case: Case, draw: Draw, target_name: str) -> dict[str, Any]:
-        """Cut a pair out of another patient, one with the same target where there is one."""
+        """Cut a pair from another patient, with the same target if possible."""
 
         def read(other: Case) -> dict[str, Any]:
             opened = self.store.open(other)
@@ -118,7 +118,7 @@ def _shows(case: Case, name: str) -> bool:
 
 
 def _index(opened: OpenCase, channel: int) -> int:
-    """Return a channel's place among the canonical sequences."""
+    """Return a channel's index among the canonical sequences."""
     return TEMPLATES.index(opened.record.modalities[channel])
 
 
@@ -147,9 +147,9 @@ class BrainDataModule(BrainArchiveDataModule):
 
     Args:
         root: The archive.
-        modalities: Sequences to use, in any usual spelling; None takes all. Studies without any of them are left
-            out. Templates keep their places, whatever is used.
-        lesions: Whether validation samples say where a lesion is, for archives with labels.
+        modalities: Sequences to use, in any usual spelling; None: all. Studies without any of them are left
+            out. The choice does not change the order of the templates.
+        lesions: Whether validation samples include the lesion mask, for archives with labels.
         **options: As :class:`datamodules.brain.archive.BrainArchiveDataModule`.
     """
 
@@ -158,7 +158,7 @@ class BrainDataModule(BrainArchiveDataModule):
         self.lesions = lesions
 
     def resolve_layout(self, layout: Layout) -> Layout:
-        """Keep each study's own sequences, or those of them that are asked for, prepared by BrainMVP's chain."""
+        """Keep each study's own sequences, or the requested ones among them, with BrainMVP's preprocessing."""
         layout = super().resolve_layout(layout)
         self._drop_unknown(layout)
         wanted = self._restrict(layout)
@@ -181,7 +181,7 @@ class BrainDataModule(BrainArchiveDataModule):
         return replace(layout, modalities=TEMPLATES, preprocessing=preparation)
 
     def _drop_unknown(self, layout: Layout) -> None:
-        """Leave out the sequences that no template is for; the case's attribute ``unknown`` names them."""
+        """Leave out sequences without a template; the case's attribute ``unknown`` lists them."""
         for index, case in enumerate(self.cases):
             unknown = ", ".join(layout.shown(name) for name in case.images if name not in TEMPLATES)
             if unknown:
@@ -189,7 +189,7 @@ class BrainDataModule(BrainArchiveDataModule):
                 self.cases[index] = case._replace(images=images, attributes={**case.attributes, "unknown": unknown})
 
     def _restrict(self, layout: Layout) -> tuple[str, ...]:
-        """Keep the sequences that are asked for, and the studies that have one of them; return their names."""
+        """Keep the requested sequences and the studies that have any of them; return their names."""
         if not self._modalities:
             return TEMPLATES
         unknown = [name for name in self._modalities if canonical_name(name) not in TEMPLATES]
@@ -227,10 +227,10 @@ class BrainDataModule(BrainArchiveDataModule):
         print_line(f"sequences: {shown}{'; studies ' + of if of else ''}")
 
     def deliver(self, channels: Sequence[str]) -> None:
-        """Samples are single sequences, by the number of their template, so channels are fixed.
+        """Check the channels, which are fixed: samples are single sequences numbered by template.
 
         Raises:
-            DataError: others are asked for.
+            DataError: other channels are requested.
         """
         ArchiveDataModule.deliver(self, channels)
 
@@ -252,10 +252,10 @@ class BrainDataModule(BrainArchiveDataModule):
         )
 
     def reference_samples(self, count: int) -> Iterator[Any]:
-        """Yield batches of whole studies with at least ``count`` crops of every sequence, as far as that is possible.
+        """Yield batches of whole studies with at least ``count`` crops of every sequence, if there are enough.
 
-        Studies are chosen by a hash of their names, so that a rare sequence is among them and a large archive is not
-        read whole; they are gone through at most 64 times.
+        Studies are chosen by a hash of their names, so that rare sequences are included without reading all of a large
+        archive; each is used at most 64 times.
         """
         usable = sorted(self._usable(self.splits["train"]), key=lambda case: stable_hash("reference", case.case_id))
         chosen: dict[str, Case] = {}
@@ -270,7 +270,7 @@ class BrainDataModule(BrainArchiveDataModule):
             yield self.on_before_batch_transfer(batch, 0)
 
     def central_samples(self, splits: Sequence[str] = ("train", "val", "test")) -> Iterable[Any]:
-        """Yield batches with the central crop of the first sequence of every case, for embeddings."""
+        """Yield batches with the central crop of the first sequence of each case, for embeddings."""
         cases = [case for part in splits for case in self._usable(self.splits[part])]
         for batch in self.evaluation_loader(self._dataset(cases, "center"), all_ranks=False):
             yield self.on_before_batch_transfer(batch, 0)

@@ -1,4 +1,4 @@
-"""Classes of brain studies, from folder names or from the tables that archives come with."""
+"""Classes of brain studies, from folder names or from an archive's tables."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from datamodules.volumes.cases import Case
 
 @dataclass
 class LabelSource:
-    """Where a class comes from, and what values mean.
+    """Where classes come from, and what values mean.
 
     Attributes:
-        classes: Class to the values that mean it.
-        attribute: Case attribute that holds the value, where there is no table.
-        table: CSV or TSV under the root, or its absolute path; a pattern such as ``*phenotypic*`` may name several.
+        classes: Class to the values that stand for it.
+        attribute: Case attribute that holds the value, if there is no table.
+        table: CSV or TSV under the root, or its absolute path; a pattern such as ``*phenotypic*`` may match several.
         key: Column with the case's or the patient's name.
         column: Column with the value.
-        ids: ``exact``, or ``pad`` where the table has lost the leading zeros of numbers.
+        ids: ``exact``, or ``pad`` if the table has lost leading zeros.
     """
 
     classes: dict[str, list[str]]
@@ -52,10 +52,10 @@ def _values(paths: Sequence[Path], source: LabelSource) -> dict[str, str]:
 
 
 def _listed(cases: Sequence[Case], source: LabelSource, paths: Sequence[Path]) -> dict[str, str]:
-    """Return the value of each case, which a table lists under its own name or under its patient's.
+    """Return the value of each case, listed in the tables under the case's or the patient's name.
 
     Raises:
-        DataError: as :func:`_values`, or the tables list under half of the cases.
+        DataError: as :func:`_values`, or the tables list fewer than half of the cases.
     """
     values = _values(paths, source)
     by_case = join_ids([case.case_id for case in cases], values, source.ids)
@@ -66,10 +66,10 @@ def _listed(cases: Sequence[Case], source: LabelSource, paths: Sequence[Path]) -
 
 
 def label_tables(source: LabelSource, tree: Tree) -> list[Path]:
-    """Return the tables that classes are read from; none where they come from an attribute.
+    """Return the tables that hold the classes; empty if they come from an attribute.
 
     Raises:
-        DataError: there is no such table.
+        DataError: the table does not exist.
     """
     if source.table is None:
         return []
@@ -81,11 +81,11 @@ def label_tables(source: LabelSource, tree: Tree) -> list[Path]:
 
 
 def read_classes(cases: Sequence[Case], source: LabelSource, tables: Sequence[Path]) -> dict[str, int]:
-    """Return the class index of every case that has one; values of no class, such as -999, leave a case out.
+    """Return the class index of every case that has one; cases with other values, such as -999, are left out.
 
     Args:
         cases: The cases.
-        source: Where the classes come from.
+        source: Source of the classes.
         tables: See :func:`label_tables`.
 
     Raises:

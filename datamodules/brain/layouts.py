@@ -1,7 +1,7 @@
-"""Brain archives in their official layouts, with sequences under canonical names and labels by release.
+"""Official layouts of brain archives, with canonical names of sequences and the labels of each release.
 
 A layout here is a pattern over the paths under a root. Whether an archive is in atlas space (skull-stripped, on the
-atlas's grid) its volumes must show: see :attr:`datamodules.volumes.cases.Preprocessing.atlas`.
+atlas's grid) is decided from its volumes: see :attr:`datamodules.volumes.cases.Preprocessing.atlas`.
 """
 
 import re
@@ -17,29 +17,29 @@ from datamodules.tree import Tree, TreeFile
 from datamodules.volumes.cases import Case
 from datamodules.volumes.modalities import one_file_each
 
-#: Regions of a glioma by the value of its enhancing part, in the order that BrainMVP segments them.
+#: Regions of a glioma by the label of the enhancing part, in the order of BrainMVP's outputs.
 _GLIOMA = {"TC": (1, 4), "WT": (1, 2, 4), "ET": (4,)}
 _GLIOMA_VALUES = frozenset({0, 1, 2, 4})
 _MAX_DEPTH = 6
 _SUFFIXES = (".nii.gz", ".nii")
-#: More folders than this in a root are cases, not archives.
+#: With more folders than this, a root holds cases, not archives.
 _MAX_SOURCES = 64
-#: Folders of BIDS that belong to the archive beside them.
+#: BIDS folders that belong to the archive next to them.
 _NO_ARCHIVES = ("derivatives", "sourcedata", "code")
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """How the files of an official layout are called, as regular expressions over paths under the root, in any case.
+    """File names of an official layout, as case-insensitive regular expressions over paths under the root.
 
     Attributes:
-        image: With the groups ``study`` and ``sequence``; ``patient`` where it is not the study, ``attribute`` for
-            what else a path says.
-        label: With the group ``study``.
-        names: Sequence as written to canonical name, where it is no usual spelling.
-        study: How the name of a study is made of the groups.
+        image: Has the groups ``study`` and ``sequence``; ``patient`` if it differs from the study; ``attribute`` for
+            a further fact in the path.
+        label: Has the group ``study``.
+        names: Written to canonical name of a sequence, for unusual spellings.
+        study: Template of a study's name from the groups.
         attribute: Name of the attribute.
-        example: A name that the pattern has.
+        example: A name that the pattern matches.
     """
 
     image: re.Pattern[str]
@@ -62,7 +62,7 @@ class Pattern:
                 for key, case in cases.items()]  # fmt: skip
 
     def recognise(self, tree: Tree) -> Evidence:
-        """Say whether a volume is called as only this public set has it."""
+        """Return the evidence that a volume has a name used only by this public set."""
         found = next((file for file in volumes(tree) if self.image.search(file.name)), None)
         return Evidence(0, missing=self.example) if found is None else Evidence(3, f"names such as {found.name}")
 
@@ -79,7 +79,7 @@ class Pattern:
 
 
 def volumes(tree: Tree) -> Iterator[TreeFile]:
-    """Yield the NIfTI files of a tree, at most six folders down, in the order of their names."""
+    """Yield the NIfTI files of a tree, at most six levels down, ordered by name."""
     return (file for file in tree.under("", _SUFFIXES) if not file.hidden and file.name.count("/") <= _MAX_DEPTH)
 
 
@@ -93,7 +93,7 @@ def _pattern(
     study: str = Pattern.study,
     attribute: str = Pattern.attribute,
 ) -> Layout:
-    """Make a layout of a :class:`Pattern`, given as texts."""
+    """Make a layout from a :class:`Pattern`, given as texts."""
     label_pattern = re.compile(label, re.IGNORECASE) if label else None
     example = tree.removeprefix("ROOT/").split("{", 1)[0]
     pattern = Pattern(re.compile(image, re.IGNORECASE), label_pattern, names, study, attribute, example)
@@ -153,7 +153,7 @@ MANIFEST = Layout(
 
 
 def _archives(tree: Tree) -> tuple[dict[str, tuple[Layout, Tree]], list[str]]:
-    """Return the layout of each folder of a root, and the folders that hold volumes but are of no layout we know."""
+    """Return the layout of each folder of a root, and the folders with volumes whose layout is unknown."""
     known = [entry.load() for entry in LAYOUTS if "volumes" in entry.gives and entry.name != "sources"]
     found: dict[str, tuple[Layout, Tree]] = {}
     strange = []
@@ -162,7 +162,7 @@ def _archives(tree: Tree) -> tuple[dict[str, tuple[Layout, Tree]], list[str]]:
         below = tree.sub(folder)
         plain = [(evidence.score, layout.prefer, layout) for layout in known
                  if (evidence := layout.recognise(below)).score]  # fmt: skip
-        # Volumes that lie in the folder itself may be anything, such as one case of a generic tree.
+        # Volumes directly in the folder may be anything, such as one case of a generic tree.
         plain = [entry for entry in plain if entry[0] > 1 or not any(file.kind == "volume" for file in below.listed())]
         if plain:
             found[folder] = max(plain, key=lambda entry: entry[:2])[2], below
@@ -172,12 +172,12 @@ def _archives(tree: Tree) -> tuple[dict[str, tuple[Layout, Tree]], list[str]]:
 
 
 def find_sources(tree: Tree) -> Listing:
-    """List the studies of a root whose folders are archives of different layouts; else none.
+    """List the studies of a root whose folders are archives of different layouts; otherwise empty.
 
-    Where one of them is a manifest that names splits, the studies of the others train.
+    If one of them is a manifest with splits, the studies of the others are for training.
 
     Raises:
-        DataError: a folder beside the archives holds volumes, but is none.
+        DataError: a folder next to the archives holds volumes but has no known layout.
     """
     found, strange = _archives(tree)
     parts: dict[str, list[Record]] = {}
@@ -196,13 +196,13 @@ def find_sources(tree: Tree) -> Listing:
 
 
 def _differ(tree: Tree, names: Collection[str]) -> bool:
-    """Whether folders are archives of different layouts, and not the parts of one public set."""
+    """Whether folders are archives of different layouts, not parts of one public set."""
     public = (UCSF_PDGM, UPENN_GBM, IXI, ISLES22, MRBRAINS13, VSSEG, ADNI, INDI)
     return len(names) > 1 and not any(layout.name not in names and layout.recognise(tree).score for layout in public)
 
 
 def _recognise_sources(tree: Tree) -> Evidence:
-    """Say whether folders are archives of different layouts; a manifest in the root itself says what there is."""
+    """Return the evidence that folders are archives of different layouts; a manifest in the root takes precedence."""
     if recognise_manifest(tree).score:
         return Evidence(0, missing="folders that are archives")
     names = {layout.name for layout, _ in _archives(tree)[0].values()}

@@ -2,8 +2,9 @@
 
 ``ROOT/datalist.json`` has the keys ``training``, ``validation`` and, if wanted, ``test``; an entry is
 ``{"study": "...", "source": "...", "patient": "...", "image": {"t1": "path", ...}, "label": "path"}`` with paths under
-the root; ``label`` may be missing, and ``patient``, which then is what a public archive's name says, or else the study.
-The published ``dataset_NAME.json`` list paths alone (``{"image": [path, ...], "label": path}``), whose names say the
+the root; ``label`` may be missing, and so may ``patient``, which is then taken from the name, if public, or
+else is the study.
+The published ``dataset_NAME.json`` list paths alone (``{"image": [path, ...], "label": path}``), whose names give the
 sequences; NAME becomes the source.
 """
 
@@ -28,7 +29,7 @@ _SPLITS = {"training": "train", "validation": "val", "test": "test", "testing": 
 
 
 def _manifests(tree: Tree) -> list[Path]:
-    """Return the files that are manifests: of the published ones, those that list studies and describe nothing else."""
+    """Return the manifest files; of the published ones only those that list studies and nothing else."""
     if tree.is_file(NAME):
         return [tree / NAME]
     return [path for path in tree.glob(_PUBLISHED) if _lists_studies(described(tree, path.name, "training"))]
@@ -41,17 +42,17 @@ def _lists_studies(content: Mapping[str, Any] | None) -> bool:
 
 
 def find_manifest(tree: Tree) -> Listing:
-    """List the studies of the manifests of a tree; none where there is no manifest.
+    """List the studies of the manifests of a tree; empty without a manifest.
 
     Raises:
-        DataError: a manifest is no such JSON, or names paths outside the root.
+        DataError: a manifest has another form, or names paths outside the root.
     """
     files = _manifests(tree)
     return Listing([case for path in files for case in read_manifest(path, tree.root)], tables=[p.name for p in files])
 
 
 def recognise_manifest(tree: Tree) -> Evidence:
-    """Say whether a tree has a manifest."""
+    """Return the evidence that a tree has a manifest."""
     files = _manifests(tree)
     return Evidence(3, files[0].name) if files else Evidence(0, missing=NAME)
 
@@ -64,7 +65,7 @@ def read_manifest(path: Path, root: Path) -> list[Case]:
         root: What its paths are relative to.
 
     Raises:
-        DataError: it is no such JSON, or names paths outside the root.
+        DataError: it has another form, or names paths outside the root.
     """
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("training"), list):
@@ -87,7 +88,7 @@ def _listed_images(entry: Any, where: str) -> list[tuple[str, str]]:
     """Return the names of a study's sequences with their paths.
 
     Raises:
-        DataError: the entry is no study, or its images are neither a mapping nor a list of paths.
+        DataError: the entry is not a study, or its images are neither a mapping nor a list of paths.
     """
     listed = entry.get("image") if isinstance(entry, dict) else None
     if isinstance(listed, dict):

@@ -1,4 +1,4 @@
-"""The same scans under several names: what is known of the public archives, and what check sums show."""
+"""The same scans under several names: known overlap of public archives, and equal check sums."""
 
 import contextlib
 import re
@@ -21,10 +21,10 @@ def _count(cases: Iterable[Case], pattern: re.Pattern[str]) -> int:
 
 
 def overlap_notes(cases: Sequence[Case]) -> list[str]:
-    """Say which of the sources are known to share patients.
+    """Return notes on sources known to share patients.
 
     Raises:
-        DataError: BraTS 2021 stands beside BraTS 2023-GLI, which is the same scans renamed.
+        DataError: both BraTS 2021 and BraTS 2023-GLI are present, which are the same scans renamed.
     """
     new, old = _count(cases, _NEW_GLIOMA), _count(cases, _OLD_GLIOMA)
     if new and old:
@@ -40,9 +40,9 @@ def overlap_notes(cases: Sequence[Case]) -> list[str]:
 
 
 def _check_sums(cases: Sequence[Case], store: VolumeCache | SourceVolumes) -> Iterator[tuple[Case, str, str]]:
-    """Yield case, path and check sum of every image in use; without a cache, of those as long as another.
+    """Yield case, path and check sum of every image in use; without a cache only of files with equal sizes.
 
-    Files with a fault are left out: two sequences of nothing but zeros are equal, and show nothing.
+    Faulty files are left out: two sequences of zeros are equal but no evidence.
     """
     if isinstance(store, VolumeCache):
         for case in cases:
@@ -62,14 +62,14 @@ def _check_sums(cases: Sequence[Case], store: VolumeCache | SourceVolumes) -> It
 
 
 def check_copies(cases: Sequence[Case], store: VolumeCache | SourceVolumes) -> None:
-    """Refuse a study that is listed under two names: files of two patients that are equal byte by byte.
+    """Refuse a study that is listed under two names: files of two patients that are byte-identical.
 
     Args:
         cases: The cases.
-        store: Opens them; a cache knows the check sums of the sources, else they are read.
+        store: Opens them; a cache knows the check sums of the sources; otherwise they are read.
 
     Raises:
-        DataError: names the first pair.
+        DataError: the first such pair.
     """
     owners: dict[str, tuple[Case, str]] = {}
     for case, path, check_sum in _check_sums(cases, store):

@@ -19,8 +19,8 @@ class BrainTaskDataModule(BrainArchiveDataModule):
 
     Args:
         root: The archive.
-        modalities: Sequences in any usual spelling; None takes those of the layout that its cases have.
-        cohort: Challenge of BraTS 2023 whose studies are used, such as PED; None takes all.
+        modalities: Sequences in any usual spelling; None: those of the layout that occur in its cases.
+        cohort: BraTS 2023 challenge whose studies are used, such as PED; None: all.
         **options: As :class:`datamodules.brain.archive.BrainArchiveDataModule`.
     """
 
@@ -31,12 +31,12 @@ class BrainTaskDataModule(BrainArchiveDataModule):
         self.cohort = cohort
 
     def resolve_layout(self, layout: Layout) -> Layout:
-        """Settle the sequences: those asked for, or those of the layout that any case has.
+        """Resolve the sequences: the requested ones, or those of the layout that any case has.
 
-        Where the layout does not know the label's values, those of the regions and 0 are all that may occur.
+        If the layout defines no label values, only 0 and those of the regions may occur.
 
         Raises:
-            DataError: there is no study of the cohort, or none with a sequence that is asked for.
+            DataError: the cohort has no study, or no study has a requested sequence.
         """
         if self.cohort is not None:
             self.cases = self._of_cohort(self.cohort)
@@ -62,12 +62,12 @@ class BrainTaskDataModule(BrainArchiveDataModule):
 
 
 class BrainClassDataModule(BrainTaskDataModule):
-    """Volumes with a class each: random crops to train on, central ones to score.
+    """Volumes with one class each: random crops for training, central ones for evaluation.
 
     Args:
         root: The archive.
-        classes: Where the classes come from; see :class:`datamodules.brain.labels.LabelSource`.
-        resize: Voxels that every volume is interpolated to.
+        classes: Source of the classes; see :class:`datamodules.brain.labels.LabelSource`.
+        resize: Voxels to which every volume is interpolated.
         **options: As :class:`BrainTaskDataModule`.
     """
 
@@ -98,7 +98,7 @@ class BrainClassDataModule(BrainTaskDataModule):
 
     @property
     def input_spec(self) -> InputSpec:
-        """As every archive's, with the names of the classes."""
+        """The archive's input, with class names."""
         return super().input_spec._replace(classes=tuple(self._source.classes))
 
     def class_counts(self) -> list[int]:
@@ -124,9 +124,9 @@ class BrainClassDataModule(BrainTaskDataModule):
             DataError: the test split is empty.
         """
         if not self._usable(self.splits["test"]):
-            raise DataError(f"There is no case to test on under {self.root}: none is in the test split.")
+            raise DataError(f"The test split of {self.root} is empty: there is no case to test on.")
         return self._evaluated(self.splits["test"])
 
     def predict_dataloader(self) -> ResumableLoader:
-        """Return central crops of the test split, or of all cases where nothing is set aside (Lightning hook)."""
+        """Return central crops of the test split, or of all cases if it is empty (Lightning hook)."""
         return self._evaluated(self.splits["test"] or self.cases_in_use())

@@ -1,8 +1,8 @@
-"""A cache of 2D images, reduced, gray or in colour: memory-mapped uint8, made once, resumable, check-summed.
+"""A cache of 2D images, downscaled, grey or colour: memory-mapped uint8, built once, resumable, check-summed.
 
 ``<cache>/images/<key>/<shard>/<hash>.npy`` holds an image and ``<shard>/manifest.jsonl`` one line for each of a shard's
-images: what its source was and what its file is, or why there is none. Later lines win, and a torn last line is
-ignored. An image without a valid line is built; one whose source or file differs from its line is built again. Files
+images: the state of its source and of its file, or why there is none. Later lines win, and an incomplete last line
+is ignored. An image without a valid line is built; one whose source or file differs from its line is built again. Files
 are written under a temporary name and renamed, and their line is written last, so an interrupted run leaves nothing
 half made.
 
@@ -43,7 +43,7 @@ from datamodules.images.values import ImageError, UnreachableImageError
 from datamodules.storage import cache_root, file_is_good, fingerprint, save_array, sole_builder, source_facts
 
 VERSION = 1
-#: Headers that are read to estimate the size of a cache.
+#: Headers read to estimate the size of a cache.
 SAMPLED_HEADERS = 200
 #: Bytes before the pixels of an ``.npy`` file.
 NPY_HEADER = 128
@@ -56,11 +56,11 @@ class Entry(NamedTuple):
     """A line of the manifest.
 
     Attributes:
-        path: The source, relative to the root; absolute where it lies elsewhere.
+        path: The source, relative to the root; absolute if it lies elsewhere.
         size: Its size in bytes.
         mtime_ns: Its modification time.
         xxh3: Its check sum.
-        file: The cached copy, relative to the cache's folder; empty where there is none.
+        file: The cached copy, relative to the cache's folder; empty if there is none.
         shape: Height and width of the copy.
         file_size: Size of its file in bytes.
         file_xxh3: Check sum of its file.
@@ -78,7 +78,7 @@ class Entry(NamedTuple):
     fault: Sequence[str] | None = None
 
     def line(self) -> str:
-        """Return the entry as JSON, without what it leaves at its default."""
+        """Return the entry as JSON, without default values."""
         defaults = self._field_defaults
         return json.dumps({k: v for k, v in self._asdict().items() if k not in defaults or v != defaults[k]})
 
@@ -88,7 +88,7 @@ def _fault(path: Path, kind: str, detail: str) -> Fault:
 
 
 def _each(function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int) -> Iterator[_Result]:
-    """Map in threads, in order, with few items waiting: an interruption is not held up by a long queue."""
+    """Map in threads, in order, with a short queue, so that an interruption takes effect quickly."""
     waiting: deque[Future[_Result]] = deque()
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         for item in items:
@@ -99,12 +99,12 @@ def _each(function: Callable[[_Item], _Result], items: Iterable[_Item], workers:
             yield waiting.popleft().result()
 
 
-#: Chooses a box for an image of some height and width.
+#: Chooses a box, given an image's height and width.
 BoxChoice = Callable[[Sequence[int]], Box]
 
 
 class SourceImages:
-    """Images without a cache: every access reads the source anew, a gray JPEG at no more pixels than its crop needs.
+    """Images without a cache: every access reads the source, a grey JPEG at no more pixels than its crop needs.
 
     Args:
         reader: How files become pixels.
@@ -116,16 +116,16 @@ class SourceImages:
     def ensure(
         self, paths: Sequence[Path], workers: int = 1, progress: bool = True, full: bool = False
     ) -> dict[Path, Fault | None]:
-        """Return no fault for any image without looking at it; what is broken shows when it is read."""
+        """Return no faults, without opening any image; faults show up on reading."""
         return dict.fromkeys(paths)
 
     def crop(
         self, path: Path, choose: BoxChoice, size: Sequence[int], mirror: bool = False, degrees: float = 0.0
     ) -> Tensor:
-        """Read the crop of an image that ``choose`` wants, ``(C, *size)`` in [0, 1]; see :func:`cut_box`.
+        """Read the crop of an image that ``choose`` selects, ``(C, *size)`` in [0, 1]; see :func:`cut_box`.
 
-        Of a gray image the box is chosen from the header, and the image decoded at the smallest scale at which the box
-        still has ``size`` pixels.
+        For a grey image the box is chosen from the header, and the image is decoded at the smallest scale at which the
+        box still has ``size`` pixels.
 
         Raises:
             SampleFaultError: the image cannot be used.
@@ -163,13 +163,13 @@ def _source_facts(path: Path) -> dict[str, Any]:
 class ImageCache:
     """The images of one archive at one size.
 
-    It holds nothing but the faults, so that handing it to loader workers costs little however many images there are.
+    It holds only the faults, so that sending it to loader workers is cheap for any number of images.
 
     Args:
         root: The archive.
-        shorter_side: Shorter side in pixels to which images are reduced; smaller ones are kept as they are.
+        shorter_side: Shorter side in pixels to which images are reduced; smaller images keep their size.
         folder: Where caches live; None means :func:`datamodules.storage.cache_root`.
-        name: Folder in it.
+        name: Folder inside ``folder``.
         reader: How files become pixels.
     """
 
@@ -194,7 +194,7 @@ class ImageCache:
         self._faults: dict[str, Fault] = {}
 
     def _relative(self, path: Path) -> str:
-        """Return a path relative to the root, absolute where it lies elsewhere; links are not followed."""
+        """Return a path relative to the root, absolute if it lies elsewhere; links are not followed."""
         absolute = os.path.abspath(path)
         for prefix in self._prefixes:
             if absolute.startswith(prefix):
@@ -206,18 +206,18 @@ class ImageCache:
         return self.folder / digest[-2:] / f"{digest}.npy"
 
     def image_file(self, path: Path) -> Path:
-        """Return where an image's copy lies, whether or not it is there."""
+        """Return the path of an image's copy, whether or not it exists."""
         return self._file(self._relative(path))
 
     def read_manifest(self, shard: Path) -> dict[str, Entry]:
-        """Return the entries of a shard's folder by the path of their source; broken lines are left out."""
+        """Return the entries of a shard by source path; broken lines are skipped."""
         manifest = shard / "manifest.jsonl"
         if not manifest.is_file():
             return {}
         content = manifest.read_bytes()
         if not content.endswith(b"\n"):
-            with suppress(StorageError):  # then nothing will be appended either
-                _append(manifest, "")  # or the next line would be lost with the torn one
+            with suppress(StorageError):  # then nothing can be appended either
+                _append(manifest, "")  # or the next line would be lost with the incomplete one
         entries = {}
         for line in content.splitlines():
             try:
@@ -228,7 +228,7 @@ class ImageCache:
         return entries
 
     def is_valid(self, path: Path, entry: Entry, full: bool = False) -> bool:
-        """Whether an entry still fits its source and its file.
+        """Whether an entry still matches its source and its file.
 
         Args:
             path: The source.
@@ -247,7 +247,7 @@ class ImageCache:
     def build(self, path: Path) -> Fault | None:
         """Read one image and store it, or record and return what is wrong with it.
 
-        A source that cannot be reached is not recorded: its copy, if there is one, is good when the source is back.
+        An unreachable source is not recorded: a copy of it stays valid for when the source is back.
 
         Raises:
             StorageError: the cache cannot be written.
@@ -267,7 +267,7 @@ class ImageCache:
         return None if entry.fault is None else _fault(path, *entry.fault)
 
     def _store(self, file: Path, pixels: NDArray[np.uint8]) -> dict[str, Any]:
-        """Write a copy, whole or not at all, and return what its entry says of it."""
+        """Write a copy, completely or not at all, and return its part of the entry."""
         temporary = temporary_beside(self.folder / "tmp" / "image.npy")
         make_folder(temporary.parent)
         try:
@@ -283,21 +283,22 @@ class ImageCache:
     def ensure(
         self, paths: Sequence[Path], workers: int = 1, progress: bool = True, full: bool = False
     ) -> dict[Path, Fault | None]:
-        """Make every image's entry valid: verify what is there, build what is not.
+        """Make every image's entry valid: verify existing entries and build missing ones.
 
         Args:
             paths: The images.
-            workers: Threads; decoding and reducing release the interpreter lock.
+            workers: Threads; decoding and downscaling release the interpreter lock.
             progress: Whether to show a bar while images are built.
-            full: Whether to read every copy and compare its check sum, as after a crash of the machine; else its size.
+            full: Whether to read every copy and compare its check sum, as after a crash of the machine; otherwise
+                only its size.
 
         Returns:
-            What is wrong with each image; None where nothing is.
+            The fault of each image, or None.
         """
         unique = list(dict.fromkeys(paths))
         found = self._verified(unique, workers, full)
         missing = [path for path in unique if path not in found]
-        if missing:  # else a folder that cannot be written will do
+        if missing:  # otherwise a read-only folder is enough
             with sole_builder(self.folder):
                 remove_leftovers(self.folder / "tmp")
                 write_text(self.folder / "key.json", self._key)
@@ -314,7 +315,7 @@ class ImageCache:
         return {path: found[path] for path in paths}
 
     def _verified(self, paths: Iterable[Path], workers: int, full: bool) -> dict[Path, Fault | None]:
-        """Return those of some images whose entries are valid, and what is wrong with each of them."""
+        """Return the images with valid entries, and the fault of each or None."""
         shards: dict[Path, list[Path]] = defaultdict(list)
         for path in paths:
             shards[self.image_file(path).parent].append(path)
@@ -328,7 +329,7 @@ class ImageCache:
         return found
 
     def _verify(self, shard: Path, paths: Iterable[Path], full: bool) -> dict[Path, Fault | None]:
-        """Return the images whose entries are valid, and what is wrong with them."""
+        """Return the images with valid entries, and their faults."""
         entries = self.read_manifest(shard)
         valid: dict[Path, Fault | None] = {}
         for path in paths:
@@ -338,9 +339,9 @@ class ImageCache:
         return valid
 
     def open(self, path: Path) -> NDArray[np.uint8]:
-        """Open an image, ``(H, W)`` or ``(H, W, 3)``, memory-mapped; one without a copy, or a broken one, is built.
+        """Open an image, ``(H, W)`` or ``(H, W, 3)``, memory-mapped; a missing or broken copy is built first.
 
-        A copy is not compared with its source: that is what :meth:`ensure` does.
+        The copy is not compared with its source; :meth:`ensure` does that.
 
         Raises:
             SampleFaultError: the image cannot be used.
@@ -350,7 +351,7 @@ class ImageCache:
         if fault is None:
             try:
                 return _load(file)
-            except Exception:  # no copy, or one so damaged that NumPy may raise anything
+            except Exception:  # a missing copy, or one so damaged that NumPy may raise anything
                 fault = self._verify(file.parent, [path], full=False).get(path) or self.build(path)
         if fault is not None:
             raise SampleFaultError([fault])
@@ -359,7 +360,7 @@ class ImageCache:
     def crop(
         self, path: Path, choose: BoxChoice, size: Sequence[int], mirror: bool = False, degrees: float = 0.0
     ) -> Tensor:
-        """Cut the box that ``choose`` wants out of an image's copy, ``(C, *size)`` in [0, 1]; see :func:`cut_box`.
+        """Cut the box that ``choose`` selects from an image's copy, ``(C, *size)`` in [0, 1]; see :func:`cut_box`.
 
         Raises:
             SampleFaultError: the image cannot be used.
@@ -368,7 +369,7 @@ class ImageCache:
         return cut_box(pixels, choose(pixels.shape[:2]), size, mirror, degrees)
 
     def faults(self) -> dict[Path, Fault]:
-        """Return the images that cannot be used: those on record, by whichever run, and those of :meth:`ensure`."""
+        """Return the unusable images: those recorded by any run and those found by :meth:`ensure`."""
         known = dict(self._faults)
         for manifest in self.folder.glob("*/manifest.jsonl"):
             for relative, entry in self.read_manifest(manifest.parent).items():
@@ -398,7 +399,7 @@ class ImageCache:
 
 
 def _load(file: Path) -> NDArray[np.uint8]:
-    pixels = np.lib.format.open_memmap(file, mode="c")  # private: nothing that is written to it reaches the file
+    pixels = np.lib.format.open_memmap(file, mode="c")  # private mapping: writes never reach the file
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
         raise ValueError(f"{file} holds {pixels.dtype} of shape {pixels.shape}.")
     return pixels

@@ -1,4 +1,4 @@
-"""What a doctor looks at in single 2D images, whatever they are for."""
+"""What ``medmim doctor`` checks in single 2D images."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,10 +11,10 @@ from datamodules.storage import fingerprint
 
 
 def check_image(path: Path, case_id: str, deep: bool) -> Fault | str:
-    """Look at an image's header, or (``deep``) at every pixel.
+    """Check an image's header, or every pixel if ``deep``.
 
     Returns:
-        What is wrong; else the file's check sum, empty where only the header was read.
+        The fault; otherwise the file's check sum, empty if only the header was read.
     """
     try:
         if deep:
@@ -28,7 +28,7 @@ def check_image(path: Path, case_id: str, deep: bool) -> Fault | str:
 
 
 def check_images(paths: Iterable[Path], case_id: str, patient_id: str, deep: bool) -> Member:
-    """Look at the images of a member, which is usable as long as one of them is."""
+    """Check the images of a member, which is usable if any of them is."""
     found = {path: check_image(path, case_id, deep) for path in paths}
     faults = [entry for entry in found.values() if isinstance(entry, Fault)]
     sums = {entry: str(path) for path, entry in found.items() if isinstance(entry, str) and entry}

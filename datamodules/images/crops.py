@@ -1,4 +1,4 @@
-"""Crops of images: which box, and how it becomes a square of the wanted size."""
+"""Crops of images: choosing a box and resizing it."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-#: Left, top, right, bottom in pixels; fractions of a pixel are meant.
+#: Left, top, right, bottom in pixels, possibly fractional.
 Box = tuple[float, float, float, float]
 
 
@@ -20,16 +20,16 @@ def random_box(
     generator: np.random.Generator,
     ratio: Sequence[float] = (3 / 4, 4 / 3),
 ) -> Box:
-    """Draw a box as torchvision's ``RandomResizedCrop`` does: a share of the area, a ratio of the sides.
+    """Draw a box as torchvision's ``RandomResizedCrop`` does: by share of the area and aspect ratio.
 
     Args:
         shape: Height and width.
         scale: Smallest and largest share of the area.
-        generator: Source of the draw.
+        generator: Random generator of the draw.
         ratio: Smallest and largest width over height.
 
     Returns:
-        The box; the central one of an allowed ratio where ten draws did not fit.
+        The box; if ten draws do not fit, the central one with an allowed ratio.
     """
     height, width = shape
     for _ in range(10):
@@ -45,7 +45,7 @@ def random_box(
 
 
 def center_box(shape: Sequence[int], size: Sequence[int]) -> Box:
-    """Return the largest central box of ``size``'s ratio: a resize of the shorter side and a central crop."""
+    """Return the largest central box with ``size``'s ratio, as a resize and a central crop would."""
     height, width = shape
     factor = min(height / size[0], width / size[1])
     h, w = size[0] * factor, size[1] * factor
@@ -57,17 +57,17 @@ def cut_box(
 ) -> Tensor:
     """Resize a box of ``(H, W)`` to ``(1, *size)`` float32 in [0, 1], of ``(H, W, 3)`` to ``(3, *size)``.
 
-    Bicubic and antialiased.
+    The resize is bicubic and antialiased.
 
-    A box of whole pixels, as training draws them, goes through PyTorch's kernel for bytes, 1.6 times as fast as
-    Pillow's; Pillow also knows boxes that begin within a pixel. They round alike to within 2 of 255.
+    Boxes of whole pixels, as training draws them, use PyTorch's byte kernel, 1.6 times as fast as Pillow's; fractional
+    boxes need Pillow. The two agree to within 2 of 255.
 
     Args:
-        image: 8 bits a pixel and channel.
-        box: What to cut.
+        image: 8 bits per pixel and channel.
+        box: The box to cut.
         size: Height and width of the result.
-        mirror: Whether to swap left and right.
-        degrees: Angle by which the result is turned about its centre, black around it.
+        mirror: Whether to mirror left and right.
+        degrees: Rotation of the result about its centre, filled with black.
     """
     left, top = math.floor(box[0]), math.floor(box[1])
     part = np.ascontiguousarray(image[top : math.ceil(box[3]), left : math.ceil(box[2])])

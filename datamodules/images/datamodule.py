@@ -1,4 +1,4 @@
-"""What every archive of 2D images shares: one store, splits, what is broken, and the loaders."""
+"""What all archives of 2D images share: the store, splits, faults and loaders."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
@@ -20,19 +20,19 @@ from datamodules.splits import SPLITS
 class ImageArchiveDataModule(ArchiveDataModule):
     """Cases with images, cached, in three splits. Subclasses list cases in ``index`` and cut them in ``_dataset``.
 
-    A case has ``case_id`` and ``patient_id``; where its images lie is for :meth:`images_of` to say.
+    A case has ``case_id`` and ``patient_id``; :meth:`images_of` returns its images.
 
     Args:
         root: The archive.
-        image: What is cut.
-        cache: Copies that are kept.
-        loader: How samples are drawn, and how many may be broken.
+        image: How crops are cut.
+        cache: The cache of images.
+        loader: How samples are drawn, and how many may be faulty.
         **settings: Those of :class:`datamodules.base.ArchiveDataModule`.
     """
 
-    #: Opens the images; made when they are listed.
+    #: Opens the images; created when they are listed.
     store: ImageCache | SourceImages
-    #: What the cases are called.
+    #: Plural name of the cases in messages.
     item_name = "samples"
     #: Split that ``lightning test`` reads.
     test_split = "test"
@@ -61,28 +61,28 @@ class ImageArchiveDataModule(ArchiveDataModule):
 
     @abstractmethod
     def _dataset(self, cases: Sequence[Any], train: bool = False) -> FaultTolerantDataset:
-        """Make a data set of cases."""
+        """Return a data set of cases."""
 
     def _evaluated(self, cases: Sequence[Any]) -> FaultTolerantDataset:
-        """Make the data set that is validated or tested on."""
+        """Return the data set for validation or testing."""
         return self._dataset(cases)
 
     def make_store(self, reader: ImageReader) -> ImageCache | SourceImages:
-        """Return what opens the archive's images, once they are listed and split.
+        """Return the store that opens the archive's images, once they are listed and split.
 
         Raises:
-            DataError: more than a few of them are links without content.
+            DataError: more than a few images are links without content.
         """
         if self._cache == "none":
             return SourceImages(reader)
         return ImageCache(Path(self.root).expanduser(), self._cache_side, reader=reader)
 
     def member_paths(self, case: Any) -> Sequence[Path]:
-        """Return the images of a case as the archive lists it, before cases are joined or paired."""
+        """Return the images of a case as listed in the archive, before cases are joined or paired."""
         return self.images_of(case)
 
     def sources(self, cases: Sequence[Any]) -> dict[str, tuple[str, ...]]:
-        """Return the check sums of the images of each case; without a cache none is known."""
+        """Return the check sums of each case's images; unknown without a cache."""
         if not isinstance(self.store, ImageCache):
             return {}
         known = self.store.check_sums()
@@ -111,7 +111,7 @@ class ImageArchiveDataModule(ArchiveDataModule):
         print_notes()
 
     def known_faults(self) -> list[Fault]:
-        """Return what is known to be wrong with the cases in use, before any is read."""
+        """Return faults of the cases in use that are known before any file is read."""
         known = self.store.faults() if isinstance(self.store, ImageCache) else {}
         return [
             known[path]._replace(sample=case.case_id)
@@ -125,7 +125,7 @@ class ImageArchiveDataModule(ArchiveDataModule):
         return (("image", path) for path in self.paths_in_use())
 
     def register_faults(self, stage: str) -> str:
-        """Put what is broken into the ledger, and return how many cases each split has.
+        """Record broken files in the ledger, and return the number of cases per split.
 
         Raises:
             DataError: no case can be used.
@@ -141,7 +141,7 @@ class ImageArchiveDataModule(ArchiveDataModule):
         return ", ".join(f"{len(part)} {name}" for name, part in self.splits.items() if part)
 
     def _usable(self, cases: Iterable[Any]) -> list[Any]:
-        """Leave out cases known to be broken: evaluation replaces nothing."""
+        """Leave out cases known to be broken: evaluation does not replace them."""
         bad = {fault.sample for fault in self.ledger.faults}
         return [case for case in cases if case.case_id not in bad]
 
@@ -154,10 +154,10 @@ class ImageArchiveDataModule(ArchiveDataModule):
         return self.evaluation_loader(self._evaluated(self._usable(self.splits["val"])))
 
     def test_cases(self) -> list[Any]:
-        """Return the cases to test on.
+        """Return the test cases.
 
         Raises:
-            DataError: there is none.
+            DataError: the split is empty.
         """
         cases = self._usable(self.splits[self.test_split])
         if not cases:
@@ -165,25 +165,25 @@ class ImageArchiveDataModule(ArchiveDataModule):
         return cases
 
     def test_dataloader(self) -> ResumableLoader:
-        """Return the test cases, cut as those of validation (Lightning hook).
+        """Return the test cases, cut like those of validation (Lightning hook).
 
         Raises:
-            DataError: there is none.
+            DataError: the split is empty.
         """
         return self.evaluation_loader(self._evaluated(self.test_cases()))
 
     def _moved(self, loader: ResumableLoader) -> Iterable[Any]:
-        """Yield a loader's batches outside of any loop of the trainer's, their faults taken out."""
+        """Yield a loader's batches outside the trainer's loops, without their faults."""
         for batch in loader:
             yield self.on_before_batch_transfer(batch, 0)
 
     def reference_samples(self, count: int) -> Iterable[Any]:
-        """Yield batches with at least ``count`` training cases, cut as validation cases are."""
+        """Yield batches with at least ``count`` training cases, cut like validation cases."""
         cases = self._usable(self.splits["train"])
         dataset = self._dataset(cases[:: max(len(cases) // max(count, 1), 1)])
         return self._moved(self.evaluation_loader(dataset, -(-count // max(len(dataset), 1)), all_ranks=False))
 
     def central_samples(self, splits: Sequence[str] = SPLITS) -> Iterable[Any]:
-        """Yield batches with the central cut of every case of some splits, for probes and embeddings."""
+        """Yield batches with the central cut of each case of some splits, for probes and embeddings."""
         cases = [case for part in splits for case in self._usable(self.splits[part]) if self.images_of(case)]
         return self._moved(self.evaluation_loader(self._dataset(cases), all_ranks=False))

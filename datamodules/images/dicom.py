@@ -1,7 +1,7 @@
-"""Pictures of DICOM files in 8 bits, as a viewer shows them (PS3.3 C.7.5.1.1.2, C.11.1, C.11.2, C.11.6).
+"""Images of DICOM files in 8 bits, as a viewer shows them (PS3.3 C.7.5.1.1.2, C.11.1, C.11.2, C.11.6).
 
-In this order: stored values; which of them are padding; modality table or rescaling; table or window of the values of
-interest, else percentiles; inversion, once; padding black. Palettes and YBR become RGB, overlays are not burnt in.
+Steps in order: stored values; mark padding; modality LUT or rescale; VOI LUT or window, otherwise percentiles; at most
+one inversion; padding to black. Palettes and YBR become RGB, overlays are not drawn.
 """
 
 import struct
@@ -19,14 +19,14 @@ from datamodules.limits import MAX_DATASET_BYTES, MAX_SEGMENTED_PALETTE
 from datamodules.notes import note
 
 SUFFIXES = (".dcm", ".dicom")
-#: Shades that a window must leave; one that leaves fewer belongs to other values than the file's.
+#: Least number of grey levels after windowing; a window that leaves fewer does not belong to the file's values.
 MIN_LEVELS = 32
-#: Values at which every window has reached black and white.
+#: Values at which any window has reached black or white.
 _FAR = 1e9
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM by its name or its first bytes.
+    """Whether a file is DICOM, by its name or first bytes.
 
     Raises:
         OSError: the file cannot be opened.
@@ -54,7 +54,7 @@ def read_size(path: Path) -> tuple[int, int]:
     """Read height and width from the header.
 
     Raises:
-        ImageError: the file holds no picture, or several.
+        ImageError: the file does not hold exactly one image.
         UserError: pydicom is not installed.
     """
     _check_deflated(path)
@@ -65,14 +65,14 @@ def read_size(path: Path) -> tuple[int, int]:
 def _size(dataset: Any) -> tuple[int, int]:
     if dataset.get("Rows") is None or dataset.get("Columns") is None:
         name = dataset.SOPClassUID.name if dataset.get("SOPClassUID") else "an unknown class"
-        raise ImageError("unreadable", f"a DICOM file of {name} without a picture")
+        raise ImageError("unreadable", f"a DICOM file of {name} without an image")
     if int(dataset.get("NumberOfFrames") or 1) != 1:
         raise ImageError("shape", f"expected one frame, found {dataset.NumberOfFrames}")
     return int(dataset.Rows), int(dataset.Columns)
 
 
 def _check_deflated(path: Path) -> None:
-    """Refuse a deflated data set that is larger than is opened: pydicom would inflate the whole of it."""
+    """Refuse a deflated data set above the size limit: pydicom would inflate all of it."""
     pydicom = import_pydicom()
     with path.open("rb") as file:
         if file.read(132)[128:] != b"DICM":
@@ -88,18 +88,18 @@ def _check_deflated(path: Path) -> None:
 
 
 def read_picture(path: Path, check: Callable[[int, int], None]) -> NDArray[np.uint8]:
-    """Read the picture of a file that holds one.
+    """Read the image of a single-frame file.
 
     Args:
         path: The file.
-        check: Takes height and width before anything is decoded, and may raise.
+        check: Called with height and width before decoding; may raise.
 
     Returns:
         ``(H, W)``, or ``(H, W, 3)`` in RGB.
 
     Raises:
-        ImageError: there is no picture, or it cannot be decoded or shown.
-        UserError: what it takes to decode it is not installed.
+        ImageError: there is no image, or it cannot be decoded or displayed.
+        UserError: a required decoder is not installed.
     """
     _check_deflated(path)
     dataset = import_pydicom().dcmread(path)
@@ -111,7 +111,7 @@ def read_picture(path: Path, check: Callable[[int, int], None]) -> NDArray[np.ui
     if stored.ndim == 3:
         return _colours(stored, 16 if meaning == "PALETTE COLOR" else int(dataset.BitsStored))
     if meaning not in ("MONOCHROME1", "MONOCHROME2"):
-        raise ImageError("unreadable", f"a DICOM image of {meaning} is not read here")
+        raise ImageError("unreadable", f"DICOM images of {meaning} are not supported")
     return _gray(stored, dataset)
 
 
@@ -123,7 +123,7 @@ def _decode(dataset: Any) -> NDArray[Any]:
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError as error:
-        raise ImageError("unreadable", f"its transfer syntax, {syntax.name}, holds no picture that is read") from error
+        raise ImageError("unreadable", f"its transfer syntax, {syntax.name}, is not supported") from error
     if not decoder.is_available:
         raise UserError(
             f"Reading DICOM images of transfer syntax {syntax.name} needs further decoders: "
@@ -139,7 +139,7 @@ def _decode(dataset: Any) -> NDArray[Any]:
 
 
 def _check_codestream(dataset: Any) -> None:
-    """Refuse compressed pixels that are of another size than the header says: decoders go by their own."""
+    """Refuse compressed pixels whose size differs from the header's: decoders trust the codestream."""
     from pydicom.encaps import get_frame
 
     frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
@@ -147,9 +147,9 @@ def _check_codestream(dataset: Any) -> None:
     found = _jpeg2000_size(frame) or _jpeg_size(frame)
     if found is not None and found != expected:
         raise ImageError("shape", f"the header promises {expected[0]} x {expected[1]} x {expected[2]} values, the "
-                                  f"compressed picture {' x '.join(map(str, found))}")  # fmt: skip
+                                  f"compressed image {' x '.join(map(str, found))}")  # fmt: skip
     if len(frame) > 2 * np.prod(expected) * int(dataset.BitsAllocated) // 8 + 2**16:
-        raise ImageError("shape", f"{len(frame):,} compressed bytes are more than twice what the picture takes up")
+        raise ImageError("shape", f"{len(frame):,} compressed bytes are more than twice the image's size")
 
 
 def _jpeg2000_size(frame: bytes) -> tuple[int, int, int] | None:
@@ -166,7 +166,7 @@ def _jpeg_size(frame: bytes) -> tuple[int, int, int] | None:
     place = 2
     while frame[:2] == b"\xff\xd8" and place + 10 <= len(frame) and frame[place] == 0xFF:
         marker, length = frame[place + 1], int.from_bytes(frame[place + 2 : place + 4], "big")
-        # Start of frame: C0 to CF but for the tables among them, F7 for JPEG-LS.
+        # Start of frame: C0 to CF except the tables among them, F7 for JPEG-LS.
         if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
             return (*struct.unpack_from(">2H", frame, place + 5), frame[place + 9])
         place += 1 if marker == 0xFF else 2 + length
@@ -193,7 +193,7 @@ def _gray(stored: NDArray[Any], dataset: Any) -> NDArray[np.uint8]:
 
     padding = _padding(stored, dataset)
     _widen_tables(dataset)
-    # In 32 bits, as pydicom subtracts a table's first value in the dtype it is given.
+    # In 32 bits, as pydicom subtracts a table's first value in the array's dtype.
     values = apply_modality_lut(stored.astype(np.int32) if stored.dtype.kind in "iu" else stored, dataset)
     shown = _through_window(values, padding, dataset)
     if shown is None and stored.dtype == np.uint8 and int(dataset.BitsStored) <= 8 and (values == stored).all():
@@ -208,18 +208,18 @@ def _gray(stored: NDArray[Any], dataset: Any) -> NDArray[np.uint8]:
 
 
 def _padding(stored: NDArray[Any], dataset: Any) -> NDArray[np.bool_] | None:
-    """Mark the pixels that lie around the picture; None where there are none."""
+    """Mark the padding around the image; None if there is none."""
     first = dataset.get("PixelPaddingValue")
     if first is None or stored.dtype.kind not in "iu":
         return None
     last = dataset.get("PixelPaddingRangeLimit")
-    # As the pixels are stored: the value may have been written unsigned for signed ones, and the other way about.
+    # In the pixels' own type: the value may be written unsigned for signed pixels, and vice versa.
     ends = sorted(_as_stored(value, stored.dtype) for value in (first, first if last is None else last))
     padding = (stored >= ends[0]) & (stored <= ends[1])
     height, width = stored.shape
     central = padding[height // 4 : -(-3 * height // 4), width // 4 : -(-3 * width // 4)]
     if 2 * central.sum() > central.size:
-        note("most of the picture's middle has the padding value, which was left as it is", dataset.filename)
+        note("most of the image's centre has the padding value, which was kept", dataset.filename)
         return None
     return padding if padding.any() else None
 
@@ -230,7 +230,7 @@ def _as_stored(value: Any, dtype: np.dtype[Any]) -> int:
 
 
 def _widen_tables(dataset: Any) -> None:
-    """Have tables looked up in 16 bits: in their own, pydicom counts their entries in 8 bits, or knows no 12."""
+    """Look tables up in 16 bits: pydicom otherwise counts their entries in 8 bits, or does not support 12."""
     for name in ("ModalityLUTSequence", "VOILUTSequence"):
         for table in dataset.get(name) or ():
             count, first, _ = table.LUTDescriptor
@@ -238,7 +238,7 @@ def _widen_tables(dataset: Any) -> None:
 
 
 def _through_window(values: NDArray[Any], padding: NDArray[np.bool_] | None, dataset: Any) -> NDArray[np.uint8] | None:
-    """Apply the first table or window of the values of interest; None without one, or where it leaves little."""
+    """Apply the first VOI LUT or window; None if there is none or it leaves too few grey levels."""
     from pydicom.pixels import apply_voi_lut
 
     tables = dataset.get("VOILUTSequence")
@@ -254,9 +254,9 @@ def _through_window(values: NDArray[Any], padding: NDArray[np.bool_] | None, dat
             span, shown = apply_voi_lut(ends, dataset), apply_voi_lut(values, dataset)
         shown = to_bytes((shown - float(span.min())) / float(np.ptp(span) or 1))
     except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError, struct.error):
-        note("the window or table of grays is broken and was not used", dataset.filename)
+        note("the window or VOI LUT is invalid and was not used", dataset.filename)
         return None
     if len(np.unique(shown if padding is None else shown[~padding])) < MIN_LEVELS:
-        note(f"the window or table of grays leaves fewer than {MIN_LEVELS} of 256 and was not used", dataset.filename)
+        note(f"the window or VOI LUT leaves fewer than {MIN_LEVELS} of 256 and was not used", dataset.filename)
         return None
     return shown

@@ -1,4 +1,4 @@
-"""Single pictures of persons: what methods read that want no more than images."""
+"""Single images of patients, for methods that need only images."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -11,10 +11,10 @@ class Picture(NamedTuple):
 
     Attributes:
         case_id: Unique name.
-        patient_id: Splits are by this, and genetics are joined by it.
+        patient_id: Splits are made and genetics joined by patient.
         image: The file.
-        split: ``train``, ``val`` or ``test`` where the archive says so.
-        lesion: Mask of a lesion; None where there is none.
+        split: ``train``, ``val`` or ``test`` where the archive defines one.
+        lesion: Mask of a lesion; None if there is none.
     """
 
     case_id: str
@@ -30,7 +30,7 @@ class Picture(NamedTuple):
 
 
 def pictures_of(archive: Archive) -> list[Picture]:
-    """Return every image of an archive as a picture; several of one sample are told apart by their names."""
+    """Return every image of an archive as a picture; several images of one sample are distinguished by their names."""
     found = []
     for record in archive.records:
         split = archive.facts.held_out if record.split == "test" else record.split

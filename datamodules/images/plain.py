@@ -1,6 +1,7 @@
-"""Plain pictures: any tree of images, and trees whose folders are classes.
+"""Plain images: any tree of images, and trees whose folders are classes.
 
-Whose a picture is, only a person knows where a folder holds several: splits are by patient, so nothing is assumed.
+Where a folder holds several images, only the user knows whose they are: splits are made by patient, so nothing is
+assumed.
 """
 
 import re
@@ -11,7 +12,7 @@ from datamodules.registry import NO_SETTINGS, Evidence, Layout, Listing, Record,
 from datamodules.subjects import Owner, needs_rule, owner_of
 from datamodules.tree import Tree, TreeFile
 
-#: Name of the target that class folders give.
+#: Name of the target defined by class folders.
 CLASS = "class"
 _SPLITS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
@@ -21,12 +22,12 @@ _MAX_CLASSES = 1000
 
 
 def pictures(tree: Tree) -> list[TreeFile]:
-    """Return the images of a tree, without the shadow files that macOS leaves behind."""
+    """Return the images of a tree, without the ``._`` files that macOS leaves behind."""
     return [file for file in tree.images if file.kind == "image"]
 
 
 def natural_order(names: Iterable[str]) -> list[str]:
-    """Return distinct names with their numbers in the order of their values: 2 before 10."""
+    """Return distinct names in natural order: 2 before 10."""
 
     def key(name: str) -> list[tuple[int, int, str]]:
         return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
@@ -35,10 +36,10 @@ def natural_order(names: Iterable[str]) -> list[str]:
 
 
 def _owners(tree: Tree, files: Sequence[TreeFile], settings: Settings) -> list[Owner]:
-    """Return whose each file is: as the person says, or its folder's where every folder holds one.
+    """Return the owner of each file: as the settings say, or its folder if every folder holds one file.
 
     Raises:
-        DataError: a folder holds several files, and nothing says whose they are.
+        DataError: a folder holds several files, and no setting says whose they are.
     """
     names = [file.name for file in files]
     if settings.subject is not None:
@@ -56,10 +57,10 @@ def find_images(tree: Tree, settings: Settings = NO_SETTINGS) -> Listing:
 
     Args:
         tree: The tree.
-        settings: ``subject`` says whose an image is; see :func:`datamodules.subjects.owner_of`.
+        settings: ``subject`` says how to find an image's owner; see :func:`datamodules.subjects.owner_of`.
 
     Raises:
-        DataError: a folder holds several images, and nothing says whose they are.
+        DataError: a folder holds several images, and no setting says whose they are.
     """
     files = pictures(tree)
     owners = _owners(tree, files, settings)
@@ -70,7 +71,7 @@ def find_images(tree: Tree, settings: Settings = NO_SETTINGS) -> Listing:
 
 
 def _classes(tree: Tree) -> dict[str, list[tuple[str, TreeFile]]]:
-    """Return the images of each class folder with their splits; none where folders are no classes."""
+    """Return the images of each class folder with their splits; empty if the folders are not classes."""
     tops = tree.folders()
     splits = {name: _SPLITS[name.lower()] for name in tops if name.lower() in _SPLITS}
     bases = {f"{name}/": split for name, split in splits.items()} if splits and len(splits) == len(tops) else {"": ""}
@@ -89,10 +90,10 @@ def find_class_folders(tree: Tree, settings: Settings = NO_SETTINGS) -> Listing:
 
     Args:
         tree: The tree.
-        settings: ``subject`` says whose an image is; see :func:`datamodules.subjects.owner_of`.
+        settings: ``subject`` says how to find an image's owner; see :func:`datamodules.subjects.owner_of`.
 
     Raises:
-        DataError: nothing says whose the images are.
+        DataError: no setting says whose the images are.
     """
     found = _classes(tree)
     members = [(name, split, file) for name in natural_order(found) for split, file in found[name]]

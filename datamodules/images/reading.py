@@ -1,7 +1,7 @@
-"""Reading 2D medical images in 8 bits, gray or in colour, to their last byte: every way to be broken has a kind.
+"""Reads 2D medical images to the last byte as 8 bits, grey or colour; every way of being broken has a kind.
 
-An EXIF orientation is ignored, but for figures: radiographs carry none that means anything. Several frames or pages
-are refused, as one of them would be used in silence. Pillow's ``LOAD_TRUNCATED_IMAGES`` must stay off, as by default.
+EXIF orientation is ignored except for figures: in radiographs it has no meaning. Files with several frames or pages
+are refused, as silently using one would be wrong. Pillow's ``LOAD_TRUNCATED_IMAGES`` must stay off, its default.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,22 +23,22 @@ from datamodules.images.values import ImageError, UnreachableImageError, check_s
 from datamodules.limits import MAX_PIXELS, MAX_SQUARE_PIXELS
 from datamodules.members import REFUSED, is_pointer, why_missing
 
-#: What is opened; PostScript and the like, which run programs, are not.
+#: Formats that are opened; not PostScript and the like, which can run programs.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
-#: What an encoder is given: gray, repeated on the device.
+#: Channels of an encoder's input: grey, repeated on the device.
 CHANNELS = ("red", "green", "blue")
-#: Images with a smaller side, in pixels, are refused.
+#: Least side in pixels; smaller images are refused.
 MIN_SIDE = 32
 _PHOTOMETRIC = 262
 
 
 def per_channel(value: float | Sequence[float]) -> Tensor:
-    """Return one number, or one of each channel, as ``(C, 1, 1)``."""
+    """Return one number, or one per channel, as ``(C, 1, 1)``."""
     return torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1)
 
 
 def plain_numbers(value: float | Sequence[float]) -> float | list[float]:
-    """Return one number or a list, as records of preprocessing have them."""
+    """Return one number or a list, the form in records of preprocessing."""
     return value if isinstance(value, int | float) else list(value)
 
 
@@ -49,7 +49,7 @@ def _installed(package: str) -> str:
         return ""
 
 
-#: Goes into the cache key: another decoder, or another rule of ours, may give other pixels.
+#: Part of the cache key: another decoder or reader version may give other pixels.
 DECODERS = {
     "reader": "2",
     "Pillow": Image.__version__,
@@ -60,7 +60,7 @@ DECODERS = {
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn whatever a decoder raises into an :class:`ImageError`."""
+    """Turn any error of a decoder into an :class:`ImageError`."""
     try:
         if not path.is_file():
             raise UnreachableImageError("missing", why_missing(path))
@@ -72,12 +72,12 @@ def _reading(path: Path) -> Iterator[None]:
     except (ImageError, UserError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError("shape", f"more pixels than are opened here ({error})") from error
+        raise ImageError("shape", f"more pixels than the limit ({error})") from error
     except UnidentifiedImageError as error:
         if is_pointer(path):
             raise UnreachableImageError("missing", "a Git LFS pointer without content: run git lfs pull") from error
         raise ImageError("unreadable", "not an image of a known format, or its header is damaged") from error
-    except Exception as error:  # decoders raise many kinds for broken files; all mean the same to us
+    except Exception as error:  # decoders raise many exceptions for broken files; all mean the same here
         if isinstance(error, OSError) and error.errno is not None:
             detail = f"the file cannot be opened ({error.strerror or error})"
             raise UnreachableImageError("unreadable", detail) from error
@@ -89,7 +89,7 @@ def read_header(path: Path) -> tuple[int, int]:
     """Read height and width without decoding pixels.
 
     Raises:
-        ImageError: missing, empty, of no known format, or with more pixels than are opened.
+        ImageError: missing, empty, of unknown format, or above the pixel limit.
         UserError: a DICOM file, and pydicom is not installed.
     """
     with _reading(path):
@@ -103,7 +103,7 @@ def read_header(path: Path) -> tuple[int, int]:
 
 
 def reduced_size(height: int, width: int, shorter_side: int | None) -> tuple[int, int]:
-    """Return the size at which the shorter side is ``shorter_side``; never an enlarged one."""
+    """Return the size with ``shorter_side`` as the shorter side; never enlarged."""
     scale = (shorter_side or min(height, width)) / min(height, width)
     if scale >= 1:
         return height, width
@@ -115,23 +115,23 @@ def read_gray(
 ) -> NDArray[np.uint8]:
     """Read an image as grayscale.
 
-    Colour becomes luma and alpha is dropped, whatever it hides. Gray of more than 8 bits is stretched from its 0.5th to
-    its 99.5th percentile, colour of 16 bits is divided by 257. DICOM: see :mod:`datamodules.images.dicom`.
+    Colour becomes luma; alpha is dropped. Grey above 8 bits is stretched from its 0.5th to 99.5th percentile; 16-bit
+    colour is divided by 257. DICOM: see :mod:`datamodules.images.dicom`.
 
     Args:
-        path: The file; DICOM by its suffix or content, any of ``FORMATS`` by its content.
-        shorter_side: Shorter side in pixels of the result, the aspect kept; smaller images stay as they are. A JPEG is
-            then decoded at the smallest of 1, 1/2, 1/4 and 1/8 that is no smaller than that.
+        path: The file; DICOM is recognised by suffix or content, ``FORMATS`` by content.
+        shorter_side: Shorter side of the result in pixels, aspect kept; smaller images keep their size. A JPEG is
+            decoded at the smallest of 1, 1/2, 1/4 and 1/8 that is not below it.
         min_side: Images with a smaller side are refused.
-        max_pixels: Images with more are refused before they are decoded; Pillow's own limit of
-            ``2 * PIL.Image.MAX_IMAGE_PIXELS`` holds as well.
+        max_pixels: Larger images are refused before decoding; Pillow's own limit of
+            ``2 * PIL.Image.MAX_IMAGE_PIXELS`` applies, too.
 
     Returns:
         ``(H, W)``.
 
     Raises:
         ImageError: missing, empty, truncated, damaged, too small, too large or constant.
-        UserError: a DICOM file, and what it takes to read it is not installed.
+        UserError: a DICOM file whose decoder is not installed.
     """
     return _read_whole(path, shorter_side, (min_side, max_pixels), "L")
 
@@ -139,7 +139,7 @@ def read_gray(
 def read_colour(
     path: Path, shorter_side: int | None = None, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS
 ) -> NDArray[np.uint8]:
-    """Read an image in colour: gray becomes three equal channels, alpha is dropped; otherwise as :func:`read_gray`.
+    """Read an image in colour: grey becomes three equal channels, alpha is dropped; otherwise as :func:`read_gray`.
 
     Args:
         path: As in :func:`read_gray`.
@@ -169,18 +169,18 @@ def _read_whole(path: Path, shorter_side: int | None, limits: tuple[int, int], m
 
 
 def read_field_of_view(path: Path, shorter_side: int | None = None, threshold: int = 20) -> NDArray[np.uint8]:
-    """Read a fundus image, cut away the dark around the field of view, and pad it with black to a square.
+    """Read a fundus image, crop it to the field of view, and pad it with black to a square.
 
     Args:
         path: The file.
         shorter_side: Side of the square in pixels; None keeps the file's resolution.
-        threshold: Brightest channel, of 255, that a row or column must reach somewhere well inside it to be kept.
+        threshold: Value of the brightest channel, of 255, that a row or column must reach well inside to be kept.
 
     Returns:
         ``(S, S, 3)``.
 
     Raises:
-        ImageError: as :func:`read_gray`; ``constant`` too where nothing is brighter than the threshold.
+        ImageError: as :func:`read_gray`; also ``constant`` if nothing is brighter than the threshold.
         UserError: as :func:`read_gray`.
     """
     pixels, field = _field_of_view(path, shorter_side, threshold)
@@ -188,7 +188,7 @@ def read_field_of_view(path: Path, shorter_side: int | None = None, threshold: i
 
 
 def cut_to_field_of_view(mask: NDArray[np.uint8], path: Path, shorter_side: int | None = None) -> NDArray[np.uint8]:
-    """Cut a mask as :func:`read_field_of_view` cuts its image.
+    """Crop and pad a mask as :func:`read_field_of_view` does its image.
 
     Args:
         mask: ``(H, W)`` on the grid of the image's file.
@@ -210,11 +210,11 @@ def cut_to_field_of_view(mask: NDArray[np.uint8], path: Path, shorter_side: int 
 def _field_of_view(
     path: Path, shorter_side: int | None, threshold: int = 20
 ) -> tuple[NDArray[np.uint8], tuple[slice, slice]]:
-    """Read a fundus image, and say which rows and columns of it the field of view takes up."""
-    # Twice the side, so that what is left after the cut is no smaller than what is asked for.
+    """Read a fundus image and find the rows and columns of its field of view."""
+    # Twice the side, so that the cropped image is not smaller than requested.
     pixels = read_colour(path, None if shorter_side is None else 2 * shorter_side)
     bright = pixels.max(-1) > threshold
-    # A hundredth of a line, so that neither speckles nor printed letters count as the eye.
+    # One hundredth of a line, so that speckles and printed letters do not count as the eye.
     rows, columns = (np.flatnonzero(bright.sum(axis) > max(bright.shape[axis] / 100, 2)) for axis in (1, 0))
     if not len(rows) or not len(columns):
         raise ImageError("constant", f"nothing is brighter than {threshold} of 255, so there is no field of view")
@@ -222,11 +222,11 @@ def _field_of_view(
 
 
 def _squared(pixels: NDArray[np.uint8], shorter_side: int | None, resampling: Image.Resampling) -> NDArray[np.uint8]:
-    """Pad ``(H, W)`` or ``(H, W, 3)`` with black to a square, and reduce that to a side."""
+    """Pad ``(H, W)`` or ``(H, W, 3)`` with black to a square and downscale it."""
     side = max(pixels.shape[:2])
     if side**2 > MAX_SQUARE_PIXELS:
-        raise ImageError("shape", f"{pixels.shape[0]} x {pixels.shape[1]} pixels are no photograph of an eye: padded "
-                                  f"to a square, more than are opened here")  # fmt: skip
+        raise ImageError("shape", f"{pixels.shape[0]} x {pixels.shape[1]} pixels cannot be an eye's photograph: padded "
+                                  f"to a square, they exceed the limit")  # fmt: skip
     above, left = (side - pixels.shape[0]) // 2, (side - pixels.shape[1]) // 2
     square = np.zeros((side, side, *pixels.shape[2:]), dtype=np.uint8)
     square[above : above + pixels.shape[0], left : left + pixels.shape[1]] = pixels
@@ -238,7 +238,7 @@ def _squared(pixels: NDArray[np.uint8], shorter_side: int | None, resampling: Im
 def read_figure(
     path: Path, shorter_side: int | None = None, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS
 ) -> NDArray[np.uint8]:
-    """Read a figure of a paper in colour: transparent parts on white, turned as EXIF says.
+    """Read a paper's figure in colour: transparent parts become white, EXIF orientation is applied.
 
     Args:
         path: As in :func:`read_gray`.
@@ -269,12 +269,12 @@ def read_figure(
 
 
 class ImageReader(NamedTuple):
-    """How files become pixels.
+    """How files are decoded.
 
     Attributes:
-        name: Goes into cache keys; empty for gray.
-        channels: Channels of what is read.
-        read: Reads a file at a shorter side, or at its own.
+        name: Part of cache keys; empty for grey.
+        channels: Number of channels.
+        read: Reads a file, downscaled to a shorter side if one is given.
     """
 
     name: str
@@ -291,16 +291,16 @@ FUNDUS = ImageReader("field of view", 3, read_field_of_view)
 def read_reduced(
     path: Path, shorter_side: int, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS
 ) -> tuple[NDArray[np.uint8], float]:
-    """Read an image as :func:`read_gray` does, but leave it at the scale at which it was decoded.
+    """Read an image like :func:`read_gray`, but keep the scale at which it was decoded.
 
     Args:
         path: The file.
-        shorter_side: Pixels that the shorter side must keep; only a JPEG is decoded at fewer than it has.
+        shorter_side: Least pixels of the shorter side; only JPEGs are decoded at a smaller scale.
         min_side: As in :func:`read_gray`.
         max_pixels: As in :func:`read_gray`.
 
     Returns:
-        ``(H, W)``, and its pixels per pixel of the file.
+        ``(H, W)`` and its scale relative to the file.
 
     Raises:
         ImageError: as :func:`read_gray`.
@@ -326,7 +326,7 @@ def _decode(path: Path, shorter_side: int | None, limits: tuple[int, int], mode:
 
 
 class _Decoded(NamedTuple):
-    """An image, height and width as its file has them, and the part of it (pixels) that shows the picture."""
+    """A decoded image, the height and width of its file, and the box (pixels) it occupies."""
 
     image: Image.Image
     full: tuple[int, int]
@@ -343,13 +343,13 @@ def _read_picture(path: Path, shorter_side: int | None, limits: tuple[int, int],
         drafted = None
         if shorter_side is not None and min(full) > shorter_side:
             drafted = image.draft(mode, (shorter_side, shorter_side))
-        # The last row and column of a draft may lie partly beyond the picture, hence the box.
+        # The last row and column of a draft may reach beyond the image, hence the box.
         converted = _to_gray(image) if mode == "L" else _to_colour(image)
         return _Decoded(converted, full, drafted[1] if drafted else None)
 
 
 def _check_png(path: Path) -> None:
-    """Compare the check sums of a PNG's chunks, which nothing looks at while its pixels are decoded."""
+    """Verify the check sums of a PNG's chunks, which decoding ignores."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
             image.verify()
@@ -359,19 +359,19 @@ def _check_png(path: Path) -> None:
 
 
 def _check_kind(image: Image.Image) -> None:
-    """Refuse several pictures in one file, and colours whose meaning the file does not say."""
+    """Refuse files with several images or with ambiguous colours."""
     if _is_series(image):
         frames = getattr(image, "n_frames", 1)
-        raise ImageError("shape", f"holds {frames} frames or pages, and one picture is needed: save the one you mean")
+        raise ImageError("shape", f"holds {frames} frames or pages; one image is needed: save that one")
     if image.mode == "CMYK" and (_is_deep(image) or (image.format == "JPEG" and "adobe" not in image.info)):
-        raise ImageError("dtype", "printer's colours (CMYK) that may or may not be inverted: save it as RGB")
+        raise ImageError("dtype", "CMYK colours, which may or may not be inverted: save it as RGB")
     if any("LA;16" in str(tile.args) for tile in getattr(image, "tile", ())):
-        raise ImageError("dtype", "gray of 16 bits beside transparency is not read: save it without transparency")
+        raise ImageError("dtype", "16-bit grey with transparency is not supported: save it without transparency")
 
 
 def _is_series(image: Image.Image) -> bool:
-    """Whether there is a second picture; smaller copies of the first one in a TIFF are none."""
-    if getattr(image, "n_frames", 1) == 1 or image.format == "MPO":  # the second one of a camera is no picture
+    """Whether there is a second image; thumbnails in a TIFF do not count."""
+    if getattr(image, "n_frames", 1) == 1 or image.format == "MPO":  # a camera's second frame is a preview
         return False
     if image.format != "TIFF":
         return True
@@ -383,15 +383,15 @@ def _is_series(image: Image.Image) -> bool:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether Pillow would cut 16 bits of colour, or of gray beside transparency, to their high byte."""
+    """Whether Pillow would reduce 16-bit colour, or grey with transparency, to the high byte."""
     tiles = getattr(image, "tile", ())
     return not image.mode.startswith("I") and any(";16" in str(tile.args) for tile in tiles)
 
 
 def _shallow(image: Image.Image) -> Image.Image:
-    """Bring an image to 8 bits a channel."""
+    """Convert an image to 8 bits per channel."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        # Pillow inverts white-is-zero in TIFF for 8 bits alone.
+        # Pillow inverts white-is-zero TIFFs only for 8 bits.
         white_is_zero = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0  # type: ignore[attr-defined]
         gray = stretched(np.asarray(image))
         return Image.fromarray(255 - gray if white_is_zero else gray)
@@ -419,12 +419,12 @@ def _to_gray(image: Image.Image) -> Image.Image:
 
 def _to_colour(image: Image.Image) -> Image.Image:
     image = _shallow(image)
-    # Through RGBA, a palette keeps the colours of transparent entries; dropping alpha leaves what lies under it.
+    # Via RGBA a palette keeps the colours of transparent entries; dropping alpha then exposes them.
     return image.convert("RGBA" if image.mode in ("P", "PA") else "RGB").convert("RGB")
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Convert to ``RGB``, what is transparent lying on white; EXIF stays."""
+    """Convert to ``RGB``, with transparent parts on white; EXIF is kept."""
     image = _shallow(image)
     if image.mode not in ("P", "PA", "LA", "RGBA") and "transparency" not in image.info:
         return _to_colour(image)

@@ -1,8 +1,8 @@
-"""Any images listed in a table: CSV, TSV, JSON lines or Parquet, one row per image, or a text alone.
+"""Any images listed in a table: CSV, TSV, JSON lines or Parquet, one row per image, or a text without image.
 
-The roles of its columns are image (path under the root; empty for a text alone), subject, and if wanted text, session,
-split, view, mask, folder (which goes before the image's name) and ``target:NAME``; other columns become attributes.
-``ROOT/manifest.{csv,jsonl,parquet}`` needs no naming; another table is read by its name and by naming its columns.
+The roles of its columns are image (path under the root; empty for a text without image), subject, and optionally text,
+session, split, view, mask, folder (a prefix of the image's name) and ``target:NAME``; other columns become attributes.
+``ROOT/manifest.{csv,jsonl,parquet}`` is found by itself; any other table is named, and so are its columns.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,22 +21,22 @@ from datamodules.subjects import owner_of
 from datamodules.tables import read_table
 from datamodules.tree import Tree, suffix_of
 
-#: Column of each role, where the user names no other.
+#: Default column of each role.
 COLUMNS = {name: name for name in ("image", "text", "subject", "session", "split", "view", "mask", "folder")}
 TARGET = "target:"
 _NEEDED = ("image", "subject")
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-#: Tables in the root that are looked into to recognise it.
+#: Number of tables in the root that are opened to recognise it.
 _LOOKED_AT = 8
-#: Share of the rows that may name files which are not there.
+#: Tolerated share of rows that name missing files.
 _MAX_MISSING = 0.05
 
 
 def table_path(tree: Tree, settings: Settings) -> Path | None:
-    """Return the table of an archive: the one that is named, or ``manifest``; None where there is neither.
+    """Return the table of an archive: the named one, or ``manifest``; None if there is neither.
 
     Raises:
-        DataError: there is no table of the name.
+        DataError: the named table does not exist.
     """
     if settings.table is not None:
         named = Path(settings.table).expanduser()
@@ -52,7 +52,7 @@ def roles_of(path: Path, columns: Iterable[str], named: Mapping[str, str], neede
     """Return the column of each role that a table has.
 
     Raises:
-        DataError: a role is unknown, or a column that is named or needed is missing.
+        DataError: unknown role, or missing column.
     """
     unknown = sorted(role for role in named if role not in COLUMNS and not role.startswith(TARGET))
     if unknown:
@@ -71,19 +71,19 @@ def roles_of(path: Path, columns: Iterable[str], named: Mapping[str, str], neede
 def records_of_table(
     tree: Tree, path: Path, columns: Mapping[str, str], subject: str | Mapping[str, str] | None = None
 ) -> list[Record]:
-    """Make one record of every listed image, and one of every row that has text alone.
+    """Make one record per listed image, and one per row that has only text.
 
     A file with several rows becomes one record, with the first text, view and split that are not empty; subjects who
-    share a file are one patient, and a note says so. A row without an image is called after its place: ``row 7``.
+    share a file count as one patient, which is noted. A row without image is named by its position: ``row 7``.
 
     Args:
-        tree: What the images' paths are relative to.
+        tree: Base of the images' paths.
         path: The table.
-        columns: Column of each role that is not called after it.
-        subject: Rule for whose an image is, where no column says.
+        columns: Column of each role whose name differs.
+        subject: Rule for the owner of an image, if no column gives it.
 
     Raises:
-        DataError: a needed column is missing, a path leaves the root, or a file is in two splits.
+        DataError: missing column, a path outside the root, or a file in two splits.
     """
     table = read_table(path)
     roles = roles_of(path, table.columns, columns, _NEEDED if subject is None else ("image",))
@@ -122,10 +122,10 @@ def _record(tree: Tree, name: str, patient: str, fact: Mapping[str, str], rest: 
 
 
 def _joined(path: Path, known: Record | None, row: Record) -> Record:
-    """Join a row with what earlier rows say of its file.
+    """Join a row with earlier rows of the same file.
 
     Raises:
-        DataError: they put it into two splits.
+        DataError: the rows give two splits.
     """
     if known is None:
         return row
@@ -138,10 +138,10 @@ def _joined(path: Path, known: Record | None, row: Record) -> Record:
 
 
 def _image_name(tree: Tree, path: Path, fact: Mapping[str, str]) -> str:
-    """Return an image's path under the root, a missing suffix completed where one file fits; empty without an image.
+    """Return an image's path under the root, completing a missing suffix if one file fits; empty without image.
 
     Raises:
-        DataError: it leaves the root.
+        DataError: the path leaves the root.
     """
     if not fact["image"]:
         return ""
@@ -155,7 +155,7 @@ def _image_name(tree: Tree, path: Path, fact: Mapping[str, str]) -> str:
 
 
 def _print_shared(path: Path, names: Sequence[str], subjects: Sequence[str]) -> None:
-    """Print how many files are listed under several subjects, and the first."""
+    """Note how many files are listed under several subjects, and the first."""
     owners: dict[str, list[str]] = {}
     for name, subject in zip(names, subjects, strict=True):
         found = owners.setdefault(name, [])
@@ -165,14 +165,14 @@ def _print_shared(path: Path, names: Sequence[str], subjects: Sequence[str]) -> 
     if shared:
         name, found = shared[0]
         print_line(f"note: {path.name} lists {len(shared)} files under several subjects, such as {name} under "
-            f"{' and '.join(found)}; who shares a file is one patient")  # fmt: skip
+            f"{' and '.join(found)}; subjects who share a file count as one patient")  # fmt: skip
 
 
 def _there(tree: Tree, path: Path, records: list[Record], missing: str | None) -> list[Record]:
-    """Count the rows whose file is not there; a few are faults when they are read, many are refused.
+    """Check for missing files; a few become faults on reading, many are refused.
 
     Raises:
-        DataError: more than one in twenty, unless ``missing`` is ``ignore``.
+        DataError: more than one in twenty is missing, unless ``missing`` is ``ignore``.
     """
     lost = {record.case_id for record in records if record.images and not tree.is_file(record.images[0][0])}
     if missing == "ignore":
@@ -188,10 +188,10 @@ def _there(tree: Tree, path: Path, records: list[Record], missing: str | None) -
 
 
 def find_table(tree: Tree, settings: Settings = NO_SETTINGS) -> Listing:
-    """List the images and texts of a table; none where there is no table.
+    """List the images and texts of a table; empty without a table.
 
     Raises:
-        DataError: there is no table of the name, more than one row in twenty names a file that is not there; and as
+        DataError: the named table does not exist, or more than one row in twenty names a missing file; and as
             :func:`records_of_table`.
     """
     path = table_path(tree, settings) or _plain_table(tree)
@@ -204,7 +204,7 @@ def find_table(tree: Tree, settings: Settings = NO_SETTINGS) -> Listing:
 
 
 def _header(path: Path) -> set[str]:
-    """Return the names of a table's columns, as far as its first line says them."""
+    """Return the names of a table's columns, as far as its first line gives them."""
     if path.suffix.lower() == ".parquet":
         return set()
     line = first_line(path)
@@ -213,7 +213,7 @@ def _header(path: Path) -> set[str]:
 
 
 def _plain_table(tree: Tree) -> Path | None:
-    """Return a table in the root whose columns are called image and subject."""
+    """Return a table in the root with the columns image and subject."""
     tables = [file for file in tree.listed() if file.suffix in _SUFFIXES and not file.hidden][:_LOOKED_AT]
     return next((tree / file.name for file in tables if set(_NEEDED) <= _header(tree / file.name)), None)
 

@@ -1,4 +1,4 @@
-"""From the values of a picture to 8 bits, and what is wrong with a picture."""
+"""Converting pixel values to 8 bits, and the faults of images."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from datamodules.limits import MAX_ASPECT
 
-#: Percentiles that become black and white where a picture has more than 8 bits and says no window of its own. From
-#: minimum to maximum, one saturated letter in a 12-bit picture would leave 6 shades of 256.
+#: Percentiles that become black and white if an image has more than 8 bits and no window. With minimum and maximum,
+#: one saturated letter in a 12-bit image would leave 6 of 256 grey levels.
 PERCENTILES = (0.5, 99.5)
 
 
@@ -26,16 +26,16 @@ class ImageError(Exception):
 
 
 class UnreachableImageError(ImageError):
-    """A file that is not there or cannot be opened: a mount or a permission, which may come back by itself."""
+    """A missing or unreadable file: a mount or a permission, which may come back by itself."""
 
 
 def check_size(height: int, width: int, limits: tuple[int, int]) -> None:
-    """Refuse a picture by the size that its header promises.
+    """Check an image's size as given in its header.
 
     Args:
         height: Rows.
         width: Columns.
-        limits: Pixels that the smaller side needs, and that the picture may have.
+        limits: Least pixels of the smaller side, and most pixels of the image.
 
     Raises:
         ImageError: ``shape``.
@@ -44,17 +44,17 @@ def check_size(height: int, width: int, limits: tuple[int, int]) -> None:
     if min(height, width) < min_side:
         raise ImageError("shape", f"{height} x {width} pixels, a side of at least {min_side} is needed")
     if height * width > max_pixels:
-        raise ImageError("shape", f"the header promises {height} x {width} pixels, more than is opened here")
+        raise ImageError("shape", f"the header promises {height} x {width} pixels, more than the limit")
     if max(height, width) > MAX_ASPECT * min(height, width):
-        raise ImageError("shape", f"a strip of {height} x {width} pixels is no picture")
+        raise ImageError("shape", f"a strip of {height} x {width} pixels is not an image")
 
 
 def stretched(values: NDArray[Any], ignored: NDArray[np.bool_] | None = None) -> NDArray[np.uint8]:
-    """Map the 0.5th .. 99.5th percentile to 0 .. 255; minimum and maximum where these are equal.
+    """Map the 0.5th .. 99.5th percentile to 0 .. 255; minimum and maximum if these are equal.
 
     Args:
         values: ``(H, W)``, more than 8 bits.
-        ignored: Pixels that the percentiles leave out.
+        ignored: Pixels to exclude from the percentiles.
 
     Raises:
         ImageError: ``nan`` or ``constant``.
@@ -62,7 +62,7 @@ def stretched(values: NDArray[Any], ignored: NDArray[np.bool_] | None = None) ->
     wide = values.astype(np.promote_types(values.dtype, np.float32))
     counted = wide if ignored is None else wide[~ignored]
     if not np.isfinite(counted).all():
-        raise ImageError("nan", "there are pixels that are no number")
+        raise ImageError("nan", "some pixels are not numbers")
     if counted.size == 0:
         raise ImageError("constant", "every pixel is padding")
     low, high = np.percentile(counted, PERCENTILES)
@@ -79,5 +79,5 @@ def to_bytes(shares: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def high_byte(values: NDArray[np.uint16]) -> NDArray[np.uint8]:
-    """Bring colours of 16 bits to 8, alike in all channels: divided by 257, so that 65,535 becomes 255."""
+    """Reduce 16-bit colours to 8 bits, equally in all channels: divided by 257, so that 65,535 becomes 255."""
     return np.rint(values / np.float32(257)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""What ``medmim doctor`` looks at in an archive of labelled images."""
+"""What ``medmim doctor`` checks in an archive of labelled images."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ def examine(name: str, classes: Sequence[str], terms: Terms, deep: bool, workers
     """Print a report on an archive and return the reasons why training would refuse it.
 
     Args:
-        name: Its layout's.
+        name: Name of its layout.
         classes: Names of the targets.
-        terms: What training asks of it.
+        terms: What training requires.
         deep: Whether to read every byte, not only headers.
         workers: Threads.
     """

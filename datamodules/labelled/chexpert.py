@@ -1,4 +1,4 @@
-"""CheXpert: chest radiographs with labels that were read from reports, of which some are uncertain."""
+"""CheXpert: chest radiographs with labels extracted from reports, some of them uncertain."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,18 +14,18 @@ from datamodules.tree import Tree
 
 Uncertain = Literal["mixed", "ones", "zeros", "ignore"]
 COMPETITION = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
-#: What an uncertain label counts as in the mixed policy; of other classes it is unknown.
+#: Value of an uncertain label in the mixed policy; unknown for other classes.
 MIXED = {"Atelectasis": 1.0, "Cardiomegaly": 0.0, "Consolidation": 0.0, "Edema": 1.0, "Pleural Effusion": 1.0}
 _FOLDERS = ("", "CheXpert-v1.0-small/", "CheXpert-v1.0/")
-# The data set's folder, then what names the image, in which the patient is.
+# The data set's folder, then the part that names the image, which includes the patient.
 _PATH = r"[^/]+/((?:\w[\w-]*/)*(patient\d+)/\w[\w-]*/\w[\w.-]*)"
 
 
 class CheXpert(LabelLayout):
-    """CheXpert, full or small: the official validation images are the test split, all others are for training.
+    """CheXpert, full or small: the official validation images become the test split; all others are for training.
 
     Args:
-        uncertain: What an uncertain label counts as: ``ones``, ``zeros``, ``ignore`` (unknown), or ``mixed``: present
+        uncertain: Value of an uncertain label: ``ones``, ``zeros``, ``ignore`` (unknown), or ``mixed``: present
             for atelectasis, edema and effusion, absent for cardiomegaly and consolidation, unknown for all others.
         frontal_only: Whether lateral images are left out.
         classes: Columns of the tables.
@@ -46,14 +46,14 @@ class CheXpert(LabelLayout):
         """List the images of both tables.
 
         Raises:
-            DataError: a table or a column is missing, a path is none of CheXpert's, or a label is no 1, 0, -1 or blank.
+            DataError: a table or a column is missing, a path is not CheXpert's, or a label is not 1, 0, -1 or blank.
         """
         train = need_file(root, [f"{folder}train.csv" for folder in _FOLDERS], self)
         valid = need_file(root, [f"{root.name_of(train.parent)}/valid.csv".lstrip("/")], self)
         return self._read(train, "train") + self._read(valid, "test")
 
     def _meaning(self, column: str) -> dict[str, float]:
-        """Return what the labels of a class mean."""
+        """Return the meaning of the labels of a class."""
         doubt = {"mixed": MIXED.get(column, UNKNOWN), "ones": 1.0, "zeros": 0.0, "ignore": UNKNOWN}[self.uncertain]
         return {"1.0": 1.0, "1": 1.0, "0.0": 0.0, "0": 0.0, "": 0.0, "-1.0": doubt, "-1": doubt}
 

@@ -46,14 +46,14 @@ class LabelledImageDataset(FaultTolerantDataset):
         images: The images.
         store: Opens them.
         image_size: Height and width of a crop.
-        train: Whether crops are drawn anew every epoch; else they are central.
+        train: Whether crops are drawn anew every epoch; otherwise they are central.
         seed: Seed of the training draws.
-        crop_scale: Share of an image's area that a training crop has.
+        crop_scale: Area of a training crop as a share of the image.
         flip: Whether half of the training crops are mirrored.
         mean: Subtracted from pixels in [0, 1].
-        std: What they are divided by then.
+        std: Divisor after that.
         anonymise: Whether subjects get pseudonyms.
-        degrees: Largest angle by which training crops are turned.
+        degrees: Largest rotation of training crops.
     """
 
     def __init__(
@@ -85,18 +85,18 @@ class LabelledImageDataset(FaultTolerantDataset):
         return self.images[index].case_id
 
     def generator(self, draw: Draw) -> np.random.Generator:
-        """Return the randomness of a draw."""
+        """Return the random generator of a draw."""
         return numpy_generator("crop", self.seed, draw.epoch, self.subject(draw.index), draw.draw)
 
     def names(self, item: LabelledImage) -> dict[str, str]:
-        """Return who an image is of."""
+        """Return the names that come with a sample."""
         hide = pseudonym if self.anonymise else str
         return {"subject_id": hide(item.case_id), "patient_id": hide(item.patient_id)}
 
     def crop(
         self, item: LabelledImage, choose: BoxChoice, size: Sequence[int], mirror: bool, degrees: float = 0.0
     ) -> Tensor:
-        """Cut the box that ``choose`` wants out of an image, ``(C, *size)`` in [0, 1].
+        """Cut the box that ``choose`` selects from an image, ``(C, *size)`` in [0, 1].
 
         Raises:
             SampleFaultError: the image cannot be used.
@@ -133,7 +133,7 @@ class LabelledImageDataset(FaultTolerantDataset):
 
 
 def strata_of(images: Sequence[LabelledImage]) -> dict[str, str]:
-    """Return a stratum for each patient: the rarest class that any of their images has, or none."""
+    """Return a stratum per patient: the rarest class among their images, or none."""
     patients: dict[str, NDArray[np.bool_]] = {}
     for item in images:
         positive = np.array([target == 1 for target in item.targets], dtype=bool)
@@ -146,7 +146,7 @@ def strata_of(images: Sequence[LabelledImage]) -> dict[str, str]:
 
 
 def shuffled_targets(images: Sequence[LabelledImage], seed: int) -> list[LabelledImage]:
-    """Give every patient the targets of a random patient's first image: a control that nothing can be learned from."""
+    """Give every patient the targets of a random patient's first image: a control from which nothing can be learned."""
     first: dict[str, tuple[float, ...]] = {}
     for item in images:
         first.setdefault(item.patient_id, item.targets)
@@ -161,9 +161,9 @@ class LabelledImageConfig(ImageConfig):
     """Crops of labelled images.
 
     Args:
-        crop_scale: Share of an image's area that a training crop has.
+        crop_scale: Area of a training crop as a share of the image.
         flip: Whether half of the training crops are mirrored.
-        degrees: Largest angle by which training crops are turned.
+        degrees: Largest rotation of training crops.
     """
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -176,15 +176,15 @@ class LabelledImageConfig(ImageConfig):
 
 @dataclass(frozen=True)
 class FoldConfig(SplitConfig):
-    """Who is trained, validated and tested on, once or by turns.
+    """Which patients train, validate and test: one split, or a fold of a cross-validation.
 
     Args:
-        fold: Number of the fold to test on, from 0: cross-validation instead of any other split. No patient and no
-            group of the layout is in two folds; validation patients are cut out of the other folds.
+        fold: Number of the test fold, from 0: cross-validation instead of any other split. No patient and no group of
+            the layout is in two folds; validation patients are taken from the other folds.
         num_folds: How many folds there are.
 
     Raises:
-        ValueError: there is no such fold, or a file says who is tested on as well.
+        ValueError: no such fold, or a split file is given as well.
     """
 
     fold: int | None = None
@@ -194,16 +194,16 @@ class FoldConfig(SplitConfig):
         if self.fold is not None and not 0 <= self.fold < self.num_folds:
             raise ValueError(f"`fold` counts from 0 to num_folds - 1 = {self.num_folds - 1}, got {self.fold}.")
         if self.fold is not None and self.file is not None:
-            raise ValueError("`split.fold` and `split.file` both say what is tested on: set one of them to null.")
+            raise ValueError("`split.fold` and `split.file` both define the test split: set one of them to null.")
 
 
 @dataclass(frozen=True)
 class ShuffleConfig:
-    """Targets that mean nothing: a control.
+    """Meaningless targets, as a control.
 
     Args:
-        seed: Seed of a permutation of the targets over patients; None leaves them.
-        tested: Whether that permutes the targets of test images too; else they and the split stay true.
+        seed: Seed of a permutation of the targets over patients; None: no permutation.
+        tested: Whether targets of test images are permuted as well; otherwise they and the split stay true.
     """
 
     seed: int | None = None
@@ -211,18 +211,18 @@ class ShuffleConfig:
 
 
 class LabelledImageDataModule(ImageArchiveDataModule):
-    """Labelled images in any layout of :mod:`datamodules.labelled.layout`, cached, split by patient.
+    """Labelled images in any layout of :mod:`datamodules.labelled.layout`, cached and split by patient.
 
     Args:
         root: The archive.
         labels: Its layout.
-        image: The crops, and how those of training vary.
-        cache: Copies of the images that are kept.
-        split: Who is trained, validated and tested on. An archive that names training images but no validation ones has
-            the latter cut out of the former, in the ratio of the first two fractions.
-        label_fraction: Share of the training patients to use, of every class alike; shares are nested.
+        image: The crops, and how training crops vary.
+        cache: The cache of images.
+        split: Which patients train, validate and test. If an archive defines training but no validation images,
+            the latter are taken from the former in the ratio of the first two fractions.
+        label_fraction: Share of training patients to use, equally from every class; shares are nested.
         shuffle: A permutation of the targets, as a control.
-        loader: How samples are drawn, and how many may be broken.
+        loader: How samples are drawn, and how many may be faulty.
         batch_size: Images per device.
         num_workers: Loader processes per rank; also threads that build the cache.
         anonymise: Whether subjects get pseudonyms in logs, tables and fault files.
@@ -269,10 +269,10 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         self.images: list[LabelledImage] = []
 
     def index(self) -> LabelLayout:
-        """List and split the images. Reads names and tables, no image.
+        """List and split the images. Reads names and tables only, no images.
 
         Raises:
-            DataError: not the layout, missing columns, a patient in two splits, and the like.
+            DataError: another layout, missing columns, a patient in two splits, and the like.
         """
         if not self.splits:
             root = Tree(self.root)
@@ -306,7 +306,7 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         if self.fold is None:
             return assign_splits(images, fractions, split_seed, split_file, strata, cut_validation=True)
         groups = joined_groups([(f"patient {item.patient_id}", item.group) for item in images])
-        # Patients that share a group are dealt together, so they must agree where they go: they count as one.
+        # Patients that share a group are assigned together, so they count as one.
         joined = [item._replace(patient_id=str(group)) for item, group in zip(images, groups, strict=True)]
         strata = strata_of(joined)
         folds = fold_of_each([strata[item.patient_id] for item in joined], groups, self.num_folds, split_seed)
@@ -337,11 +337,11 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         return self.images
 
     def images_of(self, case: LabelledImage) -> Sequence[Path]:
-        """Return the one image."""
+        """Return the image."""
         return (case.image,)
 
     def setup(self, stage: str) -> None:
-        """Put what is broken into the ledger and say what there is (Lightning hook).
+        """Record broken files in the ledger and log a summary (Lightning hook).
 
         Raises:
             DataError: no image can be used.
@@ -371,7 +371,7 @@ class LabelledImageDataModule(ImageArchiveDataModule):
         )
 
     def predict_dataloader(self) -> ResumableLoader:
-        """Return the test images, or all where nothing is set aside (Lightning hook)."""
+        """Return the test images, or all images if there are none (Lightning hook)."""
         return self.evaluation_loader(self._evaluated(self._usable(self.splits["test"] or self.cases_in_use())))
 
     def examine(self, deep: bool, workers: int) -> list[str]:

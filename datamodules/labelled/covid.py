@@ -1,4 +1,4 @@
-"""What the X-rays of the COVID-19 image data collection show: COVID-19 or not, a virus or bacteria.
+"""Findings of the COVID-19 image data collection: COVID-19 or not, viral or bacterial.
 
 Older tables spell findings ``COVID-19, ARDS`` and ``Streptococcus``, newer ones ``Pneumonia/Viral/COVID-19`` and
 ``Pneumonia/Bacterial/Streptococcus``.
@@ -22,7 +22,7 @@ Task = Literal["covid", "viral"]
 _CLASSES = {"covid": ("COVID-19",), "viral": ("viral",)}
 _COLUMNS = ("patientid", "finding", "view", "modality", "filename")
 _IMAGES = "images"
-# Not read yet, not known, or healthy: none of these is another pneumonia.
+# Not yet read, unknown, or healthy: none of these is another pneumonia.
 _NO_LABEL = ("", "todo", "unknown", "no finding")
 _COVID = re.compile(r"\bcovid-19\b")
 # A whole word: Haemophilus influenzae is a bacterium.
@@ -35,12 +35,12 @@ _BACTERIAL = re.compile(
 class CovidFindings(LabelLayout):
     """X-rays of the COVID-19 image data collection with a finding.
 
-    A file with several rows is one image, and patients who share a file are one patient. Images with the same note are
-    one group.
+    A file with several rows is one image, and patients who share a file count as one. Images with the same note are one
+    group.
 
     Args:
-        task: ``covid``: COVID-19 against all other findings; ``viral``: viruses, COVID-19 among them, against bacteria,
-            all other images left out.
+        task: ``covid``: COVID-19 against all other findings; ``viral``: viruses including COVID-19 against bacteria,
+            without all other images.
         views: Views to keep.
     """
 
@@ -54,11 +54,11 @@ class CovidFindings(LabelLayout):
         self.classes = _CLASSES[task]
 
     def _find(self, root: Tree) -> list[LabelledImage]:
-        """List the images that the task is about.
+        """List the images of the task.
 
         Raises:
-            DataError: the table or a column is missing, a file's name leaves the folder of images, a file has rows that
-                disagree, or there is no image of the task and the views.
+            DataError: the table or a column is missing, a file name leads outside the folder of images, rows of a file
+                disagree, or no image fits the task and the views.
         """
         path = need_file(root, ["metadata.csv"], self)
         table = read_table(path)
@@ -88,10 +88,10 @@ class CovidFindings(LabelLayout):
         return list(found.values())
 
     def _image(self, root: Path, path: Path, row: Mapping[str, str]) -> LabelledImage | None:
-        """Make an image of a row; None where the task is not about it.
+        """Make an image from a row; None if the task does not include it.
 
         Raises:
-            DataError: the file's name leaves the folder of images.
+            DataError: the file name leads outside the folder of images.
         """
         target = self._target(row["finding"].lower())
         if target is None or row["view"].lower() not in (view.lower() for view in self.views):
@@ -103,7 +103,7 @@ class CovidFindings(LabelLayout):
         return LabelledImage(name, row["patient"], root / _IMAGES / name, (target,), group=note)
 
     def _target(self, finding: str) -> float | None:
-        """Return what a finding in lower case is to the task; None where the task is not about it."""
+        """Return the target of a finding in lower case; None if the task does not include it."""
         if finding in _NO_LABEL:
             return None
         if self.task == "covid":

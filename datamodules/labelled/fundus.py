@@ -26,14 +26,14 @@ def ordinal_targets(grade: float) -> tuple[float, ...]:
 
 
 def _files(tree: Tree, folder: Path) -> dict[str, Path]:
-    """Return the images of a folder by their name without suffix."""
+    """Return the images of a folder by name without suffix."""
     return {path.stem: path for path in files_under(tree, [folder], PICTURES)}
 
 
 def _graded(
     tree: Tree, table_path: Path, columns: Sequence[str], folder: Path, split: str | None = None, prefix: str = ""
 ) -> list[LabelledImage]:
-    """Read a table of names and grades; a listed image that is not there is missing, which reading it will show."""
+    """Read a table of names and grades; a listed image without file is kept and fails on reading."""
     table = read_table(table_path)
     need_columns(table_path, table, columns)
     table = table[table[columns[0]] != ""]
@@ -62,7 +62,7 @@ class IDRiD(LabelLayout):
         """List the graded images.
 
         Raises:
-            DataError: a table or a column is missing, or a grade is none.
+            DataError: a table or a column is missing, or a grade is invalid.
         """
         found = []
         for split, place, word in (("train", "a. Training Set", "Training"), ("test", "b. Testing Set", "Testing")):
@@ -73,7 +73,7 @@ class IDRiD(LabelLayout):
 
 
 class APTOS2019(LabelLayout):
-    """Training images of APTOS 2019, the graded ones; there is no official split."""
+    """The graded training images of APTOS 2019; there is no official split."""
 
     name = "APTOS 2019"
     tree = "ROOT/{train.csv, train_images/<id_code>.png}"
@@ -84,7 +84,7 @@ class APTOS2019(LabelLayout):
         """List the graded images.
 
         Raises:
-            DataError: the table or a column is missing, or a grade is none.
+            DataError: the table or a column is missing, or a grade is invalid.
         """
         path = need_file(root, ["train.csv"], self)
         cropped = path.parent / "train_images_cropped"
@@ -93,7 +93,7 @@ class APTOS2019(LabelLayout):
 
 
 class EyePACS2015(LabelLayout):
-    """Training images of the EyePACS set of 2015, two eyes a patient."""
+    """Training images of the EyePACS set of 2015, two eyes per patient."""
 
     name = "EyePACS 2015"
     tree = "ROOT/{trainLabels.csv, train/<patient>_<left|right>.jpeg}"
@@ -104,7 +104,7 @@ class EyePACS2015(LabelLayout):
         """List the graded images.
 
         Raises:
-            DataError: the table or a column is missing, or a grade is none.
+            DataError: the table or a column is missing, or a grade is invalid.
         """
         path = need_file(root, ["trainLabels.csv"], self)
         images = _graded(root, path, ["image", "level"], path.parent / "train")
@@ -115,8 +115,8 @@ class RFMiD(LabelLayout):
     """RFMiD with its official split: which of 45 conditions an image shows.
 
     Args:
-        leave_out: Conditions that are no target, besides the risk of any; ``[HR, ODPM]`` leaves the 43 of ContIG.
-        risk: Whether ``Disease_Risk`` is a target too, for the 46 of the paper.
+        leave_out: Conditions that are not targets, besides the risk of any; ``[HR, ODPM]`` leaves the 43 of ContIG.
+        risk: Whether ``Disease_Risk`` is a target as well, for the paper's 46.
     """
 
     name = "RFMiD"
@@ -128,10 +128,10 @@ class RFMiD(LabelLayout):
         self.classes = ()
 
     def _find(self, root: Tree) -> list[LabelledImage]:
-        """List the labelled images; a part without its table is left out.
+        """List the labelled images; a split without its table is left out.
 
         Raises:
-            DataError: the training table or a column is missing, the parts have other columns, or a label is none.
+            DataError: the training table or a column is missing, the splits differ in columns, or a label is invalid.
         """
         parts = (("train", "Training", "Training"), ("val", "Validation", "Validation"), ("test", "Testing", "Test"))
         found: list[LabelledImage] = []

@@ -1,4 +1,4 @@
-"""Images with labels for a downstream task: what a labelled image is, and what a layout of such archives gives."""
+"""Images with labels for a downstream task: the labelled image, and the layouts of such archives."""
 
 import math
 from abc import ABC, abstractmethod
@@ -19,21 +19,21 @@ from datamodules.registry import Archive, Evidence, Facts, Layout, Listing, Reco
 from datamodules.tables import read_table
 from datamodules.tree import Tree, as_tree
 
-#: A target that is not known, or that is to be left out of the loss and of the scores.
+#: An unknown target, excluded from the loss and the scores.
 UNKNOWN = float("nan")
 
 
 class LabelledImage(NamedTuple):
-    """One image and what is known of it.
+    """One image and its labels.
 
     Attributes:
         case_id: Unique name.
-        patient_id: Splits and folds are by this.
+        patient_id: Splits and folds are made by patient.
         image: The file.
-        targets: 1, 0 or ``UNKNOWN`` for each class of the layout, or a measurement; empty where it has none.
-        split: ``train``, ``val`` or ``test`` where the archive says so.
-        group: Something else that no two folds may share, such as the text of a note; empty = nothing.
-        masks: Run-length codes of the regions that are to be segmented; empty = there is no such region.
+        targets: 1, 0 or ``UNKNOWN`` for each class of the layout, or a measurement; empty if there are none.
+        split: ``train``, ``val`` or ``test`` where the archive defines one.
+        group: A further key that folds must not share, such as the text of a note; empty: none.
+        masks: Run-length codes of the regions to segment; empty: there is no region.
     """
 
     case_id: str
@@ -45,20 +45,20 @@ class LabelledImage(NamedTuple):
     masks: tuple[str, ...] = ()
 
     def record(self, classes: Sequence[str] = ()) -> Record:
-        """Return the image as every data module can read it; what is unknown has no text."""
+        """Return the image as every data module can read it; unknown targets have no text."""
         named = zip(classes, self.targets, strict=False)
         targets = {name: "" if math.isnan(target) else f"{target:g}" for name, target in named}
         return Record(self.case_id, self.patient_id, images=((self.image, ""),), targets=targets, split=self.split)
 
 
 class LabelLayout(ABC):
-    """A labelled archive in its official layout; its arguments are the choices that a task leaves open.
+    """A labelled archive in its official layout; its arguments are the options of a task.
 
     Attributes:
-        name: What a person calls it.
+        name: Its name in messages.
         tree: One line that shows the tree.
         classes: Names of the targets, in order.
-        reader: How its files become pixels.
+        reader: How its files are decoded.
     """
 
     name: ClassVar[str]
@@ -67,10 +67,10 @@ class LabelLayout(ABC):
     classes: tuple[str, ...]
 
     def find(self, root: str | Path | Tree) -> list[LabelledImage]:
-        """List the labelled images under a root. Reads names and tables, no image.
+        """List the labelled images under a root. Reads names and tables only, no images.
 
         Raises:
-            DataError: the root is not of this layout, a table is damaged or lacks a column, or a label is none.
+            DataError: the root has another layout, a table is damaged or lacks a column, or a label is invalid.
         """
         return self._find(as_tree(root))
 
@@ -80,7 +80,7 @@ class LabelLayout(ABC):
 
 
 def as_archive(labels: LabelLayout, tree: Tree, images: Sequence[LabelledImage]) -> Archive:
-    """Return the archive that images with labels were found in, for the account of its files."""
+    """Return the archive of labelled images, for the account of its files."""
     layout = Layout(labels.name, labels.tree, labels.find, lambda _: Evidence(0))
     tables = [file.name for file in tree.files if file.kind == "table"]
     return Archive(layout, tree, [item.record(labels.classes) for item in images], layout.facts, tables=tables)
@@ -93,16 +93,16 @@ def labelled_set(
     tables: Sequence[str] = (),
     held_out: str = "val",
 ) -> Layout:
-    """Make a layout of a labelled set, for whoever wants its images and perhaps its targets.
+    """Register a labelled set as a layout, for methods that use its images and perhaps its targets.
 
-    Images that are listed but not there are left out: an archive in part is enough to learn from.
+    Listed images without a file are left out: pre-training can use part of an archive.
 
     Args:
-        name: What ``LAYOUT=`` takes.
+        name: Name for ``LAYOUT=``.
         labels: The labelled layout.
-        evidence: Says how plainly a tree is of it.
-        tables: Patterns of the tables that it reads.
-        held_out: What its test images are for in pre-training, which looks at their reconstructions alone.
+        evidence: Returns the evidence that a tree has this layout.
+        tables: Patterns of its tables.
+        held_out: Split of its test images in pre-training, which only looks at their reconstructions.
     """
 
     def find(tree: Tree) -> Listing:
@@ -119,10 +119,10 @@ def labelled_set(
 
 
 def need_file(root: Tree, patterns: Sequence[str], layout: LabelLayout) -> Path:
-    """Return the first file under a root that fits one of the patterns.
+    """Return the first file under a root that matches one of the patterns.
 
     Raises:
-        DataError: there is none.
+        DataError: no file matches.
     """
     for pattern in patterns:
         found = root.glob(pattern)
@@ -134,10 +134,10 @@ def need_file(root: Tree, patterns: Sequence[str], layout: LabelLayout) -> Path:
 
 
 def need_columns(path: Path, table: pd.DataFrame, columns: Sequence[str]) -> None:
-    """Refuse a table without the needed columns.
+    """Check that a table has the required columns.
 
     Raises:
-        DataError: names all that are missing and all that are there.
+        DataError: lists the missing and the present columns.
     """
     missing = [column for column in columns if column not in table.columns]
     if missing:
@@ -145,10 +145,10 @@ def need_columns(path: Path, table: pd.DataFrame, columns: Sequence[str]) -> Non
 
 
 def label_value(text: str, allowed: Mapping[str, float], path: Path, case_id: str, column: str) -> float:
-    """Return what a cell of a label table means.
+    """Return the meaning of a cell of a label table.
 
     Raises:
-        DataError: it means nothing.
+        DataError: unknown value.
     """
     if text not in allowed:
         known = ", ".join(repr(value) for value in allowed)
@@ -157,16 +157,16 @@ def label_value(text: str, allowed: Mapping[str, float], path: Path, case_id: st
 
 
 class LabelledTable(LabelLayout):
-    """Any images with labels, listed in a table: one row an image, one column of 0 and 1 (or empty) a class.
+    """Any images with labels, listed in a table: one row per image, one column of 0 and 1 (or empty) per class.
 
     Args:
         classes: The columns of the classes.
         file: The table under the root: CSV, JSON lines or Parquet.
-        columns: Names of the columns ``image``, ``subject`` and ``split``, where they differ.
+        columns: Names of the columns ``image``, ``subject`` and ``split``, if they differ.
     """
 
     name = "a labelled table"
-    tree = "ROOT/labels.csv with image, subject [, split] and one column a class"
+    tree = "ROOT/labels.csv with image, subject [, split] and one column per class"
 
     def __init__(
         self, classes: Sequence[str], file: str = "labels.csv", columns: Mapping[str, str] | None = None
@@ -179,7 +179,7 @@ class LabelledTable(LabelLayout):
         """List the rows of the table.
 
         Raises:
-            DataError: there is no such table, a column is missing, a path leaves the root, or a label is no 0 or 1.
+            DataError: the table or a column is missing, a path leaves the root, or a label is not 0 or 1.
         """
         path = need_file(root, [self.file], self)
         table = read_table(path)

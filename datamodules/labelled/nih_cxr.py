@@ -25,10 +25,9 @@ _NONE = "No Finding"
 
 
 class NIHChestXray14(LabelLayout):
-    """ChestX-ray14, as it was published or as the archives of its images unpack; the newer table before the older.
+    """ChestX-ray14, as published or with its image archives unpacked; the newer table takes precedence.
 
-    The official lists give training and test images; validation images they do not name. Without them there is no
-    split.
+    The official lists name training and test images but no validation images. Without the lists there is no split.
     """
 
     name = "NIH ChestX-ray14"
@@ -39,8 +38,8 @@ class NIHChestXray14(LabelLayout):
         """List the images of the table.
 
         Raises:
-            DataError: the table, a column or one of the two lists is missing, a finding or a name is none, or an image
-                is in both lists.
+            DataError: the table, a column or one of the two lists is missing, a finding or a name is invalid, or an
+                image is in both lists.
         """
         path = need_file(root, _TABLES, self)
         table = read_table(path)
@@ -62,7 +61,7 @@ def _targets(path: Path, table: pd.DataFrame) -> list[tuple[float, ...]]:
     """Return the classes of each row.
 
     Raises:
-        DataError: a finding is none.
+        DataError: unknown finding.
     """
     meaning = {}
     for text in table["Finding Labels"].unique():
@@ -79,7 +78,7 @@ def _targets(path: Path, table: pd.DataFrame) -> list[tuple[float, ...]]:
 
 
 def _splits(root: Tree) -> dict[str, str]:
-    """Return the split of each image by the official lists; empty where there are none.
+    """Return the split of each image by the official lists; empty without lists.
 
     Raises:
         DataError: one list is missing, or an image is in both.

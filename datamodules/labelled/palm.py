@@ -1,6 +1,6 @@
-"""PALM: fundus photographs of short-sighted eyes, with masks of the optic disc and of atrophy.
+"""PALM: fundus photographs of myopic eyes, with masks of the optic disc and of atrophy.
 
-In a mask 0 is the structure and 255 the background; an image without a mask of atrophy has none.
+In a mask 0 is the structure and 255 the background; an image without atrophy mask has no atrophy.
 """
 
 from pathlib import Path
@@ -19,11 +19,11 @@ from datamodules.labelled.tables import files_under
 from datamodules.registry import Facts, Layout, marked
 from datamodules.tree import Tree
 
-#: What is segmented, in the order of the channels.
+#: The structures, in the order of the channels.
 STRUCTURES = ("disc", "atrophy")
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 _MASKS = {"disc": "**/Disc_Masks", "atrophy": "**/Lesion_Masks/Atrophy"}
-#: Grey values this close to 0 or 255 are edges of a compressed mask, not a third value.
+#: Grey values this close to 0 or 255 are compression artefacts at edges, not a third value.
 _TOLERANCE = 16
 
 
@@ -38,7 +38,7 @@ def palm_images(root: Tree) -> list[Path]:
 
 
 def palm_masks(root: Tree) -> dict[str, dict[str, Path]]:
-    """Return the masks of each structure by the name of their image."""
+    """Return the masks of each structure by image name."""
     return {
         name: {file.stem.upper(): root / file.name for folder in root.glob(pattern) for file in root.listed(folder)}
         for name, pattern in _MASKS.items()
@@ -46,14 +46,14 @@ def palm_masks(root: Tree) -> dict[str, dict[str, Path]]:
 
 
 def read_structure(path: Path | None, shape: tuple[int, int]) -> NDArray[np.uint8]:
-    """Read where a structure is, ``(H, W)``, 1 inside; nowhere where there is no file.
+    """Read a structure's mask, ``(H, W)``, 1 inside; all 0 without a file.
 
     Args:
         path: The mask.
         shape: Height and width of its image.
 
     Raises:
-        ImageError: it cannot be read, has another size than its image, or other values than 0 and 255.
+        ImageError: the mask is unreadable, differs in size from its image, or has values other than 0 and 255.
     """
     if path is None:
         return np.zeros(shape, dtype=np.uint8)
@@ -72,10 +72,9 @@ def read_structure(path: Path | None, shape: tuple[int, int]) -> NDArray[np.uint
 
 
 class PALMStructures(LabelLayout):
-    """Photographs with masks of disc and atrophy; the masks are files, and an empty name is an empty mask.
+    """Photographs with masks of disc and atrophy; masks are files; an empty name means an empty mask.
 
-    Names that begin with V and T are the official validation and test images; those of an archive without masks for
-    them are left out.
+    Names that begin with V and T are the official validation and test images; those without masks are left out.
     """
 
     name = "PALM"
@@ -84,7 +83,7 @@ class PALMStructures(LabelLayout):
     classes = STRUCTURES
 
     def _find(self, root: Tree) -> list[LabelledImage]:
-        """List the photographs with a mask of the disc; each is a patient.
+        """List the photographs with a disc mask; each is one patient.
 
         Raises:
             DataError: there are no masks, or two photographs have one name.
@@ -103,7 +102,7 @@ class PALMStructures(LabelLayout):
 
 
 def find_palm(root: Tree) -> list[Picture]:
-    """List the photographs; empty where there are no masks of discs.
+    """List the photographs; empty without disc masks.
 
     Raises:
         DataError: two photographs have one name.
@@ -125,10 +124,10 @@ def find_palm(root: Tree) -> list[Picture]:
 
 
 def read_atrophy(mask: Path, image: Path, shorter_side: int) -> NDArray[np.uint8]:
-    """Read a mask of atrophy, 1 inside, cut as its image is for pre-training.
+    """Read a mask of atrophy, 1 inside, cropped like its image in pre-training.
 
     Raises:
-        ImageError: it or its image cannot be read.
+        ImageError: the mask or its image cannot be read.
     """
     return cut_to_field_of_view(read_structure(mask, read_header(image)), image, shorter_side)
 

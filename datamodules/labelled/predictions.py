@@ -1,4 +1,4 @@
-"""Predicted regions as run-length codes, in the table that the pneumothorax challenge asks for."""
+"""Predicted regions as run-length codes, in the format of the pneumothorax challenge."""
 
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from datamodules.labelled.siim import encode_runs
 
 
 class RunLengthWriter(BasePredictionWriter):
-    """Writes ``predictions.csv`` in the run folder: ``ImageId`` and ``EncodedPixels``, -1 where there is no region.
+    """Writes ``predictions.csv`` in the run folder: ``ImageId`` and ``EncodedPixels``, -1 without a region.
 
-    The masks of the predictions are replaced by their codes: Lightning keeps predictions to the end, and of thousands
-    of radiographs that is gigabytes of masks.
+    Predicted masks are replaced by their codes: Lightning keeps all predictions, and masks of thousands of radiographs
+    take gigabytes.
     """
 
     def __init__(self) -> None:

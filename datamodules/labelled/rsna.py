@@ -13,7 +13,7 @@ IMAGES = "stage_2_train_images"
 class RSNAPneumonia(LabelLayout):
     """Training images of the second stage; the test images have no labels.
 
-    An image has pneumonia if one of its rows says so; else it is normal or shows something else.
+    An image has pneumonia if any of its rows says so; otherwise it is normal or shows something else.
     """
 
     name = "RSNA Pneumonia"
@@ -21,10 +21,10 @@ class RSNAPneumonia(LabelLayout):
     classes = ("Pneumonia",)
 
     def _find(self, root: Tree) -> list[LabelledImage]:
-        """List the images of the table; each is a patient's only one.
+        """List the images of the table; each belongs to a different patient.
 
         Raises:
-            DataError: the table or a column is missing, a name is none, or a target is no 0 or 1.
+            DataError: the table or a column is missing, a name is invalid, or a target is not 0 or 1.
         """
         path = need_file(root, [TABLE], self)
         table = read_table(path)

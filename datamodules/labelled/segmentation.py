@@ -1,4 +1,4 @@
-"""Radiographs with regions to be segmented: the whole image at one size, and its mask on the grid of its file."""
+"""Radiographs with regions to be segmented: whole images at one size, with masks on the grids of their files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from datamodules.loading import Draw
 
 
 def fitted_size(shape: Sequence[int], size: Sequence[int]) -> tuple[int, int]:
-    """Return the largest height and width of ``shape``'s ratio that fit into ``size``."""
+    """Return the largest height and width with ``shape``'s ratio that fit into ``size``."""
     factor = min(size[0] / shape[0], size[1] / shape[1])
     return max(round(shape[0] * factor), 1), max(round(shape[1] * factor), 1)
 
@@ -43,13 +43,13 @@ def whole_box(shape: Sequence[int]) -> Box:
 
 
 def read_mask(item: LabelledImage) -> NDArray[np.uint8]:
-    """Draw an image's regions on the grid of its file, of which the header alone is read.
+    """Draw an image's regions on the grid of its file, reading only the header.
 
     Returns:
         ``(H, W)``, 1 inside.
 
     Raises:
-        SampleFaultError: a code is damaged, or the file has no header.
+        SampleFaultError: a code or the file's header is invalid.
     """
     try:
         return decode_runs(item.masks, read_header(item.image))
@@ -58,12 +58,12 @@ def read_mask(item: LabelledImage) -> NDArray[np.uint8]:
 
 
 def reduced_mask(mask: NDArray[np.uint8], size: Sequence[int], mirror: bool = False) -> Tensor:
-    """Resize a mask ``(H, W)`` to ``(1, *size)`` float32 by the nearest pixel, as an image by ``cut_box``.
+    """Resize a mask ``(H, W)`` to ``(1, *size)`` float32 by the nearest pixel, matching ``cut_box`` for images.
 
     Args:
         mask: 0 and 1.
         size: Height and width of the result.
-        mirror: Whether to swap left and right.
+        mirror: Whether to mirror left and right.
     """
     resized = np.asarray(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
     if mirror:
@@ -72,14 +72,14 @@ def reduced_mask(mask: NDArray[np.uint8], size: Sequence[int], mirror: bool = Fa
 
 
 class MaskedImageDataset(LabelledImageDataset):
-    """Whole images with their masks, padded to one size; the arguments are those of :class:`LabelledImageDataset`."""
+    """Whole images with masks, padded to one size; the arguments are those of :class:`LabelledImageDataset`."""
 
     def read(self, draw: Draw) -> dict[str, Any]:
         """Return one sample.
 
-        ``image`` ``(1, H, W)`` is resized to fit and lies at the top left, with the mean, which is 0, around it;
-        ``label`` ``(1, H, W)`` is 1 inside a region, 0 outside and ``IGNORED`` around the image. For evaluation there
-        are ``region``, uint8 on the grid of the file, and ``size``, the height and width that the image takes up.
+        ``image`` ``(1, H, W)`` is resized to fit and placed at the top left, padded with the mean, which is 0;
+        ``label`` ``(1, H, W)`` is 1 inside a region, 0 outside and ``IGNORED`` around the image. Evaluation
+        adds ``region``, uint8 on the grid of the file, and ``size``, the height and width that the image occupies.
 
         Raises:
             SampleFaultError: the image or its mask cannot be used.
@@ -111,16 +111,16 @@ class MaskedImageConfig(ImageConfig):
 
 
 class MaskedImageDataModule(LabelledImageDataModule):
-    """Images with regions of one kind in a layout of :mod:`datamodules.labelled.layout`, cached, split by patient.
+    """Images with regions of one kind in a layout of :mod:`datamodules.labelled.layout`, cached and split by patient.
 
     Args:
         root: The archive.
-        labels: Its layout, of one class.
-        image: What images are fitted into; they are never cropped or turned.
-        cache: Copies of the images that are kept.
-        split: Who is trained, validated and tested on.
-        label_fraction: Share of the training patients to use, with and without regions alike; shares are nested.
-        loader: How samples are drawn, and how many may be broken.
+        labels: Its layout, with one class.
+        image: The size into which images are fitted; they are never cropped or rotated.
+        cache: The cache of images.
+        split: Which patients train, validate and test.
+        label_fraction: Share of training patients to use, equally with and without regions; shares are nested.
+        loader: How samples are drawn, and how many may be faulty.
         batch_size: Images per device.
         num_workers: Loader processes per rank; also threads that build the cache.
         anonymise: Whether subjects get pseudonyms in logs, tables and fault files.
@@ -180,7 +180,7 @@ class MaskedImageDataModule(LabelledImageDataModule):
         return spec._replace(regions={self.labels.classes[0]: (1,)}, preprocessing=preprocessing, classes=())
 
     def _mask_faults(self, images: Sequence[LabelledImage]) -> list[Fault]:
-        """Return what is wrong with the masks of images."""
+        """Return the faults of the images' masks."""
         faults = []
         for item in images:
             if item.masks:
@@ -191,7 +191,7 @@ class MaskedImageDataModule(LabelledImageDataModule):
         return faults
 
     def setup(self, stage: str) -> None:
-        """Put what is broken into the ledger and say what there is; masks to be scored are tried (Lightning hook).
+        """Record broken files in the ledger, check the masks to be scored, and log a summary (Lightning hook).
 
         Raises:
             DataError: no image can be used, or none of the training images has a region.

@@ -1,6 +1,6 @@
 """SIIM-ACR Pneumothorax Segmentation: chest radiographs with the run-length codes of pneumothoraces.
 
-A code is pairs of numbers: pixels outside since the end of the run before, pixels inside; columns first.
+A code consists of pairs of numbers in column-major order: the gap since the previous run, and the run's length.
 """
 
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ from datamodules.registry import marked
 from datamodules.tables import read_table
 from datamodules.tree import Tree
 
-#: In place of a code: there is no region.
+#: Stands for no region in place of a code.
 NO_REGION = "-1"
 _TABLES = ("train-rle.csv", "stage_2_train.csv")
-#: Of a number that is looked at: more are beyond any image, and Python refuses to read thousands.
+#: Most digits of a number: more exceed any image, and Python refuses to parse thousands.
 _DIGITS = 20
 _DICOM, _FLAT = "dicom-images-train", "images"
 
 
 class SIIMPneumothorax(LabelLayout):
-    """Training images, in the official tree of studies and series or in one folder. Several codes are one region."""
+    """Training images, in the official tree of studies and series or in one folder. Several codes form one region."""
 
     name = "SIIM-ACR Pneumothorax"
     tree = (
@@ -37,10 +37,10 @@ class SIIMPneumothorax(LabelLayout):
     classes = ("Pneumothorax",)
 
     def _find(self, root: Tree) -> list[LabelledImage]:
-        """List the images of the table; a study is a patient, and so is an image that lies in none.
+        """List the images of the table; each study is a patient, and so is an image outside any study.
 
         Raises:
-            DataError: the table or a column is missing, a name is none, or an image has neither a code nor a -1.
+            DataError: the table or a column is missing, a name is invalid, or an image has neither a code nor -1.
         """
         path = need_file(root, _TABLES, self)
         table = read_table(path)
@@ -60,7 +60,7 @@ class SIIMPneumothorax(LabelLayout):
 
 
 def _image(name: str, file: Path, tree: Path, masks: Sequence[str]) -> LabelledImage:
-    """Make an image of its codes."""
+    """Make an image from its codes."""
     folders = file.relative_to(tree).parts[:-1] if file.is_relative_to(tree) else ()
     patient = folders[0] if folders else name
     return LabelledImage(name, patient, file, (float(bool(masks)),), masks=tuple(masks))
@@ -70,14 +70,14 @@ def decode_runs(codes: Sequence[str], shape: tuple[int, int]) -> NDArray[np.uint
     """Draw the regions of run-length codes into one mask.
 
     Args:
-        codes: Pairs of a gap since the end of the run before and a run, columns first; ``-1`` is no region.
-        shape: ``(H, W)`` of the image that the codes were made on.
+        codes: Pairs of gap and run, column-major; ``-1`` means no region.
+        shape: ``(H, W)`` of the image for which the codes were made.
 
     Returns:
         ``(H, W)``, 1 inside any of the regions and 0 elsewhere.
 
     Raises:
-        ImageError: a code is no pairs of whole numbers, or runs beyond the image.
+        ImageError: a code is not a list of pairs of whole numbers, or exceeds the image.
     """
     height, width = shape
     flat = np.zeros(height * width, dtype=np.uint8)
@@ -93,14 +93,14 @@ def _numbers(code: str, num_pixels: int) -> NDArray[np.int64]:
     """Read a code.
 
     Raises:
-        ImageError: it is none, or is longer than the image.
+        ImageError: the code is invalid, or exceeds the image.
     """
     words = code.split()
     odd = next((word for word in words if not (word.isascii() and word.isdigit())), None)
     if odd is not None:
-        raise ImageError("label", f"a run-length code holds {odd[:20]!r}, which is no whole number from 0 on")
+        raise ImageError("label", f"a run-length code holds {odd[:20]!r}, which is not a whole number from 0 on")
     if not words or len(words) % 2:
-        raise ImageError("label", f"a run-length code of {len(words)} numbers is no pairs of a gap and a run")
+        raise ImageError("label", f"a run-length code of {len(words)} numbers is not a list of pairs of gap and run")
     total = sum(int(word.lstrip("0")[:_DIGITS] or "0") for word in words)
     if total > num_pixels:
         raise ImageError("label", f"a run-length code covers {total} pixels of an image of {num_pixels}")
@@ -111,7 +111,7 @@ def encode_runs(mask: NDArray) -> str:
     """Return the run-length code of a mask; the inverse of :func:`decode_runs`.
 
     Args:
-        mask: ``(H, W)``; what is not 0 is inside.
+        mask: ``(H, W)``; nonzero pixels are inside.
     """
     inside = np.concatenate([[False], mask.T.ravel() != 0, [False]])
     edges = np.flatnonzero(inside[1:] != inside[:-1])

@@ -1,4 +1,4 @@
-"""Images with masks of several structures, which may overlap: the whole image at one size, its masks likewise."""
+"""Images with masks of several structures, which may overlap: whole images at one size, with their masks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ def read_structures(item: LabelledImage) -> np.ndarray:
     """Read the masks of an image, uint8 ``(R, X, Y)`` on the grid of its file, 1 inside.
 
     Raises:
-        SampleFaultError: a mask is damaged, or the image has no header.
+        SampleFaultError: a mask or the image's header is damaged.
     """
     try:
         shape = read_header(item.image)
@@ -36,7 +36,7 @@ class StructureDataset(LabelledImageDataset):
     def read(self, draw: Draw) -> dict[str, Any]:
         """Return one sample.
 
-        ``image`` ``(C, H, W)`` and ``label`` ``(R, H, W)``, 1 inside; for evaluation ``region`` besides, uint8
+        ``image`` ``(C, H, W)`` and ``label`` ``(R, H, W)``, 1 inside; evaluation adds ``region``, uint8
         ``(R, X, Y)`` on the grid of the file.
 
         Raises:
@@ -54,7 +54,7 @@ class StructureDataset(LabelledImageDataset):
 class StructureDataModule(LabelledImageDataModule):
     """Images with masks of several structures in a layout such as :class:`datamodules.labelled.palm.PALMStructures`.
 
-    The arguments are those of :class:`LabelledImageDataModule`; images are never cropped or turned.
+    The arguments are those of :class:`LabelledImageDataModule`; images are never cropped or rotated.
     """
 
     @property
@@ -64,7 +64,7 @@ class StructureDataModule(LabelledImageDataModule):
         return spec._replace(regions=dict.fromkeys(self.labels.classes, (1,)), classes=())
 
     def setup(self, stage: str) -> None:
-        """Put what is broken into the ledger; masks to be scored are tried (Lightning hook)."""
+        """Record broken files in the ledger and check the masks to be scored (Lightning hook)."""
         super().setup(stage)
         for part in ("val", "test"):
             for item in self._usable(self.splits[part]):

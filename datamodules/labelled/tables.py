@@ -1,4 +1,4 @@
-"""What the layouts of labelled images share: a column of labels, a column of file names, and where files lie."""
+"""Shared by the layouts of labelled images: columns of labels, columns of file names, and listing of files."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,17 +16,17 @@ _FILE_NAME = r"\w[\w.-]*"
 def column_targets(
     path: Path, table: pd.DataFrame, column: str, allowed: Mapping[str, float], case_ids: Sequence[str]
 ) -> list[float]:
-    """Return what the cells of a label column mean.
+    """Return the meaning of the cells of a label column.
 
     Args:
         path: The table's file.
-        table: What it holds, as text.
+        table: Its content as text.
         column: One of its columns.
-        allowed: What a cell may hold, and what that means.
+        allowed: Allowed cell to its meaning.
         case_ids: Name of each row.
 
     Raises:
-        DataError: a cell means nothing.
+        DataError: unknown value.
     """
     texts = table[column].tolist()
     meaning: dict[str, float] = {}
@@ -37,19 +37,19 @@ def column_targets(
 
 
 def column_names(path: Path, table: pd.DataFrame, column: str) -> list[str]:
-    """Return a column of names, each of which can be a file's.
+    """Return a column of valid file names.
 
     Raises:
-        DataError: one cannot, such as one that leaves its folder.
+        DataError: invalid name, such as one that leads outside its folder.
     """
     odd = table.loc[~table[column].str.fullmatch(_FILE_NAME), column]
     if len(odd):
-        raise DataError(f"{path} has {len(odd)} rows whose {column} is no name of a file, first "
+        raise DataError(f"{path} has {len(odd)} rows whose {column} is not a file name, first "
                         f"'{public_name(odd.iloc[0])}'.")  # fmt: skip
     return table[column].tolist()
 
 
 def files_under(tree: Tree, folders: Iterable[str | Path], suffixes: Sequence[str]) -> Iterator[Path]:
-    """Yield the files of some suffixes under some folders of a tree, in one order; a folder may be absent."""
+    """Yield files with some suffixes under some folders of a tree, in a fixed order; folders may be missing."""
     for folder in folders:
         yield from (tree / file.name for file in tree.under(folder, suffixes))

@@ -1,4 +1,4 @@
-"""What archives of images with texts share: the tokenizer, given or learned, and what it makes of the texts."""
+"""What archives of images with texts share: the tokenizer, given or trained, and the tokens of the texts."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ class TextConfig:
     """Texts as tokens.
 
     Args:
-        length: Tokens of a text at most, the class token included.
-        tokenizer: JSON file, folder, or name of the hub; ``CKPT=`` brings its own; None learns one from the training
-            texts, kept in the cache.
-        tokenizer_kind: ``"wordpiece"`` or ``"bpe"``, where it is learned.
-        vocab_size: Tokens at most, where it is learned.
-        end_token: Whether texts end with the tokenizer's token for that, if it has one.
+        length: Most tokens per text, including the class token.
+        tokenizer: JSON file, folder, or name on the hub; ``CKPT=`` brings its own; None: trained on the training texts
+            and stored in the cache.
+        tokenizer_kind: ``"wordpiece"`` or ``"bpe"``, if it is trained.
+        vocab_size: Most tokens, if it is trained.
+        end_token: Whether texts end with the tokenizer's end token, if it has one.
 
     Raises:
-        ValueError: ``length`` has no room for a word.
+        ValueError: ``length`` leaves no room for a word.
     """
 
     length: int = 100
@@ -43,7 +43,7 @@ class TextArchiveDataModule(ImageArchiveDataModule):
     """Cases with images and texts.
 
     Args:
-        text: The tokenizer, and how long texts are.
+        text: The tokenizer, and the length of texts.
         **settings: Those of :class:`datamodules.images.datamodule.ImageArchiveDataModule`.
     """
 
@@ -60,10 +60,10 @@ class TextArchiveDataModule(ImageArchiveDataModule):
 
     @property
     def tokenizer(self) -> ReportTokenizer:
-        """The tokenizer: the given one, or one learned from the training texts and kept in the cache.
+        """The tokenizer: the given one, or one trained on the training texts and stored in the cache.
 
         Raises:
-            DataError: there is none at the given path, or there is no text to learn one from.
+            DataError: no tokenizer at the given path, or no texts to train one on.
         """
         if self._tokenizer is None:
             path = self._tokenizer_path
@@ -76,7 +76,7 @@ class TextArchiveDataModule(ImageArchiveDataModule):
 
     @property
     def vocabulary(self) -> dict[str, Any]:
-        """What networks need to know of the tokens."""
+        """What networks need to know about the tokens."""
         tokenizer = self.tokenizer
         return {
             "size": tokenizer.vocab_size,
@@ -91,7 +91,7 @@ class TextArchiveDataModule(ImageArchiveDataModule):
         _ = self.tokenizer
 
     def keep_tokenizer(self, stage: str) -> None:
-        """When training: say how many texts are cut, and keep the tokenizer with the run."""
+        """In training, note how many texts are truncated, and save the tokenizer with the run."""
         if stage != "fit":
             return
         texts = self.training_texts()

@@ -1,4 +1,4 @@
-"""What ``medmim doctor`` looks at in an archive of images with reports."""
+"""What ``medmim doctor`` checks in an archive of images with reports."""
 
 import re
 from collections import Counter, defaultdict
@@ -18,7 +18,7 @@ _WORD = re.compile(r"[^\W\d_]+")
 
 
 def check_sample(sample: Any, text_of: Callable[[Any], str], deep: bool) -> tuple[Member, str]:
-    """Look at the headers of a sample's images, or (``deep``) at every pixel; return also the text that is used."""
+    """Check the headers of a sample's images, or every pixel if ``deep``; also return the text that is used."""
     images = check_images(sample.images, sample.case_id, sample.patient_id, deep)
     faults = list(images.faults)
     try:
@@ -33,7 +33,7 @@ def check_sample(sample: Any, text_of: Callable[[Any], str], deep: bool) -> tupl
 
 
 def _print_unseen(texts: Mapping[str, str], training: Set[str]) -> None:
-    """Print how many words of held-out reports no training report has; numbers and redactions are no words."""
+    """Print how many words of held-out reports are in no training report; numbers and redactions do not count."""
     seen: Counter[str] = Counter()
     held_out: Counter[str] = Counter()
     for study, text in texts.items():
@@ -45,7 +45,7 @@ def _print_unseen(texts: Mapping[str, str], training: Set[str]) -> None:
 
 
 def _print_texts(terms: Terms, read: Sequence[str], tokenizer: Callable[[], ReportTokenizer], limit: int) -> None:
-    """Print how long the reports are, what the tokenizer does not know, and which words training never sees."""
+    """Print the lengths of reports, the unknown tokens, and the words not seen in training."""
     samples = terms.members
     texts = {sample.study.case_id: text for sample, text in zip(samples, read, strict=True) if text}
     without = len({sample.study.case_id for sample in samples}) - len(texts)
@@ -83,11 +83,11 @@ def examine(
     """Print a report on an archive and return the reasons why training would refuse it.
 
     Args:
-        name: Its layout's.
-        terms: What training asks of it.
+        name: Name of its layout.
+        terms: What training requires.
         text_of: Returns the text of a sample; raises :class:`datamodules.reports.text.ReportError`.
-        tokenizer: Returns what makes tokens of texts; asked only where there are texts.
-        limit: Tokens of a text at most.
+        tokenizer: Returns the tokenizer; called only if there are texts.
+        limit: Most tokens per text.
         deep: Whether to read every byte, not only headers.
         workers: Threads.
     """

@@ -17,7 +17,7 @@ def _header(tree: Tree) -> set[str]:
 
 
 def find_covid(tree: Tree) -> list[Record]:
-    """List the X-rays of the COVID-19 image data collection; none where the root is not one."""
+    """List the X-rays of the COVID-19 image data collection; empty if the root is another archive."""
     header = _header(tree)
     if not header >= _MARKS:
         return []

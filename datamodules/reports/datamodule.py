@@ -41,7 +41,7 @@ _SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
 
 
 def swap_sides(text: str) -> str:
-    """Exchange left and right, also inside longer words such as ``right-sided``; capitals stay."""
+    """Exchange left and right, also inside longer words such as ``right-sided``; capitals are kept."""
 
     def other(match: re.Match[str]) -> str:
         word = _OTHER_SIDE[match[0].lower()]
@@ -58,13 +58,13 @@ def swap_sides(text: str) -> str:
 
 @dataclass(frozen=True)
 class ReportImageConfig(ImageConfig):
-    """Images that a text goes with.
+    """Images that come with a text.
 
     Args:
-        crop_scale: Share of an image's area that a training crop has; None cuts the central crop.
+        crop_scale: Area of a training crop as a share of the image; None: the central crop.
         flip: ``"off"``; ``"swap_words"`` mirrors half of the training crops and exchanges left and right in the report;
-            ``"naive"`` mirrors only, so that the words for the sides become wrong.
-        colour: Whether images are read in colour, else gray.
+            ``"naive"`` only mirrors, so that the words for the sides become wrong.
+        colour: Whether images are read in colour, otherwise grey.
     """
 
     size: tuple[int, int] = (448, 448)
@@ -82,16 +82,16 @@ class ReportTextConfig(TextConfig):
 
     Args:
         part: ``"findings_impression"`` or ``"full"``.
-        keep_redactions: Whether ``___``, which stands for what was removed from a report, stays.
-        unique: Whether to keep one sample of each distinct text, capitals aside, and none without, before splitting:
-            for archives whose reports repeat from person to person.
-        pad_to_length: Whether texts are padded to ``length``, else to the longest of their batch.
-        mask_ratio: Probability that a word is hidden.
+        keep_redactions: Whether ``___``, which marks removed parts of a report, is kept.
+        unique: Whether to keep only one sample per distinct text, ignoring capitals, and none without text, before
+            splitting: for archives that repeat reports between patients.
+        pad_to_length: Whether texts are padded to ``length``, otherwise to the longest of their batch.
+        mask_ratio: Probability of hiding a word.
         mask_unit: ``"word"`` or ``"token"``.
-        mask_last: Whether the last of ``length`` positions may be hidden.
+        mask_last: Whether the last of the ``length`` positions may be hidden.
         mask_scheme: ``"independent"`` draws for each word and always writes the mask token
-            (:class:`common.maskers.words.WordMasker`); ``"bert"`` hides a fixed share of each text, 80 % by the mask
-            token (:class:`common.maskers.bert.BertMasker`).
+            (:class:`common.maskers.words.WordMasker`); ``"bert"`` hides a fixed share of each text, 80 % of it by
+            the mask token (:class:`common.maskers.bert.BertMasker`).
     """
 
     part: Literal["findings_impression", "full"] = "findings_impression"
@@ -104,7 +104,7 @@ class ReportTextConfig(TextConfig):
     mask_scheme: Literal["independent", "bert"] = "independent"
 
     def masker(self) -> WordMasker | BertMasker:
-        """Return what hides words."""
+        """Return the word masker."""
         if self.mask_scheme == "bert":
             return BertMasker(self.mask_ratio, self.mask_unit)
         return WordMasker(self.mask_ratio, self.mask_unit, self.mask_last)
@@ -112,14 +112,14 @@ class ReportTextConfig(TextConfig):
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """What a sample is.
+    """What makes a sample.
 
     Args:
-        pair: ``"image"`` makes every image a sample with its study's report; ``"study"`` one sample a study, whose
-            views are drawn anew every epoch.
-        views: Views to keep, such as ``[AP, PA]``; None keeps all.
+        pair: ``"image"`` makes every image a sample with its study's report; ``"study"`` makes one sample per
+            study, with a view drawn anew every epoch.
+        views: Views to keep, such as ``[AP, PA]``; None: all.
         complete: Whether only samples with image and text are used.
-        negative_images: Whether each sample comes with another one's image.
+        negative_images: Whether each sample comes with the image of another one.
     """
 
     pair: Literal["image", "study"] = "image"
@@ -129,14 +129,14 @@ class SampleConfig:
 
 
 class TextSettings(NamedTuple):
-    """How a report becomes tokens.
+    """How reports become tokens.
 
     Attributes:
         part: ``"findings_impression"`` or ``"full"``; see :mod:`datamodules.reports.text`.
-        length: T, tokens at most, the class token included.
-        masker: Draws which words are hidden, and replaces them.
+        length: T, most tokens, including the class token.
+        masker: Chooses the hidden words and replaces them.
         end: Whether the tokenizer's end token, if it has one, comes last.
-        redactions: Whether ``___``, which stands for what was removed from a report, stays.
+        redactions: Whether ``___``, which marks removed parts of a report, is kept.
     """
 
     part: str
@@ -147,14 +147,14 @@ class TextSettings(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """An image with its report, or a study whose views take turns.
+    """An image with its report, or a study with views to draw from.
 
     Attributes:
         case_id: Unique name.
-        patient_id: Splits are by this.
-        images: The views to choose from; empty = text alone.
-        study: Where the text lies.
-        split: As the archive says.
+        patient_id: Splits are made by patient.
+        images: The views to choose from; empty: only text.
+        study: The study with the text.
+        split: The archive's own split.
     """
 
     case_id: str
@@ -165,10 +165,10 @@ class Sample(NamedTuple):
 
 
 def samples_of(studies: Sequence[Study], pair: str, views: Sequence[str] | None) -> list[Sample]:
-    """Make the samples of studies: one an image, or one a study; only of the wanted views.
+    """Make the samples of studies, one per image or one per study, using only some views.
 
     Raises:
-        DataError: no image shows a wanted view.
+        DataError: no image shows one of the views.
     """
     samples = []
     wanted = None if views is None else {view.upper() for view in views}
@@ -192,7 +192,7 @@ def samples_of(studies: Sequence[Study], pair: str, views: Sequence[str] | None)
 
 
 def distinct(samples: Sequence[Sample], extract: Extract, text: TextSettings) -> list[Sample]:
-    """Keep the first sample of each distinct text, capitals aside; samples without a readable text go."""
+    """Keep the first sample of each distinct text, ignoring capitals; drop samples without readable text."""
     kept: dict[str, Sample] = {}
     for sample in samples:
         try:
@@ -204,21 +204,21 @@ def distinct(samples: Sequence[Sample], extract: Extract, text: TextSettings) ->
 
 
 class ImageTextDataset(FaultTolerantDataset):
-    """Crops of images and tokens of their reports, words hidden.
+    """Crops of images and tokens of their reports, with hidden words.
 
     Args:
         samples: The samples.
-        extract: Makes the text that is used of a report.
+        extract: Extracts the text to use from a report.
         store: Opens images.
-        tokenizer: Makes tokens.
-        text: How.
-        image: How they are cut.
-        train: Whether crops, views and hidden words are drawn anew every epoch under the run's seed; else they are
-            fixed per subject whatever the run.
+        tokenizer: The tokenizer.
+        text: How reports become tokens.
+        image: How images are cut.
+        train: Whether crops, views and hidden words are drawn anew every epoch from the run's seed; otherwise they are
+            fixed per subject in every run.
         seed: Seed of the training draws.
-        controls: Other patients' samples, for the control of the collapse diagnostics; None leaves it out.
+        controls: Samples of other patients, the control of the collapse diagnostics; None: no control.
         anonymise: Whether subjects get pseudonyms.
-        complete: Whether a sample needs image and text; else one of them will do.
+        complete: Whether a sample needs both image and text; otherwise one is enough.
         negatives: Whether each sample comes with the image of another one.
     """
 
@@ -292,7 +292,7 @@ class ImageTextDataset(FaultTolerantDataset):
     def _image(
         self, sample: Sample, generator: np.random.Generator, mirror: bool, faults: list[Fault]
     ) -> Tensor | None:
-        """Return a crop of one view; None, and a fault, where it cannot be read."""
+        """Return a crop of one view; None and a fault if it cannot be read."""
         if not sample.images:
             return None
         path = sample.images[int(generator.integers(len(sample.images))) if self.train else 0]
@@ -306,7 +306,7 @@ class ImageTextDataset(FaultTolerantDataset):
             return None
 
     def _text(self, sample: Sample, faults: list[Fault]) -> str:
-        """Return the text; empty where there is none, with a fault where one is listed but damaged."""
+        """Return the text; empty if there is none, with a fault if one is listed but damaged."""
         try:
             return study_text(sample.study, self.extract, self.text.part, self.text.redactions)
         except ReportError as error:
@@ -324,13 +324,13 @@ class ImageTextDataset(FaultTolerantDataset):
         return {"input_ids": seen[0], "labels": encoded.ids.masked_fill(~hidden, -100)}
 
     def _standardised(self, image: Tensor | None) -> Tensor:
-        """Return the image in the encoder's units; the mean, which is 0, where there is none."""
+        """Return the image in the encoder's units; the mean, which is 0, if there is none."""
         if image is None:
             return torch.zeros(max(self.store.reader.channels, len(self.mean)), *self.image_size)
         return (image - self.mean) / self.std
 
     def _negative(self, sample: Sample, draw: Draw) -> Tensor | None:
-        """Cut an image that is not the sample's own, drawn anew every epoch; None where none can be read."""
+        """Cut the image of another sample, drawn anew every epoch; None if none can be read."""
         first = stable_hash("negative", *self.draw_key(draw, self.train))
         for attempt in range(len(self.samples)):
             other = self.samples[(first + attempt) % len(self.samples)]
@@ -341,7 +341,7 @@ class ImageTextDataset(FaultTolerantDataset):
         return None
 
     def _control(self, sample: Sample, draw: Draw) -> Tensor | None:
-        """Cut the image of another patient; None where none can be read."""
+        """Cut the image of another patient; None if none can be read."""
 
         def read(other: Sample) -> Tensor:
             faults: list[Fault] = []
@@ -354,10 +354,10 @@ class ImageTextDataset(FaultTolerantDataset):
 
 
 def collate_image_text(samples: list[dict[str, Any]], pad_id: int, length: int = 0) -> dict[str, Any]:
-    """Join samples; texts are padded to the longest of the batch, or to ``length`` if that is more.
+    """Collate samples; texts are padded to the longest of the batch, or to ``length`` if that is more.
 
-    Hidden positions are listed here, on the CPU, so that no step has to wait for their number: ``hidden_index`` counts
-    through the flattened ``(B, T)``, ``hidden_ids`` are the true tokens there.
+    Hidden positions are listed here, on the CPU, so that no step waits for their number: ``hidden_index`` indexes the
+    flattened ``(B, T)``, ``hidden_ids`` are the true tokens there.
     """
     ids = [sample.pop("input_ids") for sample in samples]
     labels = [sample.pop("labels") for sample in samples]
@@ -376,23 +376,23 @@ def collate_image_text(samples: list[dict[str, Any]], pad_id: int, length: int =
 
 
 class ImageTextDataModule(TextArchiveDataModule):
-    """Radiographs, or other images, with their reports, in any known layout; split by patient.
+    """Radiographs, or other images, with their reports, in any known layout, split by patient.
 
     Args:
         root: The archive.
         layout: Name of its layout; ``"auto"`` recognises it from the tree.
-        table: Name of a manifest's table under the root, such as ``metadata.csv``; None = ``manifest.csv``,
-            ``.jsonl`` or ``.parquet``. This and ``columns`` mean the layout ``manifest``.
-        columns: Columns of a manifest by role (image, text, subject, split, view, folder); None = their names.
-        samples: What a sample is.
+        table: Name of a manifest's table under the root, such as ``metadata.csv``; None: ``manifest.csv``,
+            ``.jsonl`` or ``.parquet``. This and ``columns`` imply the layout ``manifest``.
+        columns: Columns of a manifest by role (image, text, subject, split, view, folder); None: named by their roles.
+        samples: What makes a sample.
         image: The crops, which are the target; the encoder may see fewer pixels.
         text: The texts, and which of their words are hidden.
-        cache: Copies of the images that are kept.
-        split: Who is trained, validated and tested on.
-        loader: How samples are drawn, and how many may be broken.
+        cache: The cache of images.
+        split: Which patients train, validate and test.
+        loader: How samples are drawn, and how many may be faulty.
         batch_size: Samples per device.
         num_workers: Loader processes per rank; also threads that build the cache.
-        anonymise: Whether subjects and texts stay out of logs, pictures and fault files.
+        anonymise: Whether subjects and texts are kept out of logs, figures and fault files.
         seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
         **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of
             :class:`datamodules.base.ArchiveDataModule`.
@@ -445,7 +445,7 @@ class ImageTextDataModule(TextArchiveDataModule):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Images and texts; a sample may lack one of them unless ``complete`` asks for both."""
+        """Images and texts; a sample may lack one of them unless ``complete`` is set."""
         return frozenset({"images", "text"})
 
     @property
@@ -454,7 +454,7 @@ class ImageTextDataModule(TextArchiveDataModule):
         return () if self.complete else ("images",)
 
     def index(self) -> Archive:
-        """Recognise the layout, list and split the samples. Reads names and tables, no image.
+        """Recognise the layout, list and split the samples. Reads names and tables only, no images.
 
         Raises:
             DataError: unknown layout, missing columns, a patient in two splits, and the like.
@@ -484,7 +484,7 @@ class ImageTextDataModule(TextArchiveDataModule):
         """Keep the samples that have both an image and a text.
 
         Raises:
-            DataError: none has.
+            DataError: there is none.
         """
         kept = [sample for sample in samples if sample.images and sample.study.text]
         if not kept:
@@ -494,10 +494,10 @@ class ImageTextDataModule(TextArchiveDataModule):
         return kept
 
     def text_of(self, sample: Sample) -> str:
-        """Return the text of a sample that is used; empty where it has none.
+        """Return a sample's text as it is used; empty if it has none.
 
         Raises:
-            ReportError: a report that is listed cannot be read.
+            ReportError: a listed report cannot be read.
         """
         return study_text(sample.study, extract_of(self.index()), self.text.part, self.text.redactions)
 
@@ -534,7 +534,7 @@ class ImageTextDataModule(TextArchiveDataModule):
         return self.samples
 
     def setup(self, stage: str) -> None:
-        """Put what is broken into the ledger, keep the tokenizer with the run, and say what there is (Lightning hook).
+        """Record broken files in the ledger, save the tokenizer with the run, and log a summary (Lightning hook).
 
         Raises:
             DataError: no sample can be used.
@@ -566,13 +566,13 @@ class ImageTextDataModule(TextArchiveDataModule):
         return self._dataset(cases, controls=True)
 
     def _usable(self, cases: Iterable[Sample]) -> list[Sample]:
-        """Leave out samples known to be broken, but for those whose text will do alone."""
+        """Leave out samples known to be broken, unless their text is enough."""
         good = {case.case_id for case in super()._usable(cases)}
         alone = not self.complete
         return [case for case in cases if case.case_id in good or (alone and case.study.text is not None)]
 
     def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """Return what joins samples and pads their texts."""
+        """Return the collate function."""
         length = self.text.length if self.pad_to_length else 0
         return partial(collate_image_text, pad_id=self.tokenizer.pad_id, length=length)
 

@@ -1,6 +1,6 @@
 """MedICaT: figures of open-access papers with captions and the sentences that refer to them (Subramanian et al. 2020).
 
-``ROOT/release/*.jsonl`` has one line a figure, ``figures/{pdf_hash}_{fig_uri}`` lies beside it. The release also has
+``ROOT/release/*.jsonl`` has one line per figure, with ``figures/{pdf_hash}_{fig_uri}`` next to it. The release also has
 inline references to ROCO's figures (``roco_{train,val,test}_references.jsonl``), read by
 :mod:`datamodules.reports.roco`.
 """
@@ -18,7 +18,7 @@ from datamodules.registry import Evidence, Layout
 from datamodules.reports.studies import Study
 from datamodules.tree import Tree
 
-#: Texts with fewer words say nothing, such as "Figure 1".
+#: Texts with fewer words, such as "Figure 1", carry no information.
 MIN_WORDS = 3
 
 
@@ -27,8 +27,8 @@ class Figure(NamedTuple):
 
     Attributes:
         name: File under ``figures``.
-        paper: Hash of the paper; splits are by this.
-        caption: Caption, white space collapsed; empty where there is none.
+        paper: Hash of the paper; splits are made by paper.
+        caption: Caption, white space collapsed; empty if there is none.
         references: Sentences that refer to the figure.
         radiology: Whether it was classified as radiology.
     """
@@ -46,10 +46,10 @@ def collapsed(text: Any) -> str:
 
 
 def texts_of(row: Mapping[str, Any], name: str, place: str) -> list[str]:
-    """Return the texts that a row lists under a name, white space collapsed, those that are not empty.
+    """Return the nonempty texts that a row lists under a name, white space collapsed.
 
     Raises:
-        DataError: it is no list.
+        DataError: it is not a list.
     """
     listed = row.get(name) or []
     if not isinstance(listed, list):
@@ -58,10 +58,10 @@ def texts_of(row: Mapping[str, Any], name: str, place: str) -> list[str]:
 
 
 def read_figures(path: Path) -> list[Figure]:
-    """Read the list of figures, every line of it.
+    """Read every line of the list of figures.
 
     Raises:
-        DataError: a line is no JSON, or lacks ``pdf_hash`` or ``fig_uri``.
+        DataError: a line is not JSON, or lacks ``pdf_hash`` or ``fig_uri``.
     """
     figures = []
     for number, row in enumerate(json_lines(path), 1):
@@ -75,7 +75,7 @@ def read_figures(path: Path) -> list[Figure]:
 
 
 def studies_of_texts(name: str, patient: str, image: Path, texts: list[str], split: str | None) -> list[Study]:
-    """Make one study of each distinct text of an image that has words enough."""
+    """Make one study per distinct text of an image with enough words."""
     usable = [text for text in dict.fromkeys(texts) if len(text.split()) >= MIN_WORDS]
     return [Study(f"{name}#{i}", patient, (image,), ("",), text, split) for i, text in enumerate(usable)]
 
@@ -89,10 +89,10 @@ def print_left_out(what: str, total: int, missing: int, silent: int) -> None:
 
 
 def find_medicat(root: Tree, radiology_only: bool = True) -> list[Study]:
-    """List one study for each text of each figure; empty where the root is no MedICaT.
+    """List one study for each text of each figure; empty if the root is not MedICaT.
 
     Raises:
-        DataError: a damaged line, or none of the listed images is there.
+        DataError: a damaged line, or none of the listed images exists.
     """
     place = _release(root)
     if place is None:
@@ -116,7 +116,7 @@ def find_medicat(root: Tree, radiology_only: bool = True) -> list[Study]:
 
 
 def _release(tree: Tree) -> str | None:
-    """Return the folder of a release, which has the figures in it."""
+    """Return the folder of a release, which contains the figures."""
     return next((place for place in ("release", "") if tree.is_dir(f"{place}/figures".lstrip("/"))), None)
 
 

@@ -19,7 +19,7 @@ from datamodules.tree import Tree
 
 TASKS = ("i_meth", "p_meth", "i_meth_label", "p_meth_label")
 _FILES = {"train": "train.csv", "val": "dev.csv", "test": "test.csv"}
-#: Rows of each split as published. The numbers are second-hand, so a difference is said and not refused.
+#: Published numbers of rows. They are second-hand, so a difference is noted, not refused.
 _ROWS = {"train": 4344, "val": 449, "test": 578}
 
 
@@ -31,7 +31,7 @@ class CaptionedFigure(NamedTuple):
         patient_id: The figure, which several rows may share.
         image: Its file.
         text: Caption, white space collapsed; may be empty.
-        label: The class; empty where the task does not name one.
+        label: The class; empty if the task defines none.
         split: ``train``, ``val`` or ``test``.
     """
 
@@ -44,9 +44,9 @@ class CaptionedFigure(NamedTuple):
 
 
 def read_melinda(root: Tree, task: str = "p_meth_label") -> list[CaptionedFigure]:
-    """List MELINDA's rows in its official splits; empty where the root is another archive.
+    """List MELINDA's rows in its official splits; empty if the root is another archive.
 
-    Says so where their numbers are not the published ones.
+    Warns if their numbers are not the published ones.
 
     Raises:
         DataError: an unknown task, or a table that lacks a column.
@@ -77,7 +77,7 @@ def read_melinda(root: Tree, task: str = "p_meth_label") -> list[CaptionedFigure
 
 
 def _find(root: Tree) -> list[Study]:
-    """List training and validation rows as images with text, for calibration: no labels, nothing of the test split."""
+    """List training and validation rows as images with text, for calibration: no labels, no test split."""
     rows = [row for row in read_melinda(root) if row.split != "test"]
     held = {row.patient_id for row in rows if row.split == "val"}
     return [

@@ -1,8 +1,8 @@
-"""MIMIC-CXR-JPG with the reports of MIMIC-CXR, two products of PhysioNet of which the first has no reports.
+"""MIMIC-CXR-JPG with the reports of MIMIC-CXR, two products of PhysioNet, of which the first has no reports.
 
 ``ROOT/mimic-cxr-jpg/2.0.0/`` holds ``files/p10/p10000032/s50414267/<dicom_id>.jpg`` and tables such as
-``mimic-cxr-2.0.0-metadata.csv.gz``; ``ROOT/mimic-cxr/2.0.0/`` holds ``mimic-cxr-reports.zip``, or what it unpacks to.
-The tables say which images there are: no image is touched here.
+``mimic-cxr-2.0.0-metadata.csv.gz``; ``ROOT/mimic-cxr/2.0.0/`` holds ``mimic-cxr-reports.zip``, or its content.
+The tables list the images: no image file is touched here.
 """
 
 import gc
@@ -27,7 +27,7 @@ from datamodules.tree import Tree
 
 REPORTS = "mimic-cxr-reports.zip"
 _MAX_DEPTH = 3
-# A folder with more folders in it holds patients, not products.
+# A folder with more subfolders holds patients, not products.
 _MAX_FOLDERS = 256
 _SPLITS = {"validate": "val"}
 _IDENTIFIERS = {"dicom_id": "[0-9A-Za-z-]+", "subject_id": "[0-9]+", "study_id": "[0-9]+"}
@@ -35,13 +35,13 @@ _MEMBER = re.compile(r"(?:.*/)?files/(p\d+/p\d+/s\d+)\.txt")
 
 
 def _subfolders(tree: Tree, folder: str) -> list[str]:
-    """List the folders in which a product may lie."""
+    """List the folders that may hold a product."""
     names = tree.folders(folder)
     return [f"{folder}/{name}".lstrip("/") for name in names if name != "files"] if len(names) <= _MAX_FOLDERS else []
 
 
 def _folders(tree: Tree) -> list[str]:
-    """List the root and what lies under it, at most three folders down."""
+    """List the root and the folders under it, at most three levels down."""
     found, level = [""], [""]
     for _ in range(_MAX_DEPTH):
         level = [below for folder in level for below in _subfolders(tree, folder)]
@@ -50,7 +50,7 @@ def _folders(tree: Tree) -> list[str]:
 
 
 def _table_path(tree: Tree, folder: str, name: str) -> Path | None:
-    """Return a product's table, of the newest version; None if there is none."""
+    """Return a product's table, of the newest version; None if it does not exist."""
     paths = tree.glob(f"{folder}/mimic-cxr-*-{name}.csv*".lstrip("/"))
     tables = [path for path in paths if path.suffix in (".csv", ".gz")]
     return tables[-1] if tables else None
@@ -85,7 +85,7 @@ def _per_study(table: pd.DataFrame, path: Path, column: str) -> pd.Series:
 
 
 def _with_views(images: pd.DataFrame, path: Path, views: Sequence[str]) -> pd.DataFrame:
-    """Keep the images of some views.
+    """Keep images of the given views.
 
     Raises:
         DataError: there are none.
@@ -100,21 +100,21 @@ def _with_views(images: pd.DataFrame, path: Path, views: Sequence[str]) -> pd.Da
 
 
 def _read_images(path: Path, views: Sequence[str] | None) -> pd.DataFrame:
-    """Read which images there are, in the order of their studies.
+    """Read the table of images, ordered by study.
 
     Returns:
         One row per image: the columns of the table and ``stem``, the folder of its study under ``files``.
 
     Raises:
-        DataError: a damaged or empty table, an entry that is no identifier, a study of two patients, or no image of
-            the views.
+        DataError: a damaged or empty table, an entry that is not an identifier, a study of two patients, or no image
+            of the views.
     """
     images = _needed_table(path, [*_IDENTIFIERS, "ViewPosition"]).drop_duplicates("dicom_id")
     for column, pattern in _IDENTIFIERS.items():
         odd = images.loc[~images[column].str.fullmatch(pattern), column]
         if len(odd):
             raise DataError(
-                f"{path} has {len(odd)} rows whose {column} is no identifier, first '{public_name(odd.iloc[0])}'."
+                f"{path} has {len(odd)} rows whose {column} is not an identifier, first '{public_name(odd.iloc[0])}'."
             )
     if images.empty:
         raise DataError(f"{path} lists no image.")
@@ -142,7 +142,7 @@ def _zipped_reports(path: Path) -> dict[str, ReportFile]:
 
 
 def _find_reports(tree: Tree, folders: Sequence[str], stems: Sequence[str]) -> Mapping[str, ReportFile]:
-    """Find the reports of some studies, in an archive or else unpacked; empty if there are none at all."""
+    """Find the reports of some studies, in a zip archive or unpacked; empty if there are none at all."""
     for folder in folders:
         if tree.is_file(f"{folder}/{REPORTS}".lstrip("/")):
             zipped = _zipped_reports(tree / f"{folder}/{REPORTS}".lstrip("/"))
@@ -159,7 +159,7 @@ def _find_reports(tree: Tree, folders: Sequence[str], stems: Sequence[str]) -> M
 
 
 def _read_findings(path: Path | None, studies: Sequence[str]) -> list[Mapping[str, str]]:
-    """Read the findings of some studies, ``""`` where unknown; without the table there are none.
+    """Read the findings of some studies, ``""`` if unknown; all unknown without the table.
 
     Raises:
         DataError: a damaged table.
@@ -170,14 +170,14 @@ def _read_findings(path: Path | None, studies: Sequence[str]) -> list[Mapping[st
     names = [name for name in table if name != "subject_id"]
     if not names:
         return [{} for _ in studies]
-    # Few rows are distinct: studies that share one save most of the memory.
+    # Few rows are distinct: sharing them saves most of the memory.
     groups = table[names].reindex(studies, fill_value="").groupby(names, sort=False)
     shared = groups.head(1).to_dict("records")
     return [shared[number] for number in groups.ngroup().tolist()]
 
 
 def _read_splits(path: Path, studies: Sequence[str]) -> list[str]:
-    """Read the splits of some studies, ``""`` where unknown.
+    """Read the splits of some studies, ``""`` if unknown.
 
     Raises:
         DataError: a damaged table, or a study in two splits.
@@ -188,7 +188,7 @@ def _read_splits(path: Path, studies: Sequence[str]) -> list[str]:
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Stop the search for cycles: a million new objects would start it over and over, and have none."""
+    """Pause the garbage collector: a million new objects without cycles would trigger it over and over."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -224,8 +224,8 @@ def find_studies(root: Tree, views: Sequence[str] | None = None) -> list[Study]:
     Of several versions of a product the newest is taken. Ids are those of the tables, without ``p`` and ``s``.
 
     Args:
-        root: A folder that holds both products, at most three folders down.
-        views: Views to keep, such as ``AP`` and ``PA``; None keeps all.
+        root: A folder that holds both products, at most three levels down.
+        views: Views to keep, such as ``AP`` and ``PA``; None: all.
 
     Raises:
         DataError: no split table, no reports, a table or archive that is damaged or lacks a column, a study in two

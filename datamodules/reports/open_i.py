@@ -1,6 +1,6 @@
-"""Open-I, the chest radiographs of Indiana University: XML reports and, where they were fetched, PNG images.
+"""Open-I, the chest radiographs of Indiana University: XML reports and, if they were downloaded, PNG images.
 
-``NLMCXR_reports.tgz`` (members ``ecgen-radiology/1.xml``) or the folder it unpacks to; an image is called after the
+``NLMCXR_reports.tgz`` (members ``ecgen-radiology/1.xml``) or its unpacked folder; an image is named after the
 ``parentImage`` of its report and may lie anywhere under the root. A study's text is a JSON object of its sections.
 """
 
@@ -29,7 +29,7 @@ def _archived(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
     """Yield name and content of an archive's reports.
 
     Raises:
-        DataError: a member's name points out of the archive, or the archive is damaged.
+        DataError: a member's path leads outside the archive, or the archive is damaged.
     """
     try:
         with tarfile.open(fileobj=io.BytesIO(read_bytes(path)), mode="r:") as archive:
@@ -59,7 +59,7 @@ def _parse(place: str, data: bytes) -> ElementTree.Element:
     """Parse a report; one that is not well-formed becomes an empty element.
 
     Raises:
-        DataError: it is too long, or declares entities.
+        DataError: the report is too long, or declares entities.
     """
     if len(data) > MAX_BYTES:
         raise DataError(f"{place} is longer than {MAX_BYTES} bytes, which no report is.")
@@ -68,7 +68,7 @@ def _parse(place: str, data: bytes) -> ElementTree.Element:
 
 
 def _sections(report: ElementTree.Element) -> dict[str, str]:
-    """Return the sections that hold any text, by label in lower case."""
+    """Return the nonempty sections by label in lower case."""
     found: dict[str, str] = {}
     for element in report.iter("AbstractText"):
         label, text = element.get("Label", "").lower(), clean("".join(element.itertext()), keep_redactions=True)
@@ -78,7 +78,7 @@ def _sections(report: ElementTree.Element) -> dict[str, str]:
 
 
 def _study(number: int, report: ElementTree.Element, images: Mapping[str, Path]) -> Study:
-    """Make a study of a report and those of its images that are there."""
+    """Make a study from a report and those of its images that exist."""
     names = (element.get("id", "") for element in report.iter("parentImage"))
     found = tuple(images[name] for name in names if name in images)
     text = json.dumps(_sections(report), ensure_ascii=False)
@@ -88,10 +88,10 @@ def _study(number: int, report: ElementTree.Element, images: Mapping[str, Path])
 def find_studies(root: Tree) -> list[Study]:
     """List the studies of Open-I in the order of their numbers.
 
-    A report that is not well-formed is kept without text, so that it counts as a fault and not as absent.
+    A report that is not well-formed is kept without text, so that it counts as a fault, not as missing.
 
     Raises:
-        DataError: a damaged archive, a member that points out of it, or a report that is too long or declares entities.
+        DataError: a damaged archive, a member outside it, or a report that is too long or declares entities.
     """
     archive = root / ARCHIVE
     reports = dict(_archived(archive) if root.is_file(ARCHIVE) else _unpacked(root))
@@ -103,12 +103,12 @@ def find_studies(root: Tree) -> list[Study]:
 
 
 def open_i_text(text: str, part: str, keep_redactions: bool = False) -> str:
-    """Return what is used of a report of Open-I.
+    """Return the text to use from an Open-I report.
 
     Args:
         text: A study's text: a JSON object of sections.
-        part: ``full`` joins all sections in order, ``findings_impression`` these two; empty where there are none.
-        keep_redactions: As :func:`datamodules.reports.text.clean`; the holes of these reports, ``XXXX``, stay anyway.
+        part: ``full`` joins all sections in order, ``findings_impression`` these two; empty if it has neither.
+        keep_redactions: As :func:`datamodules.reports.text.clean`; these reports' own marks, ``XXXX``, are always kept.
 
     Raises:
         ValueError: an unknown part.

@@ -1,9 +1,9 @@
 """ROCO: radiology figures of PubMed Central with captions (Pelka et al. 2018), under either naming of its images.
 
-``ROOT/{train,val or validation,test}/radiology/{captions.txt,dlinks.txt,images/}``. The fetched images are called
+``ROOT/{train,val or validation,test}/radiology/{captions.txt,dlinks.txt,images/}``. Downloaded images are named
 ``{PMCID}_{original name}``, those of the authors' archive ``ROCO_00020.jpg``. ROCOv2 has
-``*_captions.csv`` and a folder of images a split. MedICaT's release has sentences of the papers about ROCO's figures,
-``net/nfs2.corp/allennlp/sanjays/roco_files/roco_{train,val,test}_references.jsonl``; they are texts of these figures.
+``*_captions.csv`` and an image folder per split. MedICaT's release has sentences of the papers about ROCO's figures,
+``net/nfs2.corp/allennlp/sanjays/roco_files/roco_{train,val,test}_references.jsonl``, used as texts of these figures.
 """
 
 from pathlib import Path
@@ -37,8 +37,8 @@ class Caption(NamedTuple):
     Attributes:
         name: ROCO's number, such as ``ROCO_00020``.
         text: Caption, white space collapsed; may be empty.
-        paper: PMC number of its paper; empty where the links do not say.
-        fetched: Name of the image as the fetch script stores it; empty likewise.
+        paper: PMC number of its paper; empty if the links do not give it.
+        fetched: File name given by the download script; empty likewise.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Caption(NamedTuple):
 
 
 def read_captions(path: Path) -> list[Caption]:
-    """Read ``captions.txt``: number, tab, caption; a caption may hold further tabs. Every line counts.
+    """Read ``captions.txt``: number, tab, caption; a caption may hold further tabs. All lines are read.
 
     Raises:
         DataError: a line has no number.
@@ -65,7 +65,7 @@ def read_captions(path: Path) -> list[Caption]:
 
 
 def read_links(path: Path) -> dict[str, tuple[str, str]]:
-    """Read ``dlinks.txt``: number to PMC number and to the name that the fetch script gives the image."""
+    """Read ``dlinks.txt``: number to PMC number and to the file name given by the download script."""
     links: dict[str, tuple[str, str]] = {}
     if not path.is_file():
         return links
@@ -91,14 +91,14 @@ def read_part(folder: Path) -> list[Caption]:
 
 
 def image_of(caption: Caption, folder: Path, there: set[str]) -> Path | None:
-    """Return the image of a caption under either name; None where it is gone."""
+    """Return the image of a caption under either name; None if it is missing."""
     names = [f"{caption.name}{suffix}" for suffix in _SUFFIXES] + ([caption.fetched] if caption.fetched else [])
     found = next((name for name in names if name in there), None)
     return None if found is None else folder / found
 
 
 def _references(*roots: Tree) -> dict[str, list[str]]:
-    """Return MedICaT's sentences about ROCO's figures, each once, by the name that the fetch script gives the image."""
+    """Return MedICaT's sentences about ROCO's figures, each once, by the image name of the download script."""
     texts: dict[str, dict[str, None]] = {}
     for path in (path for root in roots for path in root.glob("**/roco_*_references.jsonl")):
         for row in json_lines(path):
@@ -116,14 +116,14 @@ def _part_folder(root: Tree, split: str) -> Path | None:
 
 
 def find_roco(root: Tree, medicat: Tree | None = None) -> list[Study]:
-    """List one study for each text of each figure that is there, official splits; empty where the root is no ROCO.
+    """List one study for each text of each figure that is there, official splits; empty if the root is not ROCO.
 
     Args:
         root: The archive.
-        medicat: MedICaT's release, whose sentences about ROCO's figures are read too; those under ``root`` always are.
+        medicat: MedICaT's release, whose sentences about ROCO's figures are read as well as those under ``root``.
 
     Raises:
-        DataError: a damaged list, or not one image is there.
+        DataError: a damaged list, or no image exists.
     """
     folders = {split: folder for split in _FOLDERS if (folder := _part_folder(root, split)) is not None}
     if not folders:
@@ -154,15 +154,15 @@ def find_roco(root: Tree, medicat: Tree | None = None) -> list[Study]:
     print_left_out("ROCO figures", total, missing, silent)
     if references:
         print_line(f"note: {joined} of {sum(map(len, references.values()))} sentences that MedICaT has about ROCO "
-            f"figures are about figures that are here")  # fmt: skip
+            f"figures refer to images that exist here")  # fmt: skip
     elif medicat is not None:
         print_line(f"note: no sentence about a ROCO figure (roco_*_references.jsonl) is under {medicat} or {root}: "
-            f"ROCO's figures have their captions alone")  # fmt: skip
+            f"ROCO's figures have only their captions")  # fmt: skip
     return studies
 
 
 def _find_v2(root: Tree) -> list[Study]:
-    """List the figures of ROCOv2: ``{train,valid,test}_captions.csv`` with ID and Caption, a folder of images each."""
+    """List the figures of ROCOv2: ``{train,valid,test}_captions.csv`` with ID and Caption, and image folders."""
     studies: list[Study] = []
     total = missing = silent = 0
     for split in _FOLDERS:
@@ -186,9 +186,9 @@ def _find_v2(root: Tree) -> list[Study]:
 
 
 def find_medicat_roco(root: Tree) -> list[Study]:
-    """List MedICaT under ``root/medicat`` and ROCO under ``root/roco``, as UMD is pre-trained; empty without both.
+    """List MedICaT under ``root/medicat`` and ROCO under ``root/roco``, for UMD; empty unless both exist.
 
-    ROCO's figures have captions and the sentences about them that lie in MedICaT's release.
+    ROCO's figures have captions, and the sentences about them from MedICaT's release.
     """
     if not root.is_dir("medicat") or not root.is_dir("roco"):
         return []

@@ -1,4 +1,4 @@
-"""Images with text: studies, and where their reports lie."""
+"""Images with text: studies, and the location of their reports."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from datamodules.registry import Archive, FileRef, Record
 
 
 class ReportFile(NamedTuple):
-    """Where a report lies.
+    """The location of a report.
 
     Attributes:
         path: A text file, or the archive that holds it.
@@ -24,12 +24,12 @@ class Study(NamedTuple):
 
     Attributes:
         case_id: Unique name.
-        patient_id: Splits are by this.
-        images: Its views; empty = text alone.
-        views: What each image shows, such as ``PA``; empty text = unknown.
-        text: The report, or where it lies; None = there is none.
-        split: ``train``, ``val`` or ``test`` where the archive says so.
-        attributes: Further facts by name, such as a finding; empty text = unknown.
+        patient_id: Splits are made by patient.
+        images: Its views; empty: only text.
+        views: What each image shows, such as ``PA``; an empty text means unknown.
+        text: The report or its location; None: there is none.
+        split: ``train``, ``val`` or ``test`` where the archive defines one.
+        attributes: Further facts by name, such as a finding; an empty text means unknown.
     """
 
     case_id: str
@@ -59,8 +59,8 @@ def study_of(record: Record) -> Study:
 def studies_of(archive: Archive) -> list[Study]:
     """Return the samples of an archive as studies.
 
-    Questions are texts of their images then: their answers stay out, and so do those of the test split, on which
-    whoever learns from these texts may be tested later. A question that an archive marks for validation stays there.
+    Questions become texts of their images. Answers are left out, and so are questions of the test split, as models
+    trained on these texts may be tested on it later. Questions that an archive marks for validation stay there.
     """
     records = archive.records
     if "questions" in archive.gives:

@@ -1,7 +1,7 @@
-"""From a report as it lies on disk to the text that is used.
+"""Reading reports and extracting the text to use.
 
-A MIMIC-CXR report is plain text whose sections begin with a header such as `` FINDINGS:``; most use findings and
-impression, and a report without either still gives the best text it has.
+A MIMIC-CXR report is plain text whose sections begin with a header such as `` FINDINGS:``; most have findings and
+impression, and a report with neither still gives the best text it has.
 """
 
 import os
@@ -61,13 +61,13 @@ class ReportError(Exception):
 
 
 def check_part(part: str) -> None:
-    """Refuse a part of a report that does not exist.
+    """Check the name of a part of a report.
 
     Raises:
-        ValueError: it is none of ``PARTS``.
+        ValueError: it is not in ``PARTS``.
     """
     if part not in PARTS:
-        raise ValueError(f"There is no part {part!r} of a report; known are {', '.join(PARTS)}.")
+        raise ValueError(f"Unknown part {part!r} of a report; known are {', '.join(PARTS)}.")
 
 
 def clean(text: str, keep_redactions: bool = False) -> str:
@@ -75,7 +75,7 @@ def clean(text: str, keep_redactions: bool = False) -> str:
 
     Args:
         text: Any text.
-        keep_redactions: Whether ``___``, which stands for what was removed from the report, stays.
+        keep_redactions: Whether ``___``, which marks removed parts of the report, is kept.
     """
     return " ".join((_NO_REDACTION if keep_redactions else _UNDERSCORES).sub(" ", text).split())
 
@@ -85,7 +85,7 @@ def plain_text(text: str, part: str, keep_redactions: bool = False) -> str:
 
     Args:
         text: The text.
-        part: As :func:`mimic_text`; it is all the same here.
+        part: As :func:`mimic_text`; it makes no difference here.
         keep_redactions: As :func:`clean`.
 
     Raises:
@@ -97,7 +97,7 @@ def plain_text(text: str, part: str, keep_redactions: bool = False) -> str:
 
 @lru_cache(maxsize=4096)
 def _section_name(header: str) -> str:
-    """Return the usual name of a section; one that is not known stays as it is, in lower case."""
+    """Return the usual name of a section; an unknown one is kept in lower case."""
     name = header.strip().lower()
     if name in _CANONICAL:
         return _CANONICAL[name]
@@ -110,7 +110,7 @@ def _section_name(header: str) -> str:
 
 
 def _headed(text: str) -> list[tuple[str, str]]:
-    """Cut a text at its headers; what follows a header up to the next newline is never a header itself."""
+    """Cut a text at its headers; the rest of a header's line is never a header itself."""
     headers = list(_HEADER.finditer(text))
     if not headers:
         return [("full report", text)]
@@ -122,9 +122,9 @@ def _headed(text: str) -> list[tuple[str, str]]:
 def sections(text: str) -> list[tuple[str, str]]:
     """Split a MIMIC-CXR report into sections.
 
-    What precedes the first header is ``preamble``; a text without headers is ``full report``. Findings and impressions
-    that are empty are dropped; where none is left, the last section is cut at its first blank line and the rest of it
-    is ``last_paragraph``.
+    Text before the first header is ``preamble``; a text without headers is ``full report``. Empty findings and
+    impressions are dropped; if none is left, the last section is cut at its first blank line, and its rest is
+    ``last_paragraph``.
 
     Returns:
         Name and text of every section in order; a name may occur twice.
@@ -140,12 +140,12 @@ def sections(text: str) -> list[tuple[str, str]]:
 
 
 def mimic_text(text: str, part: str, keep_redactions: bool = False) -> str:
-    """Return what is used of a MIMIC-CXR report.
+    """Return the text to use from a MIMIC-CXR report.
 
     Args:
-        text: The report as it stands.
+        text: The whole report.
         part: ``full``, or ``findings_impression``: both in this order, else the last paragraph, else the comparison,
-            else everything. Of several sections of one name the last with any text counts.
+            else everything. Of several sections with one name the last nonempty one is used.
         keep_redactions: As :func:`clean`.
 
     Raises:
@@ -161,7 +161,7 @@ def mimic_text(text: str, part: str, keep_redactions: bool = False) -> str:
 
 
 def decode(data: bytes) -> str:
-    """Decode UTF-8, or else Latin-1, which takes any bytes."""
+    """Decode UTF-8, falling back to Latin-1, which accepts any bytes."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -170,7 +170,7 @@ def decode(data: bytes) -> str:
 
 @lru_cache(maxsize=8)
 def _open_zip(path: Path, process: int) -> zipfile.ZipFile:
-    """Open an archive once per process: forked processes would move each other's place in the file."""
+    """Open an archive once per process: forked processes would share the position in the file."""
     return zipfile.ZipFile(path)
 
 
@@ -190,7 +190,7 @@ def read_report(source: ReportFile) -> str:
     """Read a report from its file or archive.
 
     Raises:
-        ReportError: it is not there (``missing``), damaged or longer than ``MAX_BYTES`` (``unreadable``), or holds no
+        ReportError: the file is gone (``missing``), damaged or longer than ``MAX_BYTES`` (``unreadable``), or holds no
             text (``empty``).
     """
     place = str(source.path) if source.member is None else f"{source.member} in {source.path}"
@@ -208,12 +208,12 @@ def read_report(source: ReportFile) -> str:
     return text
 
 
-#: Makes the text that is used of a report; takes the report, the part and whether redactions stay.
+#: Extracts the text to use from a report; takes the report, the part and whether redactions are kept.
 Extract = Callable[[str, str, bool], str]
 
 
 def extract_of(archive: Archive) -> Extract:
-    """Return what makes texts of an archive's reports; where its layout has nothing to say, they are used as they are.
+    """Return the function that extracts an archive's texts; by default reports are used as they are.
 
     See :func:`plain_text`.
     """
@@ -221,16 +221,16 @@ def extract_of(archive: Archive) -> Extract:
 
 
 def study_text(study: Study, extract: Extract, part: str, redactions: bool) -> str:
-    """Return the text of a study that is used; empty where it has none.
+    """Return a study's text as it is used; empty if it has none.
 
     Args:
         study: The study.
-        extract: Makes the text of a report.
+        extract: Extracts the text from a report.
         part: See :func:`plain_text`.
-        redactions: Whether ``___`` stays.
+        redactions: Whether ``___`` is kept.
 
     Raises:
-        ReportError: a report that is listed cannot be read.
+        ReportError: a listed report cannot be read.
     """
     if study.text is None:
         return ""

@@ -23,7 +23,7 @@ Kind = Literal["wordpiece", "bpe"]
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[MASK]")
 _OTHER_NAMES = {"[PAD]": "<pad>", "[UNK]": "<unk>", "[CLS]": "<s>", "[MASK]": "<mask>"}
 _MAX_WORD = 100
-#: How byte-level tokenizers write the blank before a word.
+#: How byte-level tokenizers write the space before a word.
 _BLANK = "Ġ"
 
 
@@ -46,8 +46,8 @@ class EncodedText(NamedTuple):
 class ReportTokenizer:
     """Turns reports into tokens and back.
 
-    A word is what the tokenizer splits a text into first; of byte-level tokenizers, which split at digits and hyphens
-    too, whatever stands between two blanks.
+    A word is a unit of the tokenizer's pre-tokenization; for byte-level tokenizers, which also split at digits and
+    hyphens, it is whatever stands between two spaces.
 
     Args:
         tokenizer: A tokenizer of the tokenizers library.
@@ -67,7 +67,7 @@ class ReportTokenizer:
         if missing:
             raise DataError(f"The tokenizer has no {', '.join(missing)}: train one with `medmim tokenizer`.")
         self.pad_id, self.unk_id, self.cls_id, self.mask_id = (int(value or 0) for value in found.values())
-        #: The token that ends a text; None where the tokenizer has none, such as those that are trained here.
+        #: The end token; None if the tokenizer has none, as those trained here.
         self.end_id = next((i for i in map(tokenizer.token_to_id, ("[SEP]", "</s>")) if i is not None), None)
 
     def _special_id(self, name: str) -> int | None:
@@ -81,7 +81,7 @@ class ReportTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the whole tokenizer: two of the same fingerprint give the same ids."""
+        """Hash of the whole tokenizer: equal fingerprints mean equal ids."""
         return f"{stable_hash(self.backend.to_str()):016x}"
 
     def encode(self, text: str, length: int, end: bool = False) -> EncodedText:
@@ -89,8 +89,8 @@ class ReportTokenizer:
 
         Args:
             text: The text.
-            length: T at most.
-            end: Whether the token that ends a text comes last, if there is one.
+            length: Most tokens T.
+            end: Whether the end token, if there is one, comes last.
         """
         encoding = self.backend.encode(text, add_special_tokens=False)
         last = [self.end_id] if end and self.end_id is not None else []
@@ -106,11 +106,11 @@ class ReportTokenizer:
         return EncodedText(ids, starts, maskable, len(encoding.ids) > room)
 
     def token(self, index: int) -> str:
-        """Return the text of a token, ``##`` before the continuation of a word."""
+        """Return the text of a token, with ``##`` before continuations of a word."""
         return self.backend.id_to_token(index) or SPECIAL[1]
 
     def save(self, path: Path) -> None:
-        """Write the tokenizer as JSON, whole or not at all."""
+        """Write the tokenizer as JSON, completely or not at all."""
         with whole_file(path) as temporary:
             temporary.write_text(self.backend.to_str(pretty=True), encoding="utf-8")
 
@@ -120,11 +120,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: Kind = "wordpie
 
     Args:
         texts: Texts of the training split only.
-        vocab_size: Tokens at most, the four special ones included.
-        kind: ``"wordpiece"`` (lower case, no accents, digits apart), or ``"bpe"`` on bytes, which keeps all characters.
+        vocab_size: Most tokens, including the four special ones.
+        kind: ``"wordpiece"`` (lower case, no accents, single digits), or ``"bpe"`` on bytes, keeping all characters.
 
     Raises:
-        DataError: there is no text, or ``vocab_size`` leaves no room beside the special tokens.
+        DataError: no texts, or ``vocab_size`` leaves no room beside the special tokens.
     """
     texts = [text for text in texts if text]
     if not texts:
@@ -137,14 +137,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: Kind = "wordpie
 
 
 def learned_tokenizer(texts: Sequence[str], vocab_size: int, kind: Kind = "wordpiece") -> ReportTokenizer:
-    """Learn a vocabulary as :func:`train_tokenizer` does, or take the one that was learned from these texts before.
+    """Train a tokenizer as :func:`train_tokenizer` does, or load the one already trained on these texts.
 
     Raises:
         DataError: as :func:`train_tokenizer`.
     """
     digest = stable_hash(vocab_size, *sorted(texts))
     path = cache_root() / "tokenizers" / f"{kind}-{digest:016x}.json"
-    with suppress(DataError):  # not learned yet, or damaged since
+    with suppress(DataError):  # not trained yet, or damaged since
         return load_tokenizer(path)
     train_tokenizer(texts, vocab_size, kind).save(path)
     return load_tokenizer(path)
@@ -163,10 +163,10 @@ def _wordpiece(vocabulary: dict[str, int]) -> Tokenizer:
 
 
 def _train_wordpiece(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """Learn a WordPiece that is the same every time.
+    """Train a WordPiece vocabulary deterministically.
 
-    The trainer numbers continued characters in the order of a hash table, and breaks ties by number. Named ahead as
-    special tokens they have their numbers already; the vocabulary then goes to a tokenizer without these.
+    The trainer numbers continuation characters in hash-table order and breaks ties by number. Listing them first as
+    special tokens fixes their numbers; the vocabulary then moves to a tokenizer without these.
     """
     blank = _wordpiece({})
     alphabet = {c for text in texts for c in blank.normalizer.normalize_str(text) if not c.isspace()}
@@ -194,10 +194,10 @@ def _train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> ReportTokenizer:
-    """Load a tokenizer: a JSON of the tokenizers library, a folder that transformers can read, or a name of its hub.
+    """Load a tokenizer: a JSON of the tokenizers library, a folder that transformers can read, or a name on its hub.
 
     Raises:
-        DataError: there is none at ``path``.
+        DataError: no tokenizer at ``path``.
     """
     name, path = str(path), Path(path)
     named = not path.exists() and path.suffix != ".json" and name.count("/") == 1 and not path.is_absolute()
@@ -210,8 +210,8 @@ def load_tokenizer(path: str | Path) -> ReportTokenizer:
         return ReportTokenizer(Tokenizer.from_file(str(path)))
     except UserError:
         raise
-    except Exception as error:  # both libraries raise what they like
+    except Exception as error:  # both libraries raise many kinds of exceptions
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"There is no tokenizer at {path} (a JSON file, a folder of transformers, or a name of its hub): {reason}"
+            f"There is no tokenizer at {path} (a JSON file, a folder of transformers, or a name on its hub): {reason}"
         ) from error

@@ -1,4 +1,4 @@
-"""BIDS: raw anatomical volumes of subjects and sessions, their tables, and derivatives that a person names.
+"""BIDS: raw anatomical volumes of subjects and sessions, their tables, and the derivatives that the settings name.
 
 The grammar of names is one regular expression (Brain Imaging Data Structure, schema ``rules.files.raw.anat``):
 ``sub-01[/ses-1]/anat/sub-01[_ses-1][_key-value...]_T1w.nii.gz``. Labels are text: ``01`` is not ``1``.
@@ -65,12 +65,12 @@ _MASK = re.compile(rf"(?P<raw>(?:[A-Za-z]+-[A-Za-z0-9+]+_)+(?:{'|'.join(MODALITI
 _DESCRIPTION = "dataset_description.json"
 _IGNORE = ".bidsignore"
 _UNKNOWN = "n/a"
-#: Share of the volumes that must be named so where no description says what the tree is.
+#: Share of volumes that must follow BIDS names if there is no dataset_description.json.
 _MOSTLY = 0.9
 
 
 class Name(NamedTuple):
-    """What a file's name says.
+    """The parts of a file name.
 
     Attributes:
         entities: Key to label.
@@ -88,18 +88,18 @@ class Name(NamedTuple):
 
     @property
     def modality(self) -> str | None:
-        """Modality; None where the suffix is of none."""
+        """Modality; None if the suffix does not name one."""
         name = MODALITIES.get(self.suffix)
         return "t1c" if name == "t1" and "ce" in self.entities else name
 
     @property
     def variant(self) -> str:
-        """What tells files of one modality apart, such as ``acq-hires_run-02``; empty for the plain one."""
+        """Entities that distinguish files of one modality, such as ``acq-hires_run-02``; empty if there are none."""
         return "_".join(f"{key}-{self.entities[key]}" for key in ("acq", "rec", "run") if key in self.entities)
 
 
 def parsed(stem: str) -> Name | None:
-    """Return what a name without its file suffix says; None where it is not one of BIDS."""
+    """Parse a name without its file suffix; None if it is not a BIDS name."""
     match = _NAME.fullmatch(stem)
     if match is None:
         return None
@@ -108,7 +108,7 @@ def parsed(stem: str) -> Name | None:
 
 
 def _plainness(name: Name) -> tuple[bool, int, str]:
-    """Return what files of one modality are ordered by: without acquisition or reconstruction first, then by run."""
+    """Return the sort key for files of one modality: those without acquisition or reconstruction first, then by run."""
     digits = re.sub(r"\D", "", name.entities.get("run", "")) or "0"
     return ("acq" in name.entities or "rec" in name.entities, int(digits), name.variant)
 
@@ -119,7 +119,7 @@ class _Raw(NamedTuple):
 
 
 def _reason(name: Name, kind: str) -> str | None:
-    """Return why a raw volume is left aside; None where it may be used."""
+    """Return why a raw volume is not used; None if it may be used."""
     rules = (
         (name.suffix in _TIME or kind in ("dwi", "perf"), TIME),
         (kind in _FOLDERS, ACQUISITION),
@@ -131,11 +131,11 @@ def _reason(name: Name, kind: str) -> str | None:
 
 
 class _Dataset:
-    """The files of a BIDS data set by what they are.
+    """The files of a BIDS data set by kind.
 
     Args:
         tree: The tree.
-        settings: What a person says about it.
+        settings: What the user says about it.
     """
 
     def __init__(self, tree: Tree, settings: Settings) -> None:
@@ -152,7 +152,7 @@ class _Dataset:
             self._sort(file)
 
     def leave(self, reason: str, file: TreeFile) -> None:
-        """Put a file aside."""
+        """Set a file aside."""
         self.reasons.setdefault(reason, []).append(file.name)
 
     def _sort(self, file: TreeFile) -> None:
@@ -169,7 +169,7 @@ class _Dataset:
             self.derived.append(file)
 
     def _sort_raw(self, file: TreeFile, name: Name, place: re.Match[str]) -> None:
-        """Put a file of a subject where it belongs; one that belongs nowhere stays without a place."""
+        """Sort a subject's file by kind; files of unknown kind are left for the account."""
         entities = name.entities
         if entities["sub"] != place["sub"] or (place["ses"] or "") != entities.get("ses", ""):
             self.leave(DISAGREE, file)
@@ -183,7 +183,7 @@ class _Dataset:
             self.micrographs.append(_Raw(file, name))
 
     def volumes(self) -> list[_Raw]:
-        """Return the volumes to use: the raw ones, or those of the pipeline that is named.
+        """Return the volumes to use: the raw ones, or those of the chosen pipeline.
 
         Raises:
             DataError: there is no such pipeline, or it has volumes in several spaces.
@@ -220,16 +220,16 @@ class _Dataset:
 
 
 def _ignored(name: str, pattern: str) -> bool:
-    """Whether a pattern of ``.bidsignore`` leaves a file out; it fits paths, names, or folders and all below."""
+    """Whether ``.bidsignore`` excludes a file; its patterns match paths, names, or folders with everything below."""
     plain = pattern.rstrip("/").replace("**/", "*")
     return fnmatch(name, plain) or fnmatch(name.rpartition("/")[2], plain) or fnmatch(name, f"{plain}/*")
 
 
 def _one_space(found: Sequence[_Raw], pipeline: str) -> list[_Raw]:
-    """Keep the volumes of one space per case: those in native space, which name none, if there are any.
+    """Keep the volumes of one space per case, preferring native space, whose files name no space.
 
     Raises:
-        DataError: a case has volumes in several spaces, and none without.
+        DataError: a case has volumes in several spaces and none in native space.
     """
     spaces: dict[str, set[str]] = {}
     for raw in found:
@@ -249,7 +249,7 @@ class _Visit(NamedTuple):
 
 
 def _visits(dataset: _Dataset, runs: str | None) -> dict[str, _Visit]:
-    """Choose a file of each modality of each session; ``all`` makes further runs cases of their own."""
+    """Choose one file per modality and session; ``all`` makes each further run a case of its own."""
     found: dict[str, _Visit] = {}
     for raw in sorted(dataset.volumes(), key=lambda raw: (raw.name.case, _plainness(raw.name), raw.file.name)):
         modality = raw.name.modality or ""
@@ -268,7 +268,7 @@ def _visits(dataset: _Dataset, runs: str | None) -> dict[str, _Visit]:
 def _masks(
     dataset: _Dataset, visits: Mapping[str, _Visit]
 ) -> tuple[list[dict[str, FileRef]], Mapping[str, Sequence[str]]]:
-    """Return the masks of each visit by name: of several, that of its first modality."""
+    """Return the masks of each visit by name; if several share a name, the one of its first modality."""
     order = {case: list(visit.files) for case, visit in visits.items()}
     found: dict[str, dict[str, tuple[int, TreeFile]]] = {case: {} for case in visits}
     spare: dict[str, list[str]] = {}
@@ -291,8 +291,8 @@ def find_bids(tree: Tree, settings: Settings = NO_SETTINGS) -> Listing:
 
     Args:
         tree: The data set.
-        settings: ``masks`` names masks of its derivatives, ``pipeline`` a folder of them whose volumes take the place
-            of the raw ones, ``runs: all`` makes every run a case.
+        settings: ``masks`` names masks among the derivatives; ``pipeline`` names a derivatives folder whose volumes
+            replace the raw ones; ``runs: all`` makes every run a case.
 
     Raises:
         DataError: there is no such pipeline or mask, or a table is damaged.
@@ -331,7 +331,7 @@ def _micrograph(tree: Tree, raw: _Raw, tables: "_Tables") -> Record:
 
 
 class _Tables:
-    """What the tables of a data set say of subjects, sessions and scans.
+    """What the tables of a data set say about subjects, sessions and scans.
 
     Args:
         tree: The data set.
@@ -358,10 +358,10 @@ class _Tables:
                 self._scans[f"{folder}/{key}"] = row
 
     def _rows(self, what: str, name: str, key: str) -> dict[str, dict[str, str]]:
-        """Return the rows of a table by their key; ``n/a`` is unknown.
+        """Return the rows of a table by key; ``n/a`` means unknown.
 
         Raises:
-            DataError: the key is missing, or a row comes twice.
+            DataError: the key is missing, or a key occurs twice.
         """
         path = self.tree / name
         table = read_table(path)
@@ -378,14 +378,14 @@ class _Tables:
         return found
 
     def facts(self, name: Name, files: Sequence[TreeFile]) -> dict[str, str]:
-        """Return what the tables say of a session: of its scans, of itself, and of its subject."""
+        """Return what the tables say about a session, its scans and its subject."""
         facts: dict[str, str] = {}
         for file in files:
             facts |= {key: value for key, value in self._scans.get(file.name, {}).items() if key not in facts}
         return {**self._subjects.get(f"sub-{name.entities['sub']}", {}), **facts, **self._sessions.get(name.case, {})}
 
     def notes(self, there: set[str]) -> list[str]:
-        """Say how many subjects and rows have nothing on the other side."""
+        """Note how many subjects have no row and how many rows no subject."""
         if not self._listed:
             return []
         without, spare = len(there - self._listed), len(self._listed - there)

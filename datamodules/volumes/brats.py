@@ -1,8 +1,9 @@
 """BraTS: 2023 names and labels, and those of 2017 to 2021.
 
 ``BraTS-GLI-00000-000/BraTS-GLI-00000-000-t1c.nii.gz`` (2023; the middle number is the patient, the last the visit) or
-``BraTS20_Training_001/BraTS20_Training_001_t1ce.nii.gz`` (2017-2021; 2018 has HGG/ and LGG/ above, which become the
-case's grade). The enhancing tumour is 3 from 2023 on and 4 before; channels are always in the order t1c, t1n, t2f, t2w.
+``BraTS20_Training_001/BraTS20_Training_001_t1ce.nii.gz`` (2017-2021; in 2018 the parent folders HGG/ and LGG/ give
+the case's grade). The enhancing tumour has label 3 from 2023 on and 4 before; the channels are always t1c, t1n, t2f and
+t2w, in this order.
 """
 
 import re
@@ -18,7 +19,7 @@ from datamodules.volumes.modalities import one_file_each
 MODALITIES = ("t1c", "t1n", "t2f", "t2w")
 _NAMES = frozenset({*MODALITIES, "t1ce", "t1gd", "t1", "flair", "t2", "seg"})
 _NEW_NAME = re.compile(r"^(BraTS-[A-Z]+-\d+)-(\d{3})$", re.IGNORECASE)
-#: The mask of BraTS20_Training_355 as the official release has it.
+#: The mask of BraTS20_Training_355 under its name in the official release.
 _MISNAMED = "W39_1998.09.19_Segm"
 _SUFFIXES = (".nii.gz", ".nii")
 _MAX_DEPTH = 3
@@ -30,7 +31,7 @@ class _Found(NamedTuple):
     Attributes:
         folder: The folder.
         members: Modality, or ``seg``, as written, and file.
-        others: How many volumes are called otherwise.
+        others: How many volumes have other names.
     """
 
     folder: str
@@ -39,7 +40,7 @@ class _Found(NamedTuple):
 
 
 def _read_folder(tree: Tree, folder: str) -> _Found:
-    """Return the files of a folder that are called after it and a modality."""
+    """Return the files of a folder that are named after it and a modality."""
     name = _name(tree, folder)
     found = _Found(folder, [], 0)
     for file in tree.listed(folder):
@@ -59,7 +60,7 @@ def _name(tree: Tree, folder: str) -> str:
 
 
 def _case_folders(tree: Tree, folder: str = "", depth: int = 0) -> Iterator[_Found]:
-    """Yield the folders that hold a case, at most three down."""
+    """Yield the folders that hold a case, at most three levels down."""
     found = _read_folder(tree, folder)
     if any(name.lower() != "seg" for name, _ in found.members):
         yield found
@@ -69,9 +70,9 @@ def _case_folders(tree: Tree, folder: str = "", depth: int = 0) -> Iterator[_Fou
 
 
 def find_cases(tree: Tree) -> list[Case]:
-    """List the BraTS cases of a tree, at most three folders down, whatever year their names are of."""
+    """List the BraTS cases of a tree, at most three levels down, with names of any year."""
     cases = []
-    # One depth after the other: the order of cases decides what a seed draws, and recorded results hang on it.
+    # Level by level: the order of cases decides what a seed draws, and recorded results depend on it.
     for found in sorted(_case_folders(tree), key=lambda entry: entry.folder.count("/") if entry.folder else -1):
         name = _name(tree, found.folder)
         masks = [path for modality, path in found.members if modality.lower() == "seg"]
@@ -93,7 +94,7 @@ def _recognise_new(tree: Tree) -> Evidence:
 
 
 def _recognise_old(tree: Tree) -> Evidence:
-    """Ask every volume of every case folder for one of the names: other trees are called so in part."""
+    """Require one of the names of every volume in every case folder: other trees match in part."""
     found = [entry for entry in _case_folders(tree) if not _NEW_NAME.match(_name(tree, entry.folder))]
     strange = sum(entry.others for entry in found)
     if found and not strange:

@@ -36,7 +36,7 @@ from datamodules.volumes.reading import DECODERS, read_header
 
 CacheFormat = Literal["npy", "b2nd"]
 VERSION = 5
-#: What a rename says where something lies already: a folder that is not empty, or a file.
+#: Errors of a rename onto something that exists: a folder that is not empty, or a file.
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 #: Labelled voxels kept per region value, for crops that must contain some.
 MAX_LABEL_VOXELS = 2048
@@ -44,12 +44,12 @@ MAX_LABEL_VOXELS = 2048
 
 @dataclass
 class Record:
-    """What is known of a prepared case.
+    """What is known about a prepared case.
 
     Attributes:
         case_id: The case.
         usable: Whether there is an image.
-        modality_mask: Per modality, whether it was acquired and readable.
+        modality_mask: Per modality, whether it was acquired and could be read.
         shape: Space of the stored image.
         affine: Its affine, RAS.
         source_shape: Space of the reference volume (RAS) before cropping or resampling.
@@ -57,7 +57,7 @@ class Record:
         file_affine: Its affine as the file has it, before its axes were turned to RAS.
         offset: First stored voxel in the reference volume; None where it was resampled.
         faults: Broken image members: path, kind, detail.
-        label_faults: What is wrong with the label, likewise.
+        label_faults: What is wrong with the label, in the same form.
         sources: Path to size, modification time and check sum of each source file.
         files: Name to size and check sum of each cache file.
         label_values: Labelled voxels by value.
@@ -176,14 +176,14 @@ class SourceVolumes:
         self.layout = layout
 
     def ensure(self, cases: Sequence[Case], workers: int = 1, progress: bool = True) -> dict[str, Record]:
-        """Return a record per case without looking at any; what is broken shows when it is read."""
+        """Return a record per case without opening any file; faults show up on reading."""
         return {case.case_id: Record(case.case_id, usable=True) for case in cases}
 
     def open(self, case: Case) -> OpenCase:
         """Read and prepare a case.
 
         Raises:
-            SampleFaultError: nothing of it can be used.
+            SampleFaultError: none of it can be used.
         """
         prepared = prepare_case(case, self.layout, self.layout.modalities)
         voxels = None if prepared.label is None else _label_voxels(prepared.label, case.case_id)
@@ -196,9 +196,9 @@ class VolumeCache:
     Args:
         root: The archive.
         layout: Its layout, with resolved modalities.
-        format: ``"npy"`` is fast; ``"b2nd"`` (blosc2) is a fraction of the size and slower to cut crops from.
+        format: ``"npy"`` is fast; ``"b2nd"`` (blosc2) takes a fraction of the space and is slower to crop from.
         folder: Where caches live; None means :func:`cache_root`.
-        twins: Cases whose names differ in nothing but case; see :func:`common.names.case_twins`.
+        twins: Cases whose names differ only in upper and lower case; see :func:`common.names.case_twins`.
     """
 
     def __init__(
@@ -249,7 +249,7 @@ class VolumeCache:
             full: Whether to compare check sums of the cache files, not only their sizes.
         """
         if any("cannot be opened" in detail for _, _, detail in (*record.faults, *record.label_faults)):
-            return False  # a mount or a permission, which may have come back without a trace in the file
+            return False  # a mount or a permission: the file itself does not show when it is back
         if self._members(case) != record.members or {str(path) for path in self._sources(case)} != set(record.sources):
             return False
         for path, source in record.sources.items():
@@ -260,7 +260,7 @@ class VolumeCache:
         return all(file_is_good(folder / name, *_written(file), full) for name, file in record.files.items())
 
     def _members(self, case: Case) -> dict[str, str]:
-        """Return what a case is read from; two files that changed their roles make another case."""
+        """Return the files a case is read from; two files that swap their roles make a different case."""
         images = {name: path for name, path in case.images.items() if name in self.layout.modalities}
         files = {name: f"{path}[{case.places[name]}]" if name in case.places else str(path)
                  for name, path in images.items()}  # fmt: skip
@@ -274,9 +274,9 @@ class VolumeCache:
         return [path for member in members for path in source_files(member)]
 
     def build(self, case: Case) -> Record:
-        """Prepare one case and store it, whole or not at all.
+        """Prepare one case and store it completely or not at all.
 
-        Where another process was faster, and what it stored is good, that is kept.
+        If another process was faster and its result is valid, that result is kept.
 
         Raises:
             StorageError: the cache cannot be written.
@@ -297,7 +297,7 @@ class VolumeCache:
                 remove_tree(temporary, self.folder)
 
     def _publish(self, temporary: Path, final: Path, case: Case, record: Record) -> Record:
-        """Rename a finished case into its place, unless a good one is there."""
+        """Rename a finished case into place, unless a valid one is already there."""
         while True:
             try:
                 move(temporary, final, self.folder)
@@ -320,7 +320,7 @@ class VolumeCache:
             save_array(folder / "label_voxels.npy", _label_voxels(prepared.label, case.case_id))
 
     def _prepare(self, case: Case) -> tuple[PreparedCase | None, Record]:
-        """Prepare a case, None where nothing of it can be used, and describe it but for its cache files."""
+        """Prepare a case, None where none of it can be used, and describe it but for its cache files."""
         prepared = None
         try:
             prepared = prepare_case(case, self.layout, self.layout.modalities)
@@ -345,10 +345,10 @@ class VolumeCache:
             np.ascontiguousarray(array),
             chunks=chunks,
             blocks=blocks,
-            # Inflates three times as fast as Zstandard and is a fifth larger.
+            # Decompresses three times as fast as Zstandard and is a fifth larger.
             cparams={"codec": blosc2.Codec.LZ4HC, "clevel": 9},
         )
-        path.write_bytes(packed.to_cframe())  # blosc2's own writing does not say that a disk is full
+        path.write_bytes(packed.to_cframe())  # blosc2's own writer does not report a full disk
 
     def open_array(self, case_id: str, name: str) -> Any:
         """Open ``image`` or ``label`` for slicing: a slice reads its own voxels only.
@@ -358,13 +358,13 @@ class VolumeCache:
         """
         path = self.case_folder(case_id) / f"{name}.{self.format}"
         if self.format == "npy":
-            return np.load(path, mmap_mode="c")  # private: nothing that is written to it reaches the file
+            return np.load(path, mmap_mode="c")  # private mapping: writes never reach the file
         if not path.is_file():
             raise FileNotFoundError(path)
         return blosc2.open(str(path), mode="r", mmap_mode="r")
 
     def open(self, case: Case) -> OpenCase:
-        """Open a case for cropping; one whose files have gone is built again.
+        """Open a case for cropping; it is rebuilt if its files have disappeared.
 
         Raises:
             SampleFaultError: the case has no usable image.
@@ -387,17 +387,17 @@ class VolumeCache:
         return OpenCase(record, image, self.open_array(record.case_id, "label"), voxels)
 
     def ensure(self, cases: Sequence[Case], workers: int = 1, progress: bool = True) -> dict[str, Record]:
-        """Make every case's entry valid: verify what is there, build what is not.
+        """Make every case's entry valid: verify existing entries and build missing ones.
 
         Args:
             cases: The cases.
-            workers: Threads; reading and inflating release the interpreter lock.
+            workers: Threads; reading and decompressing release the interpreter lock.
             progress: Whether to show a bar while cases are built.
         """
         records = self._verified(cases, workers)
         missing = [case for case in cases if case.case_id not in records]
         if not missing:
-            return records  # and a folder that cannot be written will do
+            return records  # so a read-only folder is enough
         with sole_builder(self.folder):
             remove_leftovers(self.folder / "tmp")
             write_text(self.folder / "key.json", self._key)
@@ -426,7 +426,7 @@ class VolumeCache:
             return list(tqdm(results, total=len(cases), desc=title, unit="case") if title else results)
 
     def estimated_bytes(self, cases: Sequence[Case]) -> int:
-        """Estimate the size of the finished cache from the sources' headers: 2 bytes a voxel, b2nd a third of it."""
+        """Estimate the size of the finished cache from the headers: 2 bytes per voxel, for b2nd a third of that."""
         total, voxels = 0, self.layout.preprocessing.voxels
         for case in cases:
             first = next(iter(case.places.values()), None)

@@ -1,4 +1,4 @@
-"""What an archive of volumes consists of: cases, and the form that they are brought to."""
+"""Cases of an archive of volumes, and how they are preprocessed."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,14 +17,14 @@ class Case(NamedTuple):
 
     Attributes:
         case_id: Unique name.
-        patient_id: Splits are by this.
+        patient_id: Splits are made by patient.
         images: Modality to file; a missing modality has no entry. Layouts name modalities as the archive does, data
             modules canonically (:mod:`common.modalities`).
         labels: Label name to file.
-        split: ``train``, ``val`` or ``test`` where the archive says so.
-        attributes: Further facts by name, such as a diagnosis; empty text = unknown.
-        surplus: Files of a modality that has a file already, which data modules refuse.
-        places: Modality to which volume of its file it is, where that is 4-D.
+        split: ``train``, ``val`` or ``test`` where the archive defines one.
+        attributes: Further facts by name, such as a diagnosis; an empty text means unknown.
+        surplus: Further files of a modality that already has one; data modules refuse them.
+        places: Modality to the index of its volume, where its file is 4-D.
     """
 
     case_id: str
@@ -70,27 +70,27 @@ _PATIENT = re.compile(
 
 
 def patient_of(study: str) -> str:
-    """Return the patient that a study's name says, as public archives write it; the study where it says none."""
+    """Return the patient named in a study's name, as public archives write it; otherwise the study itself."""
     match = _PATIENT.match(study)
     return match.group(1) if match else study
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How the volumes of a layout are brought to one form.
+    """How the volumes of a layout are preprocessed.
 
     Attributes:
         intensity: Rule by modality; see :mod:`datamodules.volumes.intensity`.
-        reference: Modality whose grid all others are resampled to; None = they must share a grid already.
+        reference: Modality whose grid all others are resampled to; None: they must share a grid already.
         spacing: Voxel size in mm along R, A, S; None keeps the reference's.
         size: Voxels to crop or pad to around the centre; None keeps all.
-        resize: Voxels to interpolate to, whatever the voxel size becomes; None keeps it.
-        voxels: How odd files are read.
+        resize: Voxels to interpolate to, whatever the resulting voxel size; None does not interpolate.
+        voxels: How unusual files are read.
         crop_foreground: Whether to cut away the border where every modality is 0.
-        centered: Whether that cut is symmetric about the volume's centre, which then stays the atlas's. Intensities are
-            those of the cut volume, and it is cut again where they become 0.
-        atlas: Voxels of the atlas in whose space volumes must be, skull-stripped; None = any space.
-        ragged: Whether a case is kept with the modalities it has alone, not with 0 for the others.
+        centered: Whether that cut is symmetric about the volume's centre, so that it stays the atlas's centre.
+            Intensities are computed inside the cut, which is repeated where they become 0.
+        atlas: Voxels of the atlas in whose space volumes must be, skull-stripped; None: any space.
+        ragged: Whether a case is stored with only the modalities it has, not with zeros for the others.
     """
 
     intensity: Mapping[str, str]
@@ -123,17 +123,17 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Layout:
-    """An archive of volumes as training uses it: what its files are, and the form that they are brought to.
+    """An archive of volumes as training uses it: what its files are and how they are preprocessed.
 
     Attributes:
         name: Name of the archive's layout.
         tree: One line that shows the tree.
-        modalities: Channels in order; empty = whatever the tree holds.
+        modalities: Channels in order; empty: all that the tree holds.
         regions: Region to the label values that make it up.
-        label_values: Every value a label may hold; empty = not checked.
+        label_values: Every value a label may hold; empty: not checked.
         preprocessing: See :class:`Preprocessing`.
         crop_size: Default crop for pre-training.
-        names: What the archive calls the modalities, by canonical name; known once its cases are listed.
+        names: The archive's own names of the modalities, by canonical name; known once its cases are listed.
     """
 
     name: str
@@ -146,11 +146,11 @@ class Layout:
     names: Mapping[str, str] = field(default_factory=dict)
 
     def shown(self, modality: str) -> str:
-        """Return what the archive calls a modality."""
+        """Return the archive's own name of a modality."""
         return self.names.get(modality, modality)
 
     def with_voxels(self, voxels: VoxelConfig) -> "Layout":
-        """Return the layout with a way to read odd files, and with the intensity rules that come with it.
+        """Return the layout with settings for unusual files and their intensity rules.
 
         Raises:
             DataError: there is no such rule or modality.

@@ -1,4 +1,4 @@
-"""What ``medmim doctor`` looks at in an archive of volumes."""
+"""What ``medmim doctor`` checks in an archive of volumes."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def _headers(case: Case, paths: dict[str, str], voxels: VoxelConfig) -> Iterator
 
 
 def check_headers(case: Case, layout: Layout, labels: bool) -> Member:
-    """Look at the headers of a case: readable, three axes, on one grid where the layout needs one."""
+    """Check the headers of a case: readable, three axes, and on one grid where the layout needs it."""
     paths = {name: str(path) for name, path in case.images.items() if name in layout.modalities}
     paths |= {name: str(path) for name, path in case.labels.items() if labels}
     found = dict(_headers(case, paths, layout.preprocessing.voxels))
@@ -71,7 +71,7 @@ def examine(layout: Layout, terms: Terms, labels: bool, deep: bool, workers: int
 
     Args:
         layout: Its layout, with resolved modalities.
-        terms: What training asks of it.
+        terms: What training requires.
         labels: Whether training needs labels.
         deep: Whether to read every byte, not only headers.
         workers: Threads.

@@ -1,4 +1,4 @@
-"""Crops of volumes: where they lie, how they are cut, and how they are turned."""
+"""Crops of volumes: where they lie, how they are cut, and how they are mirrored."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,9 +17,9 @@ def random_start(
     Args:
         shape: Voxels of the volume.
         size: Voxels of the crop.
-        generator: Source of the draw.
+        generator: Random generator of the draw.
         overhang: Share of the crop that may reach beyond the volume on each side. At 0.5 its centre is uniform over the
-            volume, so that voxels at the edge are seen as often as those in the middle.
+            volume, so that voxels at the edge are sampled as often as those in the middle.
 
     Returns:
         One start per axis; an axis too short for the crop is centred.
@@ -51,10 +51,10 @@ def center_start(shape: Sequence[int], size: Sequence[int]) -> list[int]:
 
 
 def cut(array: Any, start: Sequence[int], size: Sequence[int]) -> NDArray[Any]:
-    """Cut a crop from the last three axes; what lies outside the volume is 0.
+    """Cut a crop from the last three axes; voxels outside the volume are 0.
 
     Args:
-        array: ``(..., X, Y, Z)``, sliced once, so that a memory map reads the crop alone.
+        array: ``(..., X, Y, Z)``, sliced once, so that a memory map reads only the crop.
         start: First voxel; may be negative.
         size: Voxels along each axis.
     """
@@ -71,7 +71,7 @@ def cut(array: Any, start: Sequence[int], size: Sequence[int]) -> NDArray[Any]:
 
 
 def to_tensor(array: NDArray[Any]) -> Tensor:
-    """Return a float32 tensor of a piece of a memory-mapped array.
+    """Copy part of a memory-mapped array into a float32 tensor.
 
     PyTorch widens float16 three times as fast as NumPy, which checks every number for overflow, but it cannot read
     mirrored or read-only memory.
@@ -82,11 +82,11 @@ def to_tensor(array: NDArray[Any]) -> Tensor:
 
 
 def arranged(channels: Tensor, order: Sequence[int] | None) -> Tensor:
-    """Bring what is listed by channel, ``(C, ...)``, into another order; None leaves it as it is.
+    """Reorder channels, ``(C, ...)``; None leaves them as they are.
 
     Args:
         channels: ``(C, ...)``.
-        order: Place of each wanted channel among the C; negative = it is absent, and 0.
+        order: Index of each wanted channel among the C; a negative one means absent, filled with 0.
     """
     if order is None:
         return channels
@@ -98,5 +98,5 @@ def arranged(channels: Tensor, order: Sequence[int] | None) -> Tensor:
 
 
 def flip(array: NDArray[Any], axes: Sequence[int]) -> NDArray[Any]:
-    """Mirror the given ones of the last three axes (0, 1, 2)."""
+    """Mirror along some of the last three axes (0, 1, 2)."""
     return np.flip(array, tuple(axis - 3 for axis in axes)) if axes else array

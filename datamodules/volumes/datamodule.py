@@ -43,17 +43,17 @@ class VolumeDataset(FaultTolerantDataset):
         cases: The cases.
         store: Opens them.
         crop_size: Voxels along R, A, S.
-        domain: ``"train"`` draws anew every epoch under the run's seed; ``"val"`` draws crops and masks that are fixed
-            per subject whatever the run; ``"center"`` cuts the central crop; ``"full"`` gives the whole volume.
+        domain: ``"train"`` draws new crops every epoch from the run's seed; ``"val"`` draws crops and masks that are
+            fixed per subject in every run; ``"center"`` cuts the central crop; ``"full"`` gives the whole volume.
         seed: Seed of the training draws.
         flip_axes: Axes mirrored with probability one half, in training only.
         overhang: Share of a crop that may reach beyond the volume; see :func:`datamodules.volumes.crops.random_start`.
         regions: Region to label values, for labelled sets; None leaves labels out.
-        label_crop_probability: Share of the training crops that must contain a labelled voxel.
-        controls: Other patients' cases, for the control of the collapse diagnostics; None leaves it out.
+        label_crop_probability: Share of training crops that must contain a labelled voxel.
+        controls: Cases of other patients, the control of the collapse diagnostics; None: no control.
         targets: Class index by case id.
         anonymise: Whether subjects get pseudonyms.
-        order: Place of each channel of a sample among the stored ones, negative = absent; None takes them as stored.
+        order: Index of each channel of a sample among the stored ones, negative if absent; None: as stored.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class VolumeDataset(FaultTolerantDataset):
         """Return one sample; see :class:`common.types.VolumeBatch`.
 
         Raises:
-            SampleFaultError: the case, or the label it needs, cannot be used.
+            SampleFaultError: the case or its required label cannot be used.
         """
         case = self.cases[draw.index]
         opened = self.store.open(case)
@@ -140,7 +140,7 @@ class VolumeDataset(FaultTolerantDataset):
         if self.domain == "center":
             return center_start(shape, self.crop_size), self.crop_size
         voxels = opened.label_voxels if self.domain == "train" else None
-        # The draw comes first, so that the crops of a set do not depend on which cases have a label.
+        # Draw first, so that the crops do not depend on which cases have a label.
         wanted = generator.random() < self.label_crop_probability
         if wanted and voxels is not None and len(voxels):
             value = generator.choice(np.unique(voxels[:, 0]))
@@ -149,7 +149,7 @@ class VolumeDataset(FaultTolerantDataset):
         return random_start(shape, self.crop_size, generator, self.overhang), self.crop_size
 
     def _control(self, draw: Draw) -> dict[str, Any]:
-        """Cut a crop out of another patient."""
+        """Cut a crop from another patient."""
 
         def read(other: Case) -> dict[str, Any]:
             opened = self.store.open(other)
@@ -160,12 +160,12 @@ class VolumeDataset(FaultTolerantDataset):
 
 
 class NamesDataset(FaultTolerantDataset):
-    """Names and classes of cases whose features are kept elsewhere; reads no volume.
+    """Names and classes of cases whose features are already computed; reads no volume.
 
     Args:
-        names: Subject of each case, as its features are filed.
+        names: Subject of each case, the key of its features.
         targets: Class of each case.
-        seed: Unused; nothing here can break.
+        seed: Unused; nothing here can fail.
     """
 
     def __init__(self, names: Sequence[str], targets: Sequence[int], seed: int = 0) -> None:
@@ -186,14 +186,14 @@ class NamesDataset(FaultTolerantDataset):
 
 @dataclass(frozen=True)
 class CropConfig:
-    """What is cut out of a volume.
+    """How crops are cut from a volume.
 
     Args:
         size: Voxels along R, A, S; None takes the layout's.
         flip_axes: Axes (0 R, 1 A, 2 S) that training crops are mirrored along with probability one half.
         overhang: Share of a crop that may reach beyond the foreground, in each direction. Official volumes are about
-            three quarters air; at 0 a crop of half the head's size would hardly ever see the brain's surface.
-        label_probability: Share of the labelled training crops that must contain a labelled voxel.
+            three quarters air; at 0 a crop of half the head's size would rarely contain the brain's surface.
+        label_probability: Share of labelled training crops that must contain a labelled voxel.
     """
 
     size: tuple[int, int, int] | None = None
@@ -204,7 +204,7 @@ class CropConfig:
 
 @dataclass(frozen=True)
 class LabelConfig:
-    """Whether samples have labels, and what these mean.
+    """Whether samples have labels, and what the label values mean.
 
     Args:
         needed: Whether samples need labels; validation and test then give whole volumes.
@@ -219,7 +219,7 @@ class LabelConfig:
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """A class of every case, for probes.
+    """A class per case, for probes.
 
     Args:
         name: A case attribute to classify, 0 or 1; cases without it are left out. Training and validation then give
@@ -233,7 +233,7 @@ class TargetConfig:
 
 @dataclass(frozen=True)
 class VolumeCacheConfig:
-    """Copies of volumes that are kept to be read quickly.
+    """The cache of prepared volumes.
 
     Args:
         format: ``"npy"``, ``"b2nd"``, or ``"none"`` to read the sources at every access.
@@ -244,7 +244,7 @@ class VolumeCacheConfig:
 
 @dataclass(frozen=True)
 class VolumeLoaderConfig(LoaderConfig):
-    """How crops are drawn, and how many cases may be broken.
+    """How crops are drawn, and how many cases may be faulty.
 
     Args:
         val_draws: Fixed validation crops per case.
@@ -261,16 +261,16 @@ class VolumeDataModule(ArchiveDataModule):
         layout: Name of its layout; ``"auto"`` recognises it from the tree.
         profile: How volumes are prepared (:mod:`datamodules.volumes.profiles`); None takes what suits the layout.
         modalities: Channels in order, in any usual spelling; None takes the layout's.
-        crops: What is cut out of a volume.
-        labels: Whether samples have labels, and what these mean.
-        target: A class of every case, for probes.
-        voxels: What is done about volumes that are a fault as they are.
-        cache: Copies of the volumes that are kept.
-        split: Who is trained, validated and tested on.
-        loader: How samples are drawn, and how many may be broken.
+        crops: How crops are cut from a volume.
+        labels: Whether samples have labels, and what the label values mean.
+        target: A class per case, for probes.
+        voxels: How to handle volumes that would otherwise count as faulty.
+        cache: The cache of prepared volumes.
+        split: Which patients train, validate and test.
+        loader: How samples are drawn, and how many may be faulty.
         batch_size: Crops per device.
         num_workers: Loader processes per rank; also threads that build the cache.
-        anonymise: Whether subject ids are replaced by pseudonyms in logs, pictures and fault files.
+        anonymise: Whether subject ids are replaced by pseudonyms in logs, figures and fault files.
         seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
         **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of :class:`ArchiveDataModule`.
     """
@@ -311,32 +311,32 @@ class VolumeDataModule(ArchiveDataModule):
         self.twins: frozenset[str] = frozenset()
         self._delivered: tuple[str, ...] | None = None
 
-    #: Profile where none is named; None takes the one that suits the layout.
+    #: Default profile; None: the one that suits the layout.
     default_profile: str | None = None
 
     @property
     def needs(self) -> frozenset[str]:
-        """Volumes, with masks or targets where the task is about them."""
+        """Volumes, with masks or targets if the task needs them."""
         wanted = {"volumes"} | ({"masks"} if self.labels else set())
         return frozenset(wanted | ({"targets"} if self.target and not self.target_file else set()))
 
     def used_files(self) -> Iterable[tuple[str, Path]]:
-        """Yield the volumes of the channels, and the labels where they are needed."""
+        """Yield the volumes of the channels, and the labels if they are needed."""
         layout = self.index()
         for case in self.cases_in_use():
             yield from (("volume", path) for name, path in case.images.items() if name in layout.modalities)
             yield from (("mask", path) for path in case.labels.values() if self.labels)
 
     def prepare_layout(self, archive: Archive) -> Layout:
-        """Return what the archive's files are, and how they are prepared."""
+        """Return what the archive's files are and how they are prepared."""
         return prepared(archive, self._profile)
 
     def resolve_layout(self, layout: Layout) -> Layout:
-        """Settle channels and preparation of a recognised layout, once the cases are listed."""
+        """Resolve channels and preprocessing of a recognised layout, once the cases are listed."""
         return with_modalities(layout, self.cases, self._modalities)
 
     def index(self) -> Layout:
-        """Recognise the layout, list and split the cases. Reads names and tables, no volume.
+        """Recognise the layout, list and split the cases. Reads names and tables only, no volumes.
 
         Raises:
             DataError: unknown layout, missing split file, a patient in two splits, no labelled case, and the like.
@@ -371,7 +371,7 @@ class VolumeDataModule(ArchiveDataModule):
         return self._layout
 
     def _is_wanted(self, case: Case) -> bool:
-        """Whether a case has the class or the label that is asked for; to have none is no fault."""
+        """Whether a case has the requested class or label; a case without one is not faulty."""
         if self.targets is not None:
             return case.case_id in self.targets
         return bool(case.labels) or not self.labels
@@ -415,7 +415,7 @@ class VolumeDataModule(ArchiveDataModule):
 
     @property
     def regions(self) -> dict[str, tuple[int, ...]]:
-        """Region to label values; empty without labels."""
+        """Region to label values; empty if samples have no labels."""
         if not self.labels:
             return {}
         return {name: tuple(values) for name, values in (self._regions or self.index().regions).items()}
@@ -443,7 +443,7 @@ class VolumeDataModule(ArchiveDataModule):
         )
 
     def deliver(self, channels: Sequence[str]) -> None:
-        """Give batches these channels in this order; those that the archive lacks are fed as absent.
+        """Deliver these channels in this order; those missing from the archive are marked absent.
 
         Raises:
             DataError: a channel of the data is not among them.
@@ -454,7 +454,7 @@ class VolumeDataModule(ArchiveDataModule):
         self._delivered = tuple(channels)
 
     def _order(self) -> list[int] | None:
-        """Return where each channel of the batches is among the stored ones, -1 = nowhere; None = they are the same."""
+        """Return the index of each batch channel among the stored ones, -1 if absent; None if they are the same."""
         stored = self.index().modalities
         if self._delivered in (None, stored):
             return None
@@ -472,7 +472,7 @@ class VolumeDataModule(ArchiveDataModule):
         return self.cases
 
     def sources(self, cases: Sequence[Case]) -> dict[str, tuple[str, ...]]:
-        """Return the check sums of the files of each case; without a cache none is known."""
+        """Return the check sums of each case's files; unknown without a cache."""
         found: dict[str, tuple[str, ...]] = {}
         if not isinstance(self.store, VolumeCache):
             return found
@@ -489,7 +489,7 @@ class VolumeDataModule(ArchiveDataModule):
         return [case for part in self.splits.values() for case in part]
 
     def setup(self, stage: str) -> None:
-        """Put what is broken into the ledger and say what there is (Lightning hook).
+        """Record broken files in the ledger and log a summary (Lightning hook).
 
         Raises:
             DataError: no case can be used.
@@ -527,7 +527,7 @@ class VolumeDataModule(ArchiveDataModule):
         )
 
     def _usable(self, cases: Iterable[Case]) -> list[Case]:
-        """Leave out cases known to be broken: evaluation replaces nothing."""
+        """Leave out cases known to be broken: evaluation does not replace them."""
         bad = {fault.sample for fault in self.ledger.faults}
         return [case for case in cases if case.case_id not in bad or self._still_usable(case)]
 
@@ -560,13 +560,13 @@ class VolumeDataModule(ArchiveDataModule):
         return self.evaluation_loader(dataset, self.val_crops_per_case)
 
     def test_dataloader(self) -> ResumableLoader:
-        """Return whole test volumes, or central crops where a class is wanted (Lightning hook).
+        """Return whole test volumes, or central crops if a class is predicted (Lightning hook).
 
         Raises:
             DataError: the test split is empty.
         """
         if not self._usable(self.splits["test"]):
-            raise DataError(f"There is no case to test on under {self.root}: none is in the test split"
+            raise DataError(f"The test split of {self.root} is empty: there is no case to test on"
                             + (", with a label." if self.labels else "."))  # fmt: skip
         if self.targets is not None:
             return self.evaluation_loader(self._dataset(self._usable(self.splits["test"]), "center"))
@@ -579,7 +579,7 @@ class VolumeDataModule(ArchiveDataModule):
         return NamesDataset(names, [targets[case.case_id] for case in cases], self.seed)
 
     def predict_dataloader(self) -> ResumableLoader:
-        """Return whole test volumes, or all where nothing is set aside (Lightning hook)."""
+        """Return whole volumes of the test split, or of all cases if it is empty (Lightning hook)."""
         cases = self.splits["test"] or self.cases_in_use()
         return self.evaluation_loader(self._unlabelled(cases), batch_size=1)
 
@@ -588,7 +588,7 @@ class VolumeDataModule(ArchiveDataModule):
         return VolumeDataset(cases, self.store, self.crop_size, "full", self.seed, anonymise=anonymise, order=order)
 
     def reference_samples(self, count: int) -> Iterable[Any]:
-        """Yield batches with at least ``count`` training crops, cut as validation crops are and never mirrored."""
+        """Yield batches with at least ``count`` training crops, cut like validation crops and never mirrored."""
         dataset = self._dataset(self._usable(self.splits["train"]), "val")
         draws = -(-count // max(len(dataset), 1))
         for batch in self.evaluation_loader(dataset, draws, all_ranks=False):

@@ -21,9 +21,9 @@ from datamodules.tree import Tree, TreeFile, stem_of
 _FILE = "dataset.json"
 _TASK = re.compile(r"(Dataset\d{3}|Task\d{2,3})_.+")
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
-#: 4-D files whose headers are looked at before anything else, spread over the cases.
+#: Number of 4-D files whose headers are checked first, spread over the cases.
 _LOOKED_AT = 8
-#: Labels that are no region.
+#: Labels that do not define a region.
 _BACKGROUND = "background"
 _IGNORED = "ignore"
 
@@ -32,8 +32,8 @@ class _Place(NamedTuple):
     """A data set in a tree.
 
     Attributes:
-        folder: Its folder under the root, with ``/`` at its end; empty = the root.
-        content: What its ``dataset.json`` says.
+        folder: Its folder under the root, ending in ``/``; empty: the root.
+        content: Content of its ``dataset.json``.
     """
 
     folder: str
@@ -41,7 +41,7 @@ class _Place(NamedTuple):
 
 
 def _places(tree: Tree) -> list[_Place]:
-    """Return the data sets of a tree: that of its root, or those of folders such as ``Dataset004_Hippocampus``."""
+    """Return the data sets of a tree: the one in its root, or those in folders such as ``Dataset004_Hippocampus``."""
     folders = ["", *(f"{name}/" for name in tree.folders() if _TASK.fullmatch(name))]
     found = [(folder, described(tree, f"{folder}{_FILE}")) for folder in folders if tree.is_dir(f"{folder}imagesTr")]
     return [_Place(folder, content) for folder, content in found if content is not None]
@@ -61,7 +61,7 @@ def _the_place(tree: Tree) -> _Place | None:
 
 
 def _is_nnunet(tree: Tree, place: _Place) -> bool:
-    """Whether images are called ``CASE_0000``: always where channels are named, else where files are so called."""
+    """Whether images are named ``CASE_0000``: always if channels are named, else if the files are."""
     if "channel_names" in place.content:
         return True
     files = _images(tree, f"{place.folder}imagesTr")
@@ -73,7 +73,7 @@ def _images(tree: Tree, folder: str) -> list[TreeFile]:
 
 
 def _numbered(names: Any, where: Path) -> list[str]:
-    """Return the names of channels in the order of their numbers.
+    """Return channel names in numeric order.
 
     Raises:
         DataError: they are not numbered from 0.
@@ -84,14 +84,14 @@ def _numbered(names: Any, where: Path) -> list[str]:
 
 
 def read_labels(labels: Any, where: Path) -> tuple[dict[str, tuple[int, ...]], frozenset[int]]:
-    """Return what label values mean, in either of the two forms, and every value there may be.
+    """Return the meaning of label values, given in either form, and all values that may occur.
 
     Args:
         labels: ``{value: name}`` as Medical Decathlon and nnU-Net 1 write it, or ``{name: value or values}``.
-        where: The file, for refusals.
+        where: The file, for error messages.
 
     Raises:
-        DataError: neither form, or a label that training would have to leave out of the loss.
+        DataError: the labels have neither form, or one must be ignored in the loss.
     """
     if not isinstance(labels, Mapping) or not labels:
         raise DataError(f'{where} needs labels, such as {{"0": "background", "1": "lesion"}}.')
@@ -101,9 +101,9 @@ def read_labels(labels: Any, where: Path) -> tuple[dict[str, tuple[int, ...]], f
     for name, value in pairs:
         values = value if isinstance(value, list) else [value]
         if not values or not all(str(number).isdigit() for number in values):
-            raise DataError(f"{where} gives the label {name} the value {str(value)[:40]!r}, which is no whole number.")
+            raise DataError(f"{where} gives the label {name} the value {str(value)[:40]!r}, not a whole number.")
         if name.lower() == _IGNORED:
-            raise DataError(f"{where} has the label ignore, which training here cannot leave out of the loss: set "
+            raise DataError(f"{where} has the label ignore, which the loss here cannot ignore: set "
                             f"those voxels to a label, or drop these cases.")  # fmt: skip
         regions[name] = tuple(int(number) for number in values)
     known = frozenset({0, *(number for values in regions.values() for number in values)})
@@ -135,10 +135,10 @@ def _listed(place: _Place, where: Path) -> Iterator[_Listed]:
 
 
 def _check_count(names: Sequence[str], cases: Sequence[tuple[str, Path]], where: Path) -> None:
-    """Look at the headers of a few images: each must hold as many volumes as there are modalities.
+    """Check a few headers: each image must hold one volume per modality.
 
     Raises:
-        DataError: names the first that does not.
+        DataError: the first image that does not.
     """
     step = max(len(cases) // _LOOKED_AT, 1)
     for case, path in cases[::step][:_LOOKED_AT]:
@@ -146,7 +146,7 @@ def _check_count(names: Sequence[str], cases: Sequence[tuple[str, Path]], where:
             continue
         try:
             shape = nib.load(path).shape  # type: ignore[attr-defined]
-        except Exception:  # what is wrong with a file is for its reader to say, case by case
+        except Exception:  # its reader reports faults of a file, case by case
             continue
         count = shape[3] if len(shape) > 3 else 1
         if count != len(names):
@@ -155,10 +155,10 @@ def _check_count(names: Sequence[str], cases: Sequence[tuple[str, Path]], where:
 
 
 def find_msd(tree: Tree) -> Listing:
-    """List the cases of Medical Decathlon: training ones to be split by case, those of imagesTs for testing.
+    """List the cases of Medical Decathlon: imagesTr is split by case, imagesTs is for testing.
 
     Raises:
-        DataError: several data sets, a damaged list, or images with another number of volumes than modalities.
+        DataError: several data sets, a damaged list, or images whose number of volumes is not the number of modalities.
     """
     place = _the_place(tree)
     if place is None:
@@ -183,7 +183,7 @@ def find_msd(tree: Tree) -> Listing:
 
 
 def _unlisted(tree: Tree, folder: str, records: Sequence[Record]) -> dict[str, list[str]]:
-    """Return the files in the folders of the data set that no case is made of."""
+    """Return the files in the data set's folders that belong to no case."""
     used = {tree.name_of(path) for record in records for _, path in record.files()}
     files = [file.name for part in ("imagesTr", "labelsTr", "imagesTs", "labelsTs")
              for file in _images(tree, f"{folder}{part}")]  # fmt: skip
@@ -191,10 +191,10 @@ def _unlisted(tree: Tree, folder: str, records: Sequence[Record]) -> dict[str, l
 
 
 def find_nnunet(tree: Tree) -> Listing:
-    """List the cases of nnU-Net: volumes by channel, or pictures with their masks.
+    """List the cases of nnU-Net: volumes by channel, or 2D images with masks.
 
     Raises:
-        DataError: several data sets, or a description that does not number channels or name labels.
+        DataError: several data sets, or a ``dataset.json`` without numbered channels or named labels.
     """
     place = _the_place(tree)
     if place is None:
@@ -217,10 +217,10 @@ def find_nnunet(tree: Tree) -> Listing:
 def _case(
     tree: Tree, case: str, files: Mapping[int, TreeFile], label: TreeFile | None, names: Sequence[str], split: str
 ) -> Record:
-    """Make a case of its channels.
+    """Build a case from its channels.
 
     Raises:
-        DataError: it has a channel that is not named.
+        DataError: it has a channel without a name.
     """
     if strange := [number for number in files if number >= len(names)]:
         raise DataError(f"{files[strange[0]].name} is of channel {strange[0]}, and {_FILE} names {len(names)}: "

@@ -1,7 +1,7 @@
 """Any volumes in folders: ``CASE/[PREFIX]<modality>``, flat ``CASE_<modality>``, ``PATIENT/SESSION/<modality>``.
 
 ``cases.csv``, if there is one, needs ``case_id`` and may have ``patient_id``, ``session``, ``split`` and any further
-columns, which become attributes (such as ``disease``). Files called ``seg``, ``label``, ``mask`` or ``msk`` are labels;
+columns, which become attributes (such as ``disease``). Files named ``seg``, ``label``, ``mask`` or ``msk`` are labels;
 several binary masks become the bits of one label. The lung layout is the same tree with proton and xenon images and the
 masks of thoracic cavity and ventilation.
 """
@@ -39,12 +39,12 @@ from datamodules.volumes.modalities import one_file_each
 LABEL_STEMS = ("seg", "label", "mask", "msk")
 LUNG_MODALITIES = ("1h", "xe")
 LUNG_LABELS = ("cavity", "vent")
-#: What a volume is called whose name says no more than whose it is.
+#: Modality of a volume whose name gives only the case.
 SINGLE = "image"
 #: Folders of Medical Decathlon and nnU-Net, which are never cases.
 _PARTS = ("imagesTr", "labelsTr", "imagesTs", "labelsTs")
 _TABLE = "cases.csv"
-#: From this many cases on, a modality that one case alone has is taken for a misunderstanding.
+#: With at least this many cases, a modality found in only one is taken for a misread name.
 _MANY = 3
 
 
@@ -54,7 +54,7 @@ class Group(NamedTuple):
     Attributes:
         case_id: Its name.
         patient_id: Whose it is.
-        session: Visit; empty = the tree knows none.
+        session: Visit; empty if the tree has no visits.
         files: Modality or label, as written, and file.
     """
 
@@ -83,12 +83,12 @@ def read_case_table(path: Path) -> dict[str, dict[str, str]]:
 
 
 def volumes_in(tree: Tree, folder: str) -> list[TreeFile]:
-    """Return the volumes that lie directly in a folder, without the shadow files that macOS leaves behind."""
+    """Return the volumes that lie directly in a folder, without the ``._`` files that macOS leaves behind."""
     return [file for file in tree.listed(folder) if file.kind == "volume" and not file.hidden]
 
 
 def _cut(stem: str, owner: str) -> str | None:
-    """Return what follows an owner's name in a stem; None where the stem does not begin with it."""
+    """Return the rest of a stem after its owner's name; None if the stem does not begin with it."""
     if not owner or not stem.lower().startswith(owner.lower()):
         return None
     rest = stem[len(owner) :]
@@ -96,12 +96,12 @@ def _cut(stem: str, owner: str) -> str | None:
 
 
 def _is_known(name: str) -> bool:
-    """Whether a name is a modality wherever it stands, so that it is neither a prefix nor a case."""
+    """Whether a name always is a modality, and so neither a prefix nor a case."""
     return canonical_name(name) in CANONICAL
 
 
 def _shared_prefix(stems: Sequence[str]) -> str:
-    """Return what several stems begin with, up to the last ``_`` or ``-``; nothing where that is a modality itself."""
+    """Return the common prefix of several stems, up to the last ``_`` or ``-``; empty if it is itself a modality."""
     if len(stems) < 2:
         return ""
     first, last = min(stems), max(stems)
@@ -112,18 +112,18 @@ def _shared_prefix(stems: Sequence[str]) -> str:
 
 
 def names_of(files: Sequence[TreeFile], owners: Sequence[str]) -> list[tuple[str, TreeFile]]:
-    """Return the files of a case with what their names say once the case's own name is cut off.
+    """Return the files of a case by name, without the case's own name.
 
     Args:
         files: The files.
-        owners: Names of the folders they lie in, the longest first.
+        owners: Names of the folders they lie in, longest first.
     """
     stems = [file.stem for file in files]
     owner = next((name for name in owners if any(_cut(stem, name) is not None for stem in stems)), "")
     prefix = "" if owner else _shared_prefix(stems)
     rests = [_cut(stem, owner) for stem in stems]
     names = [stem[len(prefix) :] if rest is None else rest for stem, rest in zip(stems, rests, strict=True)]
-    # A label of 3D Slicer says so in its suffix.
+    # 3D Slicer marks labels by the suffix.
     kinds = ["seg" if file.suffix == ".seg.nrrd" else name or SINGLE for name, file in zip(names, files, strict=True)]
     return list(zip(kinds, files, strict=True))
 
@@ -131,7 +131,7 @@ def names_of(files: Sequence[TreeFile], owners: Sequence[str]) -> list[tuple[str
 def _flat(tree: Tree, files: Sequence[TreeFile]) -> Iterator[Group]:
     """Yield the cases whose files lie in the root itself: ``CASE_<modality>``, ``CASE_0000``, or one file per case.
 
-    Files that are all of different modalities are one case.
+    If all files are of different modalities, they are one case.
     """
     sequences = [canonical_name(file.stem[max(file.stem.rfind("_"), file.stem.rfind("-")) + 1 :]) for file in files]
     if len(files) > 1 and len({*sequences}) == len(files) and set(sequences) <= {*CANONICAL, *LABEL_STEMS}:
@@ -142,7 +142,7 @@ def _flat(tree: Tree, files: Sequence[TreeFile]) -> Iterator[Group]:
         cut = max(file.stem.rfind("_"), file.stem.rfind("-"))
         groups.setdefault(file.stem[: max(cut, 0)], []).append((file.stem[cut + 1 :], file))
     names = [{name for name, _ in members} for members in groups.values()]
-    # Numbers are channels only as nnU-Net writes them: four digits, and the first of them in every case.
+    # Numbers are channels only in nnU-Net's form: four digits, and every case has the first.
     numbered = all(re.fullmatch(r"\d{4}", name) for found in names for name in found)
     numbered = numbered and len(groups) > 1 and all("0000" in found for found in names)
     for case, members in groups.items():
@@ -174,12 +174,12 @@ def groups_of(tree: Tree) -> list[Group]:
 
 
 def _is_mask(name: str, labels: Sequence[str]) -> bool:
-    """Whether a name is a label's, or ends with one."""
+    """Whether a name is, or ends with, the name of a label."""
     return name.lower().replace("-", "_").rpartition("_")[2] in labels
 
 
 def _check_names(images: Sequence[Sequence[str]], allowed: Iterable[str]) -> None:
-    """Refuse modalities that one of many cases alone has: names were understood wrongly.
+    """Refuse modalities found in only one of many cases: the names were misread.
 
     Raises:
         DataError: names the first.
@@ -199,7 +199,7 @@ def find_cases(tree: Tree, settings: Settings = NO_SETTINGS) -> Listing:
 
     Args:
         tree: The archive.
-        settings: ``masks`` names masks that are called otherwise; modalities that it lists may occur in one case only.
+        settings: ``masks`` lists masks with other names; modalities that are listed may occur in a single case.
 
     Raises:
         DataError: ``cases.csv`` names a case that has no folder, or a modality occurs in one case only.
@@ -223,7 +223,7 @@ def _records(
     images: Sequence[Sequence[tuple[str, TreeFile]]],
     masks: Sequence[Mapping[str, FileRef]],
 ) -> list[Record]:
-    """Join the cases with their rows in ``cases.csv``.
+    """Join cases with their rows of ``cases.csv``.
 
     Raises:
         DataError: it names a case that has no folder.
@@ -262,7 +262,7 @@ def _recognise(tree: Tree) -> Evidence:
 
 
 def find_lung(tree: Tree) -> Listing:
-    """List the chests of a lung archive; a chest is labelled only if it has both masks.
+    """List the cases of a lung archive; a case is labelled only if it has both masks.
 
     Raises:
         DataError: as :func:`find_cases`.
@@ -273,7 +273,7 @@ def find_lung(tree: Tree) -> Listing:
     for group in groups:
         files = {name.lower(): file for name, file in group.files}
         found = {name: FileRef(tree / files[name].name) for name in LUNG_LABELS if name in files}
-        # A mask's place among the labels is its bit: with one missing, the others would mean something else.
+        # A mask's position is its bit: with one missing, the others would change their meaning.
         masks.append(found if len(found) == len(LUNG_LABELS) else {})
     return Listing(_records(tree, groups, images, masks), tables=[_TABLE] if tree.is_file(_TABLE) else [])
 
@@ -302,7 +302,7 @@ LUNG = Layout(
     evidence=_recognise_lung,
     facts=Facts(
         modalities=LUNG_MODALITIES,
-        # Bit 0 is the thoracic cavity, bit 1 what is ventilated; the defect is cavity without ventilation.
+        # Bit 0 is the thoracic cavity, bit 1 the ventilated part; the defect is cavity without ventilation.
         regions={"TC": (1, 3), "VD": (1,)},
         label_values=frozenset({0, 1, 2, 3}),
         profile="lung",

@@ -1,4 +1,4 @@
-"""What the header of a volume promises, and what of it is refused before a voxel is read."""
+"""Headers of volumes: what they promise, and what is refused before any voxel is read."""
 
 import io
 import logging
@@ -18,21 +18,21 @@ from datamodules.limits import MAX_HEADER_BYTES, MAX_VOLUME_BYTES
 from datamodules.notes import note
 from datamodules.volumes.voxels import STRICT, VoxelConfig
 
-#: Volume of a voxel in units of its edges, which is 1 where they are at right angles; nearer to 0 it is flat.
+#: Least voxel volume relative to its edges: 1 at right angles, near 0 a flat voxel.
 _MIN_VOLUME = 1e-3
 #: What nibabel raises for broken headers.
 _HEADER_ERRORS = (HeaderDataError, WrapStructError, ValueError, OverflowError, KeyError)
-#: Takes nibabel's remarks, which would be printed besides the fault.
+#: Swallows nibabel's messages, which would be printed next to the fault.
 _QUIET = logging.getLogger("datamodules.nifti")
 _QUIET.addHandler(logging.NullHandler())
 _QUIET.propagate = False
 _MGH_HEADER = 284
-#: By how much edges (share), axes (degrees) and centres (mm) of two affines may differ: rounding, and no more.
+#: Tolerated differences of two affines in edges (share), axes (degrees) and centres (mm): rounding only.
 _MAX_STRETCH, _MAX_ANGLE, _MAX_DISTANCE = 0.02, 1.0, 1.0
-#: Codes of an sform that places the volume in Talairach's or the MNI's space.
+#: Codes of an sform in Talairach or MNI space.
 _TEMPLATES = (3, 4)
 _SETTING = ": set voxels.header: sform | qform"
-#: Bytes that are inflated at a time.
+#: Bytes decompressed at a time.
 _PIECE = 2**20
 
 
@@ -50,7 +50,7 @@ class VolumeError(Exception):
 
 
 def check_shape(shape: Sequence[int], itemsize: int) -> None:
-    """Refuse what is not a volume of three axes, or larger than is opened.
+    """Refuse anything but a volume of three axes within the size limit.
 
     Args:
         shape: Voxels along each axis.
@@ -68,7 +68,7 @@ def check_shape(shape: Sequence[int], itemsize: int) -> None:
 
 
 def check_room(shape: Sequence[float], itemsize: int = 4) -> None:
-    """Refuse voxels that take more memory than :data:`datamodules.limits.MAX_VOLUME_BYTES`.
+    """Refuse volumes that need more memory than :data:`datamodules.limits.MAX_VOLUME_BYTES`.
 
     Raises:
         VolumeError: ``shape``.
@@ -81,7 +81,7 @@ def check_room(shape: Sequence[float], itemsize: int = 4) -> None:
 
 
 def check_affine(affine: NDArray[np.float64]) -> None:
-    """Refuse an affine that is not finite or has no inverse: its voxels lie nowhere.
+    """Refuse an affine that is not finite or not invertible: its voxels have no position.
 
     Raises:
         VolumeError: ``unreadable``.
@@ -96,15 +96,15 @@ def check_affine(affine: NDArray[np.float64]) -> None:
 
 
 def check_end(promised: int, found: int, exact: bool = True) -> None:
-    """Compare the bytes of a file, inflated, with those that its header promises.
+    """Compare a file's decompressed bytes with those its header promises.
 
     Args:
         promised: Bytes of header and voxels.
         found: Bytes that are there.
-        exact: Whether nothing may follow the last voxel.
+        exact: Whether bytes after the last voxel are refused.
 
     Raises:
-        VolumeError: ``unreadable`` where bytes are lacking, ``size`` where some are left.
+        VolumeError: ``unreadable`` if bytes are missing, ``size`` if some are left over.
     """
     if found < promised:
         raise VolumeError("unreadable", f"the file ends early (truncated): {found:,} of {promised:,} bytes")
@@ -114,15 +114,15 @@ def check_end(promised: int, found: int, exact: bool = True) -> None:
 
 
 def inflate(content: bytes, limit: int, wbits: int = 31) -> bytes:
-    """Inflate a gzip file to at most one byte more than ``limit``, and check its sums if it ends before.
+    """Decompress a gzip file to at most one byte more than ``limit``, and check its sums if it ends earlier.
 
     Args:
-        content: The file; it may have several members, as bgzip writes them, and zeros behind the last.
+        content: The file; it may have several members, as bgzip writes them, and trailing zeros.
         limit: Bytes.
         wbits: As in :mod:`zlib`; 47 takes zlib's form as well.
 
     Raises:
-        VolumeError: ``unreadable`` where it is no gzip file or ends early, ``checksum`` where it is damaged.
+        VolumeError: ``unreadable`` if it is not a gzip file or is truncated, ``checksum`` if it is damaged.
     """
     pieces: list[bytes] = []
     room, member = limit + 1, None
@@ -145,11 +145,11 @@ def inflate(content: bytes, limit: int, wbits: int = 31) -> bytes:
 
 
 def squeezed(shape: Sequence[int], place: int | None = None) -> tuple[int, ...]:
-    """Return a shape without the axes of length 1 behind the third.
+    """Return a shape without trailing axes of length 1 after the third.
 
     Args:
         shape: Voxels along each axis.
-        place: Which volume of a 4-D file is meant, from 0; None = the file is one.
+        place: Which volume of a 4-D file is meant, from 0; None: the file holds one volume.
 
     Raises:
         VolumeError: the file has fewer volumes.
@@ -163,7 +163,7 @@ def squeezed(shape: Sequence[int], place: int | None = None) -> tuple[int, ...]:
 
 
 def check_dtype(dtype: np.dtype[Any], voxels: VoxelConfig) -> None:
-    """Refuse voxels that are not one real number each, which float32 comes close to.
+    """Refuse voxels that are not single real numbers that float32 can represent.
 
     Raises:
         VolumeError: ``dtype``.
@@ -180,26 +180,26 @@ def check_dtype(dtype: np.dtype[Any], voxels: VoxelConfig) -> None:
 def nifti_header(
     start: bytes, path: Path, voxels: VoxelConfig = STRICT, place: int | None = None
 ) -> tuple[nib.Nifti1Header, NDArray[np.float64]]:
-    """Parse the first bytes of a NIfTI-1 or NIfTI-2 file; extensions are left aside.
+    """Parse the first bytes of a NIfTI-1 or NIfTI-2 file; extensions are ignored.
 
     Args:
-        start: At least as many bytes as a header has.
+        start: At least the bytes of the header.
         path: The file.
-        voxels: What is done where the header contradicts itself.
-        place: Which volume of a 4-D file is meant; None = the file is one.
+        voxels: How to resolve a header that contradicts itself.
+        place: Which volume of a 4-D file is meant; None: the file holds one volume.
 
     Returns:
-        The header, and the affine that counts.
+        The header and the affine to use.
 
     Raises:
-        VolumeError: it is no NIfTI header, contradicts itself, or promises what is not opened.
+        VolumeError: it is not a NIfTI header, contradicts itself, or exceeds a limit.
     """
     kind = nib.Nifti2Header if _header_size(start) == nib.Nifti2Header.sizeof_hdr else nib.Nifti1Header
     block = start[: kind.sizeof_hdr]
     try:
-        # Four zeros say that no extension follows: its length comes from the file as well.
+        # Four zeros end the header, so that no extension is read: its length is untrusted input, too.
         header = kind.from_fileobj(io.BytesIO(block + bytes(4)), check=False)
-        raw = header.copy()  # nibabel mends edges below 0 while it checks
+        raw = header.copy()  # nibabel's check repairs negative edges
         header.check_fix(_QUIET, error_level=40)
         offset, dtype = header.get_data_offset(), header.get_data_dtype()
     except _HEADER_ERRORS as error:
@@ -212,15 +212,15 @@ def nifti_header(
 
 
 def nifti_affine(header: nib.Nifti1Header, path: Path, voxels: VoxelConfig = STRICT) -> NDArray[np.float64]:
-    """Return where a header places its voxels.
+    """Return the affine that places a header's voxels.
 
     Args:
-        header: As the file has it.
+        header: As stored in the file.
         path: The file.
-        voxels: What is done where the header contradicts itself.
+        voxels: How to resolve a header that contradicts itself.
 
     Raises:
-        VolumeError: ``header`` where it contradicts itself or does not say.
+        VolumeError: ``header`` if it contradicts itself or gives no position.
     """
     sform, qform, zooms = header.get_sform(), _qform(header), np.asarray(header["pixdim"][1:4], dtype=np.float64)
     if voxels.header != "refuse":
@@ -246,7 +246,7 @@ def nifti_affine(header: nib.Nifti1Header, path: Path, voxels: VoxelConfig = STR
 
 
 def _qform(header: nib.Nifti1Header) -> NDArray[np.float64]:
-    """Return the qform, all NaN where its quaternion or edges are none."""
+    """Return the qform; all NaN if its quaternion or edges are invalid."""
     try:
         return header.get_qform()
     except (ValueError, HeaderDataError):
@@ -254,7 +254,7 @@ def _qform(header: nib.Nifti1Header) -> NDArray[np.float64]:
 
 
 def _compare(sform: NDArray[np.float64], qform: NDArray[np.float64], shape: Sequence[int]) -> None:
-    """Refuse affines whose axes or centres differ by more than rounding."""
+    """Refuse affines whose axes or centres differ beyond rounding."""
     with np.errstate(invalid="ignore", divide="ignore"):
         directions = [affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0) for affine in (sform, qform)]
         cosines = np.clip((directions[0] * directions[1]).sum(axis=0), -1, 1)
@@ -281,7 +281,7 @@ def mgh_header(start: bytes) -> tuple[MGHHeader, NDArray[np.float64]]:
         The header and its affine.
 
     Raises:
-        VolumeError: it is no MGH header, or what it promises is not opened.
+        VolumeError: it is not an MGH header, or it exceeds a limit.
     """
     try:
         header = MGHHeader.from_fileobj(io.BytesIO(start[:_MGH_HEADER] + bytes(64)))

@@ -1,6 +1,6 @@
-"""Intensity rules. Always in float32: upstream of E-MIM divides integer arrays in place, which leaves zeros.
+"""Intensity rules. Always in float32: E-MIM's original code divides integer arrays in place, which leaves zeros.
 
-A rule takes a volume and where its background lies; None where the volume has none that is one value.
+A rule takes a volume and its background mask, None if the background is not a single value.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 Mask = NDArray[np.bool_] | None
 
-#: Rules that clip at 0: a volume that is negative for a good part is not for them.
+#: Rules that clip at 0 and so do not fit volumes with many negative voxels.
 CLIPPED_AT_0 = ("percentile", "max")
 
 
@@ -57,7 +57,7 @@ def _zscore(x: Array, background: Mask) -> Array:
 def _standardised(x: Array, background: Mask) -> Array:
     """Map the 0.5th to 99.5th percentile of the foreground to [0.01, 1], and the background to 0.
 
-    For volumes that have a mean of 0 already: no voxel of theirs becomes background because it is below it.
+    For volumes already standardised to mean 0: voxels below the mean do not become background.
     """
     foreground = np.ones(x.shape, dtype=bool) if background is None else ~background
     low, high = np.percentile(x[foreground], [0.5, 99.5])
@@ -87,9 +87,9 @@ def rescale(data: NDArray, rule: str, background: Mask = None) -> Array:
     """Apply a rule to a volume of any dtype.
 
     Args:
-        data: Finite, not constant.
+        data: Finite and not constant.
         rule: A name in ``RULES``.
-        background: True where the background lies; None where no one value is it.
+        background: True in the background; None if the background is not a single value.
 
     Returns:
         float32, same shape.

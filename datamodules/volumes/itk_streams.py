@@ -1,7 +1,7 @@
-"""Where the voxels of MetaImage and NRRD files lie, and whether there are as many as the header promises.
+"""Locates the voxels of MetaImage and NRRD files and checks that there are as many as the header promises.
 
-ITK takes as many bytes as it needs and never looks at those behind them; this reads the text header alone, and then to
-the end of the file.
+ITK reads as many bytes as it needs and ignores the rest; this module reads the text header itself and then to the end
+of the file.
 """
 
 import zlib
@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 from datamodules.limits import MAX_HEADER_BYTES
 from datamodules.volumes.headers import VolumeError, check_end
 
-#: Bytes that are read and inflated at a time.
+#: Bytes read and decompressed at a time.
 _PIECE = 2**20
 
 
@@ -20,9 +20,9 @@ class Stream(NamedTuple):
 
     Attributes:
         path: File that holds them.
-        offset: Their first byte.
+        offset: Offset of the first byte.
         compressed: Whether they are a stream of zlib or gzip.
-        length: Bytes of that stream where the header says so.
+        length: Length of that stream in bytes, if the header gives it.
     """
 
     path: Path
@@ -52,7 +52,7 @@ def _meta_stream(path: Path) -> Stream:
         offset = file.tell()
     place, skip = fields.get("elementdatafile", ""), fields.get("headersize", "")
     if fields.get("binarydata", "true").lower() not in ("true", "t", "1") or skip not in ("", "0"):
-        raise VolumeError("unreadable", "a MetaImage file of text, or with HeaderSize, is not read: write it anew")
+        raise VolumeError("unreadable", "MetaImage with text voxels or HeaderSize is not supported: save it as binary")
     compressed = fields.get("compresseddata", "").lower() in ("true", "t", "1")
     length = fields.get("compresseddatasize", "")
     known = int(length) if compressed and length.isdecimal() else None
@@ -71,7 +71,7 @@ def _nrrd_stream(path: Path) -> Stream:
     skips = {name for name in ("data file", "datafile", "line skip", "byte skip") if fields.get(name, "0") != "0"}
     if encoding not in ("raw", "gzip", "gz") or skips:
         found = f"{', '.join(sorted(skips))}" if skips else f"encoding {encoding or 'unknown'}"
-        raise VolumeError("unreadable", f"a NRRD file with {found} is not read: write it raw or gzip, in one file")
+        raise VolumeError("unreadable", f"NRRD files with {found} are not supported: save it raw or gzip, in one file")
     return Stream(path, offset, encoding != "raw")
 
 
@@ -79,8 +79,8 @@ def find_stream(path: Path) -> Stream:
     """Find the voxels of a ``.mha``, ``.mhd`` or ``.nrrd``.
 
     Raises:
-        VolumeError: ``unreadable`` where they lie elsewhere or in a form that is not read, ``missing`` where the file
-            that the header names is not there.
+        VolumeError: ``unreadable`` if they lie elsewhere or in an unsupported form, ``missing`` if the file named in
+            the header does not exist.
         OSError: the file cannot be opened.
     """
     stream = _nrrd_stream(path) if path.suffix.lower() == ".nrrd" else _meta_stream(path)
@@ -90,7 +90,7 @@ def find_stream(path: Path) -> Stream:
 
 
 def source_files(path: Path) -> list[Path]:
-    """Return the files that a volume consists of: its own, and the one of its voxels where they lie apart."""
+    """Return the files of a volume: its own, and that of its voxels if they are stored separately."""
     if path.suffix.lower() != ".mhd" or not path.is_file():
         return [path]
     try:
@@ -100,7 +100,7 @@ def source_files(path: Path) -> list[Path]:
 
 
 def _inflated_bytes(file: BinaryIO, limit: int) -> int:
-    """Count the bytes of a compressed stream, at most a few more than ``limit``, and check its sum at its end."""
+    """Count the bytes of a compressed stream, at most a few more than ``limit``, and verify its check sum."""
     member, count = zlib.decompressobj(wbits=47), 0
     try:
         while not member.eof and count <= limit and (rest := member.unconsumed_tail or file.read(_PIECE)):
@@ -113,14 +113,14 @@ def _inflated_bytes(file: BinaryIO, limit: int) -> int:
 
 
 def check_stream(stream: Stream, promised: int) -> None:
-    """Compare the voxels that are there with those that the header promises.
+    """Compare the stored voxels with what the header promises.
 
     Args:
-        stream: Where they lie.
-        promised: Their bytes.
+        stream: Where they are stored.
+        promised: Their size in bytes.
 
     Raises:
-        VolumeError: ``unreadable`` where bytes are lacking, ``size`` where some are left, ``checksum``.
+        VolumeError: ``unreadable`` if bytes are missing, ``size`` if some are left over, ``checksum``.
         OSError: the file cannot be opened.
     """
     size = stream.path.stat().st_size - stream.offset

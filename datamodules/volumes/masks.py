@@ -1,4 +1,4 @@
-"""Masks of volumes: which of them a person named, and what the label that is made of them means."""
+"""Masks of volumes: which ones the settings name, and what their joined label means."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
@@ -16,18 +16,18 @@ def chosen_masks(
 ) -> tuple[list[dict[str, FileRef]], Regions, list[Path]]:
     """Choose the masks of cases.
 
-    One mask keeps its values. Of several each must hold 0 and 1, and becomes a bit of one label.
+    A single mask keeps its values. Several must each hold 0 and 1 and become the bits of one label.
 
     Args:
         found: The masks of each case by name.
         named: Region to ``name`` of its mask and ``values`` in it, as ``masks:`` of ``archive.yaml`` says.
-        usual: Names that are used where ``named`` is empty, in the order of their bits.
+        usual: Names to use if ``named`` is empty, in the order of their bits.
 
     Returns:
-        The masks of each case, what their values mean, and the files that are left.
+        The masks of each case, the meaning of their values, and the unused files.
 
     Raises:
-        DataError: no case has a mask that is named.
+        DataError: no case has one of the named masks.
     """
     wanted = list(dict.fromkeys(_name(region, rule) for region, rule in named.items()))
     present = {name for masks in found for name in masks}
@@ -37,7 +37,7 @@ def chosen_masks(
             raise DataError(f"No case has the mask {name} that masks: names; the masks found are {held}.")
     names = wanted or [name for name in usual if name in present]
     used = [{name: masks[name] for name in names if name in masks} for masks in found]
-    if len(wanted) > 1:  # a mask's place is its bit: with one missing, the others would mean something else
+    if len(wanted) > 1:  # a mask's position is its bit: with one missing, the others would change their meaning
         used = [masks if len(masks) == len(wanted) else {} for masks in used]
     left = [
         ref.path for masks, kept in zip(found, used, strict=True) for name, ref in masks.items() if name not in kept
@@ -61,5 +61,5 @@ def _regions(named: Mapping[str, Mapping[str, Any]], wanted: Sequence[str]) -> R
 
 
 def all_values(regions: Mapping[str, Iterable[int]]) -> frozenset[int]:
-    """Return every value that a label with these regions may hold; empty without regions: it is not checked then."""
+    """Return all values a label with these regions may hold; empty (not checked) without regions."""
     return frozenset({0, *(value for values in regions.values() for value in values)}) if regions else frozenset()

@@ -1,4 +1,4 @@
-"""The modalities of an archive of volumes, under their canonical names: which there are, and which are channels."""
+"""Canonical names of an archive's modalities, and which of them become channels."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -11,9 +11,9 @@ from datamodules.volumes.cases import Case, Layout
 
 
 def one_file_each(files: Iterable[tuple[str, Path]]) -> tuple[dict[str, Path], list[Path]]:
-    """Return the file of each modality of a case as the archive calls it, and files whose modality has one already.
+    """Return one file per modality, under the archive's names, and the surplus files of the same modalities.
 
-    A tree is looked at by layouts that are not its own, so nothing is refused here.
+    Nothing is refused here, as layouts also look at trees that are not theirs.
 
     Args:
         files: Modality and file.
@@ -27,13 +27,13 @@ def one_file_each(files: Iterable[tuple[str, Path]]) -> tuple[dict[str, Path], l
 
 
 def under_canonical_names(layout: Layout, cases: Sequence[Case]) -> tuple[Layout, list[Case]]:
-    """Give the volumes of all cases, and the settings of their layout, canonical names.
+    """Rename the modalities of all cases and of their layout canonically.
 
     Returns:
-        The layout, which knows what the archive calls each modality, and the cases.
+        The layout, which keeps the archive's own names, and the cases.
 
     Raises:
-        DataError: two files of a case have one canonical name.
+        DataError: two files of a case have the same canonical name.
     """
     spellings: dict[str, set[str]] = {}
     renamed = []
@@ -63,10 +63,10 @@ def under_canonical_names(layout: Layout, cases: Sequence[Case]) -> tuple[Layout
 
 
 def with_modalities(layout: Layout, cases: Sequence[Case], wanted: Sequence[str] | None) -> Layout:
-    """Settle a layout's channels: those asked for in any spelling, its own, or all that its cases have.
+    """Resolve a layout's channels: the requested ones in any spelling, its own, or all that its cases have.
 
     Raises:
-        DataError: no case has a modality that is asked for, or one is asked for twice.
+        DataError: no case has a requested modality, or one is requested twice.
     """
     present = canonical_order(name for case in cases for name in case.images)
     for name, given in clashes(wanted or ()).items():

@@ -1,8 +1,8 @@
 """PI-CAI prostate MRI: ``images/PATIENT/PATIENT_STUDY_{t2w,adc,hbv}.mha``, labels and marksheet beside them.
 
-adc and hbv have another grid than t2w and are resampled to it. Zonal masks (1 = PZ, 2 = TZ) are made by a network, not
-by people. The marksheet decides about clinically significant cancer; early versions lack ``case_csPCa``, which is then
-derived from the Gleason scores. An absent mask is not a negative study.
+adc and hbv have another grid than t2w and are resampled to it. Zonal masks (1 = PZ, 2 = TZ) are the output of a
+network, not drawn by people. The marksheet defines clinically significant cancer; early versions lack ``case_csPCa``,
+which is then derived from the Gleason scores. A missing mask does not mean a negative study.
 """
 
 import re
@@ -28,9 +28,9 @@ def _first(tree: Tree, candidates: list[str]) -> str | None:
 
 
 def gleason_to_isup(text: str) -> int | None:
-    """Return the highest ISUP grade among Gleason scores such as ``"3+4, N/A"`` (quotes and blanks tolerated).
+    """Return the highest ISUP grade among Gleason scores such as ``"3+4, N/A"`` (quotes and spaces are ignored).
 
-    ISUP: 3+3 and below 1 or 0, 3+4 is 2, 4+3 is 3, sum 8 is 4, sum 9 and 10 are 5. None where no score stands.
+    ISUP: 3+3 is 1, less is 0, 3+4 is 2, 4+3 is 3, a sum of 8 is 4, 9 and 10 are 5. None if there is no score.
     """
     grades = []
     for first, second in re.findall(r"(\d)\s*\+\s*(\d)", text):
@@ -48,13 +48,13 @@ def read_marksheet(path: Path) -> dict[str, dict[str, str]]:
     """Read the official marksheet: ``PATIENT_STUDY`` to its columns, with ``csPCa`` as 1 or 0.
 
     Raises:
-        DataError: a needed column is absent.
+        DataError: a required column is missing.
     """
     table = read_table(path)
     columns = table.columns
     if not {"patient_id", "study_id"} <= set(columns) or not {"case_csPCa", "lesion_GS"} & set(columns):
         raise DataError(
-            f"{path} is no PI-CAI marksheet: it needs patient_id, study_id and case_csPCa or lesion_GS, "
+            f"{path} is not a PI-CAI marksheet: it needs patient_id, study_id and case_csPCa or lesion_GS, "
             f"and has {listing(columns)}."
         )
     check_subjects(path, table["patient_id"])

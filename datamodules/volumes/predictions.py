@@ -1,4 +1,4 @@
-"""Predicted label volumes on the grid of the file they belong to."""
+"""Predicted label volumes, written on the grid of their source file."""
 
 from collections.abc import Container
 from pathlib import Path
@@ -19,7 +19,7 @@ from datamodules.volumes.reading import write_nifti
 
 
 def to_source_grid(label: NDArray[np.uint8], record: Record) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Put a label volume of the prepared grid back on the grid of the source file.
+    """Map a label volume from the prepared grid to the grid of the source file.
 
     Cropping is undone by index, resampling by nearest neighbour; the axes return to the file's order and direction.
 
@@ -50,7 +50,7 @@ def to_source_grid(label: NDArray[np.uint8], record: Record) -> tuple[NDArray[np
 class SegmentationWriter(BasePredictionWriter):
     """Writes each prediction as ``predictions/<subject>.nii.gz`` in the run folder, on the source grid and affine.
 
-    A subject whose name can be no file's is written under that of :func:`common.names.safe_name`.
+    A subject whose name cannot be a file name is written under its :func:`common.names.safe_name`.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class SegmentationWriter(BasePredictionWriter):
         self._twins: Container[str] = ()
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Agree on one folder: ranks that a scheduler started read the time for themselves (Lightning hook)."""
+        """Agree on one folder: ranks started by a scheduler read the clock separately (Lightning hook)."""
         self._folder = Path(trainer.strategy.broadcast(trainer.default_root_dir)) / "predictions"
         self._twins = getattr(trainer.datamodule, "twins", ())  # type: ignore[attr-defined]
 
@@ -81,6 +81,6 @@ class SegmentationWriter(BasePredictionWriter):
             self._count += 1
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say where they are (Lightning hook)."""
+        """Log where the predictions are (Lightning hook)."""
         total = sum(gather_objects(self._count))
         print_line(f"predictions: {total} label volumes in {self._folder}")

@@ -1,6 +1,6 @@
-"""From the files of a case to one array on one grid, with every broken member named.
+"""Preparing a case: its files become one array on one grid, and every broken file is reported.
 
-MONAI resamples; the rules of what may be used, and what is refused, are ours.
+MONAI resamples; what is accepted and refused is decided here.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ from datamodules.volumes.intensity import CLIPPED_AT_0, rescale
 from datamodules.volumes.reading import Volume, read_volume
 from datamodules.volumes.voxels import FACES, STRICT, VoxelConfig, background_of, negative_share
 
-if TYPE_CHECKING:  # a quarter of a run's imports, and needed only where something is resampled
+if TYPE_CHECKING:  # a quarter of a run's import time, needed only for resampling
     from monai.data import MetaTensor
 
 
@@ -29,17 +29,17 @@ class PreparedCase(NamedTuple):
 
     Attributes:
         image: float32 ``(M, X, Y, Z)``, absent modalities 0.
-        modality_mask: Per modality, whether it can be used.
-        modalities: Their names: all of the layout, or the case's own.
+        modality_mask: Per modality, whether it is usable.
+        modalities: Their names: all of the layout's, or only the case's own.
         label: uint8 ``(X, Y, Z)``, or None.
         affine: ``(4, 4)`` of the final grid, RAS.
         source_shape: Shape of the reference volume in RAS, before cropping or resampling.
         source_affine: Its affine.
-        file_affine: Its affine as the file has it, before its axes were turned to RAS.
+        file_affine: Its affine as stored in the file, before reorientation to RAS.
         offset: First voxel of the final grid in the reference grid; None where it was resampled.
-        faults: Broken image members that the case does without.
-        label_faults: What is wrong with the label; the case has none then.
-        sources: Size and check sum by path of the images that can be used and of the labels.
+        faults: Faults of images that the case is used without.
+        label_faults: Faults of the label, which is then dropped.
+        sources: Path to size and check sum, for usable images and labels.
     """
 
     image: NDArray[np.float32]
@@ -57,12 +57,12 @@ class PreparedCase(NamedTuple):
 
 
 def read_image(path: Path, voxels: VoxelConfig = STRICT, place: int | None = None) -> Volume:
-    """Read a volume that shows something.
+    """Read a volume and check that it is finite and not constant.
 
     Args:
         path: The file.
-        voxels: What is done about odd ones.
-        place: Which volume of a 4-D file; None = the file is one.
+        voxels: How to handle unusual volumes.
+        place: Which volume of a 4-D file; None: the file holds one volume.
 
     Raises:
         VolumeError: as :func:`datamodules.volumes.reading.read_volume`; or voxels are not finite, or all the same.
@@ -87,7 +87,7 @@ def _without_nan(data: NDArray, voxels: VoxelConfig) -> NDArray:
 
 
 def _rescaled(data: NDArray, rule: str, background: NDArray[np.bool_] | None) -> NDArray[np.float32]:
-    """Scale what lies on the final grid; it may be another part of the file than the one that was checked."""
+    """Scale the voxels on the final grid, which may be another part of the file than the one checked before."""
     if data.min() == data.max():
         raise VolumeError("grid", "no part of it lies on the grid that the case is brought to")
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -98,7 +98,7 @@ def _rescaled(data: NDArray, rule: str, background: NDArray[np.bool_] | None) ->
 
 
 def _check_sign(name: str, path: Path, data: NDArray, rule: str, background: float | None) -> None:
-    """Refuse a volume of which a rule that clips at 0 would cut a good part away; say so where it is a small one."""
+    """Refuse a volume that would lose much of its foreground to a rule that clips at 0; note a smaller loss."""
     share = negative_share(data, background)
     if share > _MAX_NEGATIVE and rule in CLIPPED_AT_0:
         hint = "it is CT: set voxels.intensity: {%s: ct}" if data.min() <= _AIR else (
@@ -138,7 +138,7 @@ def _describe(volume: Volume) -> str:
 
 
 def _drop_other_grids(case: Case, volumes: dict[str, Volume]) -> tuple[dict[str, Volume], list[Fault]]:
-    """Keep the members on the grid that most share; a case without such a grid cannot be stacked."""
+    """Keep the volumes on the most common grid; a case without one cannot be stacked."""
     names = list(volumes)
     votes = Counter({name: sum(_same_grid(volumes[name], other) for other in volumes.values()) for name in names})
     reference, agreeing = votes.most_common(1)[0]
@@ -157,7 +157,7 @@ def _drop_other_grids(case: Case, volumes: dict[str, Volume]) -> tuple[dict[str,
 
 
 def _meta(data: NDArray, affine: NDArray, background: float | None = None) -> "MetaTensor":
-    """Make a tensor whose background is 0, so that what lies beyond the volume is background too."""
+    """Make a tensor whose background is 0, the value of voxels outside the volume."""
     from monai.data import MetaTensor
 
     shifted = np.ascontiguousarray(data, dtype=np.float32) - np.float32(background or 0)
@@ -167,10 +167,10 @@ def _meta(data: NDArray, affine: NDArray, background: float | None = None) -> "M
 def _on_reference_grid(
     case: Case, volumes: dict[str, Volume], layout: Layout
 ) -> tuple[dict[str, "MetaTensor"], Volume]:
-    """Resample every modality to the reference's grid, then to the layout's spacing and size; background becomes 0.
+    """Resample all modalities to the reference's grid, then to the layout's spacing and size; background becomes 0.
 
     Raises:
-        SampleFaultError: a header's voxels are so large that too many would be made of them.
+        SampleFaultError: the header's voxel size would give too many voxels.
     """
     from monai.transforms import ResampleToMatch
 
@@ -206,7 +206,7 @@ def _to_final_grid(image: Any, layout: Layout, mode: str) -> "MetaTensor":
 
 
 def _label_volume(case: Case, layout: Layout, reference: Volume, sources: dict[str, Any]) -> NDArray[np.uint8]:
-    """Read the label; several binary masks become the bits of one integer."""
+    """Read the label; several binary masks become the bits of one label."""
     merged: NDArray | None = None
     for bit, path in enumerate(case.labels.values()):
         volume = read_volume(path, VoxelConfig(header=layout.preprocessing.voxels.header))
@@ -235,7 +235,7 @@ def _label_volume(case: Case, layout: Layout, reference: Volume, sources: dict[s
 
 
 def _foreground_box(present: NDArray, centered: bool = False) -> tuple[slice, ...]:
-    """Return the box outside of which nothing is present, or the symmetric one around it."""
+    """Return the bounding box of the foreground, or the symmetric one around it."""
     box = []
     for axis in range(3):
         indices = np.flatnonzero(present.any(tuple(other for other in range(3) if other != axis)))
@@ -250,18 +250,18 @@ def centered_slice(size: int, low: int, high: int) -> slice:
     return slice(margin, size - margin)
 
 
-#: Share of the foreground below 0 that is said, and above which a volume does not fit a rule that clips at 0.
+#: Negative share of the foreground that is noted, and the share at which a rule that clips at 0 does not fit.
 _NOTED_NEGATIVE, _MAX_NEGATIVE = 0.01, 0.05
-#: Hounsfield units that only a CT's air has.
+#: Hounsfield units that occur only in air.
 _AIR = -500
-#: Share of voxels that are exactly 0 in every sequence, below which a volume has its skull and air still on.
+#: Share of voxels that are 0 in every sequence; below it, skull and air have not been removed.
 _MIN_AIR = 0.15
-#: Longest edge in mm, ratio of the edges, and degrees between an axis and the atlas's of what may be in atlas space.
+#: Limits for volumes in atlas space: longest edge in mm, ratio of edges, degrees between axes and the atlas's.
 _MAX_EDGE, _MAX_RATIO, _MAX_TILT = 2.5, 1.02, 2.0
 
 
 def native_space(affine: NDArray[np.float64]) -> str | None:
-    """Say why voxels are not those of an atlas, whatever its resolution; None where they may be."""
+    """Return why a grid cannot be an atlas's, whatever its resolution; None if it can."""
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if spacing.max() > _MAX_EDGE or spacing.max() > _MAX_RATIO * spacing.min():
         return f"its voxels of {' x '.join(f'{s:.3g}' for s in spacing)} mm are those of a native scan"
@@ -270,7 +270,7 @@ def native_space(affine: NDArray[np.float64]) -> str | None:
 
 
 def _check_space(case: Case, images: dict[str, Any], reference: Volume, atlas: tuple[int, ...]) -> None:
-    """Refuse volumes that are not in atlas space: templates, and what lies where in them, would mean nothing."""
+    """Refuse volumes that are not in atlas space, where templates and their positions would be meaningless."""
     reasons = [reason] if (reason := native_space(reference.affine)) else []
     air = float(np.logical_and.reduce([image[0].numpy() == 0 for image in images.values()]).mean())
     if air < _MIN_AIR:
@@ -282,10 +282,10 @@ def _check_space(case: Case, images: dict[str, Any], reference: Volume, atlas: t
 
 
 def prepare_case(case: Case, layout: Layout, modalities: tuple[str, ...]) -> PreparedCase:
-    """Read a case to the last byte and bring it to its final grid and intensities.
+    """Read a case completely and bring it to its final grid and intensities.
 
     Raises:
-        SampleFaultError: no usable modality, grids that cannot be stacked, or another space than is needed.
+        SampleFaultError: no usable modality, grids that cannot be stacked, or not in the required space.
     """
     settings = layout.preprocessing
     if settings.ragged:
@@ -340,14 +340,14 @@ def prepare_case(case: Case, layout: Layout, modalities: tuple[str, ...]) -> Pre
 def _rescaled_stack(
     case: Case, layout: Layout, modalities: tuple[str, ...], images: dict[str, Any], levels: Mapping[str, float | None]
 ) -> tuple[NDArray[np.float32], list[bool], list[Fault]]:
-    """Scale the intensities of all modalities; where the cut is centred, of what lies inside it alone.
+    """Scale the intensities of all modalities; if the cut is centred, using only the voxels inside it.
 
     Args:
         case: The case.
         layout: Its layout.
         modalities: Channels in order.
         images: Volumes on the final grid, their background at 0.
-        levels: What was subtracted of each; None where it has no background of one value.
+        levels: The background subtracted from each; None if it is not a single value.
     """
     settings = layout.preprocessing
     arrays = {name: image[0].numpy() for name, image in images.items()}
@@ -370,7 +370,7 @@ def _rescaled_stack(
 
 
 def _scale_member(shifted: NDArray, rule: str, level: float | None) -> NDArray[np.float32]:
-    """Scale a volume from which its background was subtracted; the background becomes 0 by any rule."""
+    """Scale a volume whose background was subtracted; the background becomes 0 under every rule."""
     if level is None:
         return _rescaled(shifted, rule, None)
     background = shifted == 0

@@ -1,4 +1,4 @@
-"""Profiles: how volumes are prepared, whatever layout their archive has."""
+"""Profiles: named ways of preparing volumes, independent of the archive's layout."""
 
 from dataclasses import dataclass, replace
 
@@ -6,18 +6,18 @@ from common.errors import DataError
 from datamodules.registry import Archive
 from datamodules.volumes.cases import Layout, Preprocessing
 
-#: Voxels of the SRI24 atlas at 1 mm, on which BraTS, UCSF-PDGM and UPENN-GBM lie.
+#: Voxels of the SRI24 atlas at 1 mm, the space of BraTS, UCSF-PDGM and UPENN-GBM.
 ATLAS = (240, 240, 155)
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A way of preparing volumes, named by an experiment's configuration.
+    """A way of preparing volumes, chosen in an experiment's configuration.
 
     Attributes:
-        preprocessing: What is done.
-        rule: Intensity rule of the modalities that the preprocessing does not name.
-        crop_size: Default crop.
+        preprocessing: The steps.
+        rule: Intensity rule of modalities without one in ``preprocessing``.
+        crop_size: Default crop size in voxels.
     """
 
     preprocessing: Preprocessing
@@ -48,19 +48,19 @@ PROFILES = {
 
 
 def prepared(archive: Archive, profile: str | None = None) -> Layout:
-    """Join what an archive's files are with how they are prepared.
+    """Combine an archive's facts with a profile's preprocessing.
 
     Args:
         archive: The archive.
-        profile: Name of the profile; None takes the one that suits the archive.
+        profile: Name of the profile; None: the one that suits the archive.
 
     Raises:
-        DataError: there is no such profile.
+        DataError: unknown profile.
     """
     facts = archive.facts
     name = profile or facts.profile
     if name not in PROFILES:
-        raise DataError(f"There is no profile {name!r} (data.profile); known are {', '.join(PROFILES)}.")
+        raise DataError(f"Unknown profile {name!r} (data.profile); known are {', '.join(PROFILES)}.")
     chosen = PROFILES[name]
     names = facts.modalities or tuple(sorted({name for record in archive.records for name in record.volumes}))
     settings = chosen.preprocessing

@@ -1,4 +1,4 @@
-"""Reading volumes to their last byte: check sums, orientation, and every way in which a file can be broken."""
+"""Reads volumes to the last byte: check sums, orientation, and a kind of fault for every way a file can be broken."""
 
 import gzip
 import io
@@ -30,7 +30,7 @@ from datamodules.volumes.headers import (
 from datamodules.volumes.itk_streams import check_stream, find_stream
 from datamodules.volumes.voxels import STRICT, VoxelConfig
 
-#: Goes into the cache key: another decoder, or another rule of ours, may give other voxels.
+#: Part of the cache key: another decoder or reader version may give other voxels.
 DECODERS = {"reader": "2", "nibabel": nib.__version__, "SimpleITK": sitk.Version.VersionString()}
 
 #: Bytes at the start of a file that hold the header of NIfTI or MGH.
@@ -59,8 +59,8 @@ class Volume(NamedTuple):
         data: ``(X, Y, Z)``, the file's own dtype.
         affine: ``(4, 4)`` voxel to world (RAS, mm).
         source: Size in bytes and xxh3 of the file.
-        file_affine: The affine before the axes were turned to RAS.
-        background: The value of what lies around the body; None where it is not one value, or nobody has looked.
+        file_affine: The affine before reorientation to RAS.
+        background: Value around the body; None if it is not a single value or was not determined.
     """
 
     data: NDArray[Any]
@@ -71,7 +71,7 @@ class Volume(NamedTuple):
 
 
 def _nibabel_header(path: Path, voxels: VoxelConfig, place: int | None) -> tuple[Any, NDArray[np.float64]]:
-    """Read header and affine of a NIfTI or MGH file, and nothing behind them."""
+    """Read only the header and affine of a NIfTI or MGH file."""
     try:
         with path.open("rb") if suffix_of(path) == ".nii" else gzip.open(path) as file:
             start = file.read(_START)
@@ -99,7 +99,7 @@ def _read_nibabel(path: Path, voxels: VoxelConfig, place: int | None) -> Volume:
 
 
 def _canonical(data: NDArray[Any], affine: NDArray[np.float64], source: dict[str, Any]) -> Volume:
-    """Turn the axes to RAS, without resampling."""
+    """Reorient to RAS, without resampling."""
     check_affine(affine)
     data = np.abs(data) if data.dtype.kind == "c" else data
     turn = nib.orientations.io_orientation(affine)
@@ -163,12 +163,12 @@ def read_volume(path: Path, voxels: VoxelConfig = STRICT, place: int | None = No
 
     Args:
         path: The file.
-        voxels: What is done about odd ones. NaN stays as it is.
-        place: Which volume of a 4-D NIfTI file, from 0; None = the file is one.
+        voxels: How to handle unusual volumes. NaN is kept.
+        place: Which volume of a 4-D NIfTI file, from 0; None: the file holds one volume.
 
     Raises:
-        VolumeError: missing, truncated, failing its check sum, not a volume of three axes of real numbers,
-            contradicting itself, or other than its header promises.
+        VolumeError: the file is missing, truncated, fails its check sum, is not a volume of real numbers with three
+            axes, or contradicts its own header.
     """
     _check_file(path)
     try:
@@ -178,7 +178,7 @@ def read_volume(path: Path, voxels: VoxelConfig = STRICT, place: int | None = No
 
 
 def _check_file(path: Path) -> None:
-    """Refuse what is not there, or of no format that is read."""
+    """Refuse missing files and unsupported formats."""
     if not path.is_file():
         raise VolumeError("missing", why_missing(path))
     if refusal := refusal_of(path):
@@ -186,7 +186,7 @@ def _check_file(path: Path) -> None:
 
 
 class Header(NamedTuple):
-    """Shape and affine of a volume, turned to RAS."""
+    """Shape and affine of a volume in RAS."""
 
     shape: tuple[int, ...]
     affine: NDArray[np.float64]
@@ -198,10 +198,10 @@ def read_header(path: Path, voxels: VoxelConfig = STRICT, place: int | None = No
     Args:
         path: The file.
         voxels: As in :func:`read_volume`.
-        place: Which volume of a 4-D NIfTI file, from 0; None = the file is one.
+        place: Which volume of a 4-D NIfTI file, from 0; None: the file holds one volume.
 
     Raises:
-        VolumeError: the header is missing, broken, or not of a volume of three axes.
+        VolumeError: the header is missing, broken, or not that of a volume with three axes.
     """
     _check_file(path)
     try:

@@ -1,4 +1,4 @@
-"""How odd voxels and headers are taken, and what of a volume is background."""
+"""How unusual voxels and headers are handled, and which voxels are background."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class VoxelConfig:
-    """What is done about volumes that are a fault as they are.
+    """How to handle volumes that would otherwise count as faulty.
 
     Attributes:
-        nan: ``zero`` sets voxels that are not a number to 0, as where NaN lies outside the body.
+        nan: ``zero`` sets NaN voxels to 0, for volumes with NaN outside the body.
         complex: ``magnitude`` takes the absolute value of complex voxels.
-        header: Which of two affines counts where a NIfTI file contradicts itself, or says of neither what it means.
-        intensity: Intensity rule by modality, over the layout's; see :mod:`datamodules.volumes.intensity`.
+        header: Which affine to use if a NIfTI file's two contradict each other or neither has a code.
+        intensity: Intensity rule by modality, overriding the layout's; see :mod:`datamodules.volumes.intensity`.
     """
 
     nan: Literal["refuse", "zero"] = "refuse"
@@ -32,12 +32,12 @@ class VoxelConfig:
 #: Indices of a volume's six faces.
 FACES = [(slice(None),) * axis + (edge,) for axis in range(3) for edge in (0, -1)]
 
-#: Nothing odd is taken.
+#: Refuses everything unusual.
 STRICT = VoxelConfig()
 
 
 def background_of(data: NDArray[Any]) -> float | None:
-    """Return the value that fills at least half of a volume's six faces; None where there is no such value."""
+    """Return the value that fills at least half of a volume's six faces; None if there is none."""
     faces = np.concatenate([data[side].ravel() for side in FACES])
     middle = len(faces) // 2
     candidates = np.partition(faces, [max(middle - 1, 0), middle])[[max(middle - 1, 0), middle]]
@@ -46,7 +46,7 @@ def background_of(data: NDArray[Any]) -> float | None:
 
 
 def negative_share(data: NDArray[Any], background: float | None) -> float:
-    """Return the share of the voxels beside the background that are below 0."""
+    """Return the share of foreground voxels below 0."""
     negative = data < 0
     if background is None:
         return float(negative.mean())

@@ -62,7 +62,7 @@ def test_buffers_and_low_precision():
 def test_refusals():
     with pytest.raises(ValueError, match="decay"):
         EMATeacher(nn.Linear(1, 1), 1.0)
-    with pytest.raises(ValueError, match="made of"):
+    with pytest.raises(ValueError, match="not those of the teacher"):
         EMATeacher(nn.Linear(1, 1), 0.9).update(nn.Linear(1, 1, bias=False))
     with pytest.raises(CheckpointError, match="holds no teacher"):
         need_teacher({"network.encoder.weight": torch.zeros(1)}, "network.teacher.")

@@ -33,8 +33,8 @@ print({{"torch", "numpy", "lightning"}} & set(sys.modules))
     ("arguments", "code", "words"),
     [
         ([], 2, "A command is missing"),
-        (["dance"], 2, "There is no command 'dance': it is one of fit"),
-        (["dance", "--help"], 2, "There is no command 'dance'"),
+        (["dance"], 2, "Unknown command 'dance': it is one of fit"),
+        (["dance", "--help"], 2, "Unknown command 'dance'"),
         (["fit", "--config", "nowhere.yaml"], 2, "The configuration nowhere.yaml does not exist."),
         (["--config=nowhere.yaml", "fit"], 2, "The configuration nowhere.yaml"),
         (["fit", "--ckpt_path=no/such"], 1, "There is no checkpoint at no/such"),

@@ -38,7 +38,7 @@ def test_a_state_comes_back_as_plain_values(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("channels", ("t1",), "channels ['t1'], but the data give ['t1', 't2']: choose matching data"),
+        ("channels", ("t1",), "channels ['t1'], but the dataset has ['t1', 't2']: choose matching data"),
         ("image_size", (8, 8), "image_size [8, 8]"),
         ("regions", {"TC": (1,)}, "regions {'TC': [1]}"),
         ("vocabulary", {"size": 9, "fingerprint": "y"}, "set data.text.tokenizer"),

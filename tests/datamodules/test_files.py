@@ -92,7 +92,7 @@ def test_zip_archives(tmp_path):
         zipped_member(path)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("two", "2")
-    with pytest.raises(DataError, match="holds 2 files, and one table"):
+    with pytest.raises(DataError, match="holds 2 files; it must hold exactly one table"):
         zipped_member(path)
 
 
@@ -108,10 +108,10 @@ def test_numbers_of_json_stay_as_written():
     [
         ("{", "x cannot be read as JSON: Expecting property name enclosed in double quotes at column 2"),
         ("{\n1", "at line 2, column 1"),
-        ('{"a": 1, "a": 2}', "the key 'a' is there twice in one object"),
+        ('{"a": 1, "a": 2}', "the key 'a' occurs twice in one object"),
         ("[" * 100_000, "x is nested too deeply"),
         (r'["\ud800"]', r"the escape \\ud800 is half of a character"),
-        (r'["\u0000"]', r"the escape \\u0000 is no character"),
+        (r'["\u0000"]', r"the escape \\u0000 is not a valid character"),
     ],
 )
 def test_what_json_is_refused(text, message):
@@ -124,7 +124,7 @@ def test_json_lines(tmp_path):
     path.write_text('{"a": 1}\n\n{"a": 2}')
     assert list(json_lines(path)) == [{"a": "1"}, {"a": "2"}]
     path.write_text('{"a": 1}\n[2]')
-    with pytest.raises(DataError, match="line 2 is no JSON object"):
+    with pytest.raises(DataError, match="line 2 is not a JSON object"):
         list(json_lines(path))
 
 
@@ -149,8 +149,8 @@ def test_matrices_are_looked_at_before_they_are_read(tmp_path):
         file.create_dataset("outside", (1, 2), "f4", external=[(str(tmp_path / "m.raw"), 0, 8)])
     assert read_matrix(path, "G", (1, 2), "scores").tolist() == [[1.0, 2.0]]
     for name, message in (("huge", "holds 1000000000 x 1000000 values, its names are 1 x 2"),
-                          ("text", "holds object where numbers"), ("link", "keeps link in another file"),
-                          ("outside", "keeps outside in another file"), ("group", "cannot be read as scores"),
+                          ("text", "holds object instead of numbers"), ("link", "stores link in another file"),
+                          ("outside", "stores outside in another file"), ("group", "cannot be read as scores"),
                           ("none", "cannot be read as scores")):  # fmt: skip
         with pytest.raises(DataError, match=message):
             read_matrix(path, name, (1, 2), "scores")

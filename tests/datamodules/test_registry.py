@@ -98,7 +98,7 @@ def test_marksheets_old_and_new(tmp_path):
         "3_30": "0",
     }
     (tmp_path / "bad.csv").write_text("patient,study\n1,2\n")
-    with pytest.raises(DataError, match="no PI-CAI marksheet"):
+    with pytest.raises(DataError, match="not a PI-CAI marksheet"):
         read_marksheet(tmp_path / "bad.csv")
 
 
@@ -140,7 +140,7 @@ def test_roots_that_are_nothing_we_know(tmp_path, volumes_of):
         volumes_of(tmp_path)
     with pytest.raises(DataError, match=r"is not of the layout pi_cai .* it holds holiday.mov"):
         volumes_of(tmp_path, "pi_cai")
-    with pytest.raises(DataError, match="There is no layout 'brats'; nearest are brats20"):
+    with pytest.raises(DataError, match="Unknown layout 'brats'; nearest are brats20"):
         volumes_of(tmp_path, "brats")
 
 

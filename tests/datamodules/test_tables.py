@@ -150,9 +150,9 @@ def test_numbers():
     path = Path("x")
     assert read_positions(path, pd.Series(["12", "", "NA", "1e3", "-4"])).tolist() == [12, 0, 0, 1000, -4]
     assert read_numbers(path, pd.Series(["1", "nan", "-2e1", ""]), "weights").fillna(7).tolist() == [1.0, 7, -20.0, 7]
-    with pytest.raises(DataError, match="x has 3 weights that are no number, first '1e400'"):
+    with pytest.raises(DataError, match="x has 3 weights that are not numbers, first '1e400'"):
         read_numbers(path, pd.Series(["nan", "1", "1e400", "y", "-inf"]), "weights")
-    with pytest.raises(DataError, match=r"x has 2 positions that are no whole number, first '1\.5'"):
+    with pytest.raises(DataError, match=r"x has 2 positions that are not whole numbers, first '1\.5'"):
         read_positions(path, pd.Series(["1", "1.5", "9" * 30]))
 
 

@@ -146,7 +146,7 @@ def test_fine_tuning_testing_and_predicting(covid_root):
         row["subject_id"]: row["score_COVID-19"] for row in csv.DictReader((predicted / "predictions.csv").open())
     }
     assert scores == {row["subject_id"]: row["score_COVID-19"] for row in rows}
-    with pytest.raises(UserError, match=r"made for classes \['COVID-19'\], but the data give \['viral'\]"):
+    with pytest.raises(UserError, match=r"made for classes \['COVID-19'\], but the dataset has \['viral'\]"):
         execute(command("test", covid_root, f"--ckpt_path={run}", "--data.labels.task=viral"))
 
 

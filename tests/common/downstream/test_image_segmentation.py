@@ -156,7 +156,7 @@ def test_the_encoder_learns_more_slowly_towards_the_input():
 
 
 def test_data_without_regions_are_refused():
-    with pytest.raises(UserError, match="One region is segmented here, the data have 0"):
+    with pytest.raises(UserError, match="Exactly one region can be segmented, the dataset defines 0"):
         module().build_network(SPEC._replace(regions={}))
 
 

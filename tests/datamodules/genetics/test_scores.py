@@ -100,7 +100,7 @@ def test_another_build(tmp_path, genotypes):
 
 
 def test_damaged_scores(tmp_path):
-    with pytest.raises(DataError, match="no number, first 'x'"):
+    with pytest.raises(DataError, match="not numbers, first 'x'"):
         read_score(score_of(tmp_path, "rs1\t1\t100\tA\tG\tx"))
     with pytest.raises(DataError, match="effect_allele"):
         read_score(score_of(tmp_path, "rs1\t1", columns="rsID\tchr_name"))

@@ -211,7 +211,7 @@ def test_a_file_without_a_picture(ramp, tmp_path):
     del dataset.Rows, dataset.Columns, dataset.PixelData
     dataset.SOPClassUID = pydicom.uid.BasicTextSRStorage
     dataset.save_as(tmp_path / "image.dcm")
-    assert fault_of(tmp_path / "image.dcm") == ("unreadable", "a DICOM file of Basic Text SR Storage without a picture")
+    assert fault_of(tmp_path / "image.dcm") == ("unreadable", "a DICOM file of Basic Text SR Storage without an image")
 
 
 def test_compressed_pixels_larger_than_the_header_says(tmp_path):

@@ -66,7 +66,7 @@ def test_names_stay_names_and_grades_are_grades(tmp_path):
     with pytest.raises(DataError, match="lists a twice"):
         APTOS2019().find(tmp_path)
     write_table(tmp_path / "train.csv", "id_code,diagnosis", "../a,1")
-    with pytest.raises(DataError, match="no name of a file"):
+    with pytest.raises(DataError, match="not a file name"):
         APTOS2019().find(tmp_path)
 
 

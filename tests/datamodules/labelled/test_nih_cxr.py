@@ -64,7 +64,7 @@ def test_official_lists(root):
     [
         ("Hernia|", "Cyst|", "gives 00000002_000.png the finding 'Cyst'; known are No Finding and Atelectasis, Card"),
         ("Finding Labels", "Findings", "has no column Finding Labels; it has Image Index, Findings, Follow-up #"),
-        ("00000003_000.png", "../3.png", r"whose Image Index is no name of a file, first '\.\./3.png'"),
+        ("00000003_000.png", "../3.png", r"whose Image Index is not a file name, first '\.\./3.png'"),
     ],
 )
 def test_bad_tables(root, old, new, message):

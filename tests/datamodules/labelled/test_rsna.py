@@ -31,7 +31,7 @@ def test_an_image_has_pneumonia_if_any_row_says_so(tmp_path):
     [
         ("Target", "Label", "has no column Target; it has patientId, x, y, width, height, Label"),
         (",,0", ",,11", "gives 0004cfab-14fd the Target '11'; known are '0', '1'"),
-        ("0004cfab-14fd", "a/b", "has 1 rows whose patientId is no name of a file, first 'a/b'"),
+        ("0004cfab-14fd", "a/b", "has 1 rows whose patientId is not a file name, first 'a/b'"),
     ],
 )
 def test_bad_tables(tmp_path, old, new, message):

@@ -204,7 +204,7 @@ def test_a_damaged_code_is_a_fault_of_the_label(root):
         read_mask(item)
     fault = error.value.faults[0]
     assert (fault.kind, fault.sample, fault.path) == ("label", "00", str(root / "images/00.png"))
-    assert "no whole number" in fault.detail
+    assert "not a whole number" in fault.detail
 
 
 def test_a_damaged_code_is_replaced_in_training_and_left_out_of_scores(root):

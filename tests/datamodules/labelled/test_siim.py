@@ -42,7 +42,7 @@ def test_the_table_of_the_second_stage(root):
     [
         ("EncodedPixels", "Pixels", "has no column EncodedPixels; it has ImageId, Pixels"),
         ("1.2.3,0 1", "1.2.3,", "gives 1.2.3 an empty EncodedPixels; where there is no region it is -1"),
-        ("1.2.3", "../3", r"has 1 rows whose ImageId is no name of a file, first '\.\./3'"),
+        ("1.2.3", "../3", r"has 1 rows whose ImageId is not a file name, first '\.\./3'"),
     ],
 )
 def test_bad_tables(root, old, new, message):
@@ -100,9 +100,9 @@ def test_encoding_is_undone_by_decoding():
 @pytest.mark.parametrize(
     ("code", "detail"),
     [
-        ("5 2 2", "of 3 numbers is no pairs"),
-        ("", "of 0 numbers is no pairs"),
-        ("5 -2", "holds '-2', which is no whole number"),
+        ("5 2 2", "of 3 numbers is not a list of pairs"),
+        ("", "of 0 numbers is not a list of pairs"),
+        ("5 -2", "holds '-2', which is not a whole number"),
         ("5 2.5", "holds '2.5'"),
         ("5 ²", "holds '²'"),
         ("-1 -1", "holds '-1'"),

@@ -16,7 +16,7 @@ def test_the_first_case_with_an_odd_label_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["", ".", "..", "../a.png", "/a.png", "a/b.png", "a b.png"])
 def test_names_that_are_no_files(tmp_path, name):
     names = ["00000001_000.png", "1.2.840.1", "0004cfab-14fd", name]
-    with pytest.raises(DataError, match="has 1 rows whose image is no name of a file, first "):
+    with pytest.raises(DataError, match="has 1 rows whose image is not a file name, first "):
         column_names(tmp_path, pd.DataFrame({"image": names}), "image")
     assert column_names(tmp_path, pd.DataFrame({"image": names[:3]}), "image") == names[:3]
 

@@ -118,7 +118,7 @@ def test_images_without_the_product_that_has_reports(product, tmp_path):
          "gives the study 50000001 more than one split: train, test"),
         ("split", SPLIT.replace(",split", ",part"), r"needs the column split, it has dicom_id, .*, part"),
         ("metadata", METADATA.replace("a-1,10000001", "a-1,10000009"), "50000001 more than one subject_id"),
-        ("metadata", METADATA.replace("a-1", "../a"), r"has 1 rows whose dicom_id is no identifier, first '\.\./a'"),
+        ("metadata", METADATA.replace("a-1", "../a"), r"rows whose dicom_id is not an identifier, first '\.\./a'"),
         ("metadata", METADATA.split("\n")[0], "lists no image"),
         ("metadata", "", "cannot be read as a table"),
     ],

@@ -59,7 +59,7 @@ def test_archive_and_folder(tmp_path, write):
         "",
     ]
     assert open_i_text(studies[0].text, "full") == "Cough Größe"
-    with pytest.raises(ValueError, match="no part 'all' of a report"):
+    with pytest.raises(ValueError, match="Unknown part 'all' of a report"):
         open_i_text(studies[0].text, "all")
 
 

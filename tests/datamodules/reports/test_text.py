@@ -118,7 +118,7 @@ def test_redactions():
 @pytest.mark.parametrize("extract", [mimic_text, plain_text])
 def test_unknown_parts(extract):
     assert extract(" a \n b", "full") == "a b"
-    with pytest.raises(ValueError, match="no part 'impression' of a report; known are full, findings_impression"):
+    with pytest.raises(ValueError, match="Unknown part 'impression' of a report; known are full, findings_impression"):
         extract("a", "impression")
 
 

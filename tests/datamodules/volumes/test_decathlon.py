@@ -142,8 +142,8 @@ def test_several_data_sets_are_refused_by_name_and_one_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [({}, "needs labels"), ([1], "needs labels"), ({"lesion": "x"}, "gives the label lesion the value 'x'"),
-     ({"lesion": 1, "ignore": 2}, "has the label ignore, which training here cannot leave out"),
-     ({"lesion": []}, "no whole number")],
+     ({"lesion": 1, "ignore": 2}, "has the label ignore, which the loss here cannot ignore"),
+     ({"lesion": []}, "not a whole number")],
 )  # fmt: skip
 def test_labels_that_mean_nothing(tmp_path, labels, message):
     with pytest.raises(DataError, match=message):
