@@ -5,6 +5,7 @@ column is a question of its own, so that classes, grades (reached or not) and fi
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
@@ -132,8 +134,11 @@ def logistic_scores(train: Features, penalty: float) -> Callable[[Features], Arr
         if len(np.unique(label[known])) < 2:
             models.append(None)
             continue
-        model = LogisticRegression(C=1 / penalty, max_iter=1000)
-        models.append(model.fit(standardised[known], label[known]))
+        with warnings.catch_warnings():
+            # Under a weak penalty separable classes have no best weights: validation judges where it stopped.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model = LogisticRegression(C=1 / penalty, max_iter=1000).fit(standardised[known], label[known])
+        models.append(model)
 
     def score(cases: Features) -> Array:
         values = scaler.transform(cases.pooled)
