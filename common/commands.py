@@ -127,6 +127,25 @@ def _embed(parser: ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="Parquet file to write: subject_id, split, feature")
 
 
+def _evaluate_encoder(parser: ArgumentParser) -> None:
+    _archive(parser)
+    parser.add_argument("--ckpt", nargs="+", required=True, help="run folders, checkpoints or exports")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument(
+        "--scores",
+        nargs="+",
+        default=["attentive", "linear", "knn"],
+        choices=("attentive", "linear", "knn"),
+        help="the first one is tested for differences (default: all three)",
+    )
+    parser.add_argument(
+        "--no-controls",
+        dest="controls",
+        action="store_false",
+        help="leave out the untrained encoder, the histogram and the grid of colours",
+    )
+
+
 def _associate(parser: ArgumentParser) -> None:
     parser.add_argument("--features", required=True, help="Parquet file of medmim embed: subject_id, split, feature")
     parser.add_argument("--genotypes", required=True, help="PLINK prefix, .bed or .bgen; {chrom} stands for 1 to 22")
@@ -215,6 +234,11 @@ COMMANDS = {
         _convert,
     ),
     "embed": Command("common.embed.run", "write the features of every case to Parquet", _embed),
+    "evaluate-encoder": Command(
+        "common.sweeps.encoder_scores.run",
+        "score frozen encoders and controls on an archive's labels, side by side",
+        _evaluate_encoder,
+    ),
     "associate": Command(
         "datamodules.genetics.association.run",
         "test variants for association with image features",
