@@ -179,6 +179,7 @@ class MedmimCLI(LightningCLI):
             super().instantiate_classes()
             if self.datamodule is not None:
                 self.datamodule.purpose = run_name(self._arguments, "")[0]
+                self.datamodule.described = self._described()
         except UserError:
             raise
         except ValueError as error:
@@ -186,6 +187,13 @@ class MedmimCLI(LightningCLI):
         if isinstance(self.model, BuiltFromData):
             self.model.state = self._state
         self._recall_members()
+
+    def _described(self) -> str:
+        """Return the settings of model and data as text, without those that change no sample and no target."""
+        parts = {name: self._get(self.config, name).as_dict() for name in ("model", "data")}
+        for part, name in (("model", "optimization"), ("data", "num_workers"), ("data", "seed")):
+            parts[part].get("init_args", {}).pop(name, None)
+        return json.dumps(parts, sort_keys=True, default=str)
 
     def _recall_members(self) -> None:
         """Tell the data who was in which split of the runs that this one goes on from (those that keep it)."""

@@ -64,7 +64,10 @@ def _doctor(parser: ArgumentParser) -> None:
 
 def _prepare(parser: ArgumentParser) -> None:
     _archive(parser)
-    parser.add_argument("--workers", type=int, default=4, help="threads (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="threads (default: one per core)")
+    parser.add_argument(
+        "--check", choices=("sampled", "full", "off"), help="how much of an existing cache is read (default: sampled)"
+    )
 
 
 def _split(parser: ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from common.callbacks.finite_check import FiniteCheck, refuse_to_save
 from common.checkpoint import check_shapes, encoder_record
-from common.distributed import reduce_sums
+from common.distributed import gather_objects, reduce_sums
 from common.errors import CheckpointError, NonFiniteError, UserError
 from common.finite import FiniteSteps, check_finite
 from common.optim import OptimizerConfig, Schedule, WarmupCosine, param_groups
@@ -285,6 +285,7 @@ class SSLModule(BuiltFromData, ABC, Generic[BatchT]):
     def __init__(self, optimization: OptimizerConfig) -> None:
         super().__init__(optimization)
         self._validation: list[StepOutput] = []
+        self._validated = 0
 
     @abstractmethod
     def step(self, batch: BatchT, sync: bool) -> StepOutput:
@@ -334,6 +335,7 @@ class SSLModule(BuiltFromData, ABC, Generic[BatchT]):
         """Collect the terms of a batch and hand its reconstruction to the callbacks (Lightning hook)."""
         output = self.step(batch, sync=False)
         self._validation.append(output._replace(reconstruction=None))
+        self._validated += next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim)
         return {"reconstruction": output.reconstruction}
 
     def on_validation_epoch_end(self) -> None:
@@ -350,4 +352,6 @@ class SSLModule(BuiltFromData, ABC, Generic[BatchT]):
         means = reduce_sums(sums)
         if means:
             means["loss"] = sum(weight * means.get(name, 0.0) for name, weight in weights.items())
+        means["samples"] = float(sum(gather_objects(self._validated)))
+        self._validated = 0
         log_scalars(self, {f"val/{name}": value for name, value in means.items()})

@@ -19,6 +19,7 @@ from common.randomness import run_seed, stable_hash
 from common.runtime.reporting import is_dry_run, say
 from common.types import InputSpec
 from datamodules.account import Account
+from datamodules.checking import BackgroundCheck, CacheCheck
 from datamodules.configs import LoaderConfig
 from datamodules.examination import Terms
 from datamodules.loading import Draw, EvaluationBatches, ResumableLoader, TrainBatches
@@ -161,10 +162,15 @@ class ArchiveDataModule(pl.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = run_seed() if seed is None else seed
+        self._sanity_samples = loader.sanity_samples
         hide_names(anonymise)
         self.ledger = FaultLedger(loader.max_fault_fraction, anonymise)
         self.splits: dict[str, list[Any]] = {}
         self.store: Any = None
+        self.cache_check: CacheCheck = "sampled"
+        #: Threads that build the cache; 0 = as many as there are cores.
+        self.cache_threads = 0
+        self._checking: BackgroundCheck | None = None
         self.archive: Archive | None = None
         self._train_loader: ResumableLoader | None = None
         self._loaders: list[ResumableLoader] = []
@@ -172,6 +178,7 @@ class ArchiveDataModule(pl.LightningDataModule):
         self._seen_patients, self._changed_archive, self._split_from = seen_patients, changed_archive, split_from
         self._resumed: Membership | None = None
         self._earlier: Membership | None = None
+        self._members: Membership | None = None
         self._starts_from, self._where = False, "pre-training"
         self._placed: tuple[Sequence[Any], dict[str, str], str] | None = None
         #: How many validation and test patients earlier training has seen, by split.
@@ -253,7 +260,8 @@ class ArchiveDataModule(pl.LightningDataModule):
         if self._resumed is not None:
             check_contents(self._resumed, rows, self._changed_archive)
         self._compare(rows)
-        return make_membership(rows, self.root, setting, self.ledger.anonymise, self._earlier)
+        self._members = make_membership(rows, self.root, setting, self.ledger.anonymise, self._earlier)
+        return self._members
 
     def _compare(self, rows: Sequence[Row]) -> None:
         """Count, leave out or refuse patients that earlier training has seen."""
@@ -334,6 +342,22 @@ class ArchiveDataModule(pl.LightningDataModule):
         account = Account(self.archive, self.used_files()).lines() if self.archive is not None else []
         return Terms(self.splits, *settings, cache, account)
 
+    #: The settings of model and data, as the command line resolved them; None where it made neither.
+    described: str | None = None
+
+    def floor_file(self, asked: str) -> Path | None:
+        """Return where constants that are measured on training samples are kept; None where nothing can be.
+
+        The name is a function of the cache's key, the settings of model and data, what batches hold, and the members.
+
+        Args:
+            asked: What else they depend on.
+        """
+        if self.described is None or self._members is None or not hasattr(self.store, "folder"):
+            return None
+        key = stable_hash(self.store.folder.name, self.described, str(self.input_spec), self._members.digest, asked)
+        return self.store.folder / "floors" / f"{key:016x}.npz"
+
     @abstractmethod
     def reference_samples(self, count: int) -> Iterable[Any]:
         """Yield batches with at least ``count`` training samples, drawn and cut as validation samples are."""
@@ -355,7 +379,42 @@ class ArchiveDataModule(pl.LightningDataModule):
             check_position(self._position, self.batch_size, world_size)
             loader.load_state_dict(self._position)
         self._train_loader = loader
+        self._check_cache()
         return loader
+
+    def rebuild(self, owner: Any) -> None:
+        """Make an entry of the cache again; ``owner`` is what its files were made of."""
+        raise NotImplementedError(f"{type(self).__name__} has no cache.")
+
+    def drawn_from(self, owner: Any) -> list[int]:
+        """Return the training subjects whose samples come from an entry of the cache."""
+        dataset = self._train_loader.dataset  # type: ignore[union-attr]
+        return [index for index in range(len(dataset)) if dataset.subject(index) == owner]
+
+    def _check_cache(self) -> None:
+        """Begin to read what the start has left unread of the cache, in the process that has looked it through."""
+        checked = getattr(self.store, "checked", None)
+        if checked is None or not checked.rest or self._checking is not None:
+            return
+        self._checking = BackgroundCheck(checked, self.rebuild)
+        self.store.checked = checked._replace(rest=[])  # loader workers need no copy of the list
+        self._checking.start()
+
+    def cache_share_checked(self) -> float | None:
+        """Return the share of the cache's files whose content was read by this run; None without a cache."""
+        checked = getattr(self.store, "checked", None)
+        if self._checking is not None:
+            return self._checking.share
+        return None if checked is None or not checked.total else checked.read / checked.total
+
+    def _take_checks(self) -> None:
+        """Put the files of the cache that were found broken into the ledger."""
+        while self._checking is not None and not self._checking.found.empty():
+            file, loader = self._checking.found.get(), self._train_loader
+            assert loader is not None
+            uses = sum(loader.sampler.uses(index, loader.consumed) for index in self.drawn_from(file.owner))
+            detail = f"the cached copy had changed and was built again; {uses} draws of this epoch had used it"
+            self.ledger.add([Fault(str(file.path), "checksum", detail, f"cache of {file.owner}")])
 
     def evaluation_loader(
         self, dataset: FaultTolerantDataset, draws: int = 1, batch_size: int | None = None, all_ranks: bool = True
@@ -364,6 +423,25 @@ class ArchiveDataModule(pl.LightningDataModule):
         global_rank, world_size = self._ranks() if all_ranks else (0, 1)
         batches = EvaluationBatches(len(dataset), draws, batch_size or self.batch_size, global_rank, world_size)
         return self._make_loader(dataset, batches)
+
+    def validation_loader(
+        self, dataset: FaultTolerantDataset, draws: int = 1, batch_size: int | None = None
+    ) -> ResumableLoader:
+        """Make a loader as :meth:`evaluation_loader`; before the first step a pass of it reads few samples.
+
+        These are of the subjects whose hashes are lowest, and they come first in every pass, so that what looks at
+        the first samples alone sees the same ones from the start.
+        """
+        global_rank, world_size = self._ranks()
+        wanted = self._sanity_samples // draws if len(dataset) * draws > self._sanity_samples else 0
+        ranked = sorted(range(len(dataset)), key=lambda index: stable_hash(dataset.subject(index))) if wanted else []
+        first = sorted(ranked[:wanted])
+        sizes = len(dataset), draws, batch_size or self.batch_size, global_rank, world_size
+        return self._make_loader(dataset, EvaluationBatches(*sizes, first, self._before_training))
+
+    def _before_training(self) -> bool:
+        """Whether the validation before the first step is going on."""
+        return self.trainer is not None and self.trainer.sanity_checking
 
     def collate_function(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Return what makes a batch from samples."""
@@ -376,6 +454,8 @@ class ArchiveDataModule(pl.LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Stop the loaders' workers (Lightning hook)."""
+        if self._checking is not None:
+            self._checking.stop()
         for loader in self._loaders:
             loader.close()
         self._loaders = []
@@ -386,6 +466,7 @@ class ArchiveDataModule(pl.LightningDataModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Take the faults out of a batch and into the ledger (Lightning hook)."""
+        self._take_checks()
         if isinstance(batch, dict):
             self.ledger.add(batch.pop("faults", []))
         return batch

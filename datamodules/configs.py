@@ -7,6 +7,8 @@ argument of its own.
 from dataclasses import dataclass
 from typing import Literal
 
+from datamodules.checking import CacheCheck
+
 #: One value for every channel, or one each.
 Channelwise = float | tuple[float, float, float]
 
@@ -49,10 +51,12 @@ class CacheConfig:
     Args:
         format: ``"npy"``, or ``"none"`` to decode the sources at every access.
         side: Shorter side of the copies, in pixels.
+        check: How much of the copies is read before training; see :mod:`datamodules.checking`.
     """
 
     format: Literal["npy", "none"] = "npy"
     side: int = 256
+    check: CacheCheck = "sampled"
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,10 @@ class LoaderConfig:
     Args:
         draws: Times that a case is drawn in an epoch of training.
         max_fault_fraction: Share of faulty samples at which training stops (never fewer than 5 samples).
+        sanity_samples: Validation samples that are read before the first step, at most; larger sets are read whole
+            from the first epoch on.
     """
 
     draws: int = 1
     max_fault_fraction: float = 0.01
+    sanity_samples: int = 64

@@ -2,12 +2,14 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.errors import DataError, UserError
@@ -68,14 +70,21 @@ class TrainBatches(Sampler[list[Draw]]):
         return self.num_subjects * self.draws // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        order = [
-            Draw(int(index), self.epoch, draw)
-            for draw in range(self.draws)
-            for index in numpy_generator("order", self.seed, self.epoch, draw).permutation(self.num_subjects)
-        ]
+        order = self._order()
         for batch in range(self.start, len(self)):
             begin = (batch * self.world_size + self.rank) * self.batch_size
-            yield order[begin : begin + self.batch_size]
+            places = range(begin, begin + self.batch_size)
+            yield [Draw(int(order[place]), self.epoch, place // self.num_subjects) for place in places]
+
+    def _order(self) -> NDArray[np.int64]:
+        """Return the subjects of the epoch's passes, 8 bytes a sample."""
+        passes = [numpy_generator("order", self.seed, self.epoch, draw).permutation(self.num_subjects)
+                  for draw in range(self.draws)]  # fmt: skip
+        return np.concatenate(passes)
+
+    def uses(self, index: int, batches: int) -> int:
+        """Return how often a subject is drawn, by all ranks, in the first ``batches`` of the epoch."""
+        return int((self._order()[: batches * self.batch_size * self.world_size] == index).sum())
 
 
 class EvaluationBatches(Sampler[list[Draw]]):
@@ -90,12 +99,24 @@ class EvaluationBatches(Sampler[list[Draw]]):
         batch_size: Samples per batch, at most.
         rank: This rank.
         world_size: Number of ranks.
+        first: Subjects that come before all others.
+        brief: Tells, when a pass begins, whether it ends with the batches that hold subjects of ``first`` alone (but
+            one batch for every rank).
 
     Raises:
         DataError: there are samples, but fewer than ranks.
     """
 
-    def __init__(self, num_subjects: int, draws: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        num_subjects: int,
+        draws: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        first: Sequence[int] = (),
+        brief: Callable[[], bool] = bool,
+    ) -> None:
         samples = num_subjects * draws
         if 0 < samples < world_size:
             raise DataError(
@@ -103,9 +124,12 @@ class EvaluationBatches(Sampler[list[Draw]]):
                 f"use fewer ranks, or more cases."
             )
         batch_size = max(min(batch_size, samples // world_size), 1)
-        draws_in_order = [Draw(index, 0, draw) for index in range(num_subjects) for draw in range(draws)]
+        others = np.setdiff1d(np.arange(num_subjects), first)
+        order = np.concatenate([np.asarray(first, dtype=np.int64), others])
+        draws_in_order = [Draw(int(index), 0, draw) for index in order for draw in range(draws)]
         batches = [draws_in_order[i : i + batch_size] for i in range(0, len(draws_in_order), batch_size)]
         self.batches = batches[rank::world_size]
+        self._brief, self._brief_length = brief, max(len(first) * draws // (batch_size * world_size), 1)
         #: Batches that every rank has, so that ranks may talk to each other during these.
         self.common_length = len(batches) // world_size
         self.epoch = self.start = 0
@@ -114,7 +138,7 @@ class EvaluationBatches(Sampler[list[Draw]]):
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        return iter(self.batches)
+        return iter(self.batches[: self._brief_length] if self._brief() else self.batches)
 
 
 def _start_worker(worker_id: int) -> None:
@@ -184,6 +208,11 @@ class ResumableLoader:
         )
         # At exit Python terminates daemons by the signal that our workers ignore, and waits for them: stop them first.
         Finalize(self, _stop_workers, (self._loader,), exitpriority=100)
+
+    @property
+    def consumed(self) -> int:
+        """How many batches of the epoch have been handed out."""
+        return self._consumed
 
     def close(self) -> None:
         """Stop the worker processes; iterating again starts new ones."""

@@ -30,6 +30,11 @@ def cache_root() -> Path:
     return Path(os.environ.get("MEDMIM_CACHE") or "~/.cache/medmim").expanduser()
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may use, as its machine or its SLURM job binds it."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def say_cache(size: int, folder: Path) -> None:
     """Print how large a finished cache would be at most, in bytes ``size``, and how much room there is."""
     existing = next(path for path in (cache_root(), *cache_root().parents) if path.exists())

@@ -72,12 +72,14 @@ class TreeFile(NamedTuple):
         size: Bytes; -1 where a link leads nowhere.
         kind: What its suffix says it is.
         link: What it links to; None where it is no link.
+        mtime_ns: When it was last changed; 0 where that is not known.
     """
 
     name: str
     size: int
     kind: Kind
     link: str | None
+    mtime_ns: int = 0
 
     @property
     def suffix(self) -> str:
@@ -157,8 +159,9 @@ class Tree:
                         if not entry.name.startswith(".") and _first_time(entry, linked):
                             below.append(entry.name)
                         continue
+                    size, mtime = _facts(entry)
                     link = os.readlink(entry) if entry.is_symlink() else None
-                    files.append(TreeFile(prefix + entry.name, _size(entry), kind_of(entry.name), link))
+                    files.append(TreeFile(prefix + entry.name, size, kind_of(entry.name), link, mtime))
         except OSError:
             self.closed.append(folder)
         return files, below
@@ -326,11 +329,13 @@ def _plain(name: str) -> str:
     return "" if name in (".", "") else name.strip("/")
 
 
-def _size(entry: os.DirEntry[str]) -> int:
+def _facts(entry: os.DirEntry[str]) -> tuple[int, int]:
+    """Return size and modification time of a file, -1 and 0 of a link that leads nowhere."""
     try:
-        return entry.stat().st_size
+        stat = entry.stat()
     except OSError:
-        return -1
+        return -1, 0
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _first_time(entry: os.DirEntry[str], linked: set[tuple[int, int]]) -> bool:

@@ -97,6 +97,8 @@ class RunRecord(pl.Callback):
         facts: dict[str, Any] = {"status": status, "steps": trainer.global_step, "epochs": trainer.current_epoch}
         checks = next((c for c in trainer.callbacks if isinstance(c, FiniteCheck)), None)  # type: ignore[attr-defined]
         facts["skipped_steps"] = 0 if checks is None else checks.skipped
+        share = getattr(trainer.datamodule, "cache_share_checked", lambda: None)()  # type: ignore[attr-defined]
+        facts |= {} if share is None else {"cache_checked": round(share, 4)}
         throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
         if throughput is not None:
             facts |= {

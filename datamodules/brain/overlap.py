@@ -46,7 +46,7 @@ def _check_sums(cases: Sequence[Case], store: VolumeCache | SourceVolumes) -> It
     """
     if isinstance(store, VolumeCache):
         for case in cases:
-            if (record := store.read_record(case.case_id)) is not None:
+            if (record := store.known_record(case.case_id)) is not None:
                 useful = {str(path) for path in case.images.values()} - {path for path, _, _ in record.faults}
                 for name, source in record.sources.items():
                     if name in useful and "xxh3" in source:

@@ -115,7 +115,7 @@ class BrainClassDataModule(BrainTaskDataModule):
 
     def val_dataloader(self) -> ResumableLoader:
         """Return central crops of the validation split (Lightning hook)."""
-        return self._evaluated(self.splits["val"])
+        return self.validation_loader(self._dataset(self._usable(self.splits["val"]), "center"))
 
     def test_dataloader(self) -> ResumableLoader:
         """Return central crops of the test split (Lightning hook).

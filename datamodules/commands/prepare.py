@@ -3,14 +3,16 @@
 from common.errors import DataError
 from common.runtime.data_config import Archive
 from common.runtime.reporting import say
+from datamodules.checking import CacheCheck
 
 
-def run(archive: Archive, workers: int) -> None:
+def run(archive: Archive, workers: int, check: CacheCheck | None = None) -> None:
     """Carry out ``medmim prepare``.
 
     Args:
         archive: The archive, with all settings that training would have.
-        workers: Threads.
+        workers: Threads; 0 = as many as there are cores.
+        check: How much of an existing cache is read; None: as the configuration says.
 
     Raises:
         DataError: the settings switch the cache off, or no case can be used.
@@ -19,7 +21,8 @@ def run(archive: Archive, workers: int) -> None:
     datamodule.index()
     if not hasattr(datamodule.store, "folder"):
         raise DataError("These settings use no cache (cache: none), so there is nothing to prepare.")
-    datamodule.num_workers = workers
+    datamodule.cache_threads = workers
+    datamodule.cache_check = check or datamodule.cache_check
     datamodule.prepare_data()
     datamodule.setup("prepare")
     ledger = datamodule.ledger

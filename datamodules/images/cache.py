@@ -37,6 +37,7 @@ from common.files import (
     write_text,
 )
 from common.randomness import stable_hash
+from datamodules.checking import CacheCheck, CachedFile, Checked, check_files
 from datamodules.images.crops import Box, cut_box
 from datamodules.images.reading import DECODERS, GRAY, MIN_SIDE, ImageReader, read_header, read_reduced, reduced_size
 from datamodules.images.values import ImageError, UnreachableImageError
@@ -77,6 +78,10 @@ class Entry(NamedTuple):
     file_xxh3: str = ""
     fault: Sequence[str] | None = None
 
+    def known_fault(self, path: Path) -> Fault | None:
+        """Return what is wrong with the source at ``path``; None where nothing is."""
+        return None if self.fault is None else _fault(path, *self.fault)
+
     def line(self) -> str:
         """Return the entry as JSON, without what it leaves at its default."""
         defaults = self._field_defaults
@@ -114,7 +119,7 @@ class SourceImages:
         self.reader = reader
 
     def ensure(
-        self, paths: Sequence[Path], workers: int = 1, progress: bool = True, full: bool = False
+        self, paths: Sequence[Path], workers: int = 1, progress: bool = True, check: CacheCheck = "sampled"
     ) -> dict[Path, Fault | None]:
         """Return no fault for any image without looking at it; what is broken shows when it is read."""
         return dict.fromkeys(paths)
@@ -192,6 +197,8 @@ class ImageCache:
         self.folder = (folder or cache_root()) / name / f"{stable_hash(self._key):016x}"
         self._prefixes = tuple(os.path.join(prefix, "") for prefix in (self.root, resolved))
         self._faults: dict[str, Fault] = {}
+        #: What :meth:`ensure` has read of the cache.
+        self.checked = Checked(0, [], 0, frozenset())
 
     def _relative(self, path: Path) -> str:
         """Return a path relative to the root, absolute where it lies elsewhere; links are not followed."""
@@ -281,7 +288,7 @@ class ImageCache:
         return {"file": name, "shape": pixels.shape[:2], "file_size": written["size"], "file_xxh3": written["xxh3"]}
 
     def ensure(
-        self, paths: Sequence[Path], workers: int = 1, progress: bool = True, full: bool = False
+        self, paths: Sequence[Path], workers: int = 1, progress: bool = True, check: CacheCheck = "sampled"
     ) -> dict[Path, Fault | None]:
         """Make every image's entry valid: verify what is there, build what is not.
 
@@ -289,23 +296,32 @@ class ImageCache:
             paths: The images.
             workers: Threads; decoding and reducing release the interpreter lock.
             progress: Whether to show a bar while images are built.
-            full: Whether to read every copy and compare its check sum, as after a crash of the machine; else its size.
+            check: How many copies are read, of which the others are known by their sizes; ``full`` suits a crash of the
+                machine; see :mod:`datamodules.checking`.
 
         Returns:
             What is wrong with each image; None where nothing is.
         """
         unique = list(dict.fromkeys(paths))
-        found = self._verified(unique, workers, full)
+        valid = self._verified(unique, workers, check == "full")
+        copies = [CachedFile(path, self._file(entry.path), entry.file_size, entry.file_xxh3)
+                  for path, entry in valid.items() if entry.fault is None]  # fmt: skip
+        self.checked = check_files(copies, self.folder, check)
+        found = {path: entry.known_fault(path) for path, entry in valid.items() if path not in self.checked.broken}
         missing = [path for path in unique if path not in found]
         if missing:  # else a folder that cannot be written will do
             with sole_builder(self.folder):
                 remove_leftovers(self.folder / "tmp")
                 write_text(self.folder / "key.json", self._key)
-                found |= self._verified(missing, workers, full)  # another process may have built some in the meantime
+                # Another process may have built some in the meantime.
+                again = self._verified(missing, workers, full=True)
+                found |= {path: entry.known_fault(path) for path, entry in again.items()}
                 missing = [path for path in missing if path not in found]
                 built = _each(self.build, missing, workers)
                 bar = tqdm(built, "caching images", len(missing), unit="image", disable=not (progress and missing))
                 found.update(zip(missing, bar, strict=True))
+            built = len(unique) - len(valid)
+            self.checked = self.checked._replace(total=self.checked.total + built, read=self.checked.read + built)
         for path, fault in found.items():
             if fault is not None:
                 self._faults[self._relative(path)] = fault
@@ -313,28 +329,28 @@ class ImageCache:
                 self._faults.pop(self._relative(path), None)
         return {path: found[path] for path in paths}
 
-    def _verified(self, paths: Iterable[Path], workers: int, full: bool) -> dict[Path, Fault | None]:
-        """Return those of some images whose entries are valid, and what is wrong with each of them."""
+    def _verified(self, paths: Iterable[Path], workers: int, full: bool) -> dict[Path, Entry]:
+        """Return the entries of those of some images whose entries are valid."""
         shards: dict[Path, list[Path]] = defaultdict(list)
         for path in paths:
             shards[self.image_file(path).parent].append(path)
 
-        def verify(shard: Path) -> dict[Path, Fault | None]:
+        def verify(shard: Path) -> dict[Path, Entry]:
             return self._verify(shard, shards[shard], full)
 
-        found: dict[Path, Fault | None] = {}
+        found: dict[Path, Entry] = {}
         for part in _each(verify, shards, workers):
             found.update(part)
         return found
 
-    def _verify(self, shard: Path, paths: Iterable[Path], full: bool) -> dict[Path, Fault | None]:
-        """Return the images whose entries are valid, and what is wrong with them."""
+    def _verify(self, shard: Path, paths: Iterable[Path], full: bool) -> dict[Path, Entry]:
+        """Return the valid entries of images of one shard."""
         entries = self.read_manifest(shard)
-        valid: dict[Path, Fault | None] = {}
+        valid: dict[Path, Entry] = {}
         for path in paths:
             entry = entries.get(self._relative(path))
             if entry is not None and self.is_valid(path, entry, full):
-                valid[path] = None if entry.fault is None else _fault(path, *entry.fault)
+                valid[path] = entry
         return valid
 
     def open(self, path: Path) -> NDArray[np.uint8]:
@@ -351,7 +367,8 @@ class ImageCache:
             try:
                 return _load(file)
             except Exception:  # no copy, or one so damaged that NumPy may raise anything
-                fault = self._verify(file.parent, [path], full=False).get(path) or self.build(path)
+                entry = self._verify(file.parent, [path], full=True).get(path)
+                fault = self.build(path) if entry is None else entry.known_fault(path)
         if fault is not None:
             raise SampleFaultError([fault])
         return _load(file)

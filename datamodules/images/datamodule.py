@@ -15,6 +15,7 @@ from datamodules.images.reading import ImageReader
 from datamodules.loading import ResumableLoader
 from datamodules.notes import say_notes
 from datamodules.splits import SPLITS
+from datamodules.storage import usable_cores
 
 
 class ImageArchiveDataModule(ArchiveDataModule):
@@ -49,6 +50,7 @@ class ImageArchiveDataModule(ArchiveDataModule):
         self.root, self.image_size = root, tuple(image.size)
         self.mean, self.std = image.mean, image.std
         self._cache, self._cache_side = cache.format, cache.side
+        self.cache_check = cache.check
         self.draws_per_image = loader.draws
 
     @abstractmethod
@@ -107,8 +109,16 @@ class ImageArchiveDataModule(ArchiveDataModule):
     def prepare_data(self) -> None:
         """Build and verify the cache, once per machine (Lightning hook)."""
         self.index()
-        self.store.ensure(self.paths_in_use(), max(self.num_workers, 1))
+        self.store.ensure(self.paths_in_use(), self.cache_threads or usable_cores(), check=self.cache_check)
         say_notes()
+
+    def drawn_from(self, owner: Any) -> list[int]:
+        """Return the training subjects whose samples come from an image."""
+        return [index for index, case in enumerate(self.splits["train"]) if owner in self.images_of(case)]
+
+    def rebuild(self, owner: Any) -> None:
+        """Make the copy of an image again."""
+        self.store.build(owner)  # type: ignore[union-attr]
 
     def known_faults(self) -> list[Fault]:
         """Return what is known to be wrong with the cases in use, before any is read."""
@@ -151,7 +161,7 @@ class ImageArchiveDataModule(ArchiveDataModule):
 
     def val_dataloader(self) -> ResumableLoader:
         """Return the validation cases, the same in every epoch and run (Lightning hook)."""
-        return self.evaluation_loader(self._evaluated(self._usable(self.splits["val"])))
+        return self.validation_loader(self._evaluated(self._usable(self.splits["val"])))
 
     def test_cases(self) -> list[Any]:
         """Return the cases to test on.

@@ -20,20 +20,37 @@ from typing import Any, Literal, NamedTuple
 
 import blosc2
 import numpy as np
+import pyarrow
 from numpy.typing import NDArray
+from pyarrow import parquet
 from tqdm import tqdm
 
+from common.errors import StorageError
 from common.faults import Fault, SampleFaultError
-from common.files import make_folder, move, remove_leftovers, remove_tree, storage_errors, temporary_beside, write_text
+from common.files import (
+    make_folder,
+    move,
+    remove_leftovers,
+    remove_tree,
+    storage_errors,
+    temporary_beside,
+    whole_file,
+    write_text,
+)
 from common.names import safe_name
 from common.randomness import stable_hash
+from datamodules.checking import CacheCheck, CachedFile, Checked, check_files
 from datamodules.storage import cache_root, file_is_good, fingerprint, save_array, sole_builder, source_facts
+from datamodules.tree import Tree
 from datamodules.volumes.cases import Case, Layout
 from datamodules.volumes.headers import VolumeError
 from datamodules.volumes.itk_streams import source_files
 from datamodules.volumes.prepare import PreparedCase, prepare_case
 from datamodules.volumes.reading import DECODERS, read_header
 
+#: One row per valid case: when its folder was last changed, and its record as JSON.
+MANIFEST = "manifest.parquet"
+_COLUMNS = ("mtime_ns", "record")
 CacheFormat = Literal["npy", "b2nd"]
 VERSION = 5
 #: What a rename says where something lies already: a folder that is not empty, or a file.
@@ -103,6 +120,13 @@ class Record:
         return [Fault(*fault, self.case_id) for fault in [*self.faults, *self.label_faults]]
 
 
+class _Kept(NamedTuple):
+    """A row of the manifest."""
+
+    mtime_ns: int
+    record: Record
+
+
 def _sides(affine: Sequence[Sequence[float]]) -> list[float]:
     """Return the sides of a voxel in mm."""
     return np.linalg.norm(np.asarray(affine)[:3, :3], axis=0).tolist()
@@ -110,6 +134,10 @@ def _sides(affine: Sequence[Sequence[float]]) -> list[float]:
 
 def _written(file: dict[str, Any]) -> tuple[int, str]:
     return file["size"], file["xxh3"]
+
+
+def _facts_of(source: dict[str, Any]) -> dict[str, Any]:
+    return {name: source.get(name) for name in ("size", "mtime_ns")}
 
 
 def _plain(faults: Iterable[Fault]) -> list[tuple[str, str, str]]:
@@ -175,7 +203,9 @@ class SourceVolumes:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
 
-    def ensure(self, cases: Sequence[Case], workers: int = 1, progress: bool = True) -> dict[str, Record]:
+    def ensure(
+        self, cases: Sequence[Case], workers: int = 1, progress: bool = True, check: CacheCheck = "sampled"
+    ) -> dict[str, Record]:
         """Return a record per case without looking at any; what is broken shows when it is read."""
         return {case.case_id: Record(case.case_id, usable=True) for case in cases}
 
@@ -199,6 +229,7 @@ class VolumeCache:
         format: ``"npy"`` is fast; ``"b2nd"`` (blosc2) is a fraction of the size and slower to cut crops from.
         folder: Where caches live; None means :func:`cache_root`.
         twins: Cases whose names differ in nothing but case; see :func:`common.names.case_twins`.
+        tree: The archive's files as they were listed, which saves asking for each of them; None asks.
     """
 
     def __init__(
@@ -208,6 +239,7 @@ class VolumeCache:
         format: CacheFormat = "npy",
         folder: Path | None = None,
         twins: Container[str] = (),
+        tree: Tree | None = None,
     ) -> None:
         if format not in ("npy", "b2nd"):
             raise ValueError(f"The cache format must be 'npy' or 'b2nd', got {format!r}.")
@@ -227,6 +259,10 @@ class VolumeCache:
         text = json.dumps(key, sort_keys=True)
         self.folder = (folder or cache_root()) / "volumes" / f"{layout.name}-{stable_hash(text):016x}"
         self._key = text
+        self._tree = tree
+        self._kept: dict[str, _Kept] | None = None
+        #: What :meth:`ensure` has read of the cache.
+        self.checked = Checked(0, [], 0, frozenset())
 
     def case_folder(self, case_id: str) -> Path:
         """Return where a case's files lie."""
@@ -239,6 +275,63 @@ class VolumeCache:
         except (OSError, ValueError, TypeError):
             return None
         return record if record.case_id == case_id else None
+
+    def known_record(self, case_id: str) -> Record | None:
+        """Return the record of a case from the manifest, else from its folder; None where there is none."""
+        kept = self._manifest().get(case_id)
+        return self.read_record(case_id) if kept is None else kept.record
+
+    def _manifest(self) -> dict[str, "_Kept"]:
+        """Return what the manifest says of every case, read once; nothing where there is none that can be read."""
+        if self._kept is None:
+            self._kept = {}
+            with suppress(OSError, ValueError, TypeError, KeyError):  # pyarrow's errors are of these kinds
+                columns = parquet.read_table(self.folder / MANIFEST).to_pydict()
+                rows = zip(*(columns[name] for name in _COLUMNS), strict=True)
+                entries = [_Kept(mtime, Record(**json.loads(text))) for mtime, text in rows]
+                self._kept = {entry.record.case_id: entry for entry in entries}
+        return self._kept
+
+    def _write_manifest(self, records: dict[str, Record]) -> None:
+        """Keep the records of valid cases, beside those of others, for the next start."""
+        changed = {name: record for name, record in records.items() if self._stamp(name) != self._mtime(name)}
+        if not changed:
+            return
+        kept = self._manifest()
+        kept |= {name: _Kept(mtime, record) for name, record in changed.items() if (mtime := self._stamp(name))}
+        rows = [(entry.mtime_ns, json.dumps(asdict(entry.record))) for entry in kept.values()]
+        table = pyarrow.table(dict(zip(_COLUMNS, map(list, zip(*rows, strict=True)), strict=True)))
+        with suppress(StorageError), whole_file(self.folder / MANIFEST, self.folder) as temporary:
+            parquet.write_table(table, temporary, compression="zstd")
+
+    def _mtime(self, case_id: str) -> int | None:
+        kept = self._manifest().get(case_id)
+        return None if kept is None else kept.mtime_ns
+
+    def _stamp(self, case_id: str) -> int:
+        """Return when files were last put into, or taken out of, a case's folder; 0 where there is none."""
+        try:
+            return self.case_folder(case_id).stat().st_mtime_ns
+        except OSError:
+            return 0
+
+    def _is_as_kept(self, case: Case, kept: "_Kept") -> bool:
+        """Whether a case's folder and sources are as the manifest says; with a tree, one look at the folder."""
+        record = kept.record
+        faults = (*record.faults, *record.label_faults)
+        return (
+            self._members(case) == record.members
+            and not any("cannot be opened" in detail for _, _, detail in faults)
+            and self._stamp(case.case_id) == kept.mtime_ns
+            and all(self._facts(path) == _facts_of(source) for path, source in record.sources.items())
+        )
+
+    def _facts(self, path: str) -> dict[str, int] | None:
+        """Return size and modification time of a source, as it was listed; None where it is not there."""
+        listed = None if self._tree is None else self._tree.get(path)
+        if listed is not None and listed.mtime_ns:
+            return {"size": listed.size, "mtime_ns": listed.mtime_ns}
+        return source_facts(Path(path)) if os.path.isfile(path) else None
 
     def is_valid(self, case: Case, record: Record, full: bool = True) -> bool:
         """Whether a record still fits its sources and its files.
@@ -253,8 +346,7 @@ class VolumeCache:
         if self._members(case) != record.members or {str(path) for path in self._sources(case)} != set(record.sources):
             return False
         for path, source in record.sources.items():
-            known = {name: source.get(name) for name in ("size", "mtime_ns")}
-            if not os.path.isfile(path) or source_facts(Path(path)) != known:
+            if not os.path.isfile(path) or source_facts(Path(path)) != _facts_of(source):
                 return False
         folder = self.case_folder(record.case_id)
         return all(file_is_good(folder / name, *_written(file), full) for name, file in record.files.items())
@@ -374,7 +466,12 @@ class VolumeCache:
             if record is None:
                 raise FileNotFoundError(self.case_folder(case.case_id))
             return self._open(record)
-        except OSError:
+        except (
+            OSError,
+            ValueError,
+            EOFError,
+            RuntimeError,
+        ):  # gone, or cut short
             return self._open(self.build(case))
 
     def _open(self, record: Record) -> OpenCase:
@@ -386,33 +483,59 @@ class VolumeCache:
         voxels = np.load(self.case_folder(record.case_id) / "label_voxels.npy")
         return OpenCase(record, image, self.open_array(record.case_id, "label"), voxels)
 
-    def ensure(self, cases: Sequence[Case], workers: int = 1, progress: bool = True) -> dict[str, Record]:
+    def ensure(
+        self, cases: Sequence[Case], workers: int = 1, progress: bool = True, check: CacheCheck = "sampled"
+    ) -> dict[str, Record]:
         """Make every case's entry valid: verify what is there, build what is not.
+
+        A case that the manifest knows is taken by the times of its folder and its sources; its record is not opened.
 
         Args:
             cases: The cases.
             workers: Threads; reading and inflating release the interpreter lock.
             progress: Whether to show a bar while cases are built.
+            check: How much of the cache is read; see :mod:`datamodules.checking`.
         """
-        records = self._verified(cases, workers)
-        missing = [case for case in cases if case.case_id not in records]
+        kept = {} if check == "full" else self._manifest()
+        records = {
+            case.case_id: kept[case.case_id].record
+            for case in cases
+            if case.case_id in kept and self._is_as_kept(case, kept[case.case_id])
+        }
+        records |= self._verified([case for case in cases if case.case_id not in records], workers, check == "full")
+        self.checked = check_files(self._files(records), self.folder, check)
+        records = {name: record for name, record in records.items() if name not in self.checked.broken}
+        built = self._build_missing([case for case in cases if case.case_id not in records], workers, progress)
+        count = len(self._files(built))
+        self.checked = self.checked._replace(total=len(self._files(records)) + count, read=self.checked.read + count)
+        self._write_manifest(records | built)
+        return records | built
+
+    def _files(self, records: dict[str, Record]) -> list[CachedFile]:
+        return [
+            CachedFile(name, self.case_folder(name) / file, *_written(facts))
+            for name, record in records.items()
+            for file, facts in record.files.items()
+        ]
+
+    def _build_missing(self, missing: Sequence[Case], workers: int, progress: bool) -> dict[str, Record]:
         if not missing:
-            return records  # and a folder that cannot be written will do
+            return {}  # and a folder that cannot be written will do
         with sole_builder(self.folder):
             remove_leftovers(self.folder / "tmp")
             write_text(self.folder / "key.json", self._key)
-            records |= self._verified(missing, workers)  # another process may have built some in the meantime
+            records = self._verified(missing, workers)  # another process may have built some in the meantime
             missing = [case for case in missing if case.case_id not in records]
             title = f"caching {self.layout.name}" if progress and missing else None
             built = self._map(self.build, missing, workers, title)
         return records | {record.case_id: record for record in built if record is not None}
 
-    def _verified(self, cases: Sequence[Case], workers: int) -> dict[str, Record]:
-        """Return the valid records of some cases."""
+    def _verified(self, cases: Sequence[Case], workers: int, full: bool = True) -> dict[str, Record]:
+        """Return the valid records of some cases, each opened."""
 
         def verify(case: Case) -> Record | None:
             record = self.read_record(case.case_id)
-            return record if record is not None and self.is_valid(case, record) else None
+            return record if record is not None and self.is_valid(case, record, full) else None
 
         records = self._map(verify, cases, workers, None)
         return {record.case_id: record for record in records if record is not None}

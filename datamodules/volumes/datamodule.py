@@ -16,6 +16,7 @@ from common.randomness import numpy_generator, stable_hash
 from common.runtime.reporting import say
 from common.types import InputSpec
 from datamodules.base import ArchiveDataModule, FaultTolerantDataset
+from datamodules.checking import CacheCheck
 from datamodules.configs import LoaderConfig, SplitConfig
 from datamodules.controls import read_control
 from datamodules.ids import check_labels, join_ids, rows_by
@@ -24,6 +25,7 @@ from datamodules.membership import MASK
 from datamodules.notes import say_notes
 from datamodules.registry import Archive, Settings
 from datamodules.splits import assign_splits, nested_fraction
+from datamodules.storage import usable_cores
 from datamodules.tables import read_table
 from datamodules.volumes.cache import CacheFormat, OpenCase, Record, SourceVolumes, VolumeCache
 from datamodules.volumes.cases import Case, Layout, case_of
@@ -237,9 +239,11 @@ class VolumeCacheConfig:
 
     Args:
         format: ``"npy"``, ``"b2nd"``, or ``"none"`` to read the sources at every access.
+        check: How much of the copies is read before training; see :mod:`datamodules.checking`.
     """
 
     format: CacheFormat | Literal["none"] = "npy"
+    check: CacheCheck = "sampled"
 
 
 @dataclass(frozen=True)
@@ -269,7 +273,7 @@ class VolumeDataModule(ArchiveDataModule):
         split: Who is trained, validated and tested on.
         loader: How samples are drawn, and how many may be broken.
         batch_size: Crops per device.
-        num_workers: Loader processes per rank; also threads that build the cache.
+        num_workers: Loader processes per rank.
         anonymise: Whether subject ids are replaced by pseudonyms in logs, pictures and fault files.
         seed: Seed of order, crops and masks; None takes ``seed_everything``'s.
         **membership: ``seen_patients``, ``changed_archive`` and ``split_from`` of :class:`ArchiveDataModule`.
@@ -304,6 +308,7 @@ class VolumeDataModule(ArchiveDataModule):
         self._layout_name, self._modalities, self._crop_size = layout, modalities, crops.size
         self._profile = profile or self.default_profile
         self._regions, self._voxels, self._cache = labels.regions, voxels, cache.format
+        self.cache_check = cache.check
         self._split = (split.fractions, split.seed, split.file)
         self._layout: Layout | None = None
         self.cases: list[Case] = []
@@ -366,7 +371,7 @@ class VolumeDataModule(ArchiveDataModule):
             self.store = (
                 SourceVolumes(layout)
                 if self._cache == "none"
-                else VolumeCache(self.root, layout, self._cache, twins=self.twins)
+                else VolumeCache(self.root, layout, self._cache, twins=self.twins, tree=archive.tree)
             )
         return self._layout
 
@@ -463,8 +468,12 @@ class VolumeDataModule(ArchiveDataModule):
     def prepare_data(self) -> None:
         """Build and verify the cache, once per machine (Lightning hook)."""
         self.index()
-        self.store.ensure(self.cases_in_use(), max(self.num_workers, 1))
+        self.store.ensure(self.cases_in_use(), self.cache_threads or usable_cores(), check=self.cache_check)
         say_notes()
+
+    def rebuild(self, owner: Any) -> None:
+        """Make the entry of a case again."""
+        self.store.build(next(case for case in self.cases if case.case_id == owner))
 
     def all_cases(self) -> list[Case]:
         """Return every case of the archive, whether or not it is used."""
@@ -477,7 +486,7 @@ class VolumeDataModule(ArchiveDataModule):
         if not isinstance(self.store, VolumeCache):
             return found
         for case in cases:
-            if (record := self.store.read_record(case.case_id)) is not None:
+            if (record := self.store.known_record(case.case_id)) is not None:
                 sums = {path: source["xxh3"] for path, source in record.sources.items() if "xxh3" in source}
                 images = [sums[path] for path in map(str, case.images.values()) if path in sums]
                 masks = [MASK + sums[path] for path in map(str, case.labels.values()) if path in sums]
@@ -497,7 +506,7 @@ class VolumeDataModule(ArchiveDataModule):
         layout = self.index()
         if isinstance(self.store, VolumeCache):
             for case in self.cases_in_use():
-                record = self.store.read_record(case.case_id)
+                record = self.store.known_record(case.case_id)
                 if record is not None:
                     self.ledger.add(record.all_faults() if self.labels else record.image_faults())
         if not self._usable(self.cases_in_use()):
@@ -532,7 +541,7 @@ class VolumeDataModule(ArchiveDataModule):
         return [case for case in cases if case.case_id not in bad or self._still_usable(case)]
 
     def _still_usable(self, case: Case) -> bool:
-        record = self.store.read_record(case.case_id) if isinstance(self.store, VolumeCache) else None
+        record = self.store.known_record(case.case_id) if isinstance(self.store, VolumeCache) else None
         return record is None or (record.usable and not (self.labels and record.label_faults))
 
     def train_dataloader(self) -> ResumableLoader:
@@ -547,17 +556,14 @@ class VolumeDataModule(ArchiveDataModule):
         )
         return self.train_loader(dataset, self.crops_per_case)
 
-    def _whole(self, split: str) -> ResumableLoader:
-        return self.evaluation_loader(self._dataset(self._usable(self.splits[split]), "full"), batch_size=1)
-
     def val_dataloader(self) -> ResumableLoader:
         """Return fixed validation crops, or whole volumes for a labelled set (Lightning hook)."""
         if self.labels:
-            return self._whole("val")
+            return self.validation_loader(self._dataset(self._usable(self.splits["val"]), "full"), batch_size=1)
         if self.targets is not None:
             return self.evaluation_loader(self._names())
         dataset = self._dataset(self._usable(self.splits["val"]), "val", controls=self.splits["train"])
-        return self.evaluation_loader(dataset, self.val_crops_per_case)
+        return self.validation_loader(dataset, self.val_crops_per_case)
 
     def test_dataloader(self) -> ResumableLoader:
         """Return whole test volumes, or central crops where a class is wanted (Lightning hook).
@@ -570,7 +576,7 @@ class VolumeDataModule(ArchiveDataModule):
                             + (", with a label." if self.labels else "."))  # fmt: skip
         if self.targets is not None:
             return self.evaluation_loader(self._dataset(self._usable(self.splits["test"]), "center"))
-        return self._whole("test")
+        return self.evaluation_loader(self._dataset(self._usable(self.splits["test"]), "full"), batch_size=1)
 
     def _names(self) -> NamesDataset:
         cases = [case for part in ("train", "val") for case in self._usable(self.splits[part])]

@@ -138,7 +138,7 @@ def test_processes_that_fill_a_cache_at_once(root, paths, monkeypatch, locks):
     for process in processes:
         process.join()
     cache = ImageCache(root, 40)
-    assert set(cache.ensure(paths, progress=False, full=True).values()) == {None}
+    assert set(cache.ensure(paths, progress=False, check="full").values()) == {None}
     assert list((cache.folder / "tmp").iterdir()) == []
     assert locks <= (len(manifest_lines(cache)) == len(paths))
 
@@ -152,7 +152,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(root, paths
     built.clear()
     cache.ensure(paths, progress=False)
     assert len(built) == len(paths) - 2
-    assert set(cache.ensure(paths, progress=False, full=True).values()) == {None}
+    assert set(cache.ensure(paths, progress=False, check="full").values()) == {None}
 
 
 def test_a_whole_cache_needs_no_permission(root, paths, monkeypatch):
@@ -184,9 +184,9 @@ def test_a_flipped_byte_is_found_by_a_full_check(root, paths, built):
     cache.ensure(paths, progress=False)
     damage(cache.image_file(paths[3]))
     built.clear()
-    cache.ensure(paths, progress=False)
+    cache.ensure(paths, progress=False, check="off")
     assert built == []
-    cache.ensure(paths, progress=False, full=True)
+    cache.ensure(paths, progress=False, check="full")
     assert built == [paths[3].name]
     assert np.array_equal(cache.open(paths[3]), read_gray(paths[3], 40))
 

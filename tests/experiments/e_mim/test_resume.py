@@ -114,7 +114,7 @@ def test_a_stop_inside_validation(pretrain_arguments, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(EMIMPretrain, "validation_step", wrapped)
-        patch.setattr("datamodules.volumes.datamodule.VolumeDataModule.evaluation_loader", _one_by_one)
+        patch.setattr("datamodules.volumes.datamodule.VolumeDataModule.validation_loader", _one_by_one)
         with pytest.raises(PreemptedError):
             execute(arguments)
     folder = newest()
@@ -123,10 +123,10 @@ def test_a_stop_inside_validation(pretrain_arguments, monkeypatch):
     assert_equal(weights(folder), whole)
 
 
-def _one_by_one(self, dataset, draws=1, batch_size=None, all_ranks=True):
+def _one_by_one(self, dataset, draws=1, batch_size=None):
     from datamodules.base import ArchiveDataModule
 
-    return ArchiveDataModule.evaluation_loader(self, dataset, draws, 1, all_ranks)
+    return ArchiveDataModule.validation_loader(self, dataset, draws, 1)
 
 
 @pytest.mark.slow
