@@ -50,12 +50,18 @@ class Checked(NamedTuple):
         rest: Files that are still to be read.
         read: How many were read, or written, at this start.
         broken: Owners of files that are not what was written.
+        unread: Whether nothing was to be read.
     """
 
     total: int
     rest: list[CachedFile]
     read: int
     broken: frozenset[Any]
+    unread: bool = False
+
+    def with_built(self, total: int, built: int) -> "Checked":
+        """Return the state once ``built`` files were written, which makes ``total`` of them all."""
+        return self._replace(total=total, read=built if self.unread else total - len(self.rest))
 
 
 def check_files(files: Sequence[CachedFile], folder: Path, check: CacheCheck) -> Checked:
@@ -67,7 +73,7 @@ def check_files(files: Sequence[CachedFile], folder: Path, check: CacheCheck) ->
         check: ``off`` reads none; ``full`` expects that the caller has read all.
     """
     if check != "sampled":
-        return Checked(len(files), [], len(files) if check == "full" else 0, frozenset())
+        return Checked(len(files), [], len(files) if check == "full" else 0, frozenset(), check == "off")
     place = folder / "checked.json"
     order = [files[index] for index in numpy_generator("check", len(files)).permutation(len(files))]
     begin = _position(place) % max(len(order), 1)

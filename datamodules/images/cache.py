@@ -320,8 +320,8 @@ class ImageCache:
                 built = _each(self.build, missing, workers)
                 bar = tqdm(built, "caching images", len(missing), unit="image", disable=not (progress and missing))
                 found.update(zip(missing, bar, strict=True))
-            built = len(unique) - len(valid)
-            self.checked = self.checked._replace(total=self.checked.total + built, read=self.checked.read + built)
+            good = sum(fault is None for fault in found.values())
+            self.checked = self.checked.with_built(good, good - len(copies) + len(self.checked.broken))
         for path, fault in found.items():
             if fault is not None:
                 self._faults[self._relative(path)] = fault

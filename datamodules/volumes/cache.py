@@ -507,7 +507,7 @@ class VolumeCache:
         records = {name: record for name, record in records.items() if name not in self.checked.broken}
         built = self._build_missing([case for case in cases if case.case_id not in records], workers, progress)
         count = len(self._files(built))
-        self.checked = self.checked._replace(total=len(self._files(records)) + count, read=self.checked.read + count)
+        self.checked = self.checked.with_built(len(self._files(records)) + count, count)
         self._write_manifest(records | built)
         return records | built
 
