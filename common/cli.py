@@ -273,6 +273,7 @@ class MedmimCLI(LightningCLI):
         if self.subcommand == "fit":
             safety = self._get(self.config_init, "safety")
             callbacks.append(FiniteCheck(safety.agree_every, safety.max_skipped_steps))
+            callbacks[2].agree_every = safety.agree_every
             if config["enable_checkpointing"] is not False:
                 callbacks += self._checkpoint_callbacks(folder, safety)
         self.trainer_defaults = {"callbacks": callbacks}

@@ -7,8 +7,9 @@ the gradient one rank would have had. On one rank everything here is the identit
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -33,13 +34,72 @@ def launched_rank() -> int:
     return int(getattr(rank_zero_only, "rank", 0))
 
 
+class Traffic:
+    """Counts what the collectives of this module receive while its block runs: payload, not bytes on the wire.
+
+    The payload of an all-reduce or a reduce-scatter is the buffer that goes in (an all-reduce sends about twice that),
+    of any other collective what comes out.
+
+    Attributes:
+        calls: Calls by kind.
+        bytes: Payload by kind.
+    """
+
+    _open: ClassVar[list["Traffic"]] = []
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def __enter__(self) -> "Traffic":
+        self._open.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.remove(self)
+
+    @property
+    def total(self) -> int:
+        """Payload of all kinds."""
+        return sum(self.bytes.values())
+
+    @classmethod
+    def note(cls, kind: str, payload: Tensor) -> None:
+        """Count one collective."""
+        for counter in cls._open:
+            counter.calls[kind] += 1
+            counter.bytes[kind] += payload.numel() * payload.element_size()
+
+
+def _all_reduce(x: Tensor, **options: Any) -> None:
+    Traffic.note("all_reduce", x)
+    dist.all_reduce(x, **options)
+
+
+def _all_gather(x: Tensor, group: Any = None) -> Tensor:
+    """Return the equally shaped tensors of all ranks, joined along the first axis."""
+    x = x.contiguous()
+    result = x.new_empty((world_size() * len(x), *x.shape[1:]))
+    Traffic.note("all_gather", result)
+    dist.all_gather_into_tensor(result, x, group=group)
+    return result
+
+
+def _all_to_all(x: Tensor, receive: Sequence[int], send: Sequence[int]) -> Tensor:
+    """Send the first ``send[0]`` rows to rank 0, the next ``send[1]`` to rank 1, ...; return what others sent."""
+    result = x.new_empty((sum(receive), *x.shape[1:]))
+    Traffic.note("all_to_all", result)
+    dist.all_to_all_single(result, x.contiguous(), list(receive), list(send))
+    return result
+
+
 class _AllReduceSum(torch.autograd.Function):
     """Sum over ranks, forwards and backwards."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         result = x.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(result)
+        _all_reduce(result)
         return result
 
     @staticmethod
@@ -52,22 +112,98 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return x if world_size() == 1 else _AllReduceSum.apply(x)
 
 
+def all_reduce_together(*tensors: Tensor) -> list[Tensor]:
+    """Sum tensors of one type over ranks as :func:`all_reduce_sum` does, in one exchange."""
+    flat = all_reduce_sum(torch.cat([x.reshape(-1) for x in tensors]))
+    parts = flat.split([x.numel() for x in tensors])
+    return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
+
+
+class _AllGather(torch.autograd.Function):
+    """Rows of all ranks; the gradient of a rank's own rows is summed over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _all_gather(x.detach())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _ReduceScatter.apply(gradient)
+
+
+class _ReduceScatter(torch.autograd.Function):
+    """A rank's own rows of the sum over ranks; the transpose of gathering."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.detach().contiguous()
+        result = x.new_empty((len(x) // world_size(), *x.shape[1:]))
+        Traffic.note("reduce_scatter", x)
+        dist.reduce_scatter_tensor(result, x)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _AllGather.apply(gradient)
+
+
 def all_gather_cat(x: Tensor, dim: int = 0) -> Tensor:
     """Concatenate the equally shaped tensors of all ranks along ``dim``; the gradient is summed over ranks."""
     if world_size() == 1:
         return x
-    # A sum of zero-padded parts: its gradient is right because the sum's is.
-    parts = [x if index == rank() else torch.zeros_like(x) for index in range(world_size())]
-    return all_reduce_sum(torch.cat(parts, dim=dim))
+    return _AllGather.apply(x) if dim == 0 else _AllGather.apply(x.movedim(dim, 0)).movedim(0, dim)
 
 
-def all_gather_rows(x: Tensor) -> Tensor:
-    """Concatenate the equally shaped tensors of all ranks along the first axis, in rank order; without a gradient."""
-    if world_size() == 1:
-        return x.detach()
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
-    dist.all_gather(parts, x.detach().contiguous())
-    return torch.cat(parts)
+class _Transpose(torch.autograd.Function):
+    """Turn rows ``(W b, D)``, in W blocks of columns, between ranks: blocks that rank r holds go to rank r.
+
+    Applied twice it is the identity, so its backward pass is itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        equal = [len(x) // world_size()] * world_size()
+        return _all_to_all(x.detach(), equal, equal)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _Transpose.apply(gradient)
+
+
+def feature_shard(x: Tensor) -> Tensor:
+    """Exchange rows ``(b, D)`` of every rank for all rows at this rank's share of the features, ``(B, D / W)``.
+
+    Features are filled up with zeros to a multiple of the ranks. The gradient of a value comes from the rank that holds
+    it, so losses of shards must be summed over ranks.
+    """
+    world, rows = world_size(), len(x)
+    if world == 1:
+        return x
+    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % world))
+    blocks = padded.view(rows, world, -1).transpose(0, 1).reshape(world * rows, -1)
+    return _Transpose.apply(blocks)
+
+
+def all_gather_rows(x: Tensor, group: Any = None) -> Tensor:
+    """Concatenate the equally shaped tensors of all ranks along the first axis, in rank order; without a gradient.
+
+    Args:
+        x: The tensor.
+        group: Who exchanges; None: all ranks, on their devices.
+    """
+    return x.detach() if world_size() == 1 else _all_gather(x.detach(), group)
+
+
+def exchange_rows(x: Tensor, send: Sequence[Sequence[int]], receive: Sequence[int]) -> Tensor:
+    """Send each rank the rows that it is to have, and return what the others sent, in rank order; without a gradient.
+
+    Args:
+        x: ``(b, ...)``, this rank's rows.
+        send: The rows for each rank.
+        receive: How many rows each rank sends here.
+    """
+    index = torch.tensor([row for rows in send for row in rows], dtype=torch.int64, device=x.device)
+    return _all_to_all(x.detach().index_select(0, index), receive, [len(rows) for rows in send])
 
 
 _control: dict[Any, Any] = {}
@@ -90,7 +226,7 @@ def highest(value: int) -> int:
     if world_size() == 1:
         return value
     tensor = torch.tensor(value)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=control_group())
+    _all_reduce(tensor, op=dist.ReduceOp.MAX, group=control_group())
     return int(tensor.item())
 
 

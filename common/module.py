@@ -314,6 +314,13 @@ class SSLModule(BuiltFromData, ABC, Generic[BatchT]):
     def panels(self, batch: BatchT, output: Reconstruction, index: int) -> dict[str, Panel]:
         """Draw sample ``index`` of a batch, by modality."""
 
+    def on_host(self, batch: BatchT) -> Mapping[str, Any]:
+        """Return what a training batch needs beside what was loaded, found before it goes to the device.
+
+        The ranks may talk to each other over :func:`common.distributed.control_group`; all call it.
+        """
+        return {}
+
     def hidden_tokens(self, batch: BatchT) -> HiddenTokens:
         """Predict the words that were hidden from a batch; only methods with text have any.
 

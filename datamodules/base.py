@@ -465,10 +465,12 @@ class ArchiveDataModule(pl.LightningDataModule):
         self.teardown("exception")
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Take the faults out of a batch and into the ledger (Lightning hook)."""
+        """Take the faults out of a batch and into the ledger, and let the module add what it needs (Lightning hook)."""
         self._take_checks()
         if isinstance(batch, dict):
             self.ledger.add(batch.pop("faults", []))
+            if self.trainer is not None and self.trainer.training:
+                batch |= getattr(self.trainer.lightning_module, "on_host", lambda _: {})(batch)
         return batch
 
     def state_dict(self) -> dict[str, Any]:

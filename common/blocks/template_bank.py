@@ -4,17 +4,23 @@ Letters: S sequence types, B crops. A *place* is what a crop looks at: ``(type, 
 crop in the atlas, as Python integers, so that nothing waits for the accelerator.
 """
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from common.distributed import control_group, world_size
+from common.distributed import all_gather_rows, all_reduce_sum, control_group, world_size
+from common.runtime.reporting import say
 
 Place = tuple[int, int, int, int]
 Box = tuple[slice, slice, slice]
+#: How gradients of crops travel: those of all ranks as they are (``exact``) or in bfloat16 (``compact``), or added up
+#: in whole templates in bfloat16 (``dense``), which has one size however many ranks there are.
+Exchange = Literal["exact", "compact", "dense"]
+#: Bytes of a step up to which the gradients of all ranks' crops travel as they are.
+EXACT_BYTES = 32 << 20
 
 
 class _Seen(NamedTuple):
@@ -100,6 +106,7 @@ class TemplateBank(nn.Module):
         self.count = nn.Parameter(torch.zeros(size, dtype=torch.int32), requires_grad=False)
         self.extremes = nn.Parameter(torch.zeros(num_templates, 2), requires_grad=False)
         self._seen: list[_Seen] = []
+        self._said = False
 
     def range(self) -> Tensor:
         """Return max - min of every template, ``(S,)``."""
@@ -160,12 +167,37 @@ class TemplateBank(nn.Module):
         held_back = self.weight.new_zeros(())
         if not places:
             return held_back
-        crops: dict[int, list[tuple[Place, Tensor]]] = {}
-        for place, gradient in zip(*_of_all_ranks(places, torch.stack(gradients)), strict=True):
-            crops.setdefault(place[0], []).append((place, gradient / world_size()))
+        exchange = self._exchange(len(places), size)
+        if exchange == "dense":
+            every, summed = _all_places(places), self._sum_over_ranks(places, gradients)
+            crops = _by_template(every, [crop_of(summed[place[0]], place[1:], size) for place in every])
+        else:
+            crops = _by_template(*_of_all_ranks(places, torch.stack(gradients), exchange == "compact"))
+            summed = None
         for index, members in crops.items():
-            held_back = torch.maximum(held_back, self._update(index, members, lr, hold))
+            whole = None if summed is None else summed[index]
+            held_back = torch.maximum(held_back, self._update(index, members, lr, hold, whole))
         return held_back
+
+    def _exchange(self, crops: int, size: Sequence[int]) -> Exchange:
+        """Choose how gradients travel, and say so where they lose digits."""
+        values = world_size() * crops * math.prod(size)
+        if world_size() == 1 or values * self.weight.element_size() <= EXACT_BYTES:
+            return "exact"
+        chosen: Exchange = "dense" if 2 * self.weight.numel() < values else "compact"
+        if not self._said:
+            what = "sums over whole templates" if chosen == "dense" else "crops of all ranks"
+            say(f"templates: gradients travel in bfloat16, as {what}")
+        self._said = True
+        return chosen
+
+    def _sum_over_ranks(self, places: Sequence[Place], gradients: Sequence[Tensor]) -> Tensor:
+        """Return the gradients of all ranks added up in whole templates, ``(S, *shape)``: of a rank in float32."""
+        local = torch.zeros_like(self.weight)
+        for (index, *start), gradient in zip(places, gradients, strict=True):
+            inside, within = _overlap(start, gradient.shape, self.shape)
+            local[(index, *inside)] += gradient[within]
+        return all_reduce_sum(local.bfloat16()).to(local.dtype)
 
     def _whole(self, entry: _Seen, size: Sequence[int]) -> Tensor:
         """Return the gradient of a crop at its full size, 0 beyond the atlas."""
@@ -177,9 +209,17 @@ class TemplateBank(nn.Module):
         return whole
 
     def _update(
-        self, index: int, crops: Sequence[tuple[Place, Tensor]], lr: float, hold: Tensor | None = None
+        self,
+        index: int,
+        crops: Sequence[tuple[Place, Tensor]],
+        lr: float,
+        hold: Tensor | None = None,
+        summed: Tensor | None = None,
     ) -> Tensor:
-        """Take one step of Adam at the voxels of one template that crops looked at; return 1 if it was not finite."""
+        """Take one step of Adam at the voxels of one template that crops looked at; return 1 if it was not finite.
+
+        With ``summed``, ``(*shape)``, the gradients are added up already.
+        """
         boxes = [_overlap(place[1:], gradient.shape, self.shape) for place, gradient in crops]
         edges = [(min(box[axis].start for box, _ in boxes), max(box[axis].stop for box, _ in boxes))
                  for axis in range(3)]  # fmt: skip
@@ -191,8 +231,11 @@ class TemplateBank(nn.Module):
         seen = torch.zeros_like(weight, dtype=torch.bool)
         for (inside, within), (_, part) in zip(boxes, crops, strict=True):
             local = tuple(slice(a.start - low, a.stop - low) for a, (low, _) in zip(inside, edges, strict=True))
-            gradient[local] += part[within]
+            if summed is None:
+                gradient[local] += part[within] / world_size()
             seen[local] = True
+        if summed is not None:
+            gradient += summed[x, y, z] / world_size()
         finite = torch.isfinite(gradient).all()
         seen &= finite if hold is None else finite & (hold == 0)
         count += seen
@@ -207,15 +250,22 @@ class TemplateBank(nn.Module):
         return finite.logical_not().to(weight.dtype)
 
 
-def _of_all_ranks(places: list[Place], gradients: Tensor) -> tuple[list[Place], list[Tensor]]:
+def _by_template(places: Sequence[Place], gradients: Sequence[Tensor]) -> dict[int, list[tuple[Place, Tensor]]]:
+    crops: dict[int, list[tuple[Place, Tensor]]] = {}
+    for place, gradient in zip(places, gradients, strict=True):
+        crops.setdefault(place[0], []).append((place, gradient))
+    return crops
+
+
+def _of_all_ranks(places: list[Place], gradients: Tensor, compact: bool) -> tuple[list[Place], list[Tensor]]:
     """Return the crops of all ranks, in rank order; every rank has equally many."""
-    world = world_size()
-    if world == 1:
+    if world_size() == 1:
         return places, list(gradients)
-    own = torch.tensor(places)
-    every = [torch.empty_like(own) for _ in range(world)]
-    dist.all_gather(every, own, group=control_group())
-    parts = [torch.empty_like(gradients) for _ in range(world)]
-    dist.all_gather(parts, gradients.contiguous())
-    joined = [(int(s), int(x), int(y), int(z)) for s, x, y, z in torch.cat(every).tolist()]
-    return joined, list(torch.cat(parts))
+    joined = _all_places(places)
+    every = all_gather_rows(gradients.bfloat16() if compact else gradients)
+    return joined, list(every.to(gradients.dtype))
+
+
+def _all_places(places: list[Place]) -> list[Place]:
+    rows = all_gather_rows(torch.tensor(places), control_group()).tolist()
+    return [(int(s), int(x), int(y), int(z)) for s, x, y, z in rows]

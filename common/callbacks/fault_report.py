@@ -18,9 +18,11 @@ class FaultReport(pl.Callback):
 
     Args:
         folder: The run folder.
+        agree_every: Batches between agreements of several ranks that there is none.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, agree_every: int = 10) -> None:
+        self.agree_every = agree_every
         self.path = Path(folder) / "data_faults.csv"
 
     @staticmethod
@@ -59,7 +61,8 @@ class FaultReport(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Exchange new faults at the step boundary (Lightning hook)."""
-        self._share(trainer, pl_module)
+        if trainer.world_size == 1 or (batch_idx + 1) % self.agree_every == 0 or trainer.is_last_batch:
+            self._share(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Exchange new faults after validation (Lightning hook)."""

@@ -3,12 +3,13 @@
 Letters: B batch, N token positions, D width.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from common.distributed import all_gather_cat, all_reduce_sum, world_size
+from common.distributed import all_gather_cat, all_reduce_sum, all_reduce_together, rank, world_size
 from common.runtime.precision import at_least_float32
 
 _EPS_POSITION = 1e-6
@@ -63,12 +64,19 @@ def cross_correlation(
             product = rows_a.T @ rows_b
             return (all_reduce_sum(product) if sync else product) / count
         rows_a, rows_b = _position_rows(a, center, sync), _position_rows(b, center, sync)
-        product, norm_a, norm_b = rows_a @ rows_b.T, rows_a.square().sum(1), rows_b.square().sum(1)
-        if sync:
-            product, norm_a, norm_b = all_reduce_sum(product), all_reduce_sum(norm_a), all_reduce_sum(norm_b)
-        # The root of 0 has an infinite slope: a dead token must not turn every gradient into NaN.
-        norm_a, norm_b = (norm.clamp(min=_EPS_POSITION**2).sqrt() for norm in (norm_a, norm_b))
-        return product / (norm_a[:, None] * norm_b[None, :] + _EPS_POSITION)
+        sums = _position_sums(rows_a, rows_b)
+        return _correlation_of_sums(*(all_reduce_together(*sums) if sync else sums))
+
+
+def _position_sums(rows_a: Tensor, rows_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the correlation of positions is made of, summed over features: products and squared norms."""
+    return rows_a @ rows_b.T, rows_a.square().sum(1), rows_b.square().sum(1)
+
+
+def _correlation_of_sums(product: Tensor, norm_a: Tensor, norm_b: Tensor) -> Tensor:
+    # The root of 0 has an infinite slope: a dead token must not turn every gradient into NaN.
+    norm_a, norm_b = (norm.clamp(min=_EPS_POSITION**2).sqrt() for norm in (norm_a, norm_b))
+    return product / (norm_a[:, None] * norm_b[None, :] + _EPS_POSITION)
 
 
 def _combine(on: Tensor, off: Tensor, n: int, reduction: Literal["mean", "sum"], weight: float) -> Tensor:
@@ -112,9 +120,47 @@ def _position_loss_by_gram(
     rows_a = rows_a / rows_a.norm(dim=1, keepdim=True).clamp(min=_EPS_POSITION)
     rows_b = rows_b / rows_b.norm(dim=1, keepdim=True).clamp(min=_EPS_POSITION)
     diagonal = (rows_a * rows_b).sum(1)
-    square = ((rows_a.T @ rows_a) * (rows_b.T @ rows_b)).sum()
+    own = slice(rank() * a.shape[0] * a.shape[2], (rank() + 1) * a.shape[0] * a.shape[2]) if sync else slice(None)
+    square = ((rows_a[:, own].T @ rows_a) * (rows_b[:, own].T @ rows_b)).sum()
+    square = all_reduce_sum(square) if sync else square
     off = (square - diagonal.square().sum()).clamp(min=0)
     return _combine((1 - diagonal).square().sum(), off, len(diagonal), reduction, weight)
+
+
+def _gram_is_smaller(a: Tensor, sync: bool) -> bool:
+    batch, positions, width = a.shape
+    return positions > batch * width * (world_size() if sync else 1)
+
+
+def position_pyramid(
+    levels: Sequence[tuple[Tensor, Tensor]],
+    reduction: Literal["mean", "sum"] = "mean",
+    off_diagonal_weight: float = 1.0,
+    beside: Sequence[Tensor] = (),
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """Return :func:`token_barlow_twins` by position, uncentred, of several levels over all ranks in one exchange.
+
+    Args:
+        levels: Tokens ``(B, N, D)`` of the full and of the masked input.
+        reduction: See :func:`correlation_to_identity`.
+        off_diagonal_weight: Factor of the off-diagonal term.
+        beside: Further tensors to be summed over ranks in the same exchange.
+
+    Returns:
+        The loss of each level, and the sums of the further tensors; None where a level has fewer features than
+        positions, for which another form is cheaper.
+    """
+    if any(_gram_is_smaller(a, sync=True) for a, _ in levels):
+        return None
+    with torch.autocast(levels[0][0].device.type, enabled=False):
+        rows = [[_position_rows(at_least_float32(x), False, False) for x in level] for level in levels]
+        sums = [part for a, b in rows for part in _position_sums(a, b)]
+        joined = all_reduce_together(*sums, *(x.to(sums[0].dtype) for x in beside))
+        losses = [
+            correlation_to_identity(_correlation_of_sums(*joined[i : i + 3]), reduction, off_diagonal_weight)
+            for i in range(0, len(sums), 3)
+        ]
+    return losses, joined[len(sums) :]
 
 
 def token_barlow_twins(
@@ -150,9 +196,7 @@ def token_barlow_twins(
         raise ValueError(
             f"`axis` must be 'position' or 'feature' and `reduction` 'mean' or 'sum', got {axis!r} and {reduction!r}."
         )
-    batch, positions, width = a.shape
-    features = batch * width * (world_size() if sync else 1)
-    if axis == "position" and positions > features:
+    if axis == "position" and _gram_is_smaller(a, sync):
         with torch.autocast(a.device.type, enabled=False):
             return _position_loss_by_gram(
                 at_least_float32(a), at_least_float32(b), reduction, off_diagonal_weight, center, sync

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.distributed import all_gather_cat
+from common.distributed import all_gather_cat, all_reduce_sum, feature_shard, world_size
 
 
 def similarities(a: Tensor, b: Tensor) -> Tensor:
@@ -19,12 +19,31 @@ def similarities(a: Tensor, b: Tensor) -> Tensor:
     return F.normalize(a.to(dtype), dim=1) @ F.normalize(b.to(dtype), dim=1).T
 
 
+def shards_features(rows: int, features: int) -> bool:
+    """Whether exchanging features moves fewer values than gathering rows: ``2 b D + B^2 < W b D``."""
+    world = world_size()
+    return 2 * rows * features + (world * rows) ** 2 < world * rows * features
+
+
+def sharded_similarities(a: Tensor, b: Tensor) -> Tensor:
+    """Return :func:`similarities` ``(B, B)`` of the rows of all ranks, of which each multiplies some features.
+
+    Args:
+        a: ``(b, D)``, this rank's rows.
+        b: ``(b, D)``, likewise.
+    """
+    dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
+    shard_a, shard_b = (feature_shard(F.normalize(x.to(dtype), dim=1)) for x in (a, b))
+    return all_reduce_sum(shard_a @ shard_b.T)
+
+
 def symmetric_info_nce(a: Tensor, b: Tensor, temperature: float, sync: bool = True) -> Tensor:
     """Symmetric InfoNCE (van den Oord et al. 2018; both directions as in CLIP, Radford et al. 2021).
 
     Rows are L2-normalised; with ``s_ij = a_i . b_j / temperature`` it is the mean of the cross-entropies of the rows of
-    ``s`` and of its columns, the diagonal being right. Rows of all ranks are gathered with their gradient, so that
-    every rank holds the loss of the joined batch.
+    ``s`` and of its columns, the diagonal being right. Rows of all ranks are joined with their gradient, so that every
+    rank holds the loss of the joined batch: gathered, or where there are more features than that pays for, multiplied
+    by the rank that holds the features.
 
     Args:
         a: ``(B, D)``, one view of each sample.
@@ -42,9 +61,12 @@ def symmetric_info_nce(a: Tensor, b: Tensor, temperature: float, sync: bool = Tr
     if temperature <= 0:
         raise ValueError(f"`temperature` must be positive, got {temperature}.")
     with torch.autocast(a.device.type, enabled=False):
-        if sync:
-            a, b = all_gather_cat(a), all_gather_cat(b)
-        logits = similarities(a, b) / temperature
+        if sync and shards_features(len(a), a.shape[1]):
+            logits = sharded_similarities(a, b) / temperature
+        else:
+            if sync:
+                a, b = all_gather_cat(a), all_gather_cat(b)
+            logits = similarities(a, b) / temperature
         target = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 

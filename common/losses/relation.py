@@ -3,10 +3,12 @@
 Letters: B samples of all ranks, b samples of this rank, d width.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from common.distributed import all_gather_cat
+from common.distributed import all_gather_cat, all_reduce_sum, rank
 from common.runtime.precision import at_least_float32
 
 _EPS = 1e-8
@@ -40,8 +42,8 @@ def relation_matching(
 ) -> dict[str, Tensor]:
     """Compare relations between samples with and without masking (Eqs. 10 and 12).
 
-    The vectors of all ranks are gathered with gradients, so that every rank holds the loss of the joined batch; ranks
-    must hold equally many samples.
+    The vectors of all ranks are gathered with gradients; a rank relates its own samples to all, and the sums are
+    joined, so that every rank holds the loss of the joined batch. Ranks must hold equally many samples.
 
     Args:
         image: ``(b, d)``, pooled features of the intact pass.
@@ -66,24 +68,33 @@ def relation_matching(
         raise ValueError(f"Two or four arguments of one shape (B, d) are needed, got {shapes}.")
     with torch.autocast(image.device.type, enabled=False):
         z, masked = (_unit_rows(x, None, center, sync) for x in (image, image_masked))
+        mine = slice(rank() * len(image), (rank() + 1) * len(image)) if sync else slice(None)
+        reduce = all_reduce_sum if sync else _unchanged
 
-        def change(intact: Tensor, hidden: Tensor) -> Tensor:
-            return ((intact.detach() if stop_gradient else intact) - hidden).square()
+        def change(intact: Sequence[Tensor], hidden: Sequence[Tensor]) -> Tensor:
+            """Return the changes of this rank's rows of relations, ``(b, B)``."""
+            before, after = (rows[mine] @ others.T for rows, others in (intact, hidden))
+            return ((before.detach() if stop_gradient else before) - after).square()
 
-        own = change(z @ z.T, masked @ masked.T).mean()
+        own = change((z, z), (masked, masked)).sum() / len(z) ** 2
         if genome is None or genome_masked is None:
-            return {"self": own, "cross": own.new_zeros(())}
+            return {"self": reduce(own), "cross": own.new_zeros(())}
         everywhere = present
         if present is not None and sync:
             everywhere = all_gather_cat(present.to(torch.uint8)).bool()
         g, g_masked = (_unit_rows(x, everywhere, center, sync) for x in (genome, genome_masked))
-        among = change(g @ g.T, g_masked @ g_masked.T)
-        between = change(z @ g.T, masked @ g_masked.T)
+        among = change((g, g), (g_masked, g_masked))
+        between = change((z, g), (masked, g_masked))
         if everywhere is None:
-            return {"self": (own + among.mean()) / 2, "cross": between.mean()}
-        pairs = everywhere[:, None] & everywhere
-        count = pairs.sum()
+            everywhere = torch.ones(len(z), dtype=torch.bool, device=z.device)
+        pairs = everywhere[mine, None] & everywhere
+        count = everywhere.sum() ** 2
         # One modality alone has the factor of one alone.
         modalities = 1 + (count > 0).to(own.dtype)
         mean_of_pairs = [x.masked_fill(~pairs, 0).sum() / count.clamp(min=1) for x in (among, between)]
-        return {"self": (own + mean_of_pairs[0]) / modalities, "cross": mean_of_pairs[1]}
+        joined = reduce(torch.stack([(own + mean_of_pairs[0]) / modalities, mean_of_pairs[1]]))
+        return {"self": joined[0], "cross": joined[1]}
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x

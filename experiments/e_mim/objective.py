@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from common.losses.barlow_twins import cross_correlation, sample_barlow_twins, token_barlow_twins
-from common.losses.reconstruction import masked_mse
+from common.losses.barlow_twins import cross_correlation, position_pyramid, sample_barlow_twins, token_barlow_twins
+from common.losses.reconstruction import masked_error, masked_mse
 from common.module import Term
 from common.runtime.precision import at_least_float32
 from common.types import MaskOutput, Reconstruction
@@ -60,6 +60,11 @@ class Correlation(NamedTuple):
     reduction: Literal["mean", "sum"]
     off_diagonal_weight: float
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is Eq. 4 as the paper has it."""
+        return self.axis == "position" and self.summed == "batch" and not self.center
+
     def loss(self, clean: Tensor, masked: Tensor, sync: bool) -> Tensor:
         """Return Eq. 8 of tokens ``(B, N, E)``."""
         if self.summed == "sample":
@@ -102,14 +107,16 @@ class Objective(NamedTuple):
         """
         hidden, samples = reconstruction.mask, float(len(acquired))
         scored = acquired[:, :, None].expand_as(hidden) if self.loss_on == "all" else hidden
-        error = masked_mse(reconstruction.pred, reconstruction.target, scored, sync)
+        pairs = list(zip(output.clean, output.masked, strict=True)) if output.clean else []
+        if sync and (together := self._in_one_exchange(pairs, reconstruction, scored)) is not None:
+            error, losses = together
+        else:
+            error = masked_mse(reconstruction.pred, reconstruction.target, scored, sync)
+            losses = [self.correlation.loss(clean, masked, sync) for clean, masked in pairs]
         terms = {"reconstruction": Term(error, scored.sum(), 1.0)}
-        if not output.clean:
+        if not pairs:
             return terms
-        levels = {
-            f"loss_barlow_twins_tap{tap}": self.correlation.loss(clean, masked, sync)
-            for tap, clean, masked in zip(self.taps, output.clean, output.masked, strict=True)
-        }
+        levels = {f"loss_barlow_twins_tap{tap}": loss for tap, loss in zip(self.taps, losses, strict=True)}
         pyramid = torch.stack(list(levels.values())).sum()
         terms["barlow_twins"] = Term(pyramid, samples, self.pyramid_weight)
         terms |= {name: Term(value, samples) for name, value in levels.items()}
@@ -117,3 +124,16 @@ class Objective(NamedTuple):
             on, off = self.correlation.diagonals(output.clean[-1], output.masked[-1])
             terms |= {"correlation_diagonal": Term(on, samples), "correlation_off_diagonal": Term(off, samples)}
         return terms
+
+    def _in_one_exchange(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], reconstruction: Reconstruction, scored: Tensor
+    ) -> tuple[Tensor, list[Tensor]] | None:
+        """Return the error and each level's loss over all ranks; None where the levels are compared otherwise."""
+        if not pairs or not self.correlation.is_plain:
+            return None
+        sums = masked_error(reconstruction.pred, reconstruction.target, scored)
+        found = position_pyramid(pairs, self.correlation.reduction, self.correlation.off_diagonal_weight, sums)
+        if found is None:
+            return None
+        losses, (total, count) = found
+        return total / count.clamp(min=1), losses

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from common.blocks.decoder import MAEDecoder
 from common.blocks.patch_embed import patchify_channels_last, unpatchify
+from common.distributed import world_size
 from common.downstream.encoder import encoder_architecture
 from common.ema import need_teacher
 from common.maskers.random import RandomMasker
@@ -29,7 +30,7 @@ from common.types import (
 from experiments.umd.checkpoint_transfer import EncoderFactory, load_heads, make_umd_encoder, tower_scale
 from experiments.umd.encoder import UMDEncoder
 from experiments.umd.objective import Objective, total_weights
-from experiments.umd.pairs import shown_pairs
+from experiments.umd.pairs import gather_route, shown_pairs
 from experiments.umd.pretrain_network import FeatureConfig, UMDNetwork, UMDOutput, whole_text
 from experiments.umd.towers import load_text, load_vision
 
@@ -165,6 +166,12 @@ class UMDPretrain(SSLModule[ImageTextBatch]):
     def draw_mask(self, batch: ImageTextBatch) -> MaskOutput:
         """Draw the masks that belong to the batch's samples."""
         return self.masker(len(batch["key"]), self.network.encoder.num_patches, generator=KeyedGenerator(batch["key"]))
+
+    def on_host(self, batch: ImageTextBatch) -> dict[str, Any]:
+        """Agree with the other ranks on who is shown what, before the batch goes to the device."""
+        if world_size() == 1 or not self.objective.wants("itm") or self.itm_negatives == "dataset":
+            return {}
+        return {"route": gather_route(batch)}
 
     def step(self, batch: ImageTextBatch, sync: bool) -> StepOutput:
         """Compute the losses of one batch: one masked pass, the teacher's whole one, and one for matching."""

@@ -1,11 +1,12 @@
 """Which text is paired with which image for image-text matching (paper section III-B, Eq. 6)."""
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from common.distributed import all_gather_rows, rank
+from common.distributed import all_gather_rows, control_group, exchange_rows, rank, world_size
 from common.errors import UserError
 from common.randomness import KeyedGenerator
 from common.types import ImageTextBatch
@@ -56,6 +57,75 @@ def matching_pairs(keys: Tensor, images: Tensor) -> Pairs:
     return Pairs(image, label, valid)
 
 
+class Route(NamedTuple):
+    """The pairs of a batch over all ranks, and the images that travel for them; plain numbers, known on the host.
+
+    Attributes:
+        label: Of this rank's texts, as in :class:`Pairs`.
+        valid: Likewise.
+        place: Where the image of each of its texts is among its own images and those that it receives.
+        send: Which of its images each rank is to have.
+        receive: How many images each rank sends.
+    """
+
+    label: list[int]
+    valid: list[bool]
+    place: list[int]
+    send: list[list[int]]
+    receive: list[int]
+
+
+def make_route(keys: Tensor, images: Tensor, rank: int, world: int) -> Route:
+    """Find out which images travel: those that a text is shown and its rank does not hold.
+
+    Args:
+        keys: As :func:`matching_pairs`, on the CPU.
+        images: Likewise.
+        rank: This rank.
+        world: Number of ranks, which hold equally many samples each, in order.
+    """
+    pairs = matching_pairs(keys, images)
+    size = len(keys) // world
+    shown = pairs.image.view(world, size).tolist()
+
+    def wanted(by: int, of: int) -> list[int]:
+        return [image - of * size for image in shown[by] if image // size == of]
+
+    others = [other for other in range(world) if other != rank]
+    receive = {other: wanted(rank, other) for other in others}
+    offsets = dict(zip(others, accumulate((len(receive[other]) for other in others), initial=size), strict=False))
+    place = []
+    for image in shown[rank]:
+        holder, local = divmod(image, size)
+        place.append(local if holder == rank else offsets[holder])
+        if holder != rank:
+            offsets[holder] += 1
+    mine = slice(rank * size, (rank + 1) * size)
+    return Route(
+        pairs.label[mine].tolist(),
+        pairs.valid[mine].tolist(),
+        place,
+        [wanted(other, rank) if other != rank else [] for other in range(world)],
+        [len(receive.get(other, ())) for other in range(world)],
+    )
+
+
+def gather_route(batch: ImageTextBatch) -> Route:
+    """Exchange the keys of a batch that is still on the host, and return its route."""
+    keys, images = (all_gather_rows(batch[name].cpu(), control_group()) for name in ("key", "image_key"))
+    return make_route(keys, images, rank(), world_size())
+
+
+def _travelled(batch: ImageTextBatch, route: Route) -> tuple[Pairs, Tensor]:
+    """Return this rank's pairs and the images that its texts are shown, in the precision that the encoder takes."""
+    image = batch["image"]
+    if torch.is_autocast_enabled(image.device.type):
+        image = image.to(torch.get_autocast_dtype(image.device.type))  # which its first layer would do
+    place, label = (torch.tensor(x, device=image.device) for x in (route.place, route.label))
+    pairs = Pairs(place, label, torch.tensor(route.valid, device=image.device))
+    return pairs, torch.cat([image, exchange_rows(image, route.send, route.receive)])[place]
+
+
 def shown_pairs(batch: ImageTextBatch, loaded: bool, sync: bool) -> tuple[Pairs, Tensor]:
     """Return who is shown what, and the images ``(B, C, H, W)`` that are shown.
 
@@ -70,6 +140,8 @@ def shown_pairs(batch: ImageTextBatch, loaded: bool, sync: bool) -> tuple[Pairs,
     if loaded and "negative_image" not in batch:
         raise UserError("model.itm_negatives is 'dataset', but the data load none: "
                         "set data.samples.negative_images=true.")  # fmt: skip
+    if sync and not loaded and world_size() > 1:
+        return _travelled(batch, batch.get("route") or gather_route(batch))
     keys, images = (all_gather_rows(x) if sync else x for x in (batch["key"], batch["image_key"]))
     pairs = matching_pairs(keys, torch.arange(len(keys), device=keys.device) if loaded else images)
     begin = rank() * len(batch["key"]) if sync else 0
@@ -77,4 +149,4 @@ def shown_pairs(batch: ImageTextBatch, loaded: bool, sync: bool) -> tuple[Pairs,
     if loaded:
         own = pairs.label.bool()[:, None, None, None]
         return pairs, torch.where(own, batch["image"], batch["negative_image"])
-    return pairs, (all_gather_rows(batch["image"]) if sync else batch["image"])[pairs.image]
+    return pairs, batch["image"][pairs.image]
