@@ -4,11 +4,14 @@ Letters: P people, V variants.
 """
 
 import re
+import sqlite3
 import struct
+import warnings
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +21,7 @@ from numpy.typing import NDArray
 
 from common.errors import DataError
 from common.pseudonyms import public_name
-from common.runtime.reporting import contents
+from common.runtime.reporting import contents, say
 from datamodules.files import optional_reader
 from datamodules.tables import read_positions, read_words
 
@@ -29,6 +32,9 @@ CHROMOSOMES = tuple(str(number) for number in range(1, 23))
 _CHUNK = 2048
 _BED_MAGIC = b"\x6c\x1b\x01"
 _VARIANT_COLUMNS = ["chrom", "id", "pos", "counted", "other"]
+_BGEN_COLUMNS = [*_VARIANT_COLUMNS, "alleles", "offset"]
+#: The same in an index of BGEN.
+_BGI = "chromosome, rsid, position, allele2, allele1, number_of_alleles, file_start_position"
 
 
 def plain_chromosome(name: str) -> str:
@@ -105,7 +111,8 @@ class BedFile(GenotypeFile):
 class BgenFile(GenotypeFile):
     """A BGEN file with its ``.sample`` file beside it, if it holds no names.
 
-    Variants of more than two alleles are left out and counted.
+    Variants of more than two alleles are left out and counted. Where they begin is read from the ``.bgi`` beside the
+    file, which UK Biobank ships, else from the file, once; counts are then read there and nowhere else.
 
     Args:
         path: The file.
@@ -123,21 +130,41 @@ class BgenFile(GenotypeFile):
         try:
             with self._open() as file:
                 self.ids = [str(name) for name in file.samples]
-                rows = []
-                self.multi_allelic = 0
-                self._places: list[int] = []
-                for place, variant in enumerate(file):
-                    if len(variant.alleles) != 2:
-                        self.multi_allelic += 1
-                        continue
-                    reference, alternative = variant.alleles
-                    name = variant.rsid or variant.varid
-                    chromosome = plain_chromosome(variant.chrom) or _chromosome_of(path)
-                    rows.append((chromosome, name, int(variant.pos), alternative, reference))
-                    self._places.append(place)
+                found = self._indexed(file)
+                if found is None:
+                    found = pd.DataFrame(map(_facts_of, file), columns=_BGEN_COLUMNS)
         except (ValueError, OSError, RuntimeError, IndexError, struct.error, zlib.error) as error:
             raise DataError(f"{path} cannot be read as BGEN: {str(error).splitlines()[0]}") from error
-        self.variants = pd.DataFrame(rows, columns=_VARIANT_COLUMNS)
+        kept = found[found["alleles"] == 2]
+        self.multi_allelic = len(found) - len(kept)
+        self._offsets = kept["offset"].to_numpy(np.int64)
+        chromosomes = kept["chrom"].map(plain_chromosome)
+        self.variants = kept.assign(chrom=chromosomes.where(chromosomes != "", _chromosome_of(path)))
+        self.variants = self.variants[_VARIANT_COLUMNS].reset_index(drop=True)
+
+    def _indexed(self, file: Any) -> pd.DataFrame | None:
+        """Return all variants from the ``.bgi`` beside the file; None where there is none of this very file."""
+        index = self.path.with_name(self.path.name + ".bgi")
+        if not index.is_file():
+            say(f"genetics: {self.path.name} has no index beside it, so its variants are looked for one by one; "
+                f"`bgenix -g {self.path.name} -index` makes one")  # fmt: skip
+            return None
+        with self.path.open("rb") as content:
+            start = content.read(1000)
+        try:
+            with closing(sqlite3.connect(f"{index.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as base:
+                known = base.execute("SELECT file_size, first_1000_bytes FROM Metadata").fetchone()
+                rows = base.execute(f"SELECT {_BGI} FROM Variant ORDER BY file_start_position").fetchall()
+        except sqlite3.Error as error:
+            raise DataError(f"{index} cannot be read as an index of BGEN ({error}): make it again.") from error
+        if known is not None and (known[0] != self.path.stat().st_size or bytes(known[1]) != start):
+            raise DataError(f"{index} belongs to another file than {self.path.name}: make it again with bgenix.")
+        found = pd.DataFrame(rows, columns=_BGEN_COLUMNS)
+        unnamed = np.flatnonzero(found["id"] == "")
+        if len(unnamed):
+            offsets = found["offset"].iloc[unnamed]
+            found.loc[unnamed, "id"] = [variant.varid for variant in self._at(file, offsets)]
+        return found
 
     def _open(self) -> Any:
         sample = self.path.with_suffix(".sample")
@@ -147,12 +174,27 @@ class BgenFile(GenotypeFile):
     def counts(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the expected number of second alleles, ``(P, V)``, NaN where it is not known."""
         result = np.empty((len(rows), len(columns)), dtype=np.float32)
-        wanted = {self._places[column]: index for index, column in enumerate(columns)}
         with self._open() as file:
-            for place, variant in enumerate(file):
-                if place in wanted:
-                    result[:, wanted[place]] = variant.alt_dosage[rows]
+            for index, variant in enumerate(self._at(file, self._offsets[columns])):
+                result[:, index] = variant.alt_dosage[rows]
         return result
+
+    @staticmethod
+    def _at(file: Any, offsets: Iterable[int]) -> Iterator[Any]:
+        """Yield the variants that begin at these bytes, and visit no other."""
+        first = next(iter(file))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # that it can only be pickled while its file is open
+            kind, (handle, _, *settings) = first.__reduce__()
+        for offset in offsets:
+            yield kind(handle, int(offset), *settings)
+
+
+def _facts_of(variant: Any) -> tuple[Any, ...]:
+    """Return the :data:`_BGEN_COLUMNS` of a variant."""
+    reference, alternative = (*variant.alleles, "", "")[:2]
+    name = variant.rsid or variant.varid
+    return variant.chrom, name, int(variant.pos), alternative, reference, len(variant.alleles), variant.fileoffset
 
 
 def _chromosome_of(path: Path) -> str:

@@ -4,7 +4,7 @@ import pytest
 
 from common.errors import DataError
 from datamodules.genetics.genome import GenomeFiles, Kind, pair_persons, read_genome
-from datamodules.genetics.genotypes import MISSING, allele_frequencies, counts_of, open_genotypes
+from datamodules.genetics.genotypes import MISSING, BgenFile, allele_frequencies, counts_of, open_genotypes
 from datamodules.synthetic.fundus import write_bed
 
 VARIANTS = pd.DataFrame({"chrom": ["1", "1"], "id": ["rs1", "rs2"], "pos": [10, 20], "counted": ["A", "C"],
@@ -78,6 +78,56 @@ def test_bgen(tmp_path):
     assert genotypes.variants.iloc[0].tolist() == ["7", "rs5", 5, "G", "A"]
     assert genotypes._files[0].multi_allelic == 1
     assert genotypes.table().dtype == np.float32
+
+
+@pytest.fixture
+def many_variants(tmp_path):
+    """5,000 variants of four people, two of them at one position; the last has no name but its own."""
+    bgen = pytest.importorskip("bgen")
+    path, generator = tmp_path / "ukb_chr7.bgen", np.random.default_rng(0)
+    truth = generator.integers(0, 3, (4, 5000))
+    with bgen.BgenWriter(str(path), 4, samples=list("abcd"), layout=2, compression="zlib") as file:
+        for number in range(5000):
+            probabilities = np.eye(3)[truth[:, number]]
+            alleles = ["A", "GT" if number == 8 else "G"]
+            name = "" if number == 4999 else f"rs{number}"
+            file.add_variant(f"v{number}", name, "07", max(number, 1) if number != 8 else 7, alleles, probabilities,
+                             ploidy=2)  # fmt: skip
+    return path, truth
+
+
+def test_bgen_visits_what_is_wanted_and_nothing_else(many_variants, monkeypatch, capsys):
+    path, truth = many_variants
+    indexed = open_genotypes(str(path))
+    path.with_name("ukb_chr7.bgen.bgi").unlink()
+    plain = open_genotypes(str(path))
+    assert "bgenix -g ukb_chr7.bgen -index" in " ".join(capsys.readouterr())
+    pd.testing.assert_frame_equal(indexed.variants, plain.variants)
+    assert indexed.variants["id"].iloc[-1] == "v4999"
+    visited = []
+    at = BgenFile._at
+
+    def counting(file, offsets):
+        for variant in at(file, offsets):
+            visited.append(variant.rsid)
+            yield variant
+
+    monkeypatch.setattr(BgenFile, "_at", staticmethod(counting))
+    blocks = [indexed.counts(None, np.arange(start, min(start + 2048, 5000))) for start in (0, 2048, 4096)]
+    assert len(visited) == 5000
+    assert np.array_equal(np.concatenate(blocks, axis=1), truth)
+    assert np.array_equal(plain.counts(), truth)
+    assert np.array_equal(indexed.counts(np.array([2]), np.array([7, 8])), truth[[2], 7:9])
+
+
+def test_an_index_of_another_file_is_refused(many_variants):
+    path, _ = many_variants
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(DataError, match="belongs to another file than ukb_chr7"):
+        open_genotypes(str(path))
+    path.with_name("ukb_chr7.bgen.bgi").write_text("not a database, but long enough to be looked at" * 10)
+    with pytest.raises(DataError, match="cannot be read as an index"):
+        open_genotypes(str(path))
 
 
 def kind(values, transform="genotype", ids=None):
