@@ -1,7 +1,7 @@
 # A thin layer over two commands: every target runs a command that you could type yourself. `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain finetune evaluate doctor tensorboard export test test-all lint type bench
+.PHONY: help install pretrain finetune evaluate doctor tensorboard export plan test test-all lint type bench
 
 PYTHON ?= python3
 VENV := .venv
@@ -67,6 +67,10 @@ doctor: $(STAMP) ## EXP= DATA= [LAYOUT= DEEP=1]: report what is wrong with an ar
 
 tensorboard: $(STAMP) ## show runs/ in TensorBoard
 	$(BIN)/tensorboard --logdir runs $(ARGS)
+
+plan: $(STAMP) ## EXP= DATA=|SAMPLES= [MACHINE= GPUS=]: estimate hours and memory before anything is rented
+	$(call need,EXP,EXP=e_mim SAMPLES=1000)
+	$(BIN)/medmim plan $(pretrain_config) $(if $(SAMPLES),--samples $(SAMPLES),--root "$(DATA)") --machine $(or $(MACHINE),h200x8) --gpus $(or $(GPUS),1,8,64) $(ARGS)
 
 export: $(STAMP) ## EXP= CKPT= FORMAT= OUT=: write the encoder as safetensors, config and card
 	$(call need,EXP,EXP=e_mim CKPT=runs/... FORMAT=monai OUT=export)

@@ -167,6 +167,15 @@ def _bench(parser: ArgumentParser) -> None:
     parser.add_argument("--out", help="JSON file to write in addition")
 
 
+def _plan(parser: ArgumentParser) -> None:
+    parser.add_argument("--config", action="append", required=True, help="pretrain.yaml; repeat to add overlays")
+    parser.add_argument("--machine", default="h200x8", help="name or YAML file of a machine (default: %(default)s)")
+    parser.add_argument("--gpus", default="1,8,64", help="numbers of GPUs (default: %(default)s)")
+    parser.add_argument("--samples", type=int, help="training cases, where there is no archive yet")
+    parser.add_argument("--root", help="folder of the archive; only names and tables are read")
+    parser.add_argument("--out", help="JSON file to write as well")
+
+
 COMMANDS = {
     "synthesize": Command(
         "datamodules.synthetic.command.run", "write a small synthetic tree in an official layout", _synthesize
@@ -195,6 +204,9 @@ COMMANDS = {
     ),
     "study": Command(
         "common.sweeps.runner.run", "run the arms of a comparison over seeds and write its results", _study
+    ),
+    "plan": Command(
+        "common.sweeps.plan.run", "estimate hours and memory of a pre-training on a machine that is not there", _plan
     ),
     "bench": Command(
         "common.sweeps.bench.run", "time pairs of our own variants side by side and print the ratios", _bench

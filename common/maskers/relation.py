@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 TieRule = Literal["threshold", "rank"]
 #: Keeps whole numbers whole where the product of a ratio and a count falls short by round-off.
@@ -28,7 +29,7 @@ def _ascending(scores: Tensor) -> Tensor:
 def _kth_largest(scores: Tensor, k: int) -> Tensor:
     """Return the k-th largest value of each row ``(..., 1)``; on accelerators looked for from the nearer end."""
     columns = scores.shape[-1]
-    if scores.device.type == "cpu":
+    if scores.device.type == "cpu" and not isinstance(scores, FakeTensor):  # which has no values, only a shape
         return _ascending(scores)[..., columns - k, None]
     if 2 * k <= columns:
         return scores.topk(k, dim=-1).values[..., -1:]

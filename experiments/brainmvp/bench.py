@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -42,6 +42,14 @@ def _batch(count: int, size: int) -> dict[str, Any]:
         "place": [(index % 8, 60, 70, 20) for index in range(count)],
         "key": torch.arange(count),
     }
+
+
+def example(data: Mapping[str, Any], count: int) -> tuple[InputSpec, dict[str, Any]]:
+    """Return what the data promise, and a batch, for ``data`` settings of a configuration."""
+    size = tuple((data.get("crops") or {}).get("size") or (96, 96, 96))
+    return InputSpec(TEMPLATES, size, preprocessing={"atlas": list(data.get("atlas") or _ATLAS)}), _batch(
+        count, size[0]
+    )
 
 
 def full_size_step() -> list[Row]:

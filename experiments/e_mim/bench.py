@@ -1,6 +1,7 @@
 """The speed of E-MIM's training step: ViT-B, 96^3 crops of four modalities."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -27,13 +28,19 @@ def _training_step(batch_size: int, two_passes: bool = False) -> Callable[..., N
     module.build(InputSpec(_CHANNELS, (96, 96, 96)))
     if two_passes:
         module.network.__class__ = _TwoPasses
+    return training_step(module, example({}, batch_size)[1])
+
+
+def example(data: Mapping[str, Any], count: int) -> tuple[InputSpec, dict[str, Any]]:
+    """Return what the data promise, and a batch, for ``data`` settings of a configuration."""
+    size = tuple((data.get("crops") or {}).get("size") or (96, 96, 96))
     generator = torch.Generator().manual_seed(0)
     batch = {
-        "image": torch.rand(batch_size, 4, 96, 96, 96, generator=generator),
-        "modality_mask": torch.ones(batch_size, 4, dtype=torch.bool),
-        "key": torch.arange(batch_size),
+        "image": torch.rand(count, 4, *size, generator=generator),
+        "modality_mask": torch.ones(count, 4, dtype=torch.bool),
+        "key": torch.arange(count),
     }
-    return training_step(module, batch)
+    return InputSpec(_CHANNELS, size), batch
 
 
 def configured_step() -> list[Row]:

@@ -1,7 +1,8 @@
 """The speed of relation masking and of the training step at the configured sizes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from common.types import InputSpec
 from experiments.mrm_genetics.module import RelationPretrain
 
 _BATCH = 4
+#: Features of each kind in UK Biobank, as the paper uses it.
+_GENOME = {"snp": 7854, "pgs": 481, "burden": 18574}
 
 
 def _naive(q: Tensor, k: Tensor, v: Tensor, ratio: float) -> Tensor:
@@ -40,19 +43,26 @@ def configured_step() -> list[Row]:
     module = RelationPretrain(
         encoder=partial(VisionTransformer, qkv_bias=True, pos_embed="sincos", class_token=True, norm_eps=1e-6),
     )
-    genome = {"snp": 7854, "pgs": 481, "burden": 18574}
-    module.build(InputSpec(("red", "green", "blue"), (224, 224), genome=genome))
+    spec, batch = example({}, _BATCH)
+    module.build(spec)
+    return training_rows(training_step(module, batch), f"ViT-B, 224 pixels, 144 genome tokens, batch {_BATCH}")
+
+
+def example(data: Mapping[str, Any], count: int) -> tuple[InputSpec, dict[str, Any]]:
+    """Return what the data promise, and a batch of persons with all of their genetics, for ``data`` settings."""
+    size = tuple((data.get("image") or {}).get("size") or (224, 224))
+    genome = _GENOME if data.get("genetics", True) else {}
     generator = torch.Generator().manual_seed(0)
     features = sum(genome.values())
     batch = {
-        "image": torch.rand(_BATCH, 3, 224, 224, generator=generator),
-        "genome": torch.randn(_BATCH, features, generator=generator),
-        "genome_observed": torch.ones(_BATCH, features, dtype=torch.bool),
-        "modality_mask": torch.ones(_BATCH, 4, dtype=torch.bool),
+        "image": torch.rand(count, 3, *size, generator=generator),
+        "genome": torch.randn(count, features, generator=generator),
+        "genome_observed": torch.ones(count, features, dtype=torch.bool),
+        "modality_mask": torch.ones(count, 4, dtype=torch.bool),
         "complete": True,
-        "key": torch.arange(_BATCH),
+        "key": torch.arange(count),
     }
-    return training_rows(training_step(module, batch), f"ViT-B, 224 pixels, 144 genome tokens, batch {_BATCH}")
+    return InputSpec(("red", "green", "blue"), size, genome=genome), batch
 
 
 ROWS: list[Callable[[], list[Row]]] = [masked_attention, configured_step]

@@ -1,6 +1,6 @@
 """The cost of a step of MR-Pretrain, part by part, and the gain of computing the same with less."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -48,6 +48,13 @@ def _batch(count: int, side: int) -> ImageTextBatch:
         "hidden_index": hidden.flatten().nonzero()[:, 0],
         "hidden_ids": ids[hidden],
     }
+
+
+def example(data: Mapping[str, Any], count: int) -> tuple[InputSpec, ImageTextBatch]:
+    """Return what the data promise, and a batch, for ``data`` settings of a configuration."""
+    side = int((data.get("image") or {}).get("size", (384, 384))[0])
+    vocabulary = {"size": _VOCABULARY, "length": _TOKENS, "pad_id": 1}
+    return InputSpec(("red", "green", "blue"), (side, side), vocabulary=vocabulary), _batch(count, side)
 
 
 def _operations(function: Callable[[], object]) -> float:
