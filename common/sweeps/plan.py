@@ -248,8 +248,9 @@ def run(config: Sequence[str], machine: str, gpus: str, samples: int | None, roo
     schedule, cost = make_schedule(settings, cases), cost_of(settings)
     lines = [plan_line(cost, schedule, chosen, number, kept)
              for number in numbers for kept in ((True, False) if number > 1 else (True,))]  # fmt: skip
-    say(f"model: {cost.parameters / 1e6:.1f} M trained parameters; a sample: {cost.operations / 1e9:.0f} GFLOP, "
-        f"{cost.activations / 2**20:.0f} MiB of activations; {chosen.name}: {largest_batch(cost, chosen)} fit")  # fmt: skip
+    say(f"model: {cost.parameters / 1e6:.1f} M trained parameters, {cost.operations / 1e9:.0f} GFLOP a sample")
+    say(f"memory: {cost.activations / 2**20:.0f} MiB of activations a sample; {chosen.name} holds "
+        f"{largest_batch(cost, chosen)}")  # fmt: skip
     say(f"training: {cases} cases, {schedule.steps} steps of {schedule.batch_size} samples")
     for row in table(lines).splitlines():
         say(row)
