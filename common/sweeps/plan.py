@@ -36,6 +36,7 @@ class Machine:
         bf16_tflops: Dense peak.
         memory_gib: Of a GPU.
         gpus_per_node: How many a node has.
+        node_gb_s: GB/s between the GPUs of a node, in each direction.
         network_gb_s: GB/s between nodes, a GPU.
         cores_per_gpu: CPU cores.
     """
@@ -44,6 +45,7 @@ class Machine:
     bf16_tflops: float
     memory_gib: float
     gpus_per_node: int
+    node_gb_s: float
     network_gb_s: float
     cores_per_gpu: int
 
@@ -128,7 +130,8 @@ def plan_line(cost: StepCost, schedule: Schedule, machine: Machine, gpus: int, k
     """
     each = schedule.batch_size / gpus if kept else float(schedule.batch_size)
     steps = schedule.steps if kept else -(-schedule.steps // gpus)
-    network = 2 * (gpus - 1) / gpus * 4 * cost.parameters / (machine.network_gb_s * 1e9)
+    rate = machine.node_gb_s if gpus <= machine.gpus_per_node else machine.network_gb_s
+    network = 2 * (gpus - 1) / gpus * 4 * cost.parameters / (rate * 1e9)
     validated = schedule.validations * schedule.samples / 10 * cost.forward
     taken = {}
     for name, share in UTILISATION.items():
