@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -175,7 +174,7 @@ class UniFormer3D(nn.Module):
         self.stage_dims = tuple(embed_dims)
         self.num_features = self.embed_dim = embed_dims[-1]
         self.recompute_stages, self.channels_last = recompute_stages, channels_last
-        rates = iter(np.linspace(0, drop_path, sum(depths), dtype=np.float32).tolist())
+        rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
         widths = [in_channels, *embed_dims]
         for stage, (width, depth) in enumerate(zip(embed_dims, depths, strict=True), 1):
             self.add_module(f"patch_embed{stage}", PatchEmbed3D(widths[stage - 1], width))

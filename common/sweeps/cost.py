@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.errors import UserError
 from common.module import SSLModule
 from common.types import InputSpec
 
@@ -58,11 +59,17 @@ def step_cost(module: SSLModule, spec: InputSpec, batch_of: BatchOf) -> StepCost
         module: The module.
         spec: What its batches hold.
         batch_of: Makes them.
+
+    Raises:
+        UserError: the module looks at values, of which there are none.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        module.build(spec)
-        module.train()
-        counts = [_counted(module, batch_of(size)) for size in (2, 4)]
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            module.build(spec)
+            module.train()
+            counts = [_counted(module, batch_of(size)) for size in (2, 4)]
+    except DataDependentOutputException as error:
+        raise UserError(f"A step of {type(module).__name__} cannot be counted without values ({error}).") from error
     forward, operations, kept = ((b - a) / 2 for a, b in zip(*counts, strict=True))
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     return StepCost(trained, forward, operations, kept)
