@@ -111,7 +111,9 @@ class LastCheckpoint(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Settle the counters that the run goes on from (Lightning hook)."""
-        settle_progress(checkpoint["loops"]["fit_loop"])
+        # Under accumulation Lightning's own counters are those that resume exactly.
+        if trainer.accumulate_grad_batches == 1:
+            settle_progress(checkpoint["loops"]["fit_loop"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock (Lightning hook)."""
