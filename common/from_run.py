@@ -93,7 +93,9 @@ def _staged(files: Sequence[Path], spec: InputSpec) -> dict[str, Path]:
             if said is None:
                 raise UserError(f"{path.name} does not say which of {', '.join(spec.names or spec.channels)} it is: "
                                 f"name files CASE_{spec.channels[0]}.nii.gz and so on, or give a folder.")  # fmt: skip
-            place = f"{safe_name(said[0])}/{said[1]}{''.join(path.suffixes)}"
+            # Of "t1.v2.nii.gz" only what says the format.
+            suffixes = path.suffixes[-2:] if path.suffix.lower() == ".gz" else path.suffixes[-1:]
+            place = f"{safe_name(said[0])}/{said[1]}{''.join(suffixes)}"
         if place in found:
             raise UserError(f"{path} and {found[place]} would both be {place}: predict them one after the other.")
         found[place] = path

@@ -5,6 +5,7 @@ import os
 import secrets
 import selectors
 import socket
+import subprocess
 import threading
 import time
 from contextlib import suppress
@@ -127,7 +128,7 @@ class RankWatch(pl.Callback):
         processes = getattr(self._launcher, "procs", [])
         how = ""
         if 0 < number <= len(processes):
-            with suppress(Exception):
+            with suppress(OSError, subprocess.TimeoutExpired):
                 how = f" (signal {-processes[number - 1].wait(1)})"
         saved = any((self.folder / "checkpoints" / name).is_file() for name in (LAST, "previous.ckpt"))
         advice = f"Resume it with RESUME={self.folder}" if saved else "Nothing was saved yet: start it again"

@@ -93,7 +93,7 @@ def encode(arm: Arm, split: str, folder: Path) -> Features:
         folder: Where tokens are kept, in half precision, so that they need not fit into memory.
 
     Raises:
-        UserError: the split is empty, or its cases have no labels.
+        UserError: the split is empty, its cases have no labels, or features are not finite.
     """
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     encoder = arm.encoder.eval().to(device)
@@ -110,6 +110,10 @@ def encode(arm: Arm, split: str, folder: Path) -> Features:
             if image.shape[1] == 1 < (channels or 1):
                 image = image.expand(-1, channels, *image.shape[2:])
             tokens = encoder.forward_features(image)[:, prefix:].float()  # type: ignore[operator]
+            finite = tokens.isfinite().flatten(1).all(1)
+            if not bool(finite.all()):
+                raise UserError(f"The features that {arm.name} gives {batch['subject_id'][int(finite.int().argmin())]} "
+                                f"are not finite: check the image (`medmim prepare`) and the encoder.")  # fmt: skip
             pooled.append(tokens.mean(1).double().cpu().numpy())
             file.write(tokens.half().cpu().numpy().tobytes())
             labels.append(batch["target"].double().reshape(len(image), -1).numpy())

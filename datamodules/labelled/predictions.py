@@ -1,5 +1,6 @@
 """Predicted regions of images: as run-length codes in the format of the pneumothorax challenge, or as masks."""
 
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from common.distributed import gather_objects
 from common.files import whole_file
-from common.names import safe_name
+from common.names import case_twins, safe_name
 from common.runtime.reporting import is_dry_run, print_line, write_rows
 from datamodules.labelled.siim import encode_runs
 
@@ -60,6 +61,12 @@ class MaskWriter(BasePredictionWriter):
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
         self._count = 0
+        self._twins: Container[str] = ()
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find names that some file systems take for one (Lightning hook)."""
+        splits = trainer.datamodule.splits  # type: ignore[attr-defined]
+        self._twins = case_twins(case.case_id for part in splits.values() for case in part)
 
     def write_on_batch_end(
         self,
@@ -79,7 +86,7 @@ class MaskWriter(BasePredictionWriter):
         for entry in prediction:
             places = torch.arange(1, len(entry["region"]) + 1, dtype=torch.uint8)[:, None, None]
             entry["label"] = (entry.pop("region") * places).amax(0)
-            name = safe_name(entry["subject_id"])
+            name = safe_name(entry["subject_id"], self._twins)
             with whole_file(folder / f"{name}.png") as temporary:
                 Image.fromarray(entry["label"].numpy()).save(temporary, format="PNG")
             self._count += 1

@@ -1,4 +1,6 @@
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -8,6 +10,7 @@ import common.cli
 from common.commands import execute
 from common.errors import UserError
 from common.sweeps import results, runner
+from common.sweeps.progress import Progress
 
 STUDY = """
 title: A try
@@ -309,3 +312,19 @@ def test_what_a_study_needs_is_said_and_nothing_lands_in_the_package(experiment,
     (result,) = (tmp_path / "runs/e/study_try").glob("try_*.json")
     assert json.loads(result.read_text())["rows"]
     assert not (path.parent.parent.parent / "results").exists()
+
+
+def test_jobs_that_need_the_same_command_wait_for_one_run_of_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def execute(words, name):
+        calls.append(words)
+        time.sleep(0.3)
+        (tmp_path / "run").mkdir()
+        return tmp_path / "run"
+
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(Progress(tmp_path / "study").run, ["fit", "--x"], execute) for _ in range(2)]
+    assert [job.result() for job in jobs] == [tmp_path / "run"] * 2
+    assert len(calls) == 1
